@@ -1,0 +1,91 @@
+"""What every benchmark shares: the machine card, the check before the clock, the table and the one JSON line."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sparsebert import machine
+from sparsebert.engine.measure import Timings, interleave
+
+Row = dict[str, str | int | float | bool]
+
+
+class WrongOutput(Exception):
+    """A candidate's output is further from the reference than its tolerance; its row is not reported."""
+
+
+def check(case: str, candidates: dict[str, Callable[[], np.ndarray]], expected: np.ndarray, tolerance: float) -> float:
+    """Runs each candidate once and returns the largest absolute error. Raises WrongOutput above `tolerance`, or NaN."""
+    worst = 0.0
+    for name, call in candidates.items():
+        got = np.asarray(call())
+        if got.shape != expected.shape:
+            raise WrongOutput(f"{case}: {name} returns shape {got.shape}, expected {expected.shape}")
+        error = float(np.abs(got - expected).max(initial=0.0))
+        if not error <= tolerance:
+            raise WrongOutput(f"{case}: {name} is off by {error:.3g}, at most {tolerance:.3g} is allowed")
+        worst = max(worst, error)
+    return worst
+
+
+def time_checked(
+    case: str,
+    candidates: dict[str, Callable[[], np.ndarray]],
+    expected: np.ndarray,
+    tolerance: float,
+    *,
+    rounds: int,
+    threads: int,
+    turn_s: float = 2e-3,
+) -> tuple[Timings, float]:
+    """Checks, then times the candidates in turns of about `turn_s` seconds. Returns timings and the largest error."""
+    error = check(case, candidates, expected, tolerance)
+    settle = 5e-3 if threads > 1 else 0.0
+    probe = interleave(candidates, rounds=3, settle=settle)
+    slowest = max(probe.minimum(name) for name in candidates)
+    repeats = max(1, min(200, int(turn_s / slowest)))
+    return interleave(candidates, rounds, repeats=repeats, settle=settle), error
+
+
+def report(title: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
+    """Prints the rows as a table for people, then as one JSON line. columns: key of a row -> format spec."""
+    card = machine.card()
+    table = Table(title=title, caption=f"{card['cpu']}, {card['cores']} cores; torch {card['torch']}")
+    for key in columns:
+        table.add_column(key, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(format(row[key], spec) if key in row else "" for key, spec in columns.items()))
+    # Piped into a file there is no terminal to fit, and a cut figure is no figure.
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    short = [{key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
+    print(json.dumps({"machine": card, "command": command(), "rows": short}))
+
+
+def markdown(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str) -> str:
+    """The same table as a page for bench/results: machine and command first."""
+    card = machine.card()
+    lines = [f"# {title}", ""]
+    lines.append(f"Machine: {card['cpu']}, {card['cores']} cores, {', '.join(card['isas'])}; {card['os']}, Python")
+    lines[-1] += f" {card['python']}, numpy {card['numpy']}, torch {card['torch']}.  "
+    lines += [f"Command: `{command()}`", "", notes, ""]
+    lines.append("| " + " | ".join(columns) + " |")
+    lines.append("|" + "---|" * len(columns))
+    for row in rows:
+        cells = (format(row[key], spec) if key in row else "" for key, spec in columns.items())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def command() -> str:
+    """The command line that runs this again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
+    return f"python {program} {shlex.join(sys.argv[1:])}".strip()

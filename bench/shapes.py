@@ -1,0 +1,50 @@
+"""The linear layers, token counts and sparsities that tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear layer of an encoder: W [n_out, n_in], followed by GELU or not."""
+
+    model: str
+    name: str
+    n_in: int
+    n_out: int
+    gelu: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.name} {self.n_in}→{self.n_out}"
+
+
+LINEARS = (
+    Linear("MiniLM", "out", 384, 384),
+    Linear("MiniLM", "qkv", 384, 1152),
+    Linear("MiniLM", "ffn1+gelu", 384, 1536, gelu=True),
+    Linear("MiniLM", "ffn2", 1536, 384),
+    Linear("BERT", "out", 768, 768),
+    Linear("BERT", "ffn1+gelu", 768, 3072, gelu=True),
+    Linear("BERT", "ffn2", 3072, 768),
+)
+# A short sentence, an average one, a full one, and a ragged batch of 32 (27.2 tokens each).
+TOKENS = (8, 27, 128, 870)
+SPARSITIES = (0.75, 0.875, 0.90, 0.95)
+
+
+def random_weight(n_out: int, n_in: int, sparsity: float, seed: int = 0) -> np.ndarray:
+    """Float32 [n_out, n_in] with exactly floor(sparsity * size) zeros in random places, scaled to keep x's variance."""
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal(n_out * n_in, np.float32)
+    weight[weight == 0] = 1.0  # zeros are counted, so none may come by chance
+    weight /= np.sqrt(max(1.0, n_in * (1 - sparsity)), dtype=np.float32)
+    weight[rng.permutation(weight.size)[: int(sparsity * weight.size)]] = 0.0
+    return weight.reshape(n_out, n_in)
+
+
+def random_input(tokens: int, n_in: int, seed: int = 1) -> np.ndarray:
+    """Float32 [tokens, n_in], normal with variance 1, as a layer norm leaves it."""
+    return np.random.default_rng(seed).standard_normal((tokens, n_in), np.float32)

@@ -1,0 +1,85 @@
+// Python's view of the compiled core. sparsebert.ops states the contracts and checks them with messages; the checks
+// here only keep a wrong direct call from touching memory that is not its own.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "cpu/scratch.h"
+#include "ops.h"
+
+namespace py = pybind11;
+using namespace sparsebert;
+
+namespace {
+
+// c_style without forcecast: with noconvert() below, an array of another type or layout is refused, not copied.
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+constexpr std::pair<const char*, Isa> isas[] = {{"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const auto& [name, isa] : isas) {
+    if (isa_supported(isa)) names.emplace_back(name);
+  }
+  return names;
+}
+
+Isa isa_named(const std::string& wanted) {
+  for (const auto& [name, isa] : isas) {
+    if (wanted == name && isa_supported(isa)) return isa;
+  }
+  throw std::invalid_argument("isa " + wanted + " cannot run here");
+}
+
+void require(bool holds, const char* rule) {
+  if (!holds) throw std::invalid_argument(rule);
+}
+
+py::array_t<float> run_sparse_matmul(const Array<float>& x, const Array<std::int32_t>& row_ptr,
+                                     const Array<std::uint16_t>& cols, const Array<float>& values,
+                                     const std::optional<Array<float>>& bias, bool gelu, const std::string& isa_name,
+                                     int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(x.ndim() == 2 && row_ptr.ndim() == 1 && cols.ndim() == 1 && values.ndim() == 1,
+          "x must be 2-d, the rest 1-d");
+  require(threads >= 1, "threads must be at least 1");
+  require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
+  const CsrMatrix w{row_ptr.data(), cols.data(), values.data(), x.shape(1), row_ptr.size() - 1};
+  for (std::int64_t row = 0; row < w.n_out; ++row) {
+    require(w.row_ptr[row] <= w.row_ptr[row + 1], "row_ptr must not decrease");
+  }
+  require(w.row_ptr[w.n_out] == cols.size() && cols.size() == values.size(), "row_ptr must end at the size of cols");
+  require(!bias || (bias->ndim() == 1 && bias->size() == w.n_out), "bias must be [n_out]");
+
+  const std::int64_t tokens = x.shape(0);
+  py::array_t<float> y({tokens, w.n_out});
+  const float* x_data = x.data();
+  const float* bias_data = bias ? bias->data() : nullptr;
+  float* y_data = y.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    sparse_matmul(x_data, tokens, w, bias_data, gelu ? Activation::gelu : Activation::none, isa, threads, y_data);
+  }
+  return y;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled core of sparsebert; call it through sparsebert.ops.";
+  m.def("supported_isas", &supported_isas, "Instruction sets that can run here, slowest first.");
+  m.def("poison_scratch", &poison_scratch, py::arg("on"), "For tests: fill working memory with NaN before every use.");
+  m.def("sparse_matmul", &run_sparse_matmul, py::arg("x").noconvert(), py::arg("row_ptr").noconvert(),
+        py::arg("cols").noconvert(), py::arg("values").noconvert(), py::arg("bias").noconvert().none(true),
+        py::arg("gelu"), py::arg("isa"), py::arg("threads"),
+        "y = x Wᵀ + bias. Column indices must be below x.shape[1]: they are not checked here.");
+}

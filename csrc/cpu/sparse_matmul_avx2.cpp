@@ -1,0 +1,12 @@
+#if defined(__x86_64__)
+#include "sparse_matmul.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace sparsebert::sparse_matmul_avx2 {
+constexpr int lanes = 8;
+constexpr int max_width_vectors = 4;
+#include "sparse_matmul.inl"
+}  // namespace sparsebert::sparse_matmul_avx2
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,9 @@
+// The portable kernel: vectors of four floats, which the compiler lowers to whatever its baseline has (SSE2, NEON, or
+// single floats).
+#include "sparse_matmul.h"
+
+namespace sparsebert::sparse_matmul_scalar {
+constexpr int lanes = 4;
+constexpr int max_width_vectors = 4;
+#include "sparse_matmul.inl"
+}  // namespace sparsebert::sparse_matmul_scalar

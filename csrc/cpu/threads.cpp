@@ -1,0 +1,202 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace sparsebert {
+namespace {
+
+// How long an idle worker, or a caller whose last tasks are running elsewhere, looks before it gives up its core. Long
+// enough to bridge the gap between two calls in a row, short beside a scheduler tick.
+constexpr std::chrono::microseconds spin_time{30};
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+// True as soon as ready() is, false when spin_time has passed.
+template <typename Ready>
+bool spin_until(Ready ready) {
+  const auto deadline = std::chrono::steady_clock::now() + spin_time;
+  for (;;) {
+    for (int i = 0; i < 16; ++i) {
+      if (ready()) return true;
+      relax();
+    }
+    if (std::chrono::steady_clock::now() > deadline) return false;
+  }
+}
+
+struct Worker {
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::atomic<bool> asleep{false};
+  std::thread::native_handle_type thread{};
+  int shunned_cpu = -1;  // the core it was last told to keep off
+};
+
+// Keeps a worker off the core its caller runs on. Left alone, Linux may wake it right there, where it waits behind the
+// caller until the next load balancing, some milliseconds; a job is over by then. It stays free among the other cores.
+void keep_off([[maybe_unused]] Worker& worker, [[maybe_unused]] int cpu) {
+#if defined(__linux__)
+  if (cpu < 0 || worker.shunned_cpu == cpu) return;
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  if (CPU_COUNT(&allowed) > 1) CPU_CLR(cpu, &allowed);
+  if (pthread_setaffinity_np(worker.thread, sizeof allowed, &allowed) == 0) worker.shunned_cpu = cpu;
+#endif
+}
+
+int current_cpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+class Pool {
+ public:
+  // False, with nothing done, when another job is running.
+  bool run(std::int64_t n_tasks, int threads, Task fn, const void* context) {
+    if (busy_.exchange(true)) return false;
+    const int wanted = static_cast<int>(std::min<std::int64_t>(threads, n_tasks)) - 1;
+    helpers_ = std::min(wanted, grow(wanted));
+    fn_ = fn;
+    context_ = context;
+    n_tasks_ = n_tasks;
+    next_.store(0, std::memory_order_relaxed);
+    open_.store(true);
+    generation_.fetch_add(1);
+    const int cpu = current_cpu();
+    for (int i = 0; i < helpers_; ++i) {
+      keep_off(*workers_[i], cpu);
+      rouse(*workers_[i]);
+    }
+    work();
+    // A worker that arrives from here on finds the job closed; those inside are waited for, as they use the context.
+    open_.store(false);
+    while (!spin_until([this] { return inside_.load() == 0; })) std::this_thread::yield();
+    busy_.store(false);
+    return true;
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      const std::int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
+      if (task >= n_tasks_) return;
+      fn_(context_, task);
+    }
+  }
+
+  static void rouse(Worker& worker) {
+    if (!worker.asleep.load()) return;
+    const std::lock_guard<std::mutex> lock(worker.mutex);
+    worker.wake.notify_one();
+  }
+
+  void sleep_until_changed(Worker& worker, std::uint64_t seen) {
+    std::unique_lock<std::mutex> lock(worker.mutex);
+    worker.asleep.store(true);
+    worker.wake.wait(lock, [&] { return generation_.load() != seen; });
+    worker.asleep.store(false);
+  }
+
+  void live(Worker& worker, int index) {
+    std::uint64_t seen = 0;
+    for (;;) {
+      if (!spin_until([&] { return generation_.load() != seen; })) sleep_until_changed(worker, seen);
+      seen = generation_.load();
+      // We enter, then look; the caller closes, then counts. Both orders are sequentially consistent, so either the
+      // caller sees us inside or we see the job closed.
+      inside_.fetch_add(1);
+      if (open_.load() && index < helpers_) work();
+      inside_.fetch_sub(1);
+    }
+  }
+
+  // Tries to have `wanted` workers and returns how many there are. A process at its limit of threads or memory gets
+  // fewer, and the same results.
+  int grow(int wanted) {
+    while (static_cast<int>(workers_.size()) < wanted && start_worker()) {
+    }
+    return static_cast<int>(workers_.size());
+  }
+
+  bool start_worker() {
+    // Signals belong to the threads of the program, so a worker starts with all of them blocked.
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    bool started = false;
+    try {
+      const int index = static_cast<int>(workers_.size());
+      workers_.reserve(workers_.size() + 1);
+      auto worker = std::make_unique<Worker>();
+      std::thread thread([this, index, &worker = *worker] { live(worker, index); });
+      worker->thread = thread.native_handle();
+      thread.detach();
+      workers_.push_back(std::move(worker));
+      started = true;
+    } catch (const std::system_error&) {
+    } catch (const std::bad_alloc&) {
+    }
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    return started;
+  }
+
+  std::atomic<bool> busy_{false};               // a caller is in run(); it alone touches what is not atomic
+  std::vector<std::unique_ptr<Worker>> workers_;
+  std::atomic<std::uint64_t> generation_{0};    // counts jobs; a change wakes the workers
+  std::atomic<bool> open_{false};               // the fields below hold a job that may be joined
+  std::atomic<int> inside_{0};                  // workers between entering and leaving
+  std::atomic<std::int64_t> next_{0};
+  Task fn_ = nullptr;
+  const void* context_ = nullptr;
+  std::int64_t n_tasks_ = 0;
+  int helpers_ = 0;
+};
+
+// Never destroyed: its workers live until the process ends.
+std::atomic<Pool*> current_pool{nullptr};
+
+// The workers of the parent do not exist in the child, and its locks may be held by threads that are gone.
+void forget_pool() { current_pool.store(nullptr); }
+
+Pool* get_pool() {
+  static const bool registered = pthread_atfork(nullptr, nullptr, forget_pool) == 0;
+  Pool* pool = current_pool.load();
+  if (pool != nullptr || !registered) return pool;
+  Pool* fresh = new (std::nothrow) Pool;
+  if (fresh == nullptr || current_pool.compare_exchange_strong(pool, fresh)) return fresh;
+  delete fresh;
+  return pool;
+}
+
+}  // namespace
+
+void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept {
+  Pool* pool = threads > 1 && n_tasks > 1 ? get_pool() : nullptr;
+  if (pool != nullptr && pool->run(n_tasks, threads, fn, context)) return;
+  for (std::int64_t i = 0; i < n_tasks; ++i) fn(context, i);
+}
+
+}  // namespace sparsebert

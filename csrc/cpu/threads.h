@@ -1,0 +1,17 @@
+// A small pool of worker threads. Our own rather than OpenMP: a process that also holds PyTorch would hold two OpenMP
+// run-times, each with its own spinning workers on the same cores.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsebert {
+
+using Task = void (*)(const void* context, std::int64_t task);
+
+// Runs fn(context, i) once for every i in [0, n_tasks), on at most `threads` threads including the caller, and returns
+// when all are done. Tasks are handed out in order, one at a time. fn must not throw.
+// From inside a task, or while another thread is in here, the caller does all of its tasks alone.
+// In a child process after fork the workers are started anew on first use.
+void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept;
+
+}  // namespace sparsebert

@@ -1,0 +1,32 @@
+// Every operation of the compiled core, in plain C++: no Python and no tensor library in here.
+// Callers have checked shapes and index bounds; nothing below checks them again.
+#pragma once
+
+#include <cstdint>
+
+namespace sparsebert {
+
+// Slowest first, in the order of sparsebert.config.ISAS.
+enum class Isa : int { scalar, avx2, avx512 };
+
+enum class Activation : int { none, gelu };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
+
+// A sparse matrix W [n_out, n_in], one list of kept columns a row.
+struct CsrMatrix {
+  const std::int32_t* row_ptr;  // [n_out + 1], elements; starts at 0, never decreases, ends at nnz
+  const std::uint16_t* cols;    // [nnz], column indices below n_in; any order within a row
+  const float* values;          // [nnz]
+  std::int64_t n_in;            // columns, at most 65536
+  std::int64_t n_out;           // rows
+};
+
+// y = activation(x Wᵀ + bias), float32 accumulation.
+//   x     [tokens, n_in] row-major floats, any number of tokens from 0; needs no alignment beyond a float's
+//   bias  [n_out] floats, or null for none
+//   y     [tokens, n_out] row-major floats, written whole; must not overlap x
+// A token's result depends on no other token, nor on their number, nor on `threads` (>= 1); avx2 and avx512 give the
+// same bits. Throws std::bad_alloc when the packed copy of x, at most max(threads MiB, n_in * 256 B), cannot be had.
+void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, const float* bias, Activation activation,
+                   Isa isa, int threads, float* y);
+
+}  // namespace sparsebert

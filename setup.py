@@ -1,0 +1,28 @@
+"""Builds the compiled core; everything else about the package is in pyproject.toml."""
+
+from pathlib import Path
+
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+# One binary for every CPU: no -march here. The kernels open their own target regions and are chosen at run time. The
+# symbol table stays in (no -s): tests/test_build.py reads from it which function holds which instructions.
+core = Pybind11Extension(
+    "sparsebert._C",
+    sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+    depends=sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/*.inl"),
+    cxx_std=17,
+    # Contraction is what makes a * b + c one fused multiply-add; GCC's default depends on the language standard.
+    extra_compile_args=["-O3", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall", "-Wextra", "-pthread"],
+    extra_link_args=["-pthread"],
+)
+
+ParallelCompile(default=0).install()
+setup(ext_modules=[core])

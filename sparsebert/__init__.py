@@ -1,0 +1,21 @@
+"""Sparse BERT-family classifiers that stay accurate and robust, and really run faster."""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Resolved on first use, so that `import sparsebert` costs nothing.
+_PUBLIC = {
+    "Engine": "sparsebert.engine",
+    "evaluate": "sparsebert.robustness",
+    "prune": "sparsebert.pruning",
+    "train": "sparsebert.training",
+}
+
+__all__ = ["Engine", "__version__", "evaluate", "prune", "train"]
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'sparsebert' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

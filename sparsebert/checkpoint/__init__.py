@@ -1,0 +1,39 @@
+"""Model directories: written whole or not at all, and verified on every load.
+
+A directory is a stock `transformers` one (dense safetensors with explicit zeros, so
+`AutoModelForSequenceClassification` loads it unchanged) plus `sparsebert/manifest.json` (sha256, shape and non-zeros of
+every tensor, sha256 of the other files, four golden inputs with their logits) and `sparsebert/recipe.yaml` (the
+arguments that made it). Importing this package needs neither torch nor transformers.
+"""
+
+from sparsebert.checkpoint.classifier import golden_logits, load
+from sparsebert.checkpoint.reading import (
+    ARCHITECTURES,
+    MANIFEST,
+    WEIGHTS,
+    finished,
+    read_config,
+    read_manifest,
+    read_weights,
+    resolve,
+    verify_golden,
+    weights_sha256,
+)
+from sparsebert.checkpoint.writing import check_output, save
+
+__all__ = [
+    "ARCHITECTURES",
+    "MANIFEST",
+    "WEIGHTS",
+    "check_output",
+    "finished",
+    "golden_logits",
+    "load",
+    "read_config",
+    "read_manifest",
+    "read_weights",
+    "resolve",
+    "save",
+    "verify_golden",
+    "weights_sha256",
+]

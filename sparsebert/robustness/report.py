@@ -1,0 +1,209 @@
+"""One self-contained HTML page: tables and plotly charts, the script inline, nothing fetched when it is opened."""
+
+from __future__ import annotations
+
+import html
+import os
+from pathlib import Path
+
+from sparsebert.errors import OutputError, UnsupportedError
+from sparsebert.robustness.evaluation import Evaluation
+
+_COLOURS = {
+    "dense": "#5b6770",
+    "torch": "#5b6770",
+    "magnitude": "#d98c3f",
+    "adaptive": "#1f7a8c",
+    "sparsebert": "#1f7a8c",
+}
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #22292f; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } p { margin: .3rem 0;
+color: #55606a } table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .3rem .9rem; text-align: right;
+border-bottom: 1px solid #dde2e6 } th:first-child, td:first-child { text-align: left } .chart { margin: .5rem 0 } code {
+background: #f1f4f6; padding: 0 .3rem }
+"""
+
+
+def write_report(
+    path: Path,
+    evaluations: dict[str, Evaluation],
+    density: dict[str, dict[str, float]],
+    timings: list[dict],
+    settings: dict,
+) -> None:
+    """Writes the demo's report to `path`, whole or not at all.
+
+    evaluations: model name -> figures, "dense" first. density: method -> linear -> share of non-zeros. timings:
+    documents of `sparsebert bench`.
+    """
+    try:
+        import plotly.graph_objects as go
+        from plotly.io import to_html
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise UnsupportedError("the report needs plotly", fix="pip install 'sparsebert[demo]'") from error
+
+    figures = [
+        ("Accuracy", "Whiskers are 95 % Wilson intervals.", _accuracy(go, evaluations)),
+        (
+            "Distance from the dense model",
+            "Mean KL(dense ‖ pruned) in nats on the same sentences; lower keeps more of what the model knew.",
+            _kl(go, evaluations),
+        ),
+        ("Density of every linear", "Share of weights kept.", _density(go, density)),
+        (
+            "Latency",
+            "Same weights, sentences and threads; the two take turns. Median over rounds.",
+            _latency(go, timings),
+        ),
+    ]
+    config = {"displaylogo": False, "responsive": True}
+    charts = "".join(
+        f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div class='chart'>"
+        f"{to_html(figure, include_plotlyjs=False, full_html=False, config=config)}</div>"
+        for title, note, figure in figures
+    )
+    dense = evaluations["dense"]
+    shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>sparsebert demo</title>"
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
+        "<h1>MiniLM-L6, pruned and checked</h1>"
+        f"<p>Task {html.escape(dense.task)}, {dense.n} {html.escape(dense.split)} sentences. The encoder is "
+        "all-MiniLM-L6-v2, a sentence-embedding model, fine-tuned; embeddings, pooler and classifier stay dense.</p>"
+        f"{_quality_table(evaluations, density)}{_speed_table(timings)}{charts}"
+        f"<h2>Settings</h2><p><code>{html.escape(shown)}</code></p></body></html>"
+    )
+    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        staging.write_text(page, encoding="utf-8")
+        os.replace(staging, path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}", fix="free space or choose another -o"
+        ) from error
+
+
+def _layout(figure, y_title: str, height: int = 320):
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 60, "r": 20, "t": 20, "b": 40},
+        yaxis_title=y_title,
+        showlegend=False,
+        bargap=0.5,
+    )
+    return figure
+
+
+def _bars(go, y_title: str, values: dict[str, float], intervals: dict[str, tuple[float, float]], spec: str):
+    """One bar a model, with its interval as a whisker."""
+    names = list(values)
+    whiskers = {
+        "type": "data",
+        "array": [intervals[name][1] - values[name] for name in names],
+        "arrayminus": [values[name] - intervals[name][0] for name in names],
+        "color": "#22292f",
+    }
+    bar = go.Bar(
+        x=names,
+        y=list(values.values()),
+        error_y=whiskers,
+        marker_color=[_COLOURS.get(name) for name in names],
+        text=[format(value, spec) for value in values.values()],
+        textposition="inside",
+        insidetextanchor="start",
+    )
+    return _layout(go.Figure(bar), y_title)
+
+
+def _accuracy(go, evaluations: dict[str, Evaluation]):
+    values = {name: result.accuracy for name, result in evaluations.items()}
+    figure = _bars(go, "accuracy", values, {name: result.accuracy_ci for name, result in evaluations.items()}, ".1%")
+    figure.update_yaxes(tickformat=".0%", range=[0, 1])
+    return figure
+
+
+def _kl(go, evaluations: dict[str, Evaluation]):
+    paired = {name: result for name, result in evaluations.items() if result.kl_to_dense is not None}
+    values = {name: result.kl_to_dense for name, result in paired.items()}
+    return _bars(go, "KL to dense, nats", values, {name: result.kl_ci for name, result in paired.items()}, ".4f")
+
+
+def _density(go, density: dict[str, dict[str, float]]):
+    figure = go.Figure()
+    for method, by_name in density.items():
+        figure.add_scatter(
+            x=[_short(name) for name in by_name],
+            y=list(by_name.values()),
+            name=method,
+            mode="lines+markers",
+            marker_color=_COLOURS.get(method),
+        )
+    _layout(figure, "share kept", height=380)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.1})
+    figure.update_yaxes(tickformat=".1%", rangemode="tozero")
+    figure.update_xaxes(tickangle=-60, tickfont={"size": 9})
+    return figure
+
+
+def _latency(go, timings: list[dict]):
+    figure = go.Figure()
+    for name in timings[0]["latency_ms"]:
+        values = [timing["latency_ms"][name] for timing in timings]
+        figure.add_bar(
+            x=[f"batch {timing['batch']}" for timing in timings], y=values, name=name, marker_color=_COLOURS.get(name),
+            text=[f"{value:.2f}" for value in values], textposition="outside",
+        )  # fmt: skip
+    _layout(figure, "ms a sentence")
+    figure.update_layout(showlegend=True, barmode="group", legend={"orientation": "h", "y": 1.15})
+    return figure
+
+
+def _quality_table(evaluations: dict[str, Evaluation], density: dict[str, dict[str, float]]) -> str:
+    rows = ""
+    for name, result in evaluations.items():
+        low, high = result.accuracy_ci
+        cells = [f"{result.accuracy:.1%} [{low:.1%}, {high:.1%}]"]
+        if result.difference_ci is None:
+            cells += ["", "", ""]
+        else:
+            low, high = result.difference_ci
+            cells += [
+                f"{100 * result.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+                f"{result.kl_to_dense:.4f}",
+                f"{result.agreement:.1%}",
+            ]
+        rows += f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    heads = ("model", "accuracy, 95 % interval", "points from dense, paired", "KL to dense", "same label")
+    return "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{rows}</table>"
+
+
+def _speed_table(timings: list[dict]) -> str:
+    rows = ""
+    for timing in timings:
+        low, high = timing["speedup_ci"]
+        cells = [
+            f"{timing['latency_ms']['torch']:.2f}", f"{timing['latency_ms']['sparsebert']:.2f}",
+            f"{timing['speedup']:.2f}x [{low:.2f}, {high:.2f}]", f"{timing['max_logit_error']:.1e}",
+        ]  # fmt: skip
+        rows += f"<tr><td>batch {timing['batch']}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    heads = (
+        "sentences a call",
+        "dense torch fp32, ms a sentence",
+        "sparsebert, ms a sentence",
+        "speed-up, 95 % interval",
+        "max logit error",
+    )
+    card = timings[0]["machine"]
+    note = f"{card['cpu']}, {timings[0]['threads']} threads, {card['isa']}, torch {card['torch']}"
+    return (
+        "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{rows}</table><p>{html.escape(note)}</p>"
+    )
+
+
+def _short(name: str) -> str:
+    """`bert.encoder.layer.3.attention.self.query` as `3 attention.self.query`."""
+    head, _, tail = name.partition(".layer.")
+    return tail.replace(".", " ", 1) if tail else head

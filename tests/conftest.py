@@ -1,0 +1,75 @@
+"""Shared by every test: no network, fresh memory that is NaN, and one way to ask for an instruction set or a device."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparsebert import config
+from sparsebert.ops import _dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # for `bench`, which is not installed
+
+
+def require(backend: str, reason: str) -> None:
+    """Skips the test because `backend` is missing; fails it where SPARSEBERT_REQUIRE lists that backend."""
+    if backend in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
+        pytest.fail(f"SPARSEBERT_REQUIRE lists {backend}, but {reason}")
+    pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.fixture(params=config.ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set in turn, those this machine lacks being skipped (or failed) with the reason."""
+    if request.param not in _dispatch.supported_isas():
+        require(request.param, _dispatch.why_off()[request.param])
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes what was never written NaN, so that reading it shows: numpy's and torch's empty, and the core's own memory.
+
+    torch has a switch of its own for this, but it comes with use_deterministic_algorithms, which refuses or slows
+    ordinary training.
+    """
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(np, name, _filled_numpy(getattr(np, name)))
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        for name in ("empty", "empty_like"):
+            monkeypatch.setattr(torch, name, _filled_torch(getattr(torch, name)))
+    core = _dispatch.core()
+    core.poison_scratch(True)
+    yield
+    core.poison_scratch(False)
+
+
+def _filled_numpy(make):
+    def filled(*args, **kwargs):
+        array = make(*args, **kwargs)
+        if isinstance(array, np.ndarray) and array.dtype.kind in "fc":
+            array.fill(np.nan)
+        return array
+
+    return filled
+
+
+def _filled_torch(make):
+    def filled(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        # A meta tensor has no memory and a sparse one no fresh values; detached, as a leaf may not be written in place.
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.is_sparse:
+            tensor.detach().fill_(float("nan"))
+        return tensor
+
+    return filled

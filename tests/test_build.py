@@ -1,0 +1,119 @@
+"""The wheel as a user gets it, and what machine code is where in the compiled core."""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from sparsebert import config
+from sparsebert.ops import _dispatch
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the wheel is built from. A plain list, so that the test also runs from an unpacked source archive.
+SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "kernels", "sparsebert")
+
+PROBE = """
+import numpy as np, sparsebert, sparsebert.kernels
+from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_matmul import pack, sparse_matmul, sparse_matmul_ref
+weight = pack(np.eye(70, 90, dtype=np.float32))
+x = np.random.default_rng(0).standard_normal((33, 90), np.float32)
+for isa in _dispatch.supported_isas():
+    assert np.abs(sparse_matmul(x, weight, isa=isa) - sparse_matmul_ref(x, weight)).max() < 1e-6
+print(sparsebert.__file__)
+"""
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    result = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command} failed:\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder the wheel was installed into, built with pip's own isolation from a copy of the sources."""
+    work = tmp_path_factory.mktemp("wheel")
+    source = work / "source"
+    source.mkdir()
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "build")
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=unwanted)
+        elif path.exists():
+            shutil.copy(path, source / name)
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    run(*pip, "wheel", "--no-deps", "--wheel-dir", work / "dist", source, cwd=work)
+    (wheel,) = (work / "dist").glob("sparsebert-*.whl")
+    run(*pip, "install", "--no-deps", "--target", work / "installed", wheel, cwd=work)
+    return work / "installed"
+
+
+def test_the_wheel_works_outside_the_repository(installed):
+    # -P and the path put first keep both the working directory and the development install out of the way.
+    script = f"import sys; sys.path.insert(0, {str(installed)!r})\n{PROBE}"
+    where = run(sys.executable, "-P", "-c", script, cwd=installed.parent)
+    assert Path(where.strip()).is_relative_to(installed)
+
+
+def test_the_wheel_holds_kernels_and_demo_data_and_no_sources(installed):
+    assert (installed / "sparsebert" / "kernels" / "__init__.py").is_file()
+    data = {path.name for path in (installed / "sparsebert" / "assets" / "mr").glob("*.parquet")}
+    assert data == {path.name for path in (ROOT / "sparsebert" / "assets" / "mr").glob("*.parquet")}
+    assert data
+    top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
+    assert top - {"bin"} == {"sparsebert"}
+
+
+def instructions_by_symbol() -> dict[str, set[str]]:
+    """Demangled symbol of the compiled core -> the disassembled instructions in it, operands included."""
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("objdump is not installed (binutils)")
+    text = run(objdump, "-d", "-C", "--no-show-raw-insn", _dispatch.core().__file__, cwd=ROOT)
+    found = defaultdict(set)
+    symbol = ""
+    for line in text.splitlines():
+        if heading := re.fullmatch(r"[0-9a-f]+ <(.*)>:", line):
+            symbol = heading[1]
+        elif "\t" in line:
+            found[symbol].add(line.split("\t", 1)[1])
+    return found
+
+
+x86_only = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason=f"{platform.machine()} has the scalar kernels only"
+)
+
+# Feature -> what its instructions look like, and which symbols may hold them. A VEX or EVEX mnemonic starts with v.
+PLACES = {
+    "amx": (r"^(tile|td|ldtilecfg|sttilecfg)|%tmm\d", ("amx",)),
+    "avx512": (r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b", ("avx512", "amx")),
+    "avx2": (r"%ymm\d|^v(?!err|erw|m[a-z]+$)", ("avx2", "avx512", "amx")),
+}
+
+
+@x86_only
+@pytest.mark.parametrize("feature", PLACES)
+def test_instructions_stay_in_the_symbols_named_after_them(feature):
+    pattern, allowed = PLACES[feature]
+    strays = {
+        symbol: sorted(line for line in lines if re.search(pattern, line))[:3]
+        for symbol, lines in instructions_by_symbol().items()
+        if not any(name in symbol for name in allowed) and any(re.search(pattern, line) for line in lines)
+    }
+    assert strays == {}
+
+
+@x86_only
+@pytest.mark.parametrize("feature", [isa for isa in config.ISAS if isa != "scalar"])
+def test_the_search_for_strays_can_find_something(feature):
+    pattern, _ = PLACES[feature]
+    holders = [s for s, lines in instructions_by_symbol().items() if any(re.search(pattern, line) for line in lines)]
+    assert any(feature in symbol for symbol in holders)

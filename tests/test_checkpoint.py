@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from models import classifier, saved, tokenizer
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from sparsebert import checkpoint
+from sparsebert.checkpoint import writing
+from sparsebert.errors import CheckpointError, OutputError, UnsupportedError
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("models") / "m")
+
+
+@pytest.fixture
+def directory(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "m")
+
+
+def rewrite(directory, change):
+    tensors = dict(load_file(directory / checkpoint.WEIGHTS))
+    change(tensors)
+    save_file(tensors, directory / checkpoint.WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "xlm-roberta"])
+def test_stock_transformers_loads_identical_logits(tmp_path, kind):
+    model = classifier(kind)
+    saved(tmp_path / "m", model)
+    stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "m").eval()
+    ours, _ = checkpoint.load(tmp_path / "m")
+    batch = AutoTokenizer.from_pretrained(tmp_path / "m")(
+        ["a film", "a longer film , twice"], padding=True, return_tensors="pt"
+    )
+    if kind in {"roberta", "xlm-roberta", "distilbert"}:
+        batch.pop("token_type_ids", None)
+    with torch.inference_mode():
+        want = model(**batch).logits
+        assert torch.equal(stock(**batch).logits, want) and torch.equal(ours(**batch).logits, want)
+
+
+def test_manifest_counts_and_hashes_every_tensor(directory):
+    manifest = json.loads((directory / checkpoint.MANIFEST).read_text())
+    tensors = load_file(directory / checkpoint.WEIGHTS)
+    assert manifest["tensors"].keys() == tensors.keys()
+    for name, array in tensors.items():
+        assert manifest["tensors"][name]["nnz"] == np.count_nonzero(array)
+        assert manifest["tensors"][name]["shape"] == list(array.shape)
+    assert len(manifest["golden"]["logits"]) == len(manifest["golden"]["texts"]) == 4
+    assert (
+        json.loads((directory / "config.json").read_text())["sparsebert"]["weights_sha256"]
+        == manifest["weights_sha256"]
+    )
+
+
+def test_weights_hash_follows_content_not_layout(directory, tmp_path):
+    before = checkpoint.weights_sha256(directory)
+    tensors = load_file(directory / checkpoint.WEIGHTS)
+    save_file(
+        dict(reversed(tensors.items())), directory / checkpoint.WEIGHTS, metadata={"format": "pt", "note": "moved"}
+    )
+    assert checkpoint.weights_sha256(directory) == before
+    rewrite(directory, lambda t: t["classifier.bias"].__setitem__(0, 9.0))
+    assert checkpoint.weights_sha256(directory) != before
+
+
+def test_any_flipped_bit_is_refused(directory):
+    path = directory / checkpoint.WEIGHTS
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    rng = random.Random(0)
+    positions = [rng.randrange(header) for _ in range(30)] + [rng.randrange(header, len(whole)) for _ in range(30)]
+    for position in [*positions, len(whole) - 1]:
+        broken = bytearray(whole)
+        broken[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(broken)
+        try:
+            weights = checkpoint.read_weights(directory)
+        except (CheckpointError, UnsupportedError) as error:
+            assert "model.safetensors" in str(error) or "dtype" in str(error)
+        else:  # a bit of the header's free-form metadata: every tensor must be what it was
+            assert position < header
+            path.write_bytes(whole)
+            assert all(
+                np.array_equal(weights[name], array) for name, array in checkpoint.read_weights(directory).items()
+            )
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, 0.999])
+def test_a_truncated_file_is_refused(directory, keep):
+    path = directory / checkpoint.WEIGHTS
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match="whole safetensors file"):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("bert.encoder.layer.1.output.dense.weight"),
+            "tensor bert.encoder.layer.1.output.dense.weight",
+        ),
+        (lambda t: t.update({"bert.pooler.dense.weight": np.zeros((3, 32), np.float32)}), "bert.pooler.dense.weight"),
+        (lambda t: t["bert.embeddings.LayerNorm.bias"].__setitem__(3, np.nan), "LayerNorm.bias"),
+        (lambda t: t["bert.embeddings.LayerNorm.bias"].__setitem__(3, np.inf), "LayerNorm.bias"),
+        (lambda t: t.pop("classifier.weight"), "classifier.weight"),
+    ],
+    ids=["missing", "wrong shape", "nan", "inf", "no classifier"],
+)
+def test_damaged_tensors_are_named_with_and_without_a_manifest(directory, change, message, with_manifest):
+    rewrite(directory, change)
+    if not with_manifest:
+        shutil.rmtree(directory / "sparsebert")
+    with pytest.raises(CheckpointError, match=message):
+        checkpoint.load(directory)
+
+
+def test_another_file_of_the_directory_changed_is_refused(directory):
+    (directory / "tokenizer.json").write_text((directory / "tokenizer.json").read_text().replace('"the"', '"hte"', 1))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json differs"):
+        checkpoint.load(directory)
+
+
+def test_golden_logits_catch_a_wrong_forward_pass(directory):
+    good = json.loads((directory / checkpoint.MANIFEST).read_text())["golden"]
+    checkpoint.verify_golden(directory, lambda texts: np.array(good["logits"]) + 0.9 * good["tolerance"])
+    for wrong in (1.1 * good["tolerance"], np.nan):
+        with pytest.raises(CheckpointError, match="golden logits"):
+            checkpoint.verify_golden(directory, lambda texts, wrong=wrong: np.array(good["logits"]) + wrong)
+
+
+def test_no_weights_and_pickled_weights_are_told_apart(directory):
+    (directory / checkpoint.WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        checkpoint.load(directory)
+    (directory / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="is pickle"):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [
+        ('{"model_type": "gpt2"}', UnsupportedError),
+        ("{}", UnsupportedError),
+        ("[1]", UnsupportedError),
+        ("{", CheckpointError),
+        ("\xff", CheckpointError),
+    ],
+)
+def test_a_config_that_is_not_ours_is_named(directory, config, error):
+    (directory / "config.json").write_bytes(config.encode("latin-1"))
+    with pytest.raises(error, match=r"config\.json"):
+        checkpoint.load(directory)
+
+
+def test_a_damaged_manifest_is_named(directory):
+    (directory / checkpoint.MANIFEST).write_text('{"format_version": 1}')
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        checkpoint.load(directory)
+
+
+def test_an_encoder_gets_a_fresh_head_only_when_asked():
+    with pytest.raises(CheckpointError, match="fine-tune it first"):
+        checkpoint.load("minilm")
+    model, _ = checkpoint.load("minilm", num_labels=3)
+    assert model.classifier.out_features == 3
+
+
+def test_the_golden_tolerance_is_far_above_rounding_and_far_below_a_fault(tmp_path):
+    model, tok = checkpoint.load("minilm", num_labels=2)
+    with torch.no_grad():
+        model.classifier.weight.mul_(100)  # logits of a trained model's size
+    golden = checkpoint.golden_logits(model, tok, writing.GOLDEN_TEXTS)
+    rounded = checkpoint.golden_logits(model.double(), tok, writing.GOLDEN_TEXTS)
+    assert np.abs(golden).max() > 0.5
+    assert np.abs(golden - rounded).max() < writing.GOLDEN_TOLERANCE / 20
+    with torch.no_grad():
+        model.bert.encoder.layer[2].output.dense.weight[:, 100] = 0
+    wrong = checkpoint.golden_logits(model.float(), tok, writing.GOLDEN_TEXTS)
+    assert np.abs(golden - wrong).max() > writing.GOLDEN_TOLERANCE
+
+
+def test_bfloat16_weights_are_read_exactly(tmp_path):
+    model = classifier().bfloat16()
+    model.save_pretrained(tmp_path)
+    arrays = checkpoint.read_weights(tmp_path)
+    for name, parameter in model.state_dict().items():
+        assert np.array_equal(arrays[name], parameter.float().numpy())
+
+
+def test_saved_files_can_be_read_by_the_group_the_umask_allows(directory):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~umask
+
+
+@pytest.mark.parametrize(
+    "place", ["read-only parent", "read-only target", "foreign folder", "a file", "no such device"]
+)
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, place):
+    target = tmp_path / "parent" / "out"
+    target.parent.mkdir()
+    if place == "read-only parent":
+        target.parent.chmod(0o555)
+    elif place == "read-only target":
+        target.mkdir(mode=0o555)
+    elif place == "foreign folder":
+        target.mkdir()
+        (target / "thesis.tex").write_text("mine")
+    elif place == "a file":
+        target.write_text("mine")
+    else:
+        target = type(target)("/proc/nowhere/out")
+    with pytest.raises(OutputError):
+        checkpoint.check_output(target)
+    if place == "foreign folder":
+        assert (target / "thesis.tex").read_text() == "mine"
+
+
+def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
+    directory = saved(tmp_path / "m", seed=0)
+    old = checkpoint.weights_sha256(directory)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:3]\n"
+        "from models import saved, classifier; from pathlib import Path\n"
+        "model = classifier(seed=1); print('go', flush=True)\n"
+        "while True: saved(Path(sys.argv[1]), model)\n"
+    )
+    new = None
+    rng = random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(directory), os.path.dirname(__file__)], stdout=subprocess.PIPE
+        )
+        process.stdout.readline()
+        time.sleep(rng.uniform(0.0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        checkpoint.load(directory)  # whole and verified, golden logits included
+        sha256 = checkpoint.weights_sha256(directory)
+        assert sha256 == old or new is None or sha256 == new
+        new = sha256 if sha256 != old else new
+    checkpoint.check_output(directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "what the killed processes left is cleaned up"
+    saved(directory, classifier(seed=1))
+    assert checkpoint.weights_sha256(directory) != old
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writing, "_settle", full)
+    with pytest.raises(OutputError, match="No space left"):
+        checkpoint.save(classifier(), tokenizer(), tmp_path / "m", recipe={}, key="k", figures={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_finished_needs_the_same_key_and_whole_weights(directory):
+    assert checkpoint.finished(directory, "another") is None
+    assert checkpoint.finished(directory, "test")["weights_sha256"] == checkpoint.weights_sha256(directory)
+    rewrite(directory, lambda t: t["classifier.bias"].__setitem__(0, 9.0))
+    assert checkpoint.finished(directory, "test") is None

@@ -1,0 +1,295 @@
+"""The command line: its documents, its errors (one line, exit code 2, nothing written), kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import ROOT
+from models import saved
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from sparsebert import checkpoint
+from sparsebert.cli import main
+
+SMALL_DEMO = [
+    "--train-n",
+    "320",
+    "--test-n",
+    "120",
+    "--calibration",
+    "96",
+    "--epochs",
+    "1",
+    "--bench-n",
+    "8",
+    "--rounds",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("cli") / "dense")
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def document(out: str) -> dict:
+    return json.loads(out.splitlines()[-1])
+
+
+def refused(capsys, *arguments) -> str:
+    """The one line a refused command prints."""
+    code, out, err = run(capsys, *arguments)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def start(*arguments, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "sparsebert", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs)
+
+
+def test_train_prune_eval_bench_end_with_their_documents(dense, tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "train", dense, "--task", "mr", "--seed", 3, "--n", 64, "--epochs", 0.5, "-o", tmp_path / "t"
+    )
+    assert code == 0
+    assert document(out)["task"] == "mr" and document(out)["seed"] == 3 and document(out)["steps"] == 1
+
+    settings = [
+        "--method",
+        "adaptive",
+        "--sparsity",
+        0.5,
+        "--pattern",
+        "unstructured",
+        "--seed",
+        1,
+        "--calibration",
+        32,
+    ]
+    code, out, _ = run(capsys, "prune", tmp_path / "t", "--task", "mr", *settings, "-o", tmp_path / "p")
+    pruned = document(out)
+    assert code == 0 and {"method", "sparsity", "pattern", "seconds", "peak_rss_mb", "layers"} <= pruned.keys()
+    assert pruned["sparsity"] == 0.5 and len(pruned["layers"]) == 12
+    assert all(
+        layer["density"] == 0.5 and layer["name"].startswith("bert.encoder.layer.") for layer in pruned["layers"]
+    )
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "p")
+
+    code, out, _ = run(capsys, "eval", tmp_path / "p", "--task", "mr", "--vs", tmp_path / "t", "--n", 40, "--json")
+    result = document(out)
+    assert code == 0 and out.count("\n") == 1
+    assert {"accuracy", "accuracy_ci", "kl_to_dense", "agreement", "n"} <= result.keys() and result["n"] == 40
+    assert result["accuracy_ci"][0] <= result["accuracy"] <= result["accuracy_ci"][1]
+
+    code, out, _ = run(capsys, "eval", tmp_path / "p", "--task", "mr", "--n", 40, "--json")
+    assert document(out)["kl_to_dense"] is None
+
+    code, out, _ = run(capsys, "bench", tmp_path / "p", "--n", 6, "--rounds", 2, "--json")
+    assert code == 0 and document(out)["latency_ms"].keys() == {"torch", "sparsebert"}
+
+
+def test_doctor_says_what_runs_and_why_not(capsys, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_ISA", "scalar")
+    code, out, _ = run(capsys, "doctor")
+    facts = document(out)
+    assert code == 0 and facts["isa"] == "scalar" and facts["isa_off"].keys() == {"avx2", "avx512"}
+    assert {"cpu", "threads", "gpu", "cache", "versions", "data"} <= facts.keys() and facts["gpu"]
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["prune"], ["eval"], ["bench"], ["doctor"]])
+def test_help_imports_no_heavy_library(command):
+    code = (
+        "import sys; from sparsebert.cli import main; code = main([*sys.argv[1:], '--help'])\n"
+        "print(code, sorted({'torch', 'transformers', 'pyarrow', 'scipy', 'plotly'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, check=True)
+    assert "Usage" in done.stdout and done.stdout.splitlines()[-1] == "0 []"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_task_and_method_list_the_known_ones(dense, tmp_path, capsys):
+    assert "mr, sst2, imdb" in refused(capsys, "train", dense, "--task", "nope", "-o", tmp_path / "o")
+    assert "mr, sst2, imdb" in refused(capsys, "eval", dense, "--task", "nope")
+    line = refused(capsys, "prune", dense, "--task", "mr", "--method", "nope", "-o", tmp_path / "o")
+    assert "adaptive, magnitude" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sparsity", ["1", "1.5", "-0.1", "nan", "inf"])
+def test_sparsity_outside_its_range(dense, tmp_path, capsys, sparsity):
+    line = refused(capsys, "prune", dense, "--task", "mr", f"--sparsity={sparsity}", "-o", tmp_path / "o")
+    assert "sparsity must be" in line and "--sparsity" in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["prune"],
+        ["nonsense"],
+        ["train", "minilm", "--task", "mr"],
+        ["bench", "x", "--batch", "two"],
+        ["eval", "x", "--task", "mr", "--n", "0"],
+    ],
+)
+def test_malformed_arguments(arguments, capsys):
+    refused(capsys, *arguments)
+
+
+def damage(directory: Path, how: str) -> None:
+    weights = directory / checkpoint.WEIGHTS
+    if how == "no weights":
+        weights.unlink()
+        return
+    if how == "flipped byte":
+        content = bytearray(weights.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        weights.write_bytes(content)
+        return
+    tensors = dict(load_file(weights))
+    name = "bert.encoder.layer.0.output.dense.weight"
+    if how == "missing tensor":
+        del tensors[name]
+    elif how == "nan":
+        tensors[name][0, 0] = np.nan
+    else:
+        tensors[name] = np.zeros((2, 2), np.float32)
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("how", ["no weights", "flipped byte", "missing tensor", "nan", "wrong shape"])
+@pytest.mark.parametrize("command", ["train", "prune", "eval", "bench"])
+def test_damaged_models(dense, tmp_path, capsys, how, command):
+    broken = shutil.copytree(dense, tmp_path / "broken")
+    damage(broken, how)
+    extra = [] if command in ("eval", "bench") else ["-o", tmp_path / "out"]
+    line = refused(capsys, command, broken, "--task", "mr", *extra)
+    assert str(broken) in line
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("text", ["", "   ", b"\xff\xfe"])
+def test_empty_and_non_utf8_text(dense, tmp_path, monkeypatch, capsys, text):
+    folder = tmp_path / "mr"
+    folder.mkdir()
+    column = pa.array([text]) if isinstance(text, str) else pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, len(text)], np.int32)), pa.py_buffer(text)]
+    )  # fmt: skip
+    pq.write_table(pa.table({"text": column, "label": [0]}), folder / "test.parquet")
+    monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path))
+    line = refused(capsys, "eval", dense, "--task", "mr")
+    assert "test.parquet" in line and ("non-empty" in line or "UTF-8" in line)
+
+
+def test_unsupported_architecture(dense, tmp_path, capsys):
+    other = shutil.copytree(dense, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    assert "'gpt2'" in refused(capsys, "eval", other, "--task", "mr")
+
+
+@pytest.mark.parametrize("command", ["train", "prune"])
+def test_read_only_output(dense, tmp_path, capsys, command):
+    tmp_path.chmod(0o555)
+    line = refused(capsys, command, dense, "--task", "mr", "-o", tmp_path / "out")
+    tmp_path.chmod(0o755)
+    assert "read-only" in line and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_instruction_set(capsys, dense, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_ISA", "avx1024")
+    assert "scalar, avx2, avx512" in refused(capsys, "bench", dense)
+
+
+def test_models_of_another_task(dense, tmp_path, capsys):
+    folder = tmp_path / "three"
+    folder.mkdir()
+    (folder / "test.csv").write_text("text,label\na,0\nb,1\nc,2\n")
+    assert "has 3 labels, the model has 2" in refused(capsys, "eval", dense, "--task", folder)
+
+
+# --- kill and resume -------------------------------------------------------------------------------------------------
+
+
+def wait_for(process: subprocess.Popen, pattern: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    for line in process.stderr:
+        if re.search(pattern, line):
+            return
+        assert time.monotonic() < deadline
+    raise AssertionError(f"the process ended without {pattern!r}")
+
+
+def test_ctrl_c_exits_130_with_nothing_half_written(dense, tmp_path):
+    process = start("train", dense, "--task", "mr", "--epochs", 1000, "--batch-size", 4, "-o", tmp_path / "out")
+    wait_for(process, r"fine-tune: \d+/")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out == "" and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"out.partial"}, "only the snapshot to resume from"
+
+
+def demo(output: Path, **environment) -> subprocess.Popen:
+    return start("demo", *SMALL_DEMO, "--json", "-o", output, env={**os.environ, **environment})
+
+
+def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_path):
+    output = tmp_path / "demo"
+    killed = demo(output)
+    wait_for(killed, r"2/5 prune \(adaptive\): [1-9]")
+    killed.kill()
+    killed.wait()
+    dense = checkpoint.weights_sha256(output / "dense")
+    assert not (output / "adaptive").exists()
+
+    process = demo(output)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    result = json.loads(out)
+    assert "1/5" not in err, "the finished fine-tuning was reused"
+    assert checkpoint.weights_sha256(output / "dense") == dense
+    assert result.keys() >= {"task", "dense_accuracy", "methods", "latency_ms", "max_logit_error", "report", "seconds"}
+    assert result["methods"].keys() == {"magnitude", "adaptive"}
+    assert all(method["sparsity"] == 0.875 for method in result["methods"].values())
+    assert result["methods"]["adaptive"]["kl_to_dense"] < result["methods"]["magnitude"]["kl_to_dense"]
+    assert result["latency_ms"].keys() == {"torch", "sparsebert"} and result["max_logit_error"] < 1e-4
+
+    page = Path(result["report"]).read_text()
+    assert "plotly" in page and not re.search(r"<(script|link|img)[^>]*(src|href)=", page), "opens without network"
+
+    process = demo(output)
+    out, err = process.communicate(timeout=120)
+    again = json.loads(out)
+    assert process.returncode == 0 and "prune" not in err and "evaluate" not in err
+    assert again["methods"] == result["methods"] and again["dense_accuracy"] == result["dense_accuracy"]
+
+
+def test_the_demo_refuses_an_output_it_cannot_write(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    refused(capsys, "demo", "-o", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"

@@ -1,0 +1,284 @@
+"""sparse_matmul on every instruction set against its float64 reference, at the sizes where tiling could go wrong."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from bench.shapes import LINEARS, random_input, random_weight
+from sparsebert import config
+from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul, sparse_matmul_ref, unpack
+
+# Around the widths of a vector (4, 8, 16) and of a panel (16, 32, 64), and several panels with a remainder.
+TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 257)
+# [n_out, n_in]: one, odd, prime, an exact tile, a tile of 64 rows with one over, more than one packing part, a layer.
+SHAPES = ((1, 1), (3, 5), (17, 31), (16, 16), (64, 128), (65, 129), (384, 384))
+LAYERS = [(linear.n_out, linear.n_in, linear.gelu) for linear in LINEARS]
+
+# Absolute, for x and W that give y of about 1. eps is float32's 2^-24 of relative rounding.
+TOLERANCE = {
+    # n terms of about n^-1/2 in one float32 sum: sqrt(n) roundings of at most eps * |partial sum|, below 5; 3072 terms.
+    "matmul": 2e-5,
+    # The polynomials are good to 8e-8 where the result is below 1; above, rounding of the result adds eps * |y|.
+    "gelu": 2.5e-7,
+}
+
+
+def check(y: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE["matmul"]) -> None:
+    assert y.dtype == np.float32 and y.shape == expected.shape
+    np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_matches_the_reference_at_every_remainder(isa, tokens, gelu):
+    for n_out, n_in in SHAPES:
+        weight = pack(random_weight(n_out, n_in, 0.6))
+        x, bias = random_input(tokens, n_in), random_input(1, n_out)[0]
+        for b in (bias, None):
+            check(sparse_matmul(x, weight, b, gelu=gelu, isa=isa), sparse_matmul_ref(x, weight, b, gelu=gelu))
+
+
+@pytest.mark.parametrize(("n_out", "n_in", "gelu"), LAYERS)
+def test_matches_the_reference_on_encoder_layers(isa, n_out, n_in, gelu):
+    weight = pack(random_weight(n_out, n_in, 0.875))
+    x, bias = random_input(70, n_in), random_input(1, n_out)[0]
+    check(sparse_matmul(x, weight, bias, gelu=gelu, isa=isa), sparse_matmul_ref(x, weight, bias, gelu=gelu))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
+def test_matches_the_reference_at_every_density(isa, sparsity):
+    weight = pack(random_weight(33, 70, sparsity))
+    assert weight.density == pytest.approx(1 - sparsity, abs=1e-3)
+    x = random_input(19, 70)
+    check(sparse_matmul(x, weight, isa=isa), sparse_matmul_ref(x, weight))
+
+
+def test_an_empty_weight_gives_the_bias(isa):
+    weight = pack(np.zeros((20, 30), np.float32))
+    bias = random_input(1, 20)[0]
+    assert weight.density == 0
+    np.testing.assert_array_equal(sparse_matmul(random_input(9, 30), weight, bias, isa=isa), np.tile(bias, (9, 1)))
+    np.testing.assert_array_equal(sparse_matmul(random_input(9, 30), weight, isa=isa), np.zeros((9, 20), np.float32))
+
+
+def test_empty_rows_beside_one_full_row(isa):
+    dense = np.zeros((40, 50), np.float32)
+    dense[17] = random_input(1, 50)[0]
+    weight = pack(dense)
+    x = random_input(21, 50)
+    check(sparse_matmul(x, weight, isa=isa), sparse_matmul_ref(x, weight))
+
+
+def test_the_last_of_65536_columns_is_reached(isa):
+    dense = np.zeros((2, 65536), np.float32)
+    dense[0, 0], dense[1, 65535] = 2.0, 3.0
+    x = random_input(17, 65536)
+    np.testing.assert_array_equal(sparse_matmul(x, pack(dense), isa=isa), x[:, [0, 65535]] * np.float32([2, 3]))
+
+
+def test_gelu_is_exact_from_tail_to_tail(isa):
+    x = np.concatenate([np.linspace(-15, 15, 200001), [0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38, 1e4, -1e4]])
+    x = x.astype(np.float32)[:, None]
+    weight = pack(np.ones((1, 1), np.float32))
+    y, expected = sparse_matmul(x, weight, gelu=True, isa=isa), sparse_matmul_ref(x, weight, gelu=True)
+    assert (np.abs(y - expected) <= TOLERANCE["gelu"] + np.abs(expected) * 2.0**-24).all()
+    # No cancellation: small negative results keep their leading digits.
+    tail = (x > -5) & (x < 0)
+    np.testing.assert_allclose(y[tail], expected[tail], rtol=5e-3, atol=1e-37)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_non_finite_input_stays_with_its_token(isa, bad):
+    dense = random_weight(40, 50, 0.5)
+    weight = pack(dense)
+    x = random_input(70, 50)
+    clean = sparse_matmul(x, weight, isa=isa)
+    x[33, 7] = bad
+    y = sparse_matmul(x, weight, isa=isa)
+    others = np.arange(70) != 33
+    np.testing.assert_array_equal(y[others], clean[others])
+    reads_it = dense[:, 7] != 0
+    assert not np.isfinite(y[33, reads_it]).any()
+    np.testing.assert_array_equal(y[33, ~reads_it], clean[33, ~reads_it])
+
+
+def test_gelu_keeps_nan(isa):
+    x = np.float32([[np.nan], [np.inf], [-np.inf]])
+    y = sparse_matmul(x, pack(np.ones((1, 1), np.float32)), gelu=True, isa=isa)
+    assert np.isnan(y[0, 0]) and y[1, 0] == np.inf and abs(y[2, 0]) < 2e-30
+
+
+@pytest.mark.parametrize("tokens", [5, 70, 870])
+def test_any_number_of_threads_gives_the_same_bits(isa, tokens):
+    weight = pack(random_weight(400, 300, 0.8))
+    x, bias = random_input(tokens, 300), random_input(1, 400)[0]
+    expected = sparse_matmul(x, weight, bias, gelu=True, isa=isa, threads=1).tobytes()
+    for threads in (2, 3, 7, 32):
+        assert sparse_matmul(x, weight, bias, gelu=True, isa=isa, threads=threads).tobytes() == expected
+
+
+def test_a_token_gives_the_same_bits_in_any_batch(isa):
+    weight = pack(random_weight(100, 300, 0.8))
+    x = random_input(300, 300)
+    whole = sparse_matmul(x, weight, gelu=True, isa=isa)
+    for tokens in (1, 7, 8, 9, 17, 33, 64, 65, 129):
+        start = 300 - tokens
+        part = sparse_matmul(x[start:], weight, gelu=True, isa=isa)
+        assert part.tobytes() == whole[start:].tobytes()
+
+
+def test_avx2_and_avx512_give_the_same_bits():
+    if "avx512" not in _dispatch.supported_isas():
+        pytest.skip(f"avx512: {_dispatch.why_off()['avx512']}")
+    weight = pack(random_weight(100, 300, 0.8))
+    x, bias = random_input(90, 300), random_input(1, 100)[0]
+    wide = sparse_matmul(x, weight, bias, gelu=True, isa="avx512")
+    assert wide.tobytes() == sparse_matmul(x, weight, bias, gelu=True, isa="avx2").tobytes()
+
+
+@pytest.mark.parametrize("cap", [*config.ISAS, "sse9", ""])
+def test_the_cap_limits_what_is_dispatched(cap):
+    script = "from sparsebert.ops import _dispatch; print(_dispatch.isa(), sorted(_dispatch.why_off()))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"SPARSEBERT_ISA": cap}, capture_output=True, text=True
+    )
+    if cap == "sse9":
+        assert result.returncode != 0 and "SPARSEBERT_ISA must be one of" in result.stderr
+        return
+    allowed = config.ISAS[: config.ISAS.index(cap or config.ISAS[-1]) + 1]
+    best = [name for name in _dispatch.supported_isas() if name in allowed][-1]
+    off = sorted(set(config.ISAS) - {name for name in _dispatch.supported_isas() if name in allowed})
+    assert result.stdout.split(maxsplit=1) == [best, f"{off}\n"]
+
+
+def test_the_operation_imports_no_torch():
+    script = "import sys, sparsebert.ops.sparse_matmul, sparsebert.engine.measure; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_two_python_threads_at_once():
+    weight = pack(random_weight(384, 384, 0.8))
+    inputs = [random_input(200, 384, seed) for seed in range(4)]
+    expected = [sparse_matmul(x, weight).tobytes() for x in inputs]
+    wrong = []
+
+    def call(index: int) -> None:
+        for _ in range(30):
+            if sparse_matmul(inputs[index], weight, threads=4).tobytes() != expected[index]:
+                wrong.append(index)
+
+    callers = [threading.Thread(target=call, args=(index,)) for index in range(len(inputs))]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert wrong == []
+
+
+def _fork_body(queue, x, weight) -> None:
+    queue.put(sparse_matmul(x, weight, threads=2).tobytes())
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_starts_its_own_workers():
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    context = multiprocessing.get_context("fork")
+    weight, x = pack(random_weight(384, 384, 0.8)), random_input(200, 384)
+    expected = sparse_matmul(x, weight, threads=2).tobytes()  # the parent has workers from here on
+    queue = context.Queue()
+    child = context.Process(target=_fork_body, args=(queue, x, weight))
+    child.start()
+    assert queue.get(timeout=30) == expected
+    child.join(timeout=30)
+    assert child.exitcode == 0
+    assert sparse_matmul(x, weight, threads=2).tobytes() == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=40),
+        elements=st.one_of(st.just(0.0), st.floats(-1e6, 1e6, width=32)),
+    )
+)
+def test_unpack_undoes_pack(dense):
+    weight = pack(dense)
+    np.testing.assert_array_equal(unpack(weight), dense)
+    assert weight.nnz == np.count_nonzero(dense)
+    again = PackedWeight(weight.row_ptr.copy(), weight.cols.copy(), weight.values.copy(), weight.n_in, weight.n_out)
+    np.testing.assert_array_equal(unpack(again), dense)
+
+
+def test_packed_arrays_are_read_only_and_unshared():
+    row_ptr, cols, values = np.int32([0, 1]), np.uint16([2]), np.float32([1.5])
+    weight = PackedWeight(row_ptr, cols, values, 3, 1)
+    cols[0] = 9
+    assert weight.cols[0] == 2
+    for array in (weight.row_ptr, weight.cols, weight.values, pack(np.eye(3, dtype=np.float32)).cols):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+W = pack(np.ones((4, 6), np.float32))
+X = np.ones((2, 6), np.float32)
+BAD_CALLS = {
+    "x must be 2-d float32, got float64": lambda: sparse_matmul(X.astype(np.float64), W),
+    "x must be 2-d float32, got float32 [6]": lambda: sparse_matmul(X[0], W),
+    "x must be 2-d float32, got list": lambda: sparse_matmul([[1.0]], W),
+    "x must be C-contiguous, got strides (4, 8)": lambda: sparse_matmul(np.asfortranarray(X), W),
+    "x must be [tokens, n_in = 6], got [2, 5]": lambda: sparse_matmul(np.ones((2, 5), np.float32), W),
+    "weight must be a PackedWeight, got float32 [4, 6]": lambda: sparse_matmul(X, np.ones((4, 6), np.float32)),
+    "bias must be [n_out = 4], got [5]": lambda: sparse_matmul(X, W, np.ones(5, np.float32)),
+    "bias must be 1-d float32, got float64 [4]": lambda: sparse_matmul(X, W, np.ones(4)),
+    "threads must be an integer of at least 1, got 0": lambda: sparse_matmul(X, W, threads=0),
+    "isa must be one of scalar, avx2, avx512, got 'neon'": lambda: sparse_matmul(X, W, isa="neon"),
+    "weight must be float32 [n_out, n_in], got float64 [2, 2]": lambda: pack(np.ones((2, 2))),
+    "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [1, 65537]": lambda: pack(np.ones((1, 65537), np.float32)),
+    "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [0, 3]": lambda: pack(np.ones((0, 3), np.float32)),
+    "weight must be finite, got 1 of 2": lambda: pack(np.float32([[1, np.nan]])),
+    "row_ptr must rise from 0 to nnz = 1": lambda: PackedWeight(
+        np.int32([0, 2, 1]), np.uint16([0]), np.float32([1]), 3, 2
+    ),
+    "row_ptr must have 3 entries, got 2": lambda: PackedWeight(np.int32([0, 1]), np.uint16([0]), np.float32([1]), 3, 2),
+    "stay below n_in = 3": lambda: PackedWeight(np.int32([0, 1]), np.uint16([3]), np.float32([1]), 3, 1),
+    "cols must increase within each row": lambda: PackedWeight(
+        np.int32([0, 2]), np.uint16([1, 1]), np.float32([1, 1]), 3, 1
+    ),
+    "values must be finite": lambda: PackedWeight(np.int32([0, 1]), np.uint16([0]), np.float32([np.inf]), 3, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_input_is_named(message):
+    with pytest.raises(InputError) as error:
+        BAD_CALLS[message]()
+    assert message in str(error.value)
+
+
+def test_an_isa_this_machine_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(_dispatch, "supported_isas", lambda: ("scalar",))
+    with pytest.raises(UnsupportedError, match="avx512"):
+        sparse_matmul(X, W, isa="avx512")
+    assert _dispatch.isa() == "scalar"
+    assert set(_dispatch.why_off()) == {"avx2", "avx512"}
+
+
+def test_the_binding_refuses_what_would_leave_its_memory():
+    core = _dispatch.core()
+    for row_ptr, cols in ((np.int32([0, 3]), np.uint16([0])), (np.int32([1, 1]), np.uint16([0]))):
+        with pytest.raises(ValueError, match="row_ptr"):
+            core.sparse_matmul(X, row_ptr, cols, np.ones(cols.size, np.float32), None, False, "scalar", 1)
+    with pytest.raises(TypeError):
+        core.sparse_matmul(X.astype(np.float64), W.row_ptr, W.cols, W.values, None, False, "scalar", 1)

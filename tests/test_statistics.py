@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sparsebert.data import Examples, get_task
+from sparsebert.errors import InputError
+from sparsebert.robustness import compare, statistics
+
+
+def test_wilson_matches_the_closed_form():
+    k, n, z = 87, 100, 1.959963984540054
+    centre = (k + z * z / 2) / (n + z * z)
+    half = z / (n + z * z) * np.sqrt(k * (n - k) / n + z * z / 4)
+    assert statistics.wilson(k, n) == pytest.approx((centre - half, centre + half), abs=1e-12)
+
+
+def test_bootstrap_covers_the_mean_and_shrinks_with_n():
+    values = np.random.default_rng(0).exponential(size=4000)
+    low, high = statistics.bootstrap_mean(values)
+    assert low < values.mean() < high
+    assert (high - low) == pytest.approx(2 * 1.96 * values.std() / np.sqrt(4000), rel=0.1)
+    assert statistics.bootstrap_mean(np.ones(5)) == (1.0, 1.0)
+
+
+def test_mcnemar_counts_only_disagreements():
+    a = np.array([True] * 9 + [False] * 1 + [True] * 90)
+    b = np.array([False] * 9 + [True] * 1 + [True] * 90)
+    assert statistics.mcnemar(a, b) == pytest.approx(2 * 11 / 2**10)
+    assert statistics.mcnemar(a, a) == 1.0
+
+
+def test_kl_is_zero_for_shifted_logits_and_matches_the_sum():
+    p, q = np.array([[1.0, 2.0, 0.5]], np.float32), np.array([[0.0, 0.3, 3.0]], np.float32)
+    assert statistics.kl_divergence(p, p + 7) == pytest.approx(0, abs=1e-12)
+    a, b = np.exp(p[0]) / np.exp(p[0]).sum(), np.exp(q[0]) / np.exp(q[0]).sum()
+    assert statistics.kl_divergence(p, q)[0] == pytest.approx((a * np.log(a / b)).sum(), rel=1e-6)
+
+
+def examples(labels, task="mr"):
+    return Examples(task, "test", ["x"] * len(labels), None, np.array(labels))
+
+
+def test_compare_is_paired_with_dense():
+    dense = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], np.float32)
+    pruned = np.array([[0, 1], [1, 0], [1, 0], [1, 0]], np.float32)
+    result = compare(get_task("mr"), examples([1, 1, 0, 1]), pruned, dense)
+    assert (result.accuracy, result.difference, result.agreement) == (0.5, -0.25, 0.75)
+    assert result.kl_to_dense == pytest.approx(statistics.kl_divergence(dense, pruned).mean())
+    assert compare(get_task("mr"), examples([1, 1, 0, 1]), dense).kl_to_dense is None
+
+
+def test_three_way_models_count_neutral_and_contradiction_as_not_entailment():
+    logits = np.array([[3, 1, 1], [1, 3, 1], [1, 1, 3], [1, 1, 3]], np.float32)
+    result = compare(get_task("hans"), examples([0, 1, 1, 0], "hans"), logits)
+    assert result.accuracy == 0.75
+
+
+def test_f1_is_reported_where_it_is_the_metric():
+    logits = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], np.float32)
+    result = compare(get_task("qqp"), examples([1, 0, 1, 0], "qqp"), logits)
+    assert result.f1 == pytest.approx(0.5)
+
+
+def test_labels_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match="has 4 labels, the model has 2"):
+        compare(get_task("agnews"), examples([0, 3], "agnews"), np.zeros((2, 2), np.float32))

@@ -1,0 +1,122 @@
+"""The rules a reader relies on: imports point down, one op has one name everywhere, nothing executes data."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from sparsebert import config
+
+# Higher imports lower, never the other way; equal ranks may not import each other. Leaves import only leaves.
+RANKS = {
+    "cli": 9, "serving": 8, "pruning": 8, "training": 7, "robustness": 6, "engine": 5, "encoders": 4,
+    "checkpoint": 3, "data": 2, "ledger": 2, "machine": 2, "ops": 1, "kernels": 0, "_C": 0,
+}  # fmt: skip
+LEAVES = {"config", "errors", "patterns"}
+SOURCES = sorted((ROOT / "sparsebert").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
+
+
+def area(path: Path) -> str:
+    parts = path.relative_to(ROOT).parts
+    return parts[0] if parts[0] == "kernels" else parts[1].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of the package that a file imports, at any depth of it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = (
+                [node.module] if node.module != "sparsebert" else [f"sparsebert.{alias.name}" for alias in node.names]
+            )
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("sparsebert.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path):
+    here = area(path)
+    if here in {"__init__", "__main__"}:
+        return  # the package's face: resolves its public names on first use
+    for other in imported(path) - {here}:
+        if other in LEAVES:
+            continue
+        assert here not in LEAVES, f"{path}: a leaf imports {other}"
+        assert RANKS[other] < RANKS[here], f"{path}: {here} may not import {other}"
+
+
+def ops() -> set[str]:
+    return {p.stem for p in (ROOT / "sparsebert/ops").glob("*.py")} - {"__init__", "_dispatch"}
+
+
+def test_every_op_has_a_test_and_a_bench_of_its_name():
+    assert ops()
+    for op in ops():
+        assert (ROOT / f"tests/test_{op}.py").exists()
+        assert (ROOT / f"bench/bench_{op}.py").exists()
+        text = (ROOT / f"sparsebert/ops/{op}.py").read_text()
+        assert f"def {op}(" in text and f"def {op}_ref(" in text
+
+
+def test_every_backend_file_carries_an_ops_name():
+    shared = {"isa", "threads", "scratch"}
+    for path in (ROOT / "csrc/cpu").glob("*.cpp"):
+        op = re.sub(rf"_({'|'.join(config.ISAS)})$", "", path.stem)
+        assert op in ops() | shared, f"{path} belongs to no op"
+    for path in [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "kernels").glob("[!_]*.py")]:
+        assert path.stem in ops(), f"{path} belongs to no op"
+
+
+def test_every_package_is_in_the_wheel():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "sparsebert").rglob("__init__.py")}
+    assert listed == found | {"sparsebert.kernels"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_executes_data(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            assert not {name.split(".")[0] for name in names} & {"pickle", "dill", "cloudpickle", "shelve", "marshal"}
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "torch.load", "torch.save", "yaml.load", "print"} or (
+                called == "print" and area(path) == "cli"
+            ), f"{path}:{node.lineno}: {called}"
+
+
+@pytest.mark.parametrize(
+    "module", ["sparsebert", "sparsebert.engine", "sparsebert.checkpoint", "sparsebert.cli.commands"]
+)
+def test_light_modules_import_neither_torch_nor_transformers(module: str):
+    code = f"import {module}, sys; print(sorted({{'torch', 'transformers', 'datasets'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_environment_variables_are_read_in_config_alone():
+    for path in SOURCES:
+        if path.name != "config.py":
+            assert not re.search(r"os\.(environ|getenv)", path.read_text()), path
+
+
+def test_readme_tree_names_what_exists():
+    readme = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", readme, re.S)[1]
+    named = [line.split()[0] for line in tree.splitlines() if line.strip() and not line.startswith(" ")]
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), f"README's tree names {name}"

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from models import classifier, saved, tokenizer
+
+from sparsebert import checkpoint, config, data, encoders
+from sparsebert.errors import InputError
+from sparsebert.training import finetune, train
+
+SETTINGS = config.TrainConfig(n=64, batch_size=8, epochs=1.5, lr=1e-3)  # 12 steps
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("start") / "tiny")
+
+
+@pytest.fixture
+def snapshots(monkeypatch):
+    monkeypatch.setattr(finetune, "STEPS_PER_SNAPSHOT", 4)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, snapshots, precision):
+    settings = SETTINGS.model_copy(update={"precision": precision})
+    whole = train(start, "mr", tmp_path / "whole", settings)
+
+    def kill(done, total):
+        if done == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(start, "mr", tmp_path / "cut", settings, progress=kill)
+    assert not (tmp_path / "cut").exists()
+    resumed = train(start, "mr", tmp_path / "cut", settings)
+    assert resumed.resumed_from == 8
+    assert resumed.weights_sha256 == whole.weights_sha256
+    assert resumed.loss == whole.loss
+    assert not (tmp_path / "cut.partial").exists()
+
+
+def test_a_finished_run_returns_at_once_and_a_changed_one_starts_anew(start, tmp_path):
+    first = train(start, "mr", tmp_path / "m", SETTINGS)
+    steps = []
+    again = train(start, "mr", tmp_path / "m", SETTINGS, progress=lambda done, total: steps.append(done))
+    assert steps == [] and again.weights_sha256 == first.weights_sha256 and again.resumed_from == again.steps
+    other = train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"seed": 1}))
+    assert other.resumed_from == 0 and other.weights_sha256 != first.weights_sha256
+
+
+def test_a_snapshot_of_another_run_is_not_taken(start, tmp_path, snapshots):
+    def kill(done, total):
+        if done == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
+    other = train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"lr": 2e-3}))
+    assert other.resumed_from == 0
+
+
+def test_a_torn_snapshot_is_not_taken(start, tmp_path, snapshots):
+    def kill(done, total):
+        if done == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
+    snapshot = tmp_path / "m.partial" / "state.safetensors"
+    snapshot.write_bytes(snapshot.read_bytes()[:1000])
+    assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 0
+
+
+def test_training_learns_and_leaves_the_callers_random_state(start, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    result = train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"epochs": 12.0, "lr": 1e-2}))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert result.loss < 0.55, "64 sentences can be learnt by heart; chance is 0.69"
+    model, tok = checkpoint.load(tmp_path / "m")
+    examples = data.load(data.get_task("mr"), "train", limit=64, seed=0)
+    assert (encoders.predict(model, tok, examples, max_length=128).argmax(1) == examples.labels).mean() > 0.75
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_the_schedule_warms_up_and_ends_at_zero(start, tmp_path):
+    run = finetune._Run(classifier(), SETTINGS, 100, tmp_path / "x.partial", "key")
+    shares = []
+    for run.step in range(100):
+        shares.append(run._schedule())
+    assert shares[0] == pytest.approx(0.1) and max(shares) == 1.0 and shares[99] == pytest.approx(1 / 90)
+    assert np.all(np.diff(shares[10:]) < 0)
+
+
+def test_batches_are_of_similar_length_and_cover_an_epoch():
+    encoded = [{"input_ids": [0] * n} for n in np.random.default_rng(0).integers(3, 100, 5000)]
+    lengths = np.array([len(row["input_ids"]) for row in encoded])
+    batches = encoders.bucketed(encoded, 32, np.random.default_rng(1))
+    assert sorted(np.concatenate(batches)) == list(range(5000))
+    padded = sum(len(rows) * lengths[rows].max() for rows in batches)
+    assert padded < 1.05 * lengths.sum()
+    again = encoders.bucketed(encoded, 32, np.random.default_rng(2))
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(again))
+
+
+def test_a_task_without_training_split_is_refused(start, tmp_path):
+    with pytest.raises(InputError, match="no training split"):
+        train(start, "fever_symm_v1", tmp_path / "m")
+
+
+def test_predictions_do_not_depend_on_the_batch():
+    model, tok = classifier(), tokenizer()
+    examples = data.load(data.get_task("mr"), "test", limit=30)
+    alone = encoders.predict(model, tok, examples, max_length=128, batch_size=1)
+    together = encoders.predict(model, tok, examples, max_length=128, batch_size=30)
+    np.testing.assert_allclose(alone, together, atol=2e-5)
