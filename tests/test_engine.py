@@ -13,6 +13,7 @@ from sparsebert.config import BenchConfig, PruneConfig
 from sparsebert.engine import Engine
 from sparsebert.engine.rivals import compare_with_torch
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
+from sparsebert.ops import _dispatch
 from sparsebert.pruning import prune
 
 TOLERANCE = 2e-5  # fp32 sums in another order, through two layers, on logits of size about 3
@@ -106,6 +107,13 @@ def test_a_wrong_kernel_is_caught_by_the_golden_logits(directory, monkeypatch):
     right = engine.sparse_matmul
     monkeypatch.setattr(engine, "sparse_matmul", lambda *args, **kwargs: right(*args, **kwargs) * np.float32(1.01))
     with pytest.raises(CheckpointError, match="golden logits"):
+        Engine.load(directory)
+
+
+def test_falling_back_to_the_portable_path_is_said(directory, monkeypatch):
+    monkeypatch.delenv("SPARSEBERT_ISA", raising=False)
+    monkeypatch.setattr(_dispatch, "supported_isas", lambda: ("scalar",))
+    with pytest.warns(UserWarning, match="portable path"):
         Engine.load(directory)
 
 

@@ -77,20 +77,21 @@ def test_a_torn_snapshot_is_not_taken(start, tmp_path, snapshots):
     assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 0
 
 
-def test_training_learns_and_leaves_the_callers_random_state(start, tmp_path):
+def test_training_learns_and_leaves_the_callers_random_state(tmp_path):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    result = train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"epochs": 12.0, "lr": 1e-2}))
+    settings = config.TrainConfig(n=32, batch_size=8, epochs=6, lr=2e-4)
+    train("minilm", "mr", tmp_path / "m", settings)
     assert torch.equal(torch.get_rng_state(), before)
-    assert result.loss < 0.55, "64 sentences can be learnt by heart; chance is 0.69"
     model, tok = checkpoint.load(tmp_path / "m")
-    examples = data.load(data.get_task("mr"), "train", limit=64, seed=0)
-    assert (encoders.predict(model, tok, examples, max_length=128).argmax(1) == examples.labels).mean() > 0.75
+    examples = data.load(data.get_task("mr"), "train", limit=32, seed=0)
+    right = encoders.predict(model, tok, examples, max_length=128).argmax(1) == examples.labels
+    assert right.mean() > 0.85, "32 sentences can be learnt by heart"
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
 def test_the_schedule_warms_up_and_ends_at_zero(start, tmp_path):
-    run = finetune._Run(classifier(), SETTINGS, 100, tmp_path / "x.partial", "key")
+    run = finetune.Run(classifier(), SETTINGS, 100, tmp_path / "x.partial", "key")
     shares = []
     for run.step in range(100):
         shares.append(run._schedule())

@@ -40,6 +40,7 @@ def save(
     import torch
     import transformers
     import yaml
+    from safetensors import SafetensorError
 
     target = check_output(directory)
     staging = target.parent / f".{target.name}.tmp-{os.getpid()}"
@@ -81,7 +82,7 @@ def save(
         (staging / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         _settle(staging)
         replace_directory(staging, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has a name of its own for a full disk
         raise OutputError(
             f"{target} cannot be written: {error}", fix="free space or choose another output directory"
         ) from error

@@ -5,6 +5,8 @@ anywhere.
 from __future__ import annotations
 
 import math
+import threading
+import warnings
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from sparsebert import checkpoint
+from sparsebert import config as settings
 from sparsebert.data import require_texts
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
@@ -64,7 +67,7 @@ class Engine:
     """
 
     def __init__(self, weights: dict[str, np.ndarray], config: dict, tokenizer: Tokenizer, threads: int):
-        self.config, self.threads, self._tokenizer = config, threads, tokenizer
+        self.config, self.threads, self._tokenizer, self._lock = config, threads, tokenizer, threading.Lock()
         self._heads = config["num_attention_heads"]
         take, norm, linear = _readers(weights, config)
         self._words = take("bert.embeddings.word_embeddings.weight")
@@ -113,6 +116,8 @@ class Engine:
                 f"{directory}/tokenizer.json must be a tokenizer: {error}", fix="restore the file"
             ) from error
         tokenizer.no_padding()
+        if _dispatch.isa() == "scalar" and settings.isa_cap() is None:
+            warnings.warn("no AVX2 here: the engine runs its portable path, see `sparsebert doctor`", stacklevel=2)
         engine = cls(weights, config, tokenizer, threads or _dispatch.threads())
         checkpoint.verify_golden(directory, engine.logits)
         return engine
@@ -137,8 +142,9 @@ class Engine:
             raise InputError(f"max_length must be 3 to {limit}, got {max_length}", fix="choose a length in that range")
         if not texts:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        self._tokenizer.enable_truncation(max_length)
-        encoded = self._tokenizer.encode_batch(texts)
+        with self._lock:  # the tokenizer keeps the length between the two calls
+            self._tokenizer.enable_truncation(max_length)
+            encoded = self._tokenizer.encode_batch(texts)
         return self.forward([row.ids for row in encoded], [row.type_ids for row in encoded])
 
     def forward(self, ids: list[list[int]], type_ids: list[list[int]]) -> np.ndarray:

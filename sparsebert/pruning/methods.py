@@ -10,6 +10,7 @@ import torch
 
 from sparsebert.config import PruneConfig
 from sparsebert.encoders import Progress, encoder_linears
+from sparsebert.errors import InputError
 from sparsebert.patterns import zeros_in
 from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.solve import cholesky, column_sweep, damped, lowest
@@ -35,18 +36,29 @@ def adaptive(model, calibration: Batches, config: PruneConfig, progress: Progres
     at W instead of 0, moments over real tokens only, and the bias solved by centring (b = mean_y - V mean_x), so that
     it is neither penalised nor pruned.
     """
-    total, done = len(encoder_linears(model)), 0
-    for linears, moments in stages(model, calibration):
+    linears = encoder_linears(model)
+    _require_tokens(calibration, max(module.in_features for module in linears.values()))
+    total, done = len(linears), 0
+    for stage, moments in stages(model, calibration):
         h, ridge = damped(moments.gram, config.damping)
         inverse = torch.cholesky_inverse(cholesky(h, config.damping))
         factor = torch.linalg.cholesky(inverse, upper=True)
-        for name, module in linears.items():
+        for name, module in stage.items():
             best_dense = (moments.cross[name] + ridge * module.weight.double()) @ inverse
             module.weight.copy_(column_sweep(best_dense, factor, config.sparsity))
             if module.bias is not None:
                 module.bias.copy_(moments.mean_y[name] - module.weight.double() @ moments.mean_x)
             done += 1
             progress(done, total)
+
+
+def _require_tokens(calibration: Batches, n_in: int) -> None:
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
+    if tokens < n_in:
+        raise InputError(
+            f"calibration must have at least as many tokens as the widest linear has inputs, {n_in}, got {tokens}",
+            fix="raise --calibration",
+        )
 
 
 METHODS = {"adaptive": adaptive, "magnitude": magnitude}

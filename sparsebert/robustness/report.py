@@ -18,10 +18,16 @@ _COLOURS = {
 }
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #22292f; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem } p { margin: .3rem 0;
-color: #55606a } table { border-collapse: collapse; margin: .8rem 0 } th, td { padding: .3rem .9rem; text-align: right;
-border-bottom: 1px solid #dde2e6 } th:first-child, td:first-child { text-align: left } .chart { margin: .5rem 0 } code {
-background: #f1f4f6; padding: 0 .3rem }
+h1 { font-size: 1.5rem; margin-bottom: .2rem }
+h2 { font-size: 1.1rem; margin: 1rem 0 .3rem }
+p { margin: .3rem 0; color: #55606a }
+table { border-collapse: collapse; margin: .8rem 0; width: 100% }
+th, td { padding: .3rem .9rem; text-align: right; border-bottom: 1px solid #dde2e6 }
+th:first-child, td:first-child { text-align: left }
+.charts { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem }
+.charts > div { min-width: 0 }
+.wide { grid-column: 1 / -1 }
+code { background: #f1f4f6; padding: 0 .3rem }
 """
 
 
@@ -45,24 +51,26 @@ def write_report(
         raise UnsupportedError("the report needs plotly", fix="pip install 'sparsebert[demo]'") from error
 
     figures = [
-        ("Accuracy", "Whiskers are 95 % Wilson intervals.", _accuracy(go, evaluations)),
+        ("Accuracy", "Whiskers are 95 % Wilson intervals.", "", _accuracy(go, evaluations)),
         (
             "Distance from the dense model",
-            "Mean KL(dense ‖ pruned) in nats on the same sentences; lower keeps more of what the model knew.",
+            "Mean KL(dense ‖ pruned) in nats on the same sentences: lower keeps more of what the model knew.",
+            "",
             _kl(go, evaluations),
         ),
-        ("Density of every linear", "Share of weights kept.", _density(go, density)),
         (
             "Latency",
             "Same weights, sentences and threads; the two take turns. Median over rounds.",
+            "wide",
             _latency(go, timings),
         ),
+        ("Density of every linear", "Share of weights kept.", "wide", _density(go, density)),
     ]
-    config = {"displaylogo": False, "responsive": True}
+    config = {"displayModeBar": False, "responsive": True}
     charts = "".join(
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(note)}</p><div class='chart'>"
+        f"<div class='{place}'><h2>{html.escape(title)}</h2><p>{html.escape(note)}</p>"
         f"{to_html(figure, include_plotlyjs=False, full_html=False, config=config)}</div>"
-        for title, note, figure in figures
+        for title, note, place, figure in figures
     )
     dense = evaluations["dense"]
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
@@ -72,7 +80,7 @@ def write_report(
         "<h1>MiniLM-L6, pruned and checked</h1>"
         f"<p>Task {html.escape(dense.task)}, {dense.n} {html.escape(dense.split)} sentences. The encoder is "
         "all-MiniLM-L6-v2, a sentence-embedding model, fine-tuned; embeddings, pooler and classifier stay dense.</p>"
-        f"{_quality_table(evaluations, density)}{_speed_table(timings)}{charts}"
+        f"{_quality_table(evaluations, density)}{_speed_table(timings)}<div class='charts'>{charts}</div>"
         f"<h2>Settings</h2><p><code>{html.escape(shown)}</code></p></body></html>"
     )
     staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -139,7 +147,7 @@ def _density(go, density: dict[str, dict[str, float]]):
             y=list(by_name.values()),
             name=method,
             mode="lines+markers",
-            marker_color=_COLOURS.get(method),
+            marker={"color": _COLOURS.get(method), "size": 14 if method == "magnitude" else 7},  # both show where equal
         )
     _layout(figure, "share kept", height=380)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.1})

@@ -21,7 +21,7 @@ from torch import nn
 from sparsebert import checkpoint, data, ledger
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import Progress, bucketed, collate, no_progress, tokenize
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, OutputError
 from sparsebert.machine import bf16_is_fast
 
 STEPS_PER_SNAPSHOT = 100  # a kill loses fewer steps than this; writing one costs about a step's time
@@ -82,7 +82,7 @@ def train(
         encoded = tokenize(tokenizer, examples, spec.max_length)
         labels = torch.from_numpy(examples.labels)
         plan = _plan(encoded, config)
-        run = _Run(classifier, config, len(plan), target.parent / f"{target.name}.partial", key)
+        run = Run(classifier, config, len(plan), target.parent / f"{target.name}.partial", key)
         resumed_from = run.step
         for step in range(run.step, len(plan)):
             rows = plan[step]
@@ -118,7 +118,7 @@ def _mix(seed: int, step: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
 
 
-class _Run:
+class Run:
     """Model, optimizer and step count, with the snapshots they can be rebuilt from."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, folder: Path, key: str):
@@ -138,8 +138,8 @@ class _Run:
         self._restore()
         model.train()
 
-    def advance(self, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
-        """One optimizer step."""
+    def advance(self, batch: dict[str, torch.Tensor], labels: torch.Tensor, *, snapshots: bool = True) -> None:
+        """One optimizer step, and a snapshot when one is due."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             logits = self.model(**batch).logits
         loss = nn.functional.cross_entropy(logits.float(), labels)
@@ -151,7 +151,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss.item())
         self.step += 1
-        if self.step % STEPS_PER_SNAPSHOT == 0 and self.step < self.total_steps:
+        if snapshots and self.step % STEPS_PER_SNAPSHOT == 0 and self.step < self.total_steps:
             self._save()
 
     def discard(self) -> None:
@@ -166,6 +166,7 @@ class _Run:
         return max(0.0, (self.total_steps - self.step) / max(1, self.total_steps - warmup))
 
     def _save(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
@@ -173,10 +174,14 @@ class _Run:
             state = self.optimizer.state[p]
             tensors |= {f"{slot}/{name}": state[slot] for slot in ("exp_avg", "exp_avg_sq")}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        self.folder.mkdir(parents=True, exist_ok=True)
         fresh = self.snapshot.with_suffix(".new")
-        save_file(tensors, fresh, metadata={"key": self.key, "step": str(self.step)})
-        os.replace(fresh, self.snapshot)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, fresh, metadata={"key": self.key, "step": str(self.step)})
+            os.replace(fresh, self.snapshot)
+        except (OSError, SafetensorError) as error:
+            fresh.unlink(missing_ok=True)
+            raise OutputError(f"snapshot {self.snapshot} cannot be written: {error}", fix="free space") from error
 
     def _restore(self) -> None:
         from safetensors import SafetensorError, safe_open
