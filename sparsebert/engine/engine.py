@@ -111,7 +111,7 @@ class Engine:
         weights = checkpoint.read_weights(directory)
         try:
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:
+        except Exception as error:  # tokenizers raises nothing narrower
             raise CheckpointError(
                 f"{directory}/tokenizer.json must be a tokenizer: {error}", fix="restore the file"
             ) from error

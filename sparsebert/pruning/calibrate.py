@@ -55,9 +55,7 @@ def stages(model, batches: list[dict[str, torch.Tensor]]) -> Iterator[tuple[dict
     arguments = [rest for _, rest in calls]
     for layer in layers:
         linears = {names[id(m)]: m for m in layer.modules() if isinstance(m, nn.Linear)}
-        order, targets = _dense_outputs(
-            layer, linears, dense, arguments, masks
-        )  # leaves the layer's dense outputs in `dense`
+        order, targets = _dense_outputs(layer, linears, dense, arguments, masks)
         for stage in order:
             group = {name: linears[name] for name in stage}
             yield group, _moments(layer, group, sparse, arguments, masks, {name: targets.pop(name) for name in stage})
