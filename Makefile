@@ -18,9 +18,9 @@ clean:
 	rm -rf .venv build sparsebert-demo *.egg-info sparsebert/*.so
 
 # torch first and by its exact version, so that nothing else can choose another one.
-.venv/installed: pyproject.toml setup.py $(SOURCES)
+.venv/installed: pyproject.toml constraints.txt setup.py $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found %d.%d; set PYTHON=python3.11" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install torch==2.13.0
-	$(BIN)/python -m pip install -e '.[demo,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
 	@touch $@

@@ -26,7 +26,6 @@ from sparsebert.ops import _dispatch
 from sparsebert.pruning import prune
 
 TASK, MAX_LENGTH = "mr", 128
-TOLERANCE = 1e-4  # float32 in another order moves these logits by a few 1e-6
 COLUMNS = {
     "batch": "d", "threads": "d", "torch_ms": ".2f", "sparsebert_ms": ".2f", "speedup": ".2f", "low": ".2f",
     "high": ".2f", "torch_p99_ms": ".1f", "sparsebert_p99_ms": ".1f", "error": ".0e",
@@ -34,7 +33,7 @@ COLUMNS = {
 NOTES = (
     "Float32 on both sides, tokenizing outside both timings, sentences of MR (27 tokens on average). `torch_ms` and "
     "`sparsebert_ms` are milliseconds a sentence, `speedup` the median over rounds of their ratio with its 95 % "
-    "bootstrap interval, the p99 columns milliseconds a batch, `error` the largest logit difference."
+    "interval by order statistics, the p99 columns milliseconds a batch, `error` the largest logit difference."
 )
 
 
@@ -61,13 +60,11 @@ def model_directory(folder: Path, sparsity: float) -> Path:
 
 
 def measure(directory: Path, case: Case, rounds: int) -> harness.Row:
-    """One row. Raises harness.WrongOutput where the two sides' logits differ."""
+    """One row. Raises CheckpointError where the two sides' logits differ."""
     task = data.get_task(TASK)
     examples = data.load(task, task.test, limit=128)
     settings = BenchConfig(n=128, batch=case.batch, rounds=rounds, threads=case.threads)
     result = compare_with_torch(directory, examples, settings, max_length=MAX_LENGTH)
-    if not result["max_logit_error"] <= TOLERANCE:
-        raise harness.WrongOutput(f"{case}: logits differ by {result['max_logit_error']:.3g}")
     low, high = result["speedup_ci"]
     return {
         "batch": case.batch, "threads": case.threads, "speedup": result["speedup"], "low": low, "high": high,

@@ -32,7 +32,8 @@ COLUMNS = {
 NOTES = (
     "Float32 in and out, bias always, GELU where the layer has it (for both sides). `us` is the median time of a call, "
     "`gflops` counts 2 x true non-zeros x tokens, `speedup` is the median over rounds of torch's time over ours with "
-    "its 95 % bootstrap interval (`low`, `high`), `error` the largest absolute difference from the float64 reference."
+    "its 95 % interval by order statistics (`low`, `high`), `error` the largest absolute difference from the float64 "
+    "reference."
 )
 
 

@@ -23,7 +23,7 @@ from sparsebert.training.finetune import Run
 COLUMNS = {"variant": "", "step_ms": ".0f", "spread": ".0%", "times_ours": ".2f", "low": ".2f", "high": ".2f"}
 NOTES = (
     "`step_ms` is the median time of one step (forward, backward, clipping, AdamW), `times_ours` the median over "
-    "rounds of its time over the first row's, with a 95 % bootstrap interval. "
+    "rounds of its time over the first row's, with a 95 % interval (order statistics). "
     "Every variant sees the same number of sentences."
 )
 VARIANTS = {

@@ -6,7 +6,7 @@
 
 namespace sparsebert {
 
-// Slowest first, in the order of sparsebert.config.ISAS.
+// Slowest first, in the order of sparsebert.environment.ISAS.
 enum class Isa : int { scalar, avx2, avx512 };
 
 enum class Activation : int { none, gelu };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form

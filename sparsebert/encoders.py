@@ -41,6 +41,14 @@ def encoder_linears(model) -> dict[str, nn.Linear]:
     }
 
 
+def token_limit(model, wanted: int) -> int:
+    """`wanted` tokens a text, or as many as the model has positions for."""
+    config = model.config
+    # RoBERTa numbers its positions from the padding token's id onward.
+    offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta"} else 0
+    return min(wanted, config.max_position_embeddings - offset)
+
+
 def tokenize(tokenizer, examples: Examples, max_length: int) -> list[dict]:
     """One dict of token id lists an example, cut to max_length tokens, not padded."""
     encoded = tokenizer(examples.texts, examples.texts_b, truncation=True, max_length=max_length)
@@ -83,8 +91,10 @@ def batches(tokenizer, encoded: list[dict], batch_size: int) -> Iterator[tuple[n
 def predict(
     model, tokenizer, examples: Examples, *, max_length: int, batch_size: int = 64, progress: Progress = no_progress
 ) -> np.ndarray:
-    """float32 logits [examples, labels] in the order of the examples, model in eval mode."""
-    encoded = tokenize(tokenizer, examples, max_length)
+    """float32 logits [examples, labels] in the order of the examples, model in eval mode. max_length: tokens kept of a
+    text, at most the model's positions.
+    """
+    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
     logits = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
     model.eval()
     done = 0

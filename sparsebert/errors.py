@@ -4,6 +4,12 @@ The command line prints one as a single line and exits with code 2; nothing else
 """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or the error's name where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class SparsebertError(Exception):
     """A fault in what the user gave us.
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from sparsebert import __version__
 from sparsebert.errors import OutputError
 
 _SCHEMA = """
@@ -30,8 +31,10 @@ CREATE TABLE IF NOT EXISTS units (
 
 
 def unit_key(kind: str, inputs: dict, *modules: ModuleType) -> str:
-    """sha256 (hex) over the kind, the inputs as canonical JSON, and the source of the modules that compute the unit."""
-    digest = hashlib.sha256(f"{kind}\0{json.dumps(inputs, sort_keys=True)}".encode())
+    """sha256 (hex) over the kind, the inputs as canonical JSON, the package's version, and the source of the modules
+    that compute the unit.
+    """
+    digest = hashlib.sha256(f"{kind}\0{__version__}\0{json.dumps(inputs, sort_keys=True)}".encode())
     for module in modules:
         digest.update(inspect.getsource(module).encode())
     return digest.hexdigest()
@@ -53,7 +56,10 @@ class Ledger:
 
     def get(self, key: str) -> dict | None:
         """The result stored under `key`, or None."""
-        row = self._db.execute("SELECT result FROM units WHERE key = ?", (key,)).fetchone()
+        try:
+            row = self._db.execute("SELECT result FROM units WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise OutputError(f"ledger {self._path} cannot be read: {error}", fix="delete it") from error
         return None if row is None else json.loads(row[0])
 
     def once(self, kind: str, inputs: dict, compute: Callable[[], dict], *modules: ModuleType) -> dict:

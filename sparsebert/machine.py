@@ -7,8 +7,8 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from sparsebert import __version__, config
-from sparsebert.errors import UnsupportedError
+from sparsebert import __version__, environment
+from sparsebert.errors import SparsebertError
 from sparsebert.ops import _dispatch
 
 PACKAGES = (
@@ -43,9 +43,12 @@ def describe() -> dict:
     try:
         isa: str | None = _dispatch.isa()
         off: dict | str = _dispatch.why_off()
-    except UnsupportedError as error:
+    except SparsebertError as error:
         isa, off = None, str(error)
-    data = config.data_dir()
+    try:
+        data = environment.data_dir() or "SPARSEBERT_DATA is not set: packaged data, then the library `datasets`"
+    except SparsebertError as error:
+        data = error
     return {
         "sparsebert": __version__,
         "python": platform.python_version(),
@@ -59,8 +62,8 @@ def describe() -> dict:
         if bf16_is_fast()
         else "off: the CPU has no bf16 multiply, emulating it is slower than fp32",
         "gpu": _gpu(),
-        "data": str(data) if data else "SPARSEBERT_DATA is not set: packaged data, then the library `datasets`",
-        "cache": str(config.cache_dir()),
+        "data": str(data),
+        "cache": str(environment.cache_dir()),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 

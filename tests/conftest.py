@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsebert import config
+from sparsebert import environment
 from sparsebert.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,7 +27,7 @@ def require(backend: str, reason: str) -> None:
     pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.fixture(params=config.ISAS)
+@pytest.fixture(params=environment.ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction set in turn, those this machine lacks being skipped (or failed) with the reason."""
     if request.param not in _dispatch.supported_isas():

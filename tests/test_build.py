@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsebert import config
+from sparsebert import environment
 from sparsebert.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def test_instructions_stay_in_the_symbols_named_after_them(feature):
 
 
 @x86_only
-@pytest.mark.parametrize("feature", [isa for isa in config.ISAS if isa != "scalar"])
+@pytest.mark.parametrize("feature", [isa for isa in environment.ISAS if isa != "scalar"])
 def test_the_search_for_strays_can_find_something(feature):
     pattern, _ = PLACES[feature]
     holders = [s for s, lines in instructions_by_symbol().items() if any(re.search(pattern, line) for line in lines)]

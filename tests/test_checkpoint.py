@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsebert import checkpoint
 from sparsebert.checkpoint import writing
-from sparsebert.errors import CheckpointError, OutputError, UnsupportedError
+from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_saved_files_can_be_read_by_the_group_the_umask_allows(directory):
 @pytest.mark.parametrize(
     "place", ["read-only parent", "read-only target", "foreign folder", "a file", "no such device"]
 )
-def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, place):
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch, place):
     target = tmp_path / "parent" / "out"
     target.parent.mkdir()
     if place == "read-only parent":
@@ -226,8 +227,17 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, place):
     elif place == "foreign folder":
         target.mkdir()
         (target / "thesis.tex").write_text("mine")
+    elif place == "read-only ancestor":
+        target.parent.chmod(0o555)
+        target = target / "a" / "b"
     elif place == "a file":
         target.write_text("mine")
+    elif place == "below a file":
+        target.write_text("mine")
+        target = target / "a"
+    elif place == "working directory":
+        target.mkdir()
+        monkeypatch.chdir(target)
     else:
         target = type(target)("/proc/nowhere/out")
     with pytest.raises(OutputError):
@@ -259,9 +269,10 @@ def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
         sha256 = checkpoint.weights_sha256(directory)
         assert sha256 == old or new is None or sha256 == new
         new = sha256 if sha256 != old else new
-    checkpoint.check_output(directory)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"], "what the killed processes left is cleaned up"
+    for path in tmp_path.glob(".m.tmp-*"):
+        os.utime(path, (0, 0))  # old enough to be an orphan
     saved(directory, classifier(seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"], "what the killed processes left is cleaned up"
     assert checkpoint.weights_sha256(directory) != old
 
 
@@ -280,3 +291,112 @@ def test_finished_needs_the_same_key_and_whole_weights(directory):
     assert checkpoint.finished(directory, "test")["weights_sha256"] == checkpoint.weights_sha256(directory)
     rewrite(directory, lambda t: t["classifier.bias"].__setitem__(0, 9.0))
     assert checkpoint.finished(directory, "test") is None
+
+
+def test_checking_an_output_makes_nothing(tmp_path):
+    checkpoint.check_output(tmp_path / "a" / "b" / "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_its_own_source_is_refused(directory):
+    with pytest.raises(OutputError, match="the model it starts from"):
+        checkpoint.check_output(directory.parent / "x" / ".." / "m", source=directory)
+
+
+def test_a_link_to_an_older_model_is_followed(directory, tmp_path):
+    (tmp_path / "link").symlink_to(directory)
+    before = checkpoint.weights_sha256(directory)
+    saved(tmp_path / "link", classifier(seed=1))
+    assert (tmp_path / "link").is_symlink() and checkpoint.weights_sha256(directory) != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "m"]
+
+
+def test_a_live_processs_staging_folder_is_left_alone(directory, tmp_path):
+    staging = tmp_path / ".m.tmp-live"
+    staging.mkdir()
+    os.utime(staging, (0, 0))
+    descriptor = os.open(staging, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    saved(directory, classifier(seed=1))
+    assert staging.exists()
+    os.close(descriptor)
+    saved(directory, classifier(seed=2))
+    assert not staging.exists()
+
+
+def test_without_an_exchange_the_directory_is_replaced_all_the_same(directory, monkeypatch):
+    monkeypatch.setattr(writing, "_exchange", lambda a, b: False)
+    before = checkpoint.weights_sha256(directory)
+    saved(directory, classifier(seed=1))
+    assert checkpoint.weights_sha256(directory) != before
+    assert [path.name for path in directory.parent.iterdir()] == ["m"]
+
+
+def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        model.classifier.bias[0] = float("nan")
+    with pytest.raises(InputError, match=r"classifier\.bias"):
+        saved(tmp_path / "m", model)
+    assert not list(tmp_path.iterdir())
+
+
+def stock(directory):
+    """The directory without this package's metadata."""
+    shutil.rmtree(directory / "sparsebert")
+    return directory
+
+
+def test_a_directory_without_tokenizer_is_refused(directory):
+    stock(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0}, {"num_attention_heads": "x"}, {"num_attention_heads": 5}, {"hidden_size": "x"},
+        {"num_hidden_layers": -1}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_act": 5},
+        {"hidden_act": "nope"}, {"layer_norm_eps": "x"}, {"id2label": "x"}, {"dtype": "nope"}, {"vocab_size": 100},
+        {"attn_implementation": "nope"}, {"quantization_config": {"quant_method": "nope"}}, {"model_type": ["bert"]},
+        {"sparsebert": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_config_that_cannot_be_is_one_error(directory, change):
+    stock(directory)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises((CheckpointError, UnsupportedError)):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tensors": []}, {"tensors": {"x": {}}}, {"files": []}, {"files": {"config.json": 3}}, {"golden": {}},
+        {"golden": None}, {"golden": {"texts": [], "logits": [], "tolerance": 0.1}},
+        {"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": "x"}},
+        {"golden": {"texts": ["a"], "logits": [[0.1, 0.2, 0.3]], "tolerance": 0.1}},
+        {"golden": {"texts": ["a"], "logits": ["ab"], "tolerance": 0.1}}, {"key": 3}, {"format_version": 99},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_that_cannot_be_is_one_error(directory, change):
+    path = directory / checkpoint.MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(CheckpointError):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_the_source_hash_sees_every_file_that_matters(directory, name):
+    before = checkpoint.source_sha256(directory)
+    if name == "model.safetensors":
+        rewrite(directory, lambda t: t["classifier.bias"].__setitem__(0, 9.0))
+    else:
+        (directory / name).write_text((directory / name).read_text() + " ")
+    assert checkpoint.source_sha256(directory) != before

@@ -251,6 +251,46 @@ def test_models_of_another_task(dense, tmp_path, capsys):
     assert "has 3 labels, the model has 2" in refused(capsys, "eval", dense, "--task", folder)
 
 
+def test_a_path_that_looks_like_markup_is_printed(dense, tmp_path, capsys):
+    odd = shutil.copytree(dense, tmp_path / "m[" / "x]")
+    code, out, _ = run(capsys, "eval", odd, "--task", "mr", "--n", 8)
+    assert code == 0 and "m[/x]" in out
+
+
+def test_output_over_the_source_and_refused_inputs_make_no_folder(dense, tmp_path, capsys):
+    assert "starts from" in refused(capsys, "prune", dense, "--task", "mr", "-o", dense)
+    refused(capsys, "train", dense, "--task", "nope", "-o", tmp_path / "a" / "b")
+    refused(capsys, "prune", tmp_path / "absent", "--task", "mr", "-o", tmp_path / "a" / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_is_no_traceback(dense):
+    process = start("doctor")
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(60) == 1 and "Traceback" not in err
+
+
+def test_a_full_standard_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "sparsebert", "doctor"], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8, 1.6])
+def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, seconds):
+    process = start("prune", dense, "--task", "mr", "-o", tmp_path / "out")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    if process.returncode == -signal.SIGINT:
+        pytest.skip("the interpreter had not come to our code yet")
+    assert process.returncode in (0, 130) and "Traceback" not in err
+    assert not list(tmp_path.glob(".*"))
+
+
 # --- kill and resume -------------------------------------------------------------------------------------------------
 
 
@@ -271,7 +311,7 @@ def test_ctrl_c_exits_130_with_nothing_half_written(dense, tmp_path):
     assert process.returncode == 130
     assert out == "" and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err
     assert not (tmp_path / "out").exists()
-    assert {path.name for path in tmp_path.iterdir()} <= {"out.partial"}, "only the snapshot to resume from"
+    assert {path.name for path in tmp_path.iterdir()} <= {"out.partial.safetensors"}, "only the snapshot to resume from"
 
 
 def demo(output: Path, **environment) -> subprocess.Popen:

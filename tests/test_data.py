@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sparsebert import config, data
+from sparsebert import data, environment
 from sparsebert.errors import DataError, InputError
 
-local_data = pytest.mark.skipif(config.data_dir() is None, reason="SPARSEBERT_DATA is not set")
+local_data = pytest.mark.skipif(environment.data_dir() is None, reason="SPARSEBERT_DATA is not set")
 
 
 def write(folder, columns, name="test.parquet"):
@@ -119,6 +119,36 @@ def test_a_folder_is_a_task(tmp_path, suffix):
     examples = data.load(task, "test")
     assert examples.texts == ["good, really", "bad"] and examples.labels.tolist() == [1, 0]
     assert task.labels == ("LABEL_0", "LABEL_1") and not task.pair
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("text,label\n", "at least one example"),
+        ("text\na\n", "lacks label"),
+        ("text,label\na,x\n", "label must be an integer"),
+        ("text,label\na,0.5\n", "label must be an integer"),
+        ("text,label\na,1000000000000\n", "label must be an integer"),
+        ("text,label\na,0\nb,3\n", "without gaps"),
+        ("text,label\na,0\nb,0\n", "at least two"),
+    ],
+)
+def test_a_folder_with_labels_that_are_none_is_named(tmp_path, body, message):
+    (tmp_path / "train.csv").write_text(body)
+    with pytest.raises(DataError, match=message):
+        data.get_task(str(tmp_path))
+
+
+def test_a_folders_missing_split_is_named(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
+    with pytest.raises(DataError, match=r"has no test file; add test\.csv"):
+        data.load(data.get_task(str(tmp_path)), "test")
+
+
+def test_a_data_folder_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_DATA", "/nowhere")
+    with pytest.raises(DataError, match="SPARSEBERT_DATA must name a folder, got '/nowhere'"):
+        data.load(data.get_task("mr"), "test")
 
 
 def test_an_empty_folder_is_no_task(tmp_path):

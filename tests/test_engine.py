@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from models import classifier, saved
+from models import classifier, saved, tokenizer
 
 from sparsebert import checkpoint, data
 from sparsebert.config import BenchConfig, PruneConfig
-from sparsebert.engine import Engine
+from sparsebert.engine import Engine, engine
 from sparsebert.engine.rivals import compare_with_torch
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
@@ -51,16 +52,16 @@ def test_logits_equal_transformers_on_every_isa(directory, texts, isa, monkeypat
 
 def test_pairs_and_truncation_equal_transformers(directory, texts):
     pairs = list(zip(texts[:10], texts[10:20], strict=True))
-    engine = Engine.load(directory)
+    loaded = Engine.load(directory)
     for max_length in (128, 16):
-        ours = engine.logits(pairs, max_length=max_length)
+        ours = loaded.logits(pairs, max_length=max_length)
         np.testing.assert_allclose(ours, stock_logits(directory, pairs, max_length), atol=TOLERANCE)
 
 
 def test_a_text_gets_the_same_logits_alone_and_in_a_batch(directory, texts):
-    engine = Engine.load(directory)
-    together = engine.logits(texts)
-    alone = np.concatenate([engine.logits([text]) for text in texts])
+    loaded = Engine.load(directory)
+    together = loaded.logits(texts)
+    alone = np.concatenate([loaded.logits([text]) for text in texts])
     np.testing.assert_allclose(together, alone, atol=TOLERANCE)
 
 
@@ -71,10 +72,10 @@ def test_threads_do_not_change_the_result(directory, texts):
 
 
 def test_concurrent_callers_get_their_own_results(directory, texts):
-    engine = Engine.load(directory)
-    want = [engine.logits([text]) for text in texts]
+    loaded = Engine.load(directory)
+    want = [loaded.logits([text]) for text in texts]
     with ThreadPoolExecutor(4) as pool:
-        got = list(pool.map(lambda text: engine.logits([text]), texts))
+        got = list(pool.map(lambda text: loaded.logits([text]), texts))
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -82,7 +83,9 @@ def test_an_empty_batch_is_an_empty_result(directory):
     assert Engine.load(directory).logits([]).shape == (0, 3)
 
 
-@pytest.mark.parametrize("bad", [["ok", ""], ["   "], [None], [("premise", "")], ["\udcff"]])
+@pytest.mark.parametrize(
+    "bad", [["ok", ""], ["   "], [None], [("premise", "")], ["\udcff"], "a string", [("a", "b", "c")], [()]]
+)
 def test_what_is_no_text_is_refused(directory, bad):
     with pytest.raises(InputError, match="text"):
         Engine.load(directory).logits(bad)
@@ -102,8 +105,6 @@ def test_other_architectures_and_activations_are_refused(tmp_path):
 
 
 def test_a_wrong_kernel_is_caught_by_the_golden_logits(directory, monkeypatch):
-    from sparsebert.engine import engine
-
     right = engine.sparse_matmul
     monkeypatch.setattr(engine, "sparse_matmul", lambda *args, **kwargs: right(*args, **kwargs) * np.float32(1.01))
     with pytest.raises(CheckpointError, match="golden logits"):
@@ -127,10 +128,40 @@ def test_density_is_that_of_the_manifest(directory):
 def test_compare_with_torch_checks_the_output_and_restores_threads(directory):
     before = torch.get_num_threads()
     examples = data.load(data.get_task("mr"), "test", limit=5)
-    result = compare_with_torch(directory, examples, BenchConfig(batch=2, rounds=2, threads=1), max_length=64)
+    result = compare_with_torch(directory, examples, BenchConfig(batch=2, rounds=6, threads=1), max_length=64)
     assert torch.get_num_threads() == before
     assert result["max_logit_error"] < TOLERANCE
     assert all(
         result[part][name] > 0 for part in ("latency_ms", "p50_ms", "p99_ms") for name in ("torch", "sparsebert")
     )
     assert result["speedup_ci"][0] <= result["speedup"] <= result["speedup_ci"][1]
+
+
+def test_compare_with_torch_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
+    stock = shutil.copytree(directory, tmp_path / "stock")
+    shutil.rmtree(stock / "sparsebert")  # no golden logits to catch it first
+    right = engine.sparse_matmul
+    examples = data.load(data.get_task("mr"), "test", limit=5)
+    for factor in (1.5, np.nan):
+        monkeypatch.setattr(engine, "sparse_matmul", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
+        with pytest.raises(CheckpointError, match="must be torch's"):
+            compare_with_torch(stock, examples, BenchConfig(rounds=1), max_length=64)
+
+
+def test_missing_fields_of_config_take_the_architectures_defaults(directory, texts, tmp_path):
+    stock = shutil.copytree(directory, tmp_path / "stock")
+    shutil.rmtree(stock / "sparsebert")
+    config = json.loads((stock / "config.json").read_text())
+    for name in ("hidden_act", "layer_norm_eps", "max_position_embeddings"):
+        config.pop(name)
+    (stock / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(Engine.load(stock).logits(texts), Engine.load(directory).logits(texts))
+
+
+def test_the_length_a_model_was_trained_at_is_the_default(tmp_path):
+    model = classifier()
+    long = ["good " * 60]
+    checkpoint.save(model, tokenizer(), tmp_path / "m", recipe={}, key="k", figures={}, summary={"max_length": 16})
+    loaded = Engine.load(tmp_path / "m")
+    assert np.array_equal(loaded.logits(long), loaded.logits(long, max_length=16))
+    assert not np.array_equal(loaded.logits(long), loaded.logits(long, max_length=64))

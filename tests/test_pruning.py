@@ -15,7 +15,7 @@ from sparsebert.pruning.solve import cholesky, column_sweep, damped, lowest
 
 def calibration(tok, n=48, batch_size=16):
     examples = data.load(data.get_task("mr"), "train", limit=n)
-    return calibration_batches(tok, examples, 128, batch_size)
+    return calibration_batches(classifier(), tok, examples, 128, batch_size)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,6 +220,7 @@ def test_prune_checkpoint_is_reused_until_something_changes(tmp_path):
     source = saved(tmp_path / "dense")
     config = PruneConfig(calibration=32, sparsity=0.5)
     first = prune_checkpoint(source, "mr", tmp_path / "out", config)
+    assert "density" not in first.as_json() and len(first.as_json()["layers"]) == 12
     calls = []
     again = prune_checkpoint(source, "mr", tmp_path / "out", config, progress=lambda *_: calls.append(1))
     assert not calls and again == first
@@ -228,3 +229,11 @@ def test_prune_checkpoint_is_reused_until_something_changes(tmp_path):
     assert checkpoint.weights_sha256(tmp_path / "out") != sha256
     settings = checkpoint.read_config(tmp_path / "out")["sparsebert"]
     assert (settings["method"], settings["pattern"], settings["sparsity"]) == ("adaptive", "unstructured", 0.5)
+
+
+def test_magnitude_asks_for_no_data(tmp_path):
+    source = saved(tmp_path / "dense")
+    result = prune_checkpoint(source, "fever_symm_v1", tmp_path / "out", PruneConfig(method="magnitude", sparsity=0.5))
+    assert result.sparsity == 0.5
+    with pytest.raises(InputError, match="no training split"):
+        prune_checkpoint(source, "fever_symm_v1", tmp_path / "other", PruneConfig())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bench.shapes import LINEARS, random_input, random_weight
-from sparsebert import config
+from sparsebert import environment
 from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul, sparse_matmul_ref, unpack
@@ -146,7 +146,7 @@ def test_avx2_and_avx512_give_the_same_bits():
     assert wide.tobytes() == sparse_matmul(x, weight, bias, gelu=True, isa="avx2").tobytes()
 
 
-@pytest.mark.parametrize("cap", [*config.ISAS, "sse9", ""])
+@pytest.mark.parametrize("cap", [*environment.ISAS, "sse9", ""])
 def test_the_cap_limits_what_is_dispatched(cap):
     script = "from sparsebert.ops import _dispatch; print(_dispatch.isa(), sorted(_dispatch.why_off()))"
     result = subprocess.run(
@@ -155,9 +155,9 @@ def test_the_cap_limits_what_is_dispatched(cap):
     if cap == "sse9":
         assert result.returncode != 0 and "SPARSEBERT_ISA must be one of" in result.stderr
         return
-    allowed = config.ISAS[: config.ISAS.index(cap or config.ISAS[-1]) + 1]
+    allowed = environment.ISAS[: environment.ISAS.index(cap or environment.ISAS[-1]) + 1]
     best = [name for name in _dispatch.supported_isas() if name in allowed][-1]
-    off = sorted(set(config.ISAS) - {name for name in _dispatch.supported_isas() if name in allowed})
+    off = sorted(set(environment.ISAS) - {name for name in _dispatch.supported_isas() if name in allowed})
     assert result.stdout.split(maxsplit=1) == [best, f"{off}\n"]
 
 

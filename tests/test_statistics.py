@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sparsebert.data import Examples, get_task
+from sparsebert.engine.measure import Timings
 from sparsebert.errors import InputError
 from sparsebert.robustness import compare, statistics
 
@@ -21,6 +22,29 @@ def test_bootstrap_covers_the_mean_and_shrinks_with_n():
     assert low < values.mean() < high
     assert (high - low) == pytest.approx(2 * 1.96 * values.std() / np.sqrt(4000), rel=0.1)
     assert statistics.bootstrap_mean(np.ones(5)) == (1.0, 1.0)
+
+
+def test_paired_difference_covers_and_does_not_collapse():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        a, flip = rng.random(60) < 0.8, rng.random(60)
+        b = np.where(a, flip > 0.15, flip < 0.2)  # true difference .8 * .15 - .2 * .2 = .08
+        low, high = statistics.paired_difference(a, b)
+        inside += low <= 0.08 <= high
+    assert 0.93 < inside / 2000 < 0.985
+    low, high = statistics.paired_difference(np.ones(10, bool), np.ones(10, bool))
+    assert low < -0.1 and high > 0.1
+
+
+def test_a_ratios_interval_holds_its_confidence_or_is_absent():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(2000):
+        ratio = Timings({"a": rng.exponential(size=7), "b": np.ones(7)}).ratio("a", "b")
+        inside += ratio.low <= np.log(2) <= ratio.high
+    assert inside / 2000 > 0.95
+    assert Timings({"a": np.ones(5), "b": np.ones(5)}).ratio("a", "b").low is None
 
 
 def test_mcnemar_counts_only_disagreements():

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sparsebert import config
+from sparsebert import environment
 
 # Higher imports lower, never the other way; equal ranks may not import each other. Leaves import only leaves.
 RANKS = {
     "cli": 9, "serving": 8, "pruning": 8, "training": 7, "robustness": 6, "engine": 5, "encoders": 4,
     "checkpoint": 3, "data": 2, "ledger": 2, "machine": 2, "ops": 1, "kernels": 0, "_C": 0,
 }  # fmt: skip
-LEAVES = {"config", "errors", "patterns"}
+LEAVES = {"config", "environment", "errors", "patterns"}
 SOURCES = sorted((ROOT / "sparsebert").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 
@@ -73,7 +73,7 @@ def test_every_op_has_a_test_and_a_bench_of_its_name():
 def test_every_backend_file_carries_an_ops_name():
     shared = {"isa", "threads", "scratch"}
     for path in (ROOT / "csrc/cpu").glob("*.cpp"):
-        op = re.sub(rf"_({'|'.join(config.ISAS)})$", "", path.stem)
+        op = re.sub(rf"_({'|'.join(environment.ISAS)})$", "", path.stem)
         assert op in ops() | shared, f"{path} belongs to no op"
     for path in [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "kernels").glob("[!_]*.py")]:
         assert path.stem in ops(), f"{path} belongs to no op"
@@ -107,9 +107,18 @@ def test_light_modules_import_neither_torch_nor_transformers(module: str):
     assert done.stdout.strip() == "[]"
 
 
-def test_environment_variables_are_read_in_config_alone():
+def test_the_engine_needs_numpy_safetensors_and_tokenizers_only():
+    code = (
+        "import sys; import sparsebert.engine\n"
+        "print(sorted({'pydantic', 'yaml', 'pyarrow', 'scipy', 'rich', 'typer'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_environment_variables_are_read_in_one_file():
     for path in SOURCES:
-        if path.name != "config.py":
+        if path.name != "environment.py":
             assert not re.search(r"os\.(environ|getenv)", path.read_text()), path
 
 

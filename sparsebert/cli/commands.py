@@ -117,6 +117,7 @@ def evaluate(
 def bench(directory: Directory, *, json: Json = False, config: BenchConfig) -> None:
     """Time the engine against dense torch on the classifier in DIR, interleaved, with the output checked."""
     from sparsebert import data
+    from sparsebert.engine.measure import ratio_text
     from sparsebert.engine.rivals import compare_with_torch
 
     spec = data.get_task(config.task)
@@ -134,11 +135,9 @@ def bench(directory: Directory, *, json: Json = False, config: BenchConfig) -> N
             ]
             for name in result["latency_ms"]
         ]
-        low, high = result["speedup_ci"]
         head = f"batch {config.batch}, {result['threads']} threads, {result['machine']['isa']}"
-        title = (
-            f"{head}: {result['speedup']:.2f}x [{low:.2f}, {high:.2f}], max logit error {result['max_logit_error']:.1e}"
-        )
+        speedup = ratio_text(result["speedup"], result["speedup_ci"])
+        title = f"{head}: {speedup}, max logit error {result['max_logit_error']:.1e}"
         table(title, ["engine", "ms/sentence", "p50 ms/batch", "p99 ms/batch", "sentences/s"], rows)
     emit(result)
 

@@ -12,6 +12,7 @@ from sparsebert import checkpoint, data, ledger
 from sparsebert.cli.output import progress, table
 from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
 from sparsebert.encoders import predict
+from sparsebert.engine.measure import ratio_text
 from sparsebert.engine.rivals import compare_with_torch
 from sparsebert.errors import OutputError
 from sparsebert.pruning import PruneResult, prune_checkpoint
@@ -27,12 +28,11 @@ BATCHES = (1, 32)  # sentences a call: one request alone, and a server's batch
 def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
     """Runs or resumes the demo in the folder `output` and returns the document the command prints last."""
     start = time.perf_counter()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"output {output} cannot be made a folder: {error.strerror}", fix="choose another -o"
-        ) from error
+    output = output.resolve()
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"output {output} must be a folder", fix="choose another -o")
+    checkpoint.require_place(output)
+    output.mkdir(parents=True, exist_ok=True)
     dense = output / "dense"
     with progress("1/5 fine-tune MiniLM-L6 on MR") as update:
         trained = train(
@@ -41,9 +41,8 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
     pruned = {}
     for method in METHODS:
         with progress(f"2/5 prune ({method})") as update:
-            settings = PruneConfig(
-                method=method, sparsity=config.sparsity, calibration=config.calibration, seed=config.seed
-            )
+            chosen = {"calibration": config.calibration} if config.calibration else {}
+            settings = PruneConfig(method=method, seed=config.seed, **chosen)
             pruned[method] = prune_checkpoint(dense, TASK, output / method, settings, progress=update)
     evaluations = _evaluate(output, config)
     timings = _time(output, config)
@@ -80,7 +79,7 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
         "threads": timings[0]["threads"],
         "isa": timings[0]["machine"]["isa"],
         "resumed_from_step": trained.resumed_from,
-        "report": str(report.absolute()),
+        "report": str(report),
         "seconds": time.perf_counter() - start,
     }
 
@@ -134,9 +133,8 @@ def _time(output: Path, config: DemoConfig) -> list[dict]:
     timings = []
     for batch in BATCHES:
         examples = data.load(task, task.test, limit=max(config.bench_n, 2 * batch), seed=config.seed)
-        settings = BenchConfig(
-            n=len(examples), batch=batch, rounds=config.rounds, threads=config.threads, seed=config.seed
-        )
+        chosen = {"rounds": config.rounds} if config.rounds else {}
+        settings = BenchConfig(n=len(examples), batch=batch, threads=config.threads, seed=config.seed, **chosen)
         with progress(f"4/5 time (batch {batch})") as update:
             timings.append(
                 compare_with_torch(output / "adaptive", examples, settings, max_length=task.max_length, progress=update)
@@ -170,14 +168,13 @@ def _show(
     )
     rows = []
     for timing in timings:
-        low, high = timing["speedup_ci"]
         torch_ms, our_ms = timing["latency_ms"]["torch"], timing["latency_ms"]["sparsebert"]
         rows.append(
             [
                 str(timing["batch"]),
                 f"{torch_ms:.2f}",
                 f"{our_ms:.2f}",
-                f"{timing['speedup']:.2f}x [{low:.2f}, {high:.2f}]",
+                ratio_text(timing["speedup"], timing["speedup_ci"]),
                 f"{timing['max_logit_error']:.1e}",
             ]
         )

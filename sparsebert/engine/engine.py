@@ -14,12 +14,22 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from sparsebert import checkpoint
-from sparsebert import config as settings
+from sparsebert import checkpoint, environment
 from sparsebert.data import require_texts
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul
+
+# transformers' defaults for the fields of config.json read here.
+_DEFAULTS = {
+    "hidden_act": "gelu",
+    "id2label": {},
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "sparsebert": {},
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +100,7 @@ class Engine:
             )
         self._pooler = take("bert.pooler.dense.weight"), take("bert.pooler.dense.bias")
         self._classifier = take("classifier.weight"), take("classifier.bias")
-        names = config.get("id2label", {})  # transformers leaves the default names of two labels out
+        names = config["id2label"]  # transformers leaves the default names of two labels out
         self.labels = [names.get(str(i), f"LABEL_{i}") for i in range(len(self._classifier[1]))]
 
     @classmethod
@@ -101,11 +111,11 @@ class Engine:
         UnsupportedError for a model that is no BERT classifier with exact GELU.
         """
         directory = checkpoint.resolve(directory)
-        config = checkpoint.read_config(directory)
+        config = _DEFAULTS | checkpoint.read_config(directory)
         if config["model_type"] != "bert" or config["hidden_act"] != "gelu":
             raise UnsupportedError(
                 f"{directory}: the engine runs model_type bert with hidden_act gelu, "
-                f"got {config['model_type']} with {config.get('hidden_act')}",
+                f"got {config['model_type']} with {config['hidden_act']}",
                 fix="run it in transformers",
             )
         weights = checkpoint.read_weights(directory)
@@ -116,10 +126,12 @@ class Engine:
                 f"{directory}/tokenizer.json must be a tokenizer: {error}", fix="restore the file"
             ) from error
         tokenizer.no_padding()
-        if _dispatch.isa() == "scalar" and settings.isa_cap() is None:
+        if _dispatch.isa() == "scalar" and environment.isa_cap() is None:
             warnings.warn("no AVX2 here: the engine runs its portable path, see `sparsebert doctor`", stacklevel=2)
         engine = cls(weights, config, tokenizer, threads or _dispatch.threads())
-        checkpoint.verify_golden(directory, engine.logits)
+        # At full length, as the golden logits were made.
+        limit = config["max_position_embeddings"]
+        checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, max_length=limit))
         return engine
 
     @property
@@ -130,14 +142,18 @@ class Engine:
         ]
         return sum(w.nnz for w in packed) / sum(w.n_in * w.n_out for w in packed)
 
-    def logits(self, texts: list[str | tuple[str, str]], *, max_length: int = 128) -> np.ndarray:
-        """float32 [texts, labels]. A text is a string or a (text, text_b) pair, cut to max_length tokens, at most the
-        model's positions.
+    def logits(self, texts: list[str | tuple[str, str]], *, max_length: int | None = None) -> np.ndarray:
+        """float32 [texts, labels]. A text is a string or a (text, text_b) pair.
 
-        Raises InputError for an empty or non-string text.
+        max_length: tokens kept of a text; None for the length the model was trained at, or 128 where its directory does
+        not say. Raises InputError for what is no list of texts, an empty text, and a length the model cannot take.
         """
+        if isinstance(texts, str) or not all(len(text) == 2 for text in texts if isinstance(text, tuple)):
+            raise InputError("texts must be a list of strings or (text, text_b) pairs", fix="put them in a list")
         require_texts([part for text in texts for part in (text if isinstance(text, tuple) else (text,))])
         limit = self.config["max_position_embeddings"]
+        if max_length is None:
+            max_length = min(limit, self.config["sparsebert"].get("max_length", 128))
         if not 3 <= max_length <= limit:
             raise InputError(f"max_length must be 3 to {limit}, got {max_length}", fix="choose a length in that range")
         if not texts:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-BOOTSTRAP_SAMPLES = 2000
-
 
 class Ratio(NamedTuple):
-    """A ratio of times and its 95 % bootstrap interval."""
+    """A ratio of times and an interval of at least 95 % confidence; None where there are too few rounds for one."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+
+
+def ratio_text(value: float, interval: Sequence[float | None]) -> str:
+    """`3.26x [2.80, 3.88]`, without the brackets where there is no interval."""
+    low, high = interval
+    return f"{value:.2f}x" if low is None else f"{value:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -52,15 +57,20 @@ class Timings:
             "spread": self.spread(name),
         }
 
-    def ratio(self, a: str, b: str, *, seed: int = 0) -> Ratio:
-        """Median over rounds of time(a) / time(b): how many times as long `a` takes. The interval resamples rounds.
+    def ratio(self, a: str, b: str) -> Ratio:
+        """Median over rounds of time(a) / time(b): how many times as long `a` takes.
 
-        Each round divides neighbours in time, so a slow minute of the machine cancels.
+        Each round divides neighbours in time, so a slow minute of the machine cancels. The interval is that of a median
+        by order statistics, from the k-th smallest to the k-th largest round; it assumes nothing of how times are
+        distributed and needs 6 rounds. (A bootstrap of the median covers 87 % where it says 95 %, at 7 rounds.)
         """
-        per_round = self.seconds[a] / self.seconds[b]
-        picks = np.random.default_rng(seed).integers(0, per_round.size, (BOOTSTRAP_SAMPLES, per_round.size))
-        low, high = np.quantile(np.median(per_round[picks], axis=1), [0.025, 0.975])
-        return Ratio(float(np.median(per_round)), float(low), float(high))
+        per_round = np.sort(self.seconds[a] / self.seconds[b])
+        n = per_round.size
+        value = float(np.median(per_round))
+        # P(the median lies outside) = 2 P(Binomial(n, 1/2) < k); the largest k that keeps it within 5 %.
+        tails = np.cumsum([math.comb(n, i) for i in range(n)]) / 2.0**n
+        k = int((2 * tails <= 0.05).sum())
+        return Ratio(value, float(per_round[k - 1]), float(per_round[n - k])) if k else Ratio(value, None, None)
 
 
 def interleave(

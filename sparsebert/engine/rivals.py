@@ -17,6 +17,7 @@ from sparsebert.config import BenchConfig
 from sparsebert.data import Examples
 from sparsebert.engine.engine import Engine
 from sparsebert.engine.measure import interleave
+from sparsebert.errors import CheckpointError
 from sparsebert.ops import _dispatch
 
 
@@ -46,16 +47,17 @@ def compare_with_torch(
     torch runs the stock model, whose matrices are dense whatever zeros they hold, in inference mode, each batch padded
     to its longest sentence. Tokenizing is outside both timings. Returns the document that `sparsebert bench` prints:
     latency_ms are milliseconds a sentence (median over rounds), p50_ms and p99_ms a batch, speedup is the median of the
-    rounds' ratios with its 95 % interval, max_logit_error is over all sentences.
+    rounds' ratios with its 95 % interval (null below 6 rounds), max_logit_error is over all sentences.
+    Raises CheckpointError where the two sides' logits differ by more than the golden tolerance.
     """
     import torch
 
-    from sparsebert.encoders import collate, tokenize
+    from sparsebert.encoders import collate, token_limit, tokenize
 
     threads = _dispatch.threads(config.threads)
     engine = Engine.load(directory, threads=threads)
     model, tokenizer = checkpoint.load(directory)
-    encoded = tokenize(tokenizer, examples, max_length)
+    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
     starts = range(0, len(encoded), config.batch)
     padded = [collate(tokenizer, encoded, range(i, min(i + config.batch, len(encoded)))) for i in starts]
     ragged = [
@@ -85,7 +87,13 @@ def compare_with_torch(
         progress(turns, len(runners) * (config.rounds + 1))
 
     with torch_threads(threads):
-        error = max(float(np.abs(run_torch(i) - run_engine(i)).max()) for i in range(len(padded)))
+        error = float(np.max([np.abs(run_torch(i) - run_engine(i)).max() for i in range(len(padded))]))
+        if not error <= checkpoint.GOLDEN_TOLERANCE:
+            raise CheckpointError(
+                f"{directory}: the engine's logits must be torch's within {checkpoint.GOLDEN_TOLERANCE:g}, "
+                f"differ by {error:g}",
+                fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
+            )
         timings = interleave({name: partial(turn, name) for name in runners}, config.rounds, warmup=1)
     measured = {name: np.array(seconds[len(padded) :]) * 1e3 for name, seconds in calls.items()}  # without the warm-up
     ratio = timings.ratio("torch", "sparsebert")

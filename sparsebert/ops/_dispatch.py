@@ -7,7 +7,7 @@ import os
 import platform
 from types import ModuleType
 
-from sparsebert import config
+from sparsebert import environment
 from sparsebert.errors import InputError, UnsupportedError
 
 
@@ -36,11 +36,11 @@ def isa(wanted: str | None = None) -> str:
     not forbid: naming an instruction set above it runs that one.
     """
     if wanted is None:
-        cap = config.isa_cap() or config.ISAS[-1]
-        allowed = config.ISAS[: config.ISAS.index(cap) + 1]
+        cap = environment.isa_cap() or environment.ISAS[-1]
+        allowed = environment.ISAS[: environment.ISAS.index(cap) + 1]
         return next(name for name in reversed(allowed) if name in supported_isas())
-    if wanted not in config.ISAS:
-        raise InputError(f"isa must be one of {', '.join(config.ISAS)}, got {wanted!r}", fix="pass one, or None")
+    if wanted not in environment.ISAS:
+        raise InputError(f"isa must be one of {', '.join(environment.ISAS)}, got {wanted!r}", fix="pass one, or None")
     if wanted not in supported_isas():
         raise UnsupportedError(f"isa {wanted!r} cannot run here: {why_off()[wanted]}", fix="pass isa=None")
     return wanted
@@ -48,12 +48,12 @@ def isa(wanted: str | None = None) -> str:
 
 def why_off() -> dict[str, str]:
     """Instruction set -> why `isa()` does not choose it, for every one that is unavailable or above the cap."""
-    cap = config.isa_cap()
+    cap = environment.isa_cap()
     reasons = {}
-    for rank, name in enumerate(config.ISAS):
+    for rank, name in enumerate(environment.ISAS):
         if name not in supported_isas():
             reasons[name] = f"not supported by this processor ({platform.machine()}) or its operating system"
-        elif cap is not None and rank > config.ISAS.index(cap):
+        elif cap is not None and rank > environment.ISAS.index(cap):
             reasons[name] = f"above the cap SPARSEBERT_ISA={cap}"
     return reasons
 

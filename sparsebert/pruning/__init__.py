@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import resource
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparsebert import checkpoint, data, ledger
+from sparsebert import checkpoint, data, encoders, ledger, patterns
 from sparsebert.config import PruneConfig
-from sparsebert.encoders import Progress, batches, encoder_linears, no_progress, tokenize
+from sparsebert.encoders import Progress, batches, encoder_linears, no_progress, token_limit, tokenize
 from sparsebert.errors import InputError
 from sparsebert.patterns import parse, require_unstructured
 from sparsebert.pruning import calibrate, methods, solve
@@ -33,10 +34,8 @@ class PruneResult:
 
     def as_json(self) -> dict:
         fields = asdict(self)
-        return {
-            **fields,
-            "layers": [{"name": name, "density": density} for name, density in fields.pop("density").items()],
-        }
+        layers = [{"name": name, "density": density} for name, density in fields.pop("density").items()]
+        return {**fields, "layers": layers}
 
 
 def prune(
@@ -53,7 +52,7 @@ def prune(
     check(config)
     start = time.perf_counter()
     model.eval()
-    METHODS[config.method](model, calibration, config, progress)
+    METHODS[config.method].prune(model, calibration, config, progress)
     linears = encoder_linears(model)
     nnz = {name: int(module.weight.count_nonzero()) for name, module in linears.items()}
     size = {name: module.weight.numel() for name, module in linears.items()}
@@ -83,23 +82,29 @@ def prune_checkpoint(
     """
     config = config or PruneConfig()
     check(config)
-    target = checkpoint.check_output(output)
-    examples = calibration_examples(data.get_task(task), config)
-    model, tokenizer = checkpoint.load(source)
-    inputs = {
-        "weights": checkpoint.weights_sha256(checkpoint.resolve(source)),
-        "data": examples.sha256,
-        "config": config.model_dump(),
-    }
-    key = ledger.unit_key("prune", inputs, methods, calibrate, solve)
+    spec = data.get_task(task)
+    source = checkpoint.resolve(source)
+    target = checkpoint.check_output(output, source=source)
+    inputs = {"source": checkpoint.source_sha256(source), "config": config.model_dump(), "max_length": spec.max_length}
+    examples = None
+    if METHODS[config.method].looks_at_data:
+        examples = calibration_examples(spec, config)
+        inputs["data"] = examples.sha256
+    key = ledger.unit_key("prune", inputs, sys.modules[__name__], methods, calibrate, solve, patterns, encoders)
     if (figures := checkpoint.finished(target, key)) is not None:
         figures.pop("weights_sha256")
         return PruneResult(**figures)
-    result = prune(
-        model, calibration_batches(tokenizer, examples, data.get_task(task).max_length), config, progress=progress
-    )
+
+    model, tokenizer = checkpoint.load(source)
+    calibration = [] if examples is None else calibration_batches(model, tokenizer, examples, spec.max_length)
+    result = prune(model, calibration, config, progress=progress)
     recipe = {"command": "prune", "model": str(source), "task": task, **config.model_dump()}
-    summary = {"method": result.method, "pattern": result.pattern, "sparsity": result.sparsity}
+    summary = {
+        "method": result.method,
+        "pattern": result.pattern,
+        "sparsity": result.sparsity,
+        "max_length": spec.max_length,
+    }
     checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=asdict(result), summary=summary)
     return result
 
@@ -111,9 +116,12 @@ def calibration_examples(task: data.Task, config: PruneConfig) -> data.Examples:
     return data.load(task, task.train, limit=config.calibration, seed=config.seed)
 
 
-def calibration_batches(tokenizer, examples: data.Examples, max_length: int, batch_size: int = 64) -> Batches:
-    """The examples without their labels, as batches of similar length."""
-    return [batch for _, batch in batches(tokenizer, tokenize(tokenizer, examples, max_length), batch_size)]
+def calibration_batches(model, tokenizer, examples: data.Examples, max_length: int, batch_size: int = 64) -> Batches:
+    """The examples without their labels, as batches of similar length. max_length: tokens kept of a text, at most the
+    model's positions.
+    """
+    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
+    return [batch for _, batch in batches(tokenizer, encoded, batch_size)]
 
 
 def check(config: PruneConfig) -> None:

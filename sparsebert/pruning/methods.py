@@ -1,10 +1,11 @@
 """The pruning methods. One function each, (model, calibration, config, progress) -> None, changing the model's encoder
-linears in place.
-
-A new method is a function here and a line in METHODS.
+linears in place. A new method is a function here and a line in METHODS.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,9 +33,11 @@ def adaptive(model, calibration: Batches, config: PruneConfig, progress: Progres
     """Layer-wise reconstruction whose inputs come from the already sparse predecessors and whose targets are the dense
     model's outputs.
 
-    [Li et al. 2023, Algorithm 1 and Eq. 5-6], with a column sweep in the place of exact row-wise OBS, the ridge centred
-    at W instead of 0, moments over real tokens only, and the bias solved by centring (b = mean_y - V mean_x), so that
-    it is neither penalised nor pruned.
+    [Li et al. 2023, Algorithm 1 and Eq. 5-6]. Departures: a column sweep in the place of exact row-wise OBS, its budget
+    per block of 128 columns over all rows (paper: per row); the ridge is `damping` (1e-3) of the mean diagonal and
+    centred at W (paper: 1e-4, centred at 0); moments over real tokens only; the bias is solved by centring
+    (b = mean_y - V mean_x), so that it is neither penalised nor pruned; pooler and classifier are left as they are
+    (paper: refitted).
     """
     linears = encoder_linears(model)
     _require_tokens(calibration, max(module.in_features for module in linears.values()))
@@ -61,4 +64,11 @@ def _require_tokens(calibration: Batches, n_in: int) -> None:
         )
 
 
-METHODS = {"adaptive": adaptive, "magnitude": magnitude}
+class Method(NamedTuple):
+    """prune: the function. looks_at_data: whether it needs calibration batches."""
+
+    prune: Callable[[Any, Batches, PruneConfig, Progress], None]
+    looks_at_data: bool
+
+
+METHODS = {"adaptive": Method(adaptive, looks_at_data=True), "magnitude": Method(magnitude, looks_at_data=False)}

@@ -56,18 +56,20 @@ def evaluate(
     spec = data.get_task(task)
     examples = data.load(spec, spec.test, limit=n, seed=seed)
     directories = [model] if vs is None else [model, vs]
+    classifiers = [checkpoint.load(directory) for directory in directories]
+    for classifier, _ in classifiers:
+        _require_labels(spec, classifier.config.num_labels)
     total = len(directories) * len(examples)
     logits = []
-    for i, directory in enumerate(directories):
-        classifier, tokenizer = checkpoint.load(directory)
-        before = i * len(examples)
+    for classifier, tokenizer in classifiers:
+        before = len(logits) * len(examples)
         logits.append(
             predict(
                 classifier,
                 tokenizer,
                 examples,
                 max_length=spec.max_length,
-                progress=lambda done, _, b=before: progress(b + done, total),
+                progress=lambda done, _, before=before: progress(before + done, total),
             )
         )
     return compare(spec, examples, logits[0], logits[1] if vs is not None else None)
@@ -95,7 +97,7 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
             "kl_ci": statistics.bootstrap_mean(kl),
             "agreement": float((predicted == dense_predicted).mean()),
             "difference": float(change.mean()),
-            "difference_ci": statistics.bootstrap_mean(change),
+            "difference_ci": statistics.paired_difference(correct, dense_correct),
             "mcnemar_p": statistics.mcnemar(correct, dense_correct),
         }
     n = len(examples)
@@ -104,16 +106,19 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
     )
 
 
+def _require_labels(task: Task, labels: int) -> None:
+    if labels != len(task.labels) and not (task.three_way and labels == 3):
+        raise InputError(
+            f"task {task.name!r} has {len(task.labels)} labels, the model has {labels}",
+            fix="choose a model trained for it",
+        )
+
+
 def _predictions(task: Task, logits: np.ndarray) -> np.ndarray:
+    _require_labels(task, logits.shape[1])
     predicted = logits.argmax(axis=1)
-    if logits.shape[1] == len(task.labels):
-        return predicted
-    if task.three_way and logits.shape[1] == 3:
-        return np.minimum(predicted, 1)  # entailment stays, neutral and contradiction become class 1
-    raise InputError(
-        f"task {task.name!r} has {len(task.labels)} labels, the model has {logits.shape[1]}",
-        fix="choose a model trained for it",
-    )
+    # Of a three-way model entailment stays, neutral and contradiction become class 1.
+    return predicted if logits.shape[1] == len(task.labels) else np.minimum(predicted, 1)
 
 
 def _f1(predicted: np.ndarray, labels: np.ndarray) -> float:

@@ -6,6 +6,7 @@ import html
 import os
 from pathlib import Path
 
+from sparsebert.engine.measure import ratio_text
 from sparsebert.errors import OutputError, UnsupportedError
 from sparsebert.robustness.evaluation import Evaluation
 
@@ -48,7 +49,7 @@ def write_report(
         from plotly.io import to_html
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise UnsupportedError("the report needs plotly", fix="pip install 'sparsebert[demo]'") from error
+        raise UnsupportedError("the report needs plotly", fix="pip install plotly") from error
 
     figures = [
         ("Accuracy", "Whiskers are 95 % Wilson intervals.", "", _accuracy(go, evaluations)),
@@ -91,6 +92,12 @@ def write_report(
         raise OutputError(
             f"{path} cannot be written: {error.strerror}", fix="free space or choose another -o"
         ) from error
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def _colour(name: str) -> str:
+    return _COLOURS.get(name, "#8a939b")
 
 
 def _layout(figure, y_title: str, height: int = 320):
@@ -118,7 +125,7 @@ def _bars(go, y_title: str, values: dict[str, float], intervals: dict[str, tuple
         x=names,
         y=list(values.values()),
         error_y=whiskers,
-        marker_color=[_COLOURS.get(name) for name in names],
+        marker_color=[_colour(name) for name in names],
         text=[format(value, spec) for value in values.values()],
         textposition="inside",
         insidetextanchor="start",
@@ -147,7 +154,8 @@ def _density(go, density: dict[str, dict[str, float]]):
             y=list(by_name.values()),
             name=method,
             mode="lines+markers",
-            marker={"color": _COLOURS.get(method), "size": 14 if method == "magnitude" else 7},  # both show where equal
+            # Of different sizes, so that both show where they are equal.
+            marker={"color": _colour(method), "size": 14 if method == "magnitude" else 7},
         )
     _layout(figure, "share kept", height=380)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.1})
@@ -161,7 +169,7 @@ def _latency(go, timings: list[dict]):
     for name in timings[0]["latency_ms"]:
         values = [timing["latency_ms"][name] for timing in timings]
         figure.add_bar(
-            x=[f"batch {timing['batch']}" for timing in timings], y=values, name=name, marker_color=_COLOURS.get(name),
+            x=[f"batch {timing['batch']}" for timing in timings], y=values, name=name, marker_color=_colour(name),
             text=[f"{value:.2f}" for value in values], textposition="outside",
         )  # fmt: skip
     _layout(figure, "ms a sentence")
@@ -191,10 +199,9 @@ def _quality_table(evaluations: dict[str, Evaluation], density: dict[str, dict[s
 def _speed_table(timings: list[dict]) -> str:
     rows = ""
     for timing in timings:
-        low, high = timing["speedup_ci"]
         cells = [
             f"{timing['latency_ms']['torch']:.2f}", f"{timing['latency_ms']['sparsebert']:.2f}",
-            f"{timing['speedup']:.2f}x [{low:.2f}, {high:.2f}]", f"{timing['max_logit_error']:.1e}",
+            ratio_text(timing["speedup"], timing["speedup_ci"]), f"{timing['max_logit_error']:.1e}",
         ]  # fmt: skip
         rows += f"<tr><td>batch {timing['batch']}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     heads = (

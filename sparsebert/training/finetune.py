@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -18,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsebert import checkpoint, data, ledger
+from sparsebert import checkpoint, data, encoders, ledger
 from sparsebert.config import TrainConfig
-from sparsebert.encoders import Progress, bucketed, collate, no_progress, tokenize
+from sparsebert.encoders import Progress, bucketed, collate, no_progress, token_limit, tokenize
 from sparsebert.errors import InputError, OutputError
 from sparsebert.machine import bf16_is_fast
 
@@ -57,20 +56,27 @@ def train(
     """Fine-tunes `model` (a directory or `minilm`) on the training split of `task` by cross-entropy and saves it in
     `output`.
 
-    The same call again returns at once where `output` is finished, else resumes from the last snapshot in
-    `<output>.partial`; it starts anew when model, data, config or this code changed. Raises InputError for a task
-    without a training split; DataError, CheckpointError and OutputError from reading and writing.
+    The same call again returns at once where `output` is finished, else resumes from the last snapshot,
+    `<output>.partial.safetensors`; it starts anew when model, data, config or this code changed. Raises InputError for
+    a task without a training split and for a run that diverges; DataError, CheckpointError and OutputError from
+    reading and writing.
     """
     start = time.perf_counter()
     config = config or TrainConfig()
-    target = checkpoint.check_output(output)
     spec = data.get_task(task)
     if spec.train is None:
         raise InputError(f"task {task!r} has no training split", fix="choose another --task")
-    examples = data.load(spec, spec.train, limit=config.n, seed=config.seed)
     source = checkpoint.resolve(model)
-    inputs = {"weights": checkpoint.weights_sha256(source), "data": examples.sha256, "config": config.model_dump()}
-    key = ledger.unit_key("train", inputs, sys.modules[__name__])
+    target = checkpoint.check_output(output, source=source)
+    examples = data.load(spec, spec.train, limit=config.n, seed=config.seed)
+    inputs = {
+        "source": checkpoint.source_sha256(source),
+        "data": examples.sha256,
+        "labels": spec.labels,
+        "max_length": spec.max_length,
+        "config": config.model_dump(),
+    }
+    key = ledger.unit_key("train", inputs, sys.modules[__name__], encoders)
     if (figures := checkpoint.finished(target, key)) is not None:
         return TrainResult(directory=target, resumed_from=figures["steps"], **figures)
 
@@ -79,10 +85,10 @@ def train(
         classifier, tokenizer = checkpoint.load(source, num_labels=len(spec.labels))
         classifier.config.id2label = dict(enumerate(spec.labels))
         classifier.config.label2id = {label: i for i, label in enumerate(spec.labels)}
-        encoded = tokenize(tokenizer, examples, spec.max_length)
+        encoded = tokenize(tokenizer, examples, token_limit(classifier, spec.max_length))
         labels = torch.from_numpy(examples.labels)
         plan = _plan(encoded, config)
-        run = Run(classifier, config, len(plan), target.parent / f"{target.name}.partial", key)
+        run = Run(classifier, config, len(plan), target.with_name(f"{target.name}.partial.safetensors"), key)
         resumed_from = run.step
         for step in range(run.step, len(plan)):
             rows = plan[step]
@@ -97,7 +103,9 @@ def train(
         "precision": run.precision,
         "seconds": time.perf_counter() - start,
     }
-    sha256 = checkpoint.save(classifier, tokenizer, target, recipe=recipe, key=key, figures=figures)
+    sha256 = checkpoint.save(
+        classifier, tokenizer, target, recipe=recipe, key=key, figures=figures, summary={"max_length": spec.max_length}
+    )
     run.discard()
     return TrainResult(directory=target, weights_sha256=sha256, resumed_from=resumed_from, **figures)
 
@@ -121,9 +129,9 @@ def _mix(seed: int, step: int) -> int:
 class Run:
     """Model, optimizer and step count, with the snapshots they can be rebuilt from."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, folder: Path, key: str):
+    def __init__(self, model: nn.Module, config: TrainConfig, total_steps: int, snapshot: Path, key: str):
         self.model, self.config, self.total_steps, self.key = model, config, total_steps, key
-        self.folder, self.snapshot = folder, folder / "state.safetensors"
+        self.snapshot = snapshot
         self.precision = config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
         self.step, self.losses = 0, []
         self.parameters = dict(model.named_parameters())
@@ -144,7 +152,9 @@ class Run:
             logits = self.model(**batch).logits
         loss = nn.functional.cross_entropy(logits.float(), labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
+        if not (loss.isfinite() and norm.isfinite()):
+            raise InputError(f"training diverged at step {self.step + 1}: loss {loss.item()}", fix="lower --lr")
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * self._schedule()
         self.optimizer.step()
@@ -155,8 +165,8 @@ class Run:
             self._save()
 
     def discard(self) -> None:
-        """Removes the snapshots: the finished model has taken their place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the snapshot: the finished model has taken its place."""
+        self.snapshot.unlink(missing_ok=True)
 
     def _schedule(self) -> float:
         """Share of the peak learning rate in the coming step: linear up, then linear down to 0."""
@@ -174,14 +184,18 @@ class Run:
             state = self.optimizer.state[p]
             tensors |= {f"{slot}/{name}": state[slot] for slot in ("exp_avg", "exp_avg_sq")}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        fresh = self.snapshot.with_suffix(".new")
+        fresh = self.snapshot.with_name(f".{self.snapshot.name}.tmp-{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            fresh.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, fresh, metadata={"key": self.key, "step": str(self.step)})
+            descriptor = os.open(fresh, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
             os.replace(fresh, self.snapshot)
         except (OSError, SafetensorError) as error:
-            fresh.unlink(missing_ok=True)
             raise OutputError(f"snapshot {self.snapshot} cannot be written: {error}", fix="free space") from error
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _restore(self) -> None:
         from safetensors import SafetensorError, safe_open
