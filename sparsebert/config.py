@@ -42,9 +42,9 @@ class PruneConfig(BaseModel):
     method: str = Field("adaptive", description="pruning method: adaptive or magnitude")
     sparsity: float = Field(0.875, ge=0, lt=1, description="share of zeros in every encoder linear, 0 <= s < 1")
     pattern: str = Field("unstructured", description="where zeros may be: unstructured")
-    calibration: Count = Field(2048, description="unlabelled training sentences the method may look at")
+    calibration: Count = Field(4096, description="unlabelled training sentences the method may look at")
     damping: Positive = Field(
-        1e-3, description="ridge of the least squares, times the mean diagonal of the Gram matrix"
+        1e-2, description="ridge of the least squares, times the mean diagonal of the Gram matrix"
     )
     seed: Seed = Field(0, description="seed of the choice of calibration sentences")
 

@@ -34,7 +34,7 @@ def adaptive(model, calibration: Batches, config: PruneConfig, progress: Progres
     model's outputs.
 
     [Li et al. 2023, Algorithm 1 and Eq. 5-6]. Departures: a column sweep in the place of exact row-wise OBS, its budget
-    per block of 128 columns over all rows (paper: per row); the ridge is `damping` (1e-3) of the mean diagonal and
+    per block of 128 columns over all rows (paper: per row); the ridge is `damping` (1e-2) of the mean diagonal and
     centred at W (paper: 1e-4, centred at 0); moments over real tokens only; the bias is solved by centring
     (b = mean_y - V mean_x), so that it is neither penalised nor pruned; pooler and classifier are left as they are
     (paper: refitted).
