@@ -4,6 +4,7 @@ is quick.
 
 from __future__ import annotations
 
+import os
 import sys
 
 from sparsebert.errors import SparsebertError
@@ -23,11 +24,20 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a path no file system takes, a standard output that is full
         where = f"{error.filename}: " if error.filename else ""
         code = _refuse(f"{where}{error.strerror or error}; correct the path or free space")
+        _give_up_stdout()
     if code == INTERRUPTED:
         print(
             "interrupted: finished work is kept, nothing is half-written; run the same command again", file=sys.stderr
         )
     return code
+
+
+def _give_up_stdout() -> None:
+    """Lets the interpreter's last flush succeed where standard output cannot be written: it would exit with 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(arguments: list[str]) -> int:
