@@ -285,7 +285,7 @@ def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, secon
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    if process.returncode == -signal.SIGINT:
+    if process.returncode not in (0, 130) and "sparsebert/" not in err:
         pytest.skip("the interpreter had not come to our code yet")
     assert process.returncode in (0, 130) and "Traceback" not in err
     assert not list(tmp_path.glob(".*"))
@@ -321,8 +321,9 @@ def demo(output: Path, **environment) -> subprocess.Popen:
 def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_path):
     output = tmp_path / "demo"
     killed = demo(output)
-    wait_for(killed, r"2/5 prune \(adaptive\): [1-9]")
-    killed.kill()
+    while killed.poll() is None and not (output / "magnitude").exists():
+        time.sleep(0.05)
+    killed.kill()  # while the adaptive method is at work
     killed.wait()
     dense = checkpoint.weights_sha256(output / "dense")
     assert not (output / "adaptive").exists()
