@@ -1,6 +1,6 @@
 """The engine against dense torch on a whole MiniLM-L6-sized classifier: real sentences, random sparse weights.
 
-python -m bench.bench_end_to_end [--sparsity 0.875] [--rounds 7] [--markdown FILE]
+python -m bench.bench_end_to_end [--sparsity 0.875] [--rounds 15] [--markdown FILE]
 pytest bench/bench_end_to_end.py --benchmark-only      the same cases, one candidate at a time
 """
 
@@ -84,9 +84,7 @@ def main() -> int:
         directory = model_directory(Path(folder), args.sparsity)
         rows = [measure(directory, case, args.rounds) for case in CASES]
     title = f"A pruned MiniLM-L6 ({args.sparsity:.1%} zeros, unstructured) against dense torch"
-    harness.report(title, rows, COLUMNS)
-    if args.markdown is not None:
-        args.markdown.write_text(harness.markdown(title, rows, COLUMNS, NOTES), encoding="utf-8")
+    harness.report(title, rows, COLUMNS, NOTES, args.markdown)
     return 0
 
 

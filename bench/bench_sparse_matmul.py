@@ -110,9 +110,7 @@ def main() -> int:
                 print(f"refused: {error}", file=sys.stderr)
                 failed = True
     title = f"sparse_matmul against torch, {args.threads} thread{'s' if args.threads > 1 else ''}"
-    harness.report(title, rows, COLUMNS)
-    if args.markdown is not None:
-        args.markdown.write_text(harness.markdown(title, rows, COLUMNS, NOTES), encoding="utf-8")
+    harness.report(title, rows, COLUMNS, NOTES, args.markdown)
     return 1 if failed else 0
 
 

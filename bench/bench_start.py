@@ -40,9 +40,7 @@ def main() -> int:
         rows.append(
             {"command": name, **{f"{part}_ms": figures[f"{part}_s"] * 1e3 for part in ("median", "min", "p99")}}
         )
-    harness.report("Time to start", rows, COLUMNS)
-    if args.markdown is not None:
-        args.markdown.write_text(harness.markdown("Time to start", rows, COLUMNS, NOTES), encoding="utf-8")
+    harness.report("Time to start", rows, COLUMNS, NOTES, args.markdown)
     return 0
 
 

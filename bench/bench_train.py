@@ -73,11 +73,7 @@ def main() -> int:
             "variant": name, "step_ms": timings.median(name) * 1e3, "spread": timings.spread(name),
             "times_ours": ratio.value, "low": ratio.low, "high": ratio.high,
         })  # fmt: skip
-    harness.report("A fine-tuning step of MiniLM-L6", rows, COLUMNS)
-    if args.markdown is not None:
-        args.markdown.write_text(
-            harness.markdown("A fine-tuning step of MiniLM-L6", rows, COLUMNS, NOTES), encoding="utf-8"
-        )
+    harness.report("A fine-tuning step of MiniLM-L6", rows, COLUMNS, NOTES, args.markdown)
     return 0
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from sparsebert import machine
 from sparsebert.engine.measure import Timings, interleave
 
-Row = dict[str, str | int | float | bool]
+Row = dict[str, str | int | float | bool | None]
 
 
 class WrongOutput(Exception):
@@ -55,18 +55,23 @@ def time_checked(
     return interleave(candidates, rounds, repeats=repeats, settle=settle), error
 
 
-def report(title: str, rows: Sequence[Row], columns: dict[str, str]) -> None:
-    """Prints the rows as a table for people, then as one JSON line. columns: key of a row -> format spec."""
+def report(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str, page: Path | None) -> None:
+    """Prints the rows as a table for people, then as one JSON line; also writes them to `page` where given.
+
+    columns: key of a row -> format spec. notes: what the columns mean, for the page.
+    """
     card = machine.card()
     table = Table(title=title, caption=f"{card['cpu']}, {card['cores']} cores; torch {card['torch']}")
     for key in columns:
         table.add_column(key, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(format(row[key], spec) if key in row else "" for key, spec in columns.items()))
+        table.add_row(*_cells(row, columns))
     # Piped into a file there is no terminal to fit, and a cut figure is no figure.
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     short = [{key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
     print(json.dumps({"machine": card, "command": command(), "rows": short}))
+    if page is not None:
+        page.write_text(markdown(title, rows, columns, notes), encoding="utf-8")
 
 
 def markdown(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str) -> str:
@@ -79,9 +84,13 @@ def markdown(title: str, rows: Sequence[Row], columns: dict[str, str], notes: st
     lines.append("| " + " | ".join(columns) + " |")
     lines.append("|" + "---|" * len(columns))
     for row in rows:
-        cells = (format(row[key], spec) if key in row else "" for key, spec in columns.items())
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(_cells(row, columns)) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cells(row: Row, columns: dict[str, str]) -> list[str]:
+    """The row as text; empty where it has no such figure, as an interval of too few rounds."""
+    return ["" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()]
 
 
 def command() -> str:

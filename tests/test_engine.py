@@ -79,6 +79,11 @@ def test_concurrent_callers_get_their_own_results(directory, texts):
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def test_no_threads_is_refused_not_taken_for_unset(directory):
+    with pytest.raises(InputError, match="threads must be an integer of at least 1, got 0"):
+        Engine.load(directory, threads=0)
+
+
 def test_an_empty_batch_is_an_empty_result(directory):
     assert Engine.load(directory).logits([]).shape == (0, 3)
 

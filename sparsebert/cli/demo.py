@@ -14,7 +14,6 @@ from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
 from sparsebert.encoders import predict
 from sparsebert.engine.measure import ratio_text
 from sparsebert.engine.rivals import compare_with_torch
-from sparsebert.errors import OutputError
 from sparsebert.pruning import PruneResult, prune_checkpoint
 from sparsebert.robustness import Evaluation, compare, evaluation, statistics
 from sparsebert.robustness.report import write_report
@@ -29,8 +28,6 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
     """Runs or resumes the demo in the folder `output` and returns the document the command prints last."""
     start = time.perf_counter()
     output = output.resolve()
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"output {output} must be a folder", fix="choose another -o")
     checkpoint.require_place(output)
     output.mkdir(parents=True, exist_ok=True)
     dense = output / "dense"

@@ -128,7 +128,7 @@ class Engine:
         tokenizer.no_padding()
         if _dispatch.isa() == "scalar" and environment.isa_cap() is None:
             warnings.warn("no AVX2 here: the engine runs its portable path, see `sparsebert doctor`", stacklevel=2)
-        engine = cls(weights, config, tokenizer, threads or _dispatch.threads())
+        engine = cls(weights, config, tokenizer, _dispatch.threads(threads))
         # At full length, as the golden logits were made.
         limit = config["max_position_embeddings"]
         checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, max_length=limit))
