@@ -1,8 +1,7 @@
 #include "scratch.h"
 
-#include <algorithm>
 #include <atomic>
-#include <limits>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -12,29 +11,29 @@ namespace {
 constexpr std::align_val_t alignment{64};  // a cache line, and the widest vector
 
 struct Free {
-  void operator()(float* p) const { ::operator delete[](p, alignment); }
+  void operator()(void* p) const { ::operator delete[](p, alignment); }
 };
 
 struct Buffer {
-  std::unique_ptr<float, Free> data;
-  std::size_t size = 0;  // floats
+  std::unique_ptr<void, Free> data;
+  std::size_t bytes = 0;
 };
 
 std::atomic<bool> poisoned{false};
 
 }  // namespace
 
-float* scratch(std::size_t count) {
-  thread_local Buffer buffer;
-  if (buffer.size < count) {
+void* scratch(std::size_t bytes, Scratch use) {
+  thread_local Buffer buffers[2];
+  Buffer& buffer = buffers[static_cast<int>(use)];
+  if (buffer.bytes < bytes) {
     buffer.data.reset();
-    buffer.size = 0;
-    buffer.data.reset(static_cast<float*>(::operator new[](count * sizeof(float), alignment)));
-    buffer.size = count;
+    buffer.bytes = 0;
+    buffer.data.reset(::operator new[](bytes, alignment));
+    buffer.bytes = bytes;
   }
-  if (scratch_is_poisoned()) {
-    std::fill_n(buffer.data.get(), buffer.size, std::numeric_limits<float>::quiet_NaN());
-  }
+  // All bits set is a NaN of every width.
+  if (scratch_is_poisoned()) std::memset(buffer.data.get(), 0xff, buffer.bytes);
   return buffer.data.get();
 }
 

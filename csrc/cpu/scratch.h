@@ -1,13 +1,16 @@
-// Working memory of a call: one buffer a calling thread, kept from call to call.
+// Working memory: kept from call to call, one buffer a thread and use.
 #pragma once
 
 #include <cstddef>
 
 namespace sparsebert {
 
-// At least `count` floats, aligned to 64 bytes, valid until this thread's next call. Contents are undefined, and NaN
-// when poisoned. Throws std::bad_alloc.
-float* scratch(std::size_t count);
+// The thread that calls an operation holds one buffer for the whole call while it also runs tasks of it.
+enum class Scratch : int { call, task };
+
+// At least `bytes` bytes, aligned to 64, valid until this thread's next request for the same use. Contents are
+// undefined, and NaN (as float and as double) when poisoned. Throws std::bad_alloc.
+void* scratch(std::size_t bytes, Scratch use = Scratch::call);
 
 // For tests: fill working memory with NaN before every use, so that reading what was not written shows.
 void poison_scratch(bool on);

@@ -66,7 +66,7 @@ void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, cons
   const std::int64_t group = std::clamp<std::int64_t>(
       threads * scratch_bytes / std::max<std::int64_t>(1, panel_floats * static_cast<std::int64_t>(sizeof(float))),
       1, filled_panels);
-  float* panels = scratch(static_cast<std::size_t>(group * panel_floats));
+  auto* panels = static_cast<float*>(scratch(static_cast<std::size_t>(group * panel_floats) * sizeof(float)));
   if (scratch_is_poisoned()) std::fill_n(y, tokens * w.n_out, std::numeric_limits<float>::quiet_NaN());
 
   for (std::int64_t first = 0; first < filled_panels; first += group) {

@@ -1,16 +1,9 @@
-// The arithmetic of sparse_matmul, written once for every vector width. Included inside a namespace that names the ISA
-// and defines `lanes`, under that ISA's target pragma. It includes nothing and calls no library template: such a
-// function would be emitted here as a shared symbol, with instructions that other callers of it may not be able to run.
+// The arithmetic of sparse_matmul, written once for every vector width. Included after vector.inl, by its rules.
 
-typedef float f32 __attribute__((vector_size(lanes * 4)));
-typedef float f32_unaligned __attribute__((vector_size(lanes * 4), aligned(4)));
-typedef int i32 __attribute__((vector_size(lanes * 4)));
+typedef Vector<float>::type f32;
+typedef Vector<int>::type i32;
 
 namespace {
-
-inline f32 load(const float* p) { return *reinterpret_cast<const f32_unaligned*>(p); }
-inline void store(float* p, f32 v) { *reinterpret_cast<f32_unaligned*>(p) = v; }
-inline f32 splat(float v) { return f32{} + v; }
 
 // Masks of the perfect shuffle: zip(a, b) = a0 b0 a1 b1 ...; its lower half with first = 0, its upper with lanes / 2.
 template <int... i>

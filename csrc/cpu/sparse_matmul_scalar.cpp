@@ -5,5 +5,6 @@
 namespace sparsebert::sparse_matmul_scalar {
 constexpr int lanes = 4;
 constexpr int max_width_vectors = 4;
+#include "vector.inl"
 #include "sparse_matmul.inl"
 }  // namespace sparsebert::sparse_matmul_scalar

@@ -1,0 +1,217 @@
+"""obs_prune: optimal brain surgeon on the rows of a linear, exact one weight at a time; and `obs_sweep`, its
+approximation by one sweep over the columns.
+
+Both prune W* under H, that is they look for V of the given pattern with a small tr((V - W*) H (V - W*)ᵀ).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.ops import _dispatch
+from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
+from sparsebert.ops.topk_mask import topk_mask_ref
+from sparsebert.patterns import VNM, Grouped, NofM, Pattern, Unstructured, kept_in, require_fits, zeros_in
+
+
+def obs_prune(
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    *,
+    per_row: bool = True,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """Exact OBS: each row loses, one at a time, the weight p of lowest w_p² / [H⁻¹]_pp, and the others move to the new
+    optimum: w ← w - H⁻¹_:p w_p / [H⁻¹]_pp, H⁻¹ ← H⁻¹ - H⁻¹_:p H⁻¹_p: / [H⁻¹]_pp.
+
+    weight: W*, float64 [rows, n_in]. h: float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
+    Unstructured, per_row: floor(sparsity * n_in) removals a row [Li et al. 2023]. Otherwise the removals of lowest loss
+    over all rows, a row's j-th counting as the largest of its first j losses, so that it never comes before the ones
+    that it follows; of equals, first the lower row [Frantar & Alistarh 2022, ExactOBS, global selection].
+    N:M: a block of m consecutive columns that has lost m - n weights of a row loses no more.
+    Grouped: consecutive rows that form a group lose a column together, the one of lowest sum over the group of w_p² /
+    [H⁻¹]_pp; budgets as for unstructured, counted in columns. With kept_multiple, the columns of a group are cut into
+    chunks of that many in the order of their removal, and the chunks of highest total cost stay (per_row: as many in
+    each group).
+    V:N:M: groups of v rows first keep 4 columns of every m, then each row n of these 4.
+    Ties of score go to the lower column.
+
+    Returns V, float64 [rows, n_in], the exact optimum on its own support, zero elsewhere. Arithmetic is float64; the
+    result does not depend on `threads`. Raises InputError for a wrong type or shape, a pattern that does not fit, and
+    an H that is not positive definite.
+    """
+    _check(weight, h, pattern, sparsity)
+    raise NotImplementedError
+
+
+def obs_prune_ref(
+    weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, per_row: bool = True
+) -> torch.Tensor:
+    """What `obs_prune` computes, by the formula: the whole inverse downdated at every removal."""
+    rows, n_in = weight.shape
+    if isinstance(pattern, VNM):
+        blocks = n_in // pattern.m
+        keep = torch.zeros(rows, n_in, dtype=torch.bool)
+        for start in range(0, rows, pattern.v):
+            group = slice(start, start + pattern.v)
+            order, _ = _trace_ref(weight[group], h, blocks * (pattern.m - 4), NofM(4, pattern.m))
+            kept = torch.ones(n_in, dtype=torch.bool).index_fill_(0, order, False).nonzero().flatten()
+            # On the columns that are left it is an N:4 problem of its own, from the optimum there.
+            h_kept = h[kept][:, kept]
+            w_kept = torch.linalg.solve(h_kept, (weight[group] @ h)[:, kept], left=False)
+            keep[group, kept] = obs_prune_ref(w_kept, h_kept, NofM(pattern.n, 4), 0.0) != 0
+    else:
+        size = pattern.rows if isinstance(pattern, Grouped) else 1
+        if isinstance(pattern, NofM):
+            steps = n_in - kept_in(pattern, 1, n_in, sparsity)
+        else:
+            steps = n_in
+        traces = [_trace_ref(group, h, steps, pattern) for group in weight.split(size)]
+        order, losses = (torch.stack(part) for part in zip(*traces, strict=True))
+        if isinstance(pattern, NofM):
+            keep = torch.ones(rows, n_in, dtype=torch.bool).scatter_(1, order, False)
+        else:
+            keep = _keep(order, losses, pattern, sparsity, per_row).repeat_interleave(size, 0)
+    return masked_lstsq_ref(weight @ h, h, keep)
+
+
+def _trace_ref(
+    weight: torch.Tensor, h: torch.Tensor, steps: int, pattern: Pattern
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The removals of one group of rows that lose their columns together: columns int64 [steps], losses [steps]."""
+    w, inverse = weight.clone(), torch.linalg.inv(h)
+    gone = torch.zeros(w.shape[1], dtype=torch.bool)
+    order, losses = [], []
+    for _ in range(steps):
+        closed = gone
+        if isinstance(pattern, NofM):
+            full = gone.view(-1, pattern.m).sum(1) == pattern.m - pattern.n
+            closed = gone | full.repeat_interleave(pattern.m)
+        score = ((w**2).sum(0) / inverse.diagonal()).masked_fill(closed, torch.inf)
+        p = int(score.argmin())
+        order.append(p)
+        losses.append(score[p])
+        w -= torch.outer(w[:, p] / inverse[p, p], inverse[p])
+        inverse -= torch.outer(inverse[:, p], inverse[p]) / inverse[p, p]
+        gone[p] = True
+        w[:, gone] = 0.0
+        inverse[gone] = 0.0
+        inverse[:, gone] = 0.0
+        inverse[gone, gone] = 1.0
+    return torch.tensor(order), torch.stack(losses) if losses else torch.empty(0, dtype=torch.float64)
+
+
+def _keep(
+    order: torch.Tensor, losses: torch.Tensor, pattern: Unstructured | Grouped, sparsity: float, per_row: bool
+) -> torch.Tensor:
+    """The columns each group of rows keeps, bool [groups, n_in], given its whole trace."""
+    groups, n_in = order.shape
+    multiple = pattern.kept_multiple if isinstance(pattern, Grouped) else 1
+    if per_row:
+        counts = torch.full((groups,), (n_in - zeros_in(n_in, sparsity)) // multiple * multiple)
+    else:
+        kept = groups * n_in - zeros_in(groups * n_in, sparsity)
+        # Last removed first: costs fall along a row, and of equals topk takes the one removed later.
+        cost = losses.cummax(1).values.flip(1).view(groups, -1, multiple).sum(2)
+        # The lower row's equals go first, so the higher row keeps its own.
+        chosen = topk_mask_ref(cost.flip(0).flatten(), kept // multiple).view_as(cost).flip(0)
+        counts = chosen.sum(1) * multiple
+    position = torch.arange(n_in).expand(groups, -1)
+    return torch.zeros(groups, n_in, dtype=torch.bool).scatter_(1, order.flip(1), position < counts[:, None])
+
+
+def obs_sweep(
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    *,
+    block: int = 128,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """SparseGPT: columns left to right, each removal compensated in the columns to its right. With H⁻¹ = Uᵀ U, U upper
+    triangular, and e_j = w_j / U_jj where w_j is removed: w ← w - e_j U_j:.
+
+    weight: W*, float64 [rows, n_in]. h: float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
+    Unstructured: of every `block` columns, over all rows together, those of lowest (w / U_jj)² at the block's start go,
+    ties to the lower index (row-major); the blocks' counts are such that floor(sparsity * rows * columns so far) are
+    gone after each. Grouped: the same, on sums over consecutive rows. N:M: n of every m columns stay, chosen when the
+    sweep reaches them (`block` is rounded up to a multiple of m). V:N:M: likewise, 4 of m columns by their sums over v
+    rows, then n of these 4 by each row.
+    Returns V, float64 [rows, n_in], zero where removed; it is not the optimum on its own support (`masked_lstsq` is).
+    Raises InputError as `obs_prune`, UnsupportedError for Grouped with a kept_multiple.
+    [Frantar & Alistarh 2023, Algorithm 1; the code they released removes all that is <= a threshold: one weight a block
+    more, and every tie.]
+    """
+    _check(weight, h, pattern, sparsity)
+    raise NotImplementedError
+
+
+def obs_sweep_ref(
+    weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, block: int = 128
+) -> torch.Tensor:
+    """What `obs_sweep` computes, one column at a time over all rows."""
+    w, u = weight.clone(), _inverse_factor(h)
+    rows, n_in = w.shape
+    reach = pattern.m if isinstance(pattern, NofM | VNM) else block  # columns whose mask is chosen together
+    gone = torch.zeros(rows, n_in, dtype=torch.bool)
+    for j in range(n_in):
+        if j % reach == 0:
+            part = slice(j, min(j + reach, n_in))
+            scores = (w[:, part] / u.diagonal()[part]) ** 2
+            gone[:, part] = ~_sweep_keep(scores, gone[:, :j], pattern, sparsity)
+        error = torch.where(gone[:, j], w[:, j] / u[j, j], 0.0)
+        w[:, j:] -= torch.outer(error, u[j, j:])
+    return w.masked_fill(gone, 0.0)
+
+
+def _sweep_keep(scores: torch.Tensor, gone: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
+    """What stays of the columns just reached, given what is gone of those before them."""
+    rows, cols = scores.shape
+    if isinstance(pattern, NofM):
+        return topk_mask_ref(scores, pattern.n)
+    if isinstance(pattern, VNM):
+        shared = topk_mask_ref(scores.view(-1, pattern.v, cols).sum(1), 4).repeat_interleave(pattern.v, 0)
+        return topk_mask_ref(scores.masked_fill(~shared, -1.0), pattern.n)
+    size = pattern.rows if isinstance(pattern, Grouped) else 1
+    sums = scores.view(-1, size, cols).sum(1)
+    budget = zeros_in(sums.shape[0] * (gone.shape[1] + cols), sparsity) - int(gone[::size].sum())
+    lowest = topk_mask_ref(-sums.flatten(), budget).view_as(sums)
+    return ~lowest.repeat_interleave(size, 0)
+
+
+def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
+    """U, upper triangular, with H⁻¹ = Uᵀ U. InputError where H is not positive definite.
+
+    H = R Rᵀ with R upper triangular (Cholesky from the last row up) gives U = R⁻¹: one factorisation, and no explicit
+    inverse of H.
+    """
+    flipped, info = torch.linalg.cholesky_ex((torch.triu(h) + torch.triu(h, 1).T).flip(0, 1))
+    if info.item():
+        raise InputError(
+            f"h must be positive definite, pivot {len(h) + 1 - info.item()} of {len(h)} from the last up is not",
+            fix="raise the damping or give more calibration tokens",
+        )
+    identity = torch.eye(len(h), dtype=h.dtype)
+    return torch.linalg.solve_triangular(flipped.flip(0, 1), identity, upper=True)
+
+
+def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
+    for name, array in (("weight", weight), ("h", h)):
+        if array.dtype != torch.float64 or array.ndim != 2 or array.device.type != "cpu":
+            raise InputError(
+                f"{name} must be 2-d float64 on the CPU, got {array.dtype} {list(array.shape)} on {array.device}",
+                fix="convert it first",
+            )
+        if not array.isfinite().all():
+            raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")
+    if list(h.shape) != [weight.shape[1]] * 2:
+        raise InputError(
+            f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h"
+        )
+    require_fits(pattern, *weight.shape, sparsity)

@@ -1,0 +1,89 @@
+"""topk_mask: the k highest scores, exactly k, without a sort; and `pattern_mask`, the same within a sparsity pattern."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsebert.errors import InputError
+from sparsebert.ops import _dispatch
+from sparsebert.patterns import VNM, Grouped, NofM, Pattern, kept_in, require_fits
+
+
+def topk_mask(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: str | None = None) -> torch.Tensor:
+    """True at exactly the k highest scores of every vector along the last dimension; of equal scores, those of lower
+    index.
+
+    scores: float32 [..., n], CPU, contiguous, no NaN; -0 and +0 are equal, infinities are ordered.
+    k: 0 to n.
+    Returns bool [..., n], True = kept. Raises InputError for another type, layout or k, and for NaN.
+    """
+    _check(scores, k)
+    n = scores.shape[-1]
+    keep = _dispatch.core().topk_mask(
+        scores.detach().view(-1, n).numpy(), k, _dispatch.isa(isa), _dispatch.threads(threads)
+    )
+    if keep is None:
+        raise InputError("scores must have no NaN", fix="repair what the scores are made from")
+    return torch.from_numpy(keep).view(scores.shape)
+
+
+def topk_mask_ref(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """What `topk_mask` returns, by a stable sort."""
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+
+
+def pattern_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, *, per_row: bool = False) -> torch.Tensor:
+    """The weights that `pattern` keeps at `sparsity` when it keeps the highest scores. Bool [n_out, n_in].
+
+    scores: float32 [n_out, n_in], at least 0; the score of a set of weights is their sum.
+    Unstructured: the highest of the whole matrix, or of each row with `per_row`. N:M: the n highest of every m
+    consecutive ones of a row. Grouped: the same as unstructured, on the sums over each group of consecutive rows; with
+    kept_multiple, whole chunks of a group's columns taken in falling order. V:N:M: in every block of v rows and m
+    columns the 4 columns of highest sums, and of these the n highest of each row.
+    Raises InputError where the pattern does not divide the matrix or would leave nothing of it.
+    """
+    n_out, n_in = scores.shape
+    require_fits(pattern, n_out, n_in, sparsity)
+    if isinstance(pattern, NofM):
+        return topk_mask(scores.reshape(-1, pattern.m), pattern.n).view(n_out, n_in)
+    if isinstance(pattern, Grouped):
+        sums = scores.view(-1, pattern.rows, n_in).sum(1)
+        return _grouped(sums, pattern, sparsity, per_row).repeat_interleave(pattern.rows, 0)
+    if isinstance(pattern, VNM):
+        blocks = scores.view(n_out // pattern.v, pattern.v, n_in // pattern.m, pattern.m)
+        shared = topk_mask(blocks.sum(1).contiguous(), 4)[:, None]
+        # Scores are at least 0, so a column that is not shared ranks below every one that is.
+        return topk_mask(torch.where(shared, blocks, -1.0), pattern.n).view(n_out, n_in)
+    return _highest(scores, kept_in(pattern, n_out, n_in, sparsity), per_row)
+
+
+def _highest(scores: torch.Tensor, kept: int, per_row: bool) -> torch.Tensor:
+    """The `kept` highest of a matrix, or kept // rows of each row."""
+    if per_row:
+        return topk_mask(scores, kept // len(scores))
+    return topk_mask(scores.flatten(), kept).view_as(scores)
+
+
+def _grouped(sums: torch.Tensor, pattern: Grouped, sparsity: float, per_row: bool) -> torch.Tensor:
+    """The columns each group keeps, bool [groups, n_in]."""
+    groups, n_in = sums.shape
+    kept = kept_in(pattern, groups * pattern.rows, n_in, sparsity) // pattern.rows
+    if pattern.kept_multiple == 1:
+        return _highest(sums, kept, per_row)
+    # A group's chunks fall in score, so the highest chunks of all groups are always the first ones of each.
+    order = torch.argsort(sums, dim=1, descending=True, stable=True)
+    chunks = sums.gather(1, order).view(groups, -1, pattern.kept_multiple).sum(2)
+    chosen = _highest(chunks, kept // pattern.kept_multiple, per_row).repeat_interleave(pattern.kept_multiple, 1)
+    return torch.zeros(sums.shape, dtype=torch.bool).scatter_(1, order, chosen)
+
+
+def _check(scores: torch.Tensor, k: int) -> None:
+    if scores.dtype != torch.float32 or scores.ndim < 1 or scores.device.type != "cpu" or not scores.is_contiguous():
+        raise InputError(
+            f"scores must be contiguous float32 [..., n] on the CPU, got {scores.dtype} {list(scores.shape)} on "
+            f"{scores.device}",
+            fix="convert them first",
+        )
+    if not 0 <= k <= scores.shape[-1]:
+        raise InputError(f"k must be between 0 and n = {scores.shape[-1]}, got {k}", fix="correct k")
