@@ -211,7 +211,5 @@ def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: fl
         if not array.isfinite().all():
             raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")
     if list(h.shape) != [weight.shape[1]] * 2:
-        raise InputError(
-            f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h"
-        )
+        raise InputError(f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h")
     require_fits(pattern, *weight.shape, sparsity)
