@@ -10,43 +10,41 @@ from sparsebert.errors import UnsupportedError
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, zeros_in
 
 
+# What a launch covers. 8 rows are two a warp, whose work hides each other's shuffles, and 96 programs for BERT's 768
+# rows. At 4,096 weights a program a thread holds 16, the most that needs no spill in float64 (221 registers of 255).
+ROWS, WEIGHTS = 8, 4096
+
+
 def obs_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int = 128) -> torch.Tensor:
-    """`sparsebert.ops.obs_prune.obs_sweep` given U: H⁻¹ = Uᵀ U; columns left to right, e_j = w_j / U_jj where w_j is
-    removed: w ← w - e_j U_j:.
+    """`sparsebert.ops.obs_prune.obs_sweep` given U, H⁻¹ = Uᵀ U: columns left to right, w ← w - e_j U_j: with
+    e_j = w_j / U_jj where w_j is removed.
 
     weight: W*, float32 or float64 [rows, n_in]. u: same dtype and device, [n_in, n_in], upper triangular with a positive
-    diagonal; only i <= j is read. block: columns a launch; it also sets which columns share a budget (Unstructured,
-    Grouped), and is rounded up to a multiple of m (N:M, V:N:M).
-    Arithmetic is the dtype's own. In float64 the masks are the reference's but for near-ties, about 1e-15 apart; in
-    float32 weights whose scores differ by about 1e-6 of themselves may change places, and what follows from them.
-    Returns V, like weight, zero where removed. Nothing waits for the device. Raises UnsupportedError for float32 while
-    torch may round the factors of a matmul to TF32.
+    diagonal; only i <= j is read. block: columns whose mask is chosen together (Unstructured, Grouped); for N:M and
+    V:N:M the columns of a launch, which do not change the result.
+    Arithmetic is in the weight's dtype. In float64 the masks are the reference's; in float32 weights whose scores differ
+    by about 1e-6 of themselves may change places, and so may what follows from them.
+    Returns V, like weight, zero where removed; the host never waits for the device. Raises UnsupportedError for float32
+    while torch may round a matmul's factors to TF32.
     """
     if weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         raise UnsupportedError(
-            "obs_sweep in float32 needs matmuls in full float32, torch.backends.cuda.matmul.fp32_precision is 'tf32'",
+            "obs_sweep in float32 needs full float32 matmuls, torch.backends.cuda.matmul.fp32_precision is 'tf32'",
             fix="set it to 'ieee', or pass float64",
         )
-    w, u = weight.clone(memory_format=torch.contiguous_format), u.contiguous()
+    w, u = weight.detach().clone(memory_format=torch.contiguous_format), u.triu()
     rows, n_in = w.shape
-    chooses = isinstance(pattern, NofM | VNM)
-    shared = isinstance(pattern, VNM)
-    if chooses:
-        block = -(-block // pattern.m) * pattern.m
-    # A program sees all rows of a V:N:M group, so that it can add up their scores.
-    step = pattern.v if shared else ROWS
-    tile = triton.next_power_of_2(step), triton.next_power_of_2(block)
-    warps = max(4, min(16, tile[0] * tile[1] // 512))
+    block, constants = _plan(pattern, block)
     inverse_diagonal = 1 / u.diagonal()
     errors = torch.empty(rows, block, dtype=w.dtype, device=w.device)
     gone = None
     with torch.cuda.device_of(w):
         for start in range(0, n_in, block):
             stop = min(start + block, n_in)
-            if not chooses:
+            if not constants["REACH"]:
                 scores = (w[:, start:stop] * inverse_diagonal[start:stop]) ** 2
                 gone = _lowest(scores, start, pattern, sparsity)
-            _sweep_block[(triton.cdiv(rows, step),)](
+            _sweep_block[(triton.cdiv(rows, constants["STEP"]),)](
                 w[:, start:],
                 u[start:, start:],
                 inverse_diagonal[start:],
@@ -56,21 +54,35 @@ def obs_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity:
                 n_in,
                 stop - start,
                 block,
-                STEP=step,
-                KEPT=pattern.n if chooses else 0,
-                REACH=pattern.m if chooses else 0,
-                SHARED=shared,
-                ROWS=tile[0],
-                COLS=tile[1],
-                num_warps=warps,
-                enable_fp_fusion=True,
+                **constants,
             )
             w[:, stop:].addmm_(errors[:, : stop - start], u[start:stop, stop:], alpha=-1)
     return w
 
 
-# Two rows a warp hide the latency of its shuffles; more would leave a GPU without work at BERT's 768 rows.
-ROWS = 8
+def _plan(pattern: Pattern, block: int) -> tuple[int, dict[str, int]]:
+    """The columns of a launch, and what it is compiled for."""
+    chooses, shared = isinstance(pattern, NofM | VNM), isinstance(pattern, VNM)
+    # A program sees all v rows of a V:N:M group, to add up their scores.
+    step = pattern.v if shared else ROWS
+    if chooses:
+        most = min(block, WEIGHTS // triton.next_power_of_2(step))
+        block = max(most // pattern.m, 1) * pattern.m
+    cols = triton.next_power_of_2(block)
+    if not shared:
+        step = max(1, min(step, WEIGHTS // cols))
+    rows = triton.next_power_of_2(step)
+    constants = {
+        "STEP": step,
+        "KEPT": pattern.n if chooses else 0,
+        "REACH": pattern.m if chooses else 0,
+        "SHARED": shared,
+        "ROWS": rows,
+        "COLS": cols,
+        "num_warps": max(4, min(8, rows * cols // 256)),
+        "enable_fp_fusion": True,
+    }
+    return block, constants
 
 
 def _lowest(scores: torch.Tensor, before: int, pattern: Pattern, sparsity: float) -> torch.Tensor:
@@ -113,26 +125,18 @@ def _sweep_block(
     inverse = tl.load(inverse_ptr + cols, mask=cols < width, other=0.0)[None, :]
     if REACH > 0:
         gone = tl.zeros([ROWS, COLS], tl.int1)
-        reach = REACH
     else:
         gone = tl.load(gone_ptr + row[:, None] * width + cols[None, :], mask=inside, other=0) != 0
-        reach = width
     errors = tl.zeros_like(w)
-    # One row ahead: U comes from L2, farther away than a column's work takes.
-    u_row = tl.load(u_ptr + cols, mask=cols < width, other=0.0)
-    for first in range(0, width, reach):
+    # U comes from L2, farther away than a column's work takes: the loads run two rows ahead.
+    for j in tl.range(0, width, num_stages=3):
+        u_row = tl.load(u_ptr + j * n_in + cols, mask=cols < width, other=0.0)
         if REACH > 0:
-            gone |= ((cols >= first) & (cols < first + REACH))[None, :] & _dropped(
-                w * inverse, first, KEPT, REACH, SHARED
-            )
-        for j in range(first, first + reach):
-            u_next = tl.load(u_ptr + (j + 1) * n_in + cols, mask=(cols > j) & (cols < width), other=0.0)
-            here = (cols == j)[None, :]
-            # A register has no index at run time: a column comes out of the tile as a sum of it and zeros.
-            error = tl.sum(tl.where(here & gone, w * inverse, 0.0), 1)[:, None]
-            errors = tl.where(here, error, errors)
-            w -= error * u_row[None, :]
-            u_row = u_next
+            if j % REACH == 0:
+                gone |= ((cols >= j) & (cols < j + REACH))[None, :] & _dropped(w * inverse, j, KEPT, REACH, SHARED)
+        error = tl.gather(tl.where(gone, w * inverse, 0.0), tl.full([ROWS, 1], j, tl.int32), 1)
+        errors = tl.where((cols == j)[None, :], error, errors)
+        w -= error * u_row[None, :]
     tl.store(w_at, tl.where(gone, 0.0, w), mask=inside)
     tl.store(errors_ptr + row[:, None] * errors_stride + cols[None, :], errors, mask=inside)
 
@@ -156,6 +160,6 @@ def _rank(scores, first, REACH: tl.constexpr):
     cols = tl.arange(0, scores.shape[1])[None, :]
     rank = tl.zeros(scores.shape, tl.int32)
     for i in range(first, first + REACH):
-        other = tl.sum(tl.where(cols == i, scores, 0.0), 1)[:, None]
+        other = tl.gather(scores, tl.full([scores.shape[0], 1], i, tl.int32), 1)
         rank += ((other > scores) | ((other == scores) & (i < cols))).to(tl.int32)
     return rank
