@@ -9,23 +9,25 @@ import triton.language as tl
 from sparsebert.errors import UnsupportedError
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, zeros_in
 
-
 # What a launch covers. 8 rows are two a warp, whose work hides each other's shuffles, and 96 programs for BERT's 768
-# rows. At 4,096 weights a program a thread holds 16, the most that needs no spill in float64 (221 registers of 255).
+# rows. At 4,096 weights a program a thread holds 16, the most that spills nothing in float64: up to 239 registers of 255
+# on sm_90, Triton 3.4 to 3.9, blocks of up to 512 columns.
 ROWS, WEIGHTS = 8, 4096
 
 
-def obs_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int = 128) -> torch.Tensor:
+def obs_sweep(
+    weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int = 128
+) -> torch.Tensor:
     """`sparsebert.ops.obs_prune.obs_sweep` given U, H⁻¹ = Uᵀ U: columns left to right, w ← w - e_j U_j: with
     e_j = w_j / U_jj where w_j is removed.
 
-    weight: W*, float32 or float64 [rows, n_in]. u: same dtype and device, [n_in, n_in], upper triangular with a positive
-    diagonal; only i <= j is read. block: columns whose mask is chosen together (Unstructured, Grouped); for N:M and
-    V:N:M the columns of a launch, which do not change the result.
-    Arithmetic is in the weight's dtype. In float64 the masks are the reference's; in float32 weights whose scores differ
-    by about 1e-6 of themselves may change places, and so may what follows from them.
-    Returns V, like weight, zero where removed; the host never waits for the device. Raises UnsupportedError for float32
-    while torch may round a matmul's factors to TF32.
+    weight: W*, float32 or float64 [rows, n_in], on a GPU. u: of its dtype and device, [n_in, n_in], upper triangular
+    with a positive diagonal; only i <= j is read. block: columns whose mask is chosen together (Unstructured, Grouped);
+    for N:M and V:N:M at most so many columns a launch, which does not change the result.
+    Arithmetic is in the weight's dtype. In float64 the masks are the reference's but for near-ties of about 1e-15; in
+    float32 weights whose scores differ by about 1e-6 of themselves may change places, and what follows changes with it.
+    Returns V, like weight, zero where removed; the host does not wait for the device. Raises UnsupportedError for
+    float32 while torch may round a matmul's factors to TF32.
     """
     if weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         raise UnsupportedError(
