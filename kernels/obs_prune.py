@@ -10,8 +10,8 @@ from sparsebert.errors import UnsupportedError
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, zeros_in
 
 # What a launch covers. 8 rows are two a warp, whose work hides each other's shuffles, and 96 programs for BERT's 768
-# rows. At 4,096 weights a program a thread holds 16, the most that spills nothing in float64: up to 239 registers of 255
-# on sm_90, Triton 3.4 to 3.9, blocks of up to 512 columns.
+# rows. At 4,096 weights a program a thread holds 16, the most that spills nothing in float64: at most 239 of 255
+# registers on sm_90, compiled by Triton 3.4 to 3.9, for blocks of up to 512 columns and v up to 128.
 ROWS, WEIGHTS = 8, 4096
 
 
