@@ -29,4 +29,23 @@ struct CsrMatrix {
 void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, const float* bias, Activation activation,
                    Isa isa, int threads, float* y);
 
+// Rows of a mask in groups of equal rows.
+struct RowGroups {
+  const bool* mask;             // [any number of rows, n_in]
+  const std::int64_t* row_ptr;  // [count + 1], elements of rows; starts at 0, always increases
+  const std::int32_t* rows;     // each row of the mask at most once
+  std::int64_t count;
+};
+
+// For each row with support S (the True of its mask): H_SS v_S = t_S, float64, by Cholesky, one factorisation a group.
+//   target      [rows, n_in] row-major doubles
+//   h           [n_in, n_in] symmetric; only i <= j is read, unless `complement`
+//   complement  S is the False of the mask, and the solution c no result yet: v = t - cᵀ H_S:, exactly 0 on S
+//   v           [rows, n_in]; written on each row's S, or in whole rows with `complement`; must not overlap target
+//   failed      [count], -1 or the index in S of the first pivot that is not above 0; v is then undefined in that group
+// Groups are handed out in their order: the costliest should come first. The result does not depend on `threads`
+// (>= 1). Throws std::bad_alloc when a thread's work, about 4 |S|² bytes, cannot be had.
+void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
+                  Isa isa, int threads, double* v, std::int64_t* failed);
+
 }  // namespace sparsebert
