@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,14 @@ def random_weight(n_out: int, n_in: int, sparsity: float, seed: int = 0) -> np.n
 def random_input(tokens: int, n_in: int, seed: int = 1) -> np.ndarray:
     """Float32 [tokens, n_in], normal with variance 1, as a layer norm leaves it."""
     return np.random.default_rng(seed).standard_normal((tokens, n_in), np.float32)
+
+
+def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
+    """Second moments H of correlated inputs, float64 [n_in, n_in]: eigenvalues j^-1 in random directions, damped by
+    1 % of their mean, as the layers of an encoder have them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions, _ = torch.linalg.qr(torch.randn(n_in, n_in, generator=generator, dtype=torch.float64))
+    h = (directions / torch.arange(1, n_in + 1)) @ directions.T
+    h += 0.01 * h.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
+    return torch.triu(h) + torch.triu(h, 1).T
