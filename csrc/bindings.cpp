@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -107,6 +109,34 @@ py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Ar
   return failed;
 }
 
+std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
+    const Array<double>& weight, const Array<double>& inverse, std::int64_t group, std::int64_t bank_width,
+    std::int64_t bank_removals, std::int64_t steps, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(weight.ndim() == 2 && inverse.ndim() == 2, "weight and inverse must be 2-d");
+  const std::int64_t rows = weight.shape(0), n_in = weight.shape(1);
+  require(n_in <= INT32_MAX, "n_in must fit 32 bits");
+  require(inverse.shape(0) == n_in && inverse.shape(1) == n_in, "inverse must be [n_in, n_in]");
+  require(group >= 1 && rows % group == 0, "group must divide the rows");
+  require(bank_width >= 0 && (bank_width == 0 || n_in % bank_width == 0), "bank_width must divide n_in");
+  const std::int64_t most = bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
+  require(steps >= 0 && steps <= most, "steps must be at most what may be removed");
+
+  py::array_t<std::int32_t> order({rows / group, steps});
+  py::array_t<double> losses({rows / group, steps});
+  const double* weight_data = weight.data();
+  const double* inverse_data = inverse.data();
+  std::int32_t* order_data = order.mutable_data();
+  double* losses_data = losses.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    obs_prune(weight_data, rows, n_in, inverse_data, group, {bank_width, bank_removals}, steps, isa, threads,
+              order_data, losses_data);
+  }
+  return {order, losses};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -121,4 +151,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("mask").noconvert(), py::arg("row_ptr").noconvert(), py::arg("rows").noconvert(),
         py::arg("complement"), py::arg("v").noconvert(), py::arg("isa"), py::arg("threads"),
         "Writes v; returns a failing pivot, or -1, for each group of rows of equal mask.");
+  m.def("obs_prune", &run_obs_prune, py::arg("weight").noconvert(), py::arg("inverse").noconvert(), py::arg("group"),
+        py::arg("bank_width"), py::arg("bank_removals"), py::arg("steps"), py::arg("isa"), py::arg("threads"),
+        "The order in which groups of rows lose their columns, and the loss of each: [groups, steps] both.");
 }

@@ -48,4 +48,21 @@ struct RowGroups {
 void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
                   Isa isa, int threads, double* v, std::int64_t* failed);
 
+// How many columns of every `width` consecutive ones a row may lose; width 0: any.
+struct Banks {
+  std::int64_t width;
+  std::int64_t removals;
+};
+
+// Exact optimal brain surgeon: the order in which groups of `group` consecutive rows lose their columns, at each step
+// the open column p of lowest score, the sum over the group's rows of w_p^2 / [H^-1]_pp, of equals the lower one.
+//   weight   [rows, n_in] row-major, rows a multiple of group
+//   inverse  [n_in, n_in], H^-1, symmetric
+//   steps    at most n_in, and at most n_in / width * removals with banks
+//   order    [rows / group, steps], columns; losses [rows / group, steps], the scores when they went
+// A trace whose inverse loses its positive diagonal to rounding ends with losses of NaN. Results do not depend on
+// `threads` (>= 1). Throws std::bad_alloc; works in 8 * n_in^2 bytes a thread, about.
+void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
+               Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses);
+
 }  // namespace sparsebert
