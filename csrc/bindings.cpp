@@ -137,6 +137,55 @@ std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
   return {order, losses};
 }
 
+// Null where there is none.
+const float* data_or_null(const std::optional<Array<float>>& array) { return array ? array->data() : nullptr; }
+
+py::array_t<double> run_token_sums(const Array<float>& values, const std::optional<Array<float>>& weights,
+                                   const Array<float>& shift, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(values.ndim() == 2 && values.size() > 0, "values must be 2-d and not empty");
+  const std::int64_t tokens = values.shape(0);
+  const std::int64_t n = values.shape(1);
+  require(shift.ndim() == 1 && shift.size() == n, "shift must be [n]");
+  require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
+  py::array_t<double> sums(n);
+  double* sums_data = sums.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    token_sums(values.data(), tokens, n, data_or_null(weights), shift.data(), isa, threads, sums_data);
+  }
+  return sums;
+}
+
+void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::optional<Array<float>>& y,
+              const std::optional<Array<float>>& shift_y, const std::optional<Array<float>>& weights,
+              Array<double>& sum_xx, std::optional<Array<double>>& sum_yx, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(x.ndim() == 2 && x.size() > 0, "x must be 2-d and not empty");
+  const std::int64_t tokens = x.shape(0);
+  const std::int64_t n_in = x.shape(1);
+  require(shift_x.ndim() == 1 && shift_x.size() == n_in, "shift_x must be [n_in]");
+  require(sum_xx.ndim() == 2 && sum_xx.shape(0) == n_in && sum_xx.shape(1) == n_in, "sum_xx must be [n_in, n_in]");
+  require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
+  require(y.has_value() == shift_y.has_value() && y.has_value() == sum_yx.has_value(), "y needs shift_y and sum_yx");
+  std::int64_t n_y = 0;
+  if (y) {
+    require(y->ndim() == 2 && y->shape(0) == tokens && y->shape(1) >= 1, "y must be [tokens, n_y]");
+    n_y = y->shape(1);
+    require(shift_y->ndim() == 1 && shift_y->size() == n_y, "shift_y must be [n_y]");
+    require(sum_yx->ndim() == 2 && sum_yx->shape(0) == n_y && sum_yx->shape(1) == n_in, "sum_yx must be [n_y, n_in]");
+  }
+  double* xx = sum_xx.mutable_data();
+  double* yx = sum_yx ? sum_yx->mutable_data() : nullptr;
+  {
+    const py::gil_scoped_release released;
+    gram(x.data(), n_in, shift_x.data(), data_or_null(y), n_y, data_or_null(shift_y), data_or_null(weights), tokens,
+         isa, threads, xx, yx);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -154,4 +203,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("obs_prune", &run_obs_prune, py::arg("weight").noconvert(), py::arg("inverse").noconvert(), py::arg("group"),
         py::arg("bank_width"), py::arg("bank_removals"), py::arg("steps"), py::arg("isa"), py::arg("threads"),
         "The order in which groups of rows lose their columns, and the loss of each: [groups, steps] both.");
+  m.def("token_sums", &run_token_sums, py::arg("values").noconvert(), py::arg("weights").noconvert().none(true),
+        py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "sum over tokens of w (values - shift), [n].");
+  m.def("gram", &run_gram, py::arg("x").noconvert(), py::arg("shift_x").noconvert(),
+        py::arg("y").noconvert().none(true), py::arg("shift_y").noconvert().none(true),
+        py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
+        py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
+        "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
 }
