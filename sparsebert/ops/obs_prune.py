@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.topk_mask import topk_mask_ref

@@ -62,7 +62,8 @@ def _worst(
     for p in frozen:
         p.requires_grad_(False)
     try:
-        with layers_skipped(layers[:-1]) as reached:
+        reached = [None]
+        with layers_skipped(layers[:-1], reached):
             for moved, ascend in _ascent(hidden, batch, config):
                 reached[0] = moved
                 _loss(model, batch, labels, bf16).backward()
