@@ -20,6 +20,7 @@ TOLERANCE = 1e-9
 # Below, at and above a tile (4, 8), a panel (4, 12, 24) and, with more than 64 removals, several new bases.
 SIZES = ((1, 1), (1, 2), (3, 5), (2, 7), (5, 23), (3, 24), (7, 25), (2, 97), (4, 193))
 PATTERNS = ("unstructured", "2:4", "4:8", "32:64", "8x1", "8x1/8", "16:2:8")
+SWEPT = [parse(name) for name in PATTERNS if "/" not in name]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -131,3 +132,19 @@ def test_a_dead_column_goes_first(isa):
 def test_any_memory_layout_is_taken(prune):
     w, h = problem(6, 33)
     check(prune(w.T.contiguous().T, h, Unstructured(), 0.5), prune(w, h, Unstructured(), 0.5))
+
+
+@pytest.mark.parametrize(("rows", "n_in"), SIZES)
+def test_sweep_matches_the_reference_at_every_remainder(isa, rows, n_in):
+    w, h = problem(rows, n_in)
+    for sparsity in (0.3, 0.9):
+        for block in (1, 5, 64, 128):
+            v = obs_sweep(w, h, Unstructured(), sparsity, block=block, isa=isa)
+            check(v, obs_sweep_ref(w, h, Unstructured(), sparsity, block=block))
+
+
+@pytest.mark.parametrize("block", [20, 128])
+@pytest.mark.parametrize("pattern", SWEPT, ids=str)
+def test_sweep_matches_the_reference_on_every_pattern(isa, pattern, block):
+    w, h = problem(208, 192)
+    check(obs_sweep(w, h, pattern, 0.7, block=block, isa=isa), obs_sweep_ref(w, h, pattern, 0.7, block=block))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 
 from sparsebert.errors import InputError, UnsupportedError
@@ -209,7 +210,36 @@ def obs_sweep(
     more, and every tie.]
     """
     _check(weight, h, pattern, sparsity)
-    raise NotImplementedError
+    if isinstance(pattern, Grouped) and pattern.kept_multiple > 1:
+        raise UnsupportedError(
+            f"obs_sweep cannot keep columns in multiples, pattern {pattern} asks for it",
+            fix=f"use {pattern.rows}x1, or another method",
+        )
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError(f"block must be an integer of at least 1, got {block!r}", fix="use the default, 128")
+    rows, n_in = weight.shape
+    group, n, m, removals = 1, 0, 0, []
+    if isinstance(pattern, NofM | VNM):
+        n, m = pattern.n, pattern.m
+        group = pattern.v if isinstance(pattern, VNM) else 1
+        block = -(-block // m) * m
+    else:
+        group = pattern.rows if isinstance(pattern, Grouped) else 1
+        ends = [*range(block, n_in, block), n_in]
+        removals = np.diff([zeros_in(rows // group * end, sparsity) for end in ends], prepend=0)
+    v = _dispatch.core().obs_sweep(
+        weight.contiguous().numpy(),
+        _inverse_factor(h).T.contiguous().numpy(),
+        group,
+        n,
+        m,
+        isinstance(pattern, VNM),
+        np.asarray(removals, np.int64),
+        block,
+        _dispatch.isa(isa),
+        _dispatch.threads(threads),
+    )
+    return torch.from_numpy(v)
 
 
 def obs_sweep_ref(
