@@ -74,6 +74,41 @@ py::array_t<float> run_sparse_matmul(const Array<float>& x, const Array<std::int
   return y;
 }
 
+py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Array<double>& h,
+                                           const Array<bool>& mask, const Array<std::int64_t>& row_ptr,
+                                           const Array<std::int32_t>& rows, bool complement, Array<double>& v,
+                                           const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(target.ndim() == 2 && h.ndim() == 2 && mask.ndim() == 2 && v.ndim() == 2 && row_ptr.ndim() == 1 &&
+              rows.ndim() == 1,
+          "target, h, mask and v must be 2-d, the rest 1-d");
+  const std::int64_t n_in = target.shape(1);
+  require(h.shape(0) == n_in && h.shape(1) == n_in, "h must be [n_in, n_in]");
+  require(mask.shape(0) == target.shape(0) && mask.shape(1) == n_in && v.shape(0) == target.shape(0) &&
+              v.shape(1) == n_in,
+          "mask and v must have target's shape");
+  require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
+  const RowGroups groups{mask.data(), row_ptr.data(), rows.data(), row_ptr.size() - 1};
+  for (std::int64_t i = 0; i < groups.count; ++i) {
+    require(groups.row_ptr[i] < groups.row_ptr[i + 1], "row_ptr must increase");
+  }
+  require(groups.row_ptr[groups.count] == rows.size(), "row_ptr must end at the size of rows");
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    require(groups.rows[i] >= 0 && groups.rows[i] < target.shape(0), "rows must be rows of target");
+  }
+  py::array_t<std::int64_t> failed(groups.count);
+  const double* target_data = target.data();
+  const double* h_data = h.data();
+  double* v_data = v.mutable_data();
+  std::int64_t* failed_data = failed.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    masked_lstsq(target_data, h_data, n_in, groups, complement, isa, threads, v_data, failed_data);
+  }
+  return failed;
+}
+
 std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
     const Array<double>& weight, const Array<double>& inverse, std::int64_t group, std::int64_t bank_width,
     std::int64_t bank_removals, std::int64_t steps, const std::string& isa_name, int threads) {
@@ -131,6 +166,55 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
   return pruned;
 }
 
+// Null where there is none.
+const float* data_or_null(const std::optional<Array<float>>& array) { return array ? array->data() : nullptr; }
+
+py::array_t<double> run_token_sums(const Array<float>& values, const std::optional<Array<float>>& weights,
+                                   const Array<float>& shift, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(values.ndim() == 2 && values.size() > 0, "values must be 2-d and not empty");
+  const std::int64_t tokens = values.shape(0);
+  const std::int64_t n = values.shape(1);
+  require(shift.ndim() == 1 && shift.size() == n, "shift must be [n]");
+  require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
+  py::array_t<double> sums(n);
+  double* sums_data = sums.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    token_sums(values.data(), tokens, n, data_or_null(weights), shift.data(), isa, threads, sums_data);
+  }
+  return sums;
+}
+
+void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::optional<Array<float>>& y,
+              const std::optional<Array<float>>& shift_y, const std::optional<Array<float>>& weights,
+              Array<double>& sum_xx, std::optional<Array<double>>& sum_yx, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(x.ndim() == 2 && x.size() > 0, "x must be 2-d and not empty");
+  const std::int64_t tokens = x.shape(0);
+  const std::int64_t n_in = x.shape(1);
+  require(shift_x.ndim() == 1 && shift_x.size() == n_in, "shift_x must be [n_in]");
+  require(sum_xx.ndim() == 2 && sum_xx.shape(0) == n_in && sum_xx.shape(1) == n_in, "sum_xx must be [n_in, n_in]");
+  require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
+  require(y.has_value() == shift_y.has_value() && y.has_value() == sum_yx.has_value(), "y needs shift_y and sum_yx");
+  std::int64_t n_y = 0;
+  if (y) {
+    require(y->ndim() == 2 && y->shape(0) == tokens && y->shape(1) >= 1, "y must be [tokens, n_y]");
+    n_y = y->shape(1);
+    require(shift_y->ndim() == 1 && shift_y->size() == n_y, "shift_y must be [n_y]");
+    require(sum_yx->ndim() == 2 && sum_yx->shape(0) == n_y && sum_yx->shape(1) == n_in, "sum_yx must be [n_y, n_in]");
+  }
+  double* xx = sum_xx.mutable_data();
+  double* yx = sum_yx ? sum_yx->mutable_data() : nullptr;
+  {
+    const py::gil_scoped_release released;
+    gram(x.data(), n_in, shift_x.data(), data_or_null(y), n_y, data_or_null(shift_y), data_or_null(weights), tokens,
+         isa, threads, xx, yx);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -141,10 +225,21 @@ PYBIND11_MODULE(_C, m) {
         py::arg("cols").noconvert(), py::arg("values").noconvert(), py::arg("bias").noconvert().none(true),
         py::arg("gelu"), py::arg("isa"), py::arg("threads"),
         "y = x Wᵀ + bias. Column indices must be below x.shape[1]: they are not checked here.");
+  m.def("masked_lstsq", &run_masked_lstsq, py::arg("target").noconvert(), py::arg("h").noconvert(),
+        py::arg("mask").noconvert(), py::arg("row_ptr").noconvert(), py::arg("rows").noconvert(),
+        py::arg("complement"), py::arg("v").noconvert(), py::arg("isa"), py::arg("threads"),
+        "Writes v; returns a failing pivot, or -1, for each group of rows of equal mask.");
   m.def("obs_prune", &run_obs_prune, py::arg("weight").noconvert(), py::arg("inverse").noconvert(), py::arg("group"),
         py::arg("bank_width"), py::arg("bank_removals"), py::arg("steps"), py::arg("isa"), py::arg("threads"),
         "The order in which groups of rows lose their columns, and the loss of each: [groups, steps] both.");
   m.def("obs_sweep", &run_obs_sweep, py::arg("weight").noconvert(), py::arg("factor").noconvert(), py::arg("group"),
         py::arg("n"), py::arg("m"), py::arg("shared"), py::arg("removals").noconvert(), py::arg("block"),
         py::arg("isa"), py::arg("threads"), "The pruned weight; factor is Uᵀ, with H^-1 = Uᵀ U.");
+  m.def("token_sums", &run_token_sums, py::arg("values").noconvert(), py::arg("weights").noconvert().none(true),
+        py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "sum over tokens of w (values - shift), [n].");
+  m.def("gram", &run_gram, py::arg("x").noconvert(), py::arg("shift_x").noconvert(),
+        py::arg("y").noconvert().none(true), py::arg("shift_y").noconvert().none(true),
+        py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
+        py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
+        "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
 }

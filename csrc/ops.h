@@ -29,6 +29,25 @@ struct CsrMatrix {
 void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, const float* bias, Activation activation,
                    Isa isa, int threads, float* y);
 
+// Rows of a mask in groups of equal rows.
+struct RowGroups {
+  const bool* mask;             // [any number of rows, n_in]
+  const std::int64_t* row_ptr;  // [count + 1], elements of rows; starts at 0, always increases
+  const std::int32_t* rows;     // each row of the mask at most once
+  std::int64_t count;
+};
+
+// For each row with support S (the True of its mask): H_SS v_S = t_S, float64, by Cholesky, one factorisation a group.
+//   target      [rows, n_in] row-major doubles
+//   h           [n_in, n_in] symmetric; only i <= j is read, unless `complement`
+//   complement  S is the False of the mask, and the solution c no result yet: v = t - cᵀ H_S:, exactly 0 on S
+//   v           [rows, n_in]; written on each row's S, or in whole rows with `complement`; must not overlap target
+//   failed      [count], -1 or the index in S of the first pivot that is not above 0; v is then undefined in that group
+// Groups are handed out in their order: the costliest should come first. The result does not depend on `threads`
+// (>= 1). Throws std::bad_alloc when a thread's work, about 4 |S|² bytes, cannot be had.
+void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
+                  Isa isa, int threads, double* v, std::int64_t* failed);
+
 // How many columns of every `width` consecutive ones a row may lose; width 0: any.
 struct Banks {
   std::int64_t width;
@@ -65,5 +84,27 @@ struct SweepPattern {
 // Results do not depend on `threads` (>= 1). Throws std::bad_alloc; works in about 8 * rows * n_in bytes.
 void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const double* factor,
                const SweepPattern& pattern, std::int64_t block, Isa isa, int threads, double* pruned);
+
+// sums[c] = sum over tokens of w (values - shift)[c]: the difference float32, the product and the sum float64.
+//   values   [tokens, n] row-major floats; tokens and n from 1
+//   weights  [tokens] floats of at least 0, or null for ones
+//   shift    [n] floats
+//   sums     [n] doubles, written whole: not finite where a value, or its distance from the shift, is not
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when 64 n doubles cannot be had.
+void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const float* weights, const float* shift,
+                Isa isa, int threads, double* sums);
+
+// sum_xx[i][j] += sum over tokens of w (x - shift_x)[i] (x - shift_x)[j] for i <= j; what lies below the diagonal may
+// change too. sum_yx[i][j] += sum over tokens of w (y - shift_y)[i] (x - shift_x)[j]. Products are float32, summed in
+// float32 over 256 consecutive tokens and in float64 from there on.
+//   x, y     [tokens, n_in], [tokens, n_y] row-major floats, finite; tokens and n from 1; y null for no cross moments
+//   weights  [tokens] floats of at least 0, or null for ones
+//   sum_xx   [n_in, n_in] doubles
+//   sum_yx   [n_y, n_in] doubles
+// The result does not depend on `threads` (>= 1); avx2 and avx512 give the same bits. Throws std::bad_alloc, with
+// nothing added, when the packed copy of x and y, at most max(4 MiB, (n_in + n_y + 97) KiB), cannot be had.
+void gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
+          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, double* sum_xx,
+          double* sum_yx);
 
 }  // namespace sparsebert
