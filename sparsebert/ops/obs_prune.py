@@ -288,14 +288,28 @@ def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
     H = R Rᵀ with R upper triangular (Cholesky from the last row up) gives U = R⁻¹: one factorisation, and no explicit
     inverse of H.
     """
-    flipped, info = torch.linalg.cholesky_ex((torch.triu(h) + torch.triu(h, 1).T).flip(0, 1))
+    # Cholesky reads the lower half: flipped, that is the upper half of H.
+    flipped, info = torch.linalg.cholesky_ex(h.flip(0, 1))
     if info.item():
         raise InputError(
             f"h must be positive definite, pivot {len(h) + 1 - info.item()} of {len(h)} from the last up is not",
             fix="raise the damping or give more calibration tokens",
         )
-    identity = torch.eye(len(h), dtype=h.dtype)
-    return torch.linalg.solve_triangular(flipped.flip(0, 1), identity, upper=True)
+    return _lower_inverse(flipped.flip(0, 1).T).T
+
+
+def _lower_inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix, by halves: products of matrices, which run at twice the speed of
+    triangular solves with an identity.
+    """
+    n = len(lower)
+    if n <= 128:
+        return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False)
+    inverse, half = torch.zeros(n, n, dtype=lower.dtype), n // 2
+    first, last = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -(last @ lower[half:, :half] @ first)
+    return inverse
 
 
 def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
