@@ -120,7 +120,8 @@ std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
   require(inverse.shape(0) == n_in && inverse.shape(1) == n_in, "inverse must be [n_in, n_in]");
   require(group >= 1 && rows % group == 0, "group must divide the rows");
   require(bank_width >= 0 && (bank_width == 0 || n_in % bank_width == 0), "bank_width must divide n_in");
-  const std::int64_t most = bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
+  const std::int64_t most =
+      bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
   require(steps >= 0 && steps <= most, "steps must be at most what may be removed");
 
   py::array_t<std::int32_t> order({rows / group, steps});
@@ -147,6 +148,7 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
   require(factor.shape(0) == n_in && factor.shape(1) == n_in, "factor must be [n_in, n_in]");
   require(group >= 1 && rows % group == 0, "group must divide the rows");
   require(m >= 0 && (m == 0 || (n_in % m == 0 && block % m == 0)), "m must divide n_in and block");
+  require(!shared || m >= 4, "m must be at least 4 where columns are shared");
   if (m == 0) {
     require(removals.size() == (n_in + block - 1) / block, "removals must be one a block");
     for (std::int64_t b = 0; b < removals.size(); ++b) {

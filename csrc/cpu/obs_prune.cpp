@@ -1,4 +1,4 @@
-// Cuts an obs_prune and an obs_sweep into tasks, and chooses what a block of columns loses over all rows; the arithmetic
+// Cuts an obs_prune and an obs_sweep into tasks, and chooses what a block of columns loses; the arithmetic
 // is in obs_prune_*.inl.
 #include "obs_prune.h"
 

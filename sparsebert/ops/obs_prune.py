@@ -217,27 +217,48 @@ def obs_sweep(
         )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise InputError(f"block must be an integer of at least 1, got {block!r}", fix="use the default, 128")
+    return _sweep(
+        weight,
+        _inverse_factor(h),
+        pattern,
+        sparsity,
+        block,
+        threads=_dispatch.threads(threads),
+        isa=_dispatch.isa(isa),
+    )
+
+
+def _sweep(
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    block: int,
+    *,
+    threads: int,
+    isa: str,
+) -> torch.Tensor:
+    """obs_sweep given U."""
     rows, n_in = weight.shape
-    group, n, m, removals = 1, 0, 0, []
+    n, m, removals = 0, 0, []
     if isinstance(pattern, NofM | VNM):
-        n, m = pattern.n, pattern.m
-        group = pattern.v if isinstance(pattern, VNM) else 1
+        group, n, m = getattr(pattern, "v", 1), pattern.n, pattern.m
         block = -(-block // m) * m
     else:
-        group = pattern.rows if isinstance(pattern, Grouped) else 1
+        group = getattr(pattern, "rows", 1)
         ends = [*range(block, n_in, block), n_in]
         removals = np.diff([zeros_in(rows // group * end, sparsity) for end in ends], prepend=0)
     v = _dispatch.core().obs_sweep(
         weight.contiguous().numpy(),
-        _inverse_factor(h).T.contiguous().numpy(),
+        u.T.contiguous().numpy(),
         group,
         n,
         m,
         isinstance(pattern, VNM),
         np.asarray(removals, np.int64),
         block,
-        _dispatch.isa(isa),
-        _dispatch.threads(threads),
+        isa,
+        threads,
     )
     return torch.from_numpy(v)
 
@@ -262,7 +283,7 @@ def obs_sweep_ref(
 
 def _sweep_keep(scores: torch.Tensor, gone: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """What stays of the columns just reached, given what is gone of those before them."""
-    rows, cols = scores.shape
+    cols = scores.shape[1]
     if isinstance(pattern, NofM):
         return topk_mask_ref(scores, pattern.n)
     if isinstance(pattern, VNM):
