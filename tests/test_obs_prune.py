@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-
-
 import re
 
 import numpy as np
@@ -12,6 +10,8 @@ import torch
 
 from bench.shapes import random_moments
 from sparsebert.engine.rivals import torch_threads
+from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.ops import _dispatch
 from sparsebert.ops.obs_prune import _inverse, _trace, obs_prune, obs_prune_ref, obs_sweep, obs_sweep_ref
 from sparsebert.patterns import NofM, Unstructured, kept_in, parse
 
