@@ -217,6 +217,24 @@ void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::opt
   }
 }
 
+std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::int64_t k, const std::string& isa_name,
+                                                int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(scores.ndim() == 2, "scores must be 2-d");
+  require(threads >= 1, "threads must be at least 1");
+  require(0 <= k && k <= scores.shape(1), "k must be between 0 and n");
+  py::array_t<bool> keep({scores.shape(0), scores.shape(1)});
+  const float* scores_data = scores.data();
+  bool* keep_data = keep.mutable_data();
+  bool finite;
+  {
+    const py::gil_scoped_release released;
+    finite = topk_mask(scores_data, keep.shape(0), keep.shape(1), k, isa, threads, keep_data);
+  }
+  if (!finite) return std::nullopt;
+  return keep;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -244,4 +262,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
         py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
         "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
+  m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
+        "The k highest of each row, or None where there is a NaN.");
 }

@@ -31,9 +31,9 @@ Affine = tuple[torch.Tensor, torch.Tensor | None]  # (weight, bias) of a linear
 class Stage:
     """Linears that share one input, and its moments.
 
-    linears: by full name, as they are in the model. dense: what each was in the dense model. moments: of the input x̂ in
-    the half-pruned model; their y is the outputs of all these linears in the dense model, at `targets`, or (None) the
-    dense model's input. head: behind the encoder, where nothing is pruned.
+    linears: by full name, as they are in the model. dense: what each was in the dense model. moments: of the input x̂
+    in the half-pruned model; their y is the outputs of all these linears in the dense model, at `targets`, or (None)
+    the dense model's input. head: behind the encoder, where nothing is pruned.
     """
 
     linears: dict[str, nn.Linear]
@@ -106,8 +106,8 @@ def stages(
     batches: token batches without padding. The model must be in eval mode.
     sparse_inputs: False measures the dense model's inputs (x̂ = x), whatever the caller changes.
     padding: True counts padding as tokens and runs the half-pruned model under the last batch's attention mask, as the
-    released code of Li et al. 2023 does. finished: asked with the linears of each layer before its stages; it may give them their weights and return True,
-    and the layer is passed without stages.
+    released code of Li et al. 2023 does. finished: asked with the linears of each layer before its stages; it may give
+    them their weights and return True, and the layer is passed without stages.
     Memory: both runs' hidden states and the half-pruned run's widest input, float32, for all calibration tokens.
     Raises InputError for padded batches, and naming the linears for inputs that are not finite.
     """
