@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,34 @@ def random_weight(n_out: int, n_in: int, sparsity: float, seed: int = 0) -> np.n
 def random_input(tokens: int, n_in: int, seed: int = 1) -> np.ndarray:
     """Float32 [tokens, n_in], normal with variance 1, as a layer norm leaves it."""
     return np.random.default_rng(seed).standard_normal((tokens, n_in), np.float32)
+
+
+def layer_problem(rows: int, n_in: int, gelu: bool = False, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(W* [rows, n_in], H [n_in, n_in]), float64: what the layer-wise solvers meet in an encoder.
+
+    H: centred second moments of 4 n_in tokens of correlated inputs whose variances fall as a power law, or of the GELU
+    of such, mixed once more, with a damping of 1 % of the mean diagonal. W*: normal weights, moved a little.
+    """
+    rng = np.random.default_rng(seed)
+    spectrum = np.arange(1, n_in + 1) ** -0.5
+    x = (rng.standard_normal((4 * n_in, n_in), np.float32) * spectrum) @ rng.standard_normal((n_in, n_in), np.float32)
+    x = x / x.std() * rng.lognormal(0, 0.4, n_in) + rng.normal(0, 0.5, n_in)
+    if gelu:
+        x = x - 0.5
+        x = x * 0.5 * (1 + np.tanh(0.79788456 * (x + 0.044715 * x**3)))
+    x = (x - x.mean(0)).astype(np.float64)
+    h = x.T @ x / len(x)
+    h[np.diag_indices(n_in)] += 0.01 * h.diagonal().mean()
+    weight = rng.standard_normal((rows, n_in)) * rng.lognormal(0, 0.3, (rows, 1)) / np.sqrt(n_in)
+    return weight + 0.1 * rng.standard_normal((rows, n_in)) / np.sqrt(n_in), h
+
+
+def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
+    """Second moments H of correlated inputs, float64 [n_in, n_in]: eigenvalues j^-1 in random directions, damped by
+    1 % of their mean, as the layers of an encoder have them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions, _ = torch.linalg.qr(torch.randn(n_in, n_in, generator=generator, dtype=torch.float64))
+    h = (directions / torch.arange(1, n_in + 1)) @ directions.T
+    h += 0.01 * h.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
+    return torch.triu(h) + torch.triu(h, 1).T

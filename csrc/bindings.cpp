@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -72,6 +74,100 @@ py::array_t<float> run_sparse_matmul(const Array<float>& x, const Array<std::int
   return y;
 }
 
+py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Array<double>& h,
+                                           const Array<bool>& mask, const Array<std::int64_t>& row_ptr,
+                                           const Array<std::int32_t>& rows, bool complement, Array<double>& v,
+                                           const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(target.ndim() == 2 && h.ndim() == 2 && mask.ndim() == 2 && v.ndim() == 2 && row_ptr.ndim() == 1 &&
+              rows.ndim() == 1,
+          "target, h, mask and v must be 2-d, the rest 1-d");
+  const std::int64_t n_in = target.shape(1);
+  require(h.shape(0) == n_in && h.shape(1) == n_in, "h must be [n_in, n_in]");
+  require(mask.shape(0) == target.shape(0) && mask.shape(1) == n_in && v.shape(0) == target.shape(0) &&
+              v.shape(1) == n_in,
+          "mask and v must have target's shape");
+  require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
+  const RowGroups groups{mask.data(), row_ptr.data(), rows.data(), row_ptr.size() - 1};
+  for (std::int64_t i = 0; i < groups.count; ++i) {
+    require(groups.row_ptr[i] < groups.row_ptr[i + 1], "row_ptr must increase");
+  }
+  require(groups.row_ptr[groups.count] == rows.size(), "row_ptr must end at the size of rows");
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    require(groups.rows[i] >= 0 && groups.rows[i] < target.shape(0), "rows must be rows of target");
+  }
+  py::array_t<std::int64_t> failed(groups.count);
+  const double* target_data = target.data();
+  const double* h_data = h.data();
+  double* v_data = v.mutable_data();
+  std::int64_t* failed_data = failed.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    masked_lstsq(target_data, h_data, n_in, groups, complement, isa, threads, v_data, failed_data);
+  }
+  return failed;
+}
+
+std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
+    const Array<double>& weight, const Array<double>& inverse, std::int64_t group, std::int64_t bank_width,
+    std::int64_t bank_removals, std::int64_t steps, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(weight.ndim() == 2 && inverse.ndim() == 2, "weight and inverse must be 2-d");
+  const std::int64_t rows = weight.shape(0), n_in = weight.shape(1);
+  require(n_in <= INT32_MAX, "n_in must fit 32 bits");
+  require(inverse.shape(0) == n_in && inverse.shape(1) == n_in, "inverse must be [n_in, n_in]");
+  require(group >= 1 && rows % group == 0, "group must divide the rows");
+  require(bank_width >= 0 && (bank_width == 0 || n_in % bank_width == 0), "bank_width must divide n_in");
+  const std::int64_t most =
+      bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
+  require(steps >= 0 && steps <= most, "steps must be at most what may be removed");
+
+  py::array_t<std::int32_t> order({rows / group, steps});
+  py::array_t<double> losses({rows / group, steps});
+  const double* weight_data = weight.data();
+  const double* inverse_data = inverse.data();
+  std::int32_t* order_data = order.mutable_data();
+  double* losses_data = losses.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    obs_prune(weight_data, rows, n_in, inverse_data, group, {bank_width, bank_removals}, steps, isa, threads,
+              order_data, losses_data);
+  }
+  return {order, losses};
+}
+
+py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<double>& factor, std::int64_t group,
+                                  std::int64_t n, std::int64_t m, bool shared, const Array<std::int64_t>& removals,
+                                  std::int64_t block, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1 && block >= 1, "threads and block must be at least 1");
+  require(weight.ndim() == 2 && factor.ndim() == 2 && removals.ndim() == 1, "weight and factor must be 2-d");
+  const std::int64_t rows = weight.shape(0), n_in = weight.shape(1);
+  require(factor.shape(0) == n_in && factor.shape(1) == n_in, "factor must be [n_in, n_in]");
+  require(group >= 1 && rows % group == 0, "group must divide the rows");
+  require(m >= 0 && (m == 0 || (n_in % m == 0 && block % m == 0)), "m must divide n_in and block");
+  require(!shared || m >= 4, "m must be at least 4 where columns are shared");
+  if (m == 0) {
+    require(removals.size() == (n_in + block - 1) / block, "removals must be one a block");
+    for (std::int64_t b = 0; b < removals.size(); ++b) {
+      const std::int64_t most = rows / group * std::min(block, n_in - b * block);
+      require(removals.at(b) >= 0 && removals.at(b) <= most, "removals must be at most what a block holds");
+    }
+  }
+  py::array_t<double> pruned({rows, n_in});
+  const double* weight_data = weight.data();
+  const double* factor_data = factor.data();
+  double* pruned_data = pruned.mutable_data();
+  const SweepPattern pattern{group, n, m, shared, removals.data()};
+  {
+    const py::gil_scoped_release released;
+    obs_sweep(weight_data, rows, n_in, factor_data, pattern, block, isa, threads, pruned_data);
+  }
+  return pruned;
+}
+
 // Null where there is none.
 const float* data_or_null(const std::optional<Array<float>>& array) { return array ? array->data() : nullptr; }
 
@@ -123,6 +219,24 @@ bool run_gram(const Array<float>& x, const Array<float>& shift_x, const std::opt
               tokens, isa, threads, sums);
 }
 
+std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::int64_t k, const std::string& isa_name,
+                                                int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(scores.ndim() == 2, "scores must be 2-d");
+  require(threads >= 1, "threads must be at least 1");
+  require(0 <= k && k <= scores.shape(1), "k must be between 0 and n");
+  py::array_t<bool> keep({scores.shape(0), scores.shape(1)});
+  const float* scores_data = scores.data();
+  bool* keep_data = keep.mutable_data();
+  bool finite;
+  {
+    const py::gil_scoped_release released;
+    finite = topk_mask(scores_data, keep.shape(0), keep.shape(1), k, isa, threads, keep_data);
+  }
+  if (!finite) return std::nullopt;
+  return keep;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -133,6 +247,16 @@ PYBIND11_MODULE(_C, m) {
         py::arg("cols").noconvert(), py::arg("values").noconvert(), py::arg("bias").noconvert().none(true),
         py::arg("gelu"), py::arg("isa"), py::arg("threads"),
         "y = x Wᵀ + bias. Column indices must be below x.shape[1]: they are not checked here.");
+  m.def("masked_lstsq", &run_masked_lstsq, py::arg("target").noconvert(), py::arg("h").noconvert(),
+        py::arg("mask").noconvert(), py::arg("row_ptr").noconvert(), py::arg("rows").noconvert(),
+        py::arg("complement"), py::arg("v").noconvert(), py::arg("isa"), py::arg("threads"),
+        "Writes v; returns a failing pivot, or -1, for each group of rows of equal mask.");
+  m.def("obs_prune", &run_obs_prune, py::arg("weight").noconvert(), py::arg("inverse").noconvert(), py::arg("group"),
+        py::arg("bank_width"), py::arg("bank_removals"), py::arg("steps"), py::arg("isa"), py::arg("threads"),
+        "The order in which groups of rows lose their columns, and the loss of each: [groups, steps] both.");
+  m.def("obs_sweep", &run_obs_sweep, py::arg("weight").noconvert(), py::arg("factor").noconvert(), py::arg("group"),
+        py::arg("n"), py::arg("m"), py::arg("shared"), py::arg("removals").noconvert(), py::arg("block"),
+        py::arg("isa"), py::arg("threads"), "The pruned weight; factor is Uᵀ, with H^-1 = Uᵀ U.");
   m.def("token_sums", &run_token_sums, py::arg("values").noconvert(), py::arg("weights").noconvert().none(true),
         py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "Sum over tokens of w (values - shift).");
   m.def("gram", &run_gram, py::arg("x").noconvert(), py::arg("shift_x").noconvert(),
@@ -141,4 +265,6 @@ PYBIND11_MODULE(_C, m) {
         py::arg("sum_y").noconvert().none(true), py::arg("sum_yx").noconvert().none(true), py::arg("isa"),
         py::arg("threads"),
         "Adds a batch to the sums, in place; xx for i <= j only. False, with nothing added, where it is not finite.");
+  m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
+        "The k highest of each row, or None where there is a NaN.");
 }

@@ -29,6 +29,62 @@ struct CsrMatrix {
 void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, const float* bias, Activation activation,
                    Isa isa, int threads, float* y);
 
+// Rows of a mask in groups of equal rows.
+struct RowGroups {
+  const bool* mask;             // [any number of rows, n_in]
+  const std::int64_t* row_ptr;  // [count + 1], elements of rows; starts at 0, always increases
+  const std::int32_t* rows;     // each row of the mask at most once
+  std::int64_t count;
+};
+
+// For each row with support S (the True of its mask): H_SS v_S = t_S, float64, by Cholesky, one factorisation a group.
+//   target      [rows, n_in] row-major doubles
+//   h           [n_in, n_in] symmetric; only i <= j is read, unless `complement`
+//   complement  S is the False of the mask, and the solution c no result yet: v = t - cᵀ H_S:, exactly 0 on S
+//   v           [rows, n_in]; written on each row's S, or in whole rows with `complement`; must not overlap target
+//   failed      [count], -1 or the index in S of the first pivot that is not above 0; v is then undefined in that group
+// Groups are handed out in their order: the costliest should come first. The result does not depend on `threads`
+// (>= 1). Throws std::bad_alloc when a thread's work, about 4 |S|² bytes, cannot be had.
+void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
+                  Isa isa, int threads, double* v, std::int64_t* failed);
+
+// How many columns of every `width` consecutive ones a row may lose; width 0: any.
+struct Banks {
+  std::int64_t width;
+  std::int64_t removals;
+};
+
+// Exact optimal brain surgeon: the order in which groups of `group` consecutive rows lose their columns, at each step
+// the open column p of lowest score, the sum over the group's rows of w_p^2 / [H^-1]_pp, of equals the lower one.
+//   weight   [rows, n_in] row-major, rows a multiple of group
+//   inverse  [n_in, n_in], H^-1, symmetric
+//   steps    at most n_in, and at most n_in / width * removals with banks
+//   order    [rows / group, steps], columns; losses [rows / group, steps], the scores when they went
+// A trace whose inverse loses its positive diagonal to rounding ends with losses of NaN. Results do not depend on
+// `threads` (>= 1). Throws std::bad_alloc; works in 8 * n_in^2 bytes a thread, about.
+void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
+               Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses);
+
+// Which weights an obs_sweep removes. m = 0: of each block of columns, over all rows together, the removals[block] sets
+// of `group` consecutive rows and one column with the lowest sums of scores. m > 0: n of m consecutive columns stay, in
+// each row; where `shared`, out of the 4 that `group` rows share.
+struct SweepPattern {
+  std::int64_t group;
+  std::int64_t n;
+  std::int64_t m;
+  bool shared;
+  const std::int64_t* removals;  // [ceil(n_in / block)], each at most rows / group times the block's columns
+};
+
+// Columns left to right, each removal compensated in the columns to its right; score (w_j / U_jj)^2, H^-1 = Uᵀ U.
+//   weight  [rows, n_in] row-major, rows a multiple of group
+//   factor  [n_in, n_in], Uᵀ: lower triangular; only that half is read
+//   block   columns whose masks are chosen together, at least 1; a multiple of m where m > 0
+//   pruned  [rows, n_in], written whole; must not overlap weight
+// Results do not depend on `threads` (>= 1). Throws std::bad_alloc; works in about 8 * rows * n_in bytes.
+void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const double* factor,
+               const SweepPattern& pattern, std::int64_t block, Isa isa, int threads, double* pruned);
+
 // sums[c] = sum over tokens of w (values - shift)[c]: the difference float32, the product and the sum float64.
 //   values   [tokens, n] row-major floats; tokens and n from 1
 //   weights  [tokens] floats of at least 0, or null for ones
@@ -56,5 +112,12 @@ struct GramSums {
 // nothing added, when the packed copy of x and y, at most max(4 MiB, n_in + n_y + 192 KiB) and a tenth, cannot be had.
 bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
           const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, const GramSums& sums);
+
+// keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
+//   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
+// Returns false, keep undefined, where a score is NaN. The result does not depend on `threads` (>= 1). Throws
+// std::bad_alloc when 8 bytes a score of working memory cannot be had.
+bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
+               bool* keep);
 
 }  // namespace sparsebert

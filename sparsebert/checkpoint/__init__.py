@@ -6,7 +6,7 @@ every tensor, sha256 of the other files, four golden inputs with their logits) a
 arguments that made it). Importing this package needs neither torch nor transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load
+from sparsebert.checkpoint.classifier import golden_logits, load, shapes
 from sparsebert.checkpoint.reading import (
     ARCHITECTURES,
     MANIFEST,
@@ -14,6 +14,7 @@ from sparsebert.checkpoint.reading import (
     finished,
     read_config,
     read_manifest,
+    read_recipe,
     read_weights,
     resolve,
     source_sha256,
@@ -33,10 +34,12 @@ __all__ = [
     "load",
     "read_config",
     "read_manifest",
+    "read_recipe",
     "read_weights",
     "require_place",
     "resolve",
     "save",
+    "shapes",
     "source_sha256",
     "verify_golden",
     "weights_sha256",

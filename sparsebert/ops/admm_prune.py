@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparsebert.errors import InputError
-from sparsebert.ops import _dispatch
-from sparsebert.patterns import Pattern, require_fits
+from sparsebert.patterns import Pattern
 
 
 def admm_prune(

@@ -1,0 +1,181 @@
+"""masked_lstsq on every instruction set against its float64 reference, at the sizes where tiling could go wrong."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.shapes import layer_problem
+from sparsebert.errors import InputError
+from sparsebert.ops import masked_lstsq as module
+from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
+
+# Around the rows of a tile (4, 8) and the columns of a panel (4, 12, 24), and several panels with a remainder.
+SUPPORTS = (1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 23, 24, 25, 31, 47, 48, 49, 97)
+# Of |V - reference| in units of the largest |reference|: a solve loses the condition's digits of 2^-53 at most, and
+# Cholesky and LU lose different ones.
+TOLERANCE = {"condition 1e6": 1e-9, "well conditioned": 1e-12}
+
+
+def problem(rows: int, n_in: int, condition: float = 10.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """T and H, the eigenvalues of H spread evenly in their logarithm; the part below H's diagonal is not to be read."""
+    rng = np.random.default_rng(seed)
+    q, _ = np.linalg.qr(rng.standard_normal((n_in, n_in)))
+    h = (q * np.geomspace(1.0, 1.0 / condition, n_in)) @ q.T
+    weight = rng.standard_normal((rows, n_in))
+    return torch.from_numpy(weight @ h), torch.from_numpy(np.triu(h) + 7.0 * np.tril(np.ones_like(h), -1))
+
+
+def random_mask(rows: int, n_in: int, kept: float, group: int = 1, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    return torch.from_numpy((rng.random((rows // group, n_in)) < kept).repeat(group, 0))
+
+
+def check(v: torch.Tensor, target, h, mask, tolerance: float = TOLERANCE["well conditioned"]) -> None:
+    expected = masked_lstsq_ref(target, h, mask)
+    assert v.dtype == torch.float64 and v.shape == target.shape
+    assert (v[~mask] == 0).all()
+    np.testing.assert_allclose(v, expected, rtol=0, atol=tolerance * max(1.0, expected.abs().max()))
+
+
+@pytest.mark.parametrize("kept", SUPPORTS)
+def test_matches_the_reference_at_every_remainder(isa, kept):
+    target, h = problem(5, 201)
+    mask = torch.zeros(5, 201, dtype=torch.bool)
+    for row in range(5):
+        mask[row, torch.randperm(201, generator=torch.Generator().manual_seed(row))[:kept]] = True
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+@pytest.mark.parametrize("group", [1, 2, 8, 9, 25, 50])
+def test_matches_the_reference_for_every_number_of_equal_rows(isa, group):
+    target, h = problem(2 * group, 61)
+    for kept in (0.3, 0.9):
+        mask = random_mask(2 * group, 61, kept, group)
+        check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+@pytest.mark.parametrize("n_in", [1, 2, 7, 24, 31, 130])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_matches_the_reference_at_every_density(isa, n_in, kept):
+    target, h = problem(40, n_in)
+    mask = random_mask(40, n_in, kept)
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.75])
+def test_an_ill_conditioned_moment_costs_only_its_digits(isa, kept):
+    target, h = problem(120, 96, condition=1e6)
+    mask = random_mask(120, 96, kept)
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask, TOLERANCE["condition 1e6"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "n_in", "group", "kept"), [(128, 384, 1, 0.125), (64, 384, 32, 0.5), (8, 768, 1, 0.3)]
+)
+def test_matches_the_reference_on_encoder_layers(isa, rows, n_in, group, kept):
+    weight, h = map(torch.from_numpy, layer_problem(rows, n_in, gelu=True))
+    target = weight @ h
+    mask = random_mask(rows, n_in, kept, group)
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask, TOLERANCE["condition 1e6"])
+
+
+def test_equal_rows_need_not_be_neighbours(isa):
+    target, h = problem(12, 40)
+    mask = random_mask(3, 40, 0.4).repeat(4, 1)
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+def test_an_empty_row_is_zero_and_a_full_one_the_dense_optimum(isa):
+    target, h = problem(2, 50)
+    mask = torch.stack([torch.zeros(50, dtype=torch.bool), torch.ones(50, dtype=torch.bool)])
+    v = masked_lstsq(target, h, mask, isa=isa)
+    assert (v[0] == 0).all()
+    check(v, target, h, mask)
+
+
+def test_both_ways_to_solve_agree(isa, monkeypatch):
+    target, h = problem(300, 45)
+    mask = random_mask(300, 45, 0.7)
+    calls = []
+    solve = module._solve
+    monkeypatch.setattr(module, "_solve", lambda *a: calls.append((a[5], len(a[3]))) or solve(*a))
+    indirect = masked_lstsq(target, h, mask, isa=isa)
+    assert dict(calls)[True] > 250  # most rows went by their complement
+    direct = torch.cat([masked_lstsq(t, h, m, isa=isa) for t, m in zip(target.split(1), mask.split(1), strict=True)])
+    assert sum(rows for complement, rows in calls if not complement) >= 300
+    np.testing.assert_allclose(indirect, direct, rtol=0, atol=1e-12)
+
+
+def test_a_singular_moment_is_no_fault_where_no_support_is(isa):
+    target, h = problem(300, 45)
+    h[3] = h[:, 3] = 0.0
+    mask = random_mask(300, 45, 0.7)
+    mask[:, 3] = False
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.8])
+def test_any_number_of_threads_gives_the_same_bits(isa, kept):
+    target, h = problem(120, 80)
+    mask = random_mask(120, 80, kept, 2)
+    expected = masked_lstsq(target, h, mask, isa=isa, threads=1).numpy().tobytes()
+    for threads in (2, 3, 8):
+        assert masked_lstsq(target, h, mask, isa=isa, threads=threads).numpy().tobytes() == expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 40), st.floats(0, 1), st.integers(0, 2**31))
+def test_the_residual_is_zero_on_the_support(rows, n_in, kept, seed):
+    target, h = problem(rows, n_in, seed=seed)
+    mask = random_mask(rows, n_in, kept, seed=seed)
+    v = masked_lstsq(target, h, mask)
+    symmetric = torch.triu(h) + torch.triu(h, 1).T
+    assert ((v @ symmetric - target)[mask].abs() < 1e-11).all()
+
+
+def test_the_row_and_pivot_that_fail_are_named(isa):
+    target, h = problem(4, 60)
+    h[17, 17] = -1.0
+    mask = torch.zeros(4, 60, dtype=torch.bool)
+    mask[:, :10] = True
+    mask[2:, 12:40:5] = True  # 17 is the twelfth column of rows 2 and 3
+    with pytest.raises(InputError, match="every support, pivot 11 of row 2 is not above 0; raise the damping"):
+        masked_lstsq(target, h, mask, isa=isa)
+    mask[2:, 17] = False
+    check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+def call(target=None, h=None, mask=None, **options):
+    """A call that is right but for what is given."""
+    target = torch.zeros(2, 3, dtype=torch.float64) if target is None else target
+    h = torch.eye(3, dtype=torch.float64) if h is None else h
+    mask = torch.ones(2, 3, dtype=torch.bool) if mask is None else mask
+    return masked_lstsq(target, h, mask, **options)
+
+
+NAN = torch.tensor([[1.0, torch.nan, 0.0]], dtype=torch.float64)
+BAD_CALLS = {
+    "target must be 2-d contiguous torch.float64 on the CPU, got torch.float32 [2, 3]": lambda: call(torch.zeros(2, 3)),
+    "target must be 2-d contiguous torch.float64 on the CPU, got torch.float64 [3]": lambda: call(NAN[0]),
+    "h must be 2-d contiguous torch.float64 on the CPU, got torch.float64 [3, 3]": lambda: call(
+        h=torch.ones(3, 6, dtype=torch.float64)[:, ::2]
+    ),
+    "h must be [n_in = 3, n_in], got [2, 3]": lambda: call(h=torch.ones(2, 3, dtype=torch.float64)),
+    "target must be [rows >= 1, n_in >= 1], got [0, 3]": lambda: call(torch.zeros(0, 3, dtype=torch.float64)),
+    "mask must be 2-d contiguous torch.bool on the CPU, got torch.uint8": lambda: call(
+        mask=torch.ones(2, 3, dtype=torch.uint8)
+    ),
+    "mask must match target [2, 3], got [1, 3]": lambda: call(mask=torch.ones(1, 3, dtype=torch.bool)),
+    "target must be finite, got inf or NaN": lambda: call(NAN, mask=torch.ones(1, 3, dtype=torch.bool)),
+    "h must be finite, got inf or NaN": lambda: call(h=torch.full((3, 3), torch.inf, dtype=torch.float64)),
+    "threads must be an integer of at least 1, got 0": lambda: call(threads=0),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_input_is_named(message):
+    with pytest.raises(InputError) as error:
+        BAD_CALLS[message]()
+    assert message in str(error.value)
