@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -68,3 +69,14 @@ def layer_problem(rows: int, n_in: int, gelu: bool = False, seed: int = 0) -> tu
     h[np.diag_indices(n_in)] += 0.01 * h.diagonal().mean()
     weight = rng.standard_normal((rows, n_in)) * rng.lognormal(0, 0.3, (rows, 1)) / np.sqrt(n_in)
     return weight + 0.1 * rng.standard_normal((rows, n_in)) / np.sqrt(n_in), h
+
+
+def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
+    """Second moments H of correlated inputs, float64 [n_in, n_in]: eigenvalues j^-1 in random directions, damped by
+    1 % of their mean, as the layers of an encoder have them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    directions, _ = torch.linalg.qr(torch.randn(n_in, n_in, generator=generator, dtype=torch.float64))
+    h = (directions / torch.arange(1, n_in + 1)) @ directions.T
+    h += 0.01 * h.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
+    return torch.triu(h) + torch.triu(h, 1).T

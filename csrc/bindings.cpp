@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -107,6 +109,83 @@ py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Ar
   return failed;
 }
 
+std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
+    const Array<double>& weight, const Array<double>& inverse, std::int64_t group, std::int64_t bank_width,
+    std::int64_t bank_removals, std::int64_t steps, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(weight.ndim() == 2 && inverse.ndim() == 2, "weight and inverse must be 2-d");
+  const std::int64_t rows = weight.shape(0), n_in = weight.shape(1);
+  require(n_in <= INT32_MAX, "n_in must fit 32 bits");
+  require(inverse.shape(0) == n_in && inverse.shape(1) == n_in, "inverse must be [n_in, n_in]");
+  require(group >= 1 && rows % group == 0, "group must divide the rows");
+  require(bank_width >= 0 && (bank_width == 0 || n_in % bank_width == 0), "bank_width must divide n_in");
+  const std::int64_t most = bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
+  require(steps >= 0 && steps <= most, "steps must be at most what may be removed");
+
+  py::array_t<std::int32_t> order({rows / group, steps});
+  py::array_t<double> losses({rows / group, steps});
+  const double* weight_data = weight.data();
+  const double* inverse_data = inverse.data();
+  std::int32_t* order_data = order.mutable_data();
+  double* losses_data = losses.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    obs_prune(weight_data, rows, n_in, inverse_data, group, {bank_width, bank_removals}, steps, isa, threads,
+              order_data, losses_data);
+  }
+  return {order, losses};
+}
+
+// Null where there is none.
+const float* data_or_null(const std::optional<Array<float>>& array) { return array ? array->data() : nullptr; }
+
+py::array_t<double> run_token_sums(const Array<float>& values, const std::optional<Array<float>>& weights,
+                                   const Array<float>& shift, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(values.ndim() == 2 && values.size() > 0, "values must be 2-d and not empty");
+  const std::int64_t tokens = values.shape(0);
+  const std::int64_t n = values.shape(1);
+  require(shift.ndim() == 1 && shift.size() == n, "shift must be [n]");
+  require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
+  py::array_t<double> sums(n);
+  double* sums_data = sums.mutable_data();
+  {
+    const py::gil_scoped_release released;
+    token_sums(values.data(), tokens, n, data_or_null(weights), shift.data(), isa, threads, sums_data);
+  }
+  return sums;
+}
+
+void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::optional<Array<float>>& y,
+              const std::optional<Array<float>>& shift_y, const std::optional<Array<float>>& weights,
+              Array<double>& sum_xx, std::optional<Array<double>>& sum_yx, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  require(x.ndim() == 2 && x.size() > 0, "x must be 2-d and not empty");
+  const std::int64_t tokens = x.shape(0);
+  const std::int64_t n_in = x.shape(1);
+  require(shift_x.ndim() == 1 && shift_x.size() == n_in, "shift_x must be [n_in]");
+  require(sum_xx.ndim() == 2 && sum_xx.shape(0) == n_in && sum_xx.shape(1) == n_in, "sum_xx must be [n_in, n_in]");
+  require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
+  require(y.has_value() == shift_y.has_value() && y.has_value() == sum_yx.has_value(), "y needs shift_y and sum_yx");
+  std::int64_t n_y = 0;
+  if (y) {
+    require(y->ndim() == 2 && y->shape(0) == tokens && y->shape(1) >= 1, "y must be [tokens, n_y]");
+    n_y = y->shape(1);
+    require(shift_y->ndim() == 1 && shift_y->size() == n_y, "shift_y must be [n_y]");
+    require(sum_yx->ndim() == 2 && sum_yx->shape(0) == n_y && sum_yx->shape(1) == n_in, "sum_yx must be [n_y, n_in]");
+  }
+  double* xx = sum_xx.mutable_data();
+  double* yx = sum_yx ? sum_yx->mutable_data() : nullptr;
+  {
+    const py::gil_scoped_release released;
+    gram(x.data(), n_in, shift_x.data(), data_or_null(y), n_y, data_or_null(shift_y), data_or_null(weights), tokens,
+         isa, threads, xx, yx);
+  }
+}
+
 void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Array<float>& eigenvalues,
                          const Array<float>& goal, Array<float>& b, Array<float>& u, Array<float>& x,
                          Array<float>& scores, const Array<bool>& keep, float rho, float shrink,
@@ -117,15 +196,15 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
   const auto whole = [](std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; };
   const std::int64_t rows = x.shape(0);
   const std::int64_t n_in = x.shape(1);
-  const std::int64_t padded_rows = whole(rows, 32);
+  const std::int64_t padded_rows = whole(rows, admm_block_rows);
   const std::int64_t padded_n = whole(n_in, admm_panel);
   require(scores.size() == rows * n_in && keep.size() == rows * n_in, "scores and keep must have x's size");
   require(goal.size() == padded_rows * padded_n && b.size() == goal.size() && u.size() == goal.size(),
           "goal, b and u must have whole blocks of rows and whole panels");
   require(eigenvalues.size() == padded_n && q.size() == padded_n * n_in && qt.size() == padded_n * padded_n,
           "eigenvalues, q and qt must come in whole panels");
-  const AdmmState state{rows, n_in, q.data(), qt.data(), eigenvalues.data(), goal.data(), b.mutable_data(),
-                        u.mutable_data(), x.mutable_data(), scores.mutable_data()};
+  const AdmmState state{rows,        n_in,           q.data(),         qt.data(),        eigenvalues.data(),
+                        goal.data(), b.mutable_data(), u.mutable_data(), x.mutable_data(), scores.mutable_data()};
   const bool* keep_data = keep.data();
   const py::gil_scoped_release released;
   admm_prune_step(state, keep_data, rho, shrink, isa, threads);
@@ -145,7 +224,18 @@ PYBIND11_MODULE(_C, m) {
         py::arg("mask").noconvert(), py::arg("row_ptr").noconvert(), py::arg("rows").noconvert(),
         py::arg("complement"), py::arg("v").noconvert(), py::arg("isa"), py::arg("threads"),
         "Writes v; returns a failing pivot, or -1, for each group of rows of equal mask.");
+  m.def("obs_prune", &run_obs_prune, py::arg("weight").noconvert(), py::arg("inverse").noconvert(), py::arg("group"),
+        py::arg("bank_width"), py::arg("bank_removals"), py::arg("steps"), py::arg("isa"), py::arg("threads"),
+        "The order in which groups of rows lose their columns, and the loss of each: [groups, steps] both.");
+  m.def("token_sums", &run_token_sums, py::arg("values").noconvert(), py::arg("weights").noconvert().none(true),
+        py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "sum over tokens of w (values - shift), [n].");
+  m.def("gram", &run_gram, py::arg("x").noconvert(), py::arg("shift_x").noconvert(),
+        py::arg("y").noconvert().none(true), py::arg("shift_y").noconvert().none(true),
+        py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
+        py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
+        "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
   m.attr("ADMM_PANEL") = admm_panel;
+  m.attr("ADMM_BLOCK_ROWS") = admm_block_rows;
   m.def("admm_prune_step", &run_admm_prune_step, py::arg("q").noconvert(), py::arg("qt").noconvert(),
         py::arg("eigenvalues").noconvert(), py::arg("goal").noconvert(), py::arg("b").noconvert(),
         py::arg("u").noconvert(), py::arg("x").noconvert(), py::arg("scores").noconvert(),

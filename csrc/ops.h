@@ -48,10 +48,51 @@ struct RowGroups {
 void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
                   Isa isa, int threads, double* v, std::int64_t* failed);
 
-// Columns of a matrix that is stored in panels, [panels, rows, admm_panel], zeros past the last column.
-constexpr std::int64_t admm_panel = 48;
+// How many columns of every `width` consecutive ones a row may lose; width 0: any.
+struct Banks {
+  std::int64_t width;
+  std::int64_t removals;
+};
 
-// The running state of admm_prune, float32. R is rows in whole multiples of 32, N is n_in in whole panels; padding is 0.
+// Exact optimal brain surgeon: the order in which groups of `group` consecutive rows lose their columns, at each step
+// the open column p of lowest score, the sum over the group's rows of w_p^2 / [H^-1]_pp, of equals the lower one.
+//   weight   [rows, n_in] row-major, rows a multiple of group
+//   inverse  [n_in, n_in], H^-1, symmetric
+//   steps    at most n_in, and at most n_in / width * removals with banks
+//   order    [rows / group, steps], columns; losses [rows / group, steps], the scores when they went
+// A trace whose inverse loses its positive diagonal to rounding ends with losses of NaN. Results do not depend on
+// `threads` (>= 1). Throws std::bad_alloc; works in 8 * n_in^2 bytes a thread, about.
+void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
+               Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses);
+
+// sums[c] = sum over tokens of w (values - shift)[c]: the difference float32, the product and the sum float64.
+//   values   [tokens, n] row-major floats; tokens and n from 1
+//   weights  [tokens] floats of at least 0, or null for ones
+//   shift    [n] floats
+//   sums     [n] doubles, written whole: not finite where a value, or its distance from the shift, is not
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when 64 n doubles cannot be had.
+void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const float* weights, const float* shift,
+                Isa isa, int threads, double* sums);
+
+// sum_xx[i][j] += sum over tokens of w (x - shift_x)[i] (x - shift_x)[j] for i <= j; what lies below the diagonal may
+// change too. sum_yx[i][j] += sum over tokens of w (y - shift_y)[i] (x - shift_x)[j]. Products are float32, summed in
+// float32 over 256 consecutive tokens and in float64 from there on.
+//   x, y     [tokens, n_in], [tokens, n_y] row-major floats, finite; tokens and n from 1; y null for no cross moments
+//   weights  [tokens] floats of at least 0, or null for ones
+//   sum_xx   [n_in, n_in] doubles
+//   sum_yx   [n_y, n_in] doubles
+// The result does not depend on `threads` (>= 1); avx2 and avx512 give the same bits. Throws std::bad_alloc, with
+// nothing added, when the packed copy of x and y, at most max(4 MiB, (n_in + n_y + 97) KiB), cannot be had.
+void gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
+          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, double* sum_xx,
+          double* sum_yx);
+
+// A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column; a task of admm_prune
+// covers one panel of columns and one block of rows. Multiples of every kernel's tile.
+constexpr std::int64_t admm_panel = 48;
+constexpr std::int64_t admm_block_rows = 32;
+
+// The running state of admm_prune, float32. R is rows in whole blocks, N is n_in in whole panels; padding is 0.
 struct AdmmState {
   std::int64_t rows;
   std::int64_t n_in;

@@ -9,10 +9,11 @@ _PUBLIC = {
     "Engine": "sparsebert.engine",
     "evaluate": "sparsebert.robustness",
     "prune": "sparsebert.pruning",
+    "soup": "sparsebert.training",
     "train": "sparsebert.training",
 }
 
-__all__ = ["Engine", "__version__", "evaluate", "prune", "train"]
+__all__ = ["Engine", "__version__", "evaluate", "prune", "soup", "train"]
 
 
 def __getattr__(name: str):

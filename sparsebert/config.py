@@ -28,6 +28,17 @@ class TrainConfig(BaseModel):
     n: int | None = Field(
         None, ge=1, lt=LARGE, description="train on a seeded subset of this many examples [default: all]"
     )
+    optimizer: Literal["adamw", "adam", "sgd"] = Field(
+        "adamw", description="adamw, adam (weight decay in the gradient) or sgd (no momentum)"
+    )
+    adversarial: Literal["none", "freelb", "last-layer"] = Field(
+        "none", description="train on perturbed embeddings (freelb), or perturbed inputs of the last layer (cheap)"
+    )
+    ascent_steps: Count = Field(5, description="adversarial: gradient steps of the perturbation a batch")
+    ascent_size: Positive = Field(0.03, description="adversarial: length of such a step at each token")
+    hold_out: int = Field(
+        0, ge=0, lt=LARGE, description="training examples left out, the same for every seed; `soup` chooses on them"
+    )
     seed: Seed = Field(0, description="seed of the new head, the order and the dropout")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast where the CPU multiplies bf16, else fp32"
@@ -39,14 +50,28 @@ class PruneConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str = Field("adaptive", description="pruning method: adaptive or magnitude")
-    sparsity: float = Field(0.875, ge=0, lt=1, description="share of zeros in every encoder linear, 0 <= s < 1")
-    pattern: str = Field("unstructured", description="where zeros may be: unstructured")
-    calibration: Count = Field(4096, description="unlabelled training sentences the method may look at")
-    damping: Positive = Field(
-        1e-2, description="ridge of the least squares, times the mean diagonal of the Gram matrix"
+    method: str = Field(
+        "knowledge", description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude"
     )
-    seed: Seed = Field(0, description="seed of the choice of calibration sentences")
+    tier: int | None = Field(
+        None, ge=0, le=2, description="knowledge: 0 closed form, 1 Fisher weights and allocation, 2 distillation [1]"
+    )
+    without: str = Field("", description="knowledge: steps to leave out, separated by commas")
+    as_published: bool = Field(False, description="adaptive: what the authors' released code does, bugs included")
+    scope: Literal["local", "global"] = Field("local", description="magnitude: compare within a linear, or all at once")
+    sparsity: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share of zeros in the encoder linears, 0 <= s < 1 [default: 0.875, or the pattern's]",
+    )
+    pattern: str = Field("unstructured", description="where zeros may be: unstructured, 2:4, 32x1, 32x1/32, 64:2:16, …")
+    calibration_tokens: Count = Field(150_000, description="tokens of unlabelled training texts to calibrate on")
+    damping: Positive | None = Field(
+        None,
+        description="ridge of the least squares, times the mean diagonal of the Gram matrix [default: the method's]",
+    )
+    seed: Seed = Field(0, description="seed of the choice of calibration texts, and of all else that is random")
 
 
 class EvalConfig(BaseModel):
@@ -81,7 +106,9 @@ class DemoConfig(BaseModel):
     epochs: Positive = Field(2.0, lt=1e6, description="passes over the training sentences")
     train_n: int | None = Field(None, ge=1, lt=LARGE, description="training sentences [default: all]")
     test_n: int | None = Field(None, ge=1, lt=LARGE, description="test sentences [default: all]")
-    calibration: int | None = Field(None, ge=1, lt=LARGE, description="calibration sentences [default: as `prune`]")
+    calibration_tokens: int | None = Field(
+        None, ge=1, lt=LARGE, description="tokens to calibrate on [default: as `prune`]"
+    )
     bench_n: Count = Field(64, description="sentences in a timing round")
     rounds: int | None = Field(None, ge=1, lt=LARGE, description="timing rounds [default: as `bench`]")
     threads: int | None = Field(None, ge=1, le=1024, description="threads for the timing [default: all cores]")

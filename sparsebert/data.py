@@ -6,7 +6,10 @@ user's own, with `train` and `test` as .parquet, .csv, .tsv or .jsonl and the co
 
 from __future__ import annotations
 
+import functools
+import gzip
 import hashlib
+import json
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -127,6 +130,12 @@ class Examples:
         texts_b = None if self.texts_b is None else [self.texts_b[i] for i in rows]
         return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, self.labels[rows])
 
+    def sample(self, n: int | None, seed: int) -> Examples:
+        """A seeded random subset of n examples in this order; all of them where n is None or not less."""
+        if n is None or n >= len(self):
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
+
 
 def get_task(name: str) -> Task:
     """The task called `name`, or the folder `name` as a task of the user's own."""
@@ -150,9 +159,17 @@ def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0) -> 
     path = _find(task, split)
     columns = _read_file(path) if path else _read_hub(task, split)
     examples = _check(task, split, columns, str(path or f"datasets:{task.hub.path}"))
-    if limit is None or limit >= len(examples):
-        return examples
-    return examples.take(np.sort(np.random.default_rng(seed).permutation(len(examples))[:limit]))
+    return examples.sample(limit, seed)
+
+
+def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
+    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. InputError where nothing
+    would be left.
+    """
+    if n >= len(examples):
+        raise InputError(f"hold_out must be below the {len(examples)} training examples, got {n}", fix="hold out fewer")
+    order = np.random.default_rng(0x5EED).permutation(len(examples))
+    return examples.take(np.sort(order[n:])), examples.take(np.sort(order[:n]))
 
 
 def require_texts(texts: list[str]) -> None:
@@ -164,6 +181,13 @@ def require_texts(texts: list[str]) -> None:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(f"text {row} must be valid Unicode: {error}", fix="decode the file as UTF-8") from error
+
+
+@functools.cache
+def word_neighbors() -> dict[str, list[str]]:
+    """Lower-case word -> up to 8 words of similar meaning, nearest first (counter-fitted vectors; packaged)."""
+    packed = resources.files("sparsebert") / "assets" / "attack" / "counterfitted_neighbors.json.gz"
+    return {word: near for word, near in json.loads(gzip.decompress(packed.read_bytes())).items() if near}
 
 
 def _folder_task(folder: Path) -> Task:

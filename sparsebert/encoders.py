@@ -4,7 +4,9 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,10 +16,16 @@ from sparsebert.checkpoint import ARCHITECTURES
 from sparsebert.data import Examples
 from sparsebert.errors import UnsupportedError
 
-Progress = Callable[[int, int], None]  # (units done, units in all)
+
+class Progress(Protocol):
+    """Told of units done and units in all; `what` names the part of the work that they belong to, where there are
+    several.
+    """
+
+    def __call__(self, done: int, total: int, what: str = "") -> None: ...
 
 
-def no_progress(done: int, total: int) -> None:
+def no_progress(done: int, total: int, what: str = "") -> None:
     """The Progress of a caller who wants none."""
 
 
@@ -39,6 +47,19 @@ def encoder_linears(model) -> dict[str, nn.Linear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside
     }
+
+
+@contextmanager
+def layers_skipped(layers: Iterable[nn.Module]) -> Iterator[list]:
+    """While it lasts, each of these layers returns what the list holds, without computing anything."""
+    result = [None]
+    for layer in layers:
+        layer.forward = lambda *args, **kwargs: result[0]
+    try:
+        yield result
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def token_limit(model, wanted: int) -> int:

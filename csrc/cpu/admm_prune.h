@@ -5,9 +5,6 @@
 
 namespace sparsebert {
 
-// Rows that one task covers: a multiple of every kernel's tile.
-constexpr std::int64_t admm_block_rows = 32;
-
 struct AdmmPruneJob {
   AdmmState state;
   const bool* keep;           // [rows, n_in]

@@ -7,35 +7,40 @@ namespace {
 constexpr int tile_floats = tile_width * lanes;
 static_assert(admm_panel % tile_floats == 0 && admm_block_rows % tile_rows == 0, "tiles fill panels and blocks");
 
-// acc = the tile's product, as in vector.inl.
-inline void store_tile(float* out, std::int64_t step, const f32 (&acc)[tile_rows][tile_width]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 4
-    for (int n = 0; n < tile_width; ++n) store(out + i * step + n * lanes, acc[i][n]);
-  }
+// x <- shrink (x - Z), with a factor of 0 or shrink: a branch would be mispredicted at every other weight.
+inline void shrink_rest(float* __restrict x, const unsigned char* __restrict keep, std::int64_t n, float shrink) {
+  for (std::int64_t j = 0; j < n; ++j) x[j] *= shrink * static_cast<float>(1 - keep[j]);
+}
+
+// z <- Z, and then as above.
+inline void split(float* __restrict x, const unsigned char* __restrict keep, std::int64_t n, float shrink,
+                  float* __restrict z) {
+  for (std::int64_t j = 0; j < n; ++j) z[j] = x[j] * static_cast<float>(keep[j]);
+  shrink_rest(x, keep, n, shrink);
 }
 
 void project(const AdmmPruneJob& job, std::int64_t block) {
   const std::int64_t n_in = job.state.n_in;
+  const float shrink = job.shrink;
   for (std::int64_t row = block * admm_block_rows; row < (block + 1) * admm_block_rows; ++row) {
-    const bool exists = row < job.state.rows;
-    const float* x = job.state.x + row * n_in;
-    const bool* keep = job.keep + row * n_in;
-    if (job.dense) {
-      float* z = job.z + row * n_in;
-      for (std::int64_t j = 0; j < n_in; ++j) z[j] = exists && keep[j] ? x[j] : 0.0f;
-    } else if (exists) {
-      float* values = job.values + row * n_in;
-      std::int32_t* cols = job.cols + row * n_in;
+    float* x = job.state.x + row * n_in;
+    const auto* keep = reinterpret_cast<const unsigned char*>(job.keep) + row * n_in;
+    if (row >= job.state.rows) {
+      for (std::int64_t j = 0; job.dense && j < n_in; ++j) job.z[row * n_in + j] = 0.0f;
+    } else if (job.dense) {
+      split(x, keep, n_in, shrink, job.z + row * n_in);
+    } else {
+      float* __restrict values = job.values + row * n_in;
+      std::int32_t* __restrict cols = job.cols + row * n_in;
       std::int64_t count = 0;
       for (std::int64_t j = 0; j < n_in; ++j) {
-        // Written whether kept or not, and overwritten if not: no branch to mispredict.
+        // Written whether kept or not, and overwritten if not: no branch here either.
         values[count] = x[j];
         cols[count] = static_cast<std::int32_t>(j);
         count += keep[j];
       }
       job.counts[row] = count;
+      shrink_rest(x, keep, n_in, shrink);
     }
   }
 }
@@ -102,25 +107,41 @@ void update(const AdmmPruneJob& job, std::int64_t block, std::int64_t panel) {
   }
 }
 
-// x <- B~ Qᵀ + shrink U, where U = x - Z is x itself where it was not kept and 0 elsewhere.
+// x += B~ Qᵀ.
 void expand(const AdmmPruneJob& job, std::int64_t block, std::int64_t panel) {
   const std::int64_t n_in = job.state.n_in;
   for (std::int64_t part = 0; part < admm_panel; part += tile_floats) {
     const std::int64_t col = panel * admm_panel + part;
-    const std::int64_t cols = n_in - col < tile_floats ? n_in - col : tile_floats;
     const float* qt = job.state.qt + panel * job.padded_n * admm_panel + part;
     for (std::int64_t row = block * admm_block_rows; row < (block + 1) * admm_block_rows; row += tile_rows) {
       f32 acc[tile_rows][tile_width] = {};
       multiply_tile<float, tile_rows, tile_width>(job.state.b + row * job.padded_n, job.padded_n, 1, qt, admm_panel,
                                                   job.padded_n, acc);
-      float tile[tile_rows * tile_floats];
-      store_tile(tile, tile_floats, acc);
+      float* x = job.state.x + row * n_in + col;
+      float* scores = job.state.scores + row * n_in + col;
+      if (col + tile_floats <= n_in && row + tile_rows <= job.state.rows) {
+#pragma GCC unroll 8
+        for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+          for (int n = 0; n < tile_width; ++n) {
+            const f32 sum = acc[i][n] + load(x + i * n_in + n * lanes);
+            store(x + i * n_in + n * lanes, sum);
+            store(scores + i * n_in + n * lanes, sum * sum);
+          }
+        }
+        continue;
+      }
+      // Through memory: an index that the compiler cannot resolve would keep acc out of the registers above too.
+      float tile[tile_rows][tile_floats];
+#pragma GCC unroll 8
+      for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+        for (int n = 0; n < tile_width; ++n) store(tile[i] + n * lanes, acc[i][n]);
+      }
       for (std::int64_t i = 0; i < tile_rows && row + i < job.state.rows; ++i) {
-        const std::int64_t at = (row + i) * n_in + col;
-        for (std::int64_t j = 0; j < cols; ++j) {
-          const float x = tile[i * tile_floats + j] + (job.keep[at + j] ? 0.0f : job.state.x[at + j] * job.shrink);
-          job.state.x[at + j] = x;
-          job.state.scores[at + j] = x * x;
+        for (std::int64_t j = 0; j < tile_floats && col + j < n_in; ++j) {
+          x[i * n_in + j] += tile[i][j];
+          scores[i * n_in + j] = x[i * n_in + j] * x[i * n_in + j];
         }
       }
     }

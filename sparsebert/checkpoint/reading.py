@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert.errors import CheckpointError, UnsupportedError
+from sparsebert.errors import CheckpointError, UnsupportedError, first_line
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "sparsebert/manifest.json"
+RECIPE = "sparsebert/recipe.yaml"
 FORMAT_VERSION = 1
 
 # Where each supported architecture keeps its encoder layers, below the classifier's `base_model`.
@@ -142,6 +143,20 @@ def read_manifest(directory: Path) -> dict | None:
             f"{path} must hold tensors, files, golden, key, figures and weights_sha256 whole", fix=REBUILD
         )
     return manifest
+
+
+def read_recipe(directory: Path) -> dict:
+    """The arguments that made a directory this package wrote; CheckpointError where it has none."""
+    import yaml
+
+    path = directory / RECIPE
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} must be a YAML file in UTF-8: {first_line(error)}", fix=REBUILD) from error
+    if not isinstance(recipe, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(recipe).__name__}", fix=REBUILD)
+    return recipe
 
 
 def _is_manifest(manifest: dict) -> bool:

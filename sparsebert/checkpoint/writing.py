@@ -15,10 +15,16 @@ from pathlib import Path
 
 import sparsebert
 from sparsebert.checkpoint.classifier import golden_logits, quiet_transformers
-from sparsebert.checkpoint.reading import FORMAT_VERSION, MANIFEST, WEIGHTS, content_sha256, tensor_table
+from sparsebert.checkpoint.reading import (
+    FORMAT_VERSION,
+    MANIFEST,
+    RECIPE,
+    WEIGHTS,
+    content_sha256,
+    tensor_table,
+)
 from sparsebert.errors import InputError, OutputError
 
-RECIPE = "sparsebert/recipe.yaml"
 
 GOLDEN_TEXTS = (
     "a gripping , quietly devastating film .",

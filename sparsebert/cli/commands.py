@@ -10,6 +10,7 @@ import typer
 from sparsebert.cli.options import flags
 from sparsebert.cli.output import emit, progress, table
 from sparsebert.config import BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
+from sparsebert.errors import InputError
 
 app = typer.Typer(
     name="sparsebert",
@@ -49,12 +50,30 @@ def train(
     *,
     task: TaskName,
     output: Output,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="fine-tune every model of a recipe into OUTPUT/<name>; packaged: quick-soup, emnlp2023-soup",
+        ),
+    ] = None,
     json: Json = False,
     config: TrainConfig,
 ) -> None:
     """Fine-tune MODEL on a task."""
     from sparsebert.training import train as run
+    from sparsebert.training import train_recipe
 
+    if recipe is not None:
+        if config != TrainConfig():
+            raise InputError("--recipe has every setting in its file, got others beside it", fix="leave them out")
+        with progress("fine-tune") as update:
+            results = train_recipe(model, task, output, recipe, progress=update)
+        if not json:
+            rows = [[name, str(r.steps), f"{r.loss:.4f}", f"{r.seconds:.0f}"] for name, r in results.items()]
+            table(f"{model} fine-tuned on {task} by {recipe}", ["model", "steps", "training loss", "seconds"], rows)
+        emit({"task": task, "models": {name: result.as_json() for name, result in results.items()}})
+        return
     with progress("fine-tune") as update:
         result = run(model, task, output, config, progress=update)
     if not json:
@@ -84,6 +103,30 @@ def prune(directory: Directory, *, task: TaskName, output: Output, json: Json = 
             rows,
         )
     emit(result.as_json())
+
+
+@app.command()
+def soup(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="models fine-tuned with --hold-out")],
+    *,
+    task: TaskName,
+    output: Output,
+    score: Annotated[
+        str, typer.Option(help="what decides, on held-out examples: accuracy, or perturbed (loss when embeddings move)")
+    ] = "perturbed",
+    json: Json = False,
+) -> None:
+    """Average fine-tuned models greedily: each is added where the average does not get worse."""
+    from sparsebert.training import soup as run
+
+    with progress("soup") as update:
+        result = run(directories, task, output, score=score, progress=update)
+    if not json:
+        rows = [
+            [name, f"{value:.4f}", "yes" if name in result.members else "no"] for name, value in result.scores.items()
+        ]
+        table(f"soup on {task}: {score} {result.score:.4f}", ["model", score, "in the soup"], rows)
+    emit({"task": task, "score_name": score, **result.as_json()})
 
 
 @app.command("eval")

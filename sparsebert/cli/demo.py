@@ -38,7 +38,7 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
     pruned = {}
     for method in METHODS:
         with progress(f"2/5 prune ({method})") as update:
-            chosen = {"calibration": config.calibration} if config.calibration else {}
+            chosen = {"calibration_tokens": config.calibration_tokens} if config.calibration_tokens else {}
             settings = PruneConfig(method=method, seed=config.seed, **chosen)
             pruned[method] = prune_checkpoint(dense, TASK, output / method, settings, progress=update)
     evaluations = _evaluate(output, config)

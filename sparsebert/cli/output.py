@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsebert.encoders import Progress
 
 PLAIN_SECONDS = 5.0  # between progress lines where stderr is no terminal
 
@@ -32,9 +36,9 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 @contextmanager
-def progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A callback (done, total) that shows `label`, the share done and the time left: a bar on a terminal, else a line
-    every few seconds.
+def progress(label: str) -> Iterator[Progress]:
+    """A Progress that shows `label` and what is being done, the share done and the time left: a bar on a terminal, else
+    a line every few seconds.
     """
     from rich.console import Console
 
@@ -46,6 +50,7 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -60,25 +65,39 @@ def progress(label: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bars:
-        task = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
+
+        def update(done: int, total: int, what: str = "") -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(_named(label, what), total=None)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield update
 
 
-def _plain(label: str) -> Callable[[int, int], None]:
-    start = time.monotonic()
-    shown = start
+def _named(label: str, what: str) -> str:
+    return f"{label}: {what}" if what else label
+
+
+def _plain(label: str) -> Progress:
+    start = shown = time.monotonic()
     first: int | None = None
+    part = ""
 
-    def update(done: int, total: int) -> None:
-        nonlocal shown, first
+    def update(done: int, total: int, what: str = "") -> None:
+        nonlocal start, shown, first, part
         now = time.monotonic()
+        if what != part:
+            start, shown, first, part = now, now, None, what
         first = done if first is None else first  # a resumed run starts above 0: time left counts from there
         if now - shown < PLAIN_SECONDS and (done < total or shown == start):
             return
         shown = now
         left = (now - start) / max(1, done - first) * (total - done)
         print(
-            f"{label}: {done}/{total}, {_clock(now - start)} elapsed, {_clock(left)} left", file=sys.stderr, flush=True
+            f"{_named(label, what)}: {done}/{total}, {_clock(now - start)} elapsed, {_clock(left)} left",
+            file=sys.stderr,
+            flush=True,
         )
 
     return update

@@ -64,15 +64,30 @@ def gram(
 
     x: float32 [tokens, n_in], CPU, contiguous; tokens at least 1 for the first batch.
     y: float32 [tokens, n_y], or None where no cross moments are wanted; the same choice in every batch.
-    weights: float32 [tokens], each at least 0, or None for 1 each.
+    weights: float32 [tokens], each at least 0, or None for 1 each. A token of weight 0 adds exactly nothing.
 
-    Products are float32, summed in float32 over at most 256 tokens and in float64 from there on. The result does not
-    depend on `threads`. Raises InputError for a wrong type or shape, a negative weight, and for values that are not
-    finite, naming the first such token and column; `into` is then as it was.
+    Products are float32, summed in float32 over at most 256 tokens and in float64 from there on; products of values
+    further than 1e18 from the shift may overflow. The result does not depend on `threads`, and is bit-equal on avx2 and
+    avx512. Raises InputError for a wrong type or shape, a weight that is negative or not finite, and for values that
+    are not finite, whatever their weight, naming the first such token and column; `into` is then as it was.
     """
-    moments = _start(x, y, weights) if into is None else into
-    _check(x, y, weights, moments)
-    raise NotImplementedError
+    _check(x, y, weights, into)
+    run = _dispatch.isa(isa), _dispatch.threads(threads)
+    if into is not None and not len(x):
+        return into
+    moments = _start(x, y, weights, run) if into is None else into
+    sum_x = _sums("x", x, weights, moments.shift_x, run)
+    sum_y = None if y is None else _sums("y", y, weights, moments.shift_y, run)
+    _dispatch.core().gram(
+        _array(x), _array(moments.shift_x), _array(y), _array(moments.shift_y), _array(weights),
+        _array(moments.sum_xx), _array(moments.sum_yx), *run,
+    )  # fmt: skip
+    moments.tokens += len(x) if weights is None else int((weights > 0).sum())
+    moments.weight += _total(x, weights)
+    moments.sum_x += sum_x
+    if y is not None:
+        moments.sum_y += sum_y
+    return moments
 
 
 def gram_ref(
@@ -88,3 +103,97 @@ def gram_ref(
     y = y.double()
     y = y - w @ y
     return (x * w[:, None]).T @ x, (y * w[:, None]).T @ x
+
+
+def _start(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, run: tuple[str, int]) -> Moments:
+    """Empty moments about the weighted means of a batch; about the plain ones where all weights are 0."""
+    total = _total(x, weights)
+    if total == 0:
+        weights, total = None, len(x)
+
+    def mean(name: str, values: torch.Tensor) -> torch.Tensor:
+        return (_sums(name, values, weights, torch.zeros(values.shape[1]), run) / total).float()
+
+    n_in = x.shape[1]
+    moments = Moments(0, 0.0, mean("x", x), _zeros(n_in), _zeros(n_in, n_in))
+    if y is not None:
+        n_y = y.shape[1]
+        moments.shift_y, moments.sum_y, moments.sum_yx = mean("y", y), _zeros(n_y), _zeros(n_y, n_in)
+    return moments
+
+
+def _sums(
+    name: str, values: torch.Tensor, weights: torch.Tensor | None, shift: torch.Tensor, run: tuple[str, int]
+) -> torch.Tensor:
+    """Sum over tokens of w (values - shift), float64. Raises InputError where a value is not finite."""
+    sums = _dispatch.core().token_sums(_array(values), _array(weights), _array(shift), *run)
+    if not np.isfinite(sums).all():
+        # Not only a value: its distance from the shift may be beyond float32 as well.
+        token, column = (~torch.isfinite(values - shift)).nonzero()[0].tolist()
+        raise InputError(
+            f"{name} must be finite, got {values[token, column]:g} at token {token}, column {column}",
+            fix="find the layer that makes it, or leave the sentence out",
+        )
+    return torch.from_numpy(sums)
+
+
+def _total(x: torch.Tensor, weights: torch.Tensor | None) -> float:
+    return float(len(x)) if weights is None else float(_array(weights).sum(dtype=np.float64))
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.detach().numpy()
+
+
+def _check(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, into: Moments | None) -> None:
+    _check_tokens("x", "n_in", x)
+    if into is None and not len(x):
+        raise InputError("the first batch must have a token, got x [0, n_in]", fix="leave the empty batch out")
+    if y is not None:
+        _check_tokens("y", "n_y", y)
+        if len(y) != len(x):
+            raise InputError(f"y must have x's {len(x)} tokens, got {list(y.shape)}", fix="match y and x")
+    if weights is not None:
+        if weights.dtype != torch.float32 or weights.shape != x.shape[:1] or not _plain(weights):
+            raise InputError(
+                f"weights must be contiguous float32 [{len(x)}] on the CPU, got {_describe(weights)}",
+                fix="convert them first",
+            )
+        bad = ~((weights >= 0) & torch.isfinite(weights))
+        if bad.any():
+            token = int(bad.nonzero()[0])
+            raise InputError(
+                f"weights must be finite and at least 0, got {weights[token]:g} at token {token}",
+                fix="repair them",
+            )
+    if into is not None:
+        if x.shape[1] != len(into.shift_x):
+            raise InputError(f"x must be [tokens, {len(into.shift_x)}] as before, got {list(x.shape)}", fix="match it")
+        before = None if into.shift_y is None else len(into.shift_y)
+        now = None if y is None else y.shape[1]
+        if before != now:
+            raise InputError(
+                f"every batch must have the same n_y, got {now} after {before} (None: without y)",
+                fix="start new moments for it",
+            )
+
+
+def _check_tokens(name: str, size: str, values: torch.Tensor) -> None:
+    if values.dtype != torch.float32 or values.ndim != 2 or values.shape[1] < 1 or not _plain(values):
+        raise InputError(
+            f"{name} must be contiguous float32 [tokens, {size} >= 1] on the CPU, got {_describe(values)}",
+            fix="convert it first",
+        )
+
+
+def _plain(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous()
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    layout = "" if tensor.is_contiguous() else ", strided"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"

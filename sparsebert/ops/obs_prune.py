@@ -6,6 +6,9 @@ Both prune W* under H, that is they look for V of the given pattern with a small
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from sparsebert.errors import InputError, UnsupportedError
@@ -45,7 +48,64 @@ def obs_prune(
     an H that is not positive definite.
     """
     _check(weight, h, pattern, sparsity)
-    raise NotImplementedError
+    h = torch.triu(h) + torch.triu(h, 1).T
+    target, inverse = weight @ h, _inverse(h)
+    trace = partial(_trace, threads=_dispatch.threads(threads), isa=_dispatch.isa(isa))
+    if isinstance(pattern, VNM):
+        keep = _keep_vnm(weight, inverse, target, h, pattern, trace)
+    else:
+        size = pattern.rows if isinstance(pattern, Grouped) else 1
+        if per_row or isinstance(pattern, NofM):
+            steps = weight.shape[1] - kept_in(pattern, size, weight.shape[1], sparsity) // size
+            keep = _kept(trace(weight, inverse, size, steps, pattern)[0], weight.shape[1])
+        else:
+            keep = _keep(*trace(weight, inverse, size, weight.shape[1], pattern), pattern, sparsity, per_row)
+        keep = keep.repeat_interleave(size, 0)
+    return masked_lstsq(target, h, keep, threads=threads, isa=isa)
+
+
+def _trace(
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    size: int,
+    steps: int,
+    pattern: Pattern,
+    *,
+    threads: int,
+    isa: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_trace_ref` returns, for every `size` rows: columns int64 [groups, steps], losses [groups, steps]."""
+    bank = (pattern.m, pattern.m - pattern.n) if isinstance(pattern, NofM) else (0, 0)
+    arrays = (array.contiguous().numpy() for array in (weight, inverse))
+    order, losses = (torch.from_numpy(a) for a in _dispatch.core().obs_prune(*arrays, size, *bank, steps, isa, threads))
+    if not losses.isfinite().all():
+        group, step = (~losses.isfinite()).nonzero()[0].tolist()
+        raise InputError(
+            f"h must be positive definite, its inverse is not any more after {step} removals in group {group}",
+            fix="raise the damping or give more calibration tokens",
+        )
+    return order.long(), losses
+
+
+def _keep_vnm(
+    weight: torch.Tensor, inverse: torch.Tensor, target: torch.Tensor, h: torch.Tensor, pattern: VNM, trace: Callable
+) -> torch.Tensor:
+    """What V:N:M keeps, bool [rows, n_in]: first 4 of m columns a group, then n of these 4 a row."""
+    rows, n_in = weight.shape
+    order, _ = trace(weight, inverse, pattern.v, n_in // pattern.m * (pattern.m - 4), NofM(4, pattern.m))
+    keep = torch.zeros(rows, n_in, dtype=torch.bool)
+    for group, shared in enumerate(_kept(order, n_in)):
+        columns, part = shared.nonzero().flatten(), slice(group * pattern.v, (group + 1) * pattern.v)
+        inverse = _inverse(h[columns][:, columns])
+        optimum = target[part, columns] @ inverse
+        order, _ = trace(optimum, inverse, 1, len(columns) // 4 * (4 - pattern.n), NofM(pattern.n, 4))
+        keep[part, columns] = _kept(order, len(columns))
+    return keep
+
+
+def _kept(order: torch.Tensor, n_in: int) -> torch.Tensor:
+    """The columns that were not removed, bool [groups, n_in]."""
+    return torch.ones(len(order), n_in, dtype=torch.bool).scatter_(1, order, False)
 
 
 def obs_prune_ref(
@@ -73,7 +133,7 @@ def obs_prune_ref(
         traces = [_trace_ref(group, h, steps, pattern) for group in weight.split(size)]
         order, losses = (torch.stack(part) for part in zip(*traces, strict=True))
         if isinstance(pattern, NofM):
-            keep = torch.ones(rows, n_in, dtype=torch.bool).scatter_(1, order, False)
+            keep = _kept(order, n_in)
         else:
             keep = _keep(order, losses, pattern, sparsity, per_row).repeat_interleave(size, 0)
     return masked_lstsq_ref(weight @ h, h, keep)
@@ -185,6 +245,13 @@ def _sweep_keep(scores: torch.Tensor, gone: torch.Tensor, pattern: Pattern, spar
     return ~lowest.repeat_interleave(size, 0)
 
 
+def _inverse(h: torch.Tensor) -> torch.Tensor:
+    """H⁻¹, symmetric to the last bit. InputError where H is not positive definite."""
+    u = _inverse_factor(h)
+    inverse = u.T @ u
+    return torch.triu(inverse) + torch.triu(inverse, 1).T
+
+
 def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
     """U, upper triangular, with H⁻¹ = Uᵀ U. InputError where H is not positive definite.
 
@@ -211,7 +278,5 @@ def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: fl
         if not array.isfinite().all():
             raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")
     if list(h.shape) != [weight.shape[1]] * 2:
-        raise InputError(
-            f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h"
-        )
+        raise InputError(f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h")
     require_fits(pattern, *weight.shape, sparsity)

@@ -10,25 +10,33 @@ from pathlib import Path
 
 from sparsebert import checkpoint, data, encoders, ledger, patterns
 from sparsebert.config import PruneConfig
-from sparsebert.encoders import Progress, batches, encoder_linears, no_progress, token_limit, tokenize
+from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
-from sparsebert.patterns import parse, require_unstructured
-from sparsebert.pruning import calibrate, methods, solve
-from sparsebert.pruning.methods import METHODS, Batches
+from sparsebert.ops import admm_prune, gram, masked_lstsq, obs_prune, topk_mask
+from sparsebert.patterns import parse, require_fits, sparsity_of
+from sparsebert.pruning import calibrate, calibration, knowledge, methods, solve
+from sparsebert.pruning.calibration import Calibration, draw
+from sparsebert.pruning.methods import METHODS
+from sparsebert.pruning.run import Run
 
-__all__ = ["METHODS", "PruneResult", "prune", "prune_checkpoint"]
+__all__ = ["METHODS", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
+
+# What the zeros depend on: a change in any of these starts an unfinished run anew.
+CODE = (calibrate, calibration, encoders, knowledge, methods, patterns, solve)
+OPS = (admm_prune, gram, masked_lstsq, obs_prune, topk_mask)
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. peak_rss_mb: of
-    the process so far, MiB.
+    """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
+    on. peak_rss_mb: of the process so far, MiB.
     """
 
     method: str
     pattern: str
     sparsity: float
     density: dict[str, float]
+    tokens: int
     seconds: float
     peak_rss_mb: float
 
@@ -39,21 +47,34 @@ class PruneResult:
 
 
 def prune(
-    model, calibration: Batches, config: PruneConfig | None = None, *, progress: Progress = no_progress
+    model,
+    calibration: Calibration | None,
+    config: PruneConfig | None = None,
+    *,
+    progress: Progress = no_progress,
+    run: Run | None = None,
 ) -> PruneResult:
-    """Prunes the encoder's linears of a stock `transformers` classifier in place; embeddings, pooler and classifier
-    stay dense.
+    """Prunes the encoder's linears of a stock `transformers` classifier in place; embeddings stay as they are, and so do
+    pooler and classifier but for the methods that solve for them again.
 
-    calibration: padded token batches with attention_mask, int64 [sequences, length], as `calibration_batches` makes
-    them. Each linear of n weights gets floor(sparsity * n) zeros exactly. Raises InputError for an unknown method or
-    pattern and for a singular Hessian, UnsupportedError for a pattern the method cannot place.
+    calibration: texts to look at, from `draw`; None for a method that looks at none. A linear of n weights gets
+    floor(sparsity * n) zeros exactly, or what its pattern or its allotment makes of that. run: where finished layers are
+    kept. Raises InputError for an unknown method or pattern, one that does not fit the model, too few calibration
+    tokens, and moments that cannot be solved.
     """
     config = config or PruneConfig()
     check(config)
     start = time.perf_counter()
     model.eval()
-    METHODS[config.method].prune(model, calibration, config, progress)
     linears = encoder_linears(model)
+    pattern = parse(config.pattern)
+    for name, module in linears.items():
+        require_fits(pattern, *module.weight.shape, sparsity_of(pattern, config.sparsity), name)
+    tokens = 0
+    if METHODS[config.method].looks_at_data:
+        tokens = sum(batch["input_ids"].numel() for batch in calibration.batches)
+        _require_tokens(tokens, linears)
+    METHODS[config.method].prune(model, calibration, config, run or Run(progress))
     nnz = {name: int(module.weight.count_nonzero()) for name, module in linears.items()}
     size = {name: module.weight.numel() for name, module in linears.items()}
     return PruneResult(
@@ -61,6 +82,7 @@ def prune(
         pattern=config.pattern,
         sparsity=1 - sum(nnz.values()) / sum(size.values()),
         density={name: nnz[name] / size[name] for name in linears},
+        tokens=tokens,
         seconds=time.perf_counter() - start,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     )
@@ -74,11 +96,10 @@ def prune_checkpoint(
     *,
     progress: Progress = no_progress,
 ) -> PruneResult:
-    """Prunes the classifier in the directory `source` on unlabelled training sentences of `task`, and saves it in
-    `output`.
+    """Prunes the classifier in the directory `source` on unlabelled training texts of `task`, and saves it in `output`.
 
-    The same call again returns at once where `output` is finished; it starts anew when weights, data, config or this
-    code changed.
+    The same call again returns at once where `output` is finished, else goes on after the last finished layer, kept in
+    `<output>.partial`; it starts anew when weights, data, config or this code changed.
     """
     config = config or PruneConfig()
     check(config)
@@ -88,16 +109,21 @@ def prune_checkpoint(
     inputs = {"source": checkpoint.source_sha256(source), "config": config.model_dump(), "max_length": spec.max_length}
     examples = None
     if METHODS[config.method].looks_at_data:
-        examples = calibration_examples(spec, config)
+        if spec.train is None:
+            raise InputError(f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task")
+        examples = data.load(spec, spec.train)
         inputs["data"] = examples.sha256
-    key = ledger.unit_key("prune", inputs, sys.modules[__name__], methods, calibrate, solve, patterns, encoders)
+    key = ledger.unit_key("prune", inputs, sys.modules[__name__], *CODE, *OPS)
     if (figures := checkpoint.finished(target, key)) is not None:
         figures.pop("weights_sha256")
         return PruneResult(**figures)
 
     model, tokenizer = checkpoint.load(source)
-    calibration = [] if examples is None else calibration_batches(model, tokenizer, examples, spec.max_length)
-    result = prune(model, calibration, config, progress=progress)
+    texts = None
+    if examples is not None:
+        texts = draw(model, tokenizer, examples, config.calibration_tokens, spec.max_length, config.seed)
+    run = Run(progress, target.with_name(f"{target.name}.partial"), key)
+    result = prune(model, texts, config, run=run)
     recipe = {"command": "prune", "model": str(source), "task": task, **config.model_dump()}
     summary = {
         "method": result.method,
@@ -106,22 +132,8 @@ def prune_checkpoint(
         "max_length": spec.max_length,
     }
     checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=asdict(result), summary=summary)
+    run.discard()
     return result
-
-
-def calibration_examples(task: data.Task, config: PruneConfig) -> data.Examples:
-    """`config.calibration` seeded random training examples of a task."""
-    if task.train is None:
-        raise InputError(f"task {task.name!r} has no training split to calibrate on", fix="choose another --task")
-    return data.load(task, task.train, limit=config.calibration, seed=config.seed)
-
-
-def calibration_batches(model, tokenizer, examples: data.Examples, max_length: int, batch_size: int = 64) -> Batches:
-    """The examples without their labels, as batches of similar length. max_length: tokens kept of a text, at most the
-    model's positions.
-    """
-    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
-    return [batch for _, batch in batches(tokenizer, encoded, batch_size)]
 
 
 def check(config: PruneConfig) -> None:
@@ -130,4 +142,27 @@ def check(config: PruneConfig) -> None:
         raise InputError(
             f"method must be one of {', '.join(METHODS)}, got {config.method!r}", fix="choose one of these"
         )
-    require_unstructured(parse(config.pattern), config.method)
+    for flag, method in (("tier", "knowledge"), ("without", "knowledge"), ("as_published", "adaptive")):
+        if getattr(config, flag) not in (None, "", False) and config.method != method:
+            raise InputError(
+                f"--{flag.replace('_', '-')} belongs to method {method}, got method {config.method}", fix="leave it out"
+            )
+    if config.scope != "local" and config.method != "magnitude":
+        raise InputError(f"--scope belongs to method magnitude, got method {config.method}", fix="leave it out")
+    pattern = parse(config.pattern)
+    sparsity_of(pattern, config.sparsity)
+    if config.method == "knowledge":
+        knowledge.steps_of(config)
+    if not isinstance(pattern, patterns.Unstructured) and (config.scope == "global" or config.as_published):
+        raise InputError(
+            f"--scope global and --as-published prune unstructured only, got {pattern}", fix="leave it out"
+        )
+
+
+def _require_tokens(tokens: int, linears) -> None:
+    name, widest = max(linears.items(), key=lambda item: item[1].in_features)
+    if tokens < widest.in_features:
+        raise InputError(
+            f"calibration must have at least as many tokens as {name} has inputs, {widest.in_features}, got {tokens}",
+            fix="raise --calibration-tokens",
+        )

@@ -1,74 +1,161 @@
-"""The pruning methods. One function each, (model, calibration, config, progress) -> None, changing the model's encoder
+"""The pruning methods. One function each, (model, calibration, config, run) -> None, changing the model's encoder
 linears in place. A new method is a function here and a line in METHODS.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from sparsebert.config import PruneConfig
-from sparsebert.encoders import Progress, encoder_linears
-from sparsebert.errors import InputError
-from sparsebert.patterns import zeros_in
-from sparsebert.pruning.calibrate import stages
-from sparsebert.pruning.solve import cholesky, column_sweep, damped, lowest
+from sparsebert.encoders import encoder_linears
+from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.ops.obs_prune import obs_prune, obs_sweep
+from sparsebert.ops.topk_mask import pattern_mask, topk_mask
+from sparsebert.patterns import Pattern, Unstructured, kept_in, parse, sparsity_of
+from sparsebert.pruning.calibrate import Stage
+from sparsebert.pruning.calibration import Calibration
+from sparsebert.pruning.knowledge import knowledge
+from sparsebert.pruning.run import Run
+from sparsebert.pruning.solve import Quadratic, set_affine
 
-Batches = list[dict[str, torch.Tensor]]
+
+def _wanted(config: PruneConfig) -> tuple[Pattern, float]:
+    pattern = parse(config.pattern)
+    return pattern, sparsity_of(pattern, config.sparsity)
 
 
 @torch.no_grad()
-def magnitude(model, calibration: Batches, config: PruneConfig, progress: Progress) -> None:
-    """Removes the smallest |w| of each linear. Looks at no data. [Han et al. 2015]"""
-    linears = encoder_linears(model)
-    for done, module in enumerate(linears.values(), start=1):
-        module.weight[lowest(module.weight.abs(), zeros_in(module.weight.numel(), config.sparsity))] = 0.0
-        progress(done, len(linears))
-
-
-@torch.no_grad()
-def adaptive(model, calibration: Batches, config: PruneConfig, progress: Progress) -> None:
-    """Layer-wise reconstruction whose inputs come from the already sparse predecessors and whose targets are the dense
-    model's outputs.
-
-    [Li et al. 2023, Algorithm 1 and Eq. 5-6]. Departures: a column sweep in the place of exact row-wise OBS, its budget
-    per block of 128 columns over all rows (paper: per row); the ridge is `damping` (1e-2) of the mean diagonal and
-    centred at W (paper: 1e-4, centred at 0); moments over real tokens only; the bias is solved by centring
-    (b = mean_y - V mean_x), so that it is neither penalised nor pruned; pooler and classifier are left as they are
-    (paper: refitted).
+def magnitude(model, calibration: Calibration | None, config: PruneConfig, run: Run) -> None:
+    """Removes the smallest |w| of each linear, or with scope "global" of all of them together. Looks at no data.
+    [Han et al. 2015]
     """
+    pattern, sparsity = _wanted(config)
     linears = encoder_linears(model)
-    _require_tokens(calibration, max(module.in_features for module in linears.values()))
-    total, done = len(linears), 0
-    for stage, moments in stages(model, calibration):
-        h, ridge = damped(moments.gram, config.damping)
-        inverse = torch.cholesky_inverse(cholesky(h, config.damping))
-        factor = torch.linalg.cholesky(inverse, upper=True)
-        for name, module in stage.items():
-            best_dense = (moments.cross[name] + ridge * module.weight.double()) @ inverse
-            module.weight.copy_(column_sweep(best_dense, factor, config.sparsity))
-            if module.bias is not None:
-                module.bias.copy_(moments.mean_y[name] - module.weight.double() @ moments.mean_x)
-            done += 1
-            progress(done, total)
+    weights = [module.weight for module in linears.values()]
+    if config.scope == "global":
+        scores = torch.cat([weight.abs().flatten() for weight in weights])
+        kept = topk_mask(scores, kept_in(pattern, 1, scores.numel(), sparsity)).split([w.numel() for w in weights])
+        masks = [mask.view_as(weight) for mask, weight in zip(kept, weights, strict=True)]
+        for name, mask in zip(linears, masks, strict=True):
+            if not mask.any():
+                raise InputError(f"sparsity {sparsity:g} leaves {name} no weight at all", fix="lower --sparsity")
+    else:
+        masks = [pattern_mask(weight.abs(), pattern, sparsity) for weight in weights]
+    for done, (weight, mask) in enumerate(zip(weights, masks, strict=True), start=1):
+        weight[~mask] = 0.0
+        run.progress(done, len(weights))
 
 
-def _require_tokens(calibration: Batches, n_in: int) -> None:
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in calibration)
-    if tokens < n_in:
-        raise InputError(
-            f"calibration must have at least as many tokens as the widest linear has inputs, {n_in}, got {tokens}",
-            fix="raise --calibration",
-        )
+@torch.no_grad()
+def wanda(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
+    """Removes the smallest |w_ij| ‖x̂_j‖₂ of each row, x̂ from the already sparse predecessors; no weight moves.
+    [Sun et al. 2024, eq. 1]
+    """
+    pattern, sparsity = _wanted(config)
+    for stage in run.stages(model, calibration.batches):
+        norm = second_moment(stage).diagonal().sqrt().float()
+        for module in stage.linears.values():
+            module.weight[~pattern_mask(module.weight.abs() * norm, pattern, sparsity, per_row=True)] = 0.0
+
+
+@torch.no_grad()
+def sparsegpt(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
+    """One sweep over the columns of W, H from the already sparse predecessors, damped by 0.01 of its mean diagonal.
+    [Frantar & Alistarh 2023]
+    """
+    pattern, sparsity = _wanted(config)
+    for stage in run.stages(model, calibration.batches):
+        hessian = Quadratic(second_moment(stage), config.damping or 0.01)
+        for module in stage.linears.values():
+            module.weight.copy_(obs_sweep(module.weight.double(), hessian.h, pattern, sparsity))
+
+
+@torch.no_grad()
+def obs(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
+    """ExactOBS: each linear by itself on the dense model's inputs, W the target, the budget shared by all its rows.
+
+    [Frantar & Alistarh 2022.] Departure: a damping of 1e-4 of the mean diagonal, where the released code has none.
+    """
+    pattern, sparsity = _wanted(config)
+    for stage in run.stages(model, calibration.batches, sparse_inputs=False):
+        hessian = Quadratic(second_moment(stage), config.damping or 1e-4)
+        for module in stage.linears.values():
+            module.weight.copy_(obs_prune(module.weight.double(), hessian.h, pattern, sparsity, per_row=False))
+
+
+@torch.no_grad()
+def adaptive(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
+    """Adaptive knowledge retention: exact OBS whose Hessian comes from the already sparse predecessors (Eq. 6), started
+    from the weights that best give the dense model's outputs on these inputs (Eq. 5); the same share of each row goes.
+    Pooler and classifier are refitted by Eq. 5.
+
+    [Li et al. 2023, Algorithm 1.] Departures of ours: moments over real tokens; the bias by centring (b = mean_y - V
+    mean_x), so that it is neither penalised by the ridge nor pruned. --as-published is their released code instead.
+    """
+    if config.as_published:
+        return _adaptive_as_published(model, calibration, config, run)
+    pattern, sparsity = _wanted(config)
+    for stage in run.stages(model, calibration.batches, heads=True):
+        hessian = Quadratic(stage.moments.gram, config.damping or 1e-4)
+        for name, module in stage.linears.items():
+            weight = hessian.minimum(stage.cross(name))
+            if not stage.head:
+                weight = obs_prune(weight, hessian.h, pattern, sparsity)
+            set_affine(module, weight, stage, name)
+
+
+def _adaptive_as_published(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
+    """What run_layerwise.py of Li et al. computes, bugs included: padding counts as tokens; the half-pruned model runs
+    under the last batch's attention mask; the bias is a column of ones, under the ridge and prunable; the ridge of Eq. 5
+    stays in H, and each inverse adds its own; one weight too few goes of each row; the head is left alone. A solution
+    further than 1 from W (mean square) is tried again with ten times the ridge.
+    """
+    pattern, sparsity = _wanted(config)
+    if not isinstance(pattern, Unstructured):
+        raise UnsupportedError(f"--as-published prunes unstructured only, got {pattern}", fix="leave it out")
+    for stage in run.stages(model, calibration.padded_batches, padding=True):
+        mean = stage.moments.mean_x
+        one = torch.ones(1, dtype=torch.float64)
+        h = torch.block_diag(second_moment(stage), one)
+        h[-1, :-1] = h[:-1, -1] = mean
+        for name, module in stage.linears.items():
+            mean_y = stage.mean_y(name)
+            target = torch.cat([stage.cross(name) + torch.outer(mean_y, mean), mean_y[:, None]], 1)
+            before = torch.cat([module.weight, module.bias[:, None]], 1).double()
+            damped = h
+            for ratio in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
+                damped = Quadratic(damped, ratio).h
+                weight = Quadratic(damped, 0.0).minimum(target)
+                if (weight - before).square().mean() < 1:
+                    break
+            gone = Fraction(max(0, int(len(h) * sparsity) - 1), len(h))
+            weight = obs_prune(weight, Quadratic(damped, 1e-4).h, pattern, gone)
+            module.weight.copy_(weight[:, :-1])
+            module.bias.copy_(weight[:, -1])
+
+
+def second_moment(stage: Stage) -> torch.Tensor:
+    """[n_in, n_in] float64, mean of x̂ x̂ᵀ, not centred."""
+    return stage.moments.gram + torch.outer(stage.moments.mean_x, stage.moments.mean_x)
 
 
 class Method(NamedTuple):
-    """prune: the function. looks_at_data: whether it needs calibration batches."""
+    """prune: the function. looks_at_data: whether it needs calibration texts."""
 
-    prune: Callable[[Any, Batches, PruneConfig, Progress], None]
-    looks_at_data: bool
+    prune: Callable[[nn.Module, Any, PruneConfig, Run], None]
+    looks_at_data: bool = True
 
 
-METHODS = {"adaptive": Method(adaptive, looks_at_data=True), "magnitude": Method(magnitude, looks_at_data=False)}
+METHODS = {
+    "knowledge": Method(knowledge),
+    "adaptive": Method(adaptive),
+    "obs": Method(obs),
+    "sparsegpt": Method(sparsegpt),
+    "wanda": Method(wanda),
+    "magnitude": Method(magnitude, looks_at_data=False),
+}

@@ -1,4 +1,4 @@
-"""Sparse least squares for one linear: min ‖Y - V X̂‖² + λ‖V - W‖² over V with a given number of zeros.
+"""Sparse least squares for one linear: min ‖Y - V X̂‖² + λ‖V - W‖² over V with zeros of a given pattern.
 
 With H = G + λI and T = C + λW (G the Gram matrix of X̂, C its cross moments with Y) the minimum without zeros is W* = T
 H⁻¹, and the objective is const + tr((V - W*) H (V - W*)ᵀ): to re-solve densely and then to prune W* under H loses
@@ -7,59 +7,63 @@ nothing.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 import torch
+from torch import nn
 
 from sparsebert.errors import InputError
-from sparsebert.patterns import zeros_in
+from sparsebert.pruning.calibrate import Stage
 
 
-def damped(gram: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """(H, λ): the Gram matrix [n_in, n_in] float64 with λ = damping times its mean diagonal added to the diagonal."""
-    ridge = damping * gram.diagonal().mean().item()
-    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype), ridge
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """H = gram + λI with λ = damping times the mean diagonal of gram, [n_in, n_in] float64.
 
-
-def cholesky(h: torch.Tensor, damping: float) -> torch.Tensor:
-    """Lower Cholesky factor of H, float64; InputError names the failing pivot and the damping tried."""
-    factor, info = torch.linalg.cholesky_ex(h)
-    if info.item() > 0:
-        raise InputError(
-            f"Hessian must be positive definite, pivot {info.item()} of {len(h)} is not, with damping {damping:g}",
-            fix="raise --damping or --calibration",
-        )
-    return factor
-
-
-def lowest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Bool mask, True at exactly `count` lowest scores; ties go to the lower index. Any shape."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[torch.argsort(scores.flatten(), stable=True)[:count]] = True
-    return mask.view_as(scores)
-
-
-def column_sweep(weight: torch.Tensor, factor: torch.Tensor, sparsity: float, block: int = 128) -> torch.Tensor:
-    """Prunes W* under H column by column, each removal compensated in the columns to its right.
-
-    weight: [n_out, n_in] float64, W*. factor: upper Cholesky factor U of H⁻¹ (H⁻¹ = Uᵀ U), float64. Returns float32
-    with exactly floor(sparsity * n_out * n_in) zeros, spread evenly over the blocks of `block` columns: within one,
-    those of lowest w² / U_jj².
-    [Frantar & Alistarh 2023, SparseGPT, Algorithm 1; the code they released thresholds and can remove ties beyond the
-    budget.]
+    Raises InputError for a gram without any variance, and, when it is factored, for one that damping does not make
+    positive definite, naming the pivot and the damping tried. An input that never varied (a dead column) needs no rule of
+    its own: its weight is worth nothing under H and is the first to go, or stays as it is.
     """
-    w = weight.float()
-    u = factor.float()
-    rows, cols = w.shape
-    removed = 0
-    for start in range(0, cols, block):
-        stop = min(start + block, cols)
-        budget = zeros_in(rows * stop, sparsity) - removed
-        removed += budget
-        part, u_part = w[:, start:stop], u[start:stop, start:stop]
-        gone = lowest((part / u_part.diagonal()) ** 2, budget)
-        error = torch.empty_like(part)
-        for j in range(stop - start):
-            error[:, j] = torch.where(gone[:, j], part[:, j] / u_part[j, j], 0.0)
-            part[:, j:] -= torch.outer(error[:, j], u_part[j, j:])
-        part[gone] = 0.0  # what rounding left of them
-        w[:, stop:] -= error @ u[start:stop, stop:]
-    return w
+
+    gram: torch.Tensor
+    damping: float
+
+    @cached_property
+    def ridge(self) -> float:
+        """λ."""
+        mean = self.gram.diagonal().mean().item()
+        if not mean > 0:
+            raise InputError(
+                f"moments must have some variance, the mean diagonal of the Gram matrix is {mean:g}",
+                fix="give calibration texts that differ",
+            )
+        return self.damping * mean
+
+    @cached_property
+    def h(self) -> torch.Tensor:
+        """H."""
+        return self.gram + self.ridge * torch.eye(len(self.gram), dtype=self.gram.dtype)
+
+    @cached_property
+    def factor(self) -> torch.Tensor:
+        """Lower Cholesky factor of H."""
+        factor, info = torch.linalg.cholesky_ex(self.h)
+        if info.item() > 0:
+            raise InputError(
+                f"Hessian must be positive definite, pivot {info.item()} of {len(self.h)} is not, with damping "
+                f"{self.damping:g}",
+                fix="raise --damping or --calibration-tokens",
+            )
+        return factor
+
+    def minimum(self, target: torch.Tensor) -> torch.Tensor:
+        """W* = T H⁻¹, float64 [n_out, n_in]."""
+        return torch.cholesky_solve(target.T, self.factor).T.contiguous()
+
+
+def set_affine(module: nn.Linear, weight: torch.Tensor, stage: Stage, name: str) -> None:
+    """Sets V and the bias that is best with it, mean_y - V mean_x: neither under the ridge nor pruned."""
+    module.weight.copy_(weight)
+    if module.bias is not None:
+        module.bias.copy_(stage.mean_y(name) - weight @ stage.moments.mean_x)

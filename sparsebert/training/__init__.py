@@ -1,5 +1,6 @@
 """Fine-tuning, and everything else that changes weights by gradients."""
 
-from sparsebert.training.finetune import train
+from sparsebert.training.finetune import train, train_recipe
+from sparsebert.training.soup import soup
 
-__all__ = ["train"]
+__all__ = ["soup", "train", "train_recipe"]

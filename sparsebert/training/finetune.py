@@ -7,22 +7,30 @@ as one that was not.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from sparsebert import checkpoint, data, encoders, ledger
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import Progress, bucketed, collate, no_progress, token_limit, tokenize
-from sparsebert.errors import InputError, OutputError
+from sparsebert.errors import InputError, OutputError, first_line
 from sparsebert.machine import bf16_is_fast
+from sparsebert.training import adversarial
 
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+SLOTS = ("exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter beside its step count
 STEPS_PER_SNAPSHOT = 100  # a kill loses fewer steps than this; writing one costs about a step's time
 
 
@@ -53,8 +61,8 @@ def train(
     *,
     progress: Progress = no_progress,
 ) -> TrainResult:
-    """Fine-tunes `model` (a directory or `minilm`) on the training split of `task` by cross-entropy and saves it in
-    `output`.
+    """Fine-tunes `model` (a directory or `minilm`) on the training split of `task` by cross-entropy, adversarially where
+    the config says so, and saves it in `output`.
 
     The same call again returns at once where `output` is finished, else resumes from the last snapshot,
     `<output>.partial.safetensors`; it starts anew when model, data, config or this code changed. Raises InputError for
@@ -68,7 +76,8 @@ def train(
         raise InputError(f"task {task!r} has no training split", fix="choose another --task")
     source = checkpoint.resolve(model)
     target = checkpoint.check_output(output, source=source)
-    examples = data.load(spec, spec.train, limit=config.n, seed=config.seed)
+    examples, _ = data.hold_out(data.load(spec, spec.train), config.hold_out)
+    examples = examples.sample(config.n, config.seed)
     inputs = {
         "source": checkpoint.source_sha256(source),
         "data": examples.sha256,
@@ -76,7 +85,7 @@ def train(
         "max_length": spec.max_length,
         "config": config.model_dump(),
     }
-    key = ledger.unit_key("train", inputs, sys.modules[__name__], encoders)
+    key = ledger.unit_key("train", inputs, sys.modules[__name__], adversarial, encoders)
     if (figures := checkpoint.finished(target, key)) is not None:
         return TrainResult(directory=target, resumed_from=figures["steps"], **figures)
 
@@ -110,6 +119,48 @@ def train(
     return TrainResult(directory=target, weights_sha256=sha256, resumed_from=resumed_from, **figures)
 
 
+def train_recipe(
+    model: str | Path, task: str, output: str | Path, recipe: str | Path, *, progress: Progress = no_progress
+) -> dict[str, TrainResult]:
+    """Fine-tunes every model of a recipe into `output`/<name>, in order; resumes as `train` does.
+
+    recipe: a YAML file with `models` (name -> fields of TrainConfig) and `common` fields, or the name of a packaged one.
+    Raises InputError for one that does not hold that.
+    """
+    configs = read_recipe(recipe)
+    results = {}
+    for name, config in configs.items():
+
+        def update(done: int, total: int, what: str = "", name=name) -> None:
+            progress(done, total, name)
+
+        results[name] = train(model, task, Path(output) / name, config, progress=update)
+    return results
+
+
+def read_recipe(recipe: str | Path) -> dict[str, TrainConfig]:
+    """The configurations of a recipe file, or of the packaged one of that name."""
+    packaged = resources.files("sparsebert") / "assets" / "recipes" / f"{recipe}.yaml"
+    path = Path(str(packaged)) if packaged.is_file() else Path(recipe)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"recipe {recipe} must be a YAML file: {first_line(error)}", fix="correct --recipe") from error
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise InputError(f"recipe {path} must map `models` to names and settings", fix="see recipe quick-soup")
+    configs = {}
+    for name, fields in content["models"].items():
+        if not isinstance(fields, dict) or not re.fullmatch(r"[\w.-]+", str(name)):
+            raise InputError(f"recipe {path}: model {name!r} must be a plain name with settings", fix="correct it")
+        try:
+            configs[str(name)] = TrainConfig(**{**(content.get("common") or {}), **fields})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"recipe {path}: {name}: {where}: {first['msg']}", fix="correct the recipe") from error
+    return configs
+
+
 def _plan(encoded: list[dict], config: TrainConfig) -> list[np.ndarray]:
     """The rows of every step, in order."""
     steps_per_epoch = -(-len(encoded) // config.batch_size)
@@ -135,10 +186,12 @@ class Run:
         self.precision = config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
         self.step, self.losses = 0, []
         self.parameters = dict(model.named_parameters())
-        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
-        rest = [p for p in self.parameters.values() if p.ndim < 2]
+        adversarial.freeze(model, config)
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        decayed = [p for p in trained if p.ndim >= 2]
+        rest = [p for p in trained if p.ndim < 2]
         # fused: one pass over the parameters; unfused, the optimizer is a third of a MiniLM step on two cores.
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = OPTIMIZERS[config.optimizer](
             [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=config.lr,
             fused=True,
@@ -148,18 +201,15 @@ class Run:
 
     def advance(self, batch: dict[str, torch.Tensor], labels: torch.Tensor, *, snapshots: bool = True) -> None:
         """One optimizer step, and a snapshot when one is due."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(**batch).logits
-        loss = nn.functional.cross_entropy(logits.float(), labels)
-        loss.backward()
+        loss = adversarial.backward(self.model, batch, labels, self.config, bf16=self.precision == "bf16")
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
-        if not (loss.isfinite() and norm.isfinite()):
-            raise InputError(f"training diverged at step {self.step + 1}: loss {loss.item()}", fix="lower --lr")
+        if not (math.isfinite(loss) and norm.isfinite()):
+            raise InputError(f"training diverged at step {self.step + 1}: loss {loss}", fix="lower --lr")
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * self._schedule()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses.append(loss.item())
+        self.losses.append(loss)
         self.step += 1
         if snapshots and self.step % STEPS_PER_SNAPSHOT == 0 and self.step < self.total_steps:
             self._save()
@@ -181,8 +231,7 @@ class Run:
 
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
-            state = self.optimizer.state[p]
-            tensors |= {f"{slot}/{name}": state[slot] for slot in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{slot}/{name}": value for slot, value in self.optimizer.state[p].items() if slot in SLOTS}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         fresh = self.snapshot.with_name(f".{self.snapshot.name}.tmp-{os.getpid()}")
         try:
@@ -215,5 +264,6 @@ class Run:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(tensors[f"weight/{name}"])
-                moments = {slot: tensors[f"{slot}/{name}"] for slot in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+                slots = {slot: tensors[f"{slot}/{name}"] for slot in SLOTS if f"{slot}/{name}" in tensors}
+                if slots:
+                    self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **slots}

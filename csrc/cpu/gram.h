@@ -1,0 +1,64 @@
+// What the driver (gram.cpp) and the kernels (gram_<isa>.cpp) share.
+#pragma once
+
+#include "../ops.h"
+
+namespace sparsebert {
+
+// Tokens whose products are summed in float32 before the sum goes on in float64.
+constexpr std::int64_t gram_depth = 256;
+
+// One part of a sum over tokens: partial[c] = sum of w (values - shift)[c], float64.
+struct TokenSumsJob {
+  const float* values;   // [tokens, n]
+  const float* weights;  // [tokens] or null for ones
+  const float* shift;    // [n]
+  std::int64_t tokens;
+  std::int64_t n;
+  std::int64_t part_tokens;
+  double* partial;       // [parts, n]
+};
+
+// Tokens [tokens, n] and their packed copy, centred and scaled by the roots of the weights: columns are cut into panels
+// of the kernel's width, and a panel holds its columns of one token side by side, so that a tile's operands both step
+// through it:  panels[ceil(n / width)][tokens][width], zeros past the last column.
+struct GramOperand {
+  const float* values;  // [tokens, n], from the first token packed
+  const float* shift;   // [n]
+  float* panels;        // aligned to 64 bytes
+  std::int64_t n;
+};
+
+struct GramPackJob {
+  GramOperand operand;
+  const float* roots;        // [tokens], square roots of the weights, or null for ones
+  std::int64_t tokens;
+  std::int64_t part_tokens;  // tokens that one packing task covers
+};
+
+// sums[i][j] += sum over the packed tokens of rows[i] columns[j], for one block of i and one of j.
+struct GramBlock {
+  const float* rows;     // panels from the block's first on, each [tokens, width]
+  const float* columns;  // likewise
+  std::int64_t tokens;
+  std::int64_t n_rows;     // of the block, the last panel of it perhaps partly filled
+  std::int64_t n_columns;
+  bool upper;              // rows and columns are the same block, and only i <= j is wanted; entries below may change
+  double* sums;            // at the block's first entry
+  std::int64_t stride;     // doubles from one row of sums to the next
+};
+
+struct GramKernel {
+  int width;  // columns of a panel
+  void (*token_sums)(const TokenSumsJob& job, std::int64_t part);
+  void (*pack)(const GramPackJob& job, std::int64_t part);
+  void (*multiply)(const GramBlock& block);
+};
+
+namespace gram_scalar { extern const GramKernel kernel; }
+#if defined(__x86_64__)
+namespace gram_avx2 { extern const GramKernel kernel; }
+namespace gram_avx512 { extern const GramKernel kernel; }
+#endif
+
+}  // namespace sparsebert

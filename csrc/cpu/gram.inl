@@ -1,0 +1,141 @@
+// The arithmetic of gram, written once for every vector width. Included after vector.inl, by its rules, in a namespace
+// that also defines the tile: tile_rows x tile_vectors vectors of float32 sums, as many as the registers hold.
+
+namespace {
+
+typedef Vector<float>::type f32;
+typedef Vector<double>::type f64;
+typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(4)));
+
+constexpr int width = tile_vectors * lanes;
+constexpr int half = lanes / 2;
+static_assert(width % tile_rows == 0, "a panel is cut into whole tiles");
+
+// As many floats as a vector has doubles.
+inline half_unaligned load_half(const float* p) { return *reinterpret_cast<const half_unaligned*>(p); }
+inline f64 widen(half_unaligned v) { return __builtin_convertvector(v, f64); }
+
+// sums[c] += the tokens' weighted, shifted values, one token after the other.
+template <int tokens>
+inline void add_tokens(const float* values, const float* weights, const float* shift, std::int64_t n, double* sums) {
+  double w[tokens];
+#pragma GCC unroll 4
+  for (int t = 0; t < tokens; ++t) w[t] = weights != nullptr ? weights[t] : 1.0;
+  std::int64_t c = 0;
+  for (; c + half <= n; c += half) {
+    f64 sum = load(sums + c);
+#pragma GCC unroll 4
+    for (int t = 0; t < tokens; ++t) sum += widen(load_half(values + t * n + c) - load_half(shift + c)) * w[t];
+    store(sums + c, sum);
+  }
+  for (; c < n; ++c) {
+    for (int t = 0; t < tokens; ++t) {
+      const float centred = values[t * n + c] - shift[c];
+      sums[c] += static_cast<double>(centred) * w[t];
+    }
+  }
+}
+
+void token_sums(const TokenSumsJob& job, std::int64_t part) {
+  double* sums = job.partial + part * job.n;
+  for (std::int64_t c = 0; c < job.n; ++c) sums[c] = 0.0;
+  std::int64_t t = part * job.part_tokens;
+  const std::int64_t end = t + job.part_tokens < job.tokens ? t + job.part_tokens : job.tokens;
+  // Four tokens at a time read and write the sums a quarter as often.
+  for (; t + 4 <= end; t += 4) {
+    add_tokens<4>(job.values + t * job.n, job.weights ? job.weights + t : nullptr, job.shift, job.n, sums);
+  }
+  for (; t < end; ++t) {
+    add_tokens<1>(job.values + t * job.n, job.weights ? job.weights + t : nullptr, job.shift, job.n, sums);
+  }
+}
+
+void pack(const GramPackJob& job, std::int64_t part) {
+  const std::int64_t n = job.operand.n;
+  const std::int64_t begin = part * job.part_tokens;
+  const std::int64_t end = begin + job.part_tokens < job.tokens ? begin + job.part_tokens : job.tokens;
+  for (std::int64_t first = 0; first < n; first += width) {
+    const float* shift = job.operand.shift + first;
+    float* out = job.operand.panels + first * job.tokens;
+    const std::int64_t columns = n - first < width ? n - first : width;
+    for (std::int64_t t = begin; t < end; ++t) {
+      const float* in = job.operand.values + t * n + first;
+      const float root = job.roots != nullptr ? job.roots[t] : 1.0f;
+      if (columns == width) {
+#pragma GCC unroll 8
+        for (int c = 0; c < width; c += lanes) store(out + t * width + c, (load(in + c) - load(shift + c)) * root);
+      } else {
+        for (std::int64_t c = 0; c < columns; ++c) out[t * width + c] = (in[c] - shift[c]) * root;
+        for (std::int64_t c = columns; c < width; ++c) out[t * width + c] = 0.0f;
+      }
+    }
+  }
+}
+
+// sums[i][j] += sum over k < depth of a[k][i] b[k][j], i below tile_rows and j below `vectors` vectors, in float32; of
+// the sums only `rows` x `columns` exist.
+template <int vectors>
+inline void add_tile(const float* a, const float* b, std::int64_t depth, double* sums, std::int64_t stride,
+                     std::int64_t rows, std::int64_t columns) {
+  // The sums of a wide layer lie beyond the second-level cache; they arrive while the tile is computed.
+  const bool whole = rows >= tile_rows && columns >= vectors * lanes;
+  if (whole) {
+#pragma GCC unroll 16
+    for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 8
+      for (int c = 0; c < vectors * lanes; c += 8) __builtin_prefetch(sums + i * stride + c, 1);
+    }
+  }
+  f32 acc[tile_rows][vectors] = {};
+  multiply_tile(a, 1, width, b, width, depth, acc);
+  alignas(64) float tile[tile_rows][vectors * lanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 8
+    for (int n = 0; n < vectors; ++n) store(tile[i] + n * lanes, acc[i][n]);
+  }
+  if (whole) {
+    for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 8
+      for (int c = 0; c < vectors * lanes; c += half) {
+        double* p = sums + i * stride + c;
+        store(p, load(p) + widen(load_half(tile[i] + c)));
+      }
+    }
+    return;
+  }
+  for (int i = 0; i < tile_rows && i < rows; ++i) {
+    for (std::int64_t c = 0; c < vectors * lanes && c < columns; ++c) sums[i * stride + c] += tile[i][c];
+  }
+}
+
+// The tile at row i of one panel and its column panel, without the first `skip` vectors of the latter.
+template <int skip>
+inline void add_tile_from(std::int64_t skipped, const float* a, const float* b, std::int64_t depth, double* sums,
+                          std::int64_t stride, std::int64_t rows, std::int64_t columns) {
+  if constexpr (skip + 1 < tile_vectors) {
+    if (skipped > skip) return add_tile_from<skip + 1>(skipped, a, b, depth, sums, stride, rows, columns);
+  }
+  add_tile<tile_vectors - skip>(a, b + skip * lanes, depth, sums + skip * lanes, stride, rows, columns - skip * lanes);
+}
+
+void multiply(const GramBlock& block) {
+  for (std::int64_t k = 0; k < block.tokens; k += gram_depth) {
+    const std::int64_t depth = block.tokens - k < gram_depth ? block.tokens - k : gram_depth;
+    for (std::int64_t j = 0; j < block.n_columns; j += width) {
+      const float* b = block.columns + j * block.tokens + k * width;
+      const std::int64_t rows = block.upper && j + width < block.n_rows ? j + width : block.n_rows;
+      for (std::int64_t i = 0; i < rows; i += tile_rows) {
+        const float* a = block.rows + i / width * width * block.tokens + k * width + i % width;
+        // On the diagonal, whole vectors of columns below the tile's first row are not wanted.
+        const std::int64_t skipped = block.upper && i > j ? (i - j) / lanes : 0;
+        add_tile_from<0>(skipped, a, b, depth, block.sums + i * block.stride + j, block.stride, block.n_rows - i,
+                         block.n_columns - j);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const GramKernel kernel = {width, token_sums, pack, multiply};

@@ -1,0 +1,35 @@
+// What the driver (obs_prune.cpp) and the kernels (obs_prune_<isa>.cpp) share.
+#pragma once
+
+#include "../ops.h"
+
+namespace sparsebert {
+
+// One trace a group of rows. A removal is a rank-1 downdate of the inverse by v vᵀ, v = column p / sqrt(pivot); it is
+// deferred: the current inverse is `base` minus the v vᵀ so far, and after `deferred` of them a new base is written on
+// the columns that are still open, as one product of matrices. The first base is the shared inverse.
+struct TraceJob {
+  const double* weight;   // [groups * group, n_in]
+  const double* inverse;  // [n_in, n_in], symmetric
+  std::int64_t n_in;
+  std::int64_t group;     // rows that lose their columns together
+  Banks banks;
+  std::int64_t steps;
+  std::int64_t deferred;
+  std::int32_t* order;    // [groups, steps]
+  double* losses;         // [groups, steps]
+};
+
+struct ObsPruneKernel {
+  // Bytes of working memory that one trace needs, a multiple of 64.
+  std::int64_t (*trace_bytes)(const TraceJob& job);
+  void (*trace)(const TraceJob& job, std::int64_t group, void* memory);
+};
+
+namespace obs_prune_scalar { extern const ObsPruneKernel kernel; }
+#if defined(__x86_64__)
+namespace obs_prune_avx2 { extern const ObsPruneKernel kernel; }
+namespace obs_prune_avx512 { extern const ObsPruneKernel kernel; }
+#endif
+
+}  // namespace sparsebert

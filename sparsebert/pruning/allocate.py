@@ -1,0 +1,100 @@
+"""How much of the budget each linear gets: as much as the model's output would change without."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from sparsebert.encoders import Progress, encoder_linears, no_progress
+from sparsebert.ops.obs_prune import obs_sweep
+from sparsebert.patterns import Pattern, zeros_in
+from sparsebert.pruning.calibrate import stages
+from sparsebert.pruning.calibration import Batches
+from sparsebert.pruning.scores import fisher_pass
+from sparsebert.pruning.solve import Quadratic
+
+# Sparsities tried for every linear. The highest is a cap: beyond it a linear's error no longer predicts the model's.
+LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.775, 0.83, 0.875, 0.91, 0.94, 0.96, 0.975, 0.985)
+
+Weights = dict[str, list[torch.Tensor]]  # of every linear, at each level
+
+
+@torch.no_grad()
+def one_by_one(model, batches: Batches, pattern: Pattern, damping: float, progress: Progress) -> Weights:
+    """Every linear pruned to every level by itself, on the dense model's inputs, float32."""
+    pruned: Weights = {}
+    total = len(encoder_linears(model))
+    for stage in stages(model, batches, sparse_inputs=False):
+        q = Quadratic(stage.moments.gram, damping)
+        for name, module in stage.linears.items():
+            weight = module.weight.double()
+            pruned[name] = [obs_sweep(weight, q.h, pattern, level).float() for level in LEVELS]
+            progress(len(pruned), total)
+    return pruned
+
+
+def damage(
+    model, batches: Batches, pruned: Weights, seed: int, progress: Progress = no_progress
+) -> dict[str, np.ndarray]:
+    """What each linear at each level does to the output, to second order: half the mean over texts of (sum over tokens
+    of g·(V - W)x)², which is the divergence KL(dense ‖ pruned) it causes alone. float64 [levels].
+
+    The bias takes up the mean of (V - W)x over tokens, as it will after pruning.
+    """
+    linears = encoder_linears(model)
+    sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64) for name in pruned}
+    errors = {name: torch.stack([v - linears[name].weight.detach() for v in levels]) for name, levels in pruned.items()}
+
+    def see(name, x, gradient):
+        for level, error in enumerate(errors[name]):
+            change = torch.nn.functional.linear(x, error)
+            change -= change.mean((0, 1))
+            sums[name][level] += (change * gradient).sum((1, 2)).double().square().sum()
+
+    fisher_pass(model, batches, see, seed, progress)
+    texts = sum(len(batch["input_ids"]) for batch in batches)
+    return {name: (total / (2 * texts)).numpy() for name, total in sums.items()}
+
+
+def allocate(damage: dict[str, np.ndarray], sizes: dict[str, int], sparsity: float) -> dict[str, Fraction]:
+    """Sparsities that remove floor(sparsity * all weights) exactly and cause the least damage in sum.
+
+    Between levels the logarithm of the damage is taken as linear in the logarithm of the density. Each linear stands
+    where one more weight kept would save the same: a bisection on that price.
+    """
+    total = zeros_in(sum(sizes.values()), sparsity)
+    grid = np.linspace(LEVELS[1], LEVELS[-1], 400)
+    curves = {}
+    for name, values in damage.items():
+        # A level that does less damage than a lower one is noise.
+        rising = np.maximum.accumulate(np.maximum(values[1:], 1e-12))
+        known = np.log(1 - np.array(LEVELS[1:]))[::-1]
+        curves[name] = np.exp(np.interp(np.log(1 - grid), known, np.log(rising)[::-1]))
+
+    def zeros_at(price: float) -> dict[str, float]:
+        chosen = {}
+        for name, curve in curves.items():
+            chosen[name] = sizes[name] * grid[np.argmin(curve - price * sizes[name] * grid)]
+        return chosen
+
+    low, high = -40.0, 10.0  # of the logarithm of the price
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(zeros_at(math.exp(middle)).values()) < total else (low, middle)
+    zeros = {name: math.floor(count) for name, count in zeros_at(math.exp(high)).items()}
+    return _exactly(zeros, sizes, total)
+
+
+def _exactly(zeros: dict[str, int], sizes: dict[str, int], total: int) -> dict[str, Fraction]:
+    """The same, moved by equal shares of what each keeps until they sum to `total`."""
+    kept = {name: sizes[name] - count for name, count in zeros.items()}
+    wanted = sum(sizes.values()) - total
+    scale = Fraction(wanted, sum(kept.values()))
+    kept = {name: min(sizes[name], math.floor(count * scale)) for name, count in kept.items()}
+    for name in sorted(kept, key=sizes.get, reverse=True):  # what rounding left goes to the largest
+        more = min(wanted - sum(kept.values()), sizes[name] - kept[name])
+        kept[name] += more
+    return {name: 1 - Fraction(count, sizes[name]) for name, count in kept.items()}

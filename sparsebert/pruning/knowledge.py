@@ -1,0 +1,135 @@
+"""The pruning method of this package: every linear is solved for what the dense model's function needs of it."""
+
+from __future__ import annotations
+
+import copy
+from fractions import Fraction
+
+import torch
+
+from sparsebert.config import PruneConfig
+from sparsebert.encoders import encoder_linears
+from sparsebert.errors import InputError
+from sparsebert.ops.admm_prune import admm_prune
+from sparsebert.ops.masked_lstsq import masked_lstsq
+from sparsebert.ops.obs_prune import obs_sweep
+from sparsebert.patterns import Grouped, Pattern, Unstructured, parse, sparsity_of
+from sparsebert.pruning import allocate
+from sparsebert.pruning.calibration import Batches, Calibration
+from sparsebert.pruning.cluster import row_groups
+from sparsebert.pruning.recover import distill
+from sparsebert.pruning.run import Run
+from sparsebert.pruning.scores import cls_weights, fisher_weights
+from sparsebert.pruning.solve import Quadratic, set_affine
+
+# Step -> the lowest tier that has it. Each can be left out by --without.
+STEPS = {
+    "target": 0, "cluster": 0, "admm": 0, "refit": 0, "cls": 0, "heads": 0,
+    "fisher": 1, "allocation": 1, "distill": 2, "perturb": 2,
+}  # fmt: skip
+DAMPING = 1e-2
+DAMAGE_TOKENS = 30_000  # what the allotment of the budget looks at
+
+
+def steps_of(config: PruneConfig) -> set[str]:
+    """The steps that `config` asks for; InputError for a name that is none of the tier's."""
+    tier = 1 if config.tier is None else config.tier
+    have = {step for step, lowest in STEPS.items() if lowest <= tier}
+    left_out = {step.strip() for step in config.without.split(",") if step.strip()}
+    if unknown := left_out - have:
+        raise InputError(
+            f"--without must name steps of tier {tier} ({', '.join(sorted(have))}), got {', '.join(sorted(unknown))}",
+            fix="choose among these",
+        )
+    return have - left_out
+
+
+@torch.no_grad()
+def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
+    """Layer-wise least squares against the dense model's outputs from the half-pruned model's inputs, and what goes
+    beyond layers. Steps, each of which --without leaves out:
+
+    Tier 0, closed forms. target: what a linear should give is the dense model's output, exactly: T = C + λW (else W
+    itself). cluster: rows that want the same columns form the groups of a grouped pattern (else consecutive rows). admm:
+    the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the support. cls:
+    in the last layer only the first token's output counts. heads: pooler and classifier are solved for again.
+    Tier 1, one backward pass. fisher: each token counts by the Fisher information of what a linear gives it.
+    allocation: linears share the budget by the damage they do to the output; patterns with a sparsity of their own have
+    none to share.
+    Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: half of that on texts with swapped
+    words.
+    """
+    steps = steps_of(config)
+    pattern = parse(config.pattern)
+    sparsity = sparsity_of(pattern, config.sparsity)
+    damping = config.damping or DAMPING
+    teacher = copy.deepcopy(model) if "distill" in steps else None
+    batches = calibration.batches
+    weights = cls_weights(model, batches) if "cls" in steps else {}
+    if "fisher" in steps:
+        weights = fisher_weights(model, batches, config.seed, run.part("token weights"))
+    allotted = dict.fromkeys(encoder_linears(model), sparsity)
+    if "allocation" in steps and isinstance(pattern, Unstructured | Grouped):
+        found = run.once("allocation", lambda: _allotted(model, batches, pattern, sparsity, damping, config, run))
+        allotted = {name: Fraction(value) for name, value in found.items()}
+    for stage in run.stages(model, batches, weights=weights, heads="heads" in steps):
+        q = Quadratic(stage.moments.gram, damping)
+        for name, module in stage.linears.items():
+            original = module.weight.double()
+            if "target" in steps:
+                target = stage.cross(name) + q.ridge * original
+                weight = q.minimum(target)
+            else:
+                target, weight = original @ q.h, original
+            if not stage.head:
+                weight = sparse(weight, target, q, pattern, allotted[name], steps)
+            set_affine(module, weight, stage, name)
+    if teacher is not None:
+        distill(model, teacher, calibration, perturb="perturb" in steps, seed=config.seed, progress=run.part("distill"))
+
+
+def sparse(
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    q: Quadratic,
+    pattern: Pattern,
+    sparsity: float | Fraction,
+    steps: set[str],
+) -> torch.Tensor:
+    """V of the pattern near W* = T H⁻¹ (`weight`) under H, float64 [n_out, n_in]."""
+    order = torch.arange(len(weight))
+    if isinstance(pattern, Grouped) and "cluster" in steps:
+        order = row_groups((weight**2 * q.h.diagonal()).float(), pattern, sparsity)
+    weight, target = weight[order], target[order]
+    if "admm" in steps:
+        mask = admm_prune(weight, q.h, pattern, sparsity)
+        weight = weight * mask
+    else:
+        weight = obs_sweep(weight, q.h, pattern, sparsity)
+        mask = weight != 0
+    if "refit" in steps:
+        weight = masked_lstsq(target, q.h, mask)
+    return torch.empty_like(weight).index_copy_(0, order, weight)
+
+
+def _allotted(
+    model, batches: Batches, pattern: Pattern, sparsity, damping: float, config: PruneConfig, run: Run
+) -> dict:
+    """Sparsity of every linear as a fraction in text."""
+    some = _about(batches, DAMAGE_TOKENS, config.seed)
+    pruned = allocate.one_by_one(model, some, pattern, damping, run.part("try sparsities"))
+    damage = allocate.damage(model, some, pruned, config.seed, run.part("damage"))
+    sizes = {name: module.weight.numel() for name, module in encoder_linears(model).items()}
+    return {name: str(value) for name, value in allocate.allocate(damage, sizes, sparsity).items()}
+
+
+def _about(batches: Batches, tokens: int, seed: int) -> Batches:
+    """Sequences drawn from every batch, about `tokens` tokens in all."""
+    share = min(1.0, tokens / sum(batch["input_ids"].numel() for batch in batches))
+    generator = torch.Generator().manual_seed(seed)
+    some = []
+    for batch in batches:
+        rows = torch.rand(len(batch["input_ids"]), generator=generator) < share
+        if rows.any():
+            some.append({name: tensor[rows] for name, tensor in batch.items()})
+    return some

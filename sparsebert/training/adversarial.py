@@ -1,0 +1,141 @@
+"""Training on the worst of small changes to what a text's tokens are to the model."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sparsebert.config import TrainConfig
+from sparsebert.encoders import encoder_layers, layers_skipped
+
+Batch = dict[str, torch.Tensor]
+
+
+def freeze(model: nn.Module, config: TrainConfig) -> None:
+    """FreeLB leaves the embeddings as they are: moving them would undo the perturbation."""
+    if config.adversarial == "freelb":
+        model.base_model.embeddings.requires_grad_(False)
+
+
+def backward(model: nn.Module, batch: Batch, labels: torch.Tensor, config: TrainConfig, *, bf16: bool) -> float:
+    """Adds the gradients of one batch's loss to the parameters, and returns the loss. bf16: forward passes under
+    autocast.
+
+    "none": cross-entropy. "freelb": the mean over `ascent_steps` K of the loss at perturbations δ_1 = 0, δ_{k+1} = δ_k +
+    `ascent_size` g_k / ‖g_k‖ of the word embeddings, g_k the gradient there, the norm a token's [Zhu et al. 2020, as run
+    by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ of the last layer's inputs, found by K such
+    steps through that layer alone, then the loss of the whole model at δ [after SMAAT, Kara et al. 2024].
+    """
+    if config.adversarial == "none":
+        loss = _loss(model, batch, labels, bf16)
+        loss.backward()
+        return loss.item()
+    if config.adversarial == "freelb":
+        with torch.no_grad():
+            words = model.get_input_embeddings()(batch["input_ids"])
+        rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+        total = 0.0
+        for words_moved, ascend in _ascent(words, batch, config):
+            loss = _loss(model, {"inputs_embeds": words_moved, **rest}, labels, bf16) / config.ascent_steps
+            loss.backward()
+            ascend(words_moved.grad)
+            total += loss.item()
+        return total
+    layers = encoder_layers(model)
+    with torch.no_grad(), _autocast(bf16):
+        hidden = _reaching(model, layers[-1], batch)
+    delta = _worst(model, batch, labels, hidden, config, bf16)
+    with _moved(layers[-1], delta):
+        loss = _loss(model, batch, labels, bf16)
+    loss.backward()
+    return loss.item()
+
+
+def _worst(
+    model: nn.Module, batch: Batch, labels: torch.Tensor, hidden: torch.Tensor, config: TrainConfig, bf16: bool
+) -> torch.Tensor:
+    """δ after `ascent_steps` steps through the last layer and the head, from its inputs `hidden`."""
+    layers = encoder_layers(model)
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+    try:
+        with layers_skipped(layers[:-1]) as reached:
+            for moved, ascend in _ascent(hidden, batch, config):
+                reached[0] = moved
+                _loss(model, batch, labels, bf16).backward()
+                last = ascend(moved.grad)
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+    return last
+
+
+def perturbed_loss(model: nn.Module, batch: Batch, labels: torch.Tensor, config: TrainConfig) -> float:
+    """The mean loss of a batch at the last perturbation of the word embeddings that FreeLB would see."""
+    with torch.no_grad():
+        words = model.get_input_embeddings()(batch["input_ids"])
+    rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+    for moved, ascend in _ascent(words, batch, config):
+        loss = _loss(model, {"inputs_embeds": moved, **rest}, labels, bf16=False)
+        ascend(torch.autograd.grad(loss, moved)[0])
+    return loss.item()
+
+
+def _loss(model: nn.Module, inputs: Batch, labels: torch.Tensor, bf16: bool) -> torch.Tensor:
+    with _autocast(bf16):
+        logits = model(**inputs).logits
+    return nn.functional.cross_entropy(logits.float(), labels)
+
+
+def _autocast(bf16: bool):
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
+
+def _ascent(start: torch.Tensor, batch: Batch, config: TrainConfig):
+    """Yields (start + δ, a leaf; ascend) `ascent_steps` times; ascend(gradient) moves δ and returns it."""
+    real = batch["attention_mask"][..., None]
+    delta = torch.zeros_like(start)
+
+    def ascend(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal delta
+        norm = gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        delta = delta + config.ascent_size * gradient / norm * real
+        return delta
+
+    for _ in range(config.ascent_steps):
+        yield (start + delta).detach().requires_grad_(), ascend
+
+
+class _Reached(Exception):
+    """Raised inside a forward pass that has come far enough."""
+
+
+def _reaching(model: nn.Module, layer: nn.Module, batch: Batch) -> torch.Tensor:
+    """The hidden states with which the model calls `layer`."""
+    caught = []
+
+    def catch(_module, args):
+        caught.append(args[0])
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(catch)
+    try:
+        model(**batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return caught[0]
+
+
+@contextmanager
+def _moved(layer: nn.Module, delta: torch.Tensor):
+    """While it lasts, the layer's input is moved by delta."""
+    handle = layer.register_forward_pre_hook(lambda _module, args: (args[0] + delta, *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()

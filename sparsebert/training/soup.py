@@ -1,0 +1,154 @@
+"""One model out of several fine-tuned ones: greedy averaging of their weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparsebert import checkpoint, data, encoders, ledger
+from sparsebert.config import TrainConfig
+from sparsebert.data import Examples
+from sparsebert.encoders import Progress, batches, no_progress, predict, token_limit, tokenize
+from sparsebert.errors import InputError
+from sparsebert.training import adversarial
+
+
+@dataclass(frozen=True)
+class SoupResult:
+    """members: the directories averaged, in the order they came in. scores: of each candidate alone, by directory. score:
+    of the average. All on the held-out examples; higher is better.
+    """
+
+    members: list[str]
+    scores: dict[str, float]
+    score: float
+    weights_sha256: str = ""
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def accuracy(model, tokenizer, examples: Examples, max_length: int) -> float:
+    """Share of the examples that the model gets right."""
+    return float((predict(model, tokenizer, examples, max_length=max_length).argmax(1) == examples.labels).mean())
+
+
+def perturbed(model, tokenizer, examples: Examples, max_length: int) -> float:
+    """Minus the mean loss when each text's word embeddings have been moved against the model, by the steps FreeLB
+    takes.
+    """
+    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
+    labels = torch.from_numpy(examples.labels)
+    model.eval().requires_grad_(False)
+    total = 0.0
+    for rows, batch in batches(tokenizer, encoded, 64):
+        total += len(rows) * adversarial.perturbed_loss(model, batch, labels[rows], TrainConfig())
+    return -total / len(examples)
+
+
+# What candidates are ordered and accepted by; higher is better. Accuracy under attack joins them with the attacks.
+SCORES: dict[str, Callable[..., float]] = {"accuracy": accuracy, "perturbed": perturbed}
+
+
+def soup(
+    directories: list[str | Path],
+    task: str,
+    output: str | Path,
+    *,
+    score: str = "perturbed",
+    progress: Progress = no_progress,
+) -> SoupResult:
+    """Greedy weight averaging: candidates in falling order of their score; each is added where the uniform mean of all
+    accepted ones with it scores no worse. [Li et al. 2023, Algorithm 3; Wortsman et al. 2022]
+
+    directories: at least one model fine-tuned by `train` on `task` from the same start, with the same `hold_out`: the
+    score is taken on the examples that none of them was trained on. Writes the average to `output`; the same call again
+    returns at once where that is finished. Raises InputError for models that do not belong together.
+    """
+    if score not in SCORES:
+        raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
+    spec = data.get_task(task)
+    sources = [checkpoint.resolve(directory) for directory in directories]
+    held = _held_out_alike(sources, task)
+    target = checkpoint.check_output(output, source=sources[0])
+    _, examples = data.hold_out(data.load(spec, spec.train), held)
+    inputs = {
+        "sources": [checkpoint.source_sha256(source) for source in sources],
+        "data": examples.sha256,
+        "score": score,
+        "max_length": spec.max_length,
+    }
+    key = ledger.unit_key("soup", inputs, sys.modules[__name__], adversarial, encoders)
+    if (figures := checkpoint.finished(target, key)) is not None:
+        return SoupResult(**figures)
+
+    model, tokenizer = checkpoint.load(sources[0])
+    states = []
+    for source in sources:
+        state = checkpoint.load(source)[0].state_dict()
+        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in model.state_dict().items()}:
+            raise InputError(f"{source} must have the tensors of {sources[0]}", fix="average models of one kind")
+        states.append(state)
+    done = 0
+
+    def scored(state: dict[str, torch.Tensor]) -> float:
+        nonlocal done
+        model.load_state_dict(state)
+        value = SCORES[score](model, tokenizer, examples, spec.max_length)
+        done += 1
+        progress(done, 2 * len(states) - 1)
+        return value
+
+    alone = [scored(state) for state in states]
+    order = np.argsort([-value for value in alone], kind="stable")
+    accepted, best = [order[0]], alone[order[0]]
+    for candidate in order[1:]:
+        value = scored(_mean([states[i] for i in (*accepted, candidate)]))
+        if value >= best:
+            accepted.append(candidate)
+            best = value
+    model.load_state_dict(_mean([states[i] for i in accepted]))
+    result = SoupResult(
+        members=[str(directories[i]) for i in accepted],
+        scores={str(directory): value for directory, value in zip(directories, alone, strict=True)},
+        score=best,
+    )
+    figures = {name: value for name, value in asdict(result).items() if name != "weights_sha256"}
+    recipe = {"command": "soup", "task": task, "score": score, "hold_out": held, **figures}
+    summary = {"max_length": spec.max_length}
+    sha256 = checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=figures, summary=summary)
+    return SoupResult(weights_sha256=sha256, **figures)
+
+
+def _held_out_alike(sources: list[Path], task: str) -> int:
+    """How many examples every model left out of its training."""
+    found = set()
+    for source in sources:
+        recipe = checkpoint.read_recipe(source)
+        if recipe.get("command") != "train" or recipe.get("task") != task or not recipe.get("hold_out"):
+            raise InputError(
+                f"{source} must be fine-tuned on {task} with examples held out, its recipe says "
+                f"command {recipe.get('command')!r}, task {recipe.get('task')!r}, hold_out {recipe.get('hold_out')!r}",
+                fix="train it with --hold-out 2000",
+            )
+        found.add((recipe["hold_out"], str(recipe["model"])))
+    if len(found) > 1:
+        raise InputError(
+            f"models must share their start and hold_out, got {sorted(found)}", fix="train them from one start"
+        )
+    return found.pop()[0]
+
+
+def _mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Uniform mean of each tensor, in float64 until it is stored."""
+    return {
+        name: sum(state[name].double() for state in states).div(len(states)).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in states[0].items()
+    }

@@ -1,0 +1,133 @@
+"""obs_prune and obs_sweep on every instruction set against their references, on every pattern."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from bench.shapes import random_moments
+from sparsebert import patterns
+from sparsebert.engine.rivals import torch_threads
+from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.ops import _dispatch
+from sparsebert.ops.obs_prune import _inverse, _trace, obs_prune, obs_prune_ref, obs_sweep, obs_sweep_ref
+from sparsebert.patterns import NofM, Unstructured, kept_in, parse
+
+# The support is compared exactly. Values go through different factorisations of an H of condition number 1e3 to 1e4.
+TOLERANCE = 1e-9
+
+# Below, at and above a tile (4, 8), a panel (4, 12, 24) and, with more than 64 removals, several new bases.
+SIZES = ((1, 1), (1, 2), (3, 5), (2, 7), (5, 23), (3, 24), (7, 25), (2, 97), (4, 193))
+PATTERNS = ("unstructured", "2:4", "4:8", "32:64", "8x1", "8x1/8", "16:2:8")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread():
+    """The references are many small operations, which two threads of torch make no faster, and slower on busy cores."""
+    with torch_threads(1):
+        yield
+
+
+def problem(rows: int, n_in: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """W* [rows, n_in] and H [n_in, n_in]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, n_in, generator=generator, dtype=torch.float64), random_moments(n_in, seed)
+
+
+def check(v: torch.Tensor, expected: torch.Tensor) -> None:
+    assert v.dtype == torch.float64 and v.shape == expected.shape
+    assert torch.equal(v != 0, expected != 0)
+    torch.testing.assert_close(v, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def check_is_optimal(v: torch.Tensor, w: torch.Tensor, h: torch.Tensor) -> None:
+    """The gradient of tr((V - W*) H (V - W*)ᵀ) vanishes on V's support."""
+    gradient = ((v - w) @ h)[v != 0]
+    assert gradient.abs().max() <= 1e-9 * (w @ h).abs().max()
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize(("rows", "n_in"), SIZES)
+def test_prune_matches_the_reference_at_every_remainder(isa, rows, n_in, per_row):
+    w, h = problem(rows, n_in)
+    for sparsity in (0.0, 0.3, 0.9):
+        v = obs_prune(w, h, Unstructured(), sparsity, per_row=per_row, isa=isa)
+        check(v, obs_prune_ref(w, h, Unstructured(), sparsity, per_row=per_row))
+        check_is_optimal(v, w, h)
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("pattern", [*map(parse, PATTERNS)], ids=str)
+def test_prune_matches_the_reference_on_every_pattern(isa, pattern, per_row):
+    w, h = problem(16, 128)
+    size = {"8x1": 8, "8x1/8": 8}.get(str(pattern), 1)
+    v = obs_prune(w, h, pattern, 0.7, per_row=per_row, isa=isa)
+    check(v, obs_prune_ref(w, h, pattern, 0.7, per_row=per_row))
+    check_is_optimal(v, w, h)
+    budget = 16 * kept_in(pattern, size, 128, 0.7) // size if per_row else kept_in(pattern, 16, 128, 0.7)
+    assert int((v != 0).sum()) == budget
+
+
+def test_prune_matches_the_reference_on_rows_of_an_encoder_layer(isa):
+    w, h = problem(3, 384)
+    check(obs_prune(w, h, Unstructured(), 0.875, isa=isa), obs_prune_ref(w, h, Unstructured(), 0.875))
+
+
+@pytest.mark.parametrize("prune", [obs_prune, obs_sweep])
+@pytest.mark.parametrize("pattern", [*map(parse, ("unstructured", "2:4", "8x1", "16:2:8"))], ids=str)
+def test_the_number_of_threads_changes_no_bit(isa, prune, pattern):
+    w, h = problem(208, 136)
+    results = [prune(w, h, pattern, 0.6, threads=threads, isa=isa) for threads in (1, 2, 5)]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("prune", [obs_prune, obs_sweep])
+def test_only_the_upper_half_of_h_is_read(isa, prune):
+    w, h = problem(4, 30)
+    below = torch.triu(h) + torch.tril(torch.full_like(h, 1e9), -1)
+    assert torch.equal(prune(w, below, Unstructured(), 0.5, isa=isa), prune(w, h, Unstructured(), 0.5, isa=isa))
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+def test_prune_of_equal_columns_removes_the_lower_one(isa, per_row):
+    # Uncorrelated inputs of equal power and weights of equal size: every score is equal at every step.
+    w, h = torch.ones(2, 100, dtype=torch.float64), 2 * torch.eye(100, dtype=torch.float64)
+    v = obs_prune(w, h, Unstructured(), 0.7, per_row=per_row, isa=isa)
+    kept = (v != 0).tolist()
+    assert kept[0] == ([False] * 70 + [True] * 30 if per_row else [False] * 100)
+    assert kept[1] == ([False] * 70 + [True] * 30 if per_row else [False] * 40 + [True] * 60)
+    grouped = obs_prune(w, h, parse("2x1"), 0.5, isa=isa)
+    assert (grouped != 0).tolist() == [[False] * 50 + [True] * 50] * 2
+    assert (obs_prune(w, h, NofM(1, 4), 0.0, isa=isa) != 0).tolist() == [[False, False, False, True] * 25] * 2
+
+
+def test_prune_of_twin_columns_removes_the_lower_one_first(isa):
+    w, h = problem(5, 40)
+    inverse = torch.block_diag(_inverse(h), _inverse(h))
+    order, _ = _trace(w.repeat(1, 2), inverse, 1, 80, Unstructured(), threads=2, isa=isa)
+    step = order.argsort(1)  # at which each column went
+    assert (step[:, :40] < step[:, 40:]).all()
+    assert torch.equal(step[:, :40].argsort(1), step[:, 40:].argsort(1))
+
+
+@pytest.mark.parametrize("prune", [obs_prune, obs_sweep])
+def test_nothing_is_removed_at_sparsity_0(isa, prune):
+    w, h = problem(3, 50)
+    torch.testing.assert_close(prune(w, h, Unstructured(), 0.0, isa=isa), w, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_dead_column_goes_first(isa):
+    w, h = problem(4, 60)
+    h[13, :] = h[:, 13] = 0.0
+    h[13, 13] = 1e-12
+    v = obs_prune(w, h, Unstructured(), 0.02, isa=isa)
+    assert (v == 0).nonzero().tolist() == [[row, 13] for row in range(4)]
+    check(obs_sweep(w, h, Unstructured(), 0.5, isa=isa), obs_sweep_ref(w, h, Unstructured(), 0.5))
+    assert (obs_sweep(w, h, Unstructured(), 0.5, isa=isa)[:, 13] == 0).all()
+
+
+@pytest.mark.parametrize("prune", [obs_prune, obs_sweep])
+def test_any_memory_layout_is_taken(prune):
+    w, h = problem(6, 33)
+    check(prune(w.T.contiguous().T, h, Unstructured(), 0.5), prune(w, h, Unstructured(), 0.5))
