@@ -217,7 +217,24 @@ void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::opt
   }
 }
 
-<<<<<<< HEAD
+std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::int64_t k, const std::string& isa_name,
+                                                int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(scores.ndim() == 2, "scores must be 2-d");
+  require(threads >= 1, "threads must be at least 1");
+  require(0 <= k && k <= scores.shape(1), "k must be between 0 and n");
+  py::array_t<bool> keep({scores.shape(0), scores.shape(1)});
+  const float* scores_data = scores.data();
+  bool* keep_data = keep.mutable_data();
+  bool finite;
+  {
+    const py::gil_scoped_release released;
+    finite = topk_mask(scores_data, keep.shape(0), keep.shape(1), k, isa, threads, keep_data);
+  }
+  if (!finite) return std::nullopt;
+  return keep;
+}
+
 void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Array<float>& eigenvalues,
                          const Array<float>& goal, Array<float>& b, Array<float>& u, Array<float>& x,
                          Array<float>& scores, const Array<bool>& keep, float rho, float shrink,
@@ -240,24 +257,6 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
   const bool* keep_data = keep.data();
   const py::gil_scoped_release released;
   admm_prune_step(state, keep_data, rho, shrink, isa, threads);
-=======
-std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::int64_t k, const std::string& isa_name,
-                                                int threads) {
-  const Isa isa = isa_named(isa_name);
-  require(scores.ndim() == 2, "scores must be 2-d");
-  require(threads >= 1, "threads must be at least 1");
-  require(0 <= k && k <= scores.shape(1), "k must be between 0 and n");
-  py::array_t<bool> keep({scores.shape(0), scores.shape(1)});
-  const float* scores_data = scores.data();
-  bool* keep_data = keep.mutable_data();
-  bool finite;
-  {
-    const py::gil_scoped_release released;
-    finite = topk_mask(scores_data, keep.shape(0), keep.shape(1), k, isa, threads, keep_data);
-  }
-  if (!finite) return std::nullopt;
-  return keep;
->>>>>>> main
 }
 
 }  // namespace
@@ -287,7 +286,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
         py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
         "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
-<<<<<<< HEAD
+  m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
+        "The k highest of each row, or None where there is a NaN.");
   m.attr("ADMM_PANEL") = admm_panel;
   m.attr("ADMM_BLOCK_ROWS") = admm_block_rows;
   m.def("admm_prune_step", &run_admm_prune_step, py::arg("q").noconvert(), py::arg("qt").noconvert(),
@@ -295,8 +295,4 @@ PYBIND11_MODULE(_C, m) {
         py::arg("u").noconvert(), py::arg("x").noconvert(), py::arg("scores").noconvert(),
         py::arg("keep").noconvert(), py::arg("rho"), py::arg("shrink"), py::arg("isa"), py::arg("threads"),
         "One iteration; writes b, u, x and scores.");
-=======
-  m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
-        "The k highest of each row, or None where there is a NaN.");
->>>>>>> main
 }

@@ -107,7 +107,13 @@ void gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
           const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, double* sum_xx,
           double* sum_yx);
 
-<<<<<<< HEAD
+// keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
+//   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
+// Returns false, keep undefined, where a score is NaN. The result does not depend on `threads` (>= 1). Throws
+// std::bad_alloc when 8 bytes a score of working memory cannot be had.
+bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
+               bool* keep);
+
 // A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column; a task of admm_prune
 // covers one panel of columns and one block of rows. Multiples of every kernel's tile.
 constexpr std::int64_t admm_panel = 48;
@@ -131,13 +137,5 @@ struct AdmmState {
 // U *= shrink, and x and scores anew. keep: [rows, n_in]. The result does not depend on `threads` (>= 1). Throws
 // std::bad_alloc when about 8 bytes a weight cannot be had.
 void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
-=======
-// keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
-//   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
-// Returns false, keep undefined, where a score is NaN. The result does not depend on `threads` (>= 1). Throws
-// std::bad_alloc when 8 bytes a score of working memory cannot be had.
-bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
-               bool* keep);
->>>>>>> main
 
 }  // namespace sparsebert
