@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.topk_mask import topk_mask_ref
@@ -173,7 +173,9 @@ def _keep(
     groups, n_in = order.shape
     multiple = pattern.kept_multiple if isinstance(pattern, Grouped) else 1
     if per_row:
-        counts = torch.full((groups,), (n_in - zeros_in(n_in, sparsity)) // multiple * multiple)
+        rows = pattern.rows if isinstance(pattern, Grouped) else 1
+        require_fits(pattern, rows, n_in, sparsity, "each group")
+        counts = torch.full((groups,), kept_in(pattern, rows, n_in, sparsity) // rows)
     else:
         kept = groups * n_in - zeros_in(groups * n_in, sparsity)
         # Last removed first: costs fall along a row, and of equals topk takes the one removed later.
