@@ -189,32 +189,34 @@ py::array_t<double> run_token_sums(const Array<float>& values, const std::option
   return sums;
 }
 
-void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::optional<Array<float>>& y,
+bool run_gram(const Array<float>& x, const Array<float>& shift_x, const std::optional<Array<float>>& y,
               const std::optional<Array<float>>& shift_y, const std::optional<Array<float>>& weights,
-              Array<double>& sum_xx, std::optional<Array<double>>& sum_yx, const std::string& isa_name, int threads) {
+              Array<double>& sum_x, Array<double>& sum_xx, std::optional<Array<double>>& sum_y,
+              std::optional<Array<double>>& sum_yx, const std::string& isa_name, int threads) {
   const Isa isa = isa_named(isa_name);
   require(threads >= 1, "threads must be at least 1");
   require(x.ndim() == 2 && x.size() > 0, "x must be 2-d and not empty");
   const std::int64_t tokens = x.shape(0);
   const std::int64_t n_in = x.shape(1);
   require(shift_x.ndim() == 1 && shift_x.size() == n_in, "shift_x must be [n_in]");
+  require(sum_x.ndim() == 1 && sum_x.size() == n_in, "sum_x must be [n_in]");
   require(sum_xx.ndim() == 2 && sum_xx.shape(0) == n_in && sum_xx.shape(1) == n_in, "sum_xx must be [n_in, n_in]");
   require(!weights || (weights->ndim() == 1 && weights->size() == tokens), "weights must be [tokens]");
-  require(y.has_value() == shift_y.has_value() && y.has_value() == sum_yx.has_value(), "y needs shift_y and sum_yx");
+  require(y.has_value() == (shift_y && sum_y && sum_yx), "y needs shift_y, sum_y and sum_yx");
+  GramSums sums{sum_x.mutable_data(), sum_xx.mutable_data(), nullptr, nullptr};
   std::int64_t n_y = 0;
   if (y) {
-    require(y->ndim() == 2 && y->shape(0) == tokens && y->shape(1) >= 1, "y must be [tokens, n_y]");
+    require(y->ndim() == 2 && y->shape(0) == tokens && y->shape(1) >= 1, "y must be [tokens, n_y >= 1]");
     n_y = y->shape(1);
     require(shift_y->ndim() == 1 && shift_y->size() == n_y, "shift_y must be [n_y]");
+    require(sum_y->ndim() == 1 && sum_y->size() == n_y, "sum_y must be [n_y]");
     require(sum_yx->ndim() == 2 && sum_yx->shape(0) == n_y && sum_yx->shape(1) == n_in, "sum_yx must be [n_y, n_in]");
+    sums.y = sum_y->mutable_data();
+    sums.yx = sum_yx->mutable_data();
   }
-  double* xx = sum_xx.mutable_data();
-  double* yx = sum_yx ? sum_yx->mutable_data() : nullptr;
-  {
-    const py::gil_scoped_release released;
-    gram(x.data(), n_in, shift_x.data(), data_or_null(y), n_y, data_or_null(shift_y), data_or_null(weights), tokens,
-         isa, threads, xx, yx);
-  }
+  const py::gil_scoped_release released;
+  return gram(x.data(), n_in, shift_x.data(), data_or_null(y), n_y, data_or_null(shift_y), data_or_null(weights),
+              tokens, isa, threads, sums);
 }
 
 std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::int64_t k, const std::string& isa_name,
@@ -280,12 +282,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("n"), py::arg("m"), py::arg("shared"), py::arg("removals").noconvert(), py::arg("block"),
         py::arg("isa"), py::arg("threads"), "The pruned weight; factor is Uᵀ, with H^-1 = Uᵀ U.");
   m.def("token_sums", &run_token_sums, py::arg("values").noconvert(), py::arg("weights").noconvert().none(true),
-        py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "sum over tokens of w (values - shift), [n].");
+        py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "Sum over tokens of w (values - shift).");
   m.def("gram", &run_gram, py::arg("x").noconvert(), py::arg("shift_x").noconvert(),
         py::arg("y").noconvert().none(true), py::arg("shift_y").noconvert().none(true),
-        py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
-        py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
-        "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
+        py::arg("weights").noconvert().none(true), py::arg("sum_x").noconvert(), py::arg("sum_xx").noconvert(),
+        py::arg("sum_y").noconvert().none(true), py::arg("sum_yx").noconvert().none(true), py::arg("isa"),
+        py::arg("threads"),
+        "Adds a batch to the sums, in place; xx for i <= j only. False, with nothing added, where it is not finite.");
   m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
         "The k highest of each row, or None where there is a NaN.");
   m.attr("ADMM_PANEL") = admm_panel;

@@ -89,23 +89,29 @@ void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const
 //   values   [tokens, n] row-major floats; tokens and n from 1
 //   weights  [tokens] floats of at least 0, or null for ones
 //   shift    [n] floats
-//   sums     [n] doubles, written whole: not finite where a value, or its distance from the shift, is not
+//   sums     [n] doubles, written whole: not finite where a value is not
 // The result does not depend on `threads` (>= 1). Throws std::bad_alloc when 64 n doubles cannot be had.
 void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const float* weights, const float* shift,
                 Isa isa, int threads, double* sums);
 
-// sum_xx[i][j] += sum over tokens of w (x - shift_x)[i] (x - shift_x)[j] for i <= j; what lies below the diagonal may
-// change too. sum_yx[i][j] += sum over tokens of w (y - shift_y)[i] (x - shift_x)[j]. Products are float32, summed in
-// float32 over 256 consecutive tokens and in float64 from there on.
-//   x, y     [tokens, n_in], [tokens, n_y] row-major floats, finite; tokens and n from 1; y null for no cross moments
+// Running sums over tokens, of x and y less their shifts.
+struct GramSums {
+  double* x;   // [n_in], sum of w x
+  double* xx;  // [n_in, n_in], sum of w x_i x_j for i <= j; what lies below the diagonal may change too
+  double* y;   // [n_y], sum of w y
+  double* yx;  // [n_y, n_in], sum of w y_i x_j
+};
+
+// Adds a batch to the sums: products in float32, summed in float32 over at most 256 consecutive tokens and in float64
+// from there on. Returns false, with nothing added, where a sum of w x or w y is not finite.
+//   x, y     [tokens, n_in], [tokens, n_y] row-major floats; tokens and n from 1; without a y, it and what belongs to
+//            it are null
+//   shift_x, shift_y  [n_in], [n_y] floats
 //   weights  [tokens] floats of at least 0, or null for ones
-//   sum_xx   [n_in, n_in] doubles
-//   sum_yx   [n_y, n_in] doubles
 // The result does not depend on `threads` (>= 1); avx2 and avx512 give the same bits. Throws std::bad_alloc, with
-// nothing added, when the packed copy of x and y, at most max(4 MiB, (n_in + n_y + 97) KiB), cannot be had.
-void gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
-          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, double* sum_xx,
-          double* sum_yx);
+// nothing added, when the packed copy of x and y, at most max(4 MiB, n_in + n_y + 192 KiB) and a tenth, cannot be had.
+bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
+          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, const GramSums& sums);
 
 // keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
 //   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n

@@ -11,12 +11,12 @@
 namespace sparsebert {
 namespace {
 
-// Floats packed at a time: a good part of a shared third-level cache, and tokens enough to read the sums seldom.
+// Floats packed at a time, 4 MiB: some of a shared third-level cache. 8 and 16 MiB were slower, 1 MiB no faster.
 constexpr std::int64_t group_floats = 1 << 20;
-constexpr std::int64_t pack_tokens = 32;
-// Columns of a block: both sides of it, 256 tokens deep, stay in a second-level cache. A multiple of every width.
-constexpr std::int64_t block_columns = 192;
-// Parts of a sum over tokens; a number that depends on no machine, so that neither does the result.
+constexpr std::int64_t pack_tokens = 64;
+// Columns of a block, a multiple of every width; both sides, 256 tokens deep, take 196 KB of a second-level cache.
+constexpr std::int64_t block_columns = 96;
+// Parts of a sum over tokens: fixed, so that the result does not depend on the threads.
 constexpr std::int64_t max_parts = 64;
 // Floats moved or multiplied below which waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
@@ -42,9 +42,8 @@ void sums_task(const void* context, std::int64_t task) {
 }
 
 struct GroupRun {
-  GramPackJob x, y;  // y.operand.values is null where there is none
-  double* sum_xx;
-  double* sum_yx;
+  GramPackJob x, y;  // y.operand.n is 0 where there is none
+  GramSums sums;
   const GramKernel* kernel;
 };
 
@@ -72,11 +71,30 @@ void multiply_task(const void* context, std::int64_t task) {
   const GroupRun& run = *static_cast<const GroupRun*>(context);
   const std::int64_t side = blocks(run.x.operand.n);
   const std::int64_t crossing = blocks(run.y.operand.n) * side;
-  if (task < crossing) return multiply(run, run.y.operand, run.sum_yx, task / side, task % side, false);
+  if (task < crossing) return multiply(run, run.y.operand, run.sums.yx, task / side, task % side, false);
   task -= crossing;
   std::int64_t distance = side - 1;  // of the block from the diagonal
   while (distance > 0 && task >= side - distance) task -= side - distance--;
-  multiply(run, run.x.operand, run.sum_xx, task, task + distance, distance == 0);
+  multiply(run, run.x.operand, run.sums.xx, task, task + distance, distance == 0);
+}
+
+// out[c] += the sums of the parts. False where one is then not finite.
+bool add_parts(const GramPackJob& job, double* out) {
+  const std::int64_t parts = ceil_div(job.tokens, job.part_tokens);
+  const std::int64_t n = job.operand.n;
+  for (std::int64_t part = 0; part < parts; ++part) {
+    for (std::int64_t c = 0; c < n; ++c) out[c] += job.partial[part * n + c];
+  }
+  return std::all_of(out, out + n, [](double sum) { return std::isfinite(sum); });
+}
+
+void pack_group(const GroupRun& run, int threads) {
+  parallel_for(pack_parts(run) * (run.y.operand.n > 0 ? 2 : 1), threads, pack_task, &run);
+}
+
+void multiply_group(const GroupRun& run, int threads) {
+  const std::int64_t side = blocks(run.x.operand.n);
+  parallel_for(side * (side + 1) / 2 + blocks(run.y.operand.n) * side, threads, multiply_task, &run);
 }
 
 }  // namespace
@@ -95,35 +113,59 @@ void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const 
   }
 }
 
-void gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
-          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, double* sum_xx,
-          double* sum_yx) {
+bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
+          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, const GramSums& sums) {
   if (y == nullptr) n_y = 0;
   const GramKernel& kernel = kernel_for(isa);
   const std::int64_t x_columns = ceil_div(n_in, kernel.width) * kernel.width;
   const std::int64_t y_columns = ceil_div(n_y, kernel.width) * kernel.width;
   // Whole depths, so that which tokens share a float32 sum depends on their place in the batch alone.
-  const std::int64_t wanted = std::max<std::int64_t>(1, group_floats / (x_columns + y_columns) / gram_depth);
-  const std::int64_t group = std::min(tokens, wanted * gram_depth);
-  auto* packed = static_cast<float*>(
-      scratch(static_cast<std::size_t>(group * (x_columns + y_columns + 1)) * sizeof(float)));
-  float* roots = packed + group * (x_columns + y_columns);
+  // Whole blocks of columns, so that a group does not depend on the kernel's width.
+  const std::int64_t columns = (blocks(n_in) + blocks(n_y)) * block_columns;
+  const std::int64_t depths = std::max<std::int64_t>(1, group_floats / columns / gram_depth);
+  const std::int64_t group = std::min(tokens, depths * gram_depth);
+  const std::int64_t packed = group * (x_columns + y_columns);
+  const std::int64_t parts = ceil_div(group, pack_tokens);
 
-  for (std::int64_t first = 0; first < tokens; first += group) {
-    const std::int64_t here = std::min(group, tokens - first);
-    if (weights != nullptr) {
-      for (std::int64_t t = 0; t < here; ++t) roots[t] = std::sqrt(weights[first + t]);
-    }
-    const float* scale = weights != nullptr ? roots : nullptr;
-    const GroupRun run{
-        {{x + first * n_in, shift_x, packed, n_in}, scale, here, pack_tokens},
-        {{n_y > 0 ? y + first * n_y : nullptr, shift_y, packed + group * x_columns, n_y}, scale, here, pack_tokens},
-        sum_xx, sum_yx, &kernel};
-    const int useful = here * n_in * (n_in + n_y) < serial_work ? 1 : threads;
-    parallel_for(pack_parts(run) * (n_y > 0 ? 2 : 1), useful, pack_task, &run);
-    const std::int64_t side = blocks(n_in);
-    parallel_for(side * (side + 1) / 2 + blocks(n_y) * side, useful, multiply_task, &run);
+  const std::int64_t bytes = (packed + parts * (n_in + n_y) + tokens) * std::int64_t{sizeof(float)} +
+                             (n_in + n_y) * std::int64_t{sizeof(double)};
+  auto* panels = static_cast<float*>(scratch(static_cast<std::size_t>(bytes)));
+  auto* sum_x = reinterpret_cast<double*>(panels + packed);  // a panel is an even number of floats
+  double* sum_y = sum_x + n_in;
+  auto* partial = reinterpret_cast<float*>(sum_y + n_y);
+  float* roots = nullptr;
+  if (weights != nullptr) {
+    roots = partial + parts * (n_in + n_y);
+    for (std::int64_t t = 0; t < tokens; ++t) roots[t] = std::sqrt(weights[t]);
   }
+  if (group * n_in * (n_in + n_y) < serial_work) threads = 1;
+
+  const auto group_from = [&](std::int64_t first) {
+    const std::int64_t here = std::min(group, tokens - first);
+    const float* roots_here = roots != nullptr ? roots + first : nullptr;
+    const float* y_here = y != nullptr ? y + first * n_y : nullptr;
+    return GroupRun{
+        {{x + first * n_in, shift_x, panels, n_in}, roots_here, partial, here, pack_tokens},
+        {{y_here, shift_y, panels + group * x_columns, n_y}, roots_here, partial + parts * n_in, here, pack_tokens},
+        sums,
+        &kernel};
+  };
+  // Nothing is added before all is known to be finite; the group packed last is then multiplied first.
+  std::fill_n(sum_x, n_in + n_y, 0.0);
+  const std::int64_t last = (tokens - 1) / group * group;
+  for (std::int64_t first = 0; first <= last; first += group) {
+    const GroupRun run = group_from(first);
+    pack_group(run, threads);
+    if (!add_parts(run.x, sum_x) || !add_parts(run.y, sum_y)) return false;
+  }
+  for (std::int64_t c = 0; c < n_in; ++c) sums.x[c] += sum_x[c];
+  for (std::int64_t c = 0; c < n_y; ++c) sums.y[c] += sum_y[c];
+  for (std::int64_t first = last; first >= 0; first -= group) {
+    const GroupRun run = group_from(first);
+    if (first < last) pack_group(run, threads);
+    multiply_group(run, threads);
+  }
+  return true;
 }
 
 }  // namespace sparsebert

@@ -32,8 +32,9 @@ struct GramOperand {
 struct GramPackJob {
   GramOperand operand;
   const float* roots;        // [tokens], square roots of the weights, or null for ones
+  float* partial;            // [parts, n], sums over each part's tokens of w (values - shift)
   std::int64_t tokens;
-  std::int64_t part_tokens;  // tokens that one packing task covers
+  std::int64_t part_tokens;  // tokens that one packing task covers, few enough for a float32 sum
 };
 
 // sums[i][j] += sum over the packed tokens of rows[i] columns[j], for one block of i and one of j.

@@ -9,6 +9,9 @@ typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), align
 
 constexpr int width = tile_vectors * lanes;
 constexpr int half = lanes / 2;
+// Tokens before a tile's last one at which its float64 sums are sent for: some 1,500 cycles of AVX-512, a memory's
+// latency. Sent for at the tile's start they would have left the first-level cache again by its end.
+constexpr std::int64_t prefetch_depth = 128;
 static_assert(width % tile_rows == 0, "a panel is cut into whole tiles");
 
 // As many floats as a vector has doubles.
@@ -54,21 +57,44 @@ void pack(const GramPackJob& job, std::int64_t part) {
   const std::int64_t n = job.operand.n;
   const std::int64_t begin = part * job.part_tokens;
   const std::int64_t end = begin + job.part_tokens < job.tokens ? begin + job.part_tokens : job.tokens;
-  for (std::int64_t first = 0; first < n; first += width) {
-    const float* shift = job.operand.shift + first;
+  const float* roots = job.roots;
+  float* partial = job.partial + part * n;
+  std::int64_t first = 0;
+  for (; first + width <= n; first += width) {
+    const float* in = job.operand.values + first;
     float* out = job.operand.panels + first * job.tokens;
-    const std::int64_t columns = n - first < width ? n - first : width;
+    f32 shift[tile_vectors], sums[tile_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < tile_vectors; ++v) {
+      shift[v] = load(job.operand.shift + first + v * lanes);
+      sums[v] = f32{};
+    }
     for (std::int64_t t = begin; t < end; ++t) {
-      const float* in = job.operand.values + t * n + first;
-      const float root = job.roots != nullptr ? job.roots[t] : 1.0f;
-      if (columns == width) {
-#pragma GCC unroll 8
-        for (int c = 0; c < width; c += lanes) store(out + t * width + c, (load(in + c) - load(shift + c)) * root);
-      } else {
-        for (std::int64_t c = 0; c < columns; ++c) out[t * width + c] = (in[c] - shift[c]) * root;
-        for (std::int64_t c = columns; c < width; ++c) out[t * width + c] = 0.0f;
+      const float root = roots != nullptr ? roots[t] : 1.0f;
+#pragma GCC unroll 4
+      for (int v = 0; v < tile_vectors; ++v) {
+        // The processor does not foresee that the next panel's piece of this row comes next in it.
+        __builtin_prefetch(in + t * n + width + v * lanes);
+        const f32 scaled = (load(in + t * n + v * lanes) - shift[v]) * root;
+        store(out + t * width + v * lanes, scaled);
+        sums[v] += scaled * root;
       }
     }
+#pragma GCC unroll 4
+    for (int v = 0; v < tile_vectors; ++v) store(partial + first + v * lanes, sums[v]);
+  }
+  if (first == n) return;
+  float* out = job.operand.panels + first * job.tokens;
+  for (std::int64_t c = 0; c < width; ++c) {
+    float sum = 0.0f;
+    for (std::int64_t t = begin; t < end; ++t) {
+      const float root = roots != nullptr ? roots[t] : 1.0f;
+      float scaled = 0.0f;
+      if (first + c < n) scaled = (job.operand.values[t * n + first + c] - job.operand.shift[first + c]) * root;
+      out[t * width + c] = scaled;
+      sum += scaled * root;
+    }
+    if (first + c < n) partial[first + c] = sum;
   }
 }
 
@@ -77,8 +103,10 @@ void pack(const GramPackJob& job, std::int64_t part) {
 template <int vectors>
 inline void add_tile(const float* a, const float* b, std::int64_t depth, double* sums, std::int64_t stride,
                      std::int64_t rows, std::int64_t columns) {
-  // The sums of a wide layer lie beyond the second-level cache; they arrive while the tile is computed.
   const bool whole = rows >= tile_rows && columns >= vectors * lanes;
+  f32 acc[tile_rows][vectors] = {};
+  const std::int64_t late = depth > prefetch_depth ? depth - prefetch_depth : 0;
+  multiply_tile(a, 1, width, b, width, late, acc);
   if (whole) {
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
@@ -86,8 +114,7 @@ inline void add_tile(const float* a, const float* b, std::int64_t depth, double*
       for (int c = 0; c < vectors * lanes; c += 8) __builtin_prefetch(sums + i * stride + c, 1);
     }
   }
-  f32 acc[tile_rows][vectors] = {};
-  multiply_tile(a, 1, width, b, width, depth, acc);
+  multiply_tile(a + late * width, 1, width, b + late * width, width, depth - late, acc);
   alignas(64) float tile[tile_rows][vectors * lanes];
 #pragma GCC unroll 16
   for (int i = 0; i < tile_rows; ++i) {

@@ -76,17 +76,15 @@ def gram(
     if into is not None and not len(x):
         return into
     moments = _start(x, y, weights, run) if into is None else into
-    sum_x = _sums("x", x, weights, moments.shift_x, run)
-    sum_y = None if y is None else _sums("y", y, weights, moments.shift_y, run)
-    _dispatch.core().gram(
-        _array(x), _array(moments.shift_x), _array(y), _array(moments.shift_y), _array(weights),
-        _array(moments.sum_xx), _array(moments.sum_yx), *run,
-    )  # fmt: skip
+    finite = _dispatch.core().gram(
+        *map(_array, (x, moments.shift_x, y, moments.shift_y, weights)),
+        *map(_array, (moments.sum_x, moments.sum_xx, moments.sum_y, moments.sum_yx)),
+        *run,
+    )
+    if not finite:
+        raise _not_finite(x, y)
     moments.tokens += len(x) if weights is None else int((weights > 0).sum())
     moments.weight += _total(x, weights)
-    moments.sum_x += sum_x
-    if y is not None:
-        moments.sum_y += sum_y
     return moments
 
 
@@ -111,30 +109,29 @@ def _start(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None
     if total == 0:
         weights, total = None, len(x)
 
-    def mean(name: str, values: torch.Tensor) -> torch.Tensor:
-        return (_sums(name, values, weights, torch.zeros(values.shape[1]), run) / total).float()
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        n = values.shape[1]
+        sums = _dispatch.core().token_sums(_array(values), _array(weights), np.zeros(n, np.float32), *run)
+        return torch.from_numpy((sums / total).astype(np.float32))
 
     n_in = x.shape[1]
-    moments = Moments(0, 0.0, mean("x", x), _zeros(n_in), _zeros(n_in, n_in))
+    moments = Moments(0, 0.0, mean(x), _zeros(n_in), _zeros(n_in, n_in))
     if y is not None:
         n_y = y.shape[1]
-        moments.shift_y, moments.sum_y, moments.sum_yx = mean("y", y), _zeros(n_y), _zeros(n_y, n_in)
+        moments.shift_y, moments.sum_y, moments.sum_yx = mean(y), _zeros(n_y), _zeros(n_y, n_in)
     return moments
 
 
-def _sums(
-    name: str, values: torch.Tensor, weights: torch.Tensor | None, shift: torch.Tensor, run: tuple[str, int]
-) -> torch.Tensor:
-    """Sum over tokens of w (values - shift), float64. Raises InputError where a value is not finite."""
-    sums = _dispatch.core().token_sums(_array(values), _array(weights), _array(shift), *run)
-    if not np.isfinite(sums).all():
-        # Not only a value: its distance from the shift may be beyond float32 as well.
-        token, column = (~torch.isfinite(values - shift)).nonzero()[0].tolist()
-        raise InputError(
-            f"{name} must be finite, got {values[token, column]:g} at token {token}, column {column}",
-            fix="find the layer that makes it, or leave the sentence out",
-        )
-    return torch.from_numpy(sums)
+def _not_finite(x: torch.Tensor, y: torch.Tensor | None) -> InputError:
+    """What to say about a batch whose sums are not finite."""
+    for name, values in (("x", x), ("y", y)):
+        if values is not None and not (finite := torch.isfinite(values)).all():
+            token, column = (~finite).nonzero()[0].tolist()
+            return InputError(
+                f"{name} must be finite, got {values[token, column]:g} at token {token}, column {column}",
+                fix="find the layer that makes it, or leave the sentence out",
+            )
+    return InputError("the sums of w x and w y must stay within float32's range", fix="scale the weights down")
 
 
 def _total(x: torch.Tensor, weights: torch.Tensor | None) -> float:
@@ -152,13 +149,13 @@ def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
 def _check(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, into: Moments | None) -> None:
     _check_tokens("x", "n_in", x)
     if into is None and not len(x):
-        raise InputError("the first batch must have a token, got x [0, n_in]", fix="leave the empty batch out")
+        raise InputError(f"the first batch must have a token, got x {list(x.shape)}", fix="leave the empty batch out")
     if y is not None:
         _check_tokens("y", "n_y", y)
         if len(y) != len(x):
             raise InputError(f"y must have x's {len(x)} tokens, got {list(y.shape)}", fix="match y and x")
     if weights is not None:
-        if weights.dtype != torch.float32 or weights.shape != x.shape[:1] or not _plain(weights):
+        if not _plain(weights) or weights.shape != x.shape[:1]:
             raise InputError(
                 f"weights must be contiguous float32 [{len(x)}] on the CPU, got {_describe(weights)}",
                 fix="convert them first",
@@ -183,17 +180,23 @@ def _check(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None
 
 
 def _check_tokens(name: str, size: str, values: torch.Tensor) -> None:
-    if values.dtype != torch.float32 or values.ndim != 2 or values.shape[1] < 1 or not _plain(values):
+    if not _plain(values) or values.ndim != 2 or values.shape[1] < 1:
         raise InputError(
             f"{name} must be contiguous float32 [tokens, {size} >= 1] on the CPU, got {_describe(values)}",
             fix="convert it first",
         )
 
 
-def _plain(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous()
+def _plain(value: object) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dtype == torch.float32
+        and value.device.type == "cpu"
+        and value.is_contiguous()
+    )
 
 
-def _describe(tensor: torch.Tensor) -> str:
-    layout = "" if tensor.is_contiguous() else ", strided"
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{layout}"
+def _describe(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {list(value.shape)} on {value.device}{'' if value.is_contiguous() else ', strided'}"
