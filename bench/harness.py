@@ -55,8 +55,17 @@ def time_checked(
     return interleave(candidates, rounds, repeats=repeats, settle=settle), error
 
 
-def report(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str, page: Path | None) -> None:
-    """Prints the rows as a table for people, then as one JSON line; also writes them to `page` where given.
+def report(
+    title: str,
+    rows: Sequence[Row],
+    columns: dict[str, str],
+    notes: str,
+    page: Path | None,
+    *,
+    json_only: bool = False,
+) -> None:
+    """Prints the rows as a table for people, unless `json_only`, then as one JSON line; also writes them to `page`
+    where given.
 
     columns: key of a row -> format spec. notes: what the columns mean, for the page.
     """
@@ -67,7 +76,8 @@ def report(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str,
     for row in rows:
         table.add_row(*_cells(row, columns))
     # Piped into a file there is no terminal to fit, and a cut figure is no figure.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if not json_only:
+        Console(width=None if sys.stdout.isatty() else 200).print(table)
     short = [{key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
     print(json.dumps({"machine": card, "command": command(), "rows": short}))
     if page is not None:

@@ -2,8 +2,9 @@
 
 python -m bench.study_pruning main|patterns|ladder --dense DIR [DIR …] --work FOLDER [--task sst2] [--markdown FILE]
 
-`main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of `knowledge`
-one by one and takes each away. A finished cell is a row of FOLDER/ledger.sqlite: the same command resumes. Cells are
+`main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of
+`knowledge` one by one and takes each away. A finished cell is a row of FOLDER/ledger.sqlite: the same command resumes.
+Cells are
 paired: a ratio is taken within a dense model and draw, and its mean over them is geometric.
 """
 

@@ -120,7 +120,8 @@ std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
   require(inverse.shape(0) == n_in && inverse.shape(1) == n_in, "inverse must be [n_in, n_in]");
   require(group >= 1 && rows % group == 0, "group must divide the rows");
   require(bank_width >= 0 && (bank_width == 0 || n_in % bank_width == 0), "bank_width must divide n_in");
-  const std::int64_t most = bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
+  const std::int64_t most =
+      bank_width == 0 ? n_in : n_in / bank_width * std::clamp<std::int64_t>(bank_removals, 0, bank_width);
   require(steps >= 0 && steps <= most, "steps must be at most what may be removed");
 
   py::array_t<std::int32_t> order({rows / group, steps});
@@ -135,6 +136,36 @@ std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
               order_data, losses_data);
   }
   return {order, losses};
+}
+
+py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<double>& factor, std::int64_t group,
+                                  std::int64_t n, std::int64_t m, bool shared, const Array<std::int64_t>& removals,
+                                  std::int64_t block, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1 && block >= 1, "threads and block must be at least 1");
+  require(weight.ndim() == 2 && factor.ndim() == 2 && removals.ndim() == 1, "weight and factor must be 2-d");
+  const std::int64_t rows = weight.shape(0), n_in = weight.shape(1);
+  require(factor.shape(0) == n_in && factor.shape(1) == n_in, "factor must be [n_in, n_in]");
+  require(group >= 1 && rows % group == 0, "group must divide the rows");
+  require(m >= 0 && (m == 0 || (n_in % m == 0 && block % m == 0)), "m must divide n_in and block");
+  require(!shared || m >= 4, "m must be at least 4 where columns are shared");
+  if (m == 0) {
+    require(removals.size() == (n_in + block - 1) / block, "removals must be one a block");
+    for (std::int64_t b = 0; b < removals.size(); ++b) {
+      const std::int64_t most = rows / group * std::min(block, n_in - b * block);
+      require(removals.at(b) >= 0 && removals.at(b) <= most, "removals must be at most what a block holds");
+    }
+  }
+  py::array_t<double> pruned({rows, n_in});
+  const double* weight_data = weight.data();
+  const double* factor_data = factor.data();
+  double* pruned_data = pruned.mutable_data();
+  const SweepPattern pattern{group, n, m, shared, removals.data()};
+  {
+    const py::gil_scoped_release released;
+    obs_sweep(weight_data, rows, n_in, factor_data, pattern, block, isa, threads, pruned_data);
+  }
+  return pruned;
 }
 
 // Null where there is none.
@@ -186,6 +217,24 @@ void run_gram(const Array<float>& x, const Array<float>& shift_x, const std::opt
   }
 }
 
+std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::int64_t k, const std::string& isa_name,
+                                                int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(scores.ndim() == 2, "scores must be 2-d");
+  require(threads >= 1, "threads must be at least 1");
+  require(0 <= k && k <= scores.shape(1), "k must be between 0 and n");
+  py::array_t<bool> keep({scores.shape(0), scores.shape(1)});
+  const float* scores_data = scores.data();
+  bool* keep_data = keep.mutable_data();
+  bool finite;
+  {
+    const py::gil_scoped_release released;
+    finite = topk_mask(scores_data, keep.shape(0), keep.shape(1), k, isa, threads, keep_data);
+  }
+  if (!finite) return std::nullopt;
+  return keep;
+}
+
 void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Array<float>& eigenvalues,
                          const Array<float>& goal, Array<float>& b, Array<float>& u, Array<float>& x,
                          Array<float>& scores, const Array<bool>& keep, float rho, float shrink,
@@ -227,6 +276,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("obs_prune", &run_obs_prune, py::arg("weight").noconvert(), py::arg("inverse").noconvert(), py::arg("group"),
         py::arg("bank_width"), py::arg("bank_removals"), py::arg("steps"), py::arg("isa"), py::arg("threads"),
         "The order in which groups of rows lose their columns, and the loss of each: [groups, steps] both.");
+  m.def("obs_sweep", &run_obs_sweep, py::arg("weight").noconvert(), py::arg("factor").noconvert(), py::arg("group"),
+        py::arg("n"), py::arg("m"), py::arg("shared"), py::arg("removals").noconvert(), py::arg("block"),
+        py::arg("isa"), py::arg("threads"), "The pruned weight; factor is Uᵀ, with H^-1 = Uᵀ U.");
   m.def("token_sums", &run_token_sums, py::arg("values").noconvert(), py::arg("weights").noconvert().none(true),
         py::arg("shift").noconvert(), py::arg("isa"), py::arg("threads"), "sum over tokens of w (values - shift), [n].");
   m.def("gram", &run_gram, py::arg("x").noconvert(), py::arg("shift_x").noconvert(),
@@ -234,6 +286,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("weights").noconvert().none(true), py::arg("sum_xx").noconvert(),
         py::arg("sum_yx").noconvert().none(true), py::arg("isa"), py::arg("threads"),
         "Adds second moments of x to sum_xx, for i <= j, and cross moments of y and x to sum_yx, both in place.");
+  m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
+        "The k highest of each row, or None where there is a NaN.");
   m.attr("ADMM_PANEL") = admm_panel;
   m.attr("ADMM_BLOCK_ROWS") = admm_block_rows;
   m.def("admm_prune_step", &run_admm_prune_step, py::arg("q").noconvert(), py::arg("qt").noconvert(),

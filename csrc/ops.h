@@ -65,6 +65,26 @@ struct Banks {
 void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
                Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses);
 
+// Which weights an obs_sweep removes. m = 0: of each block of columns, over all rows together, the removals[block] sets
+// of `group` consecutive rows and one column with the lowest sums of scores. m > 0: n of m consecutive columns stay, in
+// each row; where `shared`, out of the 4 that `group` rows share.
+struct SweepPattern {
+  std::int64_t group;
+  std::int64_t n;
+  std::int64_t m;
+  bool shared;
+  const std::int64_t* removals;  // [ceil(n_in / block)], each at most rows / group times the block's columns
+};
+
+// Columns left to right, each removal compensated in the columns to its right; score (w_j / U_jj)^2, H^-1 = Uᵀ U.
+//   weight  [rows, n_in] row-major, rows a multiple of group
+//   factor  [n_in, n_in], Uᵀ: lower triangular; only that half is read
+//   block   columns whose masks are chosen together, at least 1; a multiple of m where m > 0
+//   pruned  [rows, n_in], written whole; must not overlap weight
+// Results do not depend on `threads` (>= 1). Throws std::bad_alloc; works in about 8 * rows * n_in bytes.
+void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const double* factor,
+               const SweepPattern& pattern, std::int64_t block, Isa isa, int threads, double* pruned);
+
 // sums[c] = sum over tokens of w (values - shift)[c]: the difference float32, the product and the sum float64.
 //   values   [tokens, n] row-major floats; tokens and n from 1
 //   weights  [tokens] floats of at least 0, or null for ones
@@ -86,6 +106,13 @@ void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const 
 void gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
           const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, double* sum_xx,
           double* sum_yx);
+
+// keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
+//   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
+// Returns false, keep undefined, where a score is NaN. The result does not depend on `threads` (>= 1). Throws
+// std::bad_alloc when 8 bytes a score of working memory cannot be had.
+bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
+               bool* keep);
 
 // A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column; a task of admm_prune
 // covers one panel of columns and one block of rows. Multiples of every kernel's tile.

@@ -163,8 +163,8 @@ def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0) -> 
 
 
 def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
-    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. InputError where nothing
-    would be left.
+    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. InputError where
+    nothing would be left.
     """
     if n >= len(examples):
         raise InputError(f"hold_out must be below the {len(examples)} training examples, got {n}", fix="hold out fewer")

@@ -50,13 +50,12 @@ def encoder_linears(model) -> dict[str, nn.Linear]:
 
 
 @contextmanager
-def layers_skipped(layers: Iterable[nn.Module]) -> Iterator[list]:
-    """While it lasts, each of these layers returns what the list holds, without computing anything."""
-    result = [None]
+def layers_skipped(layers: Iterable[nn.Module], cell: list) -> Iterator[None]:
+    """While it lasts, each of these layers returns what the list holds first, without computing anything."""
     for layer in layers:
-        layer.forward = lambda *args, **kwargs: result[0]
+        layer.forward = lambda *args, **kwargs: cell[0]
     try:
-        yield result
+        yield
     finally:
         for layer in layers:
             del layer.forward

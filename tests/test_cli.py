@@ -30,8 +30,8 @@ SMALL_DEMO = [
     "320",
     "--test-n",
     "120",
-    "--calibration",
-    "96",
+    "--calibration-tokens",
+    "2000",
     "--epochs",
     "1",
     "--bench-n",
@@ -85,8 +85,8 @@ def test_train_prune_eval_bench_end_with_their_documents(dense, tmp_path, capsys
         "unstructured",
         "--seed",
         1,
-        "--calibration",
-        32,
+        "--calibration-tokens",
+        800,
     ]
     code, out, _ = run(capsys, "prune", tmp_path / "t", "--task", "mr", *settings, "-o", tmp_path / "p")
     pruned = document(out)
@@ -220,9 +220,9 @@ def test_read_only_output(dense, tmp_path, capsys, command):
     assert "read-only" in line and not list(tmp_path.iterdir())
 
 
-def test_too_few_calibration_sentences(dense, tmp_path, capsys):
-    line = refused(capsys, "prune", dense, "--task", "mr", "--calibration", 1, "-o", tmp_path / "out")
-    assert "--calibration" in line and not list(tmp_path.iterdir())
+def test_too_few_calibration_tokens(dense, tmp_path, capsys):
+    line = refused(capsys, "prune", dense, "--task", "mr", "--calibration-tokens", 1, "-o", tmp_path / "out")
+    assert "--calibration-tokens" in line and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", ["train", "prune"])

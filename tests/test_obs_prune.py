@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from bench.shapes import random_moments
-from sparsebert import patterns
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
@@ -20,6 +21,7 @@ TOLERANCE = 1e-9
 # Below, at and above a tile (4, 8), a panel (4, 12, 24) and, with more than 64 removals, several new bases.
 SIZES = ((1, 1), (1, 2), (3, 5), (2, 7), (5, 23), (3, 24), (7, 25), (2, 97), (4, 193))
 PATTERNS = ("unstructured", "2:4", "4:8", "32:64", "8x1", "8x1/8", "16:2:8")
+SWEPT = [parse(name) for name in PATTERNS if "/" not in name]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -131,3 +133,110 @@ def test_a_dead_column_goes_first(isa):
 def test_any_memory_layout_is_taken(prune):
     w, h = problem(6, 33)
     check(prune(w.T.contiguous().T, h, Unstructured(), 0.5), prune(w, h, Unstructured(), 0.5))
+
+
+@pytest.mark.parametrize(("rows", "n_in"), SIZES)
+def test_sweep_matches_the_reference_at_every_remainder(isa, rows, n_in):
+    w, h = problem(rows, n_in)
+    for sparsity in (0.3, 0.9):
+        for block in (1, 5, 64, 128):
+            v = obs_sweep(w, h, Unstructured(), sparsity, block=block, isa=isa)
+            check(v, obs_sweep_ref(w, h, Unstructured(), sparsity, block=block))
+
+
+@pytest.mark.parametrize("block", [20, 128])
+@pytest.mark.parametrize("pattern", SWEPT, ids=str)
+def test_sweep_matches_the_reference_on_every_pattern(isa, pattern, block):
+    w, h = problem(208, 192)
+    check(obs_sweep(w, h, pattern, 0.7, block=block, isa=isa), obs_sweep_ref(w, h, pattern, 0.7, block=block))
+
+
+W, H = problem(4, 12)
+
+
+def indefinite() -> torch.Tensor:
+    h = H.clone()
+    h[7, 7] = -1.0
+    return h
+
+
+def holding(value: float) -> torch.Tensor:
+    w = W.clone()
+    w[2, 3] = value
+    return w
+
+
+# What is wrong -> (weight, h, pattern, sparsity), and words of the message.
+BAD = {
+    "indefinite": ((W, indefinite(), Unstructured(), 0.5), "h must be positive definite, pivot 8 of 12"),
+    "zero": ((W, torch.zeros_like(H), Unstructured(), 0.5), "h must be positive definite, pivot 12 of 12"),
+    "nan": ((holding(torch.nan), H, Unstructured(), 0.5), "weight must be finite"),
+    "infinite": ((W, H.index_fill(0, torch.tensor(3), torch.inf), Unstructured(), 0.5), "h must be finite"),
+    "float32": (
+        (W.float(), H, Unstructured(), 0.5),
+        "weight must be 2-d float64 on the CPU, got torch.float32 [4, 12]",
+    ),
+    "1-d": ((W, H[0], Unstructured(), 0.5), "h must be 2-d float64 on the CPU, got torch.float64 [12]"),
+    "shape": ((W[:, 1:], H, Unstructured(), 0.5), "h must be [n_in = 11, n_in], got [12, 12]"),
+    "m": ((W, H, NofM(2, 5), 0.5), "pattern 2:5 needs a multiple of 5 inputs, weight has 12"),
+    "rows": ((W, H, parse("3x1"), 0.5), "pattern 3x1 needs a multiple of 3 outputs, weight has 4"),
+    "nothing left": ((W, H, parse("4x1/12"), 0.5), "leaves weight [4, 12] no weight at all"),
+}
+
+
+@pytest.mark.parametrize("prune", [obs_prune, obs_sweep])
+@pytest.mark.parametrize("wrong", BAD)
+def test_bad_input_is_named(prune, wrong):
+    arguments, message = BAD[wrong]
+    with pytest.raises(InputError, match=re.escape(message)):
+        prune(*arguments)
+
+
+def test_the_sweep_refuses_kept_multiples_and_blocks_of_nothing():
+    with pytest.raises(UnsupportedError, match="4x1/2"):
+        obs_sweep(W, H, parse("4x1/2"), 0.5)
+    with pytest.raises(InputError, match="block must be an integer of at least 1, got 0"):
+        obs_sweep(W, H, Unstructured(), 0.5, block=0)
+
+
+def test_an_inverse_that_is_not_positive_definite_ends_the_trace_with_a_message(isa):
+    with pytest.raises(InputError, match="its inverse is not any more after"):
+        _trace(W, -torch.eye(12, dtype=torch.float64), 1, 12, Unstructured(), threads=1, isa=isa)
+
+
+def test_a_last_chunk_of_one_row_and_a_last_block_of_few_columns_are_swept(isa):
+    w, h = problem(97, 31)
+    check(obs_sweep(w, h, Unstructured(), 0.5, block=7, isa=isa), obs_sweep_ref(w, h, Unstructured(), 0.5, block=7))
+
+
+def test_the_sweep_of_equal_scores_removes_the_lower_index(isa):
+    w, h = torch.ones(50, 30, dtype=torch.float64), torch.eye(30, dtype=torch.float64)
+    v = obs_sweep(w, h, Unstructured(), 0.5, block=10, isa=isa)
+    for block in v.split(10, 1):
+        assert (block != 0).flatten().tolist() == [False] * 250 + [True] * 250
+    assert (obs_sweep(w, h, NofM(1, 3), 0.0, isa=isa) != 0).tolist() == [[True, False, False] * 10] * 50
+
+
+def test_the_bindings_refuse_what_would_leave_their_memory():
+    core = _dispatch.core()
+    w, h, none = W.numpy(), H.numpy(), np.empty(0, np.int64)
+    for arguments, message in (
+        ((w, h[:, 1:].copy(), 1, 0, 0, 3), "inverse must be"),
+        ((w, h, 3, 0, 0, 3), "group must divide"),
+        ((w, h, 1, 0, 0, 13), "steps must be at most"),
+        ((w, h, 1, 4, 2, 7), "steps must be at most"),
+        ((w, h, 1, 5, 2, 4), "bank_width must divide"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            core.obs_prune(*arguments, "scalar", 1)
+    for arguments, message in (
+        ((w, h[1:], 1, 0, 0, False, none, 12), "factor must be"),
+        ((w, h, 1, 0, 0, False, none, 12), "removals must be one a block"),
+        ((w, h, 1, 0, 0, False, np.int64([49]), 12), "removals must be at most"),
+        ((w, h, 1, 2, 4, False, none, 6), "m must divide"),
+        ((w, h, 1, 1, 3, True, none, 3), "m must be at least 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            core.obs_sweep(*arguments, "scalar", 1)
+    with pytest.raises(TypeError):
+        core.obs_prune(W.float().numpy(), h, 1, 0, 0, 3, "scalar", 1)

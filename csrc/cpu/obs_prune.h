@@ -20,10 +20,38 @@ struct TraceJob {
   double* losses;         // [groups, steps]
 };
 
+// What goes of a block whose mask is chosen over all rows: every lower score, and an equal one up to this index.
+struct Threshold {
+  double score;
+  std::int64_t index;  // group * columns of the block + column in it
+};
+
+// Rows are cut into chunks, and the rows of a chunk into panels, with the row innermost.
+struct SweepJob {
+  const double* weight;  // [rows, n_in]
+  const double* factor;  // [n_in, n_in], Uᵀ: row j holds what column j takes from the removals before it
+  double* pruned;        // [rows, n_in]
+  std::int64_t rows;
+  std::int64_t n_in;
+  SweepPattern pattern;
+  std::int64_t block;
+  std::int64_t chunk_rows;     // a multiple of the pattern's group
+  std::int64_t chunk_panels;
+  double* errors;              // [chunks, chunk_panels, n_in, panel]
+  double* columns;             // [chunks, chunk_panels, block, panel], and so the next two
+  double* scores;
+  double* gone;
+  double* sums;                // [chunks, m]
+  const Threshold* threshold;  // of the block to sweep; unused with N:M
+};
+
 struct ObsPruneKernel {
   // Bytes of working memory that one trace needs, a multiple of 64.
   std::int64_t (*trace_bytes)(const TraceJob& job);
   void (*trace)(const TraceJob& job, std::int64_t group, void* memory);
+  std::int64_t panel;  // rows
+  void (*reach_block)(const SweepJob& job, std::int64_t chunk, std::int64_t block);
+  void (*sweep_block)(const SweepJob& job, std::int64_t chunk, std::int64_t block);
 };
 
 namespace obs_prune_scalar { extern const ObsPruneKernel kernel; }

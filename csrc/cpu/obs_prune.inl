@@ -7,5 +7,6 @@ constexpr int f64_lanes = Vector<double>::size;
 constexpr int panel = panel_vectors * f64_lanes;
 
 #include "obs_prune_trace.inl"
+#include "obs_prune_sweep.inl"
 
-const ObsPruneKernel kernel = {trace_bytes, trace_group};
+const ObsPruneKernel kernel = {trace_bytes, trace_group, panel, reach_block, sweep_block};

@@ -6,7 +6,7 @@ every tensor, sha256 of the other files, four golden inputs with their logits) a
 arguments that made it). Importing this package needs neither torch nor transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load
+from sparsebert.checkpoint.classifier import golden_logits, load, shapes
 from sparsebert.checkpoint.reading import (
     ARCHITECTURES,
     MANIFEST,
@@ -39,6 +39,7 @@ __all__ = [
     "require_place",
     "resolve",
     "save",
+    "shapes",
     "source_sha256",
     "verify_golden",
     "weights_sha256",

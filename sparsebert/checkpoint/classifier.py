@@ -20,6 +20,26 @@ from sparsebert.checkpoint.reading import (
 )
 from sparsebert.errors import CheckpointError, first_line
 
+# What transformers was seen to raise for a config.json with wrong contents.
+FAULTS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError)
+
+
+def shapes(directory: str | Path):
+    """The classifier that a model directory's config.json describes, without weights: its tensors have shapes only."""
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    directory = resolve(directory)
+    read_config(directory)
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            return AutoModelForSequenceClassification.from_config(config)
+    except FAULTS as error:
+        raise CheckpointError(
+            f"{directory}/config.json must describe a model: {first_line(error)}", fix=REBUILD
+        ) from error
+
 
 def load(directory: str | Path, *, num_labels: int | None = None):
     """The classifier and tokenizer of a model directory, verified: (model in eval mode, float32; tokenizer).
@@ -36,8 +56,6 @@ def load(directory: str | Path, *, num_labels: int | None = None):
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    # What transformers was seen to raise for a config.json with wrong contents.
-    faults = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError)
     kwargs = {} if num_labels is None else {"num_labels": num_labels}
     try:
         with quiet_transformers():
@@ -50,7 +68,7 @@ def load(directory: str | Path, *, num_labels: int | None = None):
                 **kwargs,
             )
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (*faults, StrictDataclassError) as error:
+    except (*FAULTS, StrictDataclassError) as error:
         raise CheckpointError(
             f"{directory} must load in transformers as {config['model_type']}: {first_line(error)}", fix=REBUILD
         ) from error

@@ -25,7 +25,6 @@ from sparsebert.checkpoint.reading import (
 )
 from sparsebert.errors import InputError, OutputError
 
-
 GOLDEN_TEXTS = (
     "a gripping , quietly devastating film .",
     "the plot makes no sense and the jokes land with a thud .",

@@ -89,10 +89,31 @@ def train(
 
 @app.command()
 @flags(PruneConfig)
-def prune(directory: Directory, *, task: TaskName, output: Output, json: Json = False, config: PruneConfig) -> None:
-    """Prune the classifier in DIR, without labels or training."""
+def prune(
+    directory: Directory,
+    *,
+    task: TaskName,
+    output: Output,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, its memory and time, and stop")] = False,
+    json: Json = False,
+    config: PruneConfig,
+) -> None:
+    """Prune the classifier in DIR, without labels."""
     from sparsebert.pruning import prune_checkpoint
 
+    if dry_run:
+        from sparsebert.pruning.plan import plan
+
+        planned = plan(directory, task, config)
+        if not json:
+            rows = [["prunable weights", f"{planned.weights:,} in {planned.linears} linears"]]
+            rows += [["zeros", f"{planned.zeros:,} ({planned.zeros / planned.weights:.2%})"]]
+            rows += [["calibration tokens", f"{planned.tokens:,}"], ["steps", ", ".join(planned.steps) or "one"]]
+            rows += [[f"memory: {name}", f"{value:,.0f} MiB"] for name, value in planned.memory_mb.items()]
+            rows += [[f"time, about: {name}", f"{value:,.0f} s"] for name, value in planned.seconds.items()]
+            table(f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows)
+        emit(planned.as_json())
+        return
     with progress(f"prune ({config.method})") as update:
         result = prune_checkpoint(directory, task, output, config, progress=update)
     if not json:

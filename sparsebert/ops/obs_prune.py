@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
 import torch
 
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.topk_mask import topk_mask_ref
@@ -209,7 +210,57 @@ def obs_sweep(
     more, and every tie.]
     """
     _check(weight, h, pattern, sparsity)
-    raise NotImplementedError
+    if isinstance(pattern, Grouped) and pattern.kept_multiple > 1:
+        raise UnsupportedError(
+            f"obs_sweep cannot keep columns in multiples, pattern {pattern} asks for it",
+            fix=f"use {pattern.rows}x1, or another method",
+        )
+    if isinstance(block, bool) or not isinstance(block, int) or block < 1:
+        raise InputError(f"block must be an integer of at least 1, got {block!r}", fix="use the default, 128")
+    return _sweep(
+        weight,
+        _inverse_factor(h),
+        pattern,
+        sparsity,
+        block,
+        threads=_dispatch.threads(threads),
+        isa=_dispatch.isa(isa),
+    )
+
+
+def _sweep(
+    weight: torch.Tensor,
+    u: torch.Tensor,
+    pattern: Pattern,
+    sparsity: float,
+    block: int,
+    *,
+    threads: int,
+    isa: str,
+) -> torch.Tensor:
+    """obs_sweep given U."""
+    rows, n_in = weight.shape
+    n, m, removals = 0, 0, []
+    if isinstance(pattern, NofM | VNM):
+        group, n, m = getattr(pattern, "v", 1), pattern.n, pattern.m
+        block = -(-block // m) * m
+    else:
+        group = getattr(pattern, "rows", 1)
+        ends = [*range(block, n_in, block), n_in]
+        removals = np.diff([zeros_in(rows // group * end, sparsity) for end in ends], prepend=0)
+    v = _dispatch.core().obs_sweep(
+        weight.contiguous().numpy(),
+        u.T.contiguous().numpy(),
+        group,
+        n,
+        m,
+        isinstance(pattern, VNM),
+        np.asarray(removals, np.int64),
+        block,
+        isa,
+        threads,
+    )
+    return torch.from_numpy(v)
 
 
 def obs_sweep_ref(
@@ -232,7 +283,7 @@ def obs_sweep_ref(
 
 def _sweep_keep(scores: torch.Tensor, gone: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """What stays of the columns just reached, given what is gone of those before them."""
-    rows, cols = scores.shape
+    cols = scores.shape[1]
     if isinstance(pattern, NofM):
         return topk_mask_ref(scores, pattern.n)
     if isinstance(pattern, VNM):
@@ -258,14 +309,28 @@ def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
     H = R Rᵀ with R upper triangular (Cholesky from the last row up) gives U = R⁻¹: one factorisation, and no explicit
     inverse of H.
     """
-    flipped, info = torch.linalg.cholesky_ex((torch.triu(h) + torch.triu(h, 1).T).flip(0, 1))
+    # Cholesky reads the lower half: flipped, that is the upper half of H.
+    flipped, info = torch.linalg.cholesky_ex(h.flip(0, 1))
     if info.item():
         raise InputError(
             f"h must be positive definite, pivot {len(h) + 1 - info.item()} of {len(h)} from the last up is not",
             fix="raise the damping or give more calibration tokens",
         )
-    identity = torch.eye(len(h), dtype=h.dtype)
-    return torch.linalg.solve_triangular(flipped.flip(0, 1), identity, upper=True)
+    return _lower_inverse(flipped.flip(0, 1).T).T
+
+
+def _lower_inverse(lower: torch.Tensor) -> torch.Tensor:
+    """The inverse of a lower triangular matrix, by halves: products of matrices, which run at twice the speed of
+    triangular solves with an identity.
+    """
+    n = len(lower)
+    if n <= 128:
+        return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False)
+    inverse, half = torch.zeros(n, n, dtype=lower.dtype), n // 2
+    first, last = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, last
+    inverse[half:, :half] = -(last @ lower[half:, :half] @ first)
+    return inverse
 
 
 def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float) -> None:

@@ -1,4 +1,6 @@
-"""topk_mask: the k highest scores, exactly k, without a sort; and `pattern_mask`, the same within a sparsity pattern."""
+"""topk_mask: the k highest scores, exactly k, without a sort; and `pattern_mask`, the same within a sparsity
+pattern.
+"""
 
 from __future__ import annotations
 

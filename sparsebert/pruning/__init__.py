@@ -54,12 +54,12 @@ def prune(
     progress: Progress = no_progress,
     run: Run | None = None,
 ) -> PruneResult:
-    """Prunes the encoder's linears of a stock `transformers` classifier in place; embeddings stay as they are, and so do
-    pooler and classifier but for the methods that solve for them again.
+    """Prunes the encoder's linears of a stock `transformers` classifier in place; embeddings stay as they are, and so
+    do pooler and classifier but for the methods that solve for them again.
 
     calibration: texts to look at, from `draw`; None for a method that looks at none. A linear of n weights gets
-    floor(sparsity * n) zeros exactly, or what its pattern or its allotment makes of that. run: where finished layers are
-    kept. Raises InputError for an unknown method or pattern, one that does not fit the model, too few calibration
+    floor(sparsity * n) zeros exactly, or what its pattern or its allotment makes of that. run: where finished layers
+    are kept. Raises InputError for an unknown method or pattern, one that does not fit the model, too few calibration
     tokens, and moments that cannot be solved.
     """
     config = config or PruneConfig()

@@ -10,7 +10,7 @@ have reached it: two forward passes in all, each linear evaluated once a run.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,9 @@ Affine = tuple[torch.Tensor, torch.Tensor | None]  # (weight, bias) of a linear
 class Stage:
     """Linears that share one input, and its moments.
 
-    linears: by full name, as they are in the model. dense: what each was in the dense model. moments: of the input x̂ in
-    the half-pruned model; their y is the outputs of all these linears in the dense model, at `targets`, or (None) the
-    dense model's input. head: behind the encoder, where nothing is pruned.
+    linears: by full name, as they are in the model. dense: what each was in the dense model. moments: of the input x̂
+    in the half-pruned model; their y is the outputs of all these linears in the dense model, at `targets`, or (None)
+    the dense model's input. head: behind the encoder, where nothing is pruned.
     """
 
     linears: dict[str, nn.Linear]
@@ -57,6 +57,10 @@ class Stage:
         return mean if bias is None else mean + bias.double()
 
 
+class _Steps(greenlet):
+    """The forward pass of a walk."""
+
+
 class Walk:
     """One batch on its way through a part of the model, standing still at each linear: there `linear` and its input
     `x`, at the end `output`.
@@ -66,12 +70,12 @@ class Walk:
         self.linear: nn.Linear | None = None
         self.x: torch.Tensor | None = None
         self.output: torch.Tensor | None = None
-        self._greenlet = greenlet(run)
-        self._stand(self._greenlet.switch())
+        self._steps = _Steps(run)
+        self._stand(self._steps.switch())
 
     def go_on(self, y: torch.Tensor) -> None:
         """Lets the linear give `y`."""
-        self._stand(self._greenlet.switch(y))
+        self._stand(self._steps.switch(y))
 
     def cross_stage(self, affine: dict[nn.Linear, Affine]) -> None:
         """Goes through the linears of one stage, as they are given here."""
@@ -79,7 +83,7 @@ class Walk:
             self.go_on(nn.functional.linear(self.x, *affine[self.linear]))
 
     def _stand(self, reached) -> None:
-        if self._greenlet.dead:
+        if self._steps.dead:
             self.linear, self.x, self.output = None, None, reached
         else:
             self.linear, self.x = reached
@@ -102,8 +106,8 @@ def stages(
     batches: token batches without padding. The model must be in eval mode.
     sparse_inputs: False measures the dense model's inputs (x̂ = x), whatever the caller changes.
     padding: True counts padding as tokens and runs the half-pruned model under the last batch's attention mask, as the
-    released code of Li et al. 2023 does. finished: asked with the linears of each layer before its stages; it may give them their weights and return True,
-    and the layer is passed without stages.
+    released code of Li et al. 2023 does. finished: asked with the linears of each layer before its stages; it may give
+    them their weights and return True, and the layer is passed without stages.
     Memory: both runs' hidden states and the half-pruned run's widest input, float32, for all calibration tokens.
     Raises InputError for padded batches, and naming the linears for inputs that are not finite.
     """
@@ -137,13 +141,15 @@ def stages(
     if heads:
         inside = {module for layer in layers for module in layer.modules()}
         linears = {name: m for m, name in names.items() if isinstance(m, nn.Linear) and m not in inside}
-        with layers_skipped(layers) as result:
+        encoded = [None]
 
-            def run_head(hidden, i):
-                result[0] = hidden
-                return model(**batches[i]).logits
+        def run_head(hidden, i):
+            encoded[0] = hidden
+            return model(**batches[i]).logits
 
-            yield from _walk(linears, run_head, run_head, runs, weights or {}, head=True)
+        # A walk is past the encoder when it first stands still, so the skipping ends with the starts.
+        start = layers_skipped(layers, encoded)
+        yield from _walk(linears, run_head, run_head, runs, weights or {}, head=True, starting=start)
 
 
 @dataclass
@@ -155,7 +161,7 @@ class Runs:
 
 
 def _walk(
-    linears: dict[str, nn.Linear], run, run_sparse, runs: Runs, weights: TokenWeights, *, head: bool
+    linears: dict[str, nn.Linear], run, run_sparse, runs: Runs, weights: TokenWeights, *, head: bool, starting=None
 ) -> Iterator[Stage]:
     """Takes both runs through one part of the model, stage by stage."""
     names = {module: name for name, module in linears.items()}
@@ -166,9 +172,10 @@ def _walk(
         return walks
 
     with _standing_still(linears.values()):
-        order = _order(Walk(lambda: run(runs.dense[-1], -1)))
-        dense = start(run, runs.dense)
-        sparse = None if runs.sparse is None else start(run_sparse, runs.sparse)
+        with starting or nullcontext():
+            order = _order(Walk(lambda: run(runs.dense[-1], -1)))
+            dense = start(run, runs.dense)
+            sparse = None if runs.sparse is None else start(run_sparse, runs.sparse)
         behind: dict[nn.Linear, Affine] = {}  # the stage that the dense run has yet to cross
         crossed: dict[nn.Linear, Affine] = {}  # and the half-pruned one
         for modules in order:
@@ -216,7 +223,7 @@ def _walk(
             runs.sparse.append(walk.output)
 
 
-def _add(moments, x, y, weights, names) -> Moments:
+def _add(moments: Moments | None, x, y, weights, names) -> Moments | None:
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if weights is not None:
         weights = weights.reshape(-1)
@@ -225,6 +232,8 @@ def _add(moments, x, y, weights, names) -> Moments:
         some = weights > 0
         if not some.all():
             x, y, weights = x[some], y[some], weights[some]
+        if not len(x):
+            return moments
     try:
         return gram(x.contiguous(), y.contiguous(), weights, into=moments)
     except InputError as error:
@@ -247,10 +256,18 @@ def _order(walk: Walk) -> list[list[nn.Linear]]:
 
 @contextmanager
 def _standing_still(linears) -> Iterator[None]:
-    """While it lasts, each linear hands its input to the greenlet's parent and takes its output from there."""
+    """While it lasts, each linear that a walk reaches hands its input to the walk's owner and takes its output from
+    there. Outside walks they work as ever: the caller of `stages` may run the model.
+    """
 
     def stand(module):
-        return lambda x: getcurrent().parent.switch((module, x))
+        def forward(x):
+            here = getcurrent()
+            if isinstance(here, _Steps):
+                return here.parent.switch((module, x))
+            return nn.functional.linear(x, module.weight, module.bias)
+
+        return forward
 
     for module in linears:
         module.forward = stand(module)

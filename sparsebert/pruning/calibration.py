@@ -10,6 +10,7 @@ import torch
 
 from sparsebert import data
 from sparsebert.encoders import collate, token_limit, tokenize
+from sparsebert.errors import InputError
 
 Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each, a batch's sequences all of one length
 TOKENS_PER_BATCH = 4096
@@ -40,7 +41,14 @@ class Calibration:
 
     @cached_property
     def padded_batches(self) -> Batches:
-        """`texts` as the released code of Li et al. feeds them: 256 at a time, cut or padded to 64 tokens."""
+        """`texts` as the released code of Li et al. feeds them: 256 at a time, cut or padded to 64 tokens, the last
+        incomplete batch dropped. InputError below 256 texts.
+        """
+        if len(self.texts) < 256:
+            raise InputError(
+                f"--as-published needs at least 256 calibration texts, got {len(self.texts)}",
+                fix="raise --calibration-tokens",
+            )
         encoded = tokenize(self.tokenizer, self.texts, min(64, self.max_length))
         return [
             dict(self.tokenizer.pad(encoded[i : i + 256], padding="max_length", max_length=64, return_tensors="pt"))

@@ -18,8 +18,8 @@ def row_groups(scores: torch.Tensor, pattern: Grouped, sparsity: float) -> torch
 
     scores: float32 [n_out, n_in], at least 0, what each weight is worth; every row counts the same, whatever its scale.
     Alternates between the columns that are best for the groups, and the assignment of rows to groups that is best for
-    the columns (a linear assignment problem); neither step can lose. Starts from groups of similar rows: the most unlike
-    row left, with the rows nearest to it.
+    the columns (a linear assignment problem); neither step can lose. Starts from groups of similar rows: the most
+    unlike row left, with the rows nearest to it.
     """
     scores = scores / scores.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     order = _similar(scores.sqrt().numpy(), pattern.rows)

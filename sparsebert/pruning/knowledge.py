@@ -50,10 +50,10 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     beyond layers. Steps, each of which --without leaves out:
 
     Tier 0, closed forms. target: what a linear should give is the dense model's output, exactly: T = C + λW (else W
-    itself). cluster: rows that want the same columns form the groups of a grouped pattern (else consecutive rows). admm:
-    the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the support. cls:
-    in the last layer only the first token's output counts. heads: pooler and classifier are solved for again.
-    Tier 1, one backward pass. fisher: each token counts by the Fisher information of what a linear gives it.
+    itself). cluster: rows that want the same columns form the groups of a grouped pattern (else consecutive rows).
+    admm: the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the
+    support. cls: in the last layer only the first token's output counts. heads: pooler and classifier are solved for
+    again. Tier 1, one backward pass. fisher: each token counts by the Fisher information of what a linear gives it.
     allocation: linears share the budget by the damage they do to the output; patterns with a sparsity of their own have
     none to share.
     Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: half of that on texts with swapped

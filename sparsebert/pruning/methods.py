@@ -111,8 +111,8 @@ def adaptive(model, calibration: Calibration, config: PruneConfig, run: Run) -> 
 
 def _adaptive_as_published(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
     """What run_layerwise.py of Li et al. computes, bugs included: padding counts as tokens; the half-pruned model runs
-    under the last batch's attention mask; the bias is a column of ones, under the ridge and prunable; the ridge of Eq. 5
-    stays in H, and each inverse adds its own; one weight too few goes of each row; the head is left alone. A solution
+    under the last batch's attention mask; the bias is a column of ones, under the ridge and prunable; the ridge of Eq.
+    5 stays in H, and each inverse adds its own; one weight too few goes of each row; the head is left alone. A solution
     further than 1 from W (mean square) is tried again with ten times the ridge.
     """
     pattern, sparsity = _wanted(config)

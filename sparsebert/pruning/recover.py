@@ -25,9 +25,9 @@ def distill(
     """Up to 300 Adam steps on unlabelled calibration texts towards the teacher's function; zeros stay zeros.
 
     Loss: KL(teacher ‖ model) + the mean over layers of the mean squared difference of hidden states, in units of the
-    teacher's variance there (last layer: of the first token alone). With `perturb`, in half of each batch a fifth of the
-    words are swapped for neighbours, and the teacher sees the same text. Embeddings stay as they are; dropout is off. The
-    weights kept are those of lowest KL on the held-out texts, of the start and every 50th step.
+    teacher's variance there (last layer: of the first token alone). With `perturb`, in half of each batch a fifth of
+    the words are swapped for neighbours, and the teacher sees the same text. Embeddings stay as they are; dropout is
+    off. The weights kept are those of lowest KL on the held-out texts, of the start and every 50th step.
     """
     masks = {name: module.weight != 0 for name, module in encoder_linears(model).items()}
     embeddings = {id(p) for p in model.base_model.embeddings.parameters()}

@@ -22,8 +22,8 @@ class Quadratic:
     """H = gram + λI with λ = damping times the mean diagonal of gram, [n_in, n_in] float64.
 
     Raises InputError for a gram without any variance, and, when it is factored, for one that damping does not make
-    positive definite, naming the pivot and the damping tried. An input that never varied (a dead column) needs no rule of
-    its own: its weight is worth nothing under H and is the first to go, or stays as it is.
+    positive definite, naming the pivot and the damping tried. An input that never varied (a dead column) needs no rule
+    of its own: its weight is worth nothing under H and is the first to go, or stays as it is.
     """
 
     gram: torch.Tensor

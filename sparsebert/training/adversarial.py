@@ -23,10 +23,10 @@ def backward(model: nn.Module, batch: Batch, labels: torch.Tensor, config: Train
     """Adds the gradients of one batch's loss to the parameters, and returns the loss. bf16: forward passes under
     autocast.
 
-    "none": cross-entropy. "freelb": the mean over `ascent_steps` K of the loss at perturbations δ_1 = 0, δ_{k+1} = δ_k +
-    `ascent_size` g_k / ‖g_k‖ of the word embeddings, g_k the gradient there, the norm a token's [Zhu et al. 2020, as run
-    by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ of the last layer's inputs, found by K such
-    steps through that layer alone, then the loss of the whole model at δ [after SMAAT, Kara et al. 2024].
+    "none": cross-entropy. "freelb": the mean over `ascent_steps` K of the loss at perturbations δ_1 = 0, δ_{k+1} = δ_k
+    + `ascent_size` g_k / ‖g_k‖ of the word embeddings, g_k the gradient there, the norm a token's [Zhu et al. 2020, as
+    run by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ of the last layer's inputs, found by K
+    such steps through that layer alone, then the loss of the whole model at δ [after SMAAT, Kara et al. 2024].
     """
     if config.adversarial == "none":
         loss = _loss(model, batch, labels, bf16)
@@ -62,7 +62,8 @@ def _worst(
     for p in frozen:
         p.requires_grad_(False)
     try:
-        with layers_skipped(layers[:-1]) as reached:
+        reached = [None]
+        with layers_skipped(layers[:-1], reached):
             for moved, ascend in _ascent(hidden, batch, config):
                 reached[0] = moved
                 _loss(model, batch, labels, bf16).backward()

@@ -61,8 +61,8 @@ def train(
     *,
     progress: Progress = no_progress,
 ) -> TrainResult:
-    """Fine-tunes `model` (a directory or `minilm`) on the training split of `task` by cross-entropy, adversarially where
-    the config says so, and saves it in `output`.
+    """Fine-tunes `model` (a directory or `minilm`) on the training split of `task` by cross-entropy, adversarially
+    where the config says so, and saves it in `output`.
 
     The same call again returns at once where `output` is finished, else resumes from the last snapshot,
     `<output>.partial.safetensors`; it starts anew when model, data, config or this code changed. Raises InputError for
@@ -124,8 +124,8 @@ def train_recipe(
 ) -> dict[str, TrainResult]:
     """Fine-tunes every model of a recipe into `output`/<name>, in order; resumes as `train` does.
 
-    recipe: a YAML file with `models` (name -> fields of TrainConfig) and `common` fields, or the name of a packaged one.
-    Raises InputError for one that does not hold that.
+    recipe: a YAML file with `models` (name -> fields of TrainConfig) and `common` fields, or the name of a packaged
+    one. Raises InputError for one that does not hold that.
     """
     configs = read_recipe(recipe)
     results = {}

@@ -20,8 +20,8 @@ from sparsebert.training import adversarial
 
 @dataclass(frozen=True)
 class SoupResult:
-    """members: the directories averaged, in the order they came in. scores: of each candidate alone, by directory. score:
-    of the average. All on the held-out examples; higher is better.
+    """members: the directories averaged, in the order they came in. scores: of each candidate alone, by directory.
+    score: of the average. All on the held-out examples; higher is better.
     """
 
     members: list[str]

@@ -1,0 +1,127 @@
+"""What a prune would do, before it is done: the budget, the memory and the time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from sparsebert import checkpoint, data
+from sparsebert.config import PruneConfig
+from sparsebert.encoders import encoder_linears
+from sparsebert.patterns import kept_in, parse, require_fits, sparsity_of
+from sparsebert.pruning import allocate
+from sparsebert.pruning.knowledge import DAMAGE_TOKENS, steps_of
+from sparsebert.pruning.recover import BATCH, STEPS
+
+# Share of the speed of a large float32 matrix product that the parts of a prune reach, fitted to MiniLM and BERT-base.
+FORWARD, MOMENTS, SOLVE = 0.5, 0.6, 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """weights: prunable ones; zeros: of them. steps: of method knowledge. memory_mb: MiB at the peak, and its parts.
+    seconds: a rough guess for this machine, and its parts.
+    """
+
+    method: str
+    pattern: str
+    linears: int
+    weights: int
+    zeros: int
+    tokens: int
+    steps: list[str]
+    memory_mb: dict[str, float]
+    seconds: dict[str, float]
+
+    def as_json(self) -> dict:
+        return asdict(self)
+
+
+def plan(source: str | Path, task: str, config: PruneConfig) -> Plan:
+    """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. The guess of the time is made
+    from the speed of one matrix product here. Raises InputError as `prune` would for a pattern that does not fit.
+    """
+    from sparsebert.pruning import METHODS, check
+
+    check(config)
+    data.get_task(task)
+    model = checkpoint.shapes(checkpoint.resolve(source))
+    pattern = parse(config.pattern)
+    sparsity = sparsity_of(pattern, config.sparsity)
+    linears = encoder_linears(model)
+    for name, module in linears.items():
+        require_fits(pattern, *module.weight.shape, sparsity, name)
+    weights = sum(m.weight.numel() for m in linears.values())
+    kept = sum(kept_in(pattern, *m.weight.shape, sparsity) for m in linears.values())
+    looks = METHODS[config.method].looks_at_data
+    tokens = config.calibration_tokens if looks else 0
+    steps = sorted(steps_of(config)) if config.method == "knowledge" else []
+    return Plan(
+        method=config.method,
+        pattern=config.pattern,
+        linears=len(linears),
+        weights=weights,
+        zeros=weights - kept,
+        tokens=tokens,
+        steps=steps,
+        memory_mb=_memory(model, linears, tokens, steps),
+        seconds=_seconds(linears, weights, tokens, steps),
+    )
+
+
+def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
+    mib = 1 / 2**20
+    parameters = 4 * sum(p.numel() for p in model.parameters()) * mib
+    width = min(m.in_features for m in linears.values())
+    widest = max(m.in_features for m in linears.values())
+    parts = {"python_and_torch": 400.0, "model": parameters}
+    if tokens:
+        # Both runs hold a layer's input and its attention's output, the half-pruned one also its widest activation.
+        parts["activations"] = 4 * tokens * (4 * width + widest) * mib
+        parts["moments"] = 8 * 8 * widest**2 * mib
+    if "fisher" in steps:
+        parts["token_weights"] = 4 * tokens * len(linears) * mib
+    if "allocation" in steps:
+        parts["tried_sparsities"] = 2 * 4 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
+    if "distill" in steps:
+        parts["distillation"] = 5 * parameters
+    # What the allotment and the distillation need is given back before or taken after the pass.
+    late = ("tried_sparsities", "distillation")
+    peak = sum(value for name, value in parts.items() if name not in late)
+    peak = max(peak, 400.0 + parameters + max(parts.get(name, 0.0) for name in late))
+    return {"peak": peak, **parts}
+
+
+def _seconds(linears, weights: int, tokens: int, steps: list[str]) -> dict[str, float]:
+    speed = _flops_a_second()
+    if not tokens:
+        return {"total": 1.0}
+    gram = sum(m.in_features**2 + 2 * m.in_features * min(m.in_features, m.out_features) for m in linears.values())
+    parts = {
+        "forward": 2 * 2 * weights * tokens / speed / FORWARD,
+        "moments": gram * tokens / speed / MOMENTS,
+        "solve": sum(10 * m.in_features**3 + 300 * m.in_features**2 * m.out_features for m in linears.values())
+        / speed
+        / SOLVE,
+    }
+    if "fisher" in steps:
+        parts["token_weights"] = 4 * weights * tokens / speed / FORWARD
+    if "allocation" in steps:
+        some = min(tokens, DAMAGE_TOKENS)
+        parts["allocation"] = (6 + 2 * len(allocate.LEVELS)) * weights * some / speed / FORWARD
+    if "distill" in steps:
+        parts["distillation"] = STEPS * BATCH * 30 * 8 * weights / speed / FORWARD
+    return {"total": sum(parts.values()), **parts}
+
+
+def _flops_a_second() -> float:
+    a = torch.ones(1024, 1024)
+    a @ a
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        a @ a
+        count += 1
+    return count * 2 * 1024**3 / (time.perf_counter() - start)

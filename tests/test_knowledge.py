@@ -1,0 +1,174 @@
+"""The parts of method knowledge: token weights, the allotment of the budget, row groups, distillation."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import classifier, tokenizer
+
+from sparsebert import data, encoders, patterns
+from sparsebert.pruning import allocate, draw, recover
+from sparsebert.pruning.cluster import row_groups
+from sparsebert.pruning.scores import FLOOR, cls_weights, fisher_pass, fisher_weights
+
+MR = data.load(data.get_task("mr"), "train")
+
+
+def calibration(tokens=1500, model=None):
+    return draw(model or classifier(), tokenizer(), MR, tokens, 128, 0)
+
+
+def test_in_the_last_layer_only_the_first_token_counts_but_for_key_and_value():
+    model, batches = classifier(), calibration(20_000).batches
+    weights = cls_weights(model, batches)
+    last = "bert.encoder.layer.1."
+    assert set(weights) == {
+        f"{last}attention.self.query", f"{last}attention.output.dense", f"{last}intermediate.dense",
+        f"{last}output.dense",
+    }  # fmt: skip
+    for weight, batch in zip(weights[f"{last}output.dense"], batches, strict=True):
+        assert weight.shape == batch["input_ids"].shape
+        assert (weight[:, 0] == 1).all() and (weight[:, 1:] == 0).all()
+    few = cls_weights(model, batches[:2])[f"{last}output.dense"]
+    assert (few[0][:, 0] == 1).all() and (few[0][:, 1:] == 0.05).all()
+
+
+def test_the_last_layer_may_forget_what_the_first_token_does_not_need():
+    model, batches = classifier(), calibration().batches
+    weights = cls_weights(model, batches)
+    before = torch.cat([model(**batch).logits for batch in batches])
+    with torch.no_grad():  # key and value see every token; nothing else of the last layer does
+        layer = model.bert.encoder.layer[1]
+        original = layer.output.dense.forward
+        layer.output.dense.forward = lambda x: torch.cat([original(x[:, :1]), torch.randn_like(x[:, 1:, :32])], 1)
+        after = torch.cat([model(**batch).logits for batch in batches])
+    torch.testing.assert_close(before, after)
+    assert "bert.encoder.layer.1.output.dense" in weights
+
+
+def test_gradients_have_the_fishers_mean():
+    model, batches = classifier(labels=3), calibration(300).batches
+    name = "bert.encoder.layer.0.output.dense"
+    batch = batches[0]
+    with torch.enable_grad():  # exactly: sum over labels of p times the outer product of the gradient at that label
+        seen = []
+        handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, out: seen.append(out))
+        logits = model(**batch).logits
+        handle.remove()
+        log_p = logits.log_softmax(-1)
+        exact = 0.0
+        for label in range(3):
+            g = torch.autograd.grad(log_p[:, label].sum(), seen[0], retain_graph=True)[0]
+            exact = exact + (log_p[:, label].exp()[:, None] * g.square().sum(-1)).detach()
+    found = []
+
+    def see(linear, _x, gradient):
+        if linear == name:
+            found.append(gradient.square().sum(-1))
+
+    for seed in range(200):
+        fisher_pass(model, [batch], see, seed)
+    torch.testing.assert_close(torch.stack(found).mean(0), exact, rtol=0.15, atol=0.02 * float(exact.max()))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_fisher_weights_have_mean_one_and_a_floor():
+    model, batches = classifier(), calibration().batches
+    weights = fisher_weights(model, batches, seed=0)
+    assert weights.keys() == encoders.encoder_linears(model).keys()
+    for parts in weights.values():
+        assert [part.shape for part in parts] == [batch["input_ids"].shape for batch in batches]
+        every = torch.cat([part.flatten() for part in parts])
+        assert float(every.mean()) == pytest.approx(1, rel=1e-4) and float(every.min()) >= FLOOR
+
+
+def test_damage_predicts_the_divergence_that_one_linear_causes():
+    dense, batches = classifier(), calibration(4000).batches
+    pruned = allocate.one_by_one(dense, batches, patterns.Unstructured(), 0.01, encoders.no_progress)
+    damage = allocate.damage(dense, batches, pruned, seed=0)
+    reference = recover.logits_of(dense, batches)
+    level = allocate.LEVELS.index(0.3)
+    predicted, real = [], []
+    for name in encoders.encoder_linears(dense):
+        model = copy.deepcopy(dense)
+        module = model.get_submodule(name)
+        xs = []
+        handle = module.register_forward_pre_hook(lambda _m, args, xs=xs: xs.append(args[0].flatten(0, 1)))
+        recover.logits_of(model, batches)
+        handle.remove()
+        with torch.no_grad():
+            change = (module.weight - pruned[name][level]) @ torch.cat(xs).mean(0)
+            module.weight.copy_(pruned[name][level])
+            module.bias.add_(change)
+        real.append(recover.kl(reference, recover.logits_of(model, batches)))
+        predicted.append(damage[name][level])
+    assert np.corrcoef(np.log(predicted), np.log(real))[0, 1] > 0.8
+    assert 0.3 < np.median(np.array(predicted) / np.array(real)) < 3
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(0.31, 0.98), st.integers(0, 10_000))
+def test_an_allotment_meets_the_budget_exactly_and_spares_what_matters(sparsity, seed):
+    rng = np.random.default_rng(seed)
+    levels = np.array(allocate.LEVELS)
+    scale = {f"l{i}": 10.0 ** rng.uniform(-3, 3) for i in range(6)}
+    sizes = {name: int(rng.integers(500, 5000)) for name in scale}
+    damage = {name: value * (levels / (1.0 - levels)) ** 1.5 for name, value in scale.items()}
+    allotted = allocate.allocate(damage, sizes, sparsity)
+    zeros = {name: allotted[name] * sizes[name] for name in sizes}
+    assert all(count.denominator == 1 for count in zeros.values())
+    assert sum(zeros.values()) == patterns.zeros_in(sum(sizes.values()), sparsity)
+    assert all(0 <= s < 1 for s in allotted.values())
+
+
+def test_an_allotment_gives_more_to_what_hurts_more():
+    levels = np.array(allocate.LEVELS)
+    damage = {"soft": levels / (1 - levels), "hard": 100 * levels / (1 - levels)}
+    allotted = allocate.allocate(damage, {"soft": 1000, "hard": 1000}, 0.8)
+    assert allotted["hard"] < 0.75 < 0.85 < allotted["soft"]
+
+
+def test_rows_that_want_the_same_columns_come_together():
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.rand(6, 40, generator=generator) < 0.2
+    rows = kinds.repeat_interleave(8, 0)[torch.randperm(48, generator=generator)]
+    scores = rows * (1 + torch.rand(48, 40, generator=generator)) + 0.01
+    order = row_groups(scores, patterns.Grouped(8), 0.8)
+    assert sorted(order.tolist()) == list(range(48))
+    assert all((group == group[0]).all() for group in rows[order].split(8))
+
+
+def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatch):
+    monkeypatch.setattr(recover, "STEPS", 100)
+    teacher, texts = classifier(), calibration(3000)
+    model = copy.deepcopy(teacher)
+    with torch.no_grad():
+        for module in encoders.encoder_linears(model).values():
+            module.weight[torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0.0
+    before = {name: m.weight.clone() for name, m in encoders.encoder_linears(model).items()}
+    reference = recover.logits_of(teacher, texts.held_out_batches)
+    was = recover.kl(reference, recover.logits_of(model, texts.held_out_batches))
+    recover.distill(model, teacher, texts, perturb=True, seed=0)
+    for name, module in encoders.encoder_linears(model).items():
+        assert torch.equal(module.weight == 0, before[name] == 0)
+        assert not torch.equal(module.weight, before[name])
+    for a, b in zip(model.bert.embeddings.parameters(), teacher.bert.embeddings.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert recover.kl(reference, recover.logits_of(model, texts.held_out_batches)) < 0.7 * was
+
+
+def test_words_are_swapped_for_their_neighbours_only():
+    rng = np.random.default_rng(0)
+    near = data.word_neighbors()
+    assert "nice" in near["good"] and all(len(words) <= 8 for words in near.values())
+    text = "a good movie , not terrible at all !"
+    assert recover.swap_words(text, rng, share=0.0) == text
+    swapped = recover.swap_words(text, rng, share=1.0).split(" ")
+    for old, new in zip(text.split(" "), swapped, strict=True):
+        assert new in near.get(old, [old])
+    assert recover.swap_words("Good", rng, share=1.0) in near["good"]

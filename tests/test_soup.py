@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from models import classifier, saved, tokenizer
+
+from sparsebert import checkpoint, config, data
+from sparsebert.encoders import encoder_layers
+from sparsebert.errors import InputError
+from sparsebert.training import adversarial, finetune, soup, train, train_recipe
+from sparsebert.training.soup import SCORES
+
+SETTINGS = {"n": 48, "batch_size": 8, "epochs": 1, "lr": 1e-3, "hold_out": 60}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("start") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def models(start, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed in range(3):
+        train(start, "mr", folder / f"{seed}", config.TrainConfig(seed=seed, **SETTINGS))
+    return [folder / f"{seed}" for seed in range(3)]
+
+
+def batch_of(n=6):
+    tok = tokenizer()
+    examples = data.load(data.get_task("mr"), "train", limit=n)
+    return dict(tok(examples.texts, padding=True, return_tensors="pt")), torch.from_numpy(examples.labels)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_freelb_sums_the_gradients_along_the_ascent():
+    batch, labels = batch_of()
+    settings = config.TrainConfig(adversarial="freelb", ascent_steps=3, ascent_size=0.5)
+    model = classifier()
+    adversarial.freeze(model, settings)
+    loss = adversarial.backward(model, batch, labels, settings, bf16=False)
+    got = gradients(model)
+    assert not any("embeddings" in name for name in got) and len(got) > 30
+
+    model.zero_grad()
+    words = model.get_input_embeddings()(batch["input_ids"])
+    rest = {k: v for k, v in batch.items() if k != "input_ids"}
+    delta, total = torch.zeros_like(words), 0.0
+    for _ in range(3):
+        moved = (words + delta).detach().requires_grad_()
+        step = torch.nn.functional.cross_entropy(model(inputs_embeds=moved, **rest).logits, labels) / 3
+        step.backward()
+        total += step.item()
+        gradient = moved.grad / moved.grad.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        delta = delta + 0.5 * gradient * batch["attention_mask"][..., None]
+    assert loss == pytest.approx(total, rel=1e-5)
+    for name, p in model.named_parameters():
+        if name in got:
+            torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["freelb", "last-layer"])
+def test_a_perturbation_that_ascends_raises_the_loss(kind):
+    batch, labels = batch_of()
+    model = classifier()
+    plain = adversarial.backward(model, batch, labels, config.TrainConfig(), bf16=False)
+    settings = config.TrainConfig(adversarial=kind, ascent_steps=4, ascent_size=0.05)
+    assert adversarial.backward(model, batch, labels, settings, bf16=False) > plain
+
+
+def test_last_layer_trains_every_layer_and_leaves_no_trace():
+    batch, labels = batch_of()
+    model = classifier()
+    adversarial.backward(model, batch, labels, config.TrainConfig(adversarial="last-layer"), bf16=False)
+    assert all(p.grad is not None and p.requires_grad for p in model.parameters())
+    assert all("forward" not in vars(layer) and not layer._forward_pre_hooks for layer in encoder_layers(model))
+
+
+def test_padding_is_not_perturbed():
+    batch, labels = batch_of()
+    model = classifier()
+    seen = []
+    handle = encoder_layers(model)[-1].register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
+    adversarial.backward(model, batch, labels, config.TrainConfig(adversarial="last-layer"), bf16=False)
+    handle.remove()
+    padding = batch["attention_mask"] == 0
+    moved = seen[-2]  # the last ascent through that layer; the pass of the whole model is moved behind this hook
+    assert padding.any() and not torch.equal(seen[0], moved)
+    torch.testing.assert_close(seen[0][padding], moved[padding])
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"adversarial": "freelb"}, {"adversarial": "last-layer"}]
+)
+def test_a_killed_run_of_any_kind_resumes_to_the_same_weights(start, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(finetune, "STEPS_PER_SNAPSHOT", 2)
+    settings = config.TrainConfig(**{**SETTINGS, "ascent_steps": 2, **change})
+    whole = train(start, "mr", tmp_path / "whole", settings)
+
+    def kill(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(start, "mr", tmp_path / "cut", settings, progress=kill)
+    resumed = train(start, "mr", tmp_path / "cut", settings)
+    assert resumed.resumed_from == 4 and resumed.weights_sha256 == whole.weights_sha256
+
+
+def test_held_out_examples_are_the_same_for_every_seed_and_never_trained_on():
+    examples = data.load(data.get_task("mr"), "train")
+    rest, held = data.hold_out(examples, 100)
+    assert len(held) == 100 and len(rest) + len(held) == len(examples)
+    assert sorted(rest.texts + held.texts) == sorted(examples.texts)
+    assert data.hold_out(examples, 100)[1].texts == held.texts
+    with pytest.raises(InputError, match="hold_out must be below the 8662"):
+        data.hold_out(examples, 8662)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_a_soup_scores_no_worse_than_its_best_member_and_resumes(models, tmp_path, score):
+    told = []
+    result = soup(models, "mr", tmp_path / "soup", score=score, progress=lambda *_: told.append(1))
+    assert result.score >= max(result.scores.values()) and len(told) == 5
+    assert result.members[0] == max(result.scores, key=result.scores.get)
+    states = [checkpoint.load(member)[0].state_dict() for member in result.members]
+    for name, tensor in checkpoint.load(tmp_path / "soup")[0].state_dict().items():
+        mean = sum(state[name].double() for state in states) / len(states)
+        torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
+    assert soup(models, "mr", tmp_path / "soup", score=score, progress=lambda *_: told.append(1)) == result
+    assert len(told) == 5
+
+
+def test_a_harmful_candidate_is_left_out(models, tmp_path):
+    model, _ = checkpoint.load(models[0])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-3)
+    recipe = checkpoint.read_recipe(models[0])
+    checkpoint.save(model, tokenizer(), tmp_path / "bad", recipe=recipe, key="bad", figures={})
+    result = soup([tmp_path / "bad", models[0]], "mr", tmp_path / "soup", score="perturbed")
+    assert result.members == [str(models[0])]
+    assert checkpoint.weights_sha256(tmp_path / "soup") == checkpoint.weights_sha256(models[0])
+
+
+def test_models_that_do_not_belong_together_are_refused(start, models, tmp_path):
+    other = config.TrainConfig(**{**SETTINGS, "hold_out": 61})
+    train(start, "mr", tmp_path / "other", other)
+    plain = config.TrainConfig(**{**SETTINGS, "hold_out": 0})
+    train(start, "mr", tmp_path / "plain", plain)
+    for group, message in (
+        ([models[0], tmp_path / "other"], "share their start and hold_out"),
+        ([models[0], tmp_path / "plain"], "with examples held out"),
+        ([models[0], start], "its recipe says command 'test'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            soup(group, "mr", tmp_path / "soup")
+    with pytest.raises(InputError, match="score must be one of accuracy, perturbed"):
+        soup(models, "mr", tmp_path / "soup", score="nope")
+    assert not (tmp_path / "soup").exists()
+
+
+def test_a_recipe_trains_each_of_its_models(start, tmp_path):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(
+        "common: {n: 16, batch_size: 8, epochs: 1, hold_out: 60}\nmodels:\n  a: {seed: 1}\n  b: {lr: 1.0e-4}\n"
+    )
+    results = train_recipe(start, "mr", tmp_path / "out", recipe)
+    assert list(results) == ["a", "b"]
+    assert checkpoint.read_recipe(tmp_path / "out" / "b")["lr"] == 1e-4
+    assert soup([tmp_path / "out" / name for name in results], "mr", tmp_path / "soup").score <= 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [1]", "must map `models`"),
+        ("models: {a: {lr: -1}}", "a: lr: Input should be greater than 0"),
+        ("models: {a: {nope: 1}}", "a: nope: Extra inputs"),
+        ("models: {../a: {lr: 1}}", "must be a plain name"),
+        ("{", "must be a YAML file"),
+    ],
+)
+def test_a_recipe_that_is_wrong_says_where(start, tmp_path, text, message):
+    recipe = tmp_path / "wrong.yaml"
+    recipe.write_text(text)
+    with pytest.raises(InputError, match=message):
+        train_recipe(start, "mr", tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_papers_recipe_has_its_ten_models():
+    configs = finetune.read_recipe("emnlp2023-soup")
+    assert len(configs) == 10
+    assert sum(c.adversarial == "freelb" for c in configs.values()) == 5
+    assert sum(c.optimizer == "sgd" for c in configs.values()) == 3
+    assert len(finetune.read_recipe("quick-soup")) == 4
