@@ -37,12 +37,12 @@ COLUMNS = {
 NOTES = (
     "`ours_ms` is the whole call, float64: factorisation, removals, for obs_prune also the least squares on what is "
     "left; `loop_ms` only the removals, the factor (obs_prune: the inverse) given. `reference_ms` and "
-    "`reference_loop_ms` are the same of {reference}, float32. For obs_prune its time is that of the first {steps} removals of a batch of "
-    "{batch} rows, scaled by rows / {batch} and removals / {steps}: every one of its steps costs the same. Medians "
-    "over rounds in turns, `ratio` with its 95 % interval. `gflops` counts the multiply-adds of `loop_ms` that cannot "
-    "be avoided (symmetric halves once). `same_result`: our mask equals that of the plain float64 formulation of the "
-    "same method (obs_prune: on {checked} rows). `equal_mask`: share of our mask entries that the float32 reference "
-    "has too (obs_prune: on {checked} rows)."
+    "`reference_loop_ms` are the same of {reference}, float32. For obs_prune its time is that of the first {steps} "
+    "removals of a batch of {batch} rows, scaled by rows / {batch} and removals / {steps}: every one of its steps "
+    "costs the same. Medians over rounds in turns, `ratio` with its 95 % interval. `gflops` counts the "
+    "multiply-adds of `loop_ms` that cannot be avoided (symmetric halves once). `same_result`: our mask equals that "
+    "of the plain float64 formulation of the same method (obs_prune: on {checked} rows). `equal_mask`: share of our "
+    "mask entries that the float32 reference has too (obs_prune: on {checked} rows)."
 )
 
 

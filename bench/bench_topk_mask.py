@@ -17,12 +17,14 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.topk_mask import topk_mask, topk_mask_ref
 
 COLUMNS = {
-    "case": "", "isa": "", "threads": "d", "ours_ms": ".3f", "spread": ".0%", "gb_s": ".1f", "reference_ms": ".3f",
+    "case": "", "isa": "", "threads": "d", "ours_ms": ".3f", "spread": ".0%", "gb_s": ".1f",
+    "reference_ms": ".3f",
     "ratio": ".1f", "low": ".1f", "high": ".1f", "sort_ms": ".2f", "same_result": "",
 }  # fmt: skip
 NOTES = (
-    "`reference_ms` is torch.topk's mask on the same threads, `sort_ms` that of a stable argsort, `ratio` the median over "
-    "rounds of the reference's time over ours with its 95 % interval; `gb_s` counts 4 bytes read and 1 written a score. "
+    "`reference_ms` is torch.topk's mask on the same threads, `sort_ms` that of a stable argsort, `ratio` the median "
+    "over rounds of the reference's time over ours with its 95 % interval; `gb_s` counts 4 bytes read and 1 written a "
+    "score. "
     "`same_result`: equal to the stable sort's mask, ties included; torch.topk's is checked for its count only."
 )
 # (what, shape, k): the whole matrix, each row, and N:M.

@@ -120,4 +120,28 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
 bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
                bool* keep);
 
+// A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column; a task of admm_prune
+// covers one panel of columns and one block of rows. Multiples of every kernel's tile.
+constexpr std::int64_t admm_panel = 48;
+constexpr std::int64_t admm_block_rows = 32;
+
+// The running state of admm_prune, float32. R is rows in whole blocks, N is n_in in whole panels; padding is 0.
+struct AdmmState {
+  std::int64_t rows;
+  std::int64_t n_in;
+  const float* q;            // panels of Q [n_in, n_in], whose columns are the eigenvectors
+  const float* qt;           // panels of Qᵀ [N, n_in]
+  const float* eigenvalues;  // [N]
+  const float* goal;         // [R, N], B0 Q diag(eigenvalues)
+  float* b;                  // [R, N], B Q
+  float* u;                  // [R, N], U Q
+  float* x;                  // [rows, n_in], B + U
+  float* scores;             // [rows, n_in], x²
+};
+
+// One iteration: Z = x where kept, else 0; U += B - Z; B = argmin tr((B - B0) Hn (B - B0)ᵀ) + rho |B - Z + U|²; then
+// U *= shrink, and x and scores anew. keep: [rows, n_in]. The result does not depend on `threads` (>= 1). Throws
+// std::bad_alloc when about 8 bytes a weight cannot be had.
+void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
+
 }  // namespace sparsebert

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+# Likewise before torch: the test models are small, a second thread would only wait, on a busy machine for minutes.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
 from pathlib import Path

@@ -135,7 +135,7 @@ def test_unknown_task_and_method_list_the_known_ones(dense, tmp_path, capsys):
     assert "mr, sst2, imdb" in refused(capsys, "train", dense, "--task", "nope", "-o", tmp_path / "o")
     assert "mr, sst2, imdb" in refused(capsys, "eval", dense, "--task", "nope")
     line = refused(capsys, "prune", dense, "--task", "mr", "--method", "nope", "-o", tmp_path / "o")
-    assert "adaptive, magnitude" in line
+    assert "knowledge, adaptive, obs, sparsegpt, wanda, magnitude" in line
     assert not list(tmp_path.iterdir())
 
 
@@ -335,7 +335,7 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_
     assert "1/5" not in err, "the finished fine-tuning was reused"
     assert checkpoint.weights_sha256(output / "dense") == dense
     assert result.keys() >= {"task", "dense_accuracy", "methods", "latency_ms", "max_logit_error", "report", "seconds"}
-    assert result["methods"].keys() == {"magnitude", "adaptive"}
+    assert result["methods"].keys() == {"magnitude", "adaptive", "knowledge"}
     assert all(method["sparsity"] == 0.875 for method in result["methods"].values())
     assert all(0 < method["kl_to_dense"] < 1 for method in result["methods"].values())  # ten steps: nothing to compare
     assert result["latency_ms"].keys() == {"torch", "sparsebert"} and result["max_logit_error"] < 1e-4

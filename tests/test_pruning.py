@@ -8,7 +8,7 @@ from models import classifier, saved, tokenizer
 
 from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.pruning import METHODS, draw, prune, prune_checkpoint
 from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.knowledge import STEPS
@@ -60,13 +60,15 @@ def test_the_budget_is_met_exactly(config, sparsity):
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8x1", "8x1/8", "8:2:8"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_places_every_pattern(method, pattern):
-    if (method, pattern) == ("sparsegpt", "8x1/8"):
-        pytest.skip("the sweep cannot place kept_multiple")
     model = classifier()
     wanted = patterns.parse(pattern)
     config = PruneConfig(method=method, pattern=pattern, sparsity=0.7 if "x" in pattern else None)
     if method == "knowledge":
         config = config.model_copy(update={"tier": 0})
+    if (method, pattern) == ("sparsegpt", "8x1/8"):
+        with pytest.raises(UnsupportedError, match="kept_multiple"):
+            prune(model, calibration(), config)
+        return
     prune(model, calibration(), config)
     for name, m in encoders.encoder_linears(model).items():
         kept = m.weight != 0
@@ -268,11 +270,8 @@ def test_without_sparsity_the_function_stays(method):
     assert kl_to_dense(model) < 1e-5
 
 
-@pytest.mark.parametrize("tier", [0, 1, 2])
-@pytest.mark.parametrize("step", STEPS)
-def test_every_step_of_knowledge_can_be_left_out_and_matters(tier, step, monkeypatch):
-    if STEPS[step] != tier:
-        pytest.skip(f"{step} belongs to tier {STEPS[step]}")
+@pytest.mark.parametrize(("step", "tier"), STEPS.items())
+def test_every_step_of_knowledge_can_be_left_out_and_matters(step, tier, monkeypatch):
     monkeypatch.setattr("sparsebert.pruning.recover.STEPS", 50)
     weights = []
     for without in ("", step):
@@ -381,7 +380,7 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(tmp_path, tier
     prune_checkpoint(source, "mr", tmp_path / "whole", config)
 
     def kill_in_the_second_layer(done, total, what=""):
-        if what == "reconstruct" and done == 8:
+        if what == "reconstruct" and done > 6:
             raise Killed
 
     with pytest.raises(Killed):

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.topk_mask import topk_mask_ref
@@ -173,7 +173,9 @@ def _keep(
     groups, n_in = order.shape
     multiple = pattern.kept_multiple if isinstance(pattern, Grouped) else 1
     if per_row:
-        counts = torch.full((groups,), (n_in - zeros_in(n_in, sparsity)) // multiple * multiple)
+        rows = pattern.rows if isinstance(pattern, Grouped) else 1
+        require_fits(pattern, rows, n_in, sparsity, "each group")
+        counts = torch.full((groups,), kept_in(pattern, rows, n_in, sparsity) // rows)
     else:
         kept = groups * n_in - zeros_in(groups * n_in, sparsity)
         # Last removed first: costs fall along a row, and of equals topk takes the one removed later.
@@ -204,12 +206,15 @@ def obs_sweep(
     gone after each. Grouped: the same, on sums over consecutive rows. N:M: n of every m columns stay, chosen when the
     sweep reaches them (`block` is rounded up to a multiple of m). V:N:M: likewise, 4 of m columns by their sums over v
     rows, then n of these 4 by each row.
-    Returns V, float64 [rows, n_in], zero where removed; it is not the optimum on its own support (`masked_lstsq` is).
-    Raises InputError as `obs_prune`, UnsupportedError for Grouped with a kept_multiple.
+    Returns V, [rows, n_in], zero where removed; it is not the optimum on its own support (`masked_lstsq` is).
+    On a CUDA device (Triton) weight may also be float32: the sweep then is, and near-ties may flip masks; `threads` and
+    `isa` are ignored.
+    Raises InputError as `obs_prune`, UnsupportedError for Grouped with a kept_multiple, on a GPU also where Triton is
+    missing or torch's matrix products are set to TF32.
     [Frantar & Alistarh 2023, Algorithm 1; the code they released removes all that is <= a threshold: one weight a block
     more, and every tie.]
     """
-    _check(weight, h, pattern, sparsity)
+    _check(weight, h, pattern, sparsity, on_gpu=weight.is_cuda)
     if isinstance(pattern, Grouped) and pattern.kept_multiple > 1:
         raise UnsupportedError(
             f"obs_sweep cannot keep columns in multiples, pattern {pattern} asks for it",
@@ -217,6 +222,8 @@ def obs_sweep(
         )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise InputError(f"block must be an integer of at least 1, got {block!r}", fix="use the default, 128")
+    if weight.is_cuda:
+        return _sweep_on_gpu(weight, _inverse_factor(h), pattern, sparsity, block)
     return _sweep(
         weight,
         _inverse_factor(h),
@@ -261,6 +268,17 @@ def _sweep(
         threads,
     )
     return torch.from_numpy(v)
+
+
+def _sweep_on_gpu(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int) -> torch.Tensor:
+    try:
+        from sparsebert.kernels import obs_prune as kernel
+    except ImportError as error:
+        raise UnsupportedError(
+            f"obs_sweep on a GPU needs Triton, which cannot be imported: {error}",
+            fix="pip install 'sparsebert[triton]', or move weight and h to the CPU",
+        ) from error
+    return kernel.obs_sweep(weight, u.to(weight.dtype), pattern, sparsity, block)
 
 
 def obs_sweep_ref(
@@ -325,19 +343,22 @@ def _lower_inverse(lower: torch.Tensor) -> torch.Tensor:
     """
     n = len(lower)
     if n <= 128:
-        return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype), upper=False)
-    inverse, half = torch.zeros(n, n, dtype=lower.dtype), n // 2
+        return torch.linalg.solve_triangular(lower, torch.eye(n, dtype=lower.dtype, device=lower.device), upper=False)
+    inverse, half = torch.zeros_like(lower), n // 2
     first, last = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
     inverse[:half, :half], inverse[half:, half:] = first, last
     inverse[half:, :half] = -(last @ lower[half:, :half] @ first)
     return inverse
 
 
-def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float) -> None:
+def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, on_gpu: bool = False) -> None:
+    device = weight.device if on_gpu else torch.device("cpu")
     for name, array in (("weight", weight), ("h", h)):
-        if array.dtype != torch.float64 or array.ndim != 2 or array.device.type != "cpu":
+        narrow = on_gpu and array is weight and array.dtype == torch.float32
+        if (array.dtype != torch.float64 and not narrow) or array.ndim != 2 or array.device != device:
+            where = f"on {device}" if on_gpu else "on the CPU"
             raise InputError(
-                f"{name} must be 2-d float64 on the CPU, got {array.dtype} {list(array.shape)} on {array.device}",
+                f"{name} must be 2-d float64 {where}, got {array.dtype} {list(array.shape)} on {array.device}",
                 fix="convert it first",
             )
         if not array.isfinite().all():

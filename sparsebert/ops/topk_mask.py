@@ -39,45 +39,40 @@ def pattern_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, *, per
     """The weights that `pattern` keeps at `sparsity` when it keeps the highest scores. Bool [n_out, n_in].
 
     scores: float32 [n_out, n_in], at least 0; the score of a set of weights is their sum.
-    Unstructured: the highest of the whole matrix, or of each row with `per_row`. N:M: the n highest of every m
-    consecutive ones of a row. Grouped: the same as unstructured, on the sums over each group of consecutive rows; with
-    kept_multiple, whole chunks of a group's columns taken in falling order. V:N:M: in every block of v rows and m
-    columns the 4 columns of highest sums, and of these the n highest of each row.
-    Raises InputError where the pattern does not divide the matrix or would leave nothing of it.
+    Unstructured: the highest of the whole matrix, or with `per_row` n_in - floor(sparsity * n_in) of each row. N:M: the
+    n highest of every m consecutive ones of a row. Grouped: the same as unstructured, on the sums over each group of
+    consecutive rows; with kept_multiple, whole chunks of a group's columns taken in falling order. V:N:M: in every
+    block of v rows and m columns the 4 columns of highest sums, and of these the n highest of each row. Raises
+    InputError where the pattern does not divide the matrix or would leave nothing of it.
     """
     n_out, n_in = scores.shape
     require_fits(pattern, n_out, n_in, sparsity)
     if isinstance(pattern, NofM):
         return topk_mask(scores.reshape(-1, pattern.m), pattern.n).view(n_out, n_in)
-    if isinstance(pattern, Grouped):
-        sums = scores.view(-1, pattern.rows, n_in).sum(1)
-        return _grouped(sums, pattern, sparsity, per_row).repeat_interleave(pattern.rows, 0)
     if isinstance(pattern, VNM):
         blocks = scores.view(n_out // pattern.v, pattern.v, n_in // pattern.m, pattern.m)
         shared = topk_mask(blocks.sum(1).contiguous(), 4)[:, None]
         # Scores are at least 0, so a column that is not shared ranks below every one that is.
         return topk_mask(torch.where(shared, blocks, -1.0), pattern.n).view(n_out, n_in)
-    return _highest(scores, kept_in(pattern, n_out, n_in, sparsity), per_row)
+    rows, multiple = (pattern.rows, pattern.kept_multiple) if isinstance(pattern, Grouped) else (1, 1)
+    sums = scores.view(-1, rows, n_in).sum(1) if rows > 1 else scores
+    budget_rows = rows if per_row else n_out  # that share one budget
+    require_fits(pattern, budget_rows, n_in, sparsity)
+    kept = kept_in(pattern, budget_rows, n_in, sparsity) // (rows * multiple)
+    if multiple == 1:
+        keep = _highest(sums, kept, per_row)
+    else:
+        # A group's chunks fall in score, so the highest chunks of all groups are always the first ones of each.
+        order = torch.argsort(sums, dim=1, descending=True, stable=True)
+        chunks = sums.gather(1, order).view(len(sums), -1, multiple).sum(2)
+        chosen = _highest(chunks, kept, per_row).repeat_interleave(multiple, 1)
+        keep = torch.zeros(sums.shape, dtype=torch.bool).scatter_(1, order, chosen)
+    return keep.repeat_interleave(rows, 0) if rows > 1 else keep
 
 
 def _highest(scores: torch.Tensor, kept: int, per_row: bool) -> torch.Tensor:
-    """The `kept` highest of a matrix, or kept // rows of each row."""
-    if per_row:
-        return topk_mask(scores, kept // len(scores))
-    return topk_mask(scores.flatten(), kept).view_as(scores)
-
-
-def _grouped(sums: torch.Tensor, pattern: Grouped, sparsity: float, per_row: bool) -> torch.Tensor:
-    """The columns each group keeps, bool [groups, n_in]."""
-    groups, n_in = sums.shape
-    kept = kept_in(pattern, groups * pattern.rows, n_in, sparsity) // pattern.rows
-    if pattern.kept_multiple == 1:
-        return _highest(sums, kept, per_row)
-    # A group's chunks fall in score, so the highest chunks of all groups are always the first ones of each.
-    order = torch.argsort(sums, dim=1, descending=True, stable=True)
-    chunks = sums.gather(1, order).view(groups, -1, pattern.kept_multiple).sum(2)
-    chosen = _highest(chunks, kept // pattern.kept_multiple, per_row).repeat_interleave(pattern.kept_multiple, 1)
-    return torch.zeros(sums.shape, dtype=torch.bool).scatter_(1, order, chosen)
+    """The `kept` highest of each row, or of the matrix."""
+    return topk_mask(scores if per_row else scores.flatten(), kept).view_as(scores)
 
 
 def _check(scores: torch.Tensor, k: int) -> None:

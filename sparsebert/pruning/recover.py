@@ -37,7 +37,7 @@ def distill(
     best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), _copy(trained)
     rng = np.random.default_rng(seed)
     for step, batch in enumerate(_texts(calibration, perturb, rng)):
-        with torch.inference_mode(), _autocast():
+        with torch.no_grad(), _autocast():
             wanted = teacher(**batch, output_hidden_states=True)
         with torch.enable_grad():
             with _autocast():

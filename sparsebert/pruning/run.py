@@ -89,7 +89,8 @@ class Run:
                 pass  # not empty: files that are not ours
 
     def _path(self, linears: dict[str, nn.Linear]) -> Path:
-        return self.directory / f"{os.path.commonprefix(list(linears)).rstrip('.')}.safetensors"
+        layer = os.path.commonpath([name.replace(".", "/") for name in linears])
+        return self.directory / f"{layer.replace('/', '.')}.safetensors"
 
     def _save(self, linears: dict[str, nn.Linear]) -> None:
         if self.directory is None:

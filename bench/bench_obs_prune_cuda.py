@@ -1,0 +1,118 @@
+"""obs_sweep's Triton kernel against the sweep as a loop of torch calls, on one GPU.
+
+python -m bench.bench_obs_prune_cuda [--json] [--markdown FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import harness
+from sparsebert import patterns
+from sparsebert.engine.measure import interleave
+from sparsebert.ops.obs_prune import _inverse_factor
+from sparsebert.patterns import NofM, Pattern, zeros_in
+
+COLUMNS = {
+    "case": "", "device": "", "ours_ms": ".3f", "reference_ms": ".3f", "ratio": ".1f", "gflops": ".0f",
+    "same_result": "",
+}  # fmt: skip
+NOTES = (
+    "Both sides are given the factor U. `gflops` counts rows x n_in² flops. `same_result`: the zeros are as many as "
+    "asked for, and the weights what the float64 sweep makes of that mask."
+)
+CUDA_PATTERNS = (("unstructured", 0.875), ("2:4", 0.5), ("32:64", 0.5))
+CUDA_SHAPES = ((768, 768), (3072, 768), (768, 3072))  # rows, n_in
+
+
+def eager_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int) -> torch.Tensor:
+    """The sweep in torch calls, unstructured or N:M: about six launches a column, one matmul a block."""
+    w, diagonal = weight.clone(), u.diagonal()
+    rows, n_in = w.shape
+    if isinstance(pattern, NofM):
+        block = -(-block // pattern.m) * pattern.m
+    for start in range(0, n_in, block):
+        stop = min(start + block, n_in)
+        part, corner = w[:, start:stop].clone(), u[start:stop, start:stop]
+        errors, gone = torch.zeros_like(part), torch.zeros_like(part, dtype=torch.bool)
+        if not isinstance(pattern, NofM):
+            count = zeros_in(rows * stop, sparsity) - zeros_in(rows * start, sparsity)
+            lowest = ((part / diagonal[start:stop]) ** 2).flatten().topk(count, largest=False, sorted=False).indices
+            gone.view(-1).index_fill_(0, lowest, True)
+        for j in range(stop - start):
+            if isinstance(pattern, NofM) and j % pattern.m == 0:
+                scores = (part[:, j : j + pattern.m] / diagonal[start + j : start + j + pattern.m]) ** 2
+                lowest = scores.topk(pattern.m - pattern.n, largest=False, sorted=False).indices
+                gone[:, j : j + pattern.m].scatter_(1, lowest, True)
+            error = torch.where(gone[:, j], part[:, j] / corner[j, j], 0.0)
+            part[:, j:].addr_(error, corner[j, j:], alpha=-1)
+            errors[:, j] = error
+        w[:, start:stop] = part.masked_fill_(gone, 0.0)
+        w[:, stop:].addmm_(errors, u[start:stop, stop:], alpha=-1)
+    return w
+
+
+def sweeps_its_own_mask(weight: torch.Tensor, u: torch.Tensor, got: torch.Tensor, zeros: int) -> bool:
+    """Whether `got` has `zeros` zeros and is, to 1e-3, what the sweep in float64 makes of that mask."""
+    w, u, gone = weight.double(), u.double(), got == 0
+    for j in range(w.shape[1]):
+        w[:, j:] -= torch.outer(torch.where(gone[:, j], w[:, j] / u[j, j], 0.0), u[j, j:])
+    return int(gone.sum()) == zeros and bool((got - w.masked_fill_(gone, 0.0)).abs().max() <= 1e-3)
+
+
+def cuda_rows(rounds: int = 15, block: int = 128) -> list[harness.Row]:
+    """One row a case and dtype. The factor U is given: both sides would make it alike."""
+    from sparsebert.kernels.obs_prune import obs_sweep
+
+    rows_out: list[harness.Row] = []
+    for rows, n_in in CUDA_SHAPES:
+        generator = torch.Generator("cuda").manual_seed(0)
+        x = torch.randn(4 * n_in, n_in, generator=generator, device="cuda", dtype=torch.float64)
+        h = x.T @ x / len(x) + 0.01 * torch.eye(n_in, device="cuda", dtype=torch.float64)
+        u64 = _inverse_factor(h)
+        weight64 = torch.randn(rows, n_in, generator=generator, device="cuda", dtype=torch.float64)
+        for dtype in (torch.float32, torch.float64):
+            weight, u = weight64.to(dtype), u64.to(dtype)
+            for name, sparsity in CUDA_PATTERNS:
+                pattern = patterns.parse(name)
+                zeros = rows * n_in - patterns.kept_in(pattern, rows, n_in, sparsity)
+                arguments = (weight, u, pattern, sparsity, block)
+                same = sweeps_its_own_mask(weight, u, obs_sweep(*arguments), zeros)
+
+                def timed(sweep, arguments=arguments):
+                    def call() -> None:
+                        sweep(*arguments)
+                        torch.cuda.synchronize()
+
+                    return call
+
+                timings = interleave({"ours": timed(obs_sweep), "torch": timed(eager_sweep)}, rounds, warmup=3)
+                ours = timings.median("ours")
+                rows_out.append({
+                    "case": f"sweep {name} {rows}x{n_in} {str(dtype).removeprefix('torch.')}",
+                    "device": torch.cuda.get_device_name(), "ours_ms": ours * 1e3,
+                    "reference_ms": timings.median("torch") * 1e3, "ratio": timings.ratio("torch", "ours").value,
+                    "same_result": same, "gflops": rows * n_in**2 / ours * 1e-9,
+                })  # fmt: skip
+    return rows_out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("torch sees no CUDA device here: nothing was timed", file=sys.stderr)
+        return 2
+    rows = cuda_rows()
+    harness.report("obs_sweep on a GPU", rows, COLUMNS, NOTES, args.markdown, json_only=args.json)
+    return 0 if all(row["same_result"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

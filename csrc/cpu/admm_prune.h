@@ -1,0 +1,36 @@
+// What the driver (admm_prune.cpp) and the kernels (admm_prune_<isa>.cpp) share: one job, and three kinds of task.
+#pragma once
+
+#include "../ops.h"
+
+namespace sparsebert {
+
+struct AdmmPruneJob {
+  AdmmState state;
+  const bool* keep;           // [rows, n_in]
+  float rho;
+  float shrink;               // factor on U for the next iteration
+  std::int64_t padded_n;      // n_in in whole panels
+  bool dense;                 // Z is in `z`, else in the lists
+  float* z;                   // [rows in whole blocks, n_in], zeros below the last row
+  float* values;              // [rows, n_in], the kept of each row from its start on
+  std::int32_t* cols;         // [rows, n_in], their columns
+  std::int64_t* counts;       // [rows]
+};
+
+struct AdmmPruneKernel {
+  // Z of one block of rows, as a matrix or as lists.
+  void (*project)(const AdmmPruneJob& job, std::int64_t block);
+  // U and B of one block of rows and one panel of eigenvectors.
+  void (*update)(const AdmmPruneJob& job, std::int64_t block, std::int64_t panel);
+  // x and scores of one block of rows and one panel of columns.
+  void (*expand)(const AdmmPruneJob& job, std::int64_t block, std::int64_t panel);
+};
+
+namespace admm_prune_scalar { extern const AdmmPruneKernel kernel; }
+#if defined(__x86_64__)
+namespace admm_prune_avx2 { extern const AdmmPruneKernel kernel; }
+namespace admm_prune_avx512 { extern const AdmmPruneKernel kernel; }
+#endif
+
+}  // namespace sparsebert

@@ -1,0 +1,171 @@
+"""admm_prune: what it keeps, against its float64 reference and against what else chooses a support."""
+
+import functools
+
+import pytest
+import torch
+
+from bench.shapes import layer_problem
+from sparsebert.errors import InputError
+from sparsebert.ops.admm_prune import admm_prune, admm_prune_ref
+from sparsebert.ops.masked_lstsq import masked_lstsq
+from sparsebert.ops.obs_prune import obs_prune
+from sparsebert.ops.topk_mask import pattern_mask
+from sparsebert.patterns import Pattern, kept_in, parse
+
+# Pattern and sparsity; all fit 64 x 192.
+PATTERNS = [
+    ("unstructured", 0.5), ("unstructured", 0.875), ("unstructured", 0.95), ("2:4", 0.5), ("32x1", 0.75),
+    ("16x1/16", 0.75), ("32:2:16", 0.875),
+]  # fmt: skip
+
+
+def problem(rows: int, n_in: int, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, h = layer_problem(rows, n_in, gelu)
+    return torch.from_numpy(weight), torch.from_numpy(h)
+
+
+def separated(rows: int, n_in: int, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """No near-ties: nearly independent inputs, and what is to be kept at least three times as large as the rest."""
+    generator = torch.Generator().manual_seed(0)
+    h = 0.02 * torch.randn(n_in, n_in, generator=generator, dtype=torch.float64)
+    h = h @ h.T + torch.eye(n_in, dtype=torch.float64)
+    weight = torch.rand(rows * n_in, generator=generator, dtype=torch.float64)
+    chosen = torch.randperm(rows * n_in, generator=generator)[: kept_in(parse("unstructured"), rows, n_in, sparsity)]
+    weight *= 0.3
+    weight[chosen] = 1.0 + weight[chosen]
+    return weight.view(rows, n_in), h
+
+
+def error(weight: torch.Tensor, h: torch.Tensor, keep: torch.Tensor) -> float:
+    """tr((V - W*) H (V - W*)ᵀ) of the best V on a support."""
+    lost = masked_lstsq(weight @ h, h, keep) - weight
+    return float(((lost @ h) * lost).sum())
+
+
+@functools.cache
+def error_of_reference(name: str, sparsity: float, gelu: bool) -> float:
+    weight, h = problem(64, 192, gelu)
+    return error(weight, h, admm_prune_ref(weight, h, parse(name), sparsity))
+
+
+def magnitude(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
+    return pattern_mask((weight**2 * h.diagonal()).float(), pattern, sparsity)
+
+
+@pytest.mark.parametrize(("name", "sparsity"), PATTERNS)
+def test_keeps_what_the_pattern_says(isa, name, sparsity):
+    weight, h = problem(64, 192)
+    pattern = parse(name)
+    keep = admm_prune(weight, h, pattern, sparsity, iterations=20, isa=isa)
+    assert keep.dtype == torch.bool and keep.shape == weight.shape
+    assert keep.sum() == kept_in(pattern, 64, 192, sparsity)
+    # A projection of the support on its pattern changes nothing.
+    assert torch.equal(pattern_mask(keep.float(), pattern, sparsity), keep)
+
+
+@pytest.mark.parametrize(("rows", "n_in"), [(1, 1), (1, 50), (7, 31), (8, 47), (32, 48), (33, 49), (20, 97)])
+@pytest.mark.parametrize("sparsity", [0.2, 0.75])
+def test_equals_the_reference_where_nothing_is_nearly_tied(isa, rows, n_in, sparsity):
+    weight, h = separated(rows, n_in, sparsity)
+    expected = admm_prune_ref(weight, h, parse("unstructured"), sparsity)
+    assert torch.equal(admm_prune(weight, h, parse("unstructured"), sparsity, isa=isa), expected)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize(("name", "sparsity"), PATTERNS)
+def test_the_error_is_the_references_and_below_that_of_the_magnitudes(isa, name, sparsity, gelu):
+    weight, h = problem(64, 192, gelu)
+    pattern = parse(name)
+    ours = error(weight, h, admm_prune(weight, h, pattern, sparsity, isa=isa))
+    # Near-ties fall differently in float32 and float64, and the iterations amplify them.
+    assert ours == pytest.approx(error_of_reference(name, sparsity, gelu), rel=0.015)
+    assert ours <= error(weight, h, magnitude(weight, h, pattern, sparsity))
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("sparsity", [0.75, 0.875, 0.95])
+def test_is_at_least_as_good_as_exact_obs_over_all_rows(sparsity, gelu):
+    weight, h = problem(64, 192, gelu)
+    obs = obs_prune(weight, h, parse("unstructured"), sparsity, per_row=False) != 0
+    assert error(weight, h, admm_prune(weight, h, parse("unstructured"), sparsity)) <= error(weight, h, obs)
+
+
+def test_matches_the_reference_on_an_encoder_layer(isa):
+    weight, h = problem(96, 384, gelu=True)
+    keep = admm_prune(weight, h, parse("unstructured"), 0.875, iterations=20, isa=isa)
+    expected = admm_prune_ref(weight, h, parse("unstructured"), 0.875, iterations=20)
+    assert error(weight, h, keep) == pytest.approx(error(weight, h, expected), rel=0.005)
+
+
+def test_every_row_keeps_as_many_where_that_is_asked():
+    weight, h = problem(64, 192)
+    keep = admm_prune(weight, h, parse("unstructured"), 0.875, per_row=True, iterations=20)
+    assert (keep.sum(1) == 24).all()
+    assert (admm_prune(weight, h, parse("unstructured"), 0.875, iterations=20).sum(1) != 24).any()
+
+
+def test_more_iterations_are_better():
+    weight, h = problem(64, 192)
+    errors = [error(weight, h, admm_prune(weight, h, parse("unstructured"), 0.875, iterations=n)) for n in (5, 20, 120)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_sparsity_0_keeps_all():
+    weight, h = problem(8, 24)
+    assert admm_prune(weight, h, parse("unstructured"), 0.0).all()
+
+
+def test_one_iteration_keeps_the_largest_magnitudes():
+    weight, h = problem(16, 48)
+    keep = admm_prune(weight, h, parse("unstructured"), 0.5, iterations=1)
+    assert torch.equal(keep, magnitude(weight, h, parse("unstructured"), 0.5))
+
+
+def test_dead_columns_are_the_first_to_go():
+    weight, h = problem(32, 96)
+    dead = [5, 40, 41]
+    h[dead] = h[:, dead] = 0.0
+    h[dead, dead] = 1e-12
+    weight[:, dead] *= 100.0
+    keep = admm_prune(weight, h, parse("unstructured"), 0.5)
+    assert not keep[:, dead].any() and keep.sum() == 32 * 96 // 2
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.875])
+def test_any_number_of_threads_gives_the_same_support(isa, sparsity):
+    weight, h = problem(100, 192)
+    expected = admm_prune(weight, h, parse("unstructured"), sparsity, iterations=30, threads=1, isa=isa)
+    for threads in (2, 3, 8):
+        keep = admm_prune(weight, h, parse("unstructured"), sparsity, iterations=30, threads=threads, isa=isa)
+        assert torch.equal(keep, expected)
+
+
+def call(weight=None, h=None, pattern="unstructured", sparsity=0.5, **options):
+    """A call that is right but for what is given."""
+    weight = torch.ones(4, 6, dtype=torch.float64) if weight is None else weight
+    h = torch.eye(6, dtype=torch.float64) if h is None else h
+    return admm_prune(weight, h, parse(pattern), sparsity, **options)
+
+
+BAD_CALLS = {
+    "weight must be 2-d float64 on the CPU, got torch.float32 [4, 6]": lambda: call(torch.ones(4, 6)),
+    "h must be 2-d float64 on the CPU, got torch.float64 [6]": lambda: call(h=torch.ones(6, dtype=torch.float64)),
+    "h must be [n_in = 6, n_in], got [5, 5]": lambda: call(h=torch.eye(5, dtype=torch.float64)),
+    "weight must be finite, got inf or NaN": lambda: call(torch.full((4, 6), torch.nan, dtype=torch.float64)),
+    "h must be finite, got inf or NaN": lambda: call(h=torch.full((6, 6), torch.inf, dtype=torch.float64)),
+    "h must be positive definite, pivot 0 of 6 is not above 0": lambda: call(h=-torch.eye(6, dtype=torch.float64)),
+    "h must be positive definite, pivot 1 of 6 is not above 0": lambda: call(h=torch.ones(6, 6, dtype=torch.float64)),
+    "pattern 2:4 needs a multiple of 4 inputs, weight has 6": lambda: call(pattern="2:4"),
+    "pattern 3x1 needs a multiple of 3 outputs, weight has 4": lambda: call(pattern="3x1"),
+    "leaves weight [4, 6] no weight at all": lambda: call(pattern="4x1/6", sparsity=0.5),
+    "iterations must be at least 1, got 0": lambda: call(iterations=0),
+    "threads must be an integer of at least 1, got 0": lambda: call(threads=0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_input_is_named(message):
+    with pytest.raises(InputError) as raised:
+        BAD_CALLS[message]()
+    assert message in str(raised.value)
