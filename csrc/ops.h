@@ -116,7 +116,7 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
 // keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
 //   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
 // Returns false, keep undefined, where a score is NaN. The result does not depend on `threads` (>= 1). Throws
-// std::bad_alloc when 8 bytes a score of working memory cannot be had.
+// std::bad_alloc when 4 bytes a score of a row of more than 16,384 cannot be had, and 64 KiB.
 bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
                bool* keep);
 

@@ -13,9 +13,10 @@ from sparsebert import patterns
 from sparsebert.errors import InputError
 from sparsebert.ops.topk_mask import pattern_mask, topk_mask, topk_mask_ref
 
-# Ranked rows (up to 64), rows on their own, and one long vector of one chunk (32,768), more, and a remainder.
+# Ranked rows (up to 64), with a part of a vector of groups; rows on their own; vectors of one chunk (16,384), one more,
+# and several with a remainder.
 SHAPES = ((1,), (3,), (64,), (65,), (97, 4), (50, 8), (7, 33), (5, 64), (4, 65), (9, 384), (3, 5000), (2, 3, 70),
-          (32768,), (32769,), (100_003,), (2, 40_000))  # fmt: skip
+          (16,), (33, 16), (7, 8), (16384,), (16385,), (100_003,), (2, 40_000))  # fmt: skip
 
 
 def scores(shape, kind: str) -> torch.Tensor:
@@ -32,6 +33,24 @@ def test_exactly_k_highest_and_ties_by_index(isa, shape, kind):
         got = topk_mask(x, k, isa=isa)
         assert (got.sum(-1) == k).all()
         assert torch.equal(got, topk_mask_ref(x, k)), k
+
+
+@pytest.mark.parametrize("sampled", [-1.0, 0.5, 2.0])
+def test_a_sample_that_misleads_costs_time_only(isa, sampled):
+    n, size = 100_003, 8192  # the places that a long vector's threshold is first guessed from
+    places = torch.arange(size) * (n // size) + ((torch.arange(size) * 2654435761) % 2**32 // 256) % (n // size)
+    x = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    x[places] = sampled
+    for k in (1, size - 1, size, size + 1, n // 2, n - size, n - 1):
+        assert torch.equal(topk_mask(x, k, isa=isa), topk_mask_ref(x, k)), k
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "blocks"])
+def test_ordered_scores_are_no_exception(isa, order):
+    x = torch.arange(70_000.0)
+    x = {"rising": x, "falling": x.flip(0), "blocks": x // 10_000}[order].contiguous()
+    for k in (1, 777, 35_000, 69_999):
+        assert torch.equal(topk_mask(x, k, isa=isa), topk_mask_ref(x, k)), k
 
 
 def test_both_zeros_are_equal_and_infinities_are_ordered(isa):

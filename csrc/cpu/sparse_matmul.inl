@@ -6,14 +6,6 @@ typedef Vector<int>::type i32;
 namespace {
 
 // Masks of the perfect shuffle: zip(a, b) = a0 b0 a1 b1 ...; its lower half with first = 0, its upper with lanes / 2.
-template <int... i>
-struct Indices {};
-template <int n, int... i>
-struct Count : Count<n - 1, n - 1, i...> {};
-template <int... i>
-struct Count<0, i...> {
-  typedef Indices<i...> type;
-};
 template <int first, int... i>
 inline f32 zip(f32 a, f32 b, Indices<i...>) {
   return __builtin_shuffle(a, b, i32{(first + i / 2 + (i % 2) * lanes)...});

@@ -1,9 +1,12 @@
-// Finds the k-th highest score digit by digit of its key, then marks; the passes are in topk_mask.inl.
+// Finds the k-th highest score by halving a range of float keys, then marks; the passes are in topk_mask.inl.
 #include "topk_mask.h"
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
+#include <limits>
+#include <numeric>
 
 #include "scratch.h"
 #include "threads.h"
@@ -11,8 +14,11 @@
 namespace sparsebert {
 namespace {
 
-// Scores of one vector that one task passes over: enough to be worth waking a core.
-constexpr std::int64_t chunk_scores = 1 << 15;
+// Scores that a task passes over: 64 KB, which stay in a second-level cache. A longer vector is cut into chunks of
+// this, and its threshold first looked for near that of a sample.
+constexpr std::int64_t chunk_scores = 1 << 14;
+constexpr std::int64_t sample_scores = 1 << 13;
+constexpr float infinity = std::numeric_limits<float>::infinity();
 
 const TopkMaskKernel& kernel_for([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
@@ -24,128 +30,166 @@ const TopkMaskKernel& kernel_for([[maybe_unused]] Isa isa) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-float score_of(std::uint32_t key) {
-  const std::uint32_t bits = key ^ ((key >> 31) != 0 ? 0x80000000u : 0xffffffffu);
+// Keys are integers in the order of the floats. -0 has one of its own, next to that of +0.
+std::int64_t key_of(float score) {
+  std::int32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+float score_of(std::int64_t key) {
+  const auto narrow = static_cast<std::int32_t>(key);
+  const std::int32_t bits = narrow ^ (narrow >> 31 & 0x7fffffff);
   float score;
   std::memcpy(&score, &bits, sizeof score);
   return score;
 }
 
-// The digit of the k-th highest (k >= 1) and how many are wanted among those that have it.
-std::pair<std::uint32_t, std::int64_t> digit_of(const std::int32_t* counts, std::int64_t k) {
-  int digit = digits - 1;
-  for (; counts[digit] < k; --digit) k -= counts[digit];
-  return {static_cast<std::uint32_t>(digit), k};
-}
+// The k highest are those above the threshold and the first `ties` that equal it.
+struct Cut {
+  float threshold;
+  std::int64_t ties;
+};
 
-// The k-th highest of n keys that agree in their first digit, and how many that equal it are among the k highest.
-std::pair<std::uint32_t, std::int64_t> select(std::uint32_t* keys, std::int64_t n, std::int64_t k) {
-  std::int32_t counts[digits];
-  for (int shift = key_bits - 2 * digit_bits; shift > -digit_bits; shift -= digit_bits) {
-    const int low = std::max(shift, 0);
-    const std::uint32_t mask = (1u << (shift + digit_bits - low)) - 1;
-    std::fill_n(counts, digits, 0);
-    for (std::int64_t i = 0; i < n; ++i) ++counts[keys[i] >> low & mask];
-    const auto [digit, wanted] = digit_of(counts, k);
-    k = wanted;
-    n = std::copy_if(keys, keys + n, keys, [&](std::uint32_t key) { return (key >> low & mask) == digit; }) - keys;
+// The k-th highest (1 <= k <= n) of n scores that lie from `low` to `high`.
+Cut select(const TopkMaskKernel& kernel, const float* scores, std::int64_t n, std::int64_t k, float low = -infinity,
+           float high = infinity) {
+  std::int64_t first = key_of(low);
+  std::int64_t last = key_of(high);
+  std::int64_t above = 0;  // scores above `last`
+  while (first < last) {
+    const std::int64_t middle = first + (last - first + 1) / 2;
+    const std::int64_t found = kernel.count(scores, n, score_of(middle));
+    if (found == k) return {score_of(middle), n};
+    if (found > k) {
+      first = middle;
+    } else {
+      last = middle - 1;
+      above = found;
+    }
   }
-  return {keys[0], k};
+  return {score_of(first), k - above};
 }
 
 struct Job {
   const TopkMaskKernel* kernel;
-  const float* scores;
+  const float* scores;  // [rows, n]
   bool* keep;
   std::int64_t rows, n, k;
   std::int64_t rows_a_task;
   std::atomic<bool>* finite;
-  // One long vector, in chunks:
-  std::int32_t* counts;         // [chunks, digits]
-  std::uint32_t* keys;          // those of the threshold's first digit, chunk after chunk
-  std::int64_t* ends;           // [chunks], of a chunk's keys
-  std::uint32_t digit;
-  float threshold;
-  std::int64_t* ties;           // [chunks], how many that equal the threshold each chunk keeps
 };
 
-void short_rows(const void* context, std::int64_t task) {
+void ranked_rows(const void* context, std::int64_t task) {
   const Job& job = *static_cast<const Job*>(context);
   const std::int64_t row = task * job.rows_a_task;
   const std::int64_t rows = std::min(job.rows_a_task, job.rows - row);
   if (!job.kernel->rank(job.scores + row * job.n, rows, job.n, job.k, job.keep + row * job.n)) *job.finite = false;
 }
 
-void long_row(const void* context, std::int64_t row) {
+void selected_rows(const void* context, std::int64_t task) {
   const Job& job = *static_cast<const Job*>(context);
-  const float* scores = job.scores + row * job.n;
-  std::int32_t counts[digits];
-  if (!job.kernel->count(scores, job.n, counts)) {
-    *job.finite = false;
-    return;
+  const std::int64_t end = std::min((task + 1) * job.rows_a_task, job.rows);
+  for (std::int64_t row = task * job.rows_a_task; row < end; ++row) {
+    const float* scores = job.scores + row * job.n;
+    if (job.kernel->count(scores, job.n, -infinity) < job.n) {
+      *job.finite = false;
+      return;
+    }
+    const Cut cut = select(*job.kernel, scores, job.n, job.k);
+    job.kernel->mark(scores, job.n, cut.threshold, cut.ties, job.keep + row * job.n);
   }
-  const auto [digit, k] = digit_of(counts, job.k);
-  auto* keys = static_cast<std::uint32_t*>(scratch(counts[digit] * sizeof(std::uint32_t), Scratch::task));
-  job.kernel->collect(scores, job.n, digit, keys);
-  const auto [key, ties] = select(keys, counts[digit], k);
-  job.kernel->mark(scores, job.n, score_of(key), ties, job.keep + row * job.n);
 }
 
-std::int64_t chunk_length(const Job& job, std::int64_t chunk) {
-  return std::min(chunk_scores, job.n - chunk * chunk_scores);
-}
+// One vector in chunks.
+struct LongJob {
+  const TopkMaskKernel* kernel;
+  const float* scores;  // [n]
+  bool* keep;
+  std::int64_t n;
+  float low, high;
+  float* candidates;    // [chunks, chunk_scores + 1], each chunk's scores from low to high
+  std::int64_t* found;  // [chunks], how many these are, or -1 where there is a NaN
+  std::int64_t* above;  // [chunks], how many are above `high`
+  float threshold;
+  std::int64_t* ties;   // [chunks], how many that equal the threshold each keeps
 
-void count_chunk(const void* context, std::int64_t chunk) {
-  const Job& job = *static_cast<const Job*>(context);
-  const bool finite = job.kernel->count(job.scores + chunk * chunk_scores, chunk_length(job, chunk),
-                                        job.counts + chunk * digits);
-  if (!finite) *job.finite = false;
-}
+  std::int64_t length(std::int64_t chunk) const { return std::min(chunk_scores, n - chunk * chunk_scores); }
+};
 
 void collect_chunk(const void* context, std::int64_t chunk) {
-  const Job& job = *static_cast<const Job*>(context);
-  job.kernel->collect(job.scores + chunk * chunk_scores, chunk_length(job, chunk), job.digit,
-                      job.keys + (chunk == 0 ? 0 : job.ends[chunk - 1]));
+  const LongJob& job = *static_cast<const LongJob*>(context);
+  job.found[chunk] = job.kernel->collect(job.scores + chunk * chunk_scores, job.length(chunk), job.low, job.high,
+                                         job.candidates + chunk * (chunk_scores + 1), job.above + chunk);
 }
 
 void mark_chunk(const void* context, std::int64_t chunk) {
-  const Job& job = *static_cast<const Job*>(context);
-  job.kernel->mark(job.scores + chunk * chunk_scores, chunk_length(job, chunk), job.threshold, job.ties[chunk],
+  const LongJob& job = *static_cast<const LongJob*>(context);
+  job.kernel->mark(job.scores + chunk * chunk_scores, job.length(chunk), job.threshold, job.ties[chunk],
                    job.keep + chunk * chunk_scores);
 }
 
-void one_long_vector(Job& job, int threads) {
-  const std::int64_t chunks = ceil_div(job.n, chunk_scores);
-  const std::size_t counts_bytes = chunks * digits * sizeof(std::int32_t);
-  const std::size_t chunk_bytes = 2 * chunks * sizeof(std::int64_t);
-  // The keys may be all of them: one digit can hold every score.
-  auto* memory = static_cast<char*>(
-      scratch(counts_bytes + chunk_bytes + 2 * job.n * sizeof(std::uint32_t), Scratch::call));
-  job.counts = reinterpret_cast<std::int32_t*>(memory);
-  job.ends = reinterpret_cast<std::int64_t*>(memory + counts_bytes);
-  job.ties = job.ends + chunks;
-  job.keys = reinterpret_cast<std::uint32_t*>(memory + counts_bytes + chunk_bytes);
-  std::uint32_t* sorted_out = job.keys + job.n;  // a copy for select, which keeps no order of chunks
-
-  parallel_for(chunks, threads, count_chunk, &job);
-  if (!*job.finite) return;
-  std::int32_t sums[digits] = {};
-  for (std::int64_t c = 0; c < chunks; ++c) {
-    for (int d = 0; d < digits; ++d) sums[d] += job.counts[c * digits + d];
+// Sets low and high where the k-th highest of the vector is to be expected, by a sample of it.
+void bracket(LongJob& job, std::int64_t k, float* sample) {
+  const std::int64_t stride = job.n / sample_scores;
+  for (std::int64_t i = 0; i < sample_scores; ++i) {
+    // Scattered within each stride: a fixed step could see the same few columns of a matrix again and again.
+    const std::uint32_t jitter = static_cast<std::uint32_t>(i) * 2654435761u >> 8;
+    sample[i] = job.scores[i * stride + jitter % stride];
   }
-  const auto [digit, k] = digit_of(sums, job.k);
-  job.digit = digit;
-  for (std::int64_t c = 0; c < chunks; ++c) job.ends[c] = (c == 0 ? 0 : job.ends[c - 1]) + job.counts[c * digits + digit];
-  parallel_for(chunks, threads, collect_chunk, &job);
-  std::copy_n(job.keys, job.ends[chunks - 1], sorted_out);
-  auto [key, ties] = select(sorted_out, job.ends[chunks - 1], k);
-  job.threshold = score_of(key);
-  for (std::int64_t c = 0; c < chunks; ++c) {
-    const std::uint32_t* begin = job.keys + (c == 0 ? 0 : job.ends[c - 1]);
-    job.ties[c] = std::min<std::int64_t>(ties, std::count(begin, static_cast<const std::uint32_t*>(job.keys) + job.ends[c], key));
-    ties -= job.ties[c];
+  // Four standard deviations of the rank in the sample; should the vector's k-th lie outside, the search goes on there.
+  const double share = static_cast<double>(k) / job.n;
+  const double margin = 4 * std::sqrt(share * (1 - share) * sample_scores) + 4;
+  const auto upper = static_cast<std::int64_t>(share * sample_scores - margin);
+  const auto lower = static_cast<std::int64_t>(share * sample_scores + margin);
+  job.high = upper < 1 ? infinity : select(*job.kernel, sample, sample_scores, upper).threshold;
+  job.low = lower > sample_scores ? -infinity : select(*job.kernel, sample, sample_scores, lower).threshold;
+}
+
+// False where there is a NaN.
+bool long_vector(const Job& all, std::int64_t row, int threads) {
+  const std::int64_t chunks = ceil_div(all.n, chunk_scores);
+  const std::size_t candidates_bytes = chunks * (chunk_scores + 1) * sizeof(float);
+  const std::size_t counts_bytes = chunks * sizeof(std::int64_t);
+  auto* memory = static_cast<char*>(scratch(3 * counts_bytes + candidates_bytes + sample_scores * sizeof(float)));
+  LongJob job{all.kernel, all.scores + row * all.n, all.keep + row * all.n, all.n, 0.0f, 0.0f,
+              reinterpret_cast<float*>(memory + 3 * counts_bytes), reinterpret_cast<std::int64_t*>(memory),
+              reinterpret_cast<std::int64_t*>(memory + counts_bytes), 0.0f,
+              reinterpret_cast<std::int64_t*>(memory + 2 * counts_bytes)};
+  bracket(job, all.k, reinterpret_cast<float*>(memory + 3 * counts_bytes + candidates_bytes));
+  std::int64_t found = 0;
+  std::int64_t above = 0;
+  for (;;) {
+    parallel_for(chunks, threads, collect_chunk, &job);
+    if (*std::min_element(job.found, job.found + chunks) < 0) return false;
+    found = std::accumulate(job.found, job.found + chunks, std::int64_t{0});
+    above = std::accumulate(job.above, job.above + chunks, std::int64_t{0});
+    if (all.k <= above) {
+      job.low = score_of(key_of(job.high) + 1);
+      job.high = infinity;
+    } else if (all.k > above + found) {
+      job.high = score_of(key_of(job.low) - 1);
+      job.low = -infinity;
+    } else {
+      break;
+    }
+  }
+  float* end = job.candidates;
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    end = std::copy_n(job.candidates + chunk * (chunk_scores + 1), job.found[chunk], end);
+  }
+  const Cut cut = select(*job.kernel, job.candidates, found, all.k - above, job.low, job.high);
+  job.threshold = cut.threshold;
+  std::int64_t ties = cut.ties;
+  const float* candidate = job.candidates;
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const std::int64_t equal = std::count(candidate, candidate + job.found[chunk], cut.threshold);
+    job.ties[chunk] = std::min(ties, equal);
+    ties -= job.ties[chunk];
+    candidate += job.found[chunk];
   }
   parallel_for(chunks, threads, mark_chunk, &job);
+  return true;
 }
 
 }  // namespace
@@ -154,22 +198,14 @@ bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int6
                bool* keep) {
   if (rows == 0 || n == 0) return true;
   std::atomic<bool> finite{true};
-  Job job{};
-  job.kernel = &kernel_for(isa);
-  job.scores = scores;
-  job.keep = keep;
-  job.rows = rows;
-  job.n = n;
-  job.k = std::max<std::int64_t>(k, 1);  // k = 0 still looks for NaN
-  job.finite = &finite;
-  if (rows * n < chunk_scores) threads = 1;
-  if (n <= ranked_length) {
-    job.rows_a_task = std::max<std::int64_t>(1, chunk_scores / n / 4);
-    parallel_for(ceil_div(rows, job.rows_a_task), threads, short_rows, &job);
-  } else if (rows == 1) {
-    one_long_vector(job, threads);
+  // k = 0 still looks for NaN.
+  Job job{&kernel_for(isa), scores, keep, rows, n, std::max<std::int64_t>(k, 1), 0, &finite};
+  job.rows_a_task = std::max<std::int64_t>(1, chunk_scores / n);
+  if (rows * n < 2 * chunk_scores) threads = 1;
+  if (n <= chunk_scores) {
+    parallel_for(ceil_div(rows, job.rows_a_task), threads, n <= ranked_length ? ranked_rows : selected_rows, &job);
   } else {
-    parallel_for(rows, threads, long_row, &job);
+    for (std::int64_t row = 0; row < rows && finite; ++row) finite = long_vector(job, row, threads);
   }
   if (k == 0) std::fill_n(keep, rows * n, false);
   return finite;

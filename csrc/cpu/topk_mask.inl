@@ -1,93 +1,173 @@
-// The passes of topk_mask, in loops that the compiler vectorises for the ISA. Included by the rules of vector.inl.
+// The passes of topk_mask, written once for every vector width. Included after vector.inl, by its rules.
 
 namespace {
 
-inline std::uint32_t key_of(float score) {
-  const float positive = score + 0.0f;  // -0 becomes +0
-  std::uint32_t bits;
-  __builtin_memcpy(&bits, &positive, sizeof bits);
-  return bits ^ ((bits >> 31) != 0 ? 0xffffffffu : 0x80000000u);
+typedef Vector<float>::type f32;
+typedef Vector<int>::type i32;
+typedef signed char bytes __attribute__((vector_size(lanes)));
+typedef signed char bytes_unaligned __attribute__((vector_size(lanes), aligned(1)));
+
+// A true lane of a comparison is -1.
+inline void store_bools(bool* p, i32 mask) {
+  *reinterpret_cast<bytes_unaligned*>(p) = __builtin_convertvector(mask, bytes) & 1;
 }
 
-bool count(const float* scores, std::int64_t n, std::int32_t* counts) {
-  // Four tables in turn: scores of one digit tend to follow each other, and an increment waits for the one before.
-  std::int32_t tables[4][digits];
-  __builtin_memset(tables, 0, sizeof tables);
-  int nan = 0;
+inline std::int64_t total(i32 counts) {
+  std::int64_t sum = 0;
+  for (int i = 0; i < lanes; ++i) sum += counts[i];
+  return sum;
+}
+
+inline bool any(i32 mask) {
+  typedef Vector<long long>::type i64;
+  const i64 wide = reinterpret_cast<i64>(mask);
+  long long bits = 0;
+#pragma GCC unroll 8
+  for (int i = 0; i < Vector<long long>::size; ++i) bits |= wide[i];
+  return bits != 0;
+}
+
+std::int64_t count(const float* scores, std::int64_t n, float threshold) {
+  constexpr int chains = 4;
+  i32 below[chains] = {};  // of a lane at most n / lanes, and n is below 2^31 (a chunk or a row)
   std::int64_t i = 0;
-  for (; i + 4 <= n; i += 4) {
+  for (; i + chains * lanes <= n; i += chains * lanes) {
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      nan |= scores[i + j] != scores[i + j];
-      ++tables[j][key_of(scores[i + j]) >> (key_bits - digit_bits)];
-    }
+    for (int c = 0; c < chains; ++c) below[c] += load(scores + i + c * lanes) >= threshold;
   }
-  for (; i < n; ++i) {
-    nan |= scores[i] != scores[i];
-    ++tables[0][key_of(scores[i]) >> (key_bits - digit_bits)];
-  }
-  for (int d = 0; d < digits; ++d) counts[d] = tables[0][d] + tables[1][d] + tables[2][d] + tables[3][d];
-  return nan == 0;
+  std::int64_t found = -total((below[0] + below[1]) + (below[2] + below[3]));
+  for (; i < n; ++i) found += scores[i] >= threshold;
+  return found;
 }
 
-void collect(const float* scores, std::int64_t n, std::uint32_t digit, std::uint32_t* keys) {
-  constexpr int stretch = 64;
+std::int64_t collect(const float* scores, std::int64_t n, float low, float high, float* out, std::int64_t* above) {
+  constexpr int vectors = 2;
+  i32 over{}, nan{};
+  std::int64_t found = 0;
   std::int64_t i = 0;
-  for (; i + stretch <= n; i += stretch) {
-    int any = 0;
-    for (int j = 0; j < stretch; ++j) any |= key_of(scores[i + j]) >> (key_bits - digit_bits) == digit;
-    if (any == 0) continue;
-    for (int j = 0; j < stretch; ++j) {
-      const std::uint32_t key = key_of(scores[i + j]);
-      if (key >> (key_bits - digit_bits) == digit) *keys++ = key;
+  for (; i + vectors * lanes <= n; i += vectors * lanes) {
+    i32 inside{};
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v) {
+      const f32 score = load(scores + i + v * lanes);
+      over += score > high;
+      nan |= score != score;
+      inside |= (score >= low) & (score <= high);
+    }
+    if (!any(inside)) continue;
+    for (int j = 0; j < vectors * lanes; ++j) {
+      out[found] = scores[i + j];
+      found += (scores[i + j] >= low) & (scores[i + j] <= high);
     }
   }
+  *above = -total(over);
+  bool finite = !any(nan);
   for (; i < n; ++i) {
-    const std::uint32_t key = key_of(scores[i]);
-    if (key >> (key_bits - digit_bits) == digit) *keys++ = key;
+    *above += scores[i] > high;
+    finite &= scores[i] == scores[i];
+    out[found] = scores[i];
+    found += (scores[i] >= low) & (scores[i] <= high);
   }
+  return finite ? found : -1;
 }
 
 void mark(const float* scores, std::int64_t n, float threshold, std::int64_t ties, bool* keep) {
-  constexpr std::int64_t stretch = 256;
-  for (std::int64_t begin = 0; begin < n; begin += stretch) {
-    const std::int64_t end = begin + stretch < n ? begin + stretch : n;
-    int equal = 0;
-    for (std::int64_t i = begin; i < end; ++i) {
-      keep[i] = scores[i] > threshold;
-      equal |= scores[i] == threshold;
-    }
-    for (std::int64_t i = begin; equal != 0 && ties > 0 && i < end; ++i) {
-      if (scores[i] == threshold) {
-        keep[i] = true;
+  std::int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const f32 score = load(scores + i);
+    store_bools(keep + i, score > threshold);
+    if (ties == 0 || !any(score == threshold)) continue;
+    for (int j = 0; j < lanes && ties > 0; ++j) {
+      if (scores[i + j] == threshold) {
+        keep[i + j] = true;
         --ties;
       }
     }
   }
+  for (; i < n; ++i) {
+    const bool tie = scores[i] == threshold && ties > 0;
+    keep[i] = scores[i] > threshold || tie;
+    ties -= tie;
+  }
 }
 
-// length: 0, or n as a constant that the compiler can unroll.
-template <int length>
-inline bool rank_rows(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, bool* keep) {
-  if constexpr (length > 0) n = length;
-  int nan = 0;
-  for (std::int64_t row = 0; row < rows; ++row, scores += n, keep += n) {
-    for (std::int64_t i = 0; i < n; ++i) {
-      const float score = scores[i];
-      int before = 0;  // scores that come first
-      for (std::int64_t j = 0; j < i; ++j) before += scores[j] >= score;
-      for (std::int64_t j = i + 1; j < n; ++j) before += scores[j] > score;
-      keep[i] = before < k;
-      nan |= score != score;
+// before += which lanes have, `r` places on in their group of n (and round), a score that comes before theirs; then the
+// same for the places after.
+template <int n, int r, int... i>
+inline void rank_rotated(f32 score, i32& before, Indices<i...> all) {
+  if constexpr (r < n) {
+    const f32 other = __builtin_shuffle(score, i32{(i / n * n + (i + r) % n)...});
+    // Of equals the one of lower index comes first: the other one where it went round.
+    const i32 lower = i32{(i % n + r >= n ? -1 : 0)...};
+    before -= (other > score) | ((other == score) & lower);
+    rank_rotated<n, r + 1>(score, before, all);
+  }
+}
+
+// Vectors of whole groups of n scores each; one last part of a vector.
+template <int n>
+bool rank_groups(const float* scores, std::int64_t size, std::int64_t k, bool* keep) {
+  typedef typename Count<lanes>::type all;
+  const int wanted = static_cast<int>(k);
+  i32 nan{};
+  for (std::int64_t at = 0; at < size; at += lanes) {
+    const std::int64_t here = size - at < lanes ? size - at : lanes;
+    f32 score{};
+    if (here == lanes) {
+      score = load(scores + at);
+    } else {
+      for (std::int64_t i = 0; i < here; ++i) score[i] = scores[at + i];
+    }
+    i32 before{};
+    rank_rotated<n, 1>(score, before, all());
+    const i32 kept = before < wanted;
+    nan |= score != score;
+    if (here == lanes) {
+      store_bools(keep + at, kept);
+    } else {
+      for (std::int64_t i = 0; i < here; ++i) keep[at + i] = kept[i] != 0;
     }
   }
-  return nan == 0;
+  return !any(nan);
+}
+
+// Any length: every score of a row is compared with every vector of it.
+bool rank_rows(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, bool* keep) {
+  const int wanted = static_cast<int>(k);
+  alignas(64) float row[ranked_length] = {};
+  alignas(64) bool kept[ranked_length];
+  i32 lane;
+  for (int i = 0; i < lanes; ++i) lane[i] = i;
+  i32 nan{};
+  for (std::int64_t r = 0; r < rows; ++r, scores += n, keep += n) {
+    __builtin_memcpy(row, scores, static_cast<std::size_t>(n) * sizeof(float));
+    for (std::int64_t first = 0; first < n; first += lanes) {
+      const f32 score = load(row + first);
+      const std::int64_t end = first + lanes < n ? first + lanes : n;
+      i32 before{};
+      for (std::int64_t j = 0; j < first; ++j) before -= row[j] >= score;
+      for (std::int64_t j = first; j < end; ++j) {
+        const i32 later = lane > static_cast<int>(j - first);
+        before -= (row[j] > score) | ((row[j] == score) & later);
+      }
+      for (std::int64_t j = end; j < n; ++j) before -= row[j] > score;
+      nan |= score != score;
+      store_bools(kept + first, before < wanted);
+    }
+    __builtin_memcpy(keep, kept, static_cast<std::size_t>(n));
+  }
+  return !any(nan);
 }
 
 bool rank(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, bool* keep) {
-  if (n == 4) return rank_rows<4>(scores, rows, n, k, keep);
-  if (n == 8) return rank_rows<8>(scores, rows, n, k, keep);
-  return rank_rows<0>(scores, rows, n, k, keep);
+  if (n == 4) return rank_groups<4>(scores, rows * n, k, keep);
+  if constexpr (lanes >= 8) {
+    if (n == 8) return rank_groups<8>(scores, rows * n, k, keep);
+  }
+  if constexpr (lanes >= 16) {
+    if (n == 16) return rank_groups<16>(scores, rows * n, k, keep);
+  }
+  return rank_rows(scores, rows, n, k, keep);
 }
 
 }  // namespace

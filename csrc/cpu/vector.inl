@@ -29,6 +29,16 @@ inline typename Vector<T>::type splat(T v) {
   return typename Vector<T>::type{} + v;
 }
 
+// Count<n>::type is Indices<0, ..., n - 1>, for masks of shuffles.
+template <int... i>
+struct Indices {};
+template <int n, int... i>
+struct Count : Count<n - 1, n - 1, i...> {};
+template <int... i>
+struct Count<0, i...> {
+  typedef Indices<i...> type;
+};
+
 // acc[i][n] += sum over k < depth of a[i * a_row + k * a_step] * (vector n at b + k * b_step). Both operands step
 // through k; nothing needs alignment. Two multiply-adds a cycle of latency 4 want rows * width >= 8.
 template <typename T, int rows, int width>
