@@ -140,28 +140,30 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
   }
   if (group * n_in * (n_in + n_y) < serial_work) threads = 1;
 
-  const auto group_from = [&](std::int64_t first) {
+  const auto group_from = [&](std::int64_t first, bool keep) {
     const std::int64_t here = std::min(group, tokens - first);
     const float* roots_here = roots != nullptr ? roots + first : nullptr;
     const float* y_here = y != nullptr ? y + first * n_y : nullptr;
+    const GramOperand x_part{x + first * n_in, shift_x, panels, n_in};
+    const GramOperand y_part{y_here, shift_y, panels + group * x_columns, n_y};
     return GroupRun{
-        {{x + first * n_in, shift_x, panels, n_in}, roots_here, partial, here, pack_tokens},
-        {{y_here, shift_y, panels + group * x_columns, n_y}, roots_here, partial + parts * n_in, here, pack_tokens},
+        {x_part, roots_here, partial, here, pack_tokens, keep},
+        {y_part, roots_here, partial + parts * n_in, here, pack_tokens, keep},
         sums,
         &kernel};
   };
-  // Nothing is added before all is known to be finite; the group packed last is then multiplied first.
+  // Nothing is added before all is known to be finite; the last group is kept packed, and multiplied first.
   std::fill_n(sum_x, n_in + n_y, 0.0);
   const std::int64_t last = (tokens - 1) / group * group;
   for (std::int64_t first = 0; first <= last; first += group) {
-    const GroupRun run = group_from(first);
+    const GroupRun run = group_from(first, first == last);
     pack_group(run, threads);
     if (!add_parts(run.x, sum_x) || !add_parts(run.y, sum_y)) return false;
   }
   for (std::int64_t c = 0; c < n_in; ++c) sums.x[c] += sum_x[c];
   for (std::int64_t c = 0; c < n_y; ++c) sums.y[c] += sum_y[c];
   for (std::int64_t first = last; first >= 0; first -= group) {
-    const GroupRun run = group_from(first);
+    const GroupRun run = group_from(first, true);
     if (first < last) pack_group(run, threads);
     multiply_group(run, threads);
   }

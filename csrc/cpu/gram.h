@@ -35,6 +35,7 @@ struct GramPackJob {
   float* partial;            // [parts, n], sums over each part's tokens of w (values - shift)
   std::int64_t tokens;
   std::int64_t part_tokens;  // tokens that one packing task covers, few enough for a float32 sum
+  bool keep;                 // the packed copy, and not only the sums
 };
 
 // sums[i][j] += sum over the packed tokens of rows[i] columns[j], for one block of i and one of j.

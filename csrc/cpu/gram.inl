@@ -53,7 +53,8 @@ void token_sums(const TokenSumsJob& job, std::int64_t part) {
   }
 }
 
-void pack(const GramPackJob& job, std::int64_t part) {
+template <bool keep>
+void pack_part(const GramPackJob& job, std::int64_t part) {
   const std::int64_t n = job.operand.n;
   const std::int64_t begin = part * job.part_tokens;
   const std::int64_t end = begin + job.part_tokens < job.tokens ? begin + job.part_tokens : job.tokens;
@@ -76,7 +77,7 @@ void pack(const GramPackJob& job, std::int64_t part) {
         // The processor does not foresee that the next panel's piece of this row comes next in it.
         __builtin_prefetch(in + t * n + width + v * lanes);
         const f32 scaled = (load(in + t * n + v * lanes) - shift[v]) * root;
-        store(out + t * width + v * lanes, scaled);
+        if (keep) store(out + t * width + v * lanes, scaled);
         sums[v] += scaled * root;
       }
     }
@@ -91,11 +92,15 @@ void pack(const GramPackJob& job, std::int64_t part) {
       const float root = roots != nullptr ? roots[t] : 1.0f;
       float scaled = 0.0f;
       if (first + c < n) scaled = (job.operand.values[t * n + first + c] - job.operand.shift[first + c]) * root;
-      out[t * width + c] = scaled;
+      if (keep) out[t * width + c] = scaled;
       sum += scaled * root;
     }
     if (first + c < n) partial[first + c] = sum;
   }
+}
+
+void pack(const GramPackJob& job, std::int64_t part) {
+  job.keep ? pack_part<true>(job, part) : pack_part<false>(job, part);
 }
 
 // sums[i][j] += sum over k < depth of a[k][i] b[k][j], i below tile_rows and j below `vectors` vectors, in float32; of
