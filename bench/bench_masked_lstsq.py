@@ -111,7 +111,8 @@ def measure(case: Case, threads: int, quick: bool) -> list[harness.Row]:
             "case": str(case), "threads": threads, "isa": isa, "ours_ms": timings.median(isa) * 1e3,
             "batched_ms": timings.median("batched") * 1e3, "row_ms": timings.median("row") * 1e3,
             "reference_ms": timings.median(reference) * 1e3, "ratio": ratio.value, "low": ratio.low,
-            "high": ratio.high, "gflops": flops / timings.median(isa) * 1e-9, "same_result": error <= TOLERANCE, "error": error,
+            "high": ratio.high, "gflops": flops / timings.median(isa) * 1e-9, "same_result": error <= TOLERANCE,
+            "error": error,
         })  # fmt: skip
     return rows
 
