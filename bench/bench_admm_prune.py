@@ -33,8 +33,8 @@ NOTES = (
     "The whole call: eigenvectors (`eigh_ms`, float32, in both sides' times) and up to 120 iterations. The reference "
     "is the same in torch: float32 products and divisions, torch.topk. `ratio` with its 95 % interval. `objective`: "
     "error tr((V - W*) H (V - W*)ᵀ) after the least squares on our support, over that on the reference's; "
-    "`same_result`: within 0.5 % of 1. `sweep`, `magnitude`: our error over that on the support of obs_sweep, and of the largest "
-    "normalised magnitudes."
+    "`same_result`: within 0.5 % of 1. `sweep`, `magnitude`: our error over that on the support of obs_sweep, and "
+    "of the largest normalised magnitudes."
 )
 
 
