@@ -13,7 +13,7 @@ from sparsebert.patterns import VNM, NofM, Pattern, kept_in, require_fits
 
 # ρ, in units in which H has a unit diagonal, at the start and at the end of the iterations. Measured on 384 -> 384
 # layers of correlated and of GELU inputs at 50 to 95 %, 2:4 and 32x1, as the error after a refit: starts of 0.05 and
-# 0.2 and ends of 2.5 and 6 cost 0 to 6 %. At 192 -> 64 a start of 0.3 costs up to 14 % (the first support freezes), one
+# 0.2 and ends of 2 to 6 cost up to 6.4 %. At 192 -> 64 a start of 0.3 costs up to 14 % (the first support freezes), one
 # of 0.003 that ends below 0.1 a factor of up to 4.3 (it does not converge).
 RHO_START, RHO_END = 0.1, 1.0
 RAMP = 0.4  # share of the iterations in which the sparsity climbs
