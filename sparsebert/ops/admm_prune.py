@@ -13,8 +13,8 @@ from sparsebert.patterns import VNM, NofM, Pattern, kept_in, require_fits
 
 # ρ, in units in which H has a unit diagonal, at the start and at the end of the iterations. Measured on 384 -> 384
 # layers of correlated and of GELU inputs at 50 to 95 %, 2:4 and 32x1, as the error after a refit: starts of 0.05 and
-# 0.2 and ends of 2.5 and 6 cost 0 to 6 %. At 192 -> 64 a start of 0.3 costs up to 14 % (the first support freezes), one
-# of 0.003 that ends below 0.1 up to a factor of 4 (it does not converge).
+# 0.2 and ends of 2 to 6 cost up to 6.4 %. At 192 -> 64 a start of 0.3 costs up to 14 % (the first support freezes), one
+# of 0.003 that ends below 0.1 a factor of up to 4.3 (it does not converge).
 RHO_START, RHO_END = 0.1, 1.0
 RAMP = 0.4  # share of the iterations in which the sparsity climbs
 SETTLED = 3e-4  # stops when a smaller share of the kept weights changes in an iteration
@@ -34,7 +34,7 @@ def admm_prune(
     """The support of a V of the given pattern with a small tr((V - W*) H (V - W*)ᵀ): bool [rows, n_in], True = kept.
 
     weight: W*, float64 [rows, n_in]. h: float64 [n_in, n_in], symmetric positive definite.
-    iterations: at least 1; half of the default gives an error 0 to 2.5 % higher.
+    iterations: at least 1; half of the default gives an error up to 4 % higher.
     In units in which H has a unit diagonal (B0 = W* D, Hn = D⁻¹ H D⁻¹, D² = diag H), each iteration projects B + U on
     the pattern (Z), adds what was lost to U, and solves (Hn + ρ) for the next B. The sparsity climbs to its end by a
     cubic over the first 40 % of the iterations; from there on ρ grows by a constant factor an iteration, U shrinking
