@@ -66,11 +66,9 @@ def refused(capsys, *arguments) -> str:
 
 def start(*arguments, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "sparsebert", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        # A shell starts background jobs with SIGINT ignored, and that is inherited.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **kwargs,
-    )  # fmt: skip
+    # A shell starts background jobs with SIGINT ignored, and that is inherited.
+    kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs)
 
 
 def test_train_prune_eval_bench_end_with_their_documents(dense, tmp_path, capsys):
