@@ -46,8 +46,8 @@ SPACES = {
 
 def _ladder() -> dict[str, dict]:
     """SparseGPT, then each step added, then each taken from the whole."""
-    steps = ["refit", "target", "admm", "cls", "heads", "fisher", "allocation", "distill", "perturb"]
-    tiers = {"fisher": 1, "allocation": 1, "distill": 2, "perturb": 2}
+    steps = ["refit", "target", "admm", "cls", "heads", "tokens", "outputs", "allocation", "distill", "perturb"]
+    tiers = {"tokens": 1, "outputs": 1, "allocation": 1, "distill": 2, "perturb": 2}
     rungs = {"sparsegpt": {"method": "sparsegpt"}}
     for i, step in enumerate(steps):
         tier = max(tiers.get(s, 0) for s in steps[: i + 1])

@@ -11,7 +11,7 @@ from sparsebert.ops.admm_prune import admm_prune, admm_prune_ref
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.ops.obs_prune import obs_prune
 from sparsebert.ops.topk_mask import pattern_mask
-from sparsebert.patterns import Pattern, kept_in, parse
+from sparsebert.patterns import VNM, Grouped, Pattern, kept_in, parse
 
 # Pattern and sparsity; all fit 64 x 192.
 PATTERNS = [
@@ -37,10 +37,17 @@ def separated(rows: int, n_in: int, sparsity: float) -> tuple[torch.Tensor, torc
     return weight.view(rows, n_in), h
 
 
-def error(weight: torch.Tensor, h: torch.Tensor, keep: torch.Tensor) -> float:
-    """tr((V - W*) H (V - W*)ᵀ) of the best V on a support."""
-    lost = masked_lstsq(weight @ h, h, keep) - weight
-    return float(((lost @ h) * lost).sum())
+def error(weight: torch.Tensor, h: torch.Tensor, keep: torch.Tensor, metric: torch.Tensor | None = None) -> float:
+    """tr(B (V - W*) H (V - W*)ᵀ) of the best V on a support; B = I without a metric."""
+    lost = masked_lstsq(weight @ h, h, keep, row_metric=metric) - weight
+    return float(((lost @ h) * (lost if metric is None else metric @ lost)).sum())
+
+
+def low_rank(rows: int) -> torch.Tensor:
+    """A row metric in which few directions count."""
+    directions = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    metric = directions @ directions.T
+    return metric / metric.diagonal().mean() + 0.1 * torch.eye(rows, dtype=torch.float64)
 
 
 @functools.cache
@@ -89,6 +96,31 @@ def test_is_at_least_as_good_as_exact_obs_over_all_rows(sparsity, gelu):
     weight, h = problem(64, 192, gelu)
     obs = obs_prune(weight, h, parse("unstructured"), sparsity, per_row=False) != 0
     assert error(weight, h, admm_prune(weight, h, parse("unstructured"), sparsity)) <= error(weight, h, obs)
+
+
+@pytest.mark.parametrize(("name", "sparsity"), PATTERNS)
+def test_with_a_row_metric_the_error_is_the_references_and_below_what_ignores_it(name, sparsity):
+    weight, h = problem(64, 192)
+    pattern, metric = parse(name), low_rank(64)
+    keep = admm_prune(weight, h, pattern, sparsity, row_metric=metric)
+    assert keep.sum() == kept_in(pattern, 64, 192, sparsity)
+    assert torch.equal(pattern_mask(keep.float(), pattern, sparsity), keep)
+    expected = admm_prune_ref(weight, h, pattern, sparsity, row_metric=metric)
+    ours = error(weight, h, keep, metric)
+    # 64 rows have two groups of 32: few and large choices, of which float32 and float64 make different ones.
+    groups = isinstance(pattern, Grouped | VNM)
+    assert ours == pytest.approx(error(weight, h, expected, metric), rel=0.12 if groups else 0.03)
+    assert ours < error(weight, h, admm_prune(weight, h, pattern, sparsity), metric)
+
+
+@pytest.mark.parametrize(("rows", "n_in"), [(1, 1), (1, 50), (7, 31), (64, 192)])
+def test_a_row_metric_that_couples_nothing_weights_the_rows(rows, n_in):
+    weight, h = problem(rows, n_in)
+    scales = torch.logspace(-1, 1, rows, dtype=torch.float64)
+    metric = torch.diag(scales**2)
+    scaled = admm_prune(weight * scales[:, None], h, parse("unstructured"), 0.75)
+    keep = admm_prune(weight, h, parse("unstructured"), 0.75, row_metric=metric)
+    assert error(weight, h, keep, metric) == pytest.approx(error(weight, h, scaled, metric), rel=0.1, abs=1e-12)
 
 
 def test_matches_the_reference_on_an_encoder_layer(isa):
@@ -156,6 +188,10 @@ BAD_CALLS = {
     "h must be finite, got inf or NaN": lambda: call(h=torch.full((6, 6), torch.inf, dtype=torch.float64)),
     "h must be positive definite, pivot 0 of 6 is not above 0": lambda: call(h=-torch.eye(6, dtype=torch.float64)),
     "h must be positive definite, pivot 1 of 6 is not above 0": lambda: call(h=torch.ones(6, 6, dtype=torch.float64)),
+    "row_metric must be 2-d float64 on the CPU, got torch.float32": lambda: call(row_metric=torch.eye(4)),
+    "row_metric must be [rows = 4, rows], got [6, 6]": lambda: call(row_metric=torch.eye(6, dtype=torch.float64)),
+    "row_metric must be finite, got inf or NaN": lambda: call(row_metric=torch.full((4, 4), torch.nan).double()),
+    "row_metric must be positive definite, pivot 0 of 4": lambda: call(row_metric=torch.zeros(4, 4).double()),
     "pattern 2:4 needs a multiple of 4 inputs, weight has 6": lambda: call(pattern="2:4"),
     "pattern 3x1 needs a multiple of 3 outputs, weight has 4": lambda: call(pattern="3x1"),
     "leaves weight [4, 6] no weight at all": lambda: call(pattern="4x1/6", sparsity=0.5),

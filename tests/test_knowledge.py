@@ -14,7 +14,8 @@ from models import classifier, tokenizer
 from sparsebert import data, encoders, patterns
 from sparsebert.pruning import allocate, draw, recover
 from sparsebert.pruning.cluster import row_groups
-from sparsebert.pruning.scores import FLOOR, cls_weights, fisher_pass, fisher_weights
+from sparsebert.pruning.scores import FLOOR, cls_weights, gradient_pass, kronecker_factors
+from sparsebert.pruning.solve import match_logits
 
 MR = data.load(data.get_task("mr"), "train")
 
@@ -51,20 +52,20 @@ def test_the_last_layer_may_forget_what_the_first_token_does_not_need():
     assert "bert.encoder.layer.1.output.dense" in weights
 
 
-def test_gradients_have_the_fishers_mean():
+def test_gradients_have_the_mean_of_the_logits_differences():
     model, batches = classifier(labels=3), calibration(300).batches
     name = "bert.encoder.layer.0.output.dense"
     batch = batches[0]
-    with torch.enable_grad():  # exactly: sum over labels of p times the outer product of the gradient at that label
+    with torch.enable_grad():  # exactly: a third of the sum of (gradients of a logit minus the mean logit)²
         seen = []
         handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, out: seen.append(out))
         logits = model(**batch).logits
         handle.remove()
-        log_p = logits.log_softmax(-1)
+        centred = logits - logits.mean(-1, keepdim=True)
         exact = 0.0
         for label in range(3):
-            g = torch.autograd.grad(log_p[:, label].sum(), seen[0], retain_graph=True)[0]
-            exact = exact + (log_p[:, label].exp()[:, None] * g.square().sum(-1)).detach()
+            g = torch.autograd.grad(centred[:, label].sum(), seen[0], retain_graph=True)[0]
+            exact = exact + g.square().sum(-1) / 3
     found = []
 
     def see(linear, _x, gradient):
@@ -72,19 +73,84 @@ def test_gradients_have_the_fishers_mean():
             found.append(gradient.square().sum(-1))
 
     for seed in range(200):
-        fisher_pass(model, [batch], see, seed)
+        gradient_pass(model, [batch], see, seed)
     torch.testing.assert_close(torch.stack(found).mean(0), exact, rtol=0.15, atol=0.02 * float(exact.max()))
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_fisher_weights_have_mean_one_and_a_floor():
+def test_kronecker_factors_have_mean_one_and_a_floor():
     model, batches = classifier(), calibration().batches
-    weights = fisher_weights(model, batches, seed=0)
-    assert weights.keys() == encoders.encoder_linears(model).keys()
-    for parts in weights.values():
+    weights, metrics = kronecker_factors(model, batches, seed=0)
+    linears = encoders.encoder_linears(model)
+    assert weights.keys() == metrics.keys() == linears.keys()
+    for name, parts in weights.items():
         assert [part.shape for part in parts] == [batch["input_ids"].shape for batch in batches]
         every = torch.cat([part.flatten() for part in parts])
         assert float(every.mean()) == pytest.approx(1, rel=1e-4) and float(every.min()) >= FLOOR
+        assert metrics[name].shape == (linears[name].out_features,) * 2
+        assert float(metrics[name].diagonal().mean()) == pytest.approx(1, rel=1e-4)
+        assert float(torch.linalg.eigvalsh(metrics[name].double())[0]) > 0.9 * FLOOR
+
+
+def test_the_factors_predict_the_change_of_the_logits_that_an_error_makes():
+    """The mean squared change by a small error E of one linear is tr(B E H Eᵀ), up to floors and the model's scale."""
+    model, batches = classifier(), calibration(4000).batches
+    weights, metrics = kronecker_factors(model, batches, seed=0)
+    reference = recover.logits_of(model, batches)
+    predicted, ignoring, real = [], [], []
+    for name, module in encoders.encoder_linears(model).items():
+        xs = []
+        handle = module.register_forward_pre_hook(lambda _m, args, xs=xs: xs.append(args[0].flatten(0, 1)))
+        recover.logits_of(model, batches)
+        handle.remove()
+        x, w = torch.cat(xs), torch.cat([part.flatten() for part in weights[name]])
+        h = (x.T * w) @ x / w.sum()
+        kept = module.weight.detach().clone()
+        within = []
+        for seed in range(8):
+            error = torch.randn(kept.shape, generator=torch.Generator().manual_seed(seed)) * 1e-3
+            if seed % 2:  # an error that the logits hardly see
+                values, vectors = torch.linalg.eigh(metrics[name])
+                error = vectors[:, : len(values) // 2] @ vectors[:, : len(values) // 2].T @ error
+            with torch.no_grad():
+                module.weight.add_(error)
+                change = recover.logits_of(model, batches) - reference
+                module.weight.copy_(kept)
+            change -= change.mean(-1, keepdim=True)
+            within.append((float((metrics[name] @ error @ h * error).sum()), float((error @ h * error).sum())))
+            real.append(float(change.square().mean()))
+        predicted += [a for a, _ in within]
+        ignoring += [b for _, b in within]
+
+    def within_linears(found):
+        found, truth = (np.log(np.array(values).reshape(-1, 8)) for values in (found, real))
+        return np.corrcoef(
+            (found - found.mean(1, keepdims=True)).ravel(), (truth - truth.mean(1, keepdims=True)).ravel()
+        )
+
+    assert within_linears(predicted)[0, 1] > 0.8
+    assert within_linears(predicted)[0, 1] > within_linears(ignoring)[0, 1]
+
+
+def test_a_matched_classifier_has_the_least_divergence():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 10, generator=generator)
+    wanted = 3 * x[:, :3] + torch.randn(400, 3, generator=generator)
+    module = torch.nn.Linear(10, 3)
+    with torch.no_grad():
+        solution = torch.linalg.lstsq(torch.cat([x, torch.ones(400, 1)], 1), wanted).solution.T
+        module.weight.copy_(solution[:, :-1])
+        module.bias.copy_(solution[:, -1])
+        was = recover.kl(wanted, module(x))
+        match_logits(module, x, wanted)
+        best = recover.kl(wanted, module(x))
+        assert best < 0.9 * was
+        for seed in range(20):
+            other = torch.nn.Linear(10, 3)
+            step = 1e-2 * torch.randn(3, 11, generator=torch.Generator().manual_seed(seed))
+            other.weight.copy_(module.weight + step[:, :-1])
+            other.bias.copy_(module.bias + step[:, -1])
+            assert recover.kl(wanted, other(x)) > best - 1e-6
 
 
 def test_damage_predicts_the_divergence_that_one_linear_causes():

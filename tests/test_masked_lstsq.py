@@ -135,6 +135,38 @@ def test_the_residual_is_zero_on_the_support(rows, n_in, kept, seed):
     assert ((v @ symmetric - target)[mask].abs() < 1e-11).all()
 
 
+@pytest.mark.parametrize(
+    ("rows", "n_in", "kept"), [(1, 1, 1.0), (1, 30, 0.5), (7, 1, 1.0), (12, 31, 0.2), (16, 24, 0.7)]
+)
+def test_rows_that_count_together_match_the_reference(rows, n_in, kept):
+    target, h = problem(rows, n_in, condition=100.0)
+    _, metric = problem(1, rows, condition=100.0, seed=1)
+    metric = torch.triu(metric) + torch.triu(metric, 1).T
+    mask = random_mask(rows, n_in, kept)
+    v = masked_lstsq(target, h, mask, row_metric=metric)
+    expected = masked_lstsq_ref(target, h, mask, row_metric=metric)
+    assert (v[~mask] == 0).all()
+    h = torch.triu(h) + torch.triu(h, 1).T
+
+    def objective(v):
+        return float((v * (metric @ (v @ h - 2 * target))).sum())
+
+    rowwise = objective(masked_lstsq(target, h, mask))
+    gap = objective(v) - objective(expected)
+    assert -1e-9 <= gap <= 1e-4 * (rowwise - objective(expected)) + 1e-12
+
+
+def test_a_row_metric_changes_nothing_where_rows_are_independent_or_keep_the_same():
+    target, h = problem(10, 40)
+    mask = random_mask(10, 40, 0.5)
+    diagonal = torch.diag(torch.linspace(0.1, 9.0, 10, dtype=torch.float64))
+    torch.testing.assert_close(masked_lstsq(target, h, mask, row_metric=diagonal), masked_lstsq(target, h, mask))
+    _, metric = problem(1, 10, seed=1)
+    metric = torch.triu(metric) + torch.triu(metric, 1).T
+    same = mask[:1].repeat(10, 1)
+    torch.testing.assert_close(masked_lstsq(target, h, same, row_metric=metric), masked_lstsq(target, h, same))
+
+
 def test_the_row_and_pivot_that_fail_are_named(isa):
     target, h = problem(4, 60)
     h[17, 17] = -1.0
@@ -170,6 +202,11 @@ BAD_CALLS = {
     "mask must match target [2, 3], got [1, 3]": lambda: call(mask=torch.ones(1, 3, dtype=torch.bool)),
     "target must be finite, got inf or NaN": lambda: call(NAN, mask=torch.ones(1, 3, dtype=torch.bool)),
     "h must be finite, got inf or NaN": lambda: call(h=torch.full((3, 3), torch.inf, dtype=torch.float64)),
+    "row_metric must be 2-d contiguous torch.float64 on the CPU, got torch.float32": lambda: call(
+        row_metric=torch.eye(2)
+    ),
+    "row_metric must be [rows = 2, rows], got [3, 3]": lambda: call(row_metric=torch.eye(3, dtype=torch.float64)),
+    "row_metric must be finite, got inf or NaN": lambda: call(row_metric=torch.full((2, 2), torch.nan).double()),
     "threads must be an integer of at least 1, got 0": lambda: call(threads=0),
 }
 

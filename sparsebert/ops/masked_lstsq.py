@@ -8,12 +8,15 @@ import torch
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 
+CG_STEPS, CG_TOLERANCE = 60, 1e-6
+
 
 def masked_lstsq(
     target: torch.Tensor,
     h: torch.Tensor,
     mask: torch.Tensor,
     *,
+    row_metric: torch.Tensor | None = None,
     threads: int | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
@@ -26,11 +29,15 @@ def masked_lstsq(
     order) share one factorisation. Where supports keep more than half of n_in, and enough of them to pay for one dense
     inverse, the removed half is solved for instead: V = W* - W*_R (H⁻¹_RR)⁻¹ H⁻¹_R:, with R the removed columns and
     W* = T H⁻¹; the same V. The result does not depend on `threads`, nor on the other rows but by that choice.
+    row_metric: B, float64 [rows, rows], symmetric positive definite: how errors of two rows count together, where
+    supports differ between rows. Then the objective is tr(B V H Vᵀ) - 2 tr(B T Vᵀ), solved from the V above by
+    conjugate gradients in float32 (torch's products, on torch's threads), preconditioned by both diagonals, until the
+    squared residual has fallen to CG_TOLERANCE of its start, or for CG_STEPS steps.
 
     Raises InputError for wrong types or shapes, for values that are not finite, and for an H that is not positive
     definite on a support, naming row and pivot.
     """
-    _check(target, h, mask)
+    _check(target, h, mask, row_metric)
     keep = mask.numpy()
     first, group_of = _distinct(keep)
     kept, sizes = keep[first].sum(1), np.bincount(group_of)
@@ -52,16 +59,53 @@ def masked_lstsq(
             f"h must be positive definite on every support, pivot {pivot} of row {row} is not above 0",
             fix="raise the damping or give more calibration tokens",
         )
-    return torch.from_numpy(v)
+    solution = torch.from_numpy(v)
+    return solution if row_metric is None else _coupled(solution, target, _symmetric(h), mask, row_metric)
 
 
-def masked_lstsq_ref(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What `masked_lstsq` computes, row by row."""
-    h = torch.triu(h) + torch.triu(h, 1).T
+def masked_lstsq_ref(
+    target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, *, row_metric: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `masked_lstsq` computes, row by row, or with a row_metric as one system of equations."""
+    h = _symmetric(h)
+    if row_metric is not None:
+        kept = mask.flatten()
+        both = torch.kron(row_metric, h)[kept][:, kept]
+        v = torch.zeros(target.numel(), dtype=torch.float64)
+        v[kept] = torch.linalg.solve(both, (row_metric @ target).flatten()[kept])
+        return v.view(target.shape)
     v = torch.zeros_like(target)
     for row, keep in enumerate(mask):
         v[row, keep] = torch.linalg.solve(h[keep][:, keep], target[row, keep])
     return v
+
+
+def _symmetric(h: torch.Tensor) -> torch.Tensor:
+    return torch.triu(h) + torch.triu(h, 1).T
+
+
+def _coupled(
+    v: torch.Tensor, target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric: torch.Tensor
+) -> torch.Tensor:
+    """From v to the minimum under a row_metric."""
+    # The residual starts as a difference of large numbers, and is float64 there alone.
+    residual = ((row_metric @ (target - v @ h)) * mask).float()
+    inverse = 1 / (row_metric.diagonal()[:, None] * h.diagonal()).float()
+    row_metric, h = row_metric.float(), h.float()
+    change, z = torch.zeros_like(residual), residual * inverse
+    direction, reached = z, (residual * z).sum()
+    enough = CG_TOLERANCE * reached
+    for _ in range(CG_STEPS):
+        if not reached > enough:
+            break
+        curved = (row_metric @ direction @ h) * mask
+        step = reached / (direction * curved).sum()
+        change += step * direction
+        residual -= step * curved
+        z = residual * inverse
+        before, reached = reached, (residual * z).sum()
+        direction = z + reached / before * direction
+    return v + change.double()
 
 
 def _distinct(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +155,11 @@ def _solve(
     return [(int(rows[row_ptr[group]]), int(pivots[group])) for group in np.flatnonzero(pivots >= 0)]
 
 
-def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> None:
-    for name, array, dtype in (("target", target, torch.float64), ("h", h, torch.float64), ("mask", mask, torch.bool)):
+def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric: torch.Tensor | None) -> None:
+    tensors = {"target": (target, torch.float64), "h": (h, torch.float64), "mask": (mask, torch.bool)}
+    if row_metric is not None:
+        tensors["row_metric"] = (row_metric, torch.float64)
+    for name, (array, dtype) in tensors.items():
         if array.dtype != dtype or array.ndim != 2 or array.device.type != "cpu" or not array.is_contiguous():
             raise InputError(
                 f"{name} must be 2-d contiguous {dtype} on the CPU, got {array.dtype} {list(array.shape)} on "
@@ -126,7 +173,12 @@ def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> None:
         raise InputError(f"h must be [n_in = {n_in}, n_in], got {list(h.shape)}", fix="match target and h")
     if mask.shape != target.shape:
         raise InputError(f"mask must match target {[rows, n_in]}, got {list(mask.shape)}", fix="match target and mask")
-    for name, array in (("target", target), ("h", h)):
+    if row_metric is not None and list(row_metric.shape) != [rows, rows]:
+        raise InputError(
+            f"row_metric must be [rows = {rows}, rows], got {list(row_metric.shape)}",
+            fix="match target and row_metric",
+        )
+    for name, (array, dtype) in tensors.items():
         # One pass, no temporary: a sum is not finite where a term is not.
-        if not array.sum().isfinite():
+        if dtype != torch.bool and not array.sum().isfinite():
             raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")

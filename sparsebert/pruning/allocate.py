@@ -13,7 +13,7 @@ from sparsebert.ops.obs_prune import obs_sweep
 from sparsebert.patterns import Pattern, zeros_in
 from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.calibration import Batches
-from sparsebert.pruning.scores import fisher_pass
+from sparsebert.pruning.scores import gradient_pass
 from sparsebert.pruning.solve import Quadratic
 
 # Sparsities tried for every linear. The highest is a cap: beyond it a linear's error no longer predicts the model's.
@@ -54,7 +54,7 @@ def damage(
             change -= change.mean((0, 1))
             sums[name][level] += (change * gradient).sum((1, 2)).double().square().sum()
 
-    fisher_pass(model, batches, see, seed, progress)
+    gradient_pass(model, batches, see, seed, progress)
     texts = sum(len(batch["input_ids"]) for batch in batches)
     return {name: (total / (2 * texts)).numpy() for name, total in sums.items()}
 

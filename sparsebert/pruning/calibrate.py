@@ -33,14 +33,20 @@ class Stage:
 
     linears: by full name, as they are in the model. dense: what each was in the dense model. moments: of the input x̂
     in the half-pruned model; their y is the outputs of all these linears in the dense model, at `targets`, or (None)
-    the dense model's input. head: behind the encoder, where nothing is pruned.
+    the dense model's input. examples: behind the encoder, where nothing is pruned, x̂ and y of every text, float32
+    [texts, width]; else None.
     """
 
     linears: dict[str, nn.Linear]
     dense: dict[str, Affine]
     moments: Moments
     targets: dict[str, slice] | None
-    head: bool
+    examples: tuple[torch.Tensor, torch.Tensor] | None
+
+    @property
+    def head(self) -> bool:
+        """Whether these linears are behind the encoder."""
+        return self.examples is not None
 
     def cross(self, name: str) -> torch.Tensor:
         """[n_out, n_in] float64, mean of (y - mean_y)(x̂ - mean_x)ᵀ, y the dense model's output of that linear."""
@@ -181,11 +187,12 @@ def _walk(
         for modules in order:
             affine = {module: _affine(module) for module in modules}
             # The cross moments need the outputs; where these are wider than the inputs, the inputs do: C = W S.
-            narrow = sum(m.out_features for m in modules) < modules[0].in_features
+            narrow = head or sum(m.out_features for m in modules) < modules[0].in_features
             classes: dict[int, list[nn.Linear]] = {}
             for module in modules:
                 classes.setdefault(id(weights.get(names[module])), []).append(module)
             moments: dict[int, Moments] = {}
+            examples: list[tuple[torch.Tensor, torch.Tensor]] = []
             for i, walk in enumerate(dense):
                 if behind:
                     walk.cross_stage(behind)
@@ -199,6 +206,8 @@ def _walk(
                         moments.get(key), x, y, None if token_weights is None else token_weights[i],
                         [names[m] for m in members],
                     )  # fmt: skip
+                if head:
+                    examples.append((x.flatten(0, -2), y.flatten(0, -2)))
                 if narrow:  # the outputs are there already, and the wide inputs need not wait
                     for part in y.split([m.out_features for m in modules], -1):
                         walk.go_on(part)
@@ -210,7 +219,7 @@ def _walk(
                     dense={names[m]: affine[m] for m in members},
                     moments=moments.pop(key),
                     targets=slices if narrow else None,
-                    head=head,
+                    examples=tuple(map(torch.cat, zip(*examples, strict=True))) if head else None,
                 )
             behind = {} if narrow else affine
             crossed = {module: _affine(module, copy=False) for module in modules}

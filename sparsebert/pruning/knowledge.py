@@ -19,13 +19,13 @@ from sparsebert.pruning.calibration import Batches, Calibration
 from sparsebert.pruning.cluster import row_groups
 from sparsebert.pruning.recover import distill
 from sparsebert.pruning.run import Run
-from sparsebert.pruning.scores import cls_weights, fisher_weights
-from sparsebert.pruning.solve import Quadratic, set_affine
+from sparsebert.pruning.scores import cls_weights, kronecker_factors
+from sparsebert.pruning.solve import Quadratic, match_logits, set_affine
 
 # Step -> the lowest tier that has it. Each can be left out by --without.
 STEPS = {
     "target": 0, "cluster": 0, "admm": 0, "refit": 0, "cls": 0, "heads": 0,
-    "fisher": 1, "allocation": 1, "distill": 2, "perturb": 2,
+    "tokens": 1, "outputs": 1, "allocation": 1, "distill": 2, "perturb": 2,
 }  # fmt: skip
 DAMPING = 1e-2
 DAMAGE_TOKENS = 30_000  # what the allotment of the budget looks at
@@ -52,12 +52,13 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     Tier 0, closed forms. target: what a linear should give is the dense model's output, exactly: T = C + λW (else W
     itself). cluster: rows that want the same columns form the groups of a grouped pattern (else consecutive rows).
     admm: the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the
-    support. cls: in the last layer only the first token's output counts. heads: pooler and classifier are solved for
-    again. Tier 1, one backward pass. fisher: each token counts by the Fisher information of what a linear gives it.
-    allocation: linears share the budget by the damage they do to the output; patterns with a sparsity of their own have
-    none to share.
-    Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: half of that on texts with swapped
-    words.
+    support. cls: in the last layer only the first token's output counts. heads: the pooler is solved for again, and the
+    classifier for the least divergence from the dense model's predictions. Tier 1, one backward pass. tokens: each
+    token counts by what an error of a linear's output there does to the logits. outputs: errors of two outputs count
+    together likewise, so that support and weights are found for tr(B E H Eᵀ), B the other Kronecker factor. allocation:
+    linears share the budget by the damage they do to the output; patterns with a sparsity of their own have none to
+    share. Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: half of that on texts with
+    swapped words.
     """
     steps = steps_of(config)
     pattern = parse(config.pattern)
@@ -66,8 +67,11 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     teacher = copy.deepcopy(model) if "distill" in steps else None
     batches = calibration.batches
     weights = cls_weights(model, batches) if "cls" in steps else {}
-    if "fisher" in steps:
-        weights = fisher_weights(model, batches, config.seed, run.part("token weights"))
+    metrics: dict[str, torch.Tensor] = {}
+    if steps & {"tokens", "outputs"}:
+        by_token, by_output = kronecker_factors(model, batches, config.seed, run.part("gradients"))
+        weights = by_token if "tokens" in steps else weights
+        metrics = by_output if "outputs" in steps else {}
     allotted = dict.fromkeys(encoder_linears(model), sparsity)
     if "allocation" in steps and isinstance(pattern, Unstructured | Grouped):
         found = run.once("allocation", lambda: _allotted(model, batches, pattern, sparsity, damping, config, run))
@@ -82,8 +86,10 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
             else:
                 target, weight = original @ q.h, original
             if not stage.head:
-                weight = sparse(weight, target, q, pattern, allotted[name], steps)
+                weight = sparse(weight, target, q, metrics.pop(name, None), pattern, allotted[name], steps)
             set_affine(module, weight, stage, name)
+            if stage.head and 1 < module.out_features == model.config.num_labels:
+                match_logits(module, *stage.examples)
     if teacher is not None:
         distill(model, teacher, calibration, perturb="perturb" in steps, seed=config.seed, progress=run.part("distill"))
 
@@ -92,23 +98,31 @@ def sparse(
     weight: torch.Tensor,
     target: torch.Tensor,
     q: Quadratic,
+    metric: torch.Tensor | None,
     pattern: Pattern,
     sparsity: float | Fraction,
     steps: set[str],
 ) -> torch.Tensor:
-    """V of the pattern near W* = T H⁻¹ (`weight`) under H, float64 [n_out, n_in]."""
+    """V of the pattern near W* = T H⁻¹ (`weight`) under H and the metric of the outputs, float64 [n_out, n_in]."""
     order = torch.arange(len(weight))
     if isinstance(pattern, Grouped) and "cluster" in steps:
-        order = row_groups((weight**2 * q.h.diagonal()).float(), pattern, sparsity)
+        scores = weight**2 * q.h.diagonal()
+        if metric is not None:
+            scores *= metric.diagonal()[:, None]
+        order = row_groups(scores.float(), pattern, sparsity)
     weight, target = weight[order], target[order]
+    if metric is not None:
+        metric = metric.double()[order][:, order]
+        # A dead column costs no row anything by itself, but might serve to balance the ridge's share of other rows.
+        weight, target = weight.masked_fill(q.dead, 0.0), target.masked_fill(q.dead, 0.0)
     if "admm" in steps:
-        mask = admm_prune(weight, q.h, pattern, sparsity)
+        mask = admm_prune(weight, q.h, pattern, sparsity, row_metric=metric)
         weight = weight * mask
     else:
         weight = obs_sweep(weight, q.h, pattern, sparsity)
         mask = weight != 0
     if "refit" in steps:
-        weight = masked_lstsq(target, q.h, mask)
+        weight = masked_lstsq(target, q.h, mask, row_metric=metric)
     return torch.empty_like(weight).index_copy_(0, order, weight)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens count: the weight of each calibration token in the moments of each linear."""
+"""What counts: the weight of each calibration token in the moments of each linear, and of its outputs' errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsebert.encoders import Progress, encoder_layers, encoder_linears, no_pr
 from sparsebert.pruning.calibrate import TokenWeights
 from sparsebert.pruning.calibration import Batches
 
-FLOOR = 0.1  # of the mean weight: keeps the moments' rank, and the function on texts unlike these
+FLOOR = 0.1  # of the mean: keeps the rank, and the function on texts unlike these
 
 
 def cls_weights(model, batches: Batches) -> TokenWeights:
@@ -33,24 +33,39 @@ def cls_weights(model, batches: Batches) -> TokenWeights:
     return dict.fromkeys(names, weights)
 
 
-def fisher_weights(model, batches: Batches, seed: int, progress: Progress = no_progress) -> TokenWeights:
-    """FLOOR + (1 - FLOOR) ‖g‖² / mean ‖g‖² of every token and linear, g the gradient at the linear's output whose outer
-    product has the Fisher information as its mean.
+def kronecker_factors(
+    model, batches: Batches, seed: int, progress: Progress = no_progress
+) -> tuple[TokenWeights, dict[str, torch.Tensor]]:
+    """What an error at the output of each linear costs the logits, as two factors: how much it counts at each token,
+    and how the errors of two outputs count together.
+
+    With g the gradients of `gradient_pass`: FLOOR + (1 - FLOOR) ‖g‖² / mean ‖g‖² of every token, float32; and FLOOR I +
+    (1 - FLOOR) E g gᵀ / mean E g², float32 [n_out, n_out]. [Martens & Grosse 2015: the Gauss-Newton matrix of a layer
+    as a Kronecker product; the token's weight is kept in its other factor, E ‖g‖² x xᵀ.]
     """
     weights: TokenWeights = {name: [] for name in encoder_linears(model)}
+    metrics: dict[str, torch.Tensor] = {}
 
-    def norm(name, _x, gradient):
-        weights[name].append(gradient.square().sum(-1))
-
-    fisher_pass(model, batches, norm, seed, progress)
-    for name, parts in weights.items():
+    def see(name, _x, gradient):
         # The backward pass meets the linears of a batch once each, and the batches in order.
+        weights[name].append(gradient.square().sum(-1))
+        flat = gradient.flatten(0, 1)
+        if name in metrics:
+            metrics[name].addmm_(flat.T, flat)
+        else:
+            metrics[name] = flat.T @ flat
+
+    gradient_pass(model, batches, see, seed, progress)
+    for name, parts in weights.items():
         mean = torch.cat([part.flatten() for part in parts]).mean()
         weights[name] = [FLOOR + (1 - FLOOR) * part / mean for part in parts]
-    return weights
+        metric = metrics[name]
+        metric *= (1 - FLOOR) / metric.diagonal().mean()
+        metric.diagonal().add_(FLOOR)
+    return weights, metrics
 
 
-def fisher_pass(
+def gradient_pass(
     model,
     batches: Batches,
     see: Callable[[str, torch.Tensor, torch.Tensor], None],
@@ -60,9 +75,9 @@ def fisher_pass(
     """One forward and backward pass; calls see(name, x, g) for every encoder linear of every batch, x and g [sequences,
     length, width].
 
-    g = Jᵀ v with J the logits' Jacobian at the linear's output and v = (diag √p - p √pᵀ) r, r random signs and p the
-    model's probabilities: E v vᵀ = diag p - p pᵀ, the Fisher information of the logits, so that E g gᵀ is that of the
-    output. It varies less than the gradient at a sampled label.
+    g = Jᵀ v with J the logits' Jacobian at the linear's output and v = (r - mean r) / √labels, r random signs: E g gᵀ
+    measures the change of the logits' differences, and counts every text alike. (The Fisher information would have v =
+    (diag √p - p √pᵀ) r with the probabilities p, and so hardly look at texts that the model is sure of.)
     """
     generator = torch.Generator().manual_seed(seed)
     with _gradients_at(model, see):
@@ -71,10 +86,9 @@ def fisher_pass(
                 embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
                 rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
                 logits = model(inputs_embeds=embedded, **rest).logits
-            p = logits.detach().softmax(-1)
-            signs = torch.randint(0, 2, p.shape, generator=generator) * 2.0 - 1.0
-            v = p.sqrt() * signs
-            torch.autograd.backward(logits, v - p * v.sum(-1, keepdim=True))
+            signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
+            v = (signs - signs.mean(-1, keepdim=True)) / logits.shape[-1] ** 0.5
+            torch.autograd.backward(logits, v)
             progress(done, len(batches))
 
 

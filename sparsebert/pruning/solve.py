@@ -16,14 +16,17 @@ from torch import nn
 from sparsebert.errors import InputError
 from sparsebert.pruning.calibrate import Stage
 
+DEAD = 1e-10  # of the largest variance
+HEAD_RIDGE = 1e-4
+
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
     """H = gram + λI with λ = damping times the mean diagonal of gram, [n_in, n_in] float64.
 
     Raises InputError for a gram without any variance, and, when it is factored, for one that damping does not make
-    positive definite, naming the pivot and the damping tried. An input that never varied (a dead column) needs no rule
-    of its own: its weight is worth nothing under H and is the first to go, or stays as it is.
+    positive definite, naming the pivot and the damping tried. The weight of an input that never varied (a dead column)
+    is worth nothing under H: it is the first to go, or stays as it is.
     """
 
     gram: torch.Tensor
@@ -44,6 +47,12 @@ class Quadratic:
     def h(self) -> torch.Tensor:
         """H."""
         return self.gram + self.ridge * torch.eye(len(self.gram), dtype=self.gram.dtype)
+
+    @cached_property
+    def dead(self) -> torch.Tensor:
+        """bool [n_in]: inputs that never varied, but for rounding."""
+        variances = self.gram.diagonal()
+        return variances < DEAD * variances.max()
 
     @cached_property
     def factor(self) -> torch.Tensor:
@@ -67,3 +76,31 @@ def set_affine(module: nn.Linear, weight: torch.Tensor, stage: Stage, name: str)
     module.weight.copy_(weight)
     if module.bias is not None:
         module.bias.copy_(stage.mean_y(name) - weight @ stage.moments.mean_x)
+
+
+def match_logits(module: nn.Linear, x: torch.Tensor, logits: torch.Tensor) -> None:
+    """Sets the classifier's weight and bias, from where they are, to those of least KL(softmax(logits) ‖ softmax(V x +
+    b)), a convex problem; least squares on logits would leave a pruned model as sure as the dense one where it is
+    wrong.
+
+    x: [texts, n_in]; logits: [texts, labels], the dense model's. HEAD_RIDGE times the squared distance from the start
+    is added.
+    """
+    x, wanted = x.double(), logits.double().log_softmax(-1)
+    start = torch.cat([module.weight, module.bias[:, None]], 1).double()
+    affine = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([affine], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        got = nn.functional.linear(x, affine[:, :-1], affine[:, -1]).log_softmax(-1)
+        value = nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean")
+        value = value + HEAD_RIDGE * (affine - start).square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    with torch.no_grad():
+        module.weight.copy_(affine[:, :-1])
+        module.bias.copy_(affine[:, -1])
