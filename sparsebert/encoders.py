@@ -15,6 +15,7 @@ from torch import nn
 from sparsebert.checkpoint import ARCHITECTURES
 from sparsebert.data import Examples
 from sparsebert.errors import UnsupportedError
+from sparsebert.machine import bf16_is_fast
 
 
 class Progress(Protocol):
@@ -59,6 +60,11 @@ def layers_skipped(layers: Iterable[nn.Module], cell: list) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+def autocast(bf16: bool | None = None) -> torch.autocast:
+    """A context in which matrix products are bf16 if asked for; None: where this CPU multiplies bf16 in hardware."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
 
 
 def token_limit(model, wanted: int) -> int:

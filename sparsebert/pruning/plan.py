@@ -82,8 +82,9 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
         # Both runs hold a layer's input and its attention's output, the half-pruned one also its widest activation.
         parts["activations"] = 4 * tokens * (4 * width + widest) * mib
         parts["moments"] = 8 * 8 * widest**2 * mib
-    if "fisher" in steps:
+    if {"tokens", "outputs"} & set(steps):
         parts["token_weights"] = 4 * tokens * len(linears) * mib
+        parts["row_metrics"] = 4 * sum(m.out_features**2 for m in linears.values()) * mib
     if "allocation" in steps:
         parts["tried_sparsities"] = 2 * 4 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
     if "distill" in steps:
@@ -107,8 +108,8 @@ def _seconds(linears, weights: int, tokens: int, steps: list[str]) -> dict[str, 
         / speed
         / SOLVE,
     }
-    if "fisher" in steps:
-        parts["token_weights"] = 4 * weights * tokens / speed / FORWARD
+    if {"tokens", "outputs"} & set(steps):
+        parts["gradients"] = 4 * weights * tokens / speed / FORWARD
     if "allocation" in steps:
         some = min(tokens, DAMAGE_TOKENS)
         parts["allocation"] = (6 + 2 * len(allocate.LEVELS)) * weights * some / speed / FORWARD

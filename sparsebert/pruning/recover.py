@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from sparsebert import data
-from sparsebert.encoders import Progress, bucketed, collate, encoder_linears, no_progress, tokenize
-from sparsebert.machine import bf16_is_fast
+from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
 from sparsebert.pruning.calibration import Batches, Calibration
 
 STEPS, BATCH, LR, WARMUP = 300, 64, 5e-4, 20
@@ -37,10 +36,10 @@ def distill(
     best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), _copy(trained)
     rng = np.random.default_rng(seed)
     for step, batch in enumerate(_texts(calibration, perturb, rng)):
-        with torch.no_grad(), _autocast():
+        with torch.no_grad(), autocast():
             wanted = teacher(**batch, output_hidden_states=True)
         with torch.enable_grad():
-            with _autocast():
+            with autocast():
                 got = model(**batch, output_hidden_states=True)
             _loss(wanted, got, batch["attention_mask"].bool()).backward()
         for group in optimizer.param_groups:
@@ -127,7 +126,3 @@ def kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
 
 def _copy(trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trained.items()}
-
-
-def _autocast():
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast())

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-from sparsebert.encoders import Progress, encoder_layers, encoder_linears, no_progress
+from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, no_progress
 from sparsebert.pruning.calibrate import TokenWeights
 from sparsebert.pruning.calibration import Batches
 
 FLOOR = 0.1  # of the mean: keeps the rank, and the function on texts unlike these
+METRIC_TOKENS = 50_000  # about as many tell how errors of two outputs count together
 
 
 def cls_weights(model, batches: Batches) -> TokenWeights:
@@ -44,12 +45,13 @@ def kronecker_factors(
     as a Kronecker product; the token's weight is kept in its other factor, E ‖g‖² x xᵀ.]
     """
     weights: TokenWeights = {name: [] for name in encoder_linears(model)}
+    stride = max(1, sum(batch["input_ids"].numel() for batch in batches) // METRIC_TOKENS)
     metrics: dict[str, torch.Tensor] = {}
 
     def see(name, _x, gradient):
         # The backward pass meets the linears of a batch once each, and the batches in order.
         weights[name].append(gradient.square().sum(-1))
-        flat = gradient.flatten(0, 1)
+        flat = gradient[::stride].flatten(0, 1)
         if name in metrics:
             metrics[name].addmm_(flat.T, flat)
         else:
@@ -72,8 +74,8 @@ def gradient_pass(
     seed: int,
     progress: Progress = no_progress,
 ) -> None:
-    """One forward and backward pass; calls see(name, x, g) for every encoder linear of every batch, x and g [sequences,
-    length, width].
+    """One forward and backward pass; calls see(name, x, g) for every encoder linear of every batch, x and g float32
+    [sequences, length, width], of bf16 products where that is fast.
 
     g = Jᵀ v with J the logits' Jacobian at the linear's output and v = (r - mean r) / √labels, r random signs: E g gᵀ
     measures the change of the logits' differences, and counts every text alike. (The Fisher information would have v =
@@ -82,10 +84,10 @@ def gradient_pass(
     generator = torch.Generator().manual_seed(seed)
     with _gradients_at(model, see):
         for done, batch in enumerate(batches, start=1):
-            with torch.enable_grad():
+            with torch.enable_grad(), autocast():
                 embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
                 rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
-                logits = model(inputs_embeds=embedded, **rest).logits
+                logits = model(inputs_embeds=embedded, **rest).logits.float()
             signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
             v = (signs - signs.mean(-1, keepdim=True)) / logits.shape[-1] ** 0.5
             torch.autograd.backward(logits, v)
@@ -100,8 +102,8 @@ def _gradients_at(model, see):
 
     def hook(name):
         def forward(_module, args, out):
-            x = args[0].detach()
-            out.register_hook(lambda gradient: see(name, x, gradient))
+            x = args[0].detach().float()
+            out.register_hook(lambda gradient: see(name, x, gradient.float()))
 
         return forward
 

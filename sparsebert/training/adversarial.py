@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsebert.config import TrainConfig
-from sparsebert.encoders import encoder_layers, layers_skipped
+from sparsebert.encoders import autocast, encoder_layers, layers_skipped
 
 Batch = dict[str, torch.Tensor]
 
@@ -44,7 +44,7 @@ def backward(model: nn.Module, batch: Batch, labels: torch.Tensor, config: Train
             total += loss.item()
         return total
     layers = encoder_layers(model)
-    with torch.no_grad(), _autocast(bf16):
+    with torch.no_grad(), autocast(bf16):
         hidden = _reaching(model, layers[-1], batch)
     delta = _worst(model, batch, labels, hidden, config, bf16)
     with _moved(layers[-1], delta):
@@ -86,13 +86,9 @@ def perturbed_loss(model: nn.Module, batch: Batch, labels: torch.Tensor, config:
 
 
 def _loss(model: nn.Module, inputs: Batch, labels: torch.Tensor, bf16: bool) -> torch.Tensor:
-    with _autocast(bf16):
+    with autocast(bf16):
         logits = model(**inputs).logits
     return nn.functional.cross_entropy(logits.float(), labels)
-
-
-def _autocast(bf16: bool):
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
 
 
 def _ascent(start: torch.Tensor, batch: Batch, config: TrainConfig):
