@@ -1,17 +1,22 @@
 """The quality of the pruning methods: every cell is one dense model, one draw of calibration texts and one setting.
 
-python -m bench.study_pruning main|patterns|ladder --dense DIR [DIR …] --work FOLDER [--task sst2] [--markdown FILE]
+python -m bench.study_pruning main|patterns|ladder [--dense DIR …] [--task sst2] [--cells FILE] [--markdown FILE]
 
 `main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of
-`knowledge` one by one and takes each away. A finished cell is a row of FOLDER/ledger.sqlite: the same command resumes.
-Cells are
-paired: a ratio is taken within a dense model and draw, and its mean over them is geometric.
+`knowledge` one by one and takes each away. A finished cell is a line of the cells file, which is never computed again:
+the same command resumes. The table is of every cell in the file, those of dense models no longer at hand as well.
+Cells are paired: a ratio is taken within a dense model and draw, and its mean over them is geometric.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import inspect
+import json
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +25,7 @@ import numpy as np
 from scipy import stats
 
 from bench import harness
-from sparsebert import checkpoint, data, encoders, ledger
+from sparsebert import checkpoint, data, encoders
 from sparsebert.config import PruneConfig
 from sparsebert.pruning import CODE, METHODS, OPS, draw, prune
 from sparsebert.robustness.evaluation import compare
@@ -52,14 +57,12 @@ def _ladder() -> dict[str, dict]:
     for i, step in enumerate(steps):
         tier = max(tiers.get(s, 0) for s in steps[: i + 1])
         missing = [s for s in steps[i + 1 :] if tiers.get(s, 0) <= tier]
-        rungs[f"+ {step}"] = {"method": "knowledge", "tier": tier, "without": ",".join(missing)}
+        rungs[f"+ {step}"] = KNOWLEDGE[f"knowledge {tier}"] | ({"without": ",".join(missing)} if missing else {})
     for step in steps:
         # Without distillation there is nothing to perturb, and the last rung but one has that.
         if step not in ("distill", "perturb"):
-            rungs[f"all - {step}"] = {"method": "knowledge", "tier": 2, "without": step}
-    for name in ("sparsegpt", "adaptive"):
-        rungs[name] = {"method": name}
-    return rungs
+            rungs[f"all - {step}"] = KNOWLEDGE["knowledge 2"] | {"without": step}
+    return rungs | {"adaptive": MAIN["adaptive"]}
 
 
 def settings(which: str) -> Iterator[tuple[str, str, dict]]:
@@ -73,6 +76,47 @@ def settings(which: str) -> Iterator[tuple[str, str, dict]]:
             yield from ((space, name, config | where) for name, config in FEW.items())
 
 
+CODE_SHA256 = hashlib.sha256("".join(inspect.getsource(module) for module in (*CODE, *OPS)).encode()).hexdigest()
+
+
+class Cells:
+    """The finished cells in `path`, one JSON object a line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.found: dict[str, dict] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    self._add(json.loads(line))
+                except ValueError:
+                    continue  # cut short by a kill: computed again
+
+    def of(self, **fields) -> list[dict]:
+        """The cells with these fields."""
+        return [c for c in self.found.values() if all(c[name] == value for name, value in fields.items())]
+
+    def once(self, identity: dict, compute) -> dict:
+        """The cell of that identity and this code; else `compute()`'s figures, written before they are returned."""
+        found = self.found.get(json.dumps(identity))
+        if found is not None and found["code"] == CODE_SHA256[:12]:
+            return found
+        line = {**identity, "code": CODE_SHA256[:12], **compute()}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            torn = file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")
+            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._add(line)
+        return line
+
+    def _add(self, line: dict) -> None:
+        """Of two of one identity the later counts."""
+        identity = {name: line[name] for name in ("task", "dense", "weights", "draw", "tokens", "config")}
+        self.found[json.dumps(identity)] = line
+
+
 def cell(dense: Path, task: str, config: PruneConfig) -> dict:
     """One dense model pruned and compared with itself on the reported split."""
     spec = data.get_task(task)
@@ -83,12 +127,12 @@ def cell(dense: Path, task: str, config: PruneConfig) -> dict:
     result = prune(model, texts, config)
     logits = encoders.predict(model, tokenizer, examples, max_length=spec.max_length)
     dense_accuracy = float((wanted.argmax(1) == examples.labels).mean())
-    return asdict(compare(spec, examples, logits, wanted)) | {
+    found = asdict(compare(spec, examples, logits, wanted))
+    kept = ("split", "n", "accuracy", "kl_to_dense", "agreement", "difference")
+    return {name: found[name] for name in kept} | {
         "dense_accuracy": dense_accuracy,
         "sparsity": result.sparsity,
-        "seconds": result.seconds,
-        "peak_rss_mb": result.peak_rss_mb,
-        "tokens": result.tokens,
+        "seconds": round(result.seconds, 1),
     }
 
 
@@ -96,7 +140,8 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
     """One row a (space, name): means over its cells, and the ratio of KL to the base method's in the same cells."""
     rows = []
     for (space, name), found in cells.items():
-        base = cells.get((space, BASE), [])
+        bases = {(c["weights"], c["draw"]): c for c in cells.get((space, BASE), [])}
+        pairs = [(c, bases[c["weights"], c["draw"]]) for c in found if (c["weights"], c["draw"]) in bases]
         row: harness.Row = {
             "space": space,
             "method": name,
@@ -108,8 +153,8 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
             "kl": float(np.mean([c["kl_to_dense"] for c in found])),
             "seconds": float(np.median([c["seconds"] for c in found])),
         }
-        if len(base) == len(found):
-            logs = np.log([c["kl_to_dense"] / b["kl_to_dense"] for c, b in zip(found, base, strict=True)])
+        if pairs:
+            logs = np.log([c["kl_to_dense"] / b["kl_to_dense"] for c, b in pairs])
             row["ratio"] = float(np.exp(logs.mean()))
             if len(logs) > 2 and name != BASE:
                 half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
@@ -133,33 +178,39 @@ NOTES = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", choices=["main", "patterns", "ladder"])
-    parser.add_argument("--dense", type=Path, nargs="+", required=True, help="dense model directories, one a seed")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the ledger")
-    parser.add_argument("--draws", type=int, default=2, help="draws of calibration texts a dense model (default 2)")
-    parser.add_argument("--diagonal", action="store_true", help="one draw a dense model, a different one each")
+    parser.add_argument("--dense", type=Path, nargs="*", default=[], help="dense model directories, one a seed")
+    parser.add_argument("--cells", type=Path, default=Path("bench/results/pruning_cells.jsonl"), help="finished cells")
+    parser.add_argument("--draws", type=int, nargs="+", default=[0, 1], help="draws of calibration texts (default 0 1)")
     parser.add_argument("--only", nargs="+", default=[], help="names of methods or rungs (default: all)")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--tokens", type=int, default=150_000, help="calibration tokens")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    book = ledger.Ledger(args.work / "ledger.sqlite")
-    pairs = [(d, i) for i, d in enumerate(args.dense)]
-    if not args.diagonal:
-        pairs = [(d, draw_seed) for draw_seed in range(args.draws) for d in args.dense]
-    rows = [row for row in settings(args.which) if not args.only or row[1] in args.only]
-    cells: dict[tuple[str, str], list[dict]] = {}
-    for dense, seed in pairs:
-        weights = checkpoint.weights_sha256(dense)
-        for space, name, fields in rows:
-            config = PruneConfig(seed=seed, calibration_tokens=args.tokens, **fields)
-            inputs = {"weights": weights, "task": args.task, "config": config.model_dump()}
-            found = book.once(
-                "study", inputs, lambda dense=dense, config=config: cell(dense, args.task, config), *CODE, *OPS
-            )
-            print(f"{dense.name} {seed} {space} {name}: kl {found['kl_to_dense']:.4f}", file=sys.stderr, flush=True)
-            cells.setdefault((space, name), []).append(found)
-    harness.report(f"Pruning {args.task}: {args.which}", summary(cells), COLUMNS, NOTES, args.markdown)
+    cells = Cells(args.cells)
+    rows = list(settings(args.which))
+    for dense in args.dense:
+        for seed in args.draws:
+            for space, name, fields in rows:
+                if args.only and name not in args.only:
+                    continue
+                config = PruneConfig(seed=seed, calibration_tokens=args.tokens, **fields)
+                identity = {
+                    "task": args.task, "dense": dense.name, "weights": checkpoint.weights_sha256(dense)[:12],
+                    "draw": seed, "tokens": args.tokens, "config": fields,
+                }  # fmt: skip
+                found = cells.once(identity, lambda dense=dense, config=config: cell(dense, args.task, config))
+                print(f"{dense.name} {seed} {space} {name}: kl {found['kl_to_dense']:.4f}", file=sys.stderr, flush=True)
+    chosen = {
+        (space, name): found
+        for space, name, fields in rows
+        if (found := cells.of(task=args.task, tokens=args.tokens, config=fields))
+    }
+    every = [c for found in chosen.values() for c in found]
+    dense = sorted({(c["dense"], c["weights"], c["dense_accuracy"]) for c in every})
+    code = Counter(c["code"] for c in every)
+    notes = f"{NOTES} Dense models: " + ", ".join(f"{d} ({w}) {100 * a:.2f} %" for d, w, a in dense)
+    notes += ". Code of the cells: " + ", ".join(f"{version} ({n})" for version, n in code.items()) + "."
+    harness.report(f"Pruning {args.task}: {args.which}", summary(chosen), COLUMNS, notes, args.markdown)
     return 0
 
 

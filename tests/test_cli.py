@@ -112,6 +112,47 @@ def test_train_prune_eval_bench_end_with_their_documents(dense, tmp_path, capsys
     assert code == 0 and document(out)["latency_ms"].keys() == {"torch", "sparsebert"}
 
 
+def test_a_recipe_and_its_soup_end_with_their_documents(dense, tmp_path, capsys):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("common: {epochs: 0.5, hold_out: 100, n: 64}\nmodels:\n  a: {seed: 0}\n  b: {seed: 1}\n")
+    code, out, _ = run(capsys, "train", dense, "--task", "mr", "--recipe", recipe, "-o", tmp_path / "models")
+    assert code == 0 and document(out)["models"].keys() == {"a", "b"}
+    members = [tmp_path / "models" / name for name in ("a", "b")]
+    code, out, _ = run(
+        capsys, "soup", *members, "--task", "mr", "--score", "accuracy", "-o", tmp_path / "soup", "--json"
+    )
+    result = document(out)
+    assert code == 0 and out.count("\n") == 1 and result["score_name"] == "accuracy"
+    assert set(result["members"]) <= set(result["scores"]) and result["score"] >= max(result["scores"].values())
+    AutoModelForSequenceClassification.from_pretrained(tmp_path / "soup")
+
+
+def test_a_recipe_takes_no_other_settings(dense, tmp_path, capsys):
+    line = refused(
+        capsys, "train", dense, "--task", "mr", "--recipe", "quick-soup", "--lr", 1e-3, "-o", tmp_path / "models"
+    )
+    assert "--recipe has every setting in its file" in line and not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("tier", [0, 1, 2])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys, tier):
+    settings = ["--task", "mr", "--tier", tier, "--calibration-tokens", 1000, "-o", tmp_path / "p"]
+    code, out, _ = run(capsys, "prune", dense, *settings, "--dry-run")
+    plan = document(out)
+    assert code == 0 and not (tmp_path / "p").exists()
+    assert plan["linears"] == 12 and plan["zeros"] == int(plan["weights"] * 0.875)
+    assert ("outputs" in plan["steps"]) == ("gradients" in plan["seconds"]) == (tier >= 1)
+    assert ("distill" in plan["steps"]) == ("distillation" in plan["memory_mb"]) == (tier == 2)
+    for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
+        assert parts[whole] >= max(value for name, value in parts.items() if name != whole) > 0
+    assert "memory: peak" in out and "time, about: total" in out
+
+
+def test_a_dry_run_refuses_what_the_run_would(dense, tmp_path, capsys):
+    line = refused(capsys, "prune", dense, "--task", "mr", "--pattern", "7x1", "-o", tmp_path / "p", "--dry-run")
+    assert "multiple of 7" in line
+
+
 def test_doctor_says_what_runs_and_why_not(capsys, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_ISA", "scalar")
     code, out, _ = run(capsys, "doctor")

@@ -238,3 +238,13 @@ def test_words_are_swapped_for_their_neighbours_only():
     for old, new in zip(text.split(" "), swapped, strict=True):
         assert new in near.get(old, [old])
     assert recover.swap_words("Good", rng, share=1.0) in near["good"]
+
+
+def test_half_the_texts_are_joined_to_another_and_pairs_stay_pairs():
+    texts = ([f"qqa{i}" for i in range(400)], [f"qqb{i}" for i in range(400)])  # words without neighbours
+    examples = data.Examples("mr", "train", *texts, labels=np.zeros(400, dtype=np.int64))
+    changed = recover._changed(examples, np.random.default_rng(0))
+    joined = [text.split() for text in changed.texts if " " in text]
+    assert len(changed) == 400 and 160 < len(joined) < 240 and {len(parts) for parts in joined} == {2}
+    for first, second in zip(changed.texts, changed.texts_b, strict=True):
+        assert first.replace("qqa", "") == second.replace("qqb", "")

@@ -14,15 +14,17 @@ from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
 from sparsebert.ops import admm_prune, gram, masked_lstsq, obs_prune, topk_mask
 from sparsebert.patterns import parse, require_fits, sparsity_of
-from sparsebert.pruning import calibrate, calibration, knowledge, methods, solve
+from sparsebert.pruning import allocate, calibrate, calibration, cluster, knowledge, methods, recover, scores, solve
 from sparsebert.pruning.calibration import Calibration, draw
 from sparsebert.pruning.methods import METHODS
 from sparsebert.pruning.run import Run
 
 __all__ = ["METHODS", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
 
-# What the zeros depend on: a change in any of these starts an unfinished run anew.
-CODE = (calibrate, calibration, encoders, knowledge, methods, patterns, solve)
+# What a pruned model depends on: a change in any of these starts a run anew.
+CODE = (
+    allocate, calibrate, calibration, cluster, encoders, knowledge, methods, patterns, recover, scores, solve,
+)  # fmt: skip
 OPS = (admm_prune, gram, masked_lstsq, obs_prune, topk_mask)
 
 

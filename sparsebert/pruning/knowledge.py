@@ -57,8 +57,8 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     token counts by what an error of a linear's output there does to the logits. outputs: errors of two outputs count
     together likewise, so that support and weights are found for tr(B E H Eᵀ), B the other Kronecker factor. allocation:
     linears share the budget by the damage they do to the output; patterns with a sparsity of their own have none to
-    share. Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: half of that on texts with
-    swapped words.
+    share. Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: that on texts with swapped
+    words, and on joined ones.
     """
     steps = steps_of(config)
     pattern = parse(config.pattern)
@@ -70,7 +70,11 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     metrics: dict[str, torch.Tensor] = {}
     if steps & {"tokens", "outputs"}:
         by_token, by_output = kronecker_factors(model, batches, config.seed, run.part("gradients"))
-        weights = by_token if "tokens" in steps else weights
+        if "tokens" in steps:
+            # Floors aside: the outputs that nothing reads have no gradient.
+            for name, first in weights.items():
+                by_token[name] = [a * b for a, b in zip(by_token[name], first, strict=True)]
+            weights = by_token
         metrics = by_output if "outputs" in steps else {}
     allotted = dict.fromkeys(encoder_linears(model), sparsity)
     if "allocation" in steps and isinstance(pattern, Unstructured | Grouped):

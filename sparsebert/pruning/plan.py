@@ -17,7 +17,7 @@ from sparsebert.pruning.knowledge import DAMAGE_TOKENS, steps_of
 from sparsebert.pruning.recover import BATCH, STEPS
 
 # Share of the speed of a large float32 matrix product that the parts of a prune reach, fitted to MiniLM and BERT-base.
-FORWARD, MOMENTS, SOLVE = 0.5, 0.6, 0.25
+FORWARD, MOMENTS, SOLVE, COUPLED = 0.5, 0.6, 0.25, 0.6
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,17 @@ def _seconds(linears, weights: int, tokens: int, steps: list[str]) -> dict[str, 
     if not tokens:
         return {"total": 1.0}
     gram = sum(m.in_features**2 + 2 * m.in_features * min(m.in_features, m.out_features) for m in linears.values())
+    # Factorisations, and the iterations' products: of both sides where errors of outputs count together.
+    coupled = "outputs" in steps
+    solve = sum(
+        10 * m.in_features**3
+        + (520 * (m.in_features + m.out_features) if coupled else 300 * m.in_features) * m.in_features * m.out_features
+        for m in linears.values()
+    )
     parts = {
         "forward": 2 * 2 * weights * tokens / speed / FORWARD,
         "moments": gram * tokens / speed / MOMENTS,
-        "solve": sum(10 * m.in_features**3 + 300 * m.in_features**2 * m.out_features for m in linears.values())
-        / speed
-        / SOLVE,
+        "solve": solve / speed / (COUPLED if coupled else SOLVE),
     }
     if {"tokens", "outputs"} & set(steps):
         parts["gradients"] = 4 * weights * tokens / speed / FORWARD

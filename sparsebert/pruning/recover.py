@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
 from sparsebert.pruning.calibration import Batches, Calibration
 
-STEPS, BATCH, LR, WARMUP = 300, 64, 5e-4, 20
+STEPS, BATCH, LR, WARMUP = 300, 64, 2e-4, 20
+AVERAGED = 50  # steps in the running mean of the weights
 CHECK_EVERY = 50  # steps, on the held-out texts
+CHANGED = 0.5  # share of the texts with swapped words, and of those joined to another
 SWAPPED = 0.2  # share of the words that have neighbours
 
 
@@ -23,25 +27,26 @@ def distill(
 ) -> None:
     """Up to 300 Adam steps on unlabelled calibration texts towards the teacher's function; zeros stay zeros.
 
-    Loss: KL(teacher ‖ model) + the mean over layers of the mean squared difference of hidden states, in units of the
-    teacher's variance there (last layer: of the first token alone). With `perturb`, in half of each batch a fifth of
-    the words are swapped for neighbours, and the teacher sees the same text. Embeddings stay as they are; dropout is
-    off. The weights kept are those of lowest KL on the held-out texts, of the start and every 50th step.
+    Loss: KL(teacher ‖ model). With `perturb`, in half of each batch a fifth of the words are swapped for neighbours,
+    half of the texts are joined to another one, and the teacher sees the same text. Embeddings stay as they are;
+    dropout is off. The weights kept are the start's or a running mean over about 50 steps at every 50th step, whichever
+    has the lowest KL on the held-out texts.
     """
     masks = {name: module.weight != 0 for name, module in encoder_linears(model).items()}
     embeddings = {id(p) for p in model.base_model.embeddings.parameters()}
     trained = {name: p for name, p in model.named_parameters() if id(p) not in embeddings}
     optimizer = torch.optim.Adam(trained.values(), lr=LR, fused=True)
+    mean = AveragedModel(model, avg_fn=lambda mean, p, steps: mean + (p - mean) * max(1 / (steps + 1), 1 / AVERAGED))
     reference = logits_of(teacher, calibration.held_out_batches)
-    best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), _copy(trained)
+    best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(seed)
     for step, batch in enumerate(_texts(calibration, perturb, rng)):
         with torch.no_grad(), autocast():
-            wanted = teacher(**batch, output_hidden_states=True)
+            wanted = teacher(**batch).logits.float().log_softmax(-1)
         with torch.enable_grad():
             with autocast():
-                got = model(**batch, output_hidden_states=True)
-            _loss(wanted, got, batch["attention_mask"].bool()).backward()
+                got = model(**batch).logits.float().log_softmax(-1)
+            nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean").backward()
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
         optimizer.step()
@@ -49,32 +54,13 @@ def distill(
         with torch.no_grad():
             for name, mask in masks.items():
                 trained[f"{name}.weight"].mul_(mask)
+        mean.update_parameters(model)
         if (step + 1) % CHECK_EVERY == 0:
-            reached = kl(reference, logits_of(model, calibration.held_out_batches))
+            reached = kl(reference, logits_of(mean.module, calibration.held_out_batches))
             if reached < best:
-                best, kept = reached, _copy(trained)
+                best, kept = reached, copy.deepcopy(mean.module.state_dict())
         progress(step + 1, STEPS)
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(kept[name])
-
-
-def _loss(wanted, got, real: torch.Tensor) -> torch.Tensor:
-    loss = nn.functional.kl_div(
-        got.logits.float().log_softmax(-1),
-        wanted.logits.float().log_softmax(-1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    layers = list(zip(wanted.hidden_states[1:], got.hidden_states[1:], strict=True))
-    for depth, (target, hidden) in enumerate(layers, start=1):
-        if depth == len(layers):
-            target, hidden = target[:, 0], hidden[:, 0]
-        else:
-            target, hidden = target[real], hidden[real]
-        target = target.float()
-        loss = loss + nn.functional.mse_loss(hidden.float(), target) / target.var() / len(layers)
-    return loss
+    model.load_state_dict(kept)
 
 
 def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):
@@ -82,8 +68,7 @@ def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):
     examples, done = calibration.texts, 0
     while done < STEPS:
         if perturb:
-            swap = rng.random(len(examples)) < 0.5
-            encoded = tokenize(calibration.tokenizer, _swapped(examples, swap, rng), calibration.max_length)
+            encoded = tokenize(calibration.tokenizer, _changed(examples, rng), calibration.max_length)
         else:
             encoded = tokenize(calibration.tokenizer, examples, calibration.max_length)
         for rows in bucketed(encoded, BATCH, rng)[: STEPS - done]:
@@ -91,9 +76,15 @@ def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):
             yield collate(calibration.tokenizer, encoded, rows)
 
 
-def _swapped(examples: data.Examples, which: np.ndarray, rng: np.random.Generator) -> data.Examples:
-    def column(texts):
-        return [swap_words(text, rng) if swap else text for text, swap in zip(texts, which, strict=True)]
+def _changed(examples: data.Examples, rng: np.random.Generator) -> data.Examples:
+    """The examples, some joined to another, some with swapped words."""
+    joined, swapped = rng.random((2, len(examples))) < CHANGED
+    others = rng.permutation(len(examples))
+
+    def column(texts: list[str]) -> list[str]:
+        pairs = zip(texts, others, joined, strict=True)
+        texts = [f"{text} {texts[other]}" if join else text for text, other, join in pairs]
+        return [swap_words(text, rng) if swap else text for text, swap in zip(texts, swapped, strict=True)]
 
     return replace(
         examples, texts=column(examples.texts), texts_b=None if examples.texts_b is None else column(examples.texts_b)
@@ -122,7 +113,3 @@ def kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
     return nn.functional.kl_div(
         logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
     ).item()
-
-
-def _copy(trained: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trained.items()}
