@@ -28,6 +28,7 @@ from bench import harness
 from sparsebert import checkpoint, data, encoders
 from sparsebert.config import PruneConfig
 from sparsebert.pruning import CODE, METHODS, OPS, draw, prune
+from sparsebert.pruning.knowledge import STEPS
 from sparsebert.robustness.evaluation import compare
 
 BASE = "adaptive"
@@ -52,11 +53,10 @@ SPACES = {
 def _ladder() -> dict[str, dict]:
     """SparseGPT, then each step added, then each taken from the whole."""
     steps = ["refit", "target", "admm", "cls", "heads", "tokens", "outputs", "allocation", "distill", "perturb"]
-    tiers = {"tokens": 1, "outputs": 1, "allocation": 1, "distill": 2, "perturb": 2}
     rungs = {"sparsegpt": {"method": "sparsegpt"}}
     for i, step in enumerate(steps):
-        tier = max(tiers.get(s, 0) for s in steps[: i + 1])
-        missing = [s for s in steps[i + 1 :] if tiers.get(s, 0) <= tier]
+        tier = max(STEPS[s] for s in steps[: i + 1])
+        missing = [s for s in steps[i + 1 :] if STEPS[s] <= tier]
         rungs[f"+ {step}"] = KNOWLEDGE[f"knowledge {tier}"] | ({"without": ",".join(missing)} if missing else {})
     for step in steps:
         # Without distillation there is nothing to perturb, and the last rung but one has that.
@@ -76,7 +76,9 @@ def settings(which: str) -> Iterator[tuple[str, str, dict]]:
             yield from ((space, name, config | where) for name, config in FEW.items())
 
 
-CODE_SHA256 = hashlib.sha256("".join(inspect.getsource(module) for module in (*CODE, *OPS)).encode()).hexdigest()
+SOURCES = "".join(inspect.getsource(module) for module in (*CODE, *OPS))
+VERSION = hashlib.sha256(SOURCES.encode()).hexdigest()[:12]  # of the code that a cell was computed by
+IDENTITY = ("task", "dense", "weights", "draw", "tokens", "config")  # of two cells with these the later counts
 
 
 class Cells:
@@ -98,10 +100,10 @@ class Cells:
 
     def once(self, identity: dict, compute) -> dict:
         """The cell of that identity and this code; else `compute()`'s figures, written before they are returned."""
-        found = self.found.get(json.dumps(identity))
-        if found is not None and found["code"] == CODE_SHA256[:12]:
+        found = self.found.get(self._key(identity))
+        if found is not None and found["code"] == VERSION:
             return found
-        line = {**identity, "code": CODE_SHA256[:12], **compute()}
+        line = {**identity, "code": VERSION, **compute()}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+b") as file:
             torn = file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")
@@ -112,9 +114,11 @@ class Cells:
         return line
 
     def _add(self, line: dict) -> None:
-        """Of two of one identity the later counts."""
-        identity = {name: line[name] for name in ("task", "dense", "weights", "draw", "tokens", "config")}
-        self.found[json.dumps(identity)] = line
+        self.found[self._key(line)] = line
+
+    @staticmethod
+    def _key(line: dict) -> str:
+        return json.dumps([line[name] for name in IDENTITY], sort_keys=True)
 
 
 def cell(dense: Path, task: str, config: PruneConfig) -> dict:
@@ -189,14 +193,15 @@ def main() -> int:
     cells = Cells(args.cells)
     rows = list(settings(args.which))
     for dense in args.dense:
+        weights = checkpoint.weights_sha256(dense)[:12]
         for seed in args.draws:
             for space, name, fields in rows:
                 if args.only and name not in args.only:
                     continue
                 config = PruneConfig(seed=seed, calibration_tokens=args.tokens, **fields)
                 identity = {
-                    "task": args.task, "dense": dense.name, "weights": checkpoint.weights_sha256(dense)[:12],
-                    "draw": seed, "tokens": args.tokens, "config": fields,
+                    "task": args.task, "dense": dense.name, "weights": weights, "draw": seed, "tokens": args.tokens,
+                    "config": fields,
                 }  # fmt: skip
                 found = cells.once(identity, lambda dense=dense, config=config: cell(dense, args.task, config))
                 print(f"{dense.name} {seed} {space} {name}: kl {found['kl_to_dense']:.4f}", file=sys.stderr, flush=True)

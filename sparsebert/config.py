@@ -54,7 +54,7 @@ class PruneConfig(BaseModel):
         "knowledge", description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude"
     )
     tier: int | None = Field(
-        None, ge=0, le=2, description="knowledge: 0 closed form, 1 Fisher weights and allocation, 2 distillation [1]"
+        None, ge=0, le=2, description="knowledge: 0 closed form, 1 gradients and allocation, 2 distillation [1]"
     )
     without: str = Field("", description="knowledge: steps to leave out, separated by commas")
     as_published: bool = Field(False, description="adaptive: what the authors' released code does, bugs included")

@@ -40,7 +40,8 @@ def damage(
     model, batches: Batches, pruned: Weights, seed: int, progress: Progress = no_progress
 ) -> dict[str, np.ndarray]:
     """What each linear at each level does to the output, to second order: half the mean over texts of (sum over tokens
-    of g·(V - W)x)², which is the divergence KL(dense ‖ pruned) it causes alone. float64 [levels].
+    of g·(V - W)x)², which is the divergence KL(dense ‖ pruned) it would cause alone if every label were as likely.
+    float64 [levels].
 
     The bias takes up the mean of (V - W)x over tokens, as it will after pruning.
     """

@@ -88,7 +88,7 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
     if "allocation" in steps:
         parts["tried_sparsities"] = 2 * 4 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
     if "distill" in steps:
-        parts["distillation"] = 5 * parameters
+        parts["distillation"] = 6 * parameters  # teacher, gradients, two moments, running mean, the best
     # What the allotment and the distillation need is given back before or taken after the pass.
     late = ("tried_sparsities", "distillation")
     peak = sum(value for name, value in parts.items() if name not in late)

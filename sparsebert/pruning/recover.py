@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
 from sparsebert.pruning.calibration import Batches, Calibration
+from sparsebert.pruning.solve import divergence
 
 STEPS, BATCH, LR, WARMUP = 300, 64, 2e-4, 20
 AVERAGED = 50  # steps in the running mean of the weights
@@ -42,11 +42,11 @@ def distill(
     rng = np.random.default_rng(seed)
     for step, batch in enumerate(_texts(calibration, perturb, rng)):
         with torch.no_grad(), autocast():
-            wanted = teacher(**batch).logits.float().log_softmax(-1)
+            wanted = teacher(**batch).logits.float()
         with torch.enable_grad():
             with autocast():
-                got = model(**batch).logits.float().log_softmax(-1)
-            nn.functional.kl_div(got, wanted, log_target=True, reduction="batchmean").backward()
+                got = model(**batch).logits.float()
+            divergence(wanted, got).backward()
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
         optimizer.step()
@@ -109,7 +109,5 @@ def logits_of(model, batches: Batches) -> torch.Tensor:
 
 
 def kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """Mean over texts of KL(softmax(reference) ‖ softmax(logits)), nats."""
-    return nn.functional.kl_div(
-        logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
-    ).item()
+    """`divergence` as a number."""
+    return divergence(reference, logits).item()

@@ -1,0 +1,48 @@
+"""The cells of bench/study_pruning: computed once, lost to nothing but a kill in the middle of a line."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench import study_pruning
+from bench.study_pruning import Cells, summary
+
+FIGURES = {"kl_to_dense": 0.2, "accuracy": 0.9, "difference": 0.0, "agreement": 1.0, "sparsity": 0.5, "seconds": 1.0}
+
+
+def identity(**change) -> dict:
+    fields = {"task": "mr", "dense": "a", "weights": "w", "draw": 0, "tokens": 100, "config": {"method": "obs"}}
+    return fields | change
+
+
+def test_a_cell_is_computed_once_by_one_version_of_the_code(tmp_path, monkeypatch):
+    computed = []
+
+    def once(**change):
+        return Cells(tmp_path / "c.jsonl").once(identity(**change), lambda: computed.append(1) or dict(FIGURES))
+
+    assert once() == once() and len(computed) == 1
+    once(draw=1)
+    once(config={"method": "obs", "sparsity": 0.5})
+    assert len(computed) == 3
+    monkeypatch.setattr(study_pruning, "VERSION", "another")
+    assert once()["code"] == "another" and len(computed) == 4
+    assert len(Cells(tmp_path / "c.jsonl").of(draw=0, config={"method": "obs"})) == 1  # the later counts
+
+
+def test_a_torn_line_costs_its_own_cell_alone(tmp_path):
+    path = tmp_path / "c.jsonl"
+    for draw in (0, 1):
+        Cells(path).once(identity(draw=draw), lambda: dict(FIGURES))
+    path.write_bytes(path.read_bytes()[:-20])
+    Cells(path).once(identity(draw=2), lambda: dict(FIGURES))
+    assert [cell["draw"] for cell in Cells(path).of(task="mr")] == [0, 2]
+
+
+def test_ratios_are_taken_within_a_dense_model_and_draw():
+    def cell(draw, kl):
+        return {**identity(draw=draw), **FIGURES, "kl_to_dense": kl}
+
+    rows = summary({("s", "adaptive"): [cell(0, 0.1), cell(1, 0.4)], ("s", "obs"): [cell(1, 0.2), cell(2, 9.0)]})
+    assert [row["method"] for row in rows] == ["adaptive", "obs"]
+    np.testing.assert_allclose([row["ratio"] for row in rows], [1.0, 0.5])
