@@ -98,14 +98,17 @@ def removed(order: torch.Tensor, n_in: int) -> torch.Tensor:
 def plain_sweep(
     weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int = 128
 ) -> torch.Tensor:
-    """The sweep column by column inside a block, one product for the columns after it. In u's precision."""
+    """The sweep column by column inside a block, one product for the columns after it. In u's precision. As the
+    published loop, it keeps what every weight's removal costs.
+    """
     w = weight.clone()
     n_in = w.shape[1]
     reach = pattern.m if isinstance(pattern, NofM) else block
     gone = torch.zeros_like(w, dtype=torch.bool)
     for start in range(0, n_in, block):
         stop = min(start + block, n_in)
-        part, errors = w[:, start:stop].clone(), torch.zeros_like(w[:, start:stop])
+        part = w[:, start:stop].clone()
+        stays, errors, losses = (torch.zeros_like(part) for _ in range(3))
         own = u[start:stop, start:stop]
         for i in range(stop - start):
             if i % reach == 0:
@@ -113,11 +116,14 @@ def plain_sweep(
                 scores = (part[:, ahead] / own.diagonal()[ahead]) ** 2
                 keep = _sweep_keep(scores, gone[:, : start + i], pattern, sparsity)
                 gone[:, start + ahead.start : start + ahead.stop] = ~keep
-            errors[:, i] = torch.where(gone[:, start + i], part[:, i] / own[i, i], 0.0)
+            column = part[:, i].clone()
+            stays[:, i] = column.masked_fill(gone[:, start + i], 0.0)
+            errors[:, i] = (column - stays[:, i]) / own[i, i]
+            losses[:, i] = errors[:, i] ** 2
             part[:, i:] -= errors[:, i : i + 1] @ own[i : i + 1, i:]
-        w[:, start:stop] = part
+        w[:, start:stop] = stays
         w[:, stop:] -= errors @ u[start:stop, stop:]
-    return w.masked_fill_(gone, 0.0)
+    return w
 
 
 def factor_f32(h: torch.Tensor) -> torch.Tensor:

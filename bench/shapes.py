@@ -71,6 +71,15 @@ def layer_problem(rows: int, n_in: int, gelu: bool = False, seed: int = 0) -> tu
     return weight + 0.1 * rng.standard_normal((rows, n_in)) / np.sqrt(n_in), h
 
 
+def low_rank_metric(rows: int) -> torch.Tensor:
+    """How errors of outputs count together where few directions matter: float64 [rows, rows], of rank 5 over a floor of
+    a tenth of the mean diagonal.
+    """
+    directions = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    metric = directions @ directions.T
+    return metric / metric.diagonal().mean() + 0.1 * torch.eye(rows, dtype=torch.float64)
+
+
 def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
     """Second moments H of correlated inputs, float64 [n_in, n_in]: eigenvalues j^-1 in random directions, damped by
     1 % of their mean, as the layers of an encoder have them.

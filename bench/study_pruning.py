@@ -3,22 +3,27 @@
 python -m bench.study_pruning main|patterns|ladder [--dense DIR …] [--task sst2] [--cells FILE] [--markdown FILE]
 
 `main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of
-`knowledge` one by one and takes each away. A finished cell is a line of the cells file, which is never computed again:
-the same command resumes. The table is of every cell in the file, those of dense models no longer at hand as well.
-Cells are paired: a ratio is taken within a dense model and draw, and its mean over them is geometric.
+`knowledge` one by one, takes each away, and distills the baselines as well. A finished cell is a line of the cells
+file, which is never computed again: the same command resumes, and so does a cell, after its last finished layer. The
+table is of every cell in the file, those of dense models no longer at hand as well. Cells are paired: a ratio is taken
+within a dense model and draw, and its mean over them is geometric. Several processes may share a cells file as long as
+they differ in dense models or draws.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import inspect
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +33,9 @@ from bench import harness
 from sparsebert import checkpoint, data, encoders
 from sparsebert.config import PruneConfig
 from sparsebert.pruning import CODE, METHODS, OPS, draw, prune
-from sparsebert.pruning.knowledge import STEPS
+from sparsebert.pruning.knowledge import STEPS, steps_of
+from sparsebert.pruning.recover import distill
+from sparsebert.pruning.run import Run
 from sparsebert.robustness.evaluation import compare
 
 BASE = "adaptive"
@@ -41,17 +48,18 @@ FEW = {name: MAIN[name] for name in ("sparsegpt", "adaptive", *KNOWLEDGE)}
 SPACES = {
     "30 %": {"sparsity": 0.3},
     "50 %": {"sparsity": 0.5},
-    "75 %": {"sparsity": 0.75},
     "95 %": {"sparsity": 0.95},
     "2:4": {"pattern": "2:4"},
     "16x1": {"pattern": "16x1"},
     "32x1": {"pattern": "32x1"},
+    "75 %": {"sparsity": 0.75},
     "32x1 50 %": {"pattern": "32x1", "sparsity": 0.5},
 }
+AFTER = {"distill", "perturb"}  # steps behind the last layer
 
 
 def _ladder() -> dict[str, dict]:
-    """SparseGPT, then each step added, then each taken from the whole."""
+    """SparseGPT, then each step added, then each taken from the whole; and the baselines with the last two steps."""
     steps = ["refit", "target", "admm", "cls", "heads", "tokens", "outputs", "allocation", "distill", "perturb"]
     rungs = {"sparsegpt": {"method": "sparsegpt"}}
     for i, step in enumerate(steps):
@@ -62,7 +70,8 @@ def _ladder() -> dict[str, dict]:
         # Without distillation there is nothing to perturb, and the last rung but one has that.
         if step not in ("distill", "perturb"):
             rungs[f"all - {step}"] = KNOWLEDGE["knowledge 2"] | {"without": step}
-    return rungs | {"adaptive": MAIN["adaptive"]}
+    rungs |= {f"{name} + distill": MAIN[name] | {"distilled": True} for name in ("sparsegpt", BASE)}
+    return rungs | {BASE: MAIN[BASE]}
 
 
 def settings(which: str) -> Iterator[tuple[str, str, dict]]:
@@ -74,6 +83,8 @@ def settings(which: str) -> Iterator[tuple[str, str, dict]]:
     else:
         for space, where in SPACES.items():
             yield from ((space, name, config | where) for name, config in FEW.items())
+            if where.get("pattern", "").endswith("x1"):
+                yield space, "knowledge 0 - cluster", FEW["knowledge 0"] | where | {"without": "cluster"}
 
 
 SOURCES = "".join(inspect.getsource(module) for module in (*CODE, *OPS))
@@ -121,23 +132,37 @@ class Cells:
         return json.dumps([line[name] for name in IDENTITY], sort_keys=True)
 
 
-def cell(dense: Path, task: str, config: PruneConfig) -> dict:
-    """One dense model pruned and compared with itself on the reported split."""
-    spec = data.get_task(task)
+def cell(identity: dict, dense: Path, layers: Path) -> dict:
+    """One dense model pruned and compared with itself on the reported split. `config` of the identity: fields of
+    PruneConfig, and `distilled`: whether what `knowledge` does last is done here after another method. Finished layers
+    are kept in `layers`, where the next setting that differs only in what follows the last layer finds them.
+    """
+    spec = data.get_task(identity["task"])
     model, tokenizer = checkpoint.load(dense)
     examples = data.load(spec, spec.test)
     wanted = encoders.predict(model, tokenizer, examples, max_length=spec.max_length)
+    fields = dict(identity["config"])
+    distilled = fields.pop("distilled", False)
+    config = PruneConfig(seed=identity["draw"], calibration_tokens=identity["tokens"], **fields)
     texts = draw(model, tokenizer, data.load(spec, spec.train), config.calibration_tokens, spec.max_length, config.seed)
-    result = prune(model, texts, config)
+    teacher = copy.deepcopy(model) if distilled else None
+    result = prune(model, texts, config, run=Run(directory=layers, key=_of_layers(identity, config)))
+    if teacher is not None:
+        distill(model, teacher, texts, perturb=True, seed=config.seed)
     logits = encoders.predict(model, tokenizer, examples, max_length=spec.max_length)
     dense_accuracy = float((wanted.argmax(1) == examples.labels).mean())
     found = asdict(compare(spec, examples, logits, wanted))
     kept = ("split", "n", "accuracy", "kl_to_dense", "agreement", "difference")
-    return {name: found[name] for name in kept} | {
-        "dense_accuracy": dense_accuracy,
-        "sparsity": result.sparsity,
-        "seconds": round(result.seconds, 1),
-    }
+    return {name: found[name] for name in kept} | {"dense_accuracy": dense_accuracy, "sparsity": result.sparsity}
+
+
+def _of_layers(identity: dict, config: PruneConfig) -> str:
+    """The same for settings whose pruned layers are the same."""
+    fields = config.model_dump()
+    if config.method == "knowledge":
+        fields |= {"tier": None, "without": None, "steps": sorted(steps_of(config) - AFTER)}
+    inputs = {name: identity[name] for name in IDENTITY if name != "config"}
+    return json.dumps([VERSION, inputs, fields], sort_keys=True)
 
 
 def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
@@ -155,7 +180,6 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
             "change": 100 * float(np.mean([c["difference"] for c in found])),
             "agreement": 100 * float(np.mean([c["agreement"] for c in found])),
             "kl": float(np.mean([c["kl_to_dense"] for c in found])),
-            "seconds": float(np.median([c["seconds"] for c in found])),
         }
         if pairs:
             logs = np.log([c["kl_to_dense"] / b["kl_to_dense"] for c, b in pairs])
@@ -169,13 +193,13 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
 
 COLUMNS = {
     "space": "", "method": "", "cells": "d", "sparsity": ".4f", "accuracy": ".2f", "change": "+.2f",
-    "agreement": ".2f", "kl": ".4f", "ratio": ".3f", "low": ".3f", "high": ".3f", "seconds": ".0f",
+    "agreement": ".2f", "kl": ".4f", "ratio": ".3f", "low": ".3f", "high": ".3f",
 }  # fmt: skip
 NOTES = (
     "`accuracy`, its `change` from the same dense model, and `agreement` with it in percent; `kl` is the mean "
     "KL(dense ‖ pruned) in nats; all are means over cells (a dense model and a draw of calibration texts). `ratio` is "
     f"the geometric mean over cells of `kl` over that of `{BASE}` in the same cell, `low` and `high` its 95 % interval "
-    "(t, over cells). `seconds` is the median time of a prune, on a machine that may have been busy with other work."
+    "(t, over cells)."
 )
 
 
@@ -195,16 +219,17 @@ def main() -> int:
     for dense in args.dense:
         weights = checkpoint.weights_sha256(dense)[:12]
         for seed in args.draws:
+            layers = args.cells.with_name(f"{args.cells.stem}.{weights}-{seed}.partial")
             for space, name, fields in rows:
                 if args.only and name not in args.only:
                     continue
-                config = PruneConfig(seed=seed, calibration_tokens=args.tokens, **fields)
                 identity = {
                     "task": args.task, "dense": dense.name, "weights": weights, "draw": seed, "tokens": args.tokens,
                     "config": fields,
                 }  # fmt: skip
-                found = cells.once(identity, lambda dense=dense, config=config: cell(dense, args.task, config))
+                found = cells.once(identity, partial(cell, identity, dense, layers))
                 print(f"{dense.name} {seed} {space} {name}: kl {found['kl_to_dense']:.4f}", file=sys.stderr, flush=True)
+            shutil.rmtree(layers, ignore_errors=True)
     chosen = {
         (space, name): found
         for space, name, fields in rows

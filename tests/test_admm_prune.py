@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from bench.shapes import layer_problem
+from bench.shapes import layer_problem, low_rank_metric
 from sparsebert.errors import InputError
 from sparsebert.ops.admm_prune import admm_prune, admm_prune_ref
 from sparsebert.ops.masked_lstsq import masked_lstsq
@@ -41,13 +41,6 @@ def error(weight: torch.Tensor, h: torch.Tensor, keep: torch.Tensor, metric: tor
     """tr(B (V - W*) H (V - W*)ᵀ) of the best V on a support; B = I without a metric."""
     lost = masked_lstsq(weight @ h, h, keep, row_metric=metric) - weight
     return float(((lost @ h) * (lost if metric is None else metric @ lost)).sum())
-
-
-def low_rank(rows: int) -> torch.Tensor:
-    """A row metric in which few directions count."""
-    directions = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    metric = directions @ directions.T
-    return metric / metric.diagonal().mean() + 0.1 * torch.eye(rows, dtype=torch.float64)
 
 
 @functools.cache
@@ -101,7 +94,7 @@ def test_is_at_least_as_good_as_exact_obs_over_all_rows(sparsity, gelu):
 @pytest.mark.parametrize(("name", "sparsity"), PATTERNS)
 def test_with_a_row_metric_the_error_is_the_references_and_below_what_ignores_it(name, sparsity):
     weight, h = problem(64, 192)
-    pattern, metric = parse(name), low_rank(64)
+    pattern, metric = parse(name), low_rank_metric(64)
     keep = admm_prune(weight, h, pattern, sparsity, row_metric=metric)
     assert keep.sum() == kept_in(pattern, 64, 192, sparsity)
     assert torch.equal(pattern_mask(keep.float(), pattern, sparsity), keep)

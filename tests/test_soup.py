@@ -197,4 +197,4 @@ def test_the_papers_recipe_has_its_ten_models():
     assert len(configs) == 10
     assert sum(c.adversarial == "freelb" for c in configs.values()) == 5
     assert sum(c.optimizer == "sgd" for c in configs.values()) == 3
-    assert len(finetune.read_recipe("quick-soup")) == 4
+    assert len(finetune.read_recipe("quick-soup")) == 5

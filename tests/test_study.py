@@ -6,8 +6,9 @@ import numpy as np
 
 from bench import study_pruning
 from bench.study_pruning import Cells, summary
+from sparsebert.config import PruneConfig
 
-FIGURES = {"kl_to_dense": 0.2, "accuracy": 0.9, "difference": 0.0, "agreement": 1.0, "sparsity": 0.5, "seconds": 1.0}
+FIGURES = {"kl_to_dense": 0.2, "accuracy": 0.9, "difference": 0.0, "agreement": 1.0, "sparsity": 0.5}
 
 
 def identity(**change) -> dict:
@@ -28,6 +29,17 @@ def test_a_cell_is_computed_once_by_one_version_of_the_code(tmp_path, monkeypatc
     monkeypatch.setattr(study_pruning, "VERSION", "another")
     assert once()["code"] == "another" and len(computed) == 4
     assert len(Cells(tmp_path / "c.jsonl").of(draw=0, config={"method": "obs"})) == 1  # the later counts
+
+
+def test_settings_share_layers_where_only_what_follows_them_differs():
+    def layers(draw=0, **fields):
+        return study_pruning._of_layers(identity(draw=draw, config=fields), PruneConfig(seed=draw, **fields))
+
+    whole = layers(method="knowledge", tier=2)
+    assert whole == layers(method="knowledge", tier=1) == layers(method="knowledge", tier=2, without="perturb")
+    others = [{"tier": 0}, {"tier": 2, "without": "tokens"}, {"tier": 2, "sparsity": 0.5}, {"tier": 2, "draw": 1}]
+    assert whole not in [layers(method="knowledge", **fields) for fields in others]
+    assert layers(method="adaptive") != layers(method="adaptive", as_published=True)
 
 
 def test_a_torn_line_costs_its_own_cell_alone(tmp_path):

@@ -15,7 +15,7 @@ from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_l
 from sparsebert.pruning.calibration import Batches, Calibration
 from sparsebert.pruning.solve import divergence
 
-STEPS, BATCH, LR, WARMUP = 300, 64, 2e-4, 20
+STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20
 AVERAGED = 50  # steps in the running mean of the weights
 CHECK_EVERY = 50  # steps, on the held-out texts
 CHANGED = 0.5  # share of the texts with swapped words, and of those joined to another
