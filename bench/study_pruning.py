@@ -59,19 +59,21 @@ AFTER = {"distill", "perturb"}  # steps behind the last layer
 
 
 def _ladder() -> dict[str, dict]:
-    """SparseGPT, then each step added, then each taken from the whole; and the baselines with the last two steps."""
+    """SparseGPT, then each step added, then each taken from tier 1 and from the whole; the baselines with the last two
+    steps as well.
+    """
     steps = ["refit", "target", "admm", "cls", "heads", "tokens", "outputs", "allocation", "distill", "perturb"]
-    rungs = {"sparsegpt": {"method": "sparsegpt"}}
+    rungs = {"sparsegpt": MAIN["sparsegpt"]}
     for i, step in enumerate(steps):
         tier = max(STEPS[s] for s in steps[: i + 1])
         missing = [s for s in steps[i + 1 :] if STEPS[s] <= tier]
         rungs[f"+ {step}"] = KNOWLEDGE[f"knowledge {tier}"] | ({"without": ",".join(missing)} if missing else {})
-    for step in steps:
-        # Without distillation there is nothing to perturb, and the last rung but one has that.
-        if step not in ("distill", "perturb"):
-            rungs[f"all - {step}"] = KNOWLEDGE["knowledge 2"] | {"without": step}
+    rungs |= {BASE: MAIN[BASE]}
     rungs |= {f"{name} + distill": MAIN[name] | {"distilled": True} for name in ("sparsegpt", BASE)}
-    return rungs | {BASE: MAIN[BASE]}
+    for step in steps[:-2]:  # what distillation changes, the rungs above say
+        for tier in (1, 2):
+            rungs[f"knowledge {tier} - {step}"] = KNOWLEDGE[f"knowledge {tier}"] | {"without": step}
+    return rungs
 
 
 def settings(which: str) -> Iterator[tuple[str, str, dict]]:
