@@ -184,11 +184,15 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
             "kl": float(np.mean([c["kl_to_dense"] for c in found])),
         }
         if pairs:
-            logs = np.log([c["kl_to_dense"] / b["kl_to_dense"] for c, b in pairs])
-            row["ratio"] = float(np.exp(logs.mean()))
-            if len(logs) > 2 and name != BASE:
-                half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs)))
-                row["low"], row["high"] = float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))
+            # Draws of one dense model are no independent cells: the interval is over dense models.
+            logs: dict[str, list[float]] = {}
+            for c, b in pairs:
+                logs.setdefault(c["weights"], []).append(np.log(c["kl_to_dense"] / b["kl_to_dense"]))
+            means = np.array([np.mean(values) for values in logs.values()])
+            row["ratio"] = float(np.exp(means.mean()))
+            if len(means) > 2 and name != BASE:
+                half = float(stats.t.ppf(0.975, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
+                row["low"], row["high"] = float(np.exp(means.mean() - half)), float(np.exp(means.mean() + half))
         rows.append(row)
     return rows
 
@@ -200,8 +204,8 @@ COLUMNS = {
 NOTES = (
     "`accuracy`, its `change` from the same dense model, and `agreement` with it in percent; `kl` is the mean "
     "KL(dense ‖ pruned) in nats; all are means over cells (a dense model and a draw of calibration texts). `ratio` is "
-    f"the geometric mean over cells of `kl` over that of `{BASE}` in the same cell, `low` and `high` its 95 % interval "
-    "(t, over cells)."
+    f"the geometric mean over draws, then dense models, of `kl` over that of `{BASE}` in the same cell, `low` and "
+    "`high` its 95 % interval (t, over dense models, from three on). The machine is the one that made the table."
 )
 
 

@@ -51,10 +51,15 @@ def test_a_torn_line_costs_its_own_cell_alone(tmp_path):
     assert [cell["draw"] for cell in Cells(path).of(task="mr")] == [0, 2]
 
 
-def test_ratios_are_taken_within_a_dense_model_and_draw():
-    def cell(draw, kl):
-        return {**identity(draw=draw), **FIGURES, "kl_to_dense": kl}
+def test_ratios_are_taken_within_a_cell_and_weigh_dense_models_alike():
+    def cell(weights, draw, kl):
+        return {**identity(weights=weights, draw=draw), **FIGURES, "kl_to_dense": kl}
 
-    rows = summary({("s", "adaptive"): [cell(0, 0.1), cell(1, 0.4)], ("s", "obs"): [cell(1, 0.2), cell(2, 9.0)]})
+    base = [cell("v", 0, 0.1), cell("v", 1, 0.4), cell("w", 0, 0.2)]
+    other = [cell("v", 0, 0.2), cell("v", 1, 0.2), cell("w", 0, 0.8), cell("w", 5, 9.0)]
+    rows = summary({("s", "adaptive"): base, ("s", "obs"): other})
     assert [row["method"] for row in rows] == ["adaptive", "obs"]
-    np.testing.assert_allclose([row["ratio"] for row in rows], [1.0, 0.5])
+    np.testing.assert_allclose([row["ratio"] for row in rows], [1.0, 2.0])  # of v 1, of w 4
+    assert "low" not in rows[1]
+    rows = summary({("s", "adaptive"): [*base, cell("x", 0, 0.1)], ("s", "obs"): [*other, cell("x", 0, 0.2)]})
+    assert rows[1]["low"] < rows[1]["ratio"] < rows[1]["high"]
