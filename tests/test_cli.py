@@ -22,7 +22,7 @@ from models import saved
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from sparsebert import checkpoint
+from sparsebert import checkpoint, cli
 from sparsebert.cli import main
 
 SMALL_DEMO = [
@@ -332,6 +332,21 @@ def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, secon
         pytest.skip("the interpreter had not come to our code yet")
     assert process.returncode in (0, 130) and "Traceback" not in err
     assert not list(tmp_path.glob(".*"))
+
+
+def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nreached = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(KeyboardInterrupt), cli.interrupts_between_imports():
+        import slow_to_import
+
+        assert slow_to_import.reached
+        time.sleep(5)
+        raise AssertionError("the interrupt was lost")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
 
 
 # --- kill and resume -------------------------------------------------------------------------------------------------

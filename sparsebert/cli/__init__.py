@@ -5,18 +5,24 @@ is quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from sparsebert.errors import SparsebertError
 
 INTERRUPTED = 130
+RETRY = 0.05  # seconds after which an interrupt that came in an import is tried again
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line and returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        code = _run(arguments or ["--help"])
+        with interrupts_between_imports():
+            code = _run(arguments or ["--help"])
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SparsebertError as error:
@@ -30,6 +36,32 @@ def main(arguments: list[str] | None = None) -> int:
             "interrupted: finished work is kept, nothing is half-written; run the same command again", file=sys.stderr
         )
     return code
+
+
+@contextmanager
+def interrupts_between_imports() -> Iterator[None]:
+    """While it lasts, Ctrl-C in the middle of an import takes effect when that is over: in torch's it would abort the
+    process. Where the caller handles or ignores Ctrl-C otherwise, that stays.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(_signal: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                signal.setitimer(signal.ITIMER_REAL, RETRY)
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _give_up_stdout() -> None:
