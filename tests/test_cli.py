@@ -387,7 +387,7 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_
     assert not (output / "adaptive").exists()
 
     process = demo(output)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     result = json.loads(out)
     assert "1/5" not in err, "the finished fine-tuning was reused"
