@@ -49,9 +49,8 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         amount = "" if isinstance(self.pattern, NofM) else f" {self.sparsity:g}"
-        return f"{self.rows} x {self.n_in} {self.pattern}{amount}{', GELU inputs' if self.gelu else ''}" + (
-            ", row metric" if self.metric else ""
-        )
+        more = ", GELU inputs" if self.gelu else ", row metric" if self.metric else ""
+        return f"{self.rows} x {self.n_in} {self.pattern}{amount}{more}"
 
 
 CASES = [

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -30,7 +28,7 @@ import numpy as np
 from scipy import stats
 
 from bench import harness
-from sparsebert import checkpoint, data, encoders
+from sparsebert import checkpoint, data, encoders, ledger
 from sparsebert.config import PruneConfig
 from sparsebert.pruning import CODE, METHODS, OPS, draw, prune
 from sparsebert.pruning.knowledge import STEPS, steps_of
@@ -89,8 +87,7 @@ def settings(which: str) -> Iterator[tuple[str, str, dict]]:
                 yield space, "knowledge 0 - cluster", FEW["knowledge 0"] | where | {"without": "cluster"}
 
 
-SOURCES = "".join(inspect.getsource(module) for module in (*CODE, *OPS))
-VERSION = hashlib.sha256(SOURCES.encode()).hexdigest()[:12]  # of the code that a cell was computed by
+VERSION = ledger.unit_key("study", {}, *CODE, *OPS)[:12]  # of the code that a cell was computed by
 IDENTITY = ("task", "dense", "weights", "draw", "tokens", "config")  # of two cells with these the later counts
 
 
@@ -163,8 +160,7 @@ def _of_layers(identity: dict, config: PruneConfig) -> str:
     fields = config.model_dump()
     if config.method == "knowledge":
         fields |= {"tier": None, "without": None, "steps": sorted(steps_of(config) - AFTER)}
-    inputs = {name: identity[name] for name in IDENTITY if name != "config"}
-    return json.dumps([VERSION, inputs, fields], sort_keys=True)
+    return ledger.unit_key("layers", identity | {"config": fields}, *CODE, *OPS)
 
 
 def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:

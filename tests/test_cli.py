@@ -64,11 +64,26 @@ def refused(capsys, *arguments) -> str:
     return err
 
 
+STARTED: list[subprocess.Popen] = []
+
+
 def start(*arguments, **kwargs) -> subprocess.Popen:
     command = [sys.executable, "-m", "sparsebert", *map(str, arguments)]
     # A shell starts background jobs with SIGINT ignored, and that is inherited.
     kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, **kwargs)
+    pipe = subprocess.PIPE
+    STARTED.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=ROOT, **kwargs))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    """A test that fails leaves no process to slow down those after it."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.wait()
 
 
 def test_train_prune_eval_bench_end_with_their_documents(dense, tmp_path, capsys):
