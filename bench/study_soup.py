@@ -17,7 +17,7 @@ from sparsebert import checkpoint, data, encoders
 from sparsebert.cli.output import progress
 from sparsebert.robustness.evaluation import compare
 from sparsebert.training.finetune import read_recipe, train_recipe
-from sparsebert.training.soup import _mean, accuracy, perturbed, soup
+from sparsebert.training.soup import accuracy, mean, perturbed, soup
 
 COLUMNS = {
     "model": "", "settings": "", "minutes": ".0f", "held_accuracy": ".2f", "held_perturbed": ".4f",
@@ -69,7 +69,7 @@ def main() -> int:
         })  # fmt: skip
     model, tokenizer = checkpoint.load(args.output / "soup")
     rows.append({"model": "greedy average", "held_perturbed": -greedy.score, **figures(model, tokenizer)})
-    model.load_state_dict(_mean(states))
+    model.load_state_dict(mean(states))
     rows.append({"model": "mean of all", **figures(model, tokenizer)})
     notes = NOTES.format(held=len(held), n=len(reported), total=sum(result.seconds for result in trained.values()) / 60)
     title = f"Fine-tuning {args.model} on {args.task}: {args.recipe} and its averages"

@@ -46,10 +46,11 @@ class Ledger:
     def __init__(self, path: Path):
         self._path = path
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute(_SCHEMA)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise OutputError(
                 f"ledger {path} cannot be opened: {error}", fix="delete it or choose another output folder"
             ) from error
@@ -80,3 +81,8 @@ class Ledger:
 
     def close(self) -> None:
         self._db.close()
+
+    def discard(self) -> None:
+        """Closes the ledger and removes it: what it was kept for is done."""
+        self.close()
+        self._path.unlink(missing_ok=True)

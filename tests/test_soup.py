@@ -134,6 +134,25 @@ def test_a_soup_scores_no_worse_than_its_best_member_and_resumes(models, tmp_pat
     assert len(told) == 5
 
 
+def test_an_interrupted_soup_scores_nothing_twice(models, tmp_path, monkeypatch):
+    scored = []
+
+    def score(*_):
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        scored.append(1)
+        return float(len(scored))
+
+    monkeypatch.setitem(SCORES, "accuracy", score)
+    with pytest.raises(KeyboardInterrupt):
+        soup(models, "mr", tmp_path / "soup", score="accuracy")
+    assert not (tmp_path / "soup").exists()
+    monkeypatch.setitem(SCORES, "accuracy", lambda *_: scored.append(1) or 9.0)
+    result = soup(models, "mr", tmp_path / "soup", score="accuracy")
+    assert list(result.scores.values()) == [1, 2, 3] and len(scored) == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["soup"]
+
+
 def test_a_harmful_candidate_is_left_out(models, tmp_path):
     model, _ = checkpoint.load(models[0])
     with torch.no_grad():

@@ -68,7 +68,8 @@ def soup(
 
     directories: at least one model fine-tuned by `train` on `task` from the same start, with the same `hold_out`: the
     score is taken on the examples that none of them was trained on. Writes the average to `output`; the same call again
-    returns at once where that is finished. Raises InputError for models that do not belong together.
+    returns at once where that is finished, else takes the scores already known from `<output>.partial.sqlite`. Raises
+    InputError for models that do not belong together; OutputError from writing.
     """
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
@@ -94,34 +95,39 @@ def soup(
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in model.state_dict().items()}:
             raise InputError(f"{source} must have the tensors of {sources[0]}", fix="average models of one kind")
         states.append(state)
+    book = ledger.Ledger(target.with_name(f"{target.name}.partial.sqlite"))
     done = 0
 
-    def scored(state: dict[str, torch.Tensor]) -> float:
+    def scored(*members: int) -> float:
+        def compute() -> dict:
+            model.load_state_dict(mean([states[i] for i in members]))
+            return {"score": SCORES[score](model, tokenizer, examples, spec.max_length)}
+
         nonlocal done
-        model.load_state_dict(state)
-        value = SCORES[score](model, tokenizer, examples, spec.max_length)
+        value = book.once("soup score", {"soup": key, "members": members}, compute)["score"]
         done += 1
         progress(done, 2 * len(states) - 1)
         return value
 
-    alone = [scored(state) for state in states]
-    order = np.argsort([-value for value in alone], kind="stable")
-    accepted, best = [order[0]], alone[order[0]]
-    for candidate in order[1:]:
-        value = scored(_mean([states[i] for i in (*accepted, candidate)]))
-        if value >= best:
+    alone = [scored(i) for i in range(len(states))]
+    best, *rest = np.argsort([-value for value in alone], kind="stable").tolist()
+    accepted, highest = [best], alone[best]
+    for candidate in rest:
+        value = scored(*accepted, candidate)
+        if value >= highest:
             accepted.append(candidate)
-            best = value
-    model.load_state_dict(_mean([states[i] for i in accepted]))
+            highest = value
+    model.load_state_dict(mean([states[i] for i in accepted]))
     result = SoupResult(
         members=[str(directories[i]) for i in accepted],
         scores={str(directory): value for directory, value in zip(directories, alone, strict=True)},
-        score=best,
+        score=highest,
     )
     figures = {name: value for name, value in asdict(result).items() if name != "weights_sha256"}
     recipe = {"command": "soup", "task": task, "score": score, "hold_out": held, **figures}
     summary = {"max_length": spec.max_length}
     sha256 = checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=figures, summary=summary)
+    book.discard()
     return SoupResult(weights_sha256=sha256, **figures)
 
 
@@ -144,8 +150,8 @@ def _held_out_alike(sources: list[Path], task: str) -> int:
     return found.pop()[0]
 
 
-def _mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Uniform mean of each tensor, in float64 until it is stored."""
+def mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The uniform mean of each tensor, in float64 until it is stored."""
     return {
         name: sum(state[name].double() for state in states).div(len(states)).to(tensor.dtype)
         if tensor.is_floating_point()
