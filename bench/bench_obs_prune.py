@@ -35,6 +35,7 @@ CHECKED_ROWS = 8
 COLUMNS = {
     "case": "", "ours_ms": ".1f", "reference_ms": ".1f", "ratio": ".1f", "low": ".1f", "high": ".1f", "loop_ms": ".1f",
     "reference_loop_ms": ".1f", "loop_ratio": ".1f", "gflops": ".0f", "same_result": "", "equal_mask": ".5f",
+    "stand_in": ".2f",
 }  # fmt: skip
 NOTES = (
     "`ours_ms` is the whole call, float64: factorisation, removals, for obs_prune also the least squares on what is "
@@ -44,7 +45,8 @@ NOTES = (
     "cost the same. Medians over rounds in turns, `ratio` with its 95 % interval where there are enough. `gflops` "
     "counts the multiply-adds of `loop_ms` that cannot be avoided (symmetric halves once). `same_result`: our mask "
     "equals that of a plain float64 formulation (obs_prune: on {checked} rows). `equal_mask`: share of our mask "
-    "entries that the float32 reference has too (obs_prune: on {checked} rows, up to 768 inputs)."
+    "entries that the float32 reference has too (obs_prune: on {checked} rows, up to 768 inputs). `stand_in`: the time "
+    "of the plain torch formulation, the reference where no checkout is given, over `reference_loop_ms`."
 )
 
 
@@ -242,6 +244,10 @@ def measure_prune(case: Case, rival: Published | Plain, moments: Path | None, ro
         "start": lambda: rival.trace(w32[:BATCH], h32, STEPS[0]),
         "reference": lambda: rival.trace(w32[:BATCH], h32, STEPS[1]),
     }
+    if isinstance(rival, Published):
+        plain = Plain()
+        candidates["plain_start"] = lambda: plain.trace(w32[:BATCH], h32, STEPS[0])
+        candidates["plain"] = lambda: plain.trace(w32[:BATCH], h32, STEPS[1])
     gone = candidates["ours"]()[:CHECKED_ROWS] == 0
     same = torch.equal(gone, removed(expected[:, :steps], case.n_in))
     equal = None
@@ -262,6 +268,8 @@ def measure_sweep(case: Case, rival: Published | Plain, moments: Path | None, ro
         "reference": lambda: rival.sweep(w32, h32, None, case),
         "reference_loop": lambda: rival.sweep(w32, h32, u32, case),
     }
+    if isinstance(rival, Published) and not isinstance(case.pattern, Grouped):
+        candidates["plain"] = lambda: Plain().sweep(w32, h32, u32, case)
     gone = candidates["ours"]() == 0
     same = torch.equal(gone, plain_sweep(w, u, case.pattern, case.sparsity) == 0)
     equal = (gone == (candidates["reference"]() == 0)).double().mean().item()
@@ -281,16 +289,17 @@ def row(
     timings = interleave(candidates, rounds, settle=5e-3 if threads > 1 and case.op == "obs_sweep" else 0.0, warmup=0)
     ms = {name: timings.median(name) * 1e3 for name in candidates}
     ratio = timings.ratio("reference", "ours")
-    rival_loop = ms.get("reference_loop")
-    if "start" in candidates:
-        ms["reference"] = rival_loop = (ms["reference"] - ms["start"]) * scale
+    if case.op == "obs_prune":
+        ms["reference"] = ms["reference_loop"] = (ms["reference"] - ms["start"]) * scale
         ratio = Ratio(ms["reference"] / ms["ours"], None, None)
+        if "plain" in ms:
+            ms["plain"] = (ms["plain"] - ms["plain_start"]) * scale
     return {
         "case": str(case), "threads": threads, "ours_ms": ms["ours"], "reference_ms": ms["reference"],
         "ratio": ratio.value, "low": ratio.low, "high": ratio.high, "loop_ms": ms["loop"],
-        "reference_loop_ms": rival_loop, "loop_ratio": rival_loop / ms["loop"],
+        "reference_loop_ms": ms["reference_loop"], "loop_ratio": ms["reference_loop"] / ms["loop"],
         "gflops": flops / ms["loop"] * 1e-6, "same_result": same,
-        "equal_mask": equal,
+        "equal_mask": equal, "stand_in": ms["plain"] / ms["reference_loop"] if "plain" in ms else None,
     }  # fmt: skip
 
 
