@@ -60,7 +60,7 @@ def _ladder() -> dict[str, dict]:
     """SparseGPT, then each step added, then each taken from tier 1 and from the whole; the baselines with the last two
     steps as well.
     """
-    steps = ["refit", "target", "admm", "cls", "heads", "tokens", "outputs", "allocation", "distill", "perturb"]
+    steps = ["refit", "target", "admm", "cls", "heads", "outputs", "allocation", "distill", "perturb"]
     rungs = {"sparsegpt": MAIN["sparsegpt"]}
     for i, step in enumerate(steps):
         tier = max(STEPS[s] for s in steps[: i + 1])

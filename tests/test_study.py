@@ -37,7 +37,7 @@ def test_settings_share_layers_where_only_what_follows_them_differs():
 
     whole = layers(method="knowledge", tier=2)
     assert whole == layers(method="knowledge", tier=1) == layers(method="knowledge", tier=2, without="perturb")
-    others = [{"tier": 0}, {"tier": 2, "without": "tokens"}, {"tier": 2, "sparsity": 0.5}, {"tier": 2, "draw": 1}]
+    others = [{"tier": 0}, {"tier": 2, "without": "outputs"}, {"tier": 2, "sparsity": 0.5}, {"tier": 2, "draw": 1}]
     assert whole not in [layers(method="knowledge", **fields) for fields in others]
     assert layers(method="adaptive") != layers(method="adaptive", as_published=True)
 

@@ -19,15 +19,16 @@ from sparsebert.pruning.calibration import Batches, Calibration
 from sparsebert.pruning.cluster import row_groups
 from sparsebert.pruning.recover import distill
 from sparsebert.pruning.run import Run
-from sparsebert.pruning.scores import cls_weights, kronecker_factors
+from sparsebert.pruning.scores import cls_weights, output_metrics
 from sparsebert.pruning.solve import Quadratic, match_logits, set_affine
 
 # Step -> the lowest tier that has it. Each can be left out by --without.
 STEPS = {
     "target": 0, "cluster": 0, "admm": 0, "refit": 0, "cls": 0, "heads": 0,
-    "tokens": 1, "outputs": 1, "allocation": 1, "distill": 2, "perturb": 2,
+    "outputs": 1, "allocation": 1, "distill": 2, "perturb": 2,
 }  # fmt: skip
 DAMPING = 1e-2
+METRIC_TOKENS = 50_000  # what tells how errors of two outputs count together
 DAMAGE_TOKENS = 30_000  # what the allotment of the budget looks at
 
 
@@ -53,12 +54,11 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     itself). cluster: rows that want the same columns form the groups of a grouped pattern (else consecutive rows).
     admm: the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the
     support. cls: in the last layer only the first token's output counts. heads: the pooler is solved for again, and the
-    classifier for the least divergence from the dense model's predictions. Tier 1, one backward pass. tokens: each
-    token counts by what an error of a linear's output there does to the logits. outputs: errors of two outputs count
-    together likewise, so that support and weights are found for tr(B E H Eᵀ), B the other Kronecker factor. allocation:
-    linears share the budget by the damage they do to the output; patterns with a sparsity of their own have none to
-    share. Tier 2, distill: 300 steps towards the dense model with the zeros fixed. perturb: that on texts with swapped
-    words, and on joined ones.
+    classifier for the least divergence from the dense model's predictions. Tier 1, one backward pass. outputs: errors
+    of a linear's outputs count, each and two together, by what they do to the logits, so that support and weights are
+    found for tr(B E H Eᵀ), B and H the Kronecker factors. allocation: linears share the budget by the damage they do to
+    the output; patterns with a sparsity of their own have none to share. Tier 2, distill: 300 steps towards the dense
+    model with the zeros fixed. perturb: that on texts with swapped words, and on joined ones.
     """
     steps = steps_of(config)
     pattern = parse(config.pattern)
@@ -68,14 +68,9 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     batches = calibration.batches
     weights = cls_weights(model, batches) if "cls" in steps else {}
     metrics: dict[str, torch.Tensor] = {}
-    if steps & {"tokens", "outputs"}:
-        by_token, by_output = kronecker_factors(model, batches, config.seed, run.part("gradients"))
-        if "tokens" in steps:
-            # Floors aside: the outputs that nothing reads have no gradient.
-            for name, first in weights.items():
-                by_token[name] = [a * b for a, b in zip(by_token[name], first, strict=True)]
-            weights = by_token
-        metrics = by_output if "outputs" in steps else {}
+    if "outputs" in steps:
+        some = _about(batches, METRIC_TOKENS, config.seed)
+        metrics = output_metrics(model, some, config.seed, run.part("gradients"))
     allotted = dict.fromkeys(encoder_linears(model), sparsity)
     if "allocation" in steps and isinstance(pattern, Unstructured | Grouped):
         found = run.once("allocation", lambda: _allotted(model, batches, pattern, sparsity, damping, config, run))

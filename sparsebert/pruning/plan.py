@@ -13,7 +13,7 @@ from sparsebert.config import PruneConfig
 from sparsebert.encoders import encoder_linears
 from sparsebert.patterns import kept_in, parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate
-from sparsebert.pruning.knowledge import DAMAGE_TOKENS, steps_of
+from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.recover import BATCH, STEPS
 
 # Share of the speed of a large float32 matrix product that the parts of a prune reach, fitted to MiniLM and BERT-base.
@@ -82,8 +82,7 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
         # Both runs hold a layer's input and its attention's output, the half-pruned one also its widest activation.
         parts["activations"] = 4 * tokens * (4 * width + widest) * mib
         parts["moments"] = 8 * 8 * widest**2 * mib
-    if {"tokens", "outputs"} & set(steps):
-        parts["token_weights"] = 4 * tokens * len(linears) * mib
+    if "outputs" in steps:
         parts["row_metrics"] = 4 * sum(m.out_features**2 for m in linears.values()) * mib
     if "allocation" in steps:
         parts["tried_sparsities"] = 2 * 4 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
@@ -113,8 +112,8 @@ def _seconds(linears, weights: int, tokens: int, steps: list[str]) -> dict[str, 
         "moments": gram * tokens / speed / MOMENTS,
         "solve": solve / speed / (COUPLED if coupled else SOLVE),
     }
-    if {"tokens", "outputs"} & set(steps):
-        parts["gradients"] = 4 * weights * tokens / speed / FORWARD
+    if coupled:
+        parts["gradients"] = 4 * weights * min(tokens, METRIC_TOKENS) / speed / FORWARD
     if "allocation" in steps:
         some = min(tokens, DAMAGE_TOKENS)
         parts["allocation"] = (6 + 2 * len(allocate.LEVELS)) * weights * some / speed / FORWARD

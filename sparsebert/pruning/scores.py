@@ -1,4 +1,4 @@
-"""What counts: the weight of each calibration token in the moments of each linear, and of its outputs' errors."""
+"""What counts: which calibration tokens in the moments of a linear, and which of its outputs' errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from sparsebert.pruning.calibrate import TokenWeights
 from sparsebert.pruning.calibration import Batches
 
 FLOOR = 0.1  # of the mean: keeps the rank, and the function on texts unlike these
-METRIC_TOKENS = 50_000  # about as many tell how errors of two outputs count together
 
 
 def cls_weights(model, batches: Batches) -> TokenWeights:
@@ -34,37 +33,25 @@ def cls_weights(model, batches: Batches) -> TokenWeights:
     return dict.fromkeys(names, weights)
 
 
-def kronecker_factors(
-    model, batches: Batches, seed: int, progress: Progress = no_progress
-) -> tuple[TokenWeights, dict[str, torch.Tensor]]:
-    """What an error at the output of each linear costs the logits, as two factors: how much it counts at each token,
-    and how the errors of two outputs count together.
-
-    With g the gradients of `gradient_pass`: FLOOR + (1 - FLOOR) ‖g‖² / mean ‖g‖² of every token, float32; and FLOOR I +
-    (1 - FLOOR) E g gᵀ / mean E g², float32 [n_out, n_out]. [Martens & Grosse 2015: the Gauss-Newton matrix of a layer
-    as a Kronecker product; the token's weight is kept in its other factor, E ‖g‖² x xᵀ.]
+def output_metrics(model, batches: Batches, seed: int, progress: Progress = no_progress) -> dict[str, torch.Tensor]:
+    """How the errors of two outputs of each linear count together in what they cost the logits: FLOOR I + (1 - FLOOR) E
+    g gᵀ / mean E g², float32 [n_out, n_out], g the gradients of `gradient_pass`, the means over tokens. [Martens &
+    Grosse 2015: the factor of a layer's Gauss-Newton matrix beside the inputs' second moments.]
     """
-    weights: TokenWeights = {name: [] for name in encoder_linears(model)}
-    stride = max(1, sum(batch["input_ids"].numel() for batch in batches) // METRIC_TOKENS)
     metrics: dict[str, torch.Tensor] = {}
 
     def see(name, _x, gradient):
-        # The backward pass meets the linears of a batch once each, and the batches in order.
-        weights[name].append(gradient.square().sum(-1))
-        flat = gradient[::stride].flatten(0, 1)
+        flat = gradient.flatten(0, 1)
         if name in metrics:
             metrics[name].addmm_(flat.T, flat)
         else:
             metrics[name] = flat.T @ flat
 
     gradient_pass(model, batches, see, seed, progress)
-    for name, parts in weights.items():
-        mean = torch.cat([part.flatten() for part in parts]).mean()
-        weights[name] = [FLOOR + (1 - FLOOR) * part / mean for part in parts]
-        metric = metrics[name]
+    for metric in metrics.values():
         metric *= (1 - FLOOR) / metric.diagonal().mean()
         metric.diagonal().add_(FLOOR)
-    return weights, metrics
+    return metrics
 
 
 def gradient_pass(
