@@ -355,13 +355,25 @@ def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)
-    with pytest.raises(KeyboardInterrupt), cli.interrupts_between_imports():
+    with pytest.raises(KeyboardInterrupt), cli.interrupts_at_safe_moments():
         import slow_to_import
 
         assert slow_to_import.reached
         time.sleep(5)
         raise AssertionError("the interrupt was lost")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
+
+
+def test_ctrl_c_in_a_finalizer_is_not_forgotten():
+    class Finalized:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+
+    with pytest.raises(KeyboardInterrupt), cli.interrupts_at_safe_moments():
+        Finalized()
+        time.sleep(5)
+        raise AssertionError("the interrupt was lost")
 
 
 # --- kill and resume -------------------------------------------------------------------------------------------------

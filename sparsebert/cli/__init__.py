@@ -14,14 +14,14 @@ from types import FrameType
 from sparsebert.errors import SparsebertError
 
 INTERRUPTED = 130
-RETRY = 0.05  # seconds after which an interrupt that came in an import is tried again
+RETRY = 0.05  # seconds after which an interrupt that came at a bad moment is tried again
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line and returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        with interrupts_between_imports():
+        with interrupts_at_safe_moments():
             code = _run(arguments or ["--help"])
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -39,9 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextmanager
-def interrupts_between_imports() -> Iterator[None]:
-    """While it lasts, Ctrl-C in the middle of an import takes effect when that is over: in torch's it would abort the
-    process. Where the caller handles or ignores Ctrl-C otherwise, that stays.
+def interrupts_at_safe_moments() -> Iterator[None]:
+    """While it lasts, Ctrl-C in the middle of an import or a finalizer takes effect when that is over: in torch's
+    import it would abort the process, in a finalizer be printed and forgotten. Where the caller handles or ignores
+    Ctrl-C otherwise, that stays.
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -49,7 +50,7 @@ def interrupts_between_imports() -> Iterator[None]:
 
     def interrupt(_signal: int, frame: FrameType | None) -> None:
         while frame is not None:
-            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>" or frame.f_code.co_name == "__del__":
                 signal.setitimer(signal.ITIMER_REAL, RETRY)
                 return
             frame = frame.f_back
