@@ -349,6 +349,15 @@ def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, secon
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.fixture
+def ctrl_c_is_heard():
+    """As in a terminal, also where this runs in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path, monkeypatch):
     (tmp_path / "slow_to_import.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\nreached = True\n"
@@ -364,6 +373,7 @@ def test_ctrl_c_in_an_import_waits_for_its_end(tmp_path, monkeypatch):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGALRM)) == before
 
 
+@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_in_a_finalizer_is_not_forgotten():
     class Finalized:
         def __del__(self):
