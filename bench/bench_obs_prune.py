@@ -245,9 +245,8 @@ def measure_prune(case: Case, rival: Published | Plain, moments: Path | None, ro
         "reference": lambda: rival.trace(w32[:BATCH], h32, STEPS[1]),
     }
     if isinstance(rival, Published):
-        plain = Plain()
-        candidates["plain_start"] = lambda: plain.trace(w32[:BATCH], h32, STEPS[0])
-        candidates["plain"] = lambda: plain.trace(w32[:BATCH], h32, STEPS[1])
+        candidates["plain_start"] = lambda: Plain().trace(w32[:BATCH], h32, STEPS[0])
+        candidates["plain"] = lambda: Plain().trace(w32[:BATCH], h32, STEPS[1])
     gone = candidates["ours"]()[:CHECKED_ROWS] == 0
     same = torch.equal(gone, removed(expected[:, :steps], case.n_in))
     equal = None
