@@ -152,8 +152,8 @@ def test_a_matched_classifier_has_the_least_divergence():
 
 def test_damage_predicts_the_divergence_that_one_linear_causes():
     dense, batches = classifier(), calibration(4000).batches
-    pruned = allocate.one_by_one(dense, batches, patterns.Unstructured(), 0.01, encoders.no_progress)
-    damage = allocate.damage(dense, batches, pruned, seed=0)
+    changes = allocate.one_by_one(dense, batches, patterns.Unstructured(), 0.01, encoders.no_progress)
+    damage = allocate.damage(dense, batches, changes, seed=0)
     reference = recover.logits_of(dense, batches)
     level = allocate.LEVELS.index(0.3)
     predicted, real = [], []
@@ -165,9 +165,9 @@ def test_damage_predicts_the_divergence_that_one_linear_causes():
         recover.logits_of(model, batches)
         handle.remove()
         with torch.no_grad():
-            change = (module.weight - pruned[name][level]) @ torch.cat(xs).mean(0)
-            module.weight.copy_(pruned[name][level])
-            module.bias.add_(change)
+            change = changes[name][level].float()
+            module.weight.add_(change)
+            module.bias.sub_(change @ torch.cat(xs).mean(0))
         real.append(recover.kl(reference, recover.logits_of(model, batches)))
         predicted.append(damage[name][level])
     assert np.corrcoef(np.log(predicted), np.log(real))[0, 1] > 0.8
@@ -175,7 +175,7 @@ def test_damage_predicts_the_divergence_that_one_linear_causes():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.floats(0.31, 0.98), st.integers(0, 10_000))
+@given(st.floats(0.01, 0.98), st.integers(0, 10_000))
 def test_an_allotment_meets_the_budget_exactly_and_spares_what_matters(sparsity, seed):
     rng = np.random.default_rng(seed)
     levels = np.array(allocate.LEVELS)

@@ -35,7 +35,7 @@ def zeros(model) -> dict[str, int]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: " ".join(map(str, c.values())))
 def test_the_budget_is_met_exactly(config, sparsity):
     model = classifier()
-    tokens = 9000 if config.get("as_published") else 1500  # it needs 256 texts
+    tokens = 17_000 if config.get("as_published") else 1500  # it needs 256 texts of 64
     result = prune(model, calibration(tokens), PruneConfig(sparsity=sparsity, **config))
     linears = encoders.encoder_linears(model)
     assert len(linears) == 12 and result.density.keys() == linears.keys()
@@ -55,6 +55,15 @@ def test_the_budget_is_met_exactly(config, sparsity):
             assert row.unique().tolist() == [max(0, int((m.in_features + 1) * sparsity) - 1)], name
     else:
         assert got == uniform
+
+
+def test_padded_batches_hold_as_many_tokens_as_were_asked_for():
+    texts = calibration(40_000)
+    batches = texts.padded_batches
+    assert [batch["input_ids"].shape for batch in batches] == [(256, 64)] * 2  # 624 texts of 64
+    assert not batches[0]["attention_mask"].all()
+    with pytest.raises(InputError, match="16384 in all"):
+        _ = calibration(16_000).padded_batches
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8x1", "8x1/8", "8:2:8"])

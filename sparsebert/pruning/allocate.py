@@ -17,27 +17,29 @@ from sparsebert.pruning.scores import gradient_pass
 from sparsebert.pruning.solve import Quadratic
 
 # Sparsities tried for every linear. The highest is a cap: beyond it a linear's error no longer predicts the model's.
-LEVELS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.775, 0.83, 0.875, 0.91, 0.94, 0.96, 0.975, 0.985)
+LEVELS = (0.15, 0.3, 0.5, 0.6, 0.7, 0.775, 0.83, 0.875, 0.91, 0.94, 0.96, 0.975, 0.985)
 
-Weights = dict[str, list[torch.Tensor]]  # of every linear, at each level
+Changes = dict[str, torch.Tensor]  # V - W of every linear at each level, bfloat16 [levels, n_out, n_in]
 
 
 @torch.no_grad()
-def one_by_one(model, batches: Batches, pattern: Pattern, damping: float, progress: Progress) -> Weights:
-    """Every linear pruned to every level by itself, on the dense model's inputs, float32."""
-    pruned: Weights = {}
+def one_by_one(model, batches: Batches, pattern: Pattern, damping: float, progress: Progress) -> Changes:
+    """What pruning every linear to every level by itself, on the dense model's inputs, changes in its weights."""
+    changes: Changes = {}
     total = len(encoder_linears(model))
     for stage in stages(model, batches, sparse_inputs=False):
         q = Quadratic(stage.moments.gram, damping)
         for name, module in stage.linears.items():
             weight = module.weight.double()
-            pruned[name] = [obs_sweep(weight, q.h, pattern, level).float() for level in LEVELS]
-            progress(len(pruned), total)
-    return pruned
+            changes[name] = torch.empty(len(LEVELS), *weight.shape, dtype=torch.bfloat16)
+            for change, level in zip(changes[name], LEVELS, strict=True):
+                change.copy_(obs_sweep(weight, q.h, pattern, level) - weight)
+            progress(len(changes), total)
+    return changes
 
 
 def damage(
-    model, batches: Batches, pruned: Weights, seed: int, progress: Progress = no_progress
+    model, batches: Batches, changes: Changes, seed: int, progress: Progress = no_progress
 ) -> dict[str, np.ndarray]:
     """What each linear at each level does to the output, to second order: half the mean over texts of (sum over tokens
     of g·(V - W)x)², which is the divergence KL(dense ‖ pruned) it would cause alone if every label were as likely.
@@ -45,15 +47,13 @@ def damage(
 
     The bias takes up the mean of (V - W)x over tokens, as it will after pruning.
     """
-    linears = encoder_linears(model)
-    sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64) for name in pruned}
-    errors = {name: torch.stack([v - linears[name].weight.detach() for v in levels]) for name, levels in pruned.items()}
+    sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64) for name in changes}
 
     def see(name, x, gradient):
-        for level, error in enumerate(errors[name]):
-            change = torch.nn.functional.linear(x, error)
-            change -= change.mean((0, 1))
-            sums[name][level] += (change * gradient).sum((1, 2)).double().square().sum()
+        for level, change in enumerate(changes[name]):
+            moved = torch.nn.functional.linear(x, change.float())
+            moved -= moved.mean((0, 1))
+            sums[name][level] += (moved * gradient).sum((1, 2)).double().square().sum()
 
     gradient_pass(model, batches, see, seed, progress)
     texts = sum(len(batch["input_ids"]) for batch in batches)
@@ -64,15 +64,15 @@ def allocate(damage: dict[str, np.ndarray], sizes: dict[str, int], sparsity: flo
     """Sparsities that remove floor(sparsity * all weights) exactly and cause the least damage in sum.
 
     Between levels the logarithm of the damage is taken as linear in the logarithm of the density. Each linear stands
-    where one more weight kept would save the same: a bisection on that price.
+    where one more weight kept would save the same: a bisection on that price. Below the lowest level all share alike.
     """
     total = zeros_in(sum(sizes.values()), sparsity)
-    grid = np.linspace(LEVELS[1], LEVELS[-1], 400)
+    grid = np.linspace(LEVELS[0], LEVELS[-1], 400)
     curves = {}
     for name, values in damage.items():
         # A level that does less damage than a lower one is noise.
-        rising = np.maximum.accumulate(np.maximum(values[1:], 1e-12))
-        known = np.log(1 - np.array(LEVELS[1:]))[::-1]
+        rising = np.maximum.accumulate(np.maximum(values, 1e-12))
+        known = np.log(1 - np.array(LEVELS))[::-1]
         curves[name] = np.exp(np.interp(np.log(1 - grid), known, np.log(rising)[::-1]))
 
     def zeros_at(price: float) -> dict[str, float]:

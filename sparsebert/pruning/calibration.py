@@ -41,18 +41,21 @@ class Calibration:
 
     @cached_property
     def padded_batches(self) -> Batches:
-        """`texts` as the released code of Li et al. feeds them: 256 at a time, cut or padded to 64 tokens, the last
-        incomplete batch dropped. InputError below 256 texts.
+        """The first of `texts` as the released code of Li et al. feeds them: 256 at a time, cut or padded to 64 tokens,
+        as many whole batches as have at most the tokens of `texts`, padding counted. InputError where that is none.
         """
-        if len(self.texts) < 256:
+        encoded = tokenize(self.tokenizer, self.texts, self.max_length)
+        tokens = sum(len(row["input_ids"]) for row in encoded)
+        if min(tokens // 64, len(encoded)) < 256:
             raise InputError(
-                f"--as-published needs at least 256 calibration texts, got {len(self.texts)}",
+                f"--as-published pads 256 texts to 64 tokens each, 16384 in all, got {len(encoded)} texts of {tokens}",
                 fix="raise --calibration-tokens",
             )
-        encoded = tokenize(self.tokenizer, self.texts, min(64, self.max_length))
+        texts = self.texts.take(np.arange(min(tokens // 64, len(encoded)) // 256 * 256))
+        encoded = tokenize(self.tokenizer, texts, min(64, self.max_length))
         return [
             dict(self.tokenizer.pad(encoded[i : i + 256], padding="max_length", max_length=64, return_tensors="pt"))
-            for i in range(0, len(encoded) - 255, 256)
+            for i in range(0, len(encoded), 256)
         ]
 
     @property

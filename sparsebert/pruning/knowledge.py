@@ -130,8 +130,8 @@ def _allotted(
 ) -> dict:
     """Sparsity of every linear as a fraction in text."""
     some = _about(batches, DAMAGE_TOKENS, config.seed)
-    pruned = allocate.one_by_one(model, some, pattern, damping, run.part("try sparsities"))
-    damage = allocate.damage(model, some, pruned, config.seed, run.part("damage"))
+    changes = allocate.one_by_one(model, some, pattern, damping, run.part("try sparsities"))
+    damage = allocate.damage(model, some, changes, config.seed, run.part("damage"))
     sizes = {name: module.weight.numel() for name, module in encoder_linears(model).items()}
     return {name: str(value) for name, value in allocate.allocate(damage, sizes, sparsity).items()}
 

@@ -13,6 +13,7 @@ from sparsebert.config import PruneConfig
 from sparsebert.encoders import encoder_linears
 from sparsebert.patterns import kept_in, parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate
+from sparsebert.pruning.calibration import TOKENS_PER_BATCH
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.recover import BATCH, STEPS
 
@@ -84,14 +85,24 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
         parts["moments"] = 8 * 8 * widest**2 * mib
     if "outputs" in steps:
         parts["row_metrics"] = 4 * sum(m.out_features**2 for m in linears.values()) * mib
+    if {"outputs", "allocation", "distill"} & set(steps):
+        # What a backward pass reads again: inputs and outputs of all linears, and half as much between them.
+        parts["backward"] = (
+            1.5 * 4 * TOKENS_PER_BATCH * sum(m.in_features + m.out_features for m in linears.values()) * mib
+        )
     if "allocation" in steps:
-        parts["tried_sparsities"] = 2 * 4 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
+        parts["tried_sparsities"] = 2 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
     if "distill" in steps:
-        parts["distillation"] = 6 * parameters  # teacher, gradients, two moments, running mean, the best
-    # What the allotment and the distillation need is given back before or taken after the pass.
-    late = ("tried_sparsities", "distillation")
-    peak = sum(value for name, value in parts.items() if name not in late)
-    peak = max(peak, 400.0 + parameters + max(parts.get(name, 0.0) for name in late))
+        parts["distillation"] = 7 * parameters  # teacher, gradients, two moments, running mean, the best, a copy
+
+    def at_once(*names: str) -> float:
+        return 400.0 + parameters + sum(parts.get(name, 0.0) for name in names)
+
+    peak = max(
+        at_once("activations", "moments", "row_metrics"),
+        at_once("row_metrics", "backward", "tried_sparsities"),
+        at_once("backward", "distillation"),
+    )
     return {"peak": peak, **parts}
 
 

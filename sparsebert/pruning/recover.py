@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
-from sparsebert.pruning.calibration import Batches, Calibration
+from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
 from sparsebert.pruning.solve import divergence
 
 STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20
@@ -41,12 +42,13 @@ def distill(
     best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(seed)
     for step, batch in enumerate(_texts(calibration, perturb, rng)):
-        with torch.no_grad(), autocast():
-            wanted = teacher(**batch).logits.float()
-        with torch.enable_grad():
-            with autocast():
-                got = model(**batch).logits.float()
-            divergence(wanted, got).backward()
+        for part, share in _parts(batch):
+            with torch.no_grad(), autocast():
+                wanted = teacher(**part).logits.float()
+            with torch.enable_grad():
+                with autocast():
+                    got = model(**part).logits.float()
+                (share * divergence(wanted, got)).backward()
         for group in optimizer.param_groups:
             group["lr"] = LR * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
         optimizer.step()
@@ -74,6 +76,17 @@ def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):
         for rows in bucketed(encoded, BATCH, rng)[: STEPS - done]:
             done += 1
             yield collate(calibration.tokenizer, encoded, rows)
+
+
+def _parts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
+    """The batch in parts of about TOKENS_PER_BATCH tokens, so that long texts need no more memory than calibration
+    does, and each one's share of the texts.
+    """
+    texts, length = batch["input_ids"].shape
+    size = max(1, TOKENS_PER_BATCH // length)
+    for start in range(0, texts, size):
+        part = {name: tensor[start : start + size] for name, tensor in batch.items()}
+        yield part, len(part["input_ids"]) / texts
 
 
 def _changed(examples: data.Examples, rng: np.random.Generator) -> data.Examples:
