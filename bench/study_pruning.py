@@ -212,6 +212,7 @@ def main() -> int:
     parser.add_argument("--cells", type=Path, default=Path("bench/results/pruning_cells.jsonl"), help="finished cells")
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1], help="draws of calibration texts (default 0 1)")
     parser.add_argument("--only", nargs="+", default=[], help="names of methods or rungs (default: all)")
+    parser.add_argument("--spaces", nargs="+", default=[], help="sparsities and patterns of `patterns` (default: all)")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--tokens", type=int, default=150_000, help="calibration tokens")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
@@ -223,7 +224,7 @@ def main() -> int:
         for seed in args.draws:
             layers = args.cells.with_name(f"{args.cells.stem}.{weights}-{seed}.partial")
             for space, name, fields in rows:
-                if args.only and name not in args.only:
+                if (args.only and name not in args.only) or (args.spaces and space not in args.spaces):
                     continue
                 identity = {
                     "task": args.task, "dense": dense.name, "weights": weights, "draw": seed, "tokens": args.tokens,
