@@ -1,4 +1,4 @@
-"""The parts of method knowledge: token weights, the allotment of the budget, row groups, distillation."""
+"""The parts of method knowledge: what counts, the allotment of the budget, row groups, distillation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import classifier, tokenizer
+from scipy.optimize import linear_sum_assignment
 
 from sparsebert import data, encoders, patterns
 from sparsebert.pruning import allocate, draw, recover
-from sparsebert.pruning.cluster import row_groups
+from sparsebert.pruning.cluster import assigned, row_groups
 from sparsebert.pruning.scores import FLOOR, cls_weights, gradient_pass, output_metrics
 from sparsebert.pruning.solve import match_logits
 
@@ -204,6 +205,18 @@ def test_rows_that_want_the_same_columns_come_together():
     order = row_groups(scores, patterns.Grouped(8), 0.8)
     assert sorted(order.tolist()) == list(range(48))
     assert all((group == group[0]).all() for group in rows[order].split(8))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 8), st.floats(0, 5), st.integers(0, 10_000))
+def test_an_assignment_of_rows_is_the_best(groups, rows, skew, seed):
+    rng = np.random.default_rng(seed)
+    gain = (rng.random((groups * rows, groups)) + skew * rng.random(groups)).astype(np.float32)
+    chosen = assigned(gain, rows)
+    assert np.bincount(chosen, minlength=groups).tolist() == [rows] * groups
+    seats = linear_sum_assignment(np.repeat(gain, rows, 1), maximize=True)
+    best = np.repeat(gain, rows, 1)[seats].sum(dtype=float)
+    np.testing.assert_allclose(gain[np.arange(len(gain)), chosen].sum(dtype=float), best, rtol=1e-5)
 
 
 def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatch):

