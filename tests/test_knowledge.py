@@ -219,6 +219,16 @@ def test_an_assignment_of_rows_is_the_best(groups, rows, skew, seed):
     np.testing.assert_allclose(gain[np.arange(len(gain)), chosen].sum(dtype=float), best, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 20, 10_000])
+def test_distilling_in_parts_weighs_every_text_alike(monkeypatch, tokens):
+    monkeypatch.setattr(recover, "TOKENS_PER_BATCH", tokens)
+    values = torch.arange(50.0).view(5, 10)
+    parts = list(recover._parts({"input_ids": values}))
+    assert len(parts) == {1: 5, 20: 3, 10_000: 1}[tokens]
+    assert torch.equal(torch.cat([part["input_ids"] for part, _ in parts]), values)
+    assert sum(share * float(part["input_ids"].mean()) for part, share in parts) == pytest.approx(float(values.mean()))
+
+
 def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatch):
     monkeypatch.setattr(recover, "STEPS", 100)
     teacher, texts = classifier(), calibration(3000)

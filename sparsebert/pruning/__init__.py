@@ -74,7 +74,7 @@ def prune(
         require_fits(pattern, *module.weight.shape, sparsity_of(pattern, config.sparsity), name)
     tokens = 0
     if METHODS[config.method].looks_at_data:
-        tokens = sum(batch["input_ids"].numel() for batch in calibration.batches)
+        tokens = calibration.tokens
         _require_tokens(tokens, linears)
     METHODS[config.method].prune(model, calibration, config, run or Run(progress))
     nnz = {name: int(module.weight.count_nonzero()) for name, module in linears.items()}

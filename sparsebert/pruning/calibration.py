@@ -34,6 +34,11 @@ class Calibration:
         """`texts` in batches of one length each, so that there is no padding; longest first."""
         return unpadded(self.tokenizer, tokenize(self.tokenizer, self.texts, self.max_length))
 
+    @property
+    def tokens(self) -> int:
+        """Of all `texts`."""
+        return sum(batch["input_ids"].numel() for batch in self.batches)
+
     @cached_property
     def held_out_batches(self) -> Batches:
         """`held_out` likewise."""
@@ -44,15 +49,14 @@ class Calibration:
         """The first of `texts` as the released code of Li et al. feeds them: 256 at a time, cut or padded to 64 tokens,
         as many whole batches as have at most the tokens of `texts`, padding counted. InputError where that is none.
         """
-        encoded = tokenize(self.tokenizer, self.texts, self.max_length)
-        tokens = sum(len(row["input_ids"]) for row in encoded)
-        if min(tokens // 64, len(encoded)) < 256:
+        count = min(self.tokens // 64, len(self.texts)) // 256 * 256
+        if not count:
             raise InputError(
-                f"--as-published pads 256 texts to 64 tokens each, 16384 in all, got {len(encoded)} texts of {tokens}",
+                "--as-published pads 256 texts to 64 tokens each, 16384 in all, "
+                f"got {len(self.texts)} texts of {self.tokens}",
                 fix="raise --calibration-tokens",
             )
-        texts = self.texts.take(np.arange(min(tokens // 64, len(encoded)) // 256 * 256))
-        encoded = tokenize(self.tokenizer, texts, min(64, self.max_length))
+        encoded = tokenize(self.tokenizer, self.texts.take(np.arange(count)), min(64, self.max_length))
         return [
             dict(self.tokenizer.pad(encoded[i : i + 256], padding="max_length", max_length=64, return_tensors="pt"))
             for i in range(0, len(encoded), 256)

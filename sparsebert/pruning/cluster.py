@@ -40,14 +40,14 @@ def assigned(gain: np.ndarray, rows: int) -> np.ndarray:
     """The group of every row, `rows` rows to a group, of the greatest sum of `gain` [n_out, groups].
 
     Exact, by a linear assignment of rows to seats. As every seat is taken, a price a group changes no choice between
-    assignments; prices at which each group is the dearest wish of about `rows` rows leave the solver few conflicts, and
+    assignments; prices at which each group is the first choice of about `rows` rows leave the solver few conflicts, and
     1536 rows take a twentieth of the time.
     """
     step = 0.2 * gain.std()
     prices = np.zeros(gain.shape[1])
     for i in range(PRICE_STEPS):
-        wish = np.bincount((gain - prices).argmax(1), minlength=len(prices))
-        prices += step / (1 + i / 20) * (wish / rows - 1)
+        first = np.bincount((gain - prices).argmax(1), minlength=len(prices))
+        prices += step / (1 + i / 20) * (first / rows - 1)
     _, seats = linear_sum_assignment(np.repeat(gain - prices, rows, 1), maximize=True)
     return seats // rows
 
