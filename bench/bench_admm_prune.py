@@ -17,7 +17,7 @@ from bench.shapes import layer_problem, low_rank_metric
 from sparsebert.engine.measure import interleave
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
-from sparsebert.ops.admm_prune import COUPLED_RHO, _normalised, _schedule, _settled, admm_prune
+from sparsebert.ops.admm_prune import _normalised, _schedule, _settled, _size, admm_prune
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.ops.obs_prune import obs_sweep
 from sparsebert.ops.topk_mask import pattern_mask
@@ -99,13 +99,13 @@ def plain_coupled(
     across, q = torch.linalg.eigh(hn)
     down, p = torch.linalg.eigh(metric)
     eigenvalues = down[:, None] * across
-    return iterate(b0.T, eigenvalues, lambda b: p.T @ b @ q, lambda b: p @ b @ q.T, pattern, sparsity, *COUPLED_RHO)
+    return iterate(b0.T, eigenvalues, lambda b: p.T @ b @ q, lambda b: p @ b @ q.T, pattern, sparsity)
 
 
-def iterate(b, eigenvalues, into, out_of, pattern: Pattern, sparsity: float, *rhos: float) -> torch.Tensor:
+def iterate(b, eigenvalues, into, out_of, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """The iterations, with products into and out of the eigenvectors."""
     last, u, goal = None, torch.zeros_like(b), into(b) * eigenvalues
-    for level, rho, growth, climbed in _schedule(pattern, sparsity, 120, *rhos):
+    for level, rho, growth, climbed in _schedule(pattern, sparsity, 120, _size(eigenvalues)):
         x = b + u
         keep = project(x.square(), pattern, level)
         if climbed:

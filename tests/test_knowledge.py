@@ -13,8 +13,10 @@ from models import classifier, tokenizer
 from scipy.optimize import linear_sum_assignment
 
 from sparsebert import data, encoders, patterns
+from sparsebert.ops.admm_prune import admm_prune
+from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.pruning import allocate, draw, recover
-from sparsebert.pruning.cluster import assigned, row_groups
+from sparsebert.pruning.cluster import assigned, row_groups, row_losses
 from sparsebert.pruning.scores import FLOOR, cls_weights, gradient_pass, output_metrics
 from sparsebert.pruning.solve import match_logits
 
@@ -151,9 +153,10 @@ def test_a_matched_classifier_has_the_least_divergence():
             assert recover.kl(wanted, other(x)) > best - 1e-6
 
 
-def test_damage_predicts_the_divergence_that_one_linear_causes():
+@pytest.mark.parametrize("pattern, clustered", [("unstructured", None), ("8x1", None), ("8x1", 0.5)])
+def test_damage_predicts_the_divergence_that_one_linear_causes(pattern, clustered):
     dense, batches = classifier(), calibration(4000).batches
-    changes = allocate.one_by_one(dense, batches, patterns.Unstructured(), 0.01, encoders.no_progress)
+    changes = allocate.one_by_one(dense, batches, patterns.parse(pattern), 0.01, clustered, encoders.no_progress)
     damage = allocate.damage(dense, batches, changes, seed=0)
     reference = recover.logits_of(dense, batches)
     level = allocate.LEVELS.index(0.3)
@@ -197,14 +200,44 @@ def test_an_allotment_gives_more_to_what_hurts_more():
     assert allotted["hard"] < 0.75 < 0.85 < allotted["soft"]
 
 
-def test_rows_that_want_the_same_columns_come_together():
+def moments(n: int, samples: int) -> torch.Tensor:
+    """Second moments of correlated inputs, float64 [n, n]."""
+    generator = torch.Generator().manual_seed(n)
+    mix = torch.eye(n, dtype=torch.float64) + 0.1 * torch.randn(n, n, generator=generator, dtype=torch.float64)
+    x = torch.randn(samples, n, generator=generator, dtype=torch.float64) @ mix
+    return x.T @ x / samples
+
+
+def test_rows_that_the_same_columns_serve_come_together():
     generator = torch.Generator().manual_seed(0)
     kinds = torch.rand(6, 40, generator=generator) < 0.2
     rows = kinds.repeat_interleave(8, 0)[torch.randperm(48, generator=generator)]
-    scores = rows * (1 + torch.rand(48, 40, generator=generator)) + 0.01
-    order = row_groups(scores, patterns.Grouped(8), 0.8)
+    weight = (rows * (1 + torch.rand(48, 40, generator=generator)) + 0.01).double()
+    order = row_groups(weight, moments(40, 400), patterns.Grouped(8), 0.8)
     assert sorted(order.tolist()) == list(range(48))
     assert all((group == group[0]).all() for group in rows[order].split(8))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.875])
+def test_clustered_rows_lose_less_than_consecutive_ones(sparsity):
+    weight, h = torch.randn(64, 48, generator=torch.Generator().manual_seed(1)).double(), moments(48, 300)
+    pattern = patterns.Grouped(16)
+
+    def loss(order):
+        v = masked_lstsq(weight[order] @ h, h, admm_prune(weight[order], h, pattern, sparsity))
+        return float((((v - weight[order]) @ h) * (v - weight[order])).sum())
+
+    assert loss(row_groups(weight, h, pattern, sparsity)) < 0.97 * loss(torch.arange(64))
+
+
+def test_the_loss_of_a_row_on_a_support_is_that_of_its_least_squares():
+    weight, h = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).double(), moments(12, 60)
+    supports = torch.rand(3, 12, generator=torch.Generator().manual_seed(2)) < 0.4
+    supports[2] = False
+    losses = row_losses(weight, h, supports)
+    for kept, loss in zip(supports, losses.T, strict=True):
+        error = masked_lstsq(weight @ h, h, kept.expand(5, 12).contiguous()) - weight
+        torch.testing.assert_close(loss, (error @ h * error).sum(1))
 
 
 @settings(max_examples=50, deadline=None)

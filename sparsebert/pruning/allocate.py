@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from sparsebert.encoders import Progress, encoder_linears, no_progress
-from sparsebert.ops.obs_prune import obs_sweep
+from sparsebert.ops.admm_prune import admm_prune
+from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.patterns import Pattern, zeros_in
 from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.calibration import Batches
+from sparsebert.pruning.cluster import QUICK, row_groups
 from sparsebert.pruning.scores import gradient_pass
 from sparsebert.pruning.solve import Quadratic
 
@@ -23,17 +25,27 @@ Changes = dict[str, torch.Tensor]  # V - W of every linear at each level, bfloat
 
 
 @torch.no_grad()
-def one_by_one(model, batches: Batches, pattern: Pattern, damping: float, progress: Progress) -> Changes:
-    """What pruning every linear to every level by itself, on the dense model's inputs, changes in its weights."""
+def one_by_one(
+    model, batches: Batches, pattern: Pattern, damping: float, clustered: float | None, progress: Progress
+) -> Changes:
+    """What pruning every linear to every level by itself, on the dense model's inputs, changes in its weights.
+
+    clustered: the sparsity that groups of rows of a grouped pattern are formed for; None: consecutive rows.
+    """
     changes: Changes = {}
     total = len(encoder_linears(model))
     for stage in stages(model, batches, sparse_inputs=False):
         q = Quadratic(stage.moments.gram, damping)
         for name, module in stage.linears.items():
             weight = module.weight.double()
+            order = torch.arange(len(weight)) if clustered is None else row_groups(weight, q.h, pattern, clustered)
+            weight = weight[order]
+            target = weight @ q.h
             changes[name] = torch.empty(len(LEVELS), *weight.shape, dtype=torch.bfloat16)
             for change, level in zip(changes[name], LEVELS, strict=True):
-                change.copy_(obs_sweep(weight, q.h, pattern, level) - weight)
+                # A sweep is quicker, but fills every block of columns alike, and tells less of what is done afterwards.
+                mask = admm_prune(weight, q.h, pattern, level, iterations=QUICK)
+                change[order] = (masked_lstsq(target, q.h, mask) - weight).bfloat16()
             progress(len(changes), total)
     return changes
 

@@ -51,7 +51,7 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     beyond layers. Steps, each of which --without leaves out:
 
     Tier 0, closed forms. target: what a linear should give is the dense model's output, exactly: T = C + λW (else W
-    itself). cluster: rows that want the same columns form the groups of a grouped pattern (else consecutive rows).
+    itself). cluster: rows that the same columns serve form the groups of a grouped pattern (else consecutive rows).
     admm: the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the
     support. cls: in the last layer only the first token's output counts. heads: the pooler is solved for again, and the
     classifier for the least divergence from the dense model's predictions. Tier 1, one backward pass. outputs: errors
@@ -73,7 +73,10 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
         metrics = output_metrics(model, some, config.seed, run.part("gradients"))
     allotted = dict.fromkeys(encoder_linears(model), sparsity)
     if "allocation" in steps and isinstance(pattern, Unstructured | Grouped):
-        found = run.once("allocation", lambda: _allotted(model, batches, pattern, sparsity, damping, config, run))
+        cluster = isinstance(pattern, Grouped) and "cluster" in steps
+        found = run.once(
+            "allocation", lambda: _allotted(model, batches, pattern, sparsity, damping, cluster, config.seed, run)
+        )
         allotted = {name: Fraction(value) for name, value in found.items()}
     for stage in run.stages(model, batches, weights=weights, heads="heads" in steps):
         q = Quadratic(stage.moments.gram, damping)
@@ -103,17 +106,16 @@ def sparse(
     steps: set[str],
 ) -> torch.Tensor:
     """V of the pattern near W* = T H⁻¹ (`weight`) under H and the metric of the outputs, float64 [n_out, n_in]."""
+    if metric is not None:
+        # A dead column costs no row anything by itself, but might serve to balance the ridge's share of other rows.
+        weight, target = weight.masked_fill(q.dead, 0.0), target.masked_fill(q.dead, 0.0)
     order = torch.arange(len(weight))
     if isinstance(pattern, Grouped) and "cluster" in steps:
-        scores = weight**2 * q.h.diagonal()
-        if metric is not None:
-            scores *= metric.diagonal()[:, None]
-        order = row_groups(scores.float(), pattern, sparsity)
+        counts = 1.0 if metric is None else metric.double().diagonal().sqrt()[:, None]
+        order = row_groups(weight * counts, q.h, pattern, sparsity)
     weight, target = weight[order], target[order]
     if metric is not None:
         metric = metric.double()[order][:, order]
-        # A dead column costs no row anything by itself, but might serve to balance the ridge's share of other rows.
-        weight, target = weight.masked_fill(q.dead, 0.0), target.masked_fill(q.dead, 0.0)
     if "admm" in steps:
         mask = admm_prune(weight, q.h, pattern, sparsity, row_metric=metric)
         weight = weight * mask
@@ -126,12 +128,13 @@ def sparse(
 
 
 def _allotted(
-    model, batches: Batches, pattern: Pattern, sparsity, damping: float, config: PruneConfig, run: Run
-) -> dict:
+    model, batches: Batches, pattern: Pattern, sparsity: float, damping: float, cluster: bool, seed: int, run: Run
+) -> dict[str, str]:
     """Sparsity of every linear as a fraction in text."""
-    some = _about(batches, DAMAGE_TOKENS, config.seed)
-    changes = allocate.one_by_one(model, some, pattern, damping, run.part("try sparsities"))
-    damage = allocate.damage(model, some, changes, config.seed, run.part("damage"))
+    some = _about(batches, DAMAGE_TOKENS, seed)
+    alike = sparsity if cluster else None
+    changes = allocate.one_by_one(model, some, pattern, damping, alike, run.part("try sparsities"))
+    damage = allocate.damage(model, some, changes, seed, run.part("damage"))
     sizes = {name: module.weight.numel() for name, module in encoder_linears(model).items()}
     return {name: str(value) for name, value in allocate.allocate(damage, sizes, sparsity).items()}
 

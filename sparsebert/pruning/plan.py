@@ -14,6 +14,7 @@ from sparsebert.encoders import encoder_linears
 from sparsebert.patterns import kept_in, parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH
+from sparsebert.pruning.cluster import QUICK
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.recover import BATCH, STEPS
 
@@ -128,6 +129,13 @@ def _seconds(linears, weights: int, tokens: int, steps: list[str]) -> dict[str, 
     if "allocation" in steps:
         some = min(tokens, DAMAGE_TOKENS)
         parts["allocation"] = (6 + 2 * len(allocate.LEVELS)) * weights * some / speed / FORWARD
+        # Every level's short ADMM, and rows solved for what they keep or for what they lose, the less of the two.
+        solved = sum(min(level, 1 - level) ** 3 for level in allocate.LEVELS) / 3
+        tries = sum(
+            (2.5 * QUICK * len(allocate.LEVELS) + solved * m.in_features) * m.in_features**2 * m.out_features
+            for m in linears.values()
+        )
+        parts["tried_sparsities"] = tries / speed / SOLVE
     if "distill" in steps:
         parts["distillation"] = STEPS * BATCH * 30 * 8 * weights / speed / FORWARD
     return {"total": sum(parts.values()), **parts}
