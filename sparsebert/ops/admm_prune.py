@@ -16,7 +16,7 @@ from sparsebert.patterns import VNM, NofM, Pattern, kept_in, require_fits
 # ρ runs from g / SPREAD to g * SPREAD, g the geometric mean of the eigenvalues in units of a unit diagonal: of H, times
 # that of a row_metric. Measured on the moments and metrics of a fine-tuned MiniLM, 50 and 87.5 %, single rows and 32x1,
 # as the error after a refit: g is 0.6 in the first layer and 0.05 in the last, with a metric 0.35 and 0.01. One ρ for
-# all (0.1 to 1) costs 10 to 20 % in the last layer; ends of 2 g cost up to 20 %, of 12 g 1 %; starts of g / 2 cost up
+# all (0.1 to 1) costs 6 to 25 % in the last layer; ends of 2 g cost up to 20 %, of 12 g 1 %; starts of g / 2 cost up
 # to 4 %, of g / 20 1 %. Where ρ stays below 0.3 g it does not converge: a factor of 1.8.
 SPREAD = 6.0
 RAMP = 0.4  # share of the iterations in which the sparsity climbs

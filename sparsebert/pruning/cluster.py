@@ -56,7 +56,7 @@ def assigned(gain: np.ndarray, rows: int) -> np.ndarray:
 
     Exact, by a linear assignment of rows to seats. As every seat is taken, a price a group changes no choice between
     assignments; prices at which each group is the first choice of about `rows` rows leave the solver few conflicts, and
-    1536 rows take a hundredth of the time.
+    1536 rows take a twentieth of the time.
     """
     step = 0.2 * np.median(gain.std(1))  # of most rows: few rows may have nearly all of the gain
     prices = np.zeros(gain.shape[1])
