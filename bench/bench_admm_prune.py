@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,17 +19,28 @@ from bench.shapes import layer_problem, low_rank_metric
 from sparsebert.engine.measure import interleave
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
-from sparsebert.ops.admm_prune import _normalised, _schedule, _settled, _size, admm_prune
+from sparsebert.ops.admm_prune import (
+    PATH_ITERATIONS,
+    _normalised,
+    _path,
+    _schedule,
+    _settled,
+    _size,
+    admm_path,
+    admm_prune,
+)
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.ops.obs_prune import obs_sweep
 from sparsebert.ops.topk_mask import pattern_mask
 from sparsebert.patterns import Grouped, NofM, Pattern, kept_in, parse
+from sparsebert.pruning.allocate import LEVELS
 
 # Near-ties fall differently in different float32 sums, and the iterations amplify them.
 SAME = 0.005
 COLUMNS = {
     "case": "", "isa": "", "ours_ms": ".0f", "reference_ms": ".0f", "ratio": ".2f", "low": ".2f", "high": ".2f",
-    "eigh_ms": ".0f", "same_result": "", "objective": ".4f", "sweep": ".3f", "magnitude": ".3f",
+    "eigh_ms": ".0f", "same_result": "", "objective": ".4f", "sweep": ".3f", "magnitude": ".3f", "apart_ms": ".0f",
+    "apart": ".3f",
 }  # fmt: skip
 NOTES = (
     "The whole call: eigenvectors (`eigh_ms`, float32, in both sides' times) and up to 120 iterations. The reference "
@@ -35,7 +48,9 @@ NOTES = (
     "error tr((V - W*) H (V - W*)ᵀ) after the least squares on our support, over that on the reference's; "
     "`same_result`: within 0.5 % of 1. `sweep`, `magnitude`: our error over that on the support of obs_sweep, and "
     "of the largest normalised magnitudes. Rows with a row metric B (of rank 5 over a floor): the errors are tr(B (V - "
-    "W*) H (V - W*)ᵀ), the reference is float64, and the other two supports do not know of B."
+    "W*) H (V - W*)ᵀ), the reference is float64, and the other two supports do not know of B. Rows of a climb are "
+    "admm_path, its supports at all levels in one call: `objective` is the geometric mean over levels; `apart_ms` is "
+    "the time of a call of admm_prune a level, `apart` our largest error at a level over the one of that call."
 )
 
 
@@ -69,6 +84,13 @@ CASES = [
 QUICK_CASES = [case for case in CASES if case.n_in == 384 and case.sparsity == 0.875]
 
 
+# (rows, n_in, pattern, GELU inputs) of the climbs, through the levels that the allotment of a budget tries.
+CLIMBS = [
+    (384, 384, parse("unstructured"), False), (384, 384, parse("32x1"), False),
+    (384, 1536, parse("unstructured"), True),
+]  # fmt: skip
+
+
 def project(scores: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """pattern_mask by torch.topk."""
     rows, n_in = scores.shape
@@ -100,6 +122,23 @@ def plain_coupled(
     down, p = torch.linalg.eigh(metric)
     eigenvalues = down[:, None] * across
     return iterate(b0.T, eigenvalues, lambda b: p.T @ b @ q, lambda b: p @ b @ q.T, pattern, sparsity)
+
+
+def plain_path(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, levels: Sequence[float]) -> list[torch.Tensor]:
+    """admm_path in torch operations, float32 in the eigenvectors."""
+    b0, hn = _normalised(weight, h)
+    eigenvalues, q = torch.linalg.eigh(hn.float())
+    b = b0.float()
+    u, goal, supports = torch.zeros_like(b), (b @ q) * eigenvalues, []
+    for level, rho, growth, last in _path(levels, PATH_ITERATIONS, _size(eigenvalues)):
+        x = b + u
+        z = x * project(x.square(), pattern, levels[level])
+        u = x - z
+        b = ((goal + rho * ((z - u) @ q)) / (eigenvalues + rho)) @ q.T
+        u /= growth
+        if last:
+            supports.append(project((b + u).square(), pattern, levels[level]))
+    return supports
 
 
 def iterate(b, eigenvalues, into, out_of, pattern: Pattern, sparsity: float) -> torch.Tensor:
@@ -157,6 +196,34 @@ def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
     return rows
 
 
+def measure_climb(rows: int, n_in: int, pattern: Pattern, gelu: bool, threads: int, rounds: int) -> list[harness.Row]:
+    """The row of one climb. Raises harness.WrongOutput where a support is not of its level's size."""
+    weight, h = map(torch.from_numpy, layer_problem(rows, n_in, gelu))
+    case = f"{rows} x {n_in} {pattern}, a climb of {len(LEVELS)} levels" + (", GELU inputs" if gelu else "")
+    calls = {
+        "torch": lambda: plain_path(weight, h, pattern, LEVELS),
+        "ours": lambda: admm_path(weight, h, pattern, LEVELS, threads=threads),
+        "apart": lambda: [admm_prune(weight, h, pattern, level, threads=threads) for level in LEVELS],
+    }
+    keeps = {name: call() for name, call in calls.items()}
+    errors = {}
+    for name, supports in keeps.items():
+        for keep, level in zip(supports, LEVELS, strict=True):
+            if keep.sum() != kept_in(pattern, rows, n_in, level):
+                raise harness.WrongOutput(f"{case}: {name} keeps {int(keep.sum())} weights at {level}")
+        lost = [masked_lstsq(weight @ h, h, keep) - weight for keep in supports]
+        errors[name] = torch.stack([((v @ h) * v).sum() for v in lost])
+    timings = interleave(calls, rounds, warmup=0, settle=5e-3 if threads > 1 else 0.0)
+    ratio = timings.ratio("torch", "ours")
+    objective = float((errors["ours"] / errors["torch"]).log().mean().exp())
+    return [{
+        "case": case, "threads": threads, "isa": _dispatch.isa(), "ours_ms": timings.median("ours") * 1e3,
+        "reference_ms": timings.median("torch") * 1e3, "ratio": ratio.value, "low": ratio.low, "high": ratio.high,
+        "same_result": abs(objective - 1) <= SAME, "objective": objective,
+        "apart_ms": timings.median("apart") * 1e3, "apart": float((errors["ours"] / errors["apart"]).max()),
+    }]  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1, help="threads for both sides (default 1)")
@@ -166,9 +233,12 @@ def main() -> int:
     args = parser.parse_args()
     rows, failed = [], False
     with torch_threads(args.threads):
-        for case in QUICK_CASES if args.quick else CASES:
+        tables = [partial(measure, case) for case in (QUICK_CASES if args.quick else CASES)]
+        if not args.quick:
+            tables += [partial(measure_climb, *climb) for climb in CLIMBS]
+        for table in tables:
             try:
-                rows += measure(case, args.threads, rounds=3)
+                rows += table(threads=args.threads, rounds=3)
             except harness.WrongOutput as error:
                 print(f"refused: {error}", file=sys.stderr)
                 failed = True

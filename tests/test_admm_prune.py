@@ -7,7 +7,7 @@ import torch
 
 from bench.shapes import layer_problem, low_rank_metric
 from sparsebert.errors import InputError
-from sparsebert.ops.admm_prune import admm_prune, admm_prune_ref
+from sparsebert.ops.admm_prune import admm_path, admm_path_ref, admm_prune, admm_prune_ref
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.ops.obs_prune import obs_prune
 from sparsebert.ops.topk_mask import pattern_mask
@@ -134,6 +134,38 @@ def test_more_iterations_are_better():
     weight, h = problem(64, 192)
     errors = [error(weight, h, admm_prune(weight, h, parse("unstructured"), 0.875, iterations=n)) for n in (5, 20, 120)]
     assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "gelu"), [("unstructured", False), ("unstructured", True), ("16x1", False)])
+def test_supports_of_one_climb_are_the_references(isa, name, gelu):
+    weight, h = problem(64, 192, gelu)
+    pattern, levels = parse(name), (0.25, 0.5, 0.75, 0.875, 0.95)
+    supports = admm_path(weight, h, pattern, levels, isa=isa)
+    for keep, expected, level in zip(supports, admm_path_ref(weight, h, pattern, levels), levels, strict=True):
+        assert keep.sum() == kept_in(pattern, 64, 192, level)
+        assert torch.equal(pattern_mask(keep.float(), pattern, level), keep)
+        assert error(weight, h, keep) == pytest.approx(error(weight, h, expected), rel=0.03)
+        assert error(weight, h, keep) < 1.35 * error(weight, h, admm_prune(weight, h, pattern, level, isa=isa))
+        assert error(weight, h, keep) < error(weight, h, magnitude(weight, h, pattern, level))
+
+
+@pytest.mark.parametrize(("rows", "n_in"), [(1, 1), (1, 50), (7, 31), (33, 49), (20, 97)])
+def test_one_climb_equals_the_reference_where_nothing_is_nearly_tied(isa, rows, n_in):
+    weight, h = separated(rows, n_in, 0.5)
+    supports = admm_path(weight, h, parse("unstructured"), (0.0, 0.5), isa=isa)
+    assert torch.equal(supports, admm_path_ref(weight, h, parse("unstructured"), (0.0, 0.5)))
+    assert supports[0].all()
+
+
+@pytest.mark.parametrize("levels", [(), (0.5, 0.5), (0.5, 0.3), (-0.1, 0.3), (0.5, 1.0)])
+def test_levels_must_rise(levels):
+    with pytest.raises(InputError, match="levels must be rising sparsities"):
+        admm_path(*problem(8, 24), parse("unstructured"), levels)
+
+
+def test_a_pattern_that_implies_its_sparsity_has_no_climb():
+    with pytest.raises(InputError, match="2:4 implies it"):
+        admm_path(*problem(8, 24), parse("2:4"), (0.3, 0.5))
 
 
 def test_sparsity_0_keeps_all():

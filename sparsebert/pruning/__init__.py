@@ -12,7 +12,7 @@ from sparsebert import checkpoint, data, encoders, ledger, patterns
 from sparsebert.config import PruneConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
-from sparsebert.ops import admm_prune, gram, masked_lstsq, obs_prune, topk_mask
+from sparsebert.ops import admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask
 from sparsebert.patterns import parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate, calibrate, calibration, cluster, knowledge, methods, recover, scores, solve
 from sparsebert.pruning.calibration import Calibration, draw
@@ -25,7 +25,7 @@ __all__ = ["METHODS", "Calibration", "PruneResult", "draw", "prune", "prune_chec
 CODE = (
     allocate, calibrate, calibration, cluster, encoders, knowledge, methods, patterns, recover, scores, solve,
 )  # fmt: skip
-OPS = (admm_prune, gram, masked_lstsq, obs_prune, topk_mask)
+OPS = (admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask)
 
 
 @dataclass(frozen=True)

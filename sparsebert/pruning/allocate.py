@@ -9,17 +9,17 @@ import numpy as np
 import torch
 
 from sparsebert.encoders import Progress, encoder_linears, no_progress
-from sparsebert.ops.admm_prune import admm_prune
+from sparsebert.ops.admm_prune import admm_path
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.patterns import Pattern, zeros_in
 from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.calibration import Batches
-from sparsebert.pruning.cluster import QUICK, row_groups
+from sparsebert.pruning.cluster import row_groups
 from sparsebert.pruning.scores import gradient_pass
 from sparsebert.pruning.solve import Quadratic
 
 # Sparsities tried for every linear. The highest is a cap: beyond it a linear's error no longer predicts the model's.
-LEVELS = (0.15, 0.3, 0.5, 0.6, 0.7, 0.775, 0.83, 0.875, 0.91, 0.94, 0.96, 0.975, 0.985)
+LEVELS = (0.15, 0.4, 0.6, 0.75, 0.83, 0.89, 0.93, 0.96, 0.985)
 
 Changes = dict[str, torch.Tensor]  # V - W of every linear at each level, bfloat16 [levels, n_out, n_in]
 
@@ -42,9 +42,8 @@ def one_by_one(
             weight = weight[order]
             target = weight @ q.h
             changes[name] = torch.empty(len(LEVELS), *weight.shape, dtype=torch.bfloat16)
-            for change, level in zip(changes[name], LEVELS, strict=True):
-                # A sweep is quicker, but fills every block of columns alike, and tells less of what is done afterwards.
-                mask = admm_prune(weight, q.h, pattern, level, iterations=QUICK)
+            # A sweep is quicker, but fills every block of columns alike, and tells less of what is done afterwards.
+            for change, mask in zip(changes[name], admm_path(weight, q.h, pattern, LEVELS), strict=True):
                 change[order] = (masked_lstsq(target, q.h, mask) - weight).bfloat16()
             progress(len(changes), total)
     return changes

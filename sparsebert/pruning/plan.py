@@ -11,10 +11,10 @@ import torch
 from sparsebert import checkpoint, data
 from sparsebert.config import PruneConfig
 from sparsebert.encoders import encoder_linears
+from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import kept_in, parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH
-from sparsebert.pruning.cluster import QUICK
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.recover import BATCH, STEPS
 
@@ -129,10 +129,12 @@ def _seconds(linears, weights: int, tokens: int, steps: list[str]) -> dict[str, 
     if "allocation" in steps:
         some = min(tokens, DAMAGE_TOKENS)
         parts["allocation"] = (6 + 2 * len(allocate.LEVELS)) * weights * some / speed / FORWARD
-        # Every level's short ADMM, and rows solved for what they keep or for what they lose, the less of the two.
+        # Eigenvectors, the climb of ADMM through all levels, and rows solved for what they keep or for what they lose,
+        # the less of the two.
         solved = sum(min(level, 1 - level) ** 3 for level in allocate.LEVELS) / 3
+        climb = 2.5 * PATH_ITERATIONS * len(allocate.LEVELS)
         tries = sum(
-            (2.5 * QUICK * len(allocate.LEVELS) + solved * m.in_features) * m.in_features**2 * m.out_features
+            10 * m.in_features**3 + (climb + solved * m.in_features) * m.in_features**2 * m.out_features
             for m in linears.values()
         )
         parts["tried_sparsities"] = tries / speed / SOLVE

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
+from sparsebert.machine import bf16_is_fast
+from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
+from sparsebert.pruning.scores import frozen
 from sparsebert.pruning.solve import divergence
 
 STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20
 AVERAGED = 50  # steps in the running mean of the weights
 CHECK_EVERY = 50  # steps, on the held-out texts
+SPARSE_BELOW = 0.3  # density of a linear from which its products are quicker without the zeros
 CHANGED = 0.5  # share of the texts with swapped words, and of those joined to another
 SWAPPED = 0.2  # share of the words that have neighbours
 
@@ -33,36 +39,96 @@ def distill(
     dropout is off. The weights kept are the start's or a running mean over about 50 steps at every 50th step, whichever
     has the lowest KL on the held-out texts.
     """
-    masks = {name: module.weight != 0 for name, module in encoder_linears(model).items()}
+    linears = encoder_linears(model)
+    masks = {module: module.weight != 0 for module in linears.values()}
     embeddings = {id(p) for p in model.base_model.embeddings.parameters()}
-    trained = {name: p for name, p in model.named_parameters() if id(p) not in embeddings}
-    optimizer = torch.optim.Adam(trained.values(), lr=LR, fused=True)
+    trained = [p for p in model.parameters() if id(p) not in embeddings]
+    optimizer = torch.optim.Adam(trained, lr=LR, fused=True)
     mean = AveragedModel(model, avg_fn=lambda mean, p, steps: mean + (p - mean) * max(1 / (steps + 1), 1 / AVERAGED))
     reference = logits_of(teacher, calibration.held_out_batches)
     best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(seed)
-    for step, batch in enumerate(_texts(calibration, perturb, rng)):
-        for part, share in _parts(batch):
-            with torch.no_grad(), autocast():
-                wanted = teacher(**part).logits.float()
-            with torch.enable_grad():
-                with autocast():
-                    got = model(**part).logits.float()
-                (share * divergence(wanted, got)).backward()
-        for group in optimizer.param_groups:
-            group["lr"] = LR * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, mask in masks.items():
-                trained[f"{name}.weight"].mul_(mask)
-        mean.update_parameters(model)
-        if (step + 1) % CHECK_EVERY == 0:
-            reached = kl(reference, logits_of(mean.module, calibration.held_out_batches))
-            if reached < best:
-                best, kept = reached, copy.deepcopy(mean.module.state_dict())
-        progress(step + 1, STEPS)
+    # Where bf16 products are fast they were not compared with these.
+    fast = [] if bf16_is_fast() else [m for m in linears.values() if masks[m].float().mean() < SPARSE_BELOW]
+    with frozen(model.base_model.embeddings), _by_sparse_products({m: masks[m] for m in fast}) as take_weights:
+        for step, batch in enumerate(_texts(calibration, perturb, rng)):
+            take_weights()
+            for part, share in _parts(batch):
+                with torch.no_grad(), autocast():
+                    wanted = teacher(**part).logits.float()
+                with torch.enable_grad():
+                    with autocast():
+                        got = model(**part).logits.float()
+                    (share * divergence(wanted, got)).backward()
+            for group in optimizer.param_groups:
+                group["lr"] = LR * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for module, mask in masks.items():
+                    module.weight.mul_(mask)
+            mean.update_parameters(model)
+            if (step + 1) % CHECK_EVERY == 0:
+                reached = kl(reference, logits_of(mean.module, calibration.held_out_batches))
+                if reached < best:
+                    best, kept = reached, copy.deepcopy(mean.module.state_dict())
+            progress(step + 1, STEPS)
     model.load_state_dict(kept)
+
+
+class _SparseProduct(torch.autograd.Function):
+    """x Wᵀ + b and the gradient for x by the kernel for sparse weights; the gradient for W is a dense product, of which
+    only the part inside the mask means anything.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, packed, transposed):
+        flat = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(flat)
+        ctx.transposed, ctx.shape = transposed, x.shape
+        y = sparse_matmul(flat.contiguous().numpy(), packed, None if bias is None else bias.numpy())
+        return torch.from_numpy(y).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
+        for_x = for_bias = None
+        if ctx.needs_input_grad[0]:
+            for_x = torch.from_numpy(sparse_matmul(flat.numpy(), ctx.transposed)).view(ctx.shape)
+        if ctx.needs_input_grad[2]:
+            for_bias = flat.sum(0)
+        return for_x, flat.T @ x, for_bias, None, None
+
+
+@contextmanager
+def _by_sparse_products(masks: dict[nn.Linear, torch.Tensor]) -> Iterator[Callable[[], None]]:
+    """While it lasts, these linears multiply only what their masks keep. Gives the function to call whenever their
+    weights have changed.
+    """
+    packed: dict[nn.Linear, tuple[PackedWeight, PackedWeight]] = {}
+    places = {}
+    for module, mask in masks.items():
+        places[module] = (mask.nonzero(as_tuple=True), mask.T.nonzero(as_tuple=True)[::-1])
+        packed[module] = (pack(mask.float().numpy()), pack(mask.T.float().numpy()))
+
+    def take_weights() -> None:
+        for module, both in places.items():
+            packed[module] = tuple(
+                replace(old, values=module.weight.detach()[where].numpy())
+                for old, where in zip(packed[module], both, strict=True)
+            )
+
+    def forward_of(module):
+        return lambda x: _SparseProduct.apply(x, module.weight, module.bias, *packed[module])
+
+    for module in masks:
+        module.forward = forward_of(module)
+    try:
+        yield take_weights
+    finally:
+        for module in masks:
+            del module.forward
 
 
 def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):

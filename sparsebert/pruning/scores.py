@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, no_progress
 from sparsebert.pruning.calibrate import TokenWeights
@@ -82,6 +83,19 @@ def gradient_pass(
 
 
 @contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """While it lasts, no parameter of the module asks for a gradient."""
+    asked = [p for p in module.parameters() if p.requires_grad]
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
+@contextmanager
 def _gradients_at(model, see):
     """While it lasts, a backward pass calls see(name, input, gradient of the output), and no parameter asks for a
     gradient.
@@ -94,14 +108,10 @@ def _gradients_at(model, see):
 
         return forward
 
-    asked = [p for p in model.parameters() if p.requires_grad]
     handles = [module.register_forward_hook(hook(name)) for name, module in encoder_linears(model).items()]
-    for p in asked:
-        p.requires_grad_(False)
     try:
-        yield
+        with frozen(model):
+            yield
     finally:
-        for p in asked:
-            p.requires_grad_(True)
         for handle in handles:
             handle.remove()
