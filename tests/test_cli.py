@@ -149,15 +149,17 @@ def test_a_recipe_takes_no_other_settings(dense, tmp_path, capsys):
     assert "--recipe has every setting in its file" in line and not (tmp_path / "models").exists()
 
 
-@pytest.mark.parametrize("tier", [0, 1, 2])
-def test_a_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys, tier):
-    settings = ["--task", "mr", "--tier", tier, "--calibration-tokens", 1000, "-o", tmp_path / "p"]
+@pytest.mark.parametrize(("tier", "pattern"), [(0, "unstructured"), (1, "unstructured"), (1, "32x1"), (2, "32x1")])
+def test_a_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys, tier, pattern):
+    settings = ["--task", "mr", "--tier", tier, "--pattern", pattern, "--calibration-tokens", 1000]
+    settings += ["-o", tmp_path / "p"]
     code, out, _ = run(capsys, "prune", dense, *settings, "--dry-run")
     plan = document(out)
     assert code == 0 and not (tmp_path / "p").exists()
     assert plan["linears"] == 12 and plan["zeros"] == int(plan["weights"] * 0.875)
     assert ("outputs" in plan["steps"]) == ("gradients" in plan["seconds"]) == (tier >= 1)
     assert ("distill" in plan["steps"]) == ("distillation" in plan["memory_mb"]) == (tier == 2)
+    assert (pattern == "32x1") == ("clustering" in plan["seconds"])
     for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
         assert parts[whole] >= max(value for name, value in parts.items() if name != whole) > 0
     assert "memory: peak" in out and "time, about: total" in out
