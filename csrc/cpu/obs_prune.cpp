@@ -174,6 +174,7 @@ std::size_t lay_out(SweepRun& run, char* memory) {
   job.scores = take<double>(memory, offset, rows * job.block);
   job.gone = take<double>(memory, offset, rows * job.block);
   job.sums = take<double>(memory, offset, run.chunks * job.pattern.m);
+  job.factors = take<double>(memory, offset, run.chunks * job.block * sweep_depth);
   if (job.pattern.m == 0) {
     run.counts = take<std::uint32_t>(memory, offset, run.chunks * bins);
     run.candidates = take<Scored>(memory, offset, rows * job.block);
@@ -212,7 +213,7 @@ void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const
   Threshold threshold{-1.0, -1};
   SweepRun run{};
   run.job = {weight, factor, pruned, rows, n_in, pattern, block, chunk_rows, chunk_panels, nullptr, nullptr, nullptr,
-             nullptr, nullptr, &threshold};
+             nullptr, nullptr, nullptr, &threshold};
   run.kernel = &kernel;
   run.chunks = chunks;
   run.blocks = (n_in + block - 1) / block;

@@ -26,6 +26,10 @@ struct Threshold {
   std::int64_t index;  // group * columns of the block + column in it
 };
 
+// Depth of the sweep's products with what earlier blocks removed: a panel's errors of 128 columns take 24 KB of a
+// first-level cache, and the 128 x 128 factors that all panels meet stay in the second level.
+constexpr std::int64_t sweep_depth = 128;
+
 // Rows are cut into chunks, and the rows of a chunk into panels, with the row innermost.
 struct SweepJob {
   const double* weight;  // [rows, n_in]
@@ -42,6 +46,7 @@ struct SweepJob {
   double* scores;
   double* gone;
   double* sums;                // [chunks, m]
+  double* factors;             // [chunks, block, sweep_depth]
   const Threshold* threshold;  // of the block to sweep; unused with N:M
 };
 

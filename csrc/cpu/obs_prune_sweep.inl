@@ -3,10 +3,6 @@
 
 namespace {
 
-// Depth of the products with what earlier blocks removed: a panel's errors of 128 columns take 24 KB of a first-level
-// cache, and the 128 x 128 factors that all panels meet stay in the second level.
-constexpr std::int64_t sweep_depth = 128;
-
 struct Sweep {
   std::int64_t first, end;  // columns of the block
   std::int64_t rows, panels;
@@ -17,6 +13,7 @@ struct Sweep {
   double* scores;        // [panels, block, panel]
   double* gone;          // [panels, block, panel], 1 where the weight goes, else 0
   double* sums;          // [m]
+  double* factor;        // [block, sweep_depth], the part of the factor that is met at present
 };
 
 inline Sweep view(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
@@ -34,6 +31,7 @@ inline Sweep view(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
   s.scores = job.scores + offset;
   s.gone = job.gone + offset;
   s.sums = job.sums + chunk * job.pattern.m;
+  s.factor = job.factors + chunk * job.block * sweep_depth;
   return s;
 }
 
@@ -46,14 +44,13 @@ inline void load_tile(const double* from, f64 (&tile)[cols][panel_vectors]) {
   }
 }
 
-// `cols` columns from `column` on of one panel: adds what the removals of columns [begin, end) change.
+// `cols` columns of one panel: adds what `depth` removals change. factor: row i holds what column i takes from them.
 template <int cols>
-inline void apply_tile(const SweepJob& job, const double* errors, std::int64_t begin, std::int64_t end,
-                       std::int64_t column, double* columns) {
+inline void apply_tile(const double* factor, std::int64_t stride, const double* errors, std::int64_t depth,
+                       double* columns) {
   f64 acc[cols][panel_vectors];
   load_tile(columns, acc);
-  multiply_tile<double, cols, panel_vectors>(job.factor + column * job.n_in + begin, job.n_in, 1,
-                                             errors + begin * panel, panel, end - begin, acc);
+  multiply_tile<double, cols, panel_vectors>(factor, stride, 1, errors, panel, depth, acc);
 #pragma GCC unroll 16
   for (int i = 0; i < cols; ++i) {
 #pragma GCC unroll 8
@@ -61,15 +58,15 @@ inline void apply_tile(const SweepJob& job, const double* errors, std::int64_t b
   }
 }
 
-// The same on columns [first, last) of a block that starts at column `origin`.
-inline void apply(const SweepJob& job, const double* errors, std::int64_t begin, std::int64_t end, std::int64_t first,
-                  std::int64_t last, std::int64_t origin, double* columns) {
-  std::int64_t c = first;
-  for (; c + tile_rows <= last; c += tile_rows) {
-    apply_tile<tile_rows>(job, errors, begin, end, c, columns + (c - origin) * panel);
+// The same on `count` columns.
+inline void apply(const double* factor, std::int64_t stride, const double* errors, std::int64_t depth,
+                  std::int64_t count, double* columns) {
+  std::int64_t c = 0;
+  for (; c + tile_rows <= count; c += tile_rows) {
+    apply_tile<tile_rows>(factor + c * stride, stride, errors, depth, columns + c * panel);
   }
-  for (; c + 4 <= last; c += 4) apply_tile<4>(job, errors, begin, end, c, columns + (c - origin) * panel);
-  for (; c < last; ++c) apply_tile<1>(job, errors, begin, end, c, columns + (c - origin) * panel);
+  for (; c + 4 <= count; c += 4) apply_tile<4>(factor + c * stride, stride, errors, depth, columns + c * panel);
+  for (; c < count; ++c) apply_tile<1>(factor + c * stride, stride, errors, depth, columns + c * panel);
 }
 
 // (w / U_jj)^2 of columns [first, last).
@@ -112,10 +109,17 @@ void reach_block(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
       }
     }
   }
+  const std::int64_t width = s.end - s.first;
   for (std::int64_t k = 0; k < s.first; k += sweep_depth) {
-    const std::int64_t end = k + sweep_depth < s.first ? k + sweep_depth : s.first;
+    const std::int64_t depth = k + sweep_depth < s.first ? sweep_depth : s.first - k;
+    // Copied: the factor's rows are often a multiple of KBs apart, and 128 of them then fall on few sets of a cache.
+    for (std::int64_t c = 0; c < width; ++c) {
+      const double* row = job.factor + (s.first + c) * job.n_in + k;
+      for (std::int64_t i = 0; i < depth; ++i) s.factor[c * sweep_depth + i] = row[i];
+    }
     for (std::int64_t p = 0; p < s.panels; ++p) {
-      apply(job, s.errors + p * job.n_in * panel, k, end, s.first, s.end, s.first, s.columns + p * job.block * panel);
+      apply(s.factor, sweep_depth, s.errors + (p * job.n_in + k) * panel, depth, width,
+            s.columns + p * job.block * panel);
     }
   }
   if (job.pattern.m > 0) return;
@@ -246,7 +250,8 @@ void sweep_block(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
         }
         double* columns = s.columns + q * job.block * panel;
         double* scores = s.scores + q * job.block * panel;
-        apply(job, s.errors + q * job.n_in * panel, s.first, c, c, c + step, s.first, columns);
+        apply(job.factor + c * job.n_in + s.first, job.n_in, s.errors + (q * job.n_in + s.first) * panel, c - s.first,
+              step, columns + (c - s.first) * panel);
         score(job, columns, c, c + step, s.first, scores);
         const std::int64_t at = (c - s.first) * panel;
         if (!job.pattern.shared) choose_of_m(job, scores + at, s.gone + q * job.block * panel + at);
