@@ -31,7 +31,7 @@ OPS = (admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask)
 @dataclass(frozen=True)
 class PruneResult:
     """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
-    on. peak_rss_mb: of the process so far, MiB.
+    on, padding not counted. peak_rss_mb: of the process so far, MiB.
     """
 
     method: str
@@ -74,7 +74,8 @@ def prune(
         require_fits(pattern, *module.weight.shape, sparsity_of(pattern, config.sparsity), name)
     tokens = 0
     if METHODS[config.method].looks_at_data:
-        tokens = calibration.tokens
+        batches = calibration.padded_batches if config.as_published else calibration.batches
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         _require_tokens(tokens, linears)
     METHODS[config.method].prune(model, calibration, config, run or Run(progress))
     nnz = {name: int(module.weight.count_nonzero()) for name, module in linears.items()}
