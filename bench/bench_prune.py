@@ -37,13 +37,13 @@ CASES = {
     "bert-large": Case(64_000, None, None, 24 * 1024),
 }
 COLUMNS = {
-    "case": "", "tokens": "d", "weights": ".1f", "seconds": ".1f", "goal_s": ".0f", "peak_mib": ".0f",
-    "goal_mib": ".0f", "sparsity": ".4f",
+    "case": "", "tokens": "d", "weights": ".1f", "seconds": ".1f", "goal_s": ".0f", "plan_s": ".0f", "peak_mib": ".0f",
+    "goal_mib": ".0f", "plan_mib": ".0f", "sparsity": ".4f",
 }  # fmt: skip
 NOTES = (
     "`seconds` is the wall time of `prune` on the loaded model, without saving; `peak_mib` the most memory the process "
     "ever held, Python and torch included; `weights` the prunable ones in millions; `goal` columns are what the design "
-    "asks for, where it does."
+    "asks for, where it does, `plan` columns what --dry-run says beforehand on the same machine."
 )
 
 
@@ -53,9 +53,10 @@ def one(name: str, dense: Path | None, config: dict) -> dict:
     import torch
     import transformers
 
-    from sparsebert import checkpoint, data, encoders
+    from sparsebert import checkpoint, data
     from sparsebert.config import PruneConfig
     from sparsebert.pruning import draw, prune
+    from sparsebert.pruning.plan import plan_model
 
     case = CASES[name]
     examples = data.load(data.get_task("mr"), "train")
@@ -77,12 +78,14 @@ def one(name: str, dense: Path | None, config: dict) -> dict:
         model = transformers.AutoModelForSequenceClassification.from_config(kind(**sizes))
     settings = PruneConfig(sparsity=SPARSITY, calibration_tokens=case.tokens, **config)
     texts = draw(model, tokenizer, examples, case.tokens, 512, seed=0)
+    planned = plan_model(model, settings)
     start = time.perf_counter()
     result = prune(model, texts, settings)
-    size = sum(m.weight.numel() for m in encoders.encoder_linears(model).values())
     return {
-        "case": name, "tokens": result.tokens, "weights": size / 1e6, "seconds": time.perf_counter() - start,
-        "goal_s": case.goal_s, "peak_mib": result.peak_rss_mb, "goal_mib": case.goal_mib, "sparsity": result.sparsity,
+        "case": name, "tokens": result.tokens, "weights": planned.weights / 1e6,
+        "seconds": time.perf_counter() - start, "goal_s": case.goal_s, "plan_s": planned.seconds["total"],
+        "peak_mib": result.peak_rss_mb, "goal_mib": case.goal_mib, "plan_mib": planned.memory_mb["peak"],
+        "sparsity": result.sparsity,
     }  # fmt: skip
 
 

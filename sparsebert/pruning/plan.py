@@ -45,14 +45,18 @@ class Plan:
 
 
 def plan(source: str | Path, task: str, config: PruneConfig) -> Plan:
-    """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. The guess of the time is made
-    from the speed of one matrix product here. Raises InputError as `prune` would for a pattern that does not fit.
+    """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. Raises InputError as `prune`
+    would for a pattern that does not fit.
     """
+    data.get_task(task)
+    return plan_model(checkpoint.shapes(checkpoint.resolve(source)), config)
+
+
+def plan_model(model, config: PruneConfig) -> Plan:
+    """The plan of `prune`, from shapes alone; its guess of the time from the speed of one matrix product here."""
     from sparsebert.pruning import METHODS, check
 
     check(config)
-    data.get_task(task)
-    model = checkpoint.shapes(checkpoint.resolve(source))
     pattern = parse(config.pattern)
     sparsity = sparsity_of(pattern, config.sparsity)
     linears = encoder_linears(model)
