@@ -5,7 +5,8 @@ python -m bench.study_pruning main|patterns|ladder [--dense DIR …] [--task sst
 `main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of
 `knowledge` one by one, takes each away, and distills the baselines as well. A finished cell is a line of the cells
 file, which is never computed again: the same command resumes, and so does a cell, after its last finished layer. The
-table is of every cell in the file, those of dense models no longer at hand as well. Cells are paired: a ratio is taken
+table is of every cell in the file, those of dense models no longer at hand as well; `ladder`'s of the dense models and
+draws that all its rows have. Cells are paired: a ratio is taken
 within a dense model and draw, and its mean over them is geometric. Several processes may share a cells file as long as
 they differ in dense models or draws.
 """
@@ -70,7 +71,9 @@ def _ladder() -> dict[str, dict]:
     rungs |= {f"{name} + distill": MAIN[name] | {"distilled": True} for name in ("sparsegpt", BASE)}
     for step in steps[:-2]:  # what distillation changes, the rungs above say
         for tier in (1, 2):
-            rungs[f"knowledge {tier} - {step}"] = KNOWLEDGE[f"knowledge {tier}"] | {"without": step}
+            without = KNOWLEDGE[f"knowledge {tier}"] | {"without": step}
+            if without not in rungs.values():  # tier 1 without its last step is a rung above
+                rungs[f"knowledge {tier} - {step}"] = without
     return rungs
 
 
@@ -163,6 +166,12 @@ def _of_layers(identity: dict, config: PruneConfig) -> str:
     return ledger.unit_key("layers", identity | {"config": fields}, *CODE, *OPS)
 
 
+def shared(cells: dict[tuple[str, str], list[dict]]) -> dict[tuple[str, str], list[dict]]:
+    """What all rows have of dense models and draws: rungs are compared with each other, not with the base alone."""
+    both = set.intersection(*({(c["weights"], c["draw"]) for c in found} for found in cells.values()))
+    return {row: [c for c in found if (c["weights"], c["draw"]) in both] for row, found in cells.items()}
+
+
 def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
     """One row a (space, name): means over its cells, and the ratio of KL to the base method's in the same cells."""
     rows = []
@@ -238,6 +247,8 @@ def main() -> int:
         for space, name, fields in rows
         if (found := cells.of(task=args.task, tokens=args.tokens, config=fields))
     }
+    if args.which == "ladder" and chosen:
+        chosen = shared(chosen)
     every = [c for found in chosen.values() for c in found]
     dense = sorted({(c["dense"], c["weights"], c["dense_accuracy"]) for c in every})
     code = Counter(c["code"] for c in every)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from bench import study_pruning
-from bench.study_pruning import Cells, summary
+from bench.study_pruning import Cells, shared, summary
 from sparsebert.config import PruneConfig
 
 FIGURES = {"kl_to_dense": 0.2, "accuracy": 0.9, "difference": 0.0, "agreement": 1.0, "sparsity": 0.5}
@@ -63,3 +63,12 @@ def test_ratios_are_taken_within_a_cell_and_weigh_dense_models_alike():
     assert "low" not in rows[1]
     rows = summary({("s", "adaptive"): [*base, cell("x", 0, 0.1)], ("s", "obs"): [*other, cell("x", 0, 0.2)]})
     assert rows[1]["low"] < rows[1]["ratio"] < rows[1]["high"]
+
+
+def test_rungs_are_of_the_same_cells_and_each_setting_has_one():
+    cells = {name: [identity(weights=w, draw=d) for w, d in places] for name, places in {
+        "whole": [("v", 0), ("v", 1), ("w", 0)], "some": [("w", 0), ("v", 0)], "few": [("v", 0), ("x", 0)],
+    }.items()}  # fmt: skip
+    assert all([(c["weights"], c["draw"]) for c in found] == [("v", 0)] for found in shared(cells).values())
+    configs = [config for _, _, config in study_pruning.settings("ladder")]
+    assert all(configs.count(config) == 1 for config in configs)
