@@ -6,9 +6,8 @@ python -m bench.study_pruning main|patterns|ladder [--dense DIR …] [--task sst
 `knowledge` one by one, takes each away, and distills the baselines as well. A finished cell is a line of the cells
 file, which is never computed again: the same command resumes, and so does a cell, after its last finished layer. The
 table is of every cell in the file, those of dense models no longer at hand as well; `ladder`'s of the dense models and
-draws that all its rows have. Cells are paired: a ratio is taken
-within a dense model and draw, and its mean over them is geometric. Several processes may share a cells file as long as
-they differ in dense models or draws.
+draws that all its rows have. Cells are paired: a ratio is taken within a dense model and draw, and its mean over them
+is geometric. Several processes may share a cells file as long as they differ in dense models or draws.
 """
 
 from __future__ import annotations
