@@ -1,29 +1,36 @@
 """obs_sweep's Triton kernel against the sweep as a loop of torch calls, on one GPU.
 
-python -m bench.bench_obs_prune_cuda [--json] [--markdown FILE]
+python -m bench.bench_obs_prune_cuda [--json] [--markdown FILE] [--reference DIR]
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from bench import harness
+from bench.bench_obs_prune import Case, Published
 from sparsebert import patterns
 from sparsebert.engine.measure import interleave
 from sparsebert.ops.obs_prune import _inverse_factor
 from sparsebert.patterns import NofM, Pattern, zeros_in
 
 COLUMNS = {
-    "case": "", "device": "", "ours_ms": ".3f", "reference_ms": ".3f", "ratio": ".1f", "gflops": ".0f",
-    "same_result": "",
+    "case": "", "device": "", "ours_ms": ".3f", "reference_ms": ".3f", "ratio": ".1f", "ours_graph_ms": ".3f",
+    "reference_graph_ms": ".3f", "graph_ratio": ".1f", "published_ms": ".1f", "gflops": ".0f", "same_result": "",
 }  # fmt: skip
 NOTES = (
-    "Both sides are given the factor U. `gflops` counts rows x n_in² flops. `same_result`: the zeros are as many as "
-    "asked for, and the weights what the float64 sweep makes of that mask."
+    "Both sides are given the factor U. `ours_ms` and `reference_ms`: called from Python, until the device is idle; "
+    "`…_graph_ms`: the same calls captured once and replayed as a CUDA graph, that is without the host's launches. "
+    "`published_ms`: IST-DASLab/sparsegpt's fasterprune, its factor given too, called from Python; `--reference DIR` "
+    "is where its checkout lies. `gflops` counts rows x n_in² flops over `ours_graph_ms`. `same_result`: the zeros are "
+    "as many as asked for, and the weights what the float64 sweep makes of that mask. Triton {triton}."
 )
 CUDA_PATTERNS = (("unstructured", 0.875), ("2:4", 0.5), ("32:64", 0.5))
 CUDA_SHAPES = ((768, 768), (3072, 768), (768, 3072))  # rows, n_in
@@ -58,13 +65,32 @@ def eager_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsit
 
 def sweeps_its_own_mask(weight: torch.Tensor, u: torch.Tensor, got: torch.Tensor, zeros: int) -> bool:
     """Whether `got` has `zeros` zeros and is, to 1e-3, what the sweep in float64 makes of that mask."""
-    w, u, gone = weight.double(), u.double(), got == 0
+    w, u, gone = weight.double().clone(), u.double(), got == 0
     for j in range(w.shape[1]):
         w[:, j:] -= torch.outer(torch.where(gone[:, j], w[:, j] / u[j, j], 0.0), u[j, j:])
     return int(gone.sum()) == zeros and bool((got - w.masked_fill_(gone, 0.0)).abs().max() <= 1e-3)
 
 
-def cuda_rows(rounds: int = 15, block: int = 128) -> list[harness.Row]:
+def synchronized(call: Callable[[], object]) -> Callable[[], None]:
+    def timed() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return timed
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Replays `call` as a CUDA graph, and waits."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        call()  # what is compiled or allocated at a first call is not captured
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return synchronized(graph.replay)
+
+
+def cuda_rows(rival: Published | None, rounds: int = 15, block: int = 128) -> list[harness.Row]:
     """One row a case and dtype. The factor U is given: both sides would make it alike."""
     from sparsebert.kernels.obs_prune import obs_sweep
 
@@ -82,21 +108,23 @@ def cuda_rows(rounds: int = 15, block: int = 128) -> list[harness.Row]:
                 zeros = rows * n_in - patterns.kept_in(pattern, rows, n_in, sparsity)
                 arguments = (weight, u, pattern, sparsity, block)
                 same = sweeps_its_own_mask(weight, u, obs_sweep(*arguments), zeros)
-
-                def timed(sweep, arguments=arguments):
-                    def call() -> None:
-                        sweep(*arguments)
-                        torch.cuda.synchronize()
-
-                    return call
-
-                timings = interleave({"ours": timed(obs_sweep), "torch": timed(eager_sweep)}, rounds, warmup=3)
-                ours = timings.median("ours")
+                sweeps = {"ours": partial(obs_sweep, *arguments), "reference": partial(eager_sweep, *arguments)}
+                called = interleave({side: synchronized(sweep) for side, sweep in sweeps.items()}, rounds, warmup=3)
+                graphs = interleave({side: captured(sweep) for side, sweep in sweeps.items()}, rounds, warmup=3)
+                published = None
+                if rival and dtype == torch.float32:
+                    case = Case("obs_sweep", rows, n_in, pattern, sparsity)
+                    loop = synchronized(partial(rival.sweep, weight, h.float(), u, case))
+                    published = interleave({"loop": loop}, rounds=3, warmup=1).median("loop") * 1e3
                 rows_out.append({
                     "case": f"sweep {name} {rows}x{n_in} {str(dtype).removeprefix('torch.')}",
-                    "device": torch.cuda.get_device_name(), "ours_ms": ours * 1e3,
-                    "reference_ms": timings.median("torch") * 1e3, "ratio": timings.ratio("torch", "ours").value,
-                    "same_result": same, "gflops": rows * n_in**2 / ours * 1e-9,
+                    "device": torch.cuda.get_device_name(),
+                    "ours_ms": called.median("ours") * 1e3, "reference_ms": called.median("reference") * 1e3,
+                    "ratio": called.ratio("reference", "ours").value,
+                    "ours_graph_ms": graphs.median("ours") * 1e3,
+                    "reference_graph_ms": graphs.median("reference") * 1e3,
+                    "graph_ratio": graphs.ratio("reference", "ours").value, "published_ms": published,
+                    "gflops": rows * n_in**2 / graphs.median("ours") * 1e-9, "same_result": same,
                 })  # fmt: skip
     return rows_out
 
@@ -105,12 +133,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--reference", type=Path, help="folder with checkouts of IST-DASLab's OBC and sparsegpt")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("torch sees no CUDA device here: nothing was timed", file=sys.stderr)
         return 2
-    rows = cuda_rows()
-    harness.report("obs_sweep on a GPU", rows, COLUMNS, NOTES, args.markdown, json_only=args.json)
+    rows = cuda_rows(Published(args.reference) if args.reference else None)
+    harness.report(
+        "obs_sweep on a GPU", rows, COLUMNS, NOTES.format(triton=version("triton")), args.markdown, json_only=args.json
+    )
     return 0 if all(row["same_result"] for row in rows) else 1
 
 
