@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -226,10 +225,7 @@ def measure_climb(rows: int, n_in: int, pattern: Pattern, gelu: bool, threads: i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads for both sides (default 1)")
-    parser.add_argument("--quick", action="store_true", help="two small cases, few rounds")
-    parser.add_argument("--json", action="store_true", help="print only the JSON line")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    harness.add_options(parser)
     args = parser.parse_args()
     rows, failed = [], False
     with torch_threads(args.threads):

@@ -9,7 +9,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -150,11 +149,8 @@ def measure(case: Case, threads: int, rounds: int, peak: float | None) -> list[h
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads for both sides (default 1)")
+    harness.add_options(parser)
     parser.add_argument("--peak", type=float, help="float32 multiply-add peak of a core, GFLOP/s (default: no share)")
-    parser.add_argument("--quick", action="store_true", help="the smaller cases, few rounds")
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     rows, failed = [], False
     with torch_threads(args.threads):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -177,10 +176,7 @@ def measure(case: Case, threads: int, quick: bool) -> list[harness.Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads for both sides (default 1)")
-    parser.add_argument("--quick", action="store_true", help="three small cases, few rounds")
-    parser.add_argument("--json", action="store_true", help="print only the JSON line")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    harness.add_options(parser)
     args = parser.parse_args()
     rows, failed = [], False
     with torch_threads(args.threads):

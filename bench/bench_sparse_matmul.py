@@ -1,6 +1,6 @@
 """sparse_matmul against torch's dense float32 linear layer, on the same threads, taking turns.
 
-python -m bench.bench_sparse_matmul [--threads N] [--quick] [--markdown FILE]
+python -m bench.bench_sparse_matmul [--threads N] [--quick] [--json] [--markdown FILE]
 pytest bench/bench_sparse_matmul.py --benchmark-only      the same cases, one candidate at a time
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +19,7 @@ from bench import harness
 from bench.shapes import LINEARS, SPARSITIES, TOKENS, Linear, random_input, random_weight
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_matmul import Linear as Packed
 from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul, sparse_matmul_ref, unpack
 
 DENSE = "torch"
@@ -69,11 +69,13 @@ def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndar
         y = torch.nn.functional.linear(dense_x, dense_weight, dense_bias)
         return (torch.nn.functional.gelu(y) if linear.gelu else y).numpy()
 
+    packed = Packed(weight, bias, "gelu" if linear.gelu else "none")
+
     def ours(isa: str) -> Callable[[], np.ndarray]:
-        return lambda: sparse_matmul(x, weight, bias, gelu=linear.gelu, threads=threads, isa=isa)
+        return lambda: sparse_matmul(x, packed, threads=threads, isa=isa)
 
     calls = {DENSE: dense} | {isa: ours(isa) for isa in _dispatch.supported_isas()}
-    return calls, weight, sparse_matmul_ref(x, weight, bias, gelu=linear.gelu)
+    return calls, weight, sparse_matmul_ref(x, packed)
 
 
 def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
@@ -97,9 +99,7 @@ def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="threads for both sides (default 1)")
-    parser.add_argument("--quick", action="store_true", help="sparsity 0.875, 27 and 128 tokens, few rounds")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    harness.add_options(parser)
     args = parser.parse_args()
     rows, failed = [], False
     with torch_threads(args.threads):
@@ -110,7 +110,7 @@ def main() -> int:
                 print(f"refused: {error}", file=sys.stderr)
                 failed = True
     title = f"sparse_matmul against torch, {args.threads} thread{'s' if args.threads > 1 else ''}"
-    harness.report(title, rows, COLUMNS, NOTES, args.markdown)
+    harness.report(title, rows, COLUMNS, NOTES, args.markdown, json_only=args.json)
     return 1 if failed else 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
 
@@ -69,10 +68,7 @@ def measure(case, threads: int, rounds: int, isas) -> list[harness.Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="threads for both sides (default 2)")
-    parser.add_argument("--quick", action="store_true", help="few rounds, the best instruction set alone")
-    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    harness.add_options(parser, threads=2)
     args = parser.parse_args()
     isas = [_dispatch.isa()] if args.quick else list(_dispatch.supported_isas())
     with torch_threads(args.threads):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import sys
@@ -53,6 +54,14 @@ def time_checked(
     slowest = max(probe.minimum(name) for name in candidates)
     repeats = max(1, min(200, int(turn_s / slowest)))
     return interleave(candidates, rounds, repeats=repeats, settle=settle), error
+
+
+def add_options(parser: argparse.ArgumentParser, *, threads: int = 1) -> None:
+    """The options of every benchmark of an op."""
+    parser.add_argument("--threads", type=int, default=threads, help=f"threads for both sides (default {threads})")
+    parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
+    parser.add_argument("--json", action="store_true", help="print the JSON line alone")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
 
 
 def report(

@@ -46,6 +46,13 @@ def random_weight(n_out: int, n_in: int, sparsity: float, seed: int = 0) -> np.n
     return weight.reshape(n_out, n_in)
 
 
+def random_mask(n_out: int, n_in: int, sparsity: float, rows: int, rng: np.random.Generator) -> np.ndarray:
+    """What is kept, bool [n_out, n_in]: of every `rows` consecutive rows together a random share of the columns."""
+    kept = np.ones(n_out // rows * n_in, bool)
+    kept[rng.permutation(kept.size)[: int(sparsity * kept.size)]] = False
+    return kept.reshape(-1, n_in).repeat(rows, 0)
+
+
 def random_input(tokens: int, n_in: int, seed: int = 1) -> np.ndarray:
     """Float32 [tokens, n_in], normal with variance 1, as a layer norm leaves it."""
     return np.random.default_rng(seed).standard_normal((tokens, n_in), np.float32)

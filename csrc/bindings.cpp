@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -25,7 +26,8 @@ namespace {
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-constexpr std::pair<const char*, Isa> isas[] = {{"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}};
+constexpr std::pair<const char*, Isa> isas[] = {
+    {"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}};
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
@@ -46,33 +48,259 @@ void require(bool holds, const char* rule) {
   if (!holds) throw std::invalid_argument(rule);
 }
 
-py::array_t<float> run_sparse_matmul(const Array<float>& x, const Array<std::int32_t>& row_ptr,
-                                     const Array<std::uint16_t>& cols, const Array<float>& values,
-                                     const std::optional<Array<float>>& bias, bool gelu, const std::string& isa_name,
+// Arrays that C++ points into: a list of them keeps what it points at alive.
+class Kept {
+ public:
+  template <typename T>
+  const T* data(const Array<T>& array) {
+    kept_.push_back(array);
+    return array.data();
+  }
+  template <typename T>
+  const T* data(const std::optional<Array<T>>& array) {
+    return array ? data(*array) : nullptr;
+  }
+
+ private:
+  std::vector<py::object> kept_;
+};
+
+constexpr std::pair<const char*, Activation> activations[] = {
+    {"none", Activation::none}, {"gelu", Activation::gelu}, {"relu", Activation::relu}, {"tanh", Activation::tanh}};
+
+Activation activation_named(const std::string& wanted) {
+  for (const auto& [name, activation] : activations) {
+    if (wanted == name) return activation;
+  }
+  throw std::invalid_argument("activation " + wanted + " is not known");
+}
+
+// A packed linear layer as Python holds it.
+struct PyLinear {
+  Kept kept;
+  std::variant<CsrMatrix, GroupedMatrix, TiledMatrix> matrix;
+  const float* bias;
+  Activation activation;
+  std::int64_t n_in, n_out;
+
+  // Its address may change until it is used.
+  Linear view() const {
+    return {std::get_if<CsrMatrix>(&matrix), std::get_if<GroupedMatrix>(&matrix), std::get_if<TiledMatrix>(&matrix),
+            bias,                            activation,                          n_in,
+            n_out};
+  }
+};
+
+PyLinear csr_linear(const Array<std::int32_t>& row_ptr, const Array<std::uint16_t>& cols, const Array<float>& values,
+                    std::int64_t n_in, const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(row_ptr.ndim() == 1 && cols.ndim() == 1 && values.ndim() == 1, "arrays must be 1-d");
+  require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
+  PyLinear linear;
+  linear.n_in = n_in;
+  linear.n_out = row_ptr.size() - 1;
+  linear.activation = activation_named(activation);
+  linear.matrix = CsrMatrix{linear.kept.data(row_ptr), linear.kept.data(cols), linear.kept.data(values)};
+  for (std::int64_t row = 0; row < linear.n_out; ++row) {
+    require(row_ptr.data()[row] <= row_ptr.data()[row + 1], "row_ptr must not decrease");
+  }
+  require(row_ptr.at(linear.n_out) == cols.size() && cols.size() == values.size(),
+          "row_ptr must end at the size of cols");
+  require(!bias || (bias->ndim() == 1 && bias->size() == linear.n_out), "bias must be [n_out]");
+  linear.bias = linear.kept.data(bias);
+  return linear;
+}
+
+PyLinear grouped_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>& col_begin,
+                        const Array<std::int32_t>& col_count, const Array<std::uint16_t>& cols,
+                        const Array<std::int64_t>& value_begin, const Array<float>& values, std::int64_t n_in,
+                        std::int64_t n_out, const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(rows.ndim() == 2 && rows.shape(1) == group_rows, "rows must be [groups, group_rows]");
+  const std::int64_t groups = rows.shape(0);
+  require(col_begin.size() == groups && col_count.size() == groups && value_begin.size() == groups,
+          "every group must have columns and values");
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t begin = col_begin.at(g), count = col_count.at(g), at = value_begin.at(g);
+    require(begin >= 0 && count >= 0 && begin + count <= cols.size(), "columns of a group must lie in cols");
+    require(at >= 0 && at + count * group_rows <= values.size(), "values of a group must lie in values");
+  }
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
+  }
+  require(!bias || (bias->ndim() == 1 && bias->size() == n_out), "bias must be [n_out]");
+  PyLinear linear;
+  linear.n_in = n_in;
+  linear.n_out = n_out;
+  linear.activation = activation_named(activation);
+  Kept& kept = linear.kept;
+  linear.matrix = GroupedMatrix{kept.data(rows), kept.data(col_begin),   kept.data(col_count), kept.data(cols),
+                                kept.data(value_begin), kept.data(values), groups};
+  linear.bias = kept.data(bias);
+  return linear;
+}
+
+PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>& tiles,
+                      const Array<std::int64_t>& col_begin, const Array<std::int32_t>& chunks,
+                      const Array<std::uint16_t>& cols, const Array<std::int64_t>& value_begin,
+                      const Array<std::int64_t>& mask_begin, const Array<Bf16>& values,
+                      const Array<std::uint32_t>& masks, std::int64_t n_in, std::int64_t n_out,
+                      const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(rows.ndim() == 2 && rows.shape(1) == 2 * tile_rows, "rows must be [groups, 2 * tile_rows]");
+  const std::int64_t groups = rows.shape(0);
+  require(tiles.size() == groups && col_begin.size() == groups && chunks.size() == groups &&
+              value_begin.size() == groups && mask_begin.size() == groups,
+          "every group must have tiles, columns and values");
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t count = chunks.at(g);
+    require(tiles.at(g) == 1 || tiles.at(g) == 2, "a group must have 1 or 2 tiles");
+    require(col_begin.at(g) >= 0 && count >= 0 && col_begin.at(g) + count * tile_cols <= cols.size(),
+            "columns of a group must lie in cols");
+    const std::int64_t words = count * tiles.at(g) * tile_rows;
+    std::int64_t entries = words * tile_cols;
+    if (mask_begin.at(g) >= 0) {
+      require(mask_begin.at(g) + words <= masks.size(), "masks of a group must lie in masks");
+      entries = 0;
+      for (std::int64_t i = 0; i < words; ++i) entries += __builtin_popcount(masks.at(mask_begin.at(g) + i));
+    }
+    require(value_begin.at(g) >= 0 && value_begin.at(g) + entries <= values.size(),
+            "values of a group must lie in values");
+  }
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
+  }
+  require(!bias || (bias->ndim() == 1 && bias->size() == n_out), "bias must be [n_out]");
+  PyLinear linear;
+  linear.n_in = n_in;
+  linear.n_out = n_out;
+  linear.activation = activation_named(activation);
+  Kept& kept = linear.kept;
+  linear.matrix = TiledMatrix{kept.data(rows),        kept.data(tiles),      kept.data(col_begin), kept.data(chunks),
+                              kept.data(cols),        kept.data(value_begin), kept.data(mask_begin), kept.data(values),
+                              kept.data(masks),       groups};
+  linear.bias = kept.data(bias);
+  return linear;
+}
+
+py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& linear, const std::string& isa_name,
                                      int threads) {
   const Isa isa = isa_named(isa_name);
-  require(x.ndim() == 2 && row_ptr.ndim() == 1 && cols.ndim() == 1 && values.ndim() == 1,
-          "x must be 2-d, the rest 1-d");
+  require(x.ndim() == 2 && x.shape(1) == linear.n_in, "x must be [tokens, n_in]");
   require(threads >= 1, "threads must be at least 1");
-  require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
-  const CsrMatrix w{row_ptr.data(), cols.data(), values.data(), x.shape(1), row_ptr.size() - 1};
-  for (std::int64_t row = 0; row < w.n_out; ++row) {
-    require(w.row_ptr[row] <= w.row_ptr[row + 1], "row_ptr must not decrease");
-  }
-  require(w.row_ptr[w.n_out] == cols.size() && cols.size() == values.size(), "row_ptr must end at the size of cols");
-  require(!bias || (bias->ndim() == 1 && bias->size() == w.n_out), "bias must be [n_out]");
-
   const std::int64_t tokens = x.shape(0);
-  py::array_t<float> y({tokens, w.n_out});
+  py::array_t<float> y({tokens, linear.n_out});
   const float* x_data = x.data();
-  const float* bias_data = bias ? bias->data() : nullptr;
   float* y_data = y.mutable_data();
+  const Linear view = linear.view();
   {
     const py::gil_scoped_release released;
-    sparse_matmul(x_data, tokens, w, bias_data, gelu ? Activation::gelu : Activation::none, isa, threads, y_data);
+    sparse_matmul(x_data, tokens, view, isa, threads, y_data);
   }
   return y;
 }
+
+// A packed encoder as Python holds it: what it points into must not move, so it does not.
+class PyEncoder {
+ public:
+  using Norm = std::pair<Array<float>, Array<float>>;
+  PyEncoder(const Array<float>& words, const Array<float>& positions, const Norm& embedding_norm,
+            const std::optional<PyLinear>& projection, const py::list& layers, std::int64_t heads, float eps,
+            const PyLinear& pooler, const PyLinear& classifier) {
+    require(words.ndim() == 2 && positions.ndim() == 3, "words must be 2-d, positions 3-d");
+    encoder_.embedding = words.shape(1);
+    vocabulary_ = words.shape(0);
+    types_ = positions.shape(0);
+    encoder_.max_length = positions.shape(1);
+    require(positions.shape(2) == encoder_.embedding, "positions must be [types, max_length, embedding]");
+    encoder_.words = kept_.data(words);
+    encoder_.positions = kept_.data(positions);
+    encoder_.embedding_norm = norm(embedding_norm, encoder_.embedding);
+    encoder_.hidden = projection ? projection->n_out : encoder_.embedding;
+    linears_.reserve(3 + 4 * layers.size());
+    views_.reserve(1);
+    if (projection) {
+      views_.push_back(linear(*projection, encoder_.embedding, encoder_.hidden));
+      encoder_.projection = views_.data();
+    } else {
+      encoder_.projection = nullptr;
+    }
+    const std::int64_t hidden = encoder_.hidden;
+    for (const py::handle& item : layers) {
+      const auto fields = item.cast<py::tuple>();
+      require(fields.size() == 6, "a layer must have 4 linears and 2 norms");
+      EncoderLayer layer{};
+      layer.qkv = linear(fields[0].cast<const PyLinear&>(), hidden, 3 * hidden);
+      layer.attention_out = linear(fields[1].cast<const PyLinear&>(), hidden, hidden);
+      layer.up = linear(fields[2].cast<const PyLinear&>(), hidden, -1);
+      layer.down = linear(fields[3].cast<const PyLinear&>(), layer.up.n_out, hidden);
+      layer.attention_norm = norm(fields[4].cast<Norm>(), hidden);
+      layer.norm = norm(fields[5].cast<Norm>(), hidden);
+      layers_.push_back(layer);
+    }
+    encoder_.layers = layers_.data();
+    encoder_.n_layers = static_cast<std::int64_t>(layers_.size());
+    require(heads >= 1 && hidden % heads == 0, "heads must divide hidden");
+    encoder_.heads = heads;
+    encoder_.eps = eps;
+    encoder_.pooler = linear(pooler, hidden, -1);
+    for (const PyLinear& packed : linears_) {
+      require((packed.view().tiled != nullptr) == (encoder_.pooler.tiled != nullptr),
+              "all linears but the classifier must be in tiles, or none");
+    }
+    encoder_.classifier = linear(classifier, encoder_.pooler.n_out, -1);
+    require(encoder_.classifier.tiled == nullptr, "the classifier must not be in tiles");
+  }
+  PyEncoder(const PyEncoder&) = delete;
+
+  std::pair<py::array_t<float>, std::optional<py::array_t<float>>> run(
+      const Array<std::int32_t>& ids, const Array<std::int32_t>& types, const Array<std::int64_t>& starts,
+      bool with_states, const std::string& isa_name, int threads) const {
+    const Isa isa = isa_named(isa_name);
+    require(threads >= 1, "threads must be at least 1");
+    require(ids.ndim() == 1 && types.ndim() == 1 && types.size() == ids.size(), "ids and types must be [tokens]");
+    require(starts.ndim() == 1 && starts.size() >= 1 && starts.at(0) == 0 && starts.at(starts.size() - 1) == ids.size(),
+            "starts must go from 0 to tokens");
+    const std::int64_t count = starts.size() - 1;
+    for (std::int64_t s = 0; s < count; ++s) {
+      const std::int64_t n = starts.data()[s + 1] - starts.data()[s];
+      require(n >= 1 && n <= encoder_.max_length, "sequences must have 1 to max_length tokens");
+    }
+    for (std::int64_t t = 0; t < ids.size(); ++t) {
+      require(ids.data()[t] >= 0 && ids.data()[t] < vocabulary_, "ids must be in the vocabulary");
+      require(types.data()[t] >= 0 && types.data()[t] < types_, "types must be token types");
+    }
+    py::array_t<float> logits({count, encoder_.classifier.n_out});
+    std::optional<py::array_t<float>> states;
+    if (with_states) states.emplace(std::vector<py::ssize_t>{ids.size(), encoder_.hidden});
+    const Sequences sequences{ids.data(), types.data(), starts.data(), count};
+    float* logits_data = logits.mutable_data();
+    float* states_data = states ? states->mutable_data() : nullptr;
+    {
+      const py::gil_scoped_release released;
+      sparse_encoder(encoder_, sequences, isa, threads, logits_data, states_data);
+    }
+    return {logits, states};
+  }
+
+ private:
+  Linear linear(const PyLinear& packed, std::int64_t n_in, std::int64_t n_out) {
+    require(packed.n_in == n_in && (n_out < 0 || packed.n_out == n_out), "linears must fit each other");
+    linears_.push_back(packed);
+    return linears_.back().view();
+  }
+
+  LayerNorm norm(const Norm& arrays, std::int64_t n) {
+    require(arrays.first.ndim() == 1 && arrays.first.size() == n && arrays.second.ndim() == 1 &&
+                arrays.second.size() == n,
+            "norms must have a weight and a bias a value");
+    return {kept_.data(arrays.first), kept_.data(arrays.second)};
+  }
+
+  Kept kept_;
+  std::vector<PyLinear> linears_;  // never grows past what was reserved: their views point into it
+  std::vector<Linear> views_;
+  std::vector<EncoderLayer> layers_;
+  std::int64_t vocabulary_, types_;
+  Encoder encoder_{};
+};
 
 py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Array<double>& h,
                                            const Array<bool>& mask, const Array<std::int64_t>& row_ptr,
@@ -267,10 +495,33 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of sparsebert; call it through sparsebert.ops.";
   m.def("supported_isas", &supported_isas, "Instruction sets that can run here, slowest first.");
   m.def("poison_scratch", &poison_scratch, py::arg("on"), "For tests: fill working memory with NaN before every use.");
-  m.def("sparse_matmul", &run_sparse_matmul, py::arg("x").noconvert(), py::arg("row_ptr").noconvert(),
-        py::arg("cols").noconvert(), py::arg("values").noconvert(), py::arg("bias").noconvert().none(true),
-        py::arg("gelu"), py::arg("isa"), py::arg("threads"),
-        "y = x Wᵀ + bias. Column indices must be below x.shape[1]: they are not checked here.");
+  m.attr("GROUP_ROWS") = group_rows;
+  m.attr("GROUP_TILE") = group_tile;
+  py::class_<PyLinear>(m, "Linear", "A packed linear layer. Column indices must be below n_in: not checked here.");
+  m.def("csr_linear", &csr_linear, py::arg("row_ptr").noconvert(), py::arg("cols").noconvert(),
+        py::arg("values").noconvert(), py::arg("n_in"), py::arg("bias").noconvert().none(true), py::arg("activation"));
+  m.def("grouped_linear", &grouped_linear, py::arg("rows").noconvert(), py::arg("col_begin").noconvert(),
+        py::arg("col_count").noconvert(), py::arg("cols").noconvert(), py::arg("value_begin").noconvert(),
+        py::arg("values").noconvert(), py::arg("n_in"), py::arg("n_out"), py::arg("bias").noconvert().none(true),
+        py::arg("activation"));
+  m.attr("TILE_ROWS") = tile_rows;
+  m.attr("TILE_COLS") = tile_cols;
+  m.def("tiled_linear", &tiled_linear, py::arg("rows").noconvert(), py::arg("tiles").noconvert(),
+        py::arg("col_begin").noconvert(), py::arg("chunks").noconvert(), py::arg("cols").noconvert(),
+        py::arg("value_begin").noconvert(), py::arg("mask_begin").noconvert(), py::arg("values").noconvert(),
+        py::arg("masks").noconvert(), py::arg("n_in"), py::arg("n_out"), py::arg("bias").noconvert().none(true),
+        py::arg("activation"));
+  m.def("sparse_matmul", &run_sparse_matmul, py::arg("x").noconvert(), py::arg("linear"), py::arg("isa"),
+        py::arg("threads"), "y = activation(x Wᵀ + bias).");
+  py::class_<PyEncoder>(m, "Encoder", "A packed encoder; arrays are kept, not copied.")
+      .def(py::init<const Array<float>&, const Array<float>&, const PyEncoder::Norm&, const std::optional<PyLinear>&,
+                    const py::list&, std::int64_t, float, const PyLinear&, const PyLinear&>(),
+           py::arg("words").noconvert(), py::arg("positions").noconvert(), py::arg("embedding_norm"),
+           py::arg("projection").none(true), py::arg("layers"), py::arg("heads"), py::arg("eps"), py::arg("pooler"),
+           py::arg("classifier"))
+      .def("run", &PyEncoder::run, py::arg("ids").noconvert(), py::arg("types").noconvert(),
+           py::arg("starts").noconvert(), py::arg("with_states"), py::arg("isa"), py::arg("threads"),
+           "(logits, states or None)");
   m.def("masked_lstsq", &run_masked_lstsq, py::arg("target").noconvert(), py::arg("h").noconvert(),
         py::arg("mask").noconvert(), py::arg("row_ptr").noconvert(), py::arg("rows").noconvert(),
         py::arg("complement"), py::arg("v").noconvert(), py::arg("isa"), py::arg("threads"),

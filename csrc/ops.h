@@ -6,28 +6,120 @@
 
 namespace sparsebert {
 
-// Slowest first, in the order of sparsebert.environment.ISAS.
-enum class Isa : int { scalar, avx2, avx512 };
+// Slowest first, in the order of sparsebert.environment.ISAS. amx: avx512 with tiles for bf16.
+enum class Isa : int { scalar, avx2, avx512, amx };
 
-enum class Activation : int { none, gelu };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
+using Bf16 = std::uint16_t;  // the upper half of a float32
+
+enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
 
 // A sparse matrix W [n_out, n_in], one list of kept columns a row.
 struct CsrMatrix {
   const std::int32_t* row_ptr;  // [n_out + 1], elements; starts at 0, never decreases, ends at nnz
   const std::uint16_t* cols;    // [nnz], column indices below n_in; any order within a row
   const float* values;          // [nnz]
-  std::int64_t n_in;            // columns, at most 65536
-  std::int64_t n_out;           // rows
 };
 
-// y = activation(x Wᵀ + bias), float32 accumulation.
+// Rows of a group, and how many of them are stored side by side, one value of each a column.
+constexpr std::int64_t group_rows = 8;
+constexpr std::int64_t group_tile = 4;
+
+// W in groups of group_rows rows that share one list of kept columns. Any rows may form a group.
+struct GroupedMatrix {
+  const std::int32_t* rows;         // [groups, group_rows], the row of W, or -1: the group is smaller
+  const std::int32_t* col_begin;    // [groups], where a group's columns are in `cols`; groups may share a list
+  const std::int32_t* col_count;    // [groups]
+  const std::uint16_t* cols;        // column indices below n_in
+  const std::int64_t* value_begin;  // [groups], where a group's values are in `values`
+  const float* values;              // of a group: [group_rows / group_tile][col_count][group_tile]
+  std::int64_t groups;
+};
+
+// A tile: rows of W, and columns of it that are multiplied in one step.
+constexpr std::int64_t tile_rows = 16;
+constexpr std::int64_t tile_cols = 32;
+
+// W in bf16 tiles. A group is one or two tiles of rows that share one list of kept columns, in chunks of tile_cols; any
+// rows may form a group. A tile is stored whole, or as a bit an entry and the entries that are not zero.
+struct TiledMatrix {
+  const std::int32_t* rows;         // [groups, 2 * tile_rows], the row of W, or -1: the group is smaller
+  const std::int32_t* tiles;        // [groups], 1 or 2
+  const std::int64_t* col_begin;    // [groups], where a group's columns are in `cols`; groups may share a list
+  const std::int32_t* chunks;       // [groups], its columns / tile_cols
+  const std::uint16_t* cols;        // column indices below n_in; a list is filled up with any, whose weights are zero
+  const std::int64_t* value_begin;  // [groups], where a group's values are in `values`
+  const std::int64_t* mask_begin;   // [groups], where its masks are in `masks`, or -1: its tiles are stored whole
+  const Bf16* values;               // of a group: [chunks][tiles][tile_rows][tile_cols], or what of it is not zero
+  const std::uint32_t* masks;       // of a group: [chunks][tiles][tile_rows], bit c for column c of the tile
+  std::int64_t groups;
+};
+
+// y = activation(x Wᵀ + bias) for a W [n_out, n_in] in one of the three forms; the others are null.
+struct Linear {
+  const CsrMatrix* csr;
+  const GroupedMatrix* grouped;
+  const TiledMatrix* tiled;
+  const float* bias;  // [n_out], or null for none
+  Activation activation;
+  std::int64_t n_in;  // at most 65536
+  std::int64_t n_out;
+};
+
+// Runs a linear layer, float32 accumulation. With W in tiles, x is rounded to bf16, and so is y.
 //   x     [tokens, n_in] row-major floats, any number of tokens from 0; needs no alignment beyond a float's
-//   bias  [n_out] floats, or null for none
 //   y     [tokens, n_out] row-major floats, written whole; must not overlap x
 // A token's result depends on no other token, nor on their number, nor on `threads` (>= 1); avx2 and avx512 give the
-// same bits. Throws std::bad_alloc when the packed copy of x, at most max(threads MiB, n_in * 256 B), cannot be had.
-void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, const float* bias, Activation activation,
-                   Isa isa, int threads, float* y);
+// same bits in float32. Throws std::bad_alloc when the copies of x and y in panels, at most max(threads MiB, (n_in +
+// n_out) * 256 B), cannot be had, or with tiles what a thread needs beside them, 640 B for each of n_in.
+void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y);
+
+struct LayerNorm {
+  const float* weight;
+  const float* bias;
+};
+
+struct EncoderLayer {
+  Linear qkv;  // query, key and value stacked
+  Linear attention_out;
+  Linear up;
+  Linear down;
+  LayerNorm attention_norm;
+  LayerNorm norm;
+};
+
+// A BERT-like sequence classifier; layer norms come after the residual sums.
+struct Encoder {
+  const float* words;      // [vocabulary, embedding]
+  const float* positions;  // [types, max_length, embedding], position and token-type vectors added
+  std::int64_t max_length;
+  std::int64_t embedding;
+  LayerNorm embedding_norm;
+  const Linear* projection;  // embedding -> hidden, or null where they are equal
+  const EncoderLayer* layers;
+  std::int64_t n_layers;
+  std::int64_t hidden;
+  std::int64_t heads;  // divides hidden
+  float eps;
+  Linear pooler;      // of a sequence's first token
+  Linear classifier;
+};
+
+// Sequences one behind the other, no padding.
+struct Sequences {
+  const std::int32_t* ids;    // [tokens], below the vocabulary
+  const std::int32_t* types;  // [tokens], below the types
+  const std::int64_t* starts; // [count + 1]; always increases, by at most max_length
+  std::int64_t count;
+};
+
+// Classifies sequences. Where the layers' linears are in tiles, all of them, the projection and the pooler are, and
+// states between them are bf16; the classifier is not. Otherwise none is.
+//   logits  [count, classifier.n_out] row-major floats, written whole
+//   states  [tokens, hidden], the last layer's output, or null where it is not wanted
+// A sequence's result depends on no other sequence, nor on `threads` (>= 1); avx2 and avx512 give the same bits in
+// float32. Throws std::bad_alloc when working memory for 128 tokens a thread, or the longest sequence, cannot be had.
+void sparse_encoder(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
+                    float* states);
 
 // Rows of a mask in groups of equal rows.
 struct RowGroups {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sparsebert.errors import DataError, InputError
 
-ISAS = ("scalar", "avx2", "avx512")  # slowest first; a cap allows everything up to it
+ISAS = ("scalar", "avx2", "avx512", "amx")  # slowest first; a cap allows everything up to it
 
 
 def isa_cap() -> str | None:

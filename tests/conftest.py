@@ -29,9 +29,19 @@ def require(backend: str, reason: str) -> None:
     pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.fixture(params=environment.ISAS)
+@pytest.fixture(params=[isa for isa in environment.ISAS if isa != "amx"])  # which is avx512 in float32
 def isa(request: pytest.FixtureRequest) -> str:
-    """Every instruction set in turn, those this machine lacks being skipped (or failed) with the reason."""
+    """Every instruction set of float32 in turn, those this machine lacks being skipped (or failed) with the reason."""
+    return _supported(request)
+
+
+@pytest.fixture(params=["scalar", "amx"])
+def tile_isa(request: pytest.FixtureRequest) -> str:
+    """The same of bf16 tiles."""
+    return _supported(request)
+
+
+def _supported(request: pytest.FixtureRequest) -> str:
     if request.param not in _dispatch.supported_isas():
         require(request.param, _dispatch.why_off()[request.param])
     return request.param

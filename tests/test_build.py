@@ -20,8 +20,8 @@ SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "kernel
 PROBE = """
 import numpy as np, sparsebert, sparsebert.kernels
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_matmul import pack, sparse_matmul, sparse_matmul_ref
-weight = pack(np.eye(70, 90, dtype=np.float32))
+from sparsebert.ops.sparse_matmul import Linear, pack, sparse_matmul, sparse_matmul_ref
+weight = Linear(pack(np.eye(70, 90, dtype=np.float32)))
 x = np.random.default_rng(0).standard_normal((33, 90), np.float32)
 for isa in _dispatch.supported_isas():
     assert np.abs(sparse_matmul(x, weight, isa=isa) - sparse_matmul_ref(x, weight)).max() < 1e-6

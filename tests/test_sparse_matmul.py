@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,13 +17,26 @@ from bench.shapes import LINEARS, random_input, random_weight
 from sparsebert import environment
 from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul, sparse_matmul_ref, unpack
+from sparsebert.ops.sparse_matmul import (
+    ACTIVATIONS,
+    Linear,
+    PackedWeight,
+    from_bf16,
+    pack,
+    pack_groups,
+    pack_tiles,
+    sparse_matmul,
+    sparse_matmul_ref,
+    to_bf16,
+    unpack,
+)
 
 # Around the widths of a vector (4, 8, 16) and of a panel (16, 32, 64), and several panels with a remainder.
 TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 257)
 # [n_out, n_in]: one, odd, prime, an exact tile, a tile of 64 rows with one over, more than one packing part, a layer.
 SHAPES = ((1, 1), (3, 5), (17, 31), (16, 16), (64, 128), (65, 129), (384, 384))
 LAYERS = [(linear.n_out, linear.n_in, linear.gelu) for linear in LINEARS]
+FORMS = (pack, pack_groups)
 
 # Absolute, for x and W that give y of about 1. eps is float32's 2^-24 of relative rounding.
 TOLERANCE = {
@@ -30,6 +44,7 @@ TOLERANCE = {
     "matmul": 2e-5,
     # The polynomials are good to 8e-8 where the result is below 1; above, rounding of the result adds eps * |y|.
     "gelu": 2.5e-7,
+    "rough gelu": 2.1e-4,
 }
 
 
@@ -38,37 +53,134 @@ def check(y: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE["mat
     np.testing.assert_allclose(y, expected, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+def in_groups(weight: np.ndarray, rows: int) -> np.ndarray:
+    """The weight with every `rows` consecutive rows having the support of their first."""
+    kept = weight[np.arange(len(weight)) // rows * rows] != 0
+    filled = np.where(weight == 0, np.float32(weight.shape[1] ** -0.5), weight)
+    return np.where(kept, filled, np.float32(0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_matches_the_reference_at_every_remainder(isa, tokens, gelu):
+def test_matches_the_reference_at_every_remainder(isa, tokens, activation, form):
     for n_out, n_in in SHAPES:
-        weight = pack(random_weight(n_out, n_in, 0.6))
+        weight = form(in_groups(random_weight(n_out, n_in, 0.6), 12 if form is pack_groups else 1))
         x, bias = random_input(tokens, n_in), random_input(1, n_out)[0]
         for b in (bias, None):
-            check(sparse_matmul(x, weight, b, gelu=gelu, isa=isa), sparse_matmul_ref(x, weight, b, gelu=gelu))
+            linear = Linear(weight, b, activation)
+            check(sparse_matmul(x, linear, isa=isa), sparse_matmul_ref(x, linear))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("n_out", "n_in", "gelu"), LAYERS)
-def test_matches_the_reference_on_encoder_layers(isa, n_out, n_in, gelu):
-    weight = pack(random_weight(n_out, n_in, 0.875))
-    x, bias = random_input(70, n_in), random_input(1, n_out)[0]
-    check(sparse_matmul(x, weight, bias, gelu=gelu, isa=isa), sparse_matmul_ref(x, weight, bias, gelu=gelu))
+def test_matches_the_reference_on_encoder_layers(isa, n_out, n_in, gelu, form):
+    weight = form(in_groups(random_weight(n_out, n_in, 0.875), 16 if form is pack_groups else 1))
+    linear = Linear(weight, random_input(1, n_out)[0], "gelu" if gelu else "none")
+    x = random_input(70, n_in)
+    check(sparse_matmul(x, linear, isa=isa), sparse_matmul_ref(x, linear))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
-def test_matches_the_reference_at_every_density(isa, sparsity):
-    weight = pack(random_weight(33, 70, sparsity))
-    assert weight.density == pytest.approx(1 - sparsity, abs=1e-3)
+def test_matches_the_reference_at_every_density(isa, sparsity, form):
+    weight = form(random_weight(33, 70, sparsity))
+    assert weight.nnz / (33 * 70) == pytest.approx(1 - sparsity, abs=1e-3)
     x = random_input(19, 70)
-    check(sparse_matmul(x, weight, isa=isa), sparse_matmul_ref(x, weight))
+    check(sparse_matmul(x, Linear(weight), isa=isa), sparse_matmul_ref(x, Linear(weight)))
+
+
+def test_rows_of_equal_support_share_a_group_wherever_they_lie():
+    dense = np.zeros((37, 50), np.float32)
+    dense[::2, :10] = random_input(19, 10)
+    dense[1::2, 20:25] = random_input(18, 5)
+    dense[4] = 0.0
+    weight = pack_groups(dense)
+    # 18 and 18 rows in groups of 8, and the empty one.
+    assert len(weight.rows) == 3 + 3 + 1
+    assert weight.cols.size == 10 + 5
+    np.testing.assert_array_equal(unpack(weight), dense)
+
+
+# Sparsity and how many consecutive rows share their support: dense, in groups, one tile alone, and rows of their own,
+# many of whose tiles are stored as bits.
+TILINGS = ((0.0, 1), (0.6, 32), (0.8, 12), (0.6, 1), (0.95, 1))
+
+
+@pytest.mark.parametrize(("sparsity", "rows"), TILINGS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_tiles_match_the_reference_at_every_remainder(tile_isa, tokens, sparsity, rows):
+    for (n_out, n_in), activation in zip(SHAPES[:-1], (*ACTIVATIONS, "none", "gelu"), strict=True):
+        weight = pack_tiles(in_groups(random_weight(n_out, n_in, sparsity), rows))
+        x, bias = random_input(tokens, n_in), random_input(1, n_out)[0]
+        for b in (bias, None):
+            linear = Linear(weight, b, activation)
+            y, expected = sparse_matmul(x, linear, isa=tile_isa), sparse_matmul_ref(x, linear)
+            assert y.dtype == np.float32 and y.shape == expected.shape
+            # Sums in float32, and one rounding of half a place of bf16's 8 bits.
+            exact = TOLERANCE["rough gelu"] if activation == "gelu" else TOLERANCE["matmul"]
+            assert (np.abs(y - expected) <= exact + np.abs(expected) * 2.0**-8).all()
+
+
+def test_tiles_are_exact_where_bf16_is(tile_isa):
+    rng = np.random.default_rng(0)
+    dense = (rng.integers(-2, 3, (70, 100)) * (rng.random((70, 100)) < 0.2)).astype(np.float32)
+    x = rng.integers(-2, 3, (77, 100)).astype(np.float32)
+    expected = x @ dense.T
+    assert np.abs(expected).max() <= 256  # integers that bf16 holds
+    for threads in (1, 2, 7):
+        linear = Linear(pack_tiles(dense))
+        assert np.array_equal(sparse_matmul(x, linear, isa=tile_isa, threads=threads), expected)
+
+
+def test_tiles_of_empty_rows_give_the_bias(tile_isa):
+    dense = random_weight(90, 70, 0.0)
+    dense[:20] = 0.0  # their list is empty, and begins where the others' does
+    linear = Linear(pack_tiles(dense), random_input(1, 90)[0])
+    x = random_input(40, 70)
+    y, expected = sparse_matmul(x, linear, isa=tile_isa, threads=1), sparse_matmul_ref(x, linear)
+    assert np.array_equal(y[:, :20], np.tile(from_bf16(to_bf16(linear.bias[:20])), (40, 1)))
+    assert (np.abs(y - expected) <= TOLERANCE["matmul"] + np.abs(expected) * 2.0**-8).all()
+
+
+def test_tiles_give_a_token_the_same_bits_in_any_batch(tile_isa):
+    linear = Linear(pack_tiles(random_weight(100, 300, 0.8)), random_input(1, 100)[0], "gelu")
+    x = random_input(300, 300)
+    whole = sparse_matmul(x, linear, isa=tile_isa)
+    for tokens in (1, 7, 31, 33, 129):
+        assert np.array_equal(sparse_matmul(x[300 - tokens :], linear, isa=tile_isa, threads=2), whole[300 - tokens :])
+
+
+def test_tiles_keep_a_non_finite_input_with_its_token(tile_isa):
+    linear = Linear(pack_tiles(random_weight(40, 50, 0.5)))
+    x = random_input(70, 50)
+    clean = sparse_matmul(x, linear, isa=tile_isa)
+    x[33, 7] = np.nan
+    y = sparse_matmul(x, linear, isa=tile_isa)
+    others = np.arange(70) != 33
+    assert np.array_equal(y[others], clean[others])
+    assert np.isnan(y[33, unpack(linear.weight)[:, 7] != 0]).all()
+
+
+def test_bf16_rounds_to_the_nearest_and_ties_to_even():
+    bits = np.uint32([0x3F800000, 0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0xC0490FDB, 0x00000000, 0x80000000])
+    expected = [0x3F80, 0x3F80, 0x3F82, 0x3F81, 0x3F80, 0xC049, 0x0000, 0x8000]
+    assert to_bf16(bits.view(np.float32)).tolist() == expected
+    every = np.arange(1 << 16).astype(np.uint16)
+    finite = every[np.isfinite(from_bf16(every))]
+    assert np.array_equal(to_bf16(from_bf16(finite)), finite)
 
 
 def test_an_empty_weight_gives_the_bias(isa):
     weight = pack(np.zeros((20, 30), np.float32))
     bias = random_input(1, 20)[0]
     assert weight.density == 0
-    np.testing.assert_array_equal(sparse_matmul(random_input(9, 30), weight, bias, isa=isa), np.tile(bias, (9, 1)))
-    np.testing.assert_array_equal(sparse_matmul(random_input(9, 30), weight, isa=isa), np.zeros((9, 20), np.float32))
+    np.testing.assert_array_equal(
+        sparse_matmul(random_input(9, 30), Linear(weight, bias), isa=isa), np.tile(bias, (9, 1))
+    )
+    np.testing.assert_array_equal(
+        sparse_matmul(random_input(9, 30), Linear(weight), isa=isa), np.zeros((9, 20), np.float32)
+    )
 
 
 def test_empty_rows_beside_one_full_row(isa):
@@ -76,21 +188,24 @@ def test_empty_rows_beside_one_full_row(isa):
     dense[17] = random_input(1, 50)[0]
     weight = pack(dense)
     x = random_input(21, 50)
-    check(sparse_matmul(x, weight, isa=isa), sparse_matmul_ref(x, weight))
+    check(sparse_matmul(x, Linear(weight), isa=isa), sparse_matmul_ref(x, Linear(weight)))
 
 
 def test_the_last_of_65536_columns_is_reached(isa):
     dense = np.zeros((2, 65536), np.float32)
     dense[0, 0], dense[1, 65535] = 2.0, 3.0
     x = random_input(17, 65536)
-    np.testing.assert_array_equal(sparse_matmul(x, pack(dense), isa=isa), x[:, [0, 65535]] * np.float32([2, 3]))
+    np.testing.assert_array_equal(sparse_matmul(x, Linear(pack(dense)), isa=isa), x[:, [0, 65535]] * np.float32([2, 3]))
 
 
 def test_gelu_is_exact_from_tail_to_tail(isa):
     x = np.concatenate([np.linspace(-15, 15, 200001), [0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38, 1e4, -1e4]])
     x = x.astype(np.float32)[:, None]
     weight = pack(np.ones((1, 1), np.float32))
-    y, expected = sparse_matmul(x, weight, gelu=True, isa=isa), sparse_matmul_ref(x, weight, gelu=True)
+    y, expected = (
+        sparse_matmul(x, Linear(weight, None, "gelu"), isa=isa),
+        sparse_matmul_ref(x, Linear(weight, None, "gelu")),
+    )
     assert (np.abs(y - expected) <= TOLERANCE["gelu"] + np.abs(expected) * 2.0**-24).all()
     # No cancellation: small negative results keep their leading digits.
     tail = (x > -5) & (x < 0)
@@ -102,9 +217,9 @@ def test_a_non_finite_input_stays_with_its_token(isa, bad):
     dense = random_weight(40, 50, 0.5)
     weight = pack(dense)
     x = random_input(70, 50)
-    clean = sparse_matmul(x, weight, isa=isa)
+    clean = sparse_matmul(x, Linear(weight), isa=isa)
     x[33, 7] = bad
-    y = sparse_matmul(x, weight, isa=isa)
+    y = sparse_matmul(x, Linear(weight), isa=isa)
     others = np.arange(70) != 33
     np.testing.assert_array_equal(y[others], clean[others])
     reads_it = dense[:, 7] != 0
@@ -114,7 +229,7 @@ def test_a_non_finite_input_stays_with_its_token(isa, bad):
 
 def test_gelu_keeps_nan(isa):
     x = np.float32([[np.nan], [np.inf], [-np.inf]])
-    y = sparse_matmul(x, pack(np.ones((1, 1), np.float32)), gelu=True, isa=isa)
+    y = sparse_matmul(x, Linear(pack(np.ones((1, 1), np.float32)), None, "gelu"), isa=isa)
     assert np.isnan(y[0, 0]) and y[1, 0] == np.inf and abs(y[2, 0]) < 2e-30
 
 
@@ -122,18 +237,18 @@ def test_gelu_keeps_nan(isa):
 def test_any_number_of_threads_gives_the_same_bits(isa, tokens):
     weight = pack(random_weight(400, 300, 0.8))
     x, bias = random_input(tokens, 300), random_input(1, 400)[0]
-    expected = sparse_matmul(x, weight, bias, gelu=True, isa=isa, threads=1).tobytes()
+    expected = sparse_matmul(x, Linear(weight, bias, "gelu"), isa=isa, threads=1).tobytes()
     for threads in (2, 3, 7, 32):
-        assert sparse_matmul(x, weight, bias, gelu=True, isa=isa, threads=threads).tobytes() == expected
+        assert sparse_matmul(x, Linear(weight, bias, "gelu"), isa=isa, threads=threads).tobytes() == expected
 
 
 def test_a_token_gives_the_same_bits_in_any_batch(isa):
     weight = pack(random_weight(100, 300, 0.8))
     x = random_input(300, 300)
-    whole = sparse_matmul(x, weight, gelu=True, isa=isa)
+    whole = sparse_matmul(x, Linear(weight, None, "gelu"), isa=isa)
     for tokens in (1, 7, 8, 9, 17, 33, 64, 65, 129):
         start = 300 - tokens
-        part = sparse_matmul(x[start:], weight, gelu=True, isa=isa)
+        part = sparse_matmul(x[start:], Linear(weight, None, "gelu"), isa=isa)
         assert part.tobytes() == whole[start:].tobytes()
 
 
@@ -142,8 +257,8 @@ def test_avx2_and_avx512_give_the_same_bits():
         pytest.skip(f"avx512: {_dispatch.why_off()['avx512']}")
     weight = pack(random_weight(100, 300, 0.8))
     x, bias = random_input(90, 300), random_input(1, 100)[0]
-    wide = sparse_matmul(x, weight, bias, gelu=True, isa="avx512")
-    assert wide.tobytes() == sparse_matmul(x, weight, bias, gelu=True, isa="avx2").tobytes()
+    wide = sparse_matmul(x, Linear(weight, bias, "gelu"), isa="avx512")
+    assert wide.tobytes() == sparse_matmul(x, Linear(weight, bias, "gelu"), isa="avx2").tobytes()
 
 
 @pytest.mark.parametrize("cap", [*environment.ISAS, "sse9", ""])
@@ -169,12 +284,12 @@ def test_the_operation_imports_no_torch():
 def test_two_python_threads_at_once():
     weight = pack(random_weight(384, 384, 0.8))
     inputs = [random_input(200, 384, seed) for seed in range(4)]
-    expected = [sparse_matmul(x, weight).tobytes() for x in inputs]
+    expected = [sparse_matmul(x, Linear(weight)).tobytes() for x in inputs]
     wrong = []
 
     def call(index: int) -> None:
         for _ in range(30):
-            if sparse_matmul(inputs[index], weight, threads=4).tobytes() != expected[index]:
+            if sparse_matmul(inputs[index], Linear(weight), threads=4).tobytes() != expected[index]:
                 wrong.append(index)
 
     callers = [threading.Thread(target=call, args=(index,)) for index in range(len(inputs))]
@@ -186,7 +301,7 @@ def test_two_python_threads_at_once():
 
 
 def _fork_body(queue, x, weight) -> None:
-    queue.put(sparse_matmul(x, weight, threads=2).tobytes())
+    queue.put(sparse_matmul(x, Linear(weight), threads=2).tobytes())
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -195,14 +310,14 @@ def test_a_forked_child_starts_its_own_workers():
         pytest.skip("this system cannot fork")
     context = multiprocessing.get_context("fork")
     weight, x = pack(random_weight(384, 384, 0.8)), random_input(200, 384)
-    expected = sparse_matmul(x, weight, threads=2).tobytes()  # the parent has workers from here on
+    expected = sparse_matmul(x, Linear(weight), threads=2).tobytes()  # the parent has workers from here on
     queue = context.Queue()
     child = context.Process(target=_fork_body, args=(queue, x, weight))
     child.start()
     assert queue.get(timeout=30) == expected
     child.join(timeout=30)
     assert child.exitcode == 0
-    assert sparse_matmul(x, weight, threads=2).tobytes() == expected
+    assert sparse_matmul(x, Linear(weight), threads=2).tobytes() == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -214,6 +329,8 @@ def test_a_forked_child_starts_its_own_workers():
     )
 )
 def test_unpack_undoes_pack(dense):
+    np.testing.assert_array_equal(unpack(pack_groups(dense)), dense)
+    np.testing.assert_array_equal(unpack(pack_tiles(dense)), from_bf16(to_bf16(dense)))
     weight = pack(dense)
     np.testing.assert_array_equal(unpack(weight), dense)
     assert weight.nnz == np.count_nonzero(dense)
@@ -232,18 +349,28 @@ def test_packed_arrays_are_read_only_and_unshared():
 
 
 W = pack(np.ones((4, 6), np.float32))
+G = pack_groups(np.ones((4, 6), np.float32))
+T = pack_tiles(random_weight(40, 70, 0.8))
 X = np.ones((2, 6), np.float32)
 BAD_CALLS = {
-    "x must be 2-d float32, got float64": lambda: sparse_matmul(X.astype(np.float64), W),
-    "x must be 2-d float32, got float32 [6]": lambda: sparse_matmul(X[0], W),
-    "x must be 2-d float32, got list": lambda: sparse_matmul([[1.0]], W),
-    "x must be C-contiguous, got strides (4, 8)": lambda: sparse_matmul(np.asfortranarray(X), W),
-    "x must be [tokens, n_in = 6], got [2, 5]": lambda: sparse_matmul(np.ones((2, 5), np.float32), W),
-    "weight must be a PackedWeight, got float32 [4, 6]": lambda: sparse_matmul(X, np.ones((4, 6), np.float32)),
-    "bias must be [n_out = 4], got [5]": lambda: sparse_matmul(X, W, np.ones(5, np.float32)),
-    "bias must be 1-d float32, got float64 [4]": lambda: sparse_matmul(X, W, np.ones(4)),
-    "threads must be an integer of at least 1, got 0": lambda: sparse_matmul(X, W, threads=0),
-    "isa must be one of scalar, avx2, avx512, got 'neon'": lambda: sparse_matmul(X, W, isa="neon"),
+    "x must be 2-d float32, got float64": lambda: sparse_matmul(X.astype(np.float64), Linear(W)),
+    "x must be 2-d float32, got float32 [6]": lambda: sparse_matmul(X[0], Linear(W)),
+    "x must be 2-d float32, got list": lambda: sparse_matmul([[1.0]], Linear(W)),
+    "x must be C-contiguous, got strides (4, 8)": lambda: sparse_matmul(np.asfortranarray(X), Linear(W)),
+    "x must be [tokens, n_in = 6], got [2, 5]": lambda: sparse_matmul(np.ones((2, 5), np.float32), Linear(W)),
+    "linear must be a Linear, got PackedWeight": lambda: sparse_matmul(X, W),
+    "weight must be packed, got float32 [4, 6]": lambda: Linear(np.ones((4, 6), np.float32)),
+    "activation must be one of none, gelu, relu, tanh, got 'swish'": lambda: Linear(W, None, "swish"),
+    "rows must name each of 4 rows once": lambda: replace(G, rows=np.where(G.rows == 3, np.int32(2), G.rows)),
+    "cols must stay below n_in = 5": lambda: replace(G, n_in=5),
+    "values must be finite, got 48 of 48": lambda: replace(G, values=np.full_like(G.values, np.nan)),
+    "rows must name each of 40 rows once": lambda: replace(T, rows=np.where(T.rows == 3, np.int32(2), T.rows)),
+    "cols must stay below n_in = 69": lambda: replace(T, n_in=69),
+    "weight in bf16 must be finite, got 1 of 2": lambda: pack_tiles(np.float32([[1, 3.4e38]])),
+    "bias must be [n_out = 4], got [5]": lambda: Linear(W, np.ones(5, np.float32)),
+    "bias must be 1-d float32, got float64 [4]": lambda: Linear(G, np.ones(4)),
+    "threads must be an integer of at least 1, got 0": lambda: sparse_matmul(X, Linear(W), threads=0),
+    "isa must be one of scalar, avx2, avx512, amx, got 'neon'": lambda: sparse_matmul(X, Linear(W), isa="neon"),
     "weight must be float32 [n_out, n_in], got float64 [2, 2]": lambda: pack(np.ones((2, 2))),
     "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [1, 65537]": lambda: pack(np.ones((1, 65537), np.float32)),
     "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [0, 3]": lambda: pack(np.ones((0, 3), np.float32)),
@@ -270,15 +397,30 @@ def test_bad_input_is_named(message):
 def test_an_isa_this_machine_lacks_is_refused(monkeypatch):
     monkeypatch.setattr(_dispatch, "supported_isas", lambda: ("scalar",))
     with pytest.raises(UnsupportedError, match="avx512"):
-        sparse_matmul(X, W, isa="avx512")
+        sparse_matmul(X, Linear(W), isa="avx512")
     assert _dispatch.isa() == "scalar"
-    assert set(_dispatch.why_off()) == {"avx2", "avx512"}
+    assert set(_dispatch.why_off()) == {"avx2", "avx512", "amx"}
 
 
 def test_the_binding_refuses_what_would_leave_its_memory():
     core = _dispatch.core()
     for row_ptr, cols in ((np.int32([0, 3]), np.uint16([0])), (np.int32([1, 1]), np.uint16([0]))):
         with pytest.raises(ValueError, match="row_ptr"):
-            core.sparse_matmul(X, row_ptr, cols, np.ones(cols.size, np.float32), None, False, "scalar", 1)
+            core.csr_linear(row_ptr, cols, np.ones(cols.size, np.float32), 6, None, "none")
+    arrays = {name: getattr(G, name) for name in ("rows", "col_begin", "col_count", "cols", "value_begin", "values")}
+    for name, message in (
+        ("rows", "rows of W"), ("col_begin", "lie in cols"), ("col_count", "lie in cols"), ("value_begin", "in values"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            core.grouped_linear(*(arrays | {name: arrays[name] + 9}).values(), 6, 4, None, "none")
+    arrays = {name: getattr(T, name) for name in (
+        "rows", "tiles", "col_begin", "chunks", "cols", "value_begin", "mask_begin", "values", "masks",
+    )}  # fmt: skip
+    for name, message in (
+        ("rows", "rows of W"), ("tiles", "1 or 2 tiles"), ("col_begin", "lie in cols"), ("chunks", "lie in cols"),
+        ("value_begin", "in values"), ("mask_begin", "lie in masks"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            core.tiled_linear(*(arrays | {name: arrays[name] + 40}).values(), 70, 40, None, "none")
     with pytest.raises(TypeError):
-        core.sparse_matmul(X.astype(np.float64), W.row_ptr, W.cols, W.values, None, False, "scalar", 1)
+        core.sparse_matmul(X.astype(np.float64), Linear(W).core, "scalar", 1)

@@ -25,7 +25,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 const GramKernel& kernel_for([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return gram_avx512::kernel;
+  if (isa >= Isa::avx512) return gram_avx512::kernel;
   if (isa == Isa::avx2) return gram_avx2::kernel;
 #endif
   return gram_scalar::kernel;

@@ -14,7 +14,7 @@ namespace {
 
 const MaskedLstsqKernel& kernel_for([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return masked_lstsq_avx512::kernel;
+  if (isa >= Isa::avx512) return masked_lstsq_avx512::kernel;
   if (isa == Isa::avx2) return masked_lstsq_avx2::kernel;
 #endif
   return masked_lstsq_scalar::kernel;

@@ -20,7 +20,7 @@ constexpr std::int64_t deferred = 64;
 
 const ObsPruneKernel& kernel_for([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return obs_prune_avx512::kernel;
+  if (isa >= Isa::avx512) return obs_prune_avx512::kernel;
   if (isa == Isa::avx2) return obs_prune_avx2::kernel;
 #endif
   return obs_prune_scalar::kernel;

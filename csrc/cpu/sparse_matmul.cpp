@@ -2,8 +2,10 @@
 #include "sparse_matmul.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <limits>
+#include <new>
 
 #include "scratch.h"
 #include "threads.h"
@@ -11,78 +13,131 @@
 namespace sparsebert {
 namespace {
 
-// Panels packed at a time, for each thread: what a second-level cache of 1 MiB holds until they are computed.
+// Panels at a time, for each thread: what a second-level cache of 1 MiB holds from packing to unpacking.
 constexpr std::int64_t scratch_bytes = 1 << 20;
-constexpr std::int64_t pack_rows = 128;
-constexpr std::int64_t line_floats = 16;
+constexpr std::int64_t transposed = 128;  // inputs or outputs that one task transposes
 // Floats moved or multiplied below which waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-const SparseMatmulKernel& kernel_for([[maybe_unused]] Isa isa, [[maybe_unused]] std::int64_t tokens) {
+std::int64_t nnz(const Linear& linear) {
+  if (linear.csr != nullptr) return linear.csr->row_ptr[linear.n_out];
+  std::int64_t sum = 0;
+  if (linear.grouped != nullptr) {
+    for (std::int64_t g = 0; g < linear.grouped->groups; ++g) sum += linear.grouped->col_count[g] * group_rows;
+  } else {
+    const TiledMatrix& w = *linear.tiled;
+    for (std::int64_t g = 0; g < w.groups; ++g) sum += std::int64_t{w.chunks[g]} * w.tiles[g] * tile_rows * tile_cols;
+  }
+  return sum;
+}
+
+// Rows, or groups of rows, that are multiplied on their own.
+std::int64_t units(const Linear& linear) {
+  if (linear.csr != nullptr) return linear.n_out;
+  return linear.grouped != nullptr ? linear.grouped->groups : linear.tiled->groups;
+}
+
+template <typename T>
+void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, std::int64_t, std::int64_t),
+               int threads) {
+  const std::int64_t parts = ceil_div(job.n, job.part);
+  parallel(job.shape.panels * parts, threads, [&](std::int64_t i) { task(job, i / parts, i % parts); });
+}
+
+template <typename T>
+void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
+  const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa, tokens);
+  const PanelShape whole = panel_shape(kernel, tokens);
+  const std::int64_t width = whole.width();
+  if ((nnz(linear) + linear.n_in) * width * whole.panels < serial_work) threads = 1;
+
+  const std::int64_t elements = (linear.n_in + linear.n_out) * width;  // a panel of x and one of y
+  const std::int64_t group = std::clamp<std::int64_t>(
+      threads * scratch_bytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, whole.panels);
+  auto* x_panels = static_cast<T*>(scratch(static_cast<std::size_t>(group * elements) * sizeof(T)));
+  T* y_panels = x_panels + group * linear.n_in * width;
+
+  for (std::int64_t first = 0; first < whole.panels; first += group) {
+    PanelShape shape = whole;
+    shape.panels = std::min(group, whole.panels - first);
+    shape.tokens = std::min(tokens - first * width, shape.panels * width);
+    // Packing only reads the rows.
+    const TransposeJob<T> in{shape, const_cast<float*>(x) + first * width * linear.n_in, x_panels, linear.n_in,
+                             transposed};
+    transpose(in, kernel.pack, threads);
+    run_linear(kernel, shape, linear, x_panels, y_panels, false, threads);
+    transpose({shape, y + first * width * linear.n_out, y_panels, linear.n_out, transposed}, kernel.unpack, threads);
+  }
+}
+
+}  // namespace
+
+template <>
+const SparseMatmulKernel<float>& sparse_matmul_kernel([[maybe_unused]] Isa isa, [[maybe_unused]] std::int64_t tokens) {
 #if defined(__x86_64__)
   // Up to 8 tokens leave half of a wide vector empty, and a panel of half the width stays in the first-level cache. The
   // two kernels give the same bits.
-  if (isa == Isa::avx512 && tokens > 8) return sparse_matmul_avx512::kernel;
+  if (isa >= Isa::avx512 && tokens > 8) return sparse_matmul_avx512::kernel;
   if (isa != Isa::scalar) return sparse_matmul_avx2::kernel;
 #endif
   return sparse_matmul_scalar::kernel;
 }
 
-struct Run {
-  SparseMatmulJob job;
-  const SparseMatmulKernel* kernel;
-  std::int64_t parts;  // tasks a panel
-};
-
-void pack_task(const void* context, std::int64_t task) {
-  const Run& run = *static_cast<const Run*>(context);
-  run.kernel->pack(run.job, task / run.parts, task % run.parts);
+template <>
+const SparseMatmulKernel<Bf16>& sparse_matmul_kernel([[maybe_unused]] Isa isa, std::int64_t) {
+#if defined(__x86_64__)
+  if (isa == Isa::amx) return sparse_matmul_amx::kernel;
+#endif
+  return sparse_matmul_scalar_tiled::kernel;
 }
 
-void compute_task(const void* context, std::int64_t task) {
-  const Run& run = *static_cast<const Run*>(context);
-  run.kernel->compute(run.job, task / run.parts, task % run.parts);
+template <typename T>
+PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens) {
+  const std::int64_t least = ceil_div(tokens, kernel.max_width_vectors * kernel.lanes);
+  const int width_vectors = static_cast<int>(ceil_div(tokens, least * kernel.lanes));
+  return {tokens, ceil_div(tokens, std::int64_t{width_vectors} * kernel.lanes), width_vectors, kernel.lanes};
 }
 
-}  // namespace
+template <typename T>
+void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, const Linear& linear, const T* x, T* y,
+                bool add, int threads) {
+  const std::int64_t all = units(linear);
+  const std::int64_t blocks = ceil_div(shape.panels, kernel.task_panels);
+  // Several tasks a thread, so that unequal rows or a busy core even out.
+  const std::int64_t wanted = threads == 1 ? 1 : ceil_div(4 * std::int64_t{threads}, blocks);
+  const std::int64_t unit = std::max<std::int64_t>(1, ceil_div(all, wanted));
+  const std::int64_t parts = ceil_div(all, unit);
+  const LinearJob<T> job{shape, &linear, x, y, add, unit};
+  const auto bytes = static_cast<std::size_t>(kernel.work_bytes(job));
+  std::atomic<bool> out_of_memory{false};
+  parallel(blocks * parts, threads, [&](std::int64_t i) {
+    const std::int64_t panel = i / parts * kernel.task_panels;
+    const std::int64_t panels = std::min<std::int64_t>(kernel.task_panels, shape.panels - panel);
+    try {
+      kernel.multiply(job, panel, panels, i % parts, bytes == 0 ? nullptr : scratch(bytes, Scratch::task));
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true);
+    }
+  });
+  if (out_of_memory.load()) throw std::bad_alloc();
+}
 
-void sparse_matmul(const float* x, std::int64_t tokens, const CsrMatrix& w, const float* bias, Activation activation,
-                   Isa isa, int threads, float* y) {
-  if (tokens == 0 || w.n_out == 0) return;
-  const SparseMatmulKernel& kernel = kernel_for(isa, tokens);
-  // As few panels as the widest kernel allows, then all as narrow as that number allows: 65 tokens make two panels of
-  // 48 (three vectors of 16), not one of 64 and one of 16 that would read every weight for a single token.
-  const std::int64_t n_panels = ceil_div(tokens, kernel.max_width_vectors * kernel.lanes);
-  const int width_vectors = static_cast<int>(ceil_div(tokens, n_panels * kernel.lanes));
-  const std::int64_t width = std::int64_t{width_vectors} * kernel.lanes;
-  const std::int64_t filled_panels = ceil_div(tokens, width);
+template PanelShape panel_shape(const SparseMatmulKernel<float>&, std::int64_t);
+template PanelShape panel_shape(const SparseMatmulKernel<Bf16>&, std::int64_t);
+template void run_linear(const SparseMatmulKernel<float>&, const PanelShape&, const Linear&, const float*, float*, bool,
+                         int);
+template void run_linear(const SparseMatmulKernel<Bf16>&, const PanelShape&, const Linear&, const Bf16*, Bf16*, bool,
+                         int);
 
-  const std::int64_t nnz = w.row_ptr[w.n_out];
-  if ((nnz + w.n_in) * width * filled_panels < serial_work) threads = 1;
-
-  const std::int64_t panel_floats = w.n_in * width;
-  const std::int64_t group = std::clamp<std::int64_t>(
-      threads * scratch_bytes / std::max<std::int64_t>(1, panel_floats * static_cast<std::int64_t>(sizeof(float))),
-      1, filled_panels);
-  auto* panels = static_cast<float*>(scratch(static_cast<std::size_t>(group * panel_floats) * sizeof(float)));
-  if (scratch_is_poisoned()) std::fill_n(y, tokens * w.n_out, std::numeric_limits<float>::quiet_NaN());
-
-  for (std::int64_t first = 0; first < filled_panels; first += group) {
-    const std::int64_t panels_here = std::min(group, filled_panels - first);
-    const std::int64_t token = first * width;
-    // Several tasks a thread, so that unequal rows or a busy core even out; each writes whole cache lines of y.
-    const std::int64_t blocks = threads == 1 ? 1 : ceil_div(4 * std::int64_t{threads}, panels_here);
-    const std::int64_t block_rows = ceil_div(ceil_div(w.n_out, blocks), line_floats) * line_floats;
-    const std::int64_t tokens_here = std::min(tokens - token, panels_here * width);
-    Run run{{x + token * w.n_in, y + token * w.n_out, panels, tokens_here, w, bias, activation, width_vectors,
-             pack_rows, block_rows, scratch_is_poisoned()},
-            &kernel,
-            ceil_div(w.n_in, pack_rows)};
-    parallel_for(panels_here * run.parts, threads, pack_task, &run);
-    run.parts = ceil_div(w.n_out, block_rows);
-    parallel_for(panels_here * run.parts, threads, compute_task, &run);
+void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
+  if (tokens == 0 || linear.n_out == 0) return;
+  if (scratch_is_poisoned()) std::fill_n(y, tokens * linear.n_out, std::numeric_limits<float>::quiet_NaN());
+  if (linear.tiled != nullptr) {
+    multiply_rows<Bf16>(x, tokens, linear, isa, threads, y);
+  } else {
+    multiply_rows<float>(x, tokens, linear, isa, threads, y);
   }
 }
 

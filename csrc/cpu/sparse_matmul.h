@@ -1,46 +1,78 @@
-// What the driver (sparse_matmul.cpp) and the kernels (sparse_matmul_<isa>.cpp) share: one job, and two kinds of task.
+// What the drivers (sparse_matmul.cpp, sparse_encoder.cpp) and the kernels (sparse_matmul_<isa>.cpp) share.
 #pragma once
 
 #include "../ops.h"
 
 namespace sparsebert {
 
-// Tokens are cut into panels of `width`; a panel is a copy of its tokens' inputs with the token innermost, so that one
-// kept weight meets `width` tokens with plain vector loads:  panels[panel][n_in][width].
-struct SparseMatmulJob {
-  const float* x;           // [tokens, n_in], from the first token of the first panel here
-  float* y;                 // [tokens, n_out], likewise
-  float* panels;            // [n_panels, n_in, width], aligned to 64 bytes; tokens past the last one are zeros
-  std::int64_t tokens;      // tokens in these panels; only the last panel may be partly filled
-  CsrMatrix w;
-  const float* bias;        // [n_out] or null
-  Activation activation;
-  int width_vectors;        // width in vectors of the kernel's ISA, 1 to its max_width_vectors
-  std::int64_t pack_rows;   // inputs that one packing task transposes, a multiple of 16
-  std::int64_t block_rows;  // outputs that one compute task covers
-  bool poison;              // fill the tile with NaN first
+// Tokens are cut into panels of `width`, the token innermost, so that one kept weight meets `width` tokens with plain
+// vector loads: [n_panels][n][width], aligned to 64 bytes. The width is 1 to max_width_vectors vectors of the kernel's
+// ISA; only the last panel may be partly filled.
+struct PanelShape {
+  std::int64_t tokens;
+  std::int64_t panels;
+  int width_vectors;
+  int lanes;
+  std::int64_t width() const { return std::int64_t{width_vectors} * lanes; }
 };
 
-// Outputs computed before they are transposed into y: four cache lines of it a token, and a tile of 16 KB at most,
-// which leaves the inputs most of a first-level cache.
-constexpr int tile_rows = 64;
+// [tokens, n] row-major float32 and the same in panels of float or Bf16.
+template <typename T>
+struct TransposeJob {
+  PanelShape shape;
+  float* rows;
+  T* panels;  // tokens past the last one: zeros after packing
+  std::int64_t n;
+  std::int64_t part;  // of n, what one task moves, a multiple of 16
+};
+
+// Panels of x -> panels of y.
+template <typename T>
+struct LinearJob {
+  PanelShape shape;
+  const Linear* linear;
+  const T* x;
+  T* y;
+  bool add;           // y += linear(x), without activation
+  std::int64_t unit;  // rows, or groups, that one task covers
+};
 
 // Accumulators that a row's products go to in turn: enough independent sums to keep two multiply-adds a cycle busy in a
 // narrow panel, few enough that four vectors of each fit the 16 registers of AVX2. The same for every width and ISA, so
 // that a token's result depends on neither its panel's width nor, where there is a fused multiply-add, on the ISA.
 constexpr int chains = 3;
 
+template <typename T>
 struct SparseMatmulKernel {
-  int lanes;              // floats in a vector
+  int lanes;              // tokens in a vector
   int max_width_vectors;  // vectors in the widest panel
-  void (*pack)(const SparseMatmulJob& job, std::int64_t panel, std::int64_t part);
-  void (*compute)(const SparseMatmulJob& job, std::int64_t panel, std::int64_t block);
+  int task_panels;        // panels that a task of multiply covers, where there are as many
+  void (*pack)(const TransposeJob<T>& job, std::int64_t panel, std::int64_t part);
+  void (*unpack)(const TransposeJob<T>& job, std::int64_t panel, std::int64_t part);
+  // Of these panels, and one part of the rows; `work` is work_bytes(job) of working memory.
+  void (*multiply)(const LinearJob<T>& job, std::int64_t panel, std::int64_t panels, std::int64_t part, void* work);
+  std::int64_t (*work_bytes)(const LinearJob<T>& job);
 };
 
-namespace sparse_matmul_scalar { extern const SparseMatmulKernel kernel; }
+namespace sparse_matmul_scalar { extern const SparseMatmulKernel<float> kernel; }
+namespace sparse_matmul_scalar_tiled { extern const SparseMatmulKernel<Bf16> kernel; }
 #if defined(__x86_64__)
-namespace sparse_matmul_avx2 { extern const SparseMatmulKernel kernel; }
-namespace sparse_matmul_avx512 { extern const SparseMatmulKernel kernel; }
+namespace sparse_matmul_avx2 { extern const SparseMatmulKernel<float> kernel; }
+namespace sparse_matmul_avx512 { extern const SparseMatmulKernel<float> kernel; }
+namespace sparse_matmul_amx { extern const SparseMatmulKernel<Bf16> kernel; }
 #endif
+
+// The kernel for so many tokens, and how they are cut: as few panels as its widest allows, then all as narrow as that
+// number allows. 65 tokens make two panels of 48 (three vectors of 16), not one of 64 and one of 16 that would read
+// every weight for a single token.
+template <typename T>
+const SparseMatmulKernel<T>& sparse_matmul_kernel(Isa isa, std::int64_t tokens);
+template <typename T>
+PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens);
+
+// One linear layer on all panels. Throws std::bad_alloc when the working memory cannot be had.
+template <typename T>
+void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, const Linear& linear, const T* x, T* y,
+                bool add, int threads);
 
 }  // namespace sparsebert

@@ -7,6 +7,7 @@ namespace sparsebert::sparse_matmul_avx2 {
 constexpr int lanes = 8;
 constexpr int max_width_vectors = 4;
 #include "vector.inl"
+#include "panel.inl"
 #include "sparse_matmul.inl"
 }  // namespace sparsebert::sparse_matmul_avx2
 #pragma GCC pop_options

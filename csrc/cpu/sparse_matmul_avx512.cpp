@@ -7,6 +7,7 @@ namespace sparsebert::sparse_matmul_avx512 {
 constexpr int lanes = 16;
 constexpr int max_width_vectors = 4;
 #include "vector.inl"
+#include "panel.inl"
 #include "sparse_matmul.inl"
 }  // namespace sparsebert::sparse_matmul_avx512
 #pragma GCC pop_options

@@ -6,5 +6,16 @@ namespace sparsebert::sparse_matmul_scalar {
 constexpr int lanes = 4;
 constexpr int max_width_vectors = 4;
 #include "vector.inl"
+#include "panel.inl"
 #include "sparse_matmul.inl"
 }  // namespace sparsebert::sparse_matmul_scalar
+
+// bf16 tiles in plain C++, for reference.
+#define SPARSEBERT_AMX 0
+namespace sparsebert::sparse_matmul_scalar_tiled {
+constexpr int lanes = 16;
+#include "vector.inl"
+#include "panel.inl"
+#include "tile.inl"
+#include "sparse_matmul_tiled.inl"
+}  // namespace sparsebert::sparse_matmul_scalar_tiled

@@ -14,4 +14,11 @@ using Task = void (*)(const void* context, std::int64_t task);
 // In a child process after fork the workers are started anew on first use.
 void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept;
 
+// The same for anything that is called with the task.
+template <typename Fn>
+void parallel(std::int64_t n_tasks, int threads, const Fn& fn) noexcept {
+  parallel_for(n_tasks, threads, [](const void* context, std::int64_t i) { (*static_cast<const Fn*>(context))(i); },
+               &fn);
+}
+
 }  // namespace sparsebert

@@ -22,7 +22,7 @@ constexpr float infinity = std::numeric_limits<float>::infinity();
 
 const TopkMaskKernel& kernel_for([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return topk_mask_avx512::kernel;
+  if (isa >= Isa::avx512) return topk_mask_avx512::kernel;
   if (isa == Isa::avx2) return topk_mask_avx2::kernel;
 #endif
   return topk_mask_scalar::kernel;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from sparsebert.ops import _dispatch
 
 MAX_N_IN = 1 << 16  # column indices are 16 bits wide
 MAX_NNZ = (1 << 31) - 1  # row offsets are 32 bits wide
+ACTIVATIONS = ("none", "gelu", "relu", "tanh")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +37,9 @@ class PackedWeight:
     def __post_init__(self):
         _check_shape(self.n_out, self.n_in)
         nnz = self.values.size
-        self._freeze("row_ptr", np.int32, self.n_out + 1)
-        self._freeze("cols", np.uint16, nnz)
-        self._freeze("values", np.float32, nnz)
+        _freeze(self, "row_ptr", np.int32, self.n_out + 1)
+        _freeze(self, "cols", np.uint16, nnz)
+        _freeze(self, "values", np.float32, nnz)
         if self.row_ptr[0] != 0 or self.row_ptr[-1] != nnz or (np.diff(self.row_ptr) < 0).any():
             raise InputError(f"row_ptr must rise from 0 to nnz = {nnz}, got {self.row_ptr}", fix="use pack(weight)")
         # Across a row's start a column may fall back; anywhere else the next one must be larger.
@@ -50,18 +52,6 @@ class PackedWeight:
             )
         _check_finite("values", self.values)
 
-    def _freeze(self, name: str, dtype: type, size: int) -> None:
-        array = getattr(self, name)
-        _check_array(name, array, dtype, 1)
-        if array.size != size:
-            raise InputError(f"{name} must have {size} entries, got {array.size}", fix="use pack(weight)")
-        # The kernel trusts the indices, so nobody may change them after the check. What is read-only already (a mapped
-        # file) stays where it is.
-        if array.flags.writeable:
-            array = array.copy()
-            array.setflags(write=False)
-        object.__setattr__(self, name, array)
-
     @property
     def nnz(self) -> int:
         """Number of non-zeros."""
@@ -72,6 +62,121 @@ class PackedWeight:
         """Share of non-zeros, in [0, 1]; 1 - sparsity."""
         return self.nnz / (self.n_in * self.n_out)
 
+    def linear(self, bias: np.ndarray | None, activation: str):
+        """The compiled core's view of a layer with this weight."""
+        return _dispatch.core().csr_linear(self.row_ptr, self.cols, self.values, self.n_in, bias, activation)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedGroups:
+    """A weight W [n_out, n_in] as groups of rows that share one list of kept columns. Any rows may form a group; a
+    dense W is one list that all groups share. Its arrays are read-only.
+
+    rows: int32 [groups, GROUP_ROWS], the row of W, or -1 where a group is smaller; each row of W once.
+    col_begin, col_count: int32 [groups], where a group's columns are in `cols`; groups may share them.
+    cols: uint16, below n_in, increasing within a group.
+    value_begin: int64 [groups], where a group's values are in `values`.
+    values: float32, finite; of a group [GROUP_ROWS / GROUP_TILE, col_count, GROUP_TILE].
+
+    `pack_groups` makes one from a dense weight and is the only maker; InputError where the arrays break this.
+    """
+
+    rows: np.ndarray
+    col_begin: np.ndarray
+    col_count: np.ndarray
+    cols: np.ndarray
+    value_begin: np.ndarray
+    values: np.ndarray
+    n_in: int
+    n_out: int
+
+    def __post_init__(self):
+        _check_shape(self.n_out, self.n_in)
+        groups = len(self.rows)
+        _freeze(self, "rows", np.int32, groups * _dispatch.core().GROUP_ROWS, 2)
+        for name, dtype in (("col_begin", np.int32), ("col_count", np.int32), ("value_begin", np.int64)):
+            _freeze(self, name, dtype, groups)
+        _freeze(self, "cols", np.uint16, self.cols.size)
+        _freeze(self, "values", np.float32, self.values.size)
+        if not np.array_equal(np.sort(self.rows[self.rows >= 0]), np.arange(self.n_out)):
+            raise InputError(f"rows must name each of {self.n_out} rows once", fix="use pack_groups(weight)")
+        if self.cols.size and int(self.cols.max()) >= self.n_in:
+            raise InputError(f"cols must stay below n_in = {self.n_in}", fix="use pack_groups(weight)")
+        _check_finite("values", self.values)
+
+    @property
+    def nnz(self) -> int:
+        """Number of non-zeros."""
+        return int(np.count_nonzero(self.values))
+
+    def linear(self, bias: np.ndarray | None, activation: str):
+        """The compiled core's view of a layer with this weight."""
+        return _dispatch.core().grouped_linear(
+            self.rows, self.col_begin, self.col_count, self.cols, self.value_begin, self.values, self.n_in, self.n_out,
+            bias, activation,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTiles:
+    """A weight W [n_out, n_in] in bf16, as tiles of TILE_ROWS rows by TILE_COLS columns. A group is one or two tiles of
+    rows, any rows, that share one list of columns, in chunks of TILE_COLS; its tiles are stored whole, or as a bit an
+    entry and the entries that are not zero. Its arrays are read-only.
+
+    rows: int32 [groups, 2 * TILE_ROWS], the row of W, or -1 where a group is smaller; each row of W once.
+    tiles: int32 [groups], 1 or 2. chunks: int32 [groups].
+    col_begin: int64 [groups], where a group's columns are in `cols`; groups may share a list.
+    cols: uint16, below n_in; a list is filled up with columns whose weights are zero.
+    value_begin: int64 [groups], into `values`: uint16, the bits of bf16 [chunks, tiles, TILE_ROWS, TILE_COLS].
+    mask_begin: int64 [groups], into `masks`: uint32 [chunks, tiles, TILE_ROWS], bit c for column c; -1 for whole tiles.
+
+    `pack_tiles` makes one from a dense weight and is the only maker; InputError where the arrays break this.
+    """
+
+    rows: np.ndarray
+    tiles: np.ndarray
+    col_begin: np.ndarray
+    chunks: np.ndarray
+    cols: np.ndarray
+    value_begin: np.ndarray
+    mask_begin: np.ndarray
+    values: np.ndarray
+    masks: np.ndarray
+    n_in: int
+    n_out: int
+
+    def __post_init__(self):
+        _check_shape(self.n_out, self.n_in)
+        groups = len(self.rows)
+        _freeze(self, "rows", np.int32, groups * 2 * _dispatch.core().TILE_ROWS, 2)
+        for name, dtype in (
+            ("tiles", np.int32), ("col_begin", np.int64), ("chunks", np.int32), ("value_begin", np.int64),
+            ("mask_begin", np.int64),
+        ):  # fmt: skip
+            _freeze(self, name, dtype, groups)
+        for name, dtype in (("cols", np.uint16), ("values", np.uint16), ("masks", np.uint32)):
+            _freeze(self, name, dtype, getattr(self, name).size)
+        if not np.array_equal(np.sort(self.rows[self.rows >= 0]), np.arange(self.n_out)):
+            raise InputError(f"rows must name each of {self.n_out} rows once", fix="use pack_tiles(weight)")
+        if self.cols.size and int(self.cols.max()) >= self.n_in:
+            raise InputError(f"cols must stay below n_in = {self.n_in}", fix="use pack_tiles(weight)")
+        _check_finite("values", from_bf16(self.values))
+
+    @property
+    def nnz(self) -> int:
+        """Number of non-zeros."""
+        return int(np.count_nonzero(self.values & 0x7FFF))
+
+    def linear(self, bias: np.ndarray | None, activation: str):
+        """The compiled core's view of a layer with this weight."""
+        return _dispatch.core().tiled_linear(
+            self.rows, self.tiles, self.col_begin, self.chunks, self.cols, self.value_begin, self.mask_begin,
+            self.values, self.masks, self.n_in, self.n_out, bias, activation,
+        )  # fmt: skip
+
+
+Packed = PackedWeight | PackedGroups | PackedTiles
+
 
 def pack(weight: np.ndarray) -> PackedWeight:
     """The packed form of W: its non-zeros, row by row. Entries that are 0 (of either sign) are dropped.
@@ -79,11 +184,8 @@ def pack(weight: np.ndarray) -> PackedWeight:
     weight: float32 [n_out, n_in], both at least 1, n_in at most 65536; finite; any memory layout.
     Raises InputError when that does not hold. `unpack(pack(weight))` equals `weight`.
     """
-    if not isinstance(weight, np.ndarray) or weight.dtype != np.float32 or weight.ndim != 2:
-        raise InputError(f"weight must be float32 [n_out, n_in], got {_describe(weight)}", fix="convert it first")
+    _check_weight(weight)
     n_out, n_in = weight.shape
-    _check_shape(n_out, n_in)
-    _check_finite("weight", weight)
     rows, cols = np.nonzero(weight)
     if rows.size > MAX_NNZ:
         raise InputError(f"weight must have at most {MAX_NNZ} non-zeros, got {rows.size}", fix="split its rows")
@@ -95,62 +197,248 @@ def pack(weight: np.ndarray) -> PackedWeight:
     return PackedWeight(*arrays, n_in, n_out)
 
 
-def unpack(weight: PackedWeight) -> np.ndarray:
+def pack_groups(weight: np.ndarray) -> PackedGroups:
+    """W with its rows of equal support side by side: what a weight pruned in groups of rows, and a dense one, runs
+    fastest as. Rows that share their support with few others waste the places they leave empty.
+
+    weight: as for `pack`. `unpack(pack_groups(weight))` equals `weight`.
+    """
+    _check_weight(weight)
+    n_out, n_in = weight.shape
+    size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
+    support = weight != 0
+    _, first, which = np.unique(np.packbits(support, axis=1), axis=0, return_index=True, return_inverse=True)
+    lists = [np.flatnonzero(support[row]) for row in first]
+    list_begin = np.concatenate(([0], np.cumsum([len(cols) for cols in lists])))
+    rows, owner = [], []
+    for i in range(len(lists)):
+        alike = np.flatnonzero(which.reshape(-1) == i)
+        for start in range(0, len(alike), size):
+            rows.append(np.pad(alike[start : start + size], (0, max(0, start + size - len(alike))), constant_values=-1))
+            owner.append(i)
+    rows = np.array(rows, np.int32)
+    values = []
+    for group, i in zip(rows, owner, strict=True):
+        part = np.where(group[:, None] >= 0, weight[group][:, lists[i]], np.float32(0))
+        values.append(part.reshape(size // tile, tile, -1).transpose(0, 2, 1).ravel())
+    if sum(map(len, values)) > MAX_NNZ or list_begin[-1] > MAX_NNZ:
+        raise InputError(f"weight must have at most {MAX_NNZ} kept entries", fix="split its rows")
+    return PackedGroups(
+        rows,
+        col_begin=list_begin[owner].astype(np.int32),
+        col_count=np.array([len(lists[i]) for i in owner], np.int32),
+        cols=np.concatenate(lists).astype(np.uint16),
+        value_begin=np.concatenate(([0], np.cumsum([len(v) for v in values])[:-1])).astype(np.int64),
+        values=np.concatenate(values),
+        n_in=n_in,
+        n_out=n_out,
+    )
+
+
+# Rows of equal support that make a group of their own; what share of a group's tiles must be kept for them to be stored
+# whole; and what share of the columns a group of unlike rows may keep before it takes the list that all share.
+LEAST_ALIKE, WHOLE_TILES, OWN_LIST = 8, 0.5, 0.6
+
+
+def pack_tiles(weight: np.ndarray) -> PackedTiles:
+    """W rounded to bf16, in tiles: rows of equal support together, the others as they come.
+
+    weight: as for `pack`, and within bf16's range. `unpack(pack_tiles(weight))` equals `from_bf16(to_bf16(weight))`.
+    """
+    _check_weight(weight)
+    n_out, n_in = weight.shape
+    tile_rows, tile_cols = _dispatch.core().TILE_ROWS, _dispatch.core().TILE_COLS
+    bits = to_bf16(weight)
+    _check_finite("weight in bf16", from_bf16(bits))
+    support = (bits & 0x7FFF) != 0
+    _, first, which = np.unique(np.packbits(support, axis=1), axis=0, return_index=True, return_inverse=True)
+    which = which.reshape(-1)
+    sizes = np.bincount(which)
+    members: list[tuple[np.ndarray, np.ndarray]] = []  # rows of a group, and its columns
+    for i in np.flatnonzero(sizes >= LEAST_ALIKE):
+        cols = np.flatnonzero(support[first[i]])
+        alike = np.flatnonzero(which == i)
+        members += [(alike[at : at + 2 * tile_rows], cols) for at in range(0, len(alike), 2 * tile_rows)]
+    unlike = np.flatnonzero(sizes[which] < LEAST_ALIKE)
+    every = np.flatnonzero(support[unlike].any(0))
+    for at in range(0, len(unlike), 2 * tile_rows):
+        rows = unlike[at : at + 2 * tile_rows]
+        own = np.flatnonzero(support[rows].any(0))
+        members.append((rows, own if len(own) < OWN_LIST * n_in else every))
+    lists: dict[bytes, int] = {}
+    parts: dict[str, list] = {name: [] for name in ("rows", "tiles", "begin", "chunks", "value", "mask")}
+    cols_out, values_out, masks_out = [], [], []
+    n_cols = n_values = n_masks = 0
+    for rows, cols in members:
+        tiles, chunks = -(-len(rows) // tile_rows), -(-len(cols) // tile_cols)
+        filled = np.pad(cols, (0, chunks * tile_cols - len(cols)), mode="edge") if len(cols) else cols
+        key = cols.tobytes()
+        if key not in lists:
+            lists[key] = n_cols
+            cols_out.append(filled)
+            n_cols += len(filled)
+        block = np.zeros((tiles * tile_rows, chunks * tile_cols), np.uint16)
+        block[: len(rows), : len(cols)] = bits[np.ix_(rows, cols)]
+        block = block.reshape(tiles, tile_rows, chunks, tile_cols).transpose(2, 0, 1, 3)
+        kept = (block & 0x7FFF) != 0
+        whole = kept.mean() >= WHOLE_TILES if kept.size else True
+        parts["rows"].append(np.pad(rows, (0, 2 * tile_rows - len(rows)), constant_values=-1))
+        parts["tiles"].append(tiles)
+        parts["begin"].append(lists[key])
+        parts["chunks"].append(chunks)
+        parts["value"].append(n_values)
+        parts["mask"].append(-1 if whole else n_masks)
+        values_out.append(block.ravel() if whole else block[kept])
+        n_values += len(values_out[-1])
+        if not whole:
+            masks_out.append(np.packbits(kept, axis=-1, bitorder="little").view("<u4").ravel())
+            n_masks += len(masks_out[-1])
+    nothing = np.empty(0, np.int64)
+    return PackedTiles(
+        rows=np.array(parts["rows"], np.int32),
+        tiles=np.array(parts["tiles"], np.int32),
+        col_begin=np.array(parts["begin"], np.int64),
+        chunks=np.array(parts["chunks"], np.int32),
+        cols=np.concatenate([nothing, *cols_out]).astype(np.uint16),
+        value_begin=np.array(parts["value"], np.int64),
+        mask_begin=np.array(parts["mask"], np.int64),
+        values=np.concatenate(values_out),
+        masks=np.concatenate([nothing, *masks_out]).astype(np.uint32),
+        n_in=n_in,
+        n_out=n_out,
+    )
+
+
+def to_bf16(values: np.ndarray) -> np.ndarray:
+    """The bits of the nearest bf16, of two equally near ones the even: uint16 for finite float32, of the same shape."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+
+
+def from_bf16(bits: np.ndarray) -> np.ndarray:
+    """float32 of bf16's bits."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def unpack(weight: Packed) -> np.ndarray:
     """The dense weight, float32 [n_out, n_in]."""
     dense = np.zeros((weight.n_out, weight.n_in), np.float32)
-    rows = np.repeat(np.arange(weight.n_out), np.diff(weight.row_ptr))
-    dense[rows, weight.cols] = weight.values
+    if isinstance(weight, PackedTiles):
+        return _unpack_tiles(weight, dense)
+    if isinstance(weight, PackedWeight):
+        rows = np.repeat(np.arange(weight.n_out), np.diff(weight.row_ptr))
+        dense[rows, weight.cols] = weight.values
+        return dense
+    size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
+    for group, begin, count, at in zip(
+        weight.rows, weight.col_begin, weight.col_count, weight.value_begin, strict=True
+    ):
+        values = weight.values[at : at + count * size].reshape(size // tile, count, tile).transpose(0, 2, 1)
+        real = group >= 0
+        dense[np.ix_(group[real], weight.cols[begin : begin + count])] = values.reshape(size, count)[real]
     return dense
 
 
-def sparse_matmul(
-    x: np.ndarray,
-    weight: PackedWeight,
-    bias: np.ndarray | None = None,
-    *,
-    gelu: bool = False,
-    threads: int | None = None,
-    isa: str | None = None,
-) -> np.ndarray:
-    """y = x Wᵀ + b, then y = y Φ(y) with `gelu` (Φ the normal distribution function: the exact form, not the tanh one).
+def _unpack_tiles(weight: PackedTiles, dense: np.ndarray) -> np.ndarray:
+    tile_rows, tile_cols = _dispatch.core().TILE_ROWS, _dispatch.core().TILE_COLS
+    for g, rows in enumerate(weight.rows):
+        chunks, tiles = int(weight.chunks[g]), int(weight.tiles[g])
+        cols = weight.cols[weight.col_begin[g] :][: chunks * tile_cols]
+        block = np.zeros((chunks, tiles, tile_rows, tile_cols), np.uint16)
+        if weight.mask_begin[g] >= 0:
+            masks = weight.masks[weight.mask_begin[g] :][: chunks * tiles * tile_rows]
+            kept = np.unpackbits(masks.astype("<u4").view(np.uint8), bitorder="little").view(bool).reshape(block.shape)
+            block[kept] = weight.values[weight.value_begin[g] :][: kept.sum()]
+        else:
+            block.ravel()[:] = weight.values[weight.value_begin[g] :][: block.size]
+        block = from_bf16(block.transpose(1, 2, 0, 3).reshape(tiles * tile_rows, chunks * tile_cols))
+        at_rows, at_cols = np.nonzero(block)  # what fills a list up is zero
+        dense[rows[at_rows], cols[at_cols]] = block[at_rows, at_cols]
+    return dense
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """y = activation(x Wᵀ + b).
+
+    weight: `pack(W)`, `pack_groups(W)` or `pack_tiles(W)`, W [n_out, n_in].
+    bias: float32 [n_out], or None for none.
+    activation: "none", "gelu" (y Φ(y), Φ the normal distribution function: the exact form, not the tanh one), "relu" or
+    "tanh".
+    """
+
+    weight: Packed
+    bias: np.ndarray | None = None
+    activation: str = "none"
+
+    def __post_init__(self):
+        w = self.weight
+        if not isinstance(w, Packed):
+            raise InputError(f"weight must be packed, got {_describe(w)}", fix="pass pack(weight)")
+        if self.bias is not None:
+            _check_array("bias", self.bias, np.float32, 1)
+            if self.bias.size != w.n_out:
+                raise InputError(f"bias must be [n_out = {w.n_out}], got {list(self.bias.shape)}", fix="match weight")
+        if self.activation not in ACTIVATIONS:
+            raise InputError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}", fix="pass one of these"
+            )
+
+    @cached_property
+    def core(self):
+        """The compiled core's view of it."""
+        return self.weight.linear(self.bias, self.activation)
+
+
+def sparse_matmul(x: np.ndarray, linear: Linear, *, threads: int | None = None, isa: str | None = None) -> np.ndarray:
+    """Runs a linear layer on tokens.
 
     x: float32 [tokens, n_in], C-contiguous. Any number of tokens from 0: sequences are simply concatenated.
-    weight: `pack(W)`, W [n_out, n_in].
-    bias: float32 [n_out], or None for none.
     threads: None for the cores this process may use.
     isa: None for the best instruction set under SPARSEBERT_ISA.
     Returns y: float32 [tokens, n_out], a new array.
 
-    Sums are float32. A token's result is bit-equal whatever the other tokens, their number and the number of threads,
-    and on avx2 and avx512; scalar rounds differently. A kept weight carries inf and NaN of x as IEEE arithmetic does, a
-    pruned one does not (a dense matmul makes NaN of 0 * inf); no value reaches another token.
+    Sums are float32; with a weight in tiles x is rounded to bf16 first, and y last. Tiles are multiplied by amx, or
+    by portable code, slowly. A token's result is bit-equal whatever the other tokens, their number and the number of
+    threads, and in float32 on avx2 and avx512; scalar rounds differently, and so do the packed forms. A kept weight
+    carries inf and NaN of x as IEEE arithmetic does, a pruned one does not (a dense matmul makes NaN of 0 * inf),
+    except in tiles, where it may; no value reaches another token.
 
     Raises InputError for a wrong type, shape or layout, UnsupportedError for an isa this machine cannot run.
     """
     _check_array("x", x, np.float32, 2)
-    if not isinstance(weight, PackedWeight):
-        raise InputError(f"weight must be a PackedWeight, got {_describe(weight)}", fix="pass pack(weight)")
-    if x.shape[1] != weight.n_in:
-        raise InputError(f"x must be [tokens, n_in = {weight.n_in}], got {list(x.shape)}", fix="match x and weight")
-    if bias is not None:
-        _check_array("bias", bias, np.float32, 1)
-        if bias.size != weight.n_out:
-            raise InputError(f"bias must be [n_out = {weight.n_out}], got {list(bias.shape)}", fix="match it to weight")
-    return _dispatch.core().sparse_matmul(
-        x, weight.row_ptr, weight.cols, weight.values, bias, bool(gelu), _dispatch.isa(isa), _dispatch.threads(threads)
-    )
+    if not isinstance(linear, Linear):
+        raise InputError(f"linear must be a Linear, got {_describe(linear)}", fix="pass Linear(pack(weight))")
+    if x.shape[1] != linear.weight.n_in:
+        raise InputError(
+            f"x must be [tokens, n_in = {linear.weight.n_in}], got {list(x.shape)}", fix="match x and weight"
+        )
+    return _dispatch.core().sparse_matmul(x, linear.core, _dispatch.isa(isa), _dispatch.threads(threads))
 
 
-def sparse_matmul_ref(
-    x: np.ndarray, weight: PackedWeight, bias: np.ndarray | None = None, *, gelu: bool = False
-) -> np.ndarray:
-    """What `sparse_matmul` computes, dense and in float64. Returns float64 [tokens, n_out]."""
-    y = x.astype(np.float64) @ unpack(weight).astype(np.float64).T
-    if bias is not None:
-        y = y + bias.astype(np.float64)
-    if gelu:
-        y = y * 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-y / math.sqrt(2.0))
-    return y
+def sparse_matmul_ref(x: np.ndarray, linear: Linear) -> np.ndarray:
+    """What `sparse_matmul` computes but for the rounding of y, dense and in float64. Returns [tokens, n_out]."""
+    if isinstance(linear.weight, PackedTiles):
+        x = from_bf16(to_bf16(x))
+    y = x.astype(np.float64) @ unpack(linear.weight).astype(np.float64).T
+    if linear.bias is not None:
+        y = y + linear.bias.astype(np.float64)
+    if linear.activation == "gelu":
+        return y * 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-y / math.sqrt(2.0))
+    return {"none": np.asarray, "relu": lambda v: np.maximum(v, 0.0), "tanh": np.tanh}[linear.activation](y)
+
+
+def _freeze(packed: object, name: str, dtype: type, size: int, ndim: int = 1) -> None:
+    array = getattr(packed, name)
+    _check_array(name, array, dtype, ndim)
+    if array.size != size:
+        raise InputError(f"{name} must have {size} entries, got {array.size}", fix="use pack(weight)")
+    # The kernel trusts the indices, so nobody may change them after the check. What is read-only already (a mapped
+    # file) stays where it is.
+    if array.flags.writeable:
+        array = array.copy()
+        array.setflags(write=False)
+    object.__setattr__(packed, name, array)
 
 
 def _check_array(name: str, array: object, dtype: type, ndim: int) -> None:
@@ -161,6 +449,13 @@ def _check_array(name: str, array: object, dtype: type, ndim: int) -> None:
             f"{name} must be C-contiguous, got strides {array.strides} for shape {array.shape}",
             fix="pass numpy.ascontiguousarray of it",
         )
+
+
+def _check_weight(weight: np.ndarray) -> None:
+    if not isinstance(weight, np.ndarray) or weight.dtype != np.float32 or weight.ndim != 2:
+        raise InputError(f"weight must be float32 [n_out, n_in], got {_describe(weight)}", fix="convert it first")
+    _check_shape(*weight.shape)
+    _check_finite("weight", weight)
 
 
 def _check_shape(n_out: int, n_in: int) -> None:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
 from sparsebert.machine import bf16_is_fast
-from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul
+from sparsebert.ops.sparse_matmul import Linear, PackedWeight, pack, sparse_matmul
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
 from sparsebert.pruning.scores import frozen
 from sparsebert.pruning.solve import divergence
@@ -86,7 +86,7 @@ class _SparseProduct(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(flat)
         ctx.transposed, ctx.shape = transposed, x.shape
-        y = sparse_matmul(flat.contiguous().numpy(), packed, None if bias is None else bias.numpy())
+        y = sparse_matmul(flat.contiguous().numpy(), Linear(packed, None if bias is None else bias.numpy()))
         return torch.from_numpy(y).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -95,7 +95,7 @@ class _SparseProduct(torch.autograd.Function):
         flat = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         for_x = for_bias = None
         if ctx.needs_input_grad[0]:
-            for_x = torch.from_numpy(sparse_matmul(flat.numpy(), ctx.transposed)).view(ctx.shape)
+            for_x = torch.from_numpy(sparse_matmul(flat.numpy(), Linear(ctx.transposed))).view(ctx.shape)
         if ctx.needs_input_grad[2]:
             for_bias = flat.sum(0)
         return for_x, flat.T @ x, for_bias, None, None

@@ -1,0 +1,201 @@
+// Runs a whole encoder layer by layer on a few hundred tokens at a time; the arithmetic is in sparse_matmul.inl and
+// sparse_encoder.inl.
+#include "sparse_encoder.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <limits>
+#include <new>
+
+#include "scratch.h"
+#include "threads.h"
+
+namespace sparsebert {
+namespace {
+
+// Tokens that go through all layers together, for each thread: enough for the weights to be read seldom, few enough for
+// their activations to stay in the caches.
+constexpr std::int64_t batch_tokens = 128;
+// Floats touched below which a second core is not woken: within a call it looks for work all the time, so less than for
+// a sparse_matmul of its own.
+constexpr std::int64_t serial_work = 1 << 14;
+
+const SparseEncoderKernel<float>& encoder_kernel([[maybe_unused]] const SparseMatmulKernel<float>& matmul) {
+#if defined(__x86_64__)
+  if (&matmul == &sparse_matmul_avx512::kernel) return sparse_encoder_avx512::kernel;
+  if (&matmul == &sparse_matmul_avx2::kernel) return sparse_encoder_avx2::kernel;
+#endif
+  return sparse_encoder_scalar::kernel;
+}
+
+const SparseEncoderKernel<Bf16>& encoder_kernel([[maybe_unused]] const SparseMatmulKernel<Bf16>& matmul) {
+#if defined(__x86_64__)
+  if (&matmul == &sparse_matmul_amx::kernel) return sparse_encoder_amx::kernel;
+#endif
+  return sparse_encoder_scalar_tiled::kernel;
+}
+
+// One batch of whole sequences on its way through the layers; T is float or Bf16.
+template <typename T>
+class Batch {
+ public:
+  Batch(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads)
+      : encoder_(encoder), sequences_(sequences), isa_(isa), threads_(threads) {
+    const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
+    matmul_ = &sparse_matmul_kernel<T>(isa, tokens);
+    kernel_ = &encoder_kernel(*matmul_);
+    shape_ = panel_shape(*matmul_, tokens);
+    // The pooler's panels hold first tokens, so that they are as many as there are sequences.
+    first_kernel_ = &sparse_matmul_kernel<T>(isa, sequences.count);
+    first_shape_ = panel_shape(*first_kernel_, sequences.count);
+  }
+
+  // Queries, keys, values and what attention makes of them are gone before the wider layer is computed, so they share
+  // memory with it; so do the embeddings before a projection, and the first tokens in the pooler.
+  void run(float* logits, float* states) {
+    const std::int64_t tokens = shape_.panels * shape_.width(), firsts = first_shape_.panels * first_shape_.width();
+    std::int64_t widest = std::max(4 * encoder_.hidden, encoder_.embedding);
+    for (std::int64_t i = 0; i < encoder_.n_layers; ++i) widest = std::max(widest, encoder_.layers[i].up.n_out);
+    const std::int64_t head = encoder_.hidden + encoder_.pooler.n_out;
+    const std::int64_t shared = std::max(tokens * widest, firsts * head) + overrun;
+    const std::int64_t elements = tokens * encoder_.hidden + shared;
+    x_ = static_cast<T*>(scratch(static_cast<std::size_t>(elements) * sizeof(T) +
+                                 static_cast<std::size_t>(shape_.tokens) * sizeof(std::int32_t)));
+    work_ = x_ + tokens * encoder_.hidden;
+    positions_ = reinterpret_cast<std::int32_t*>(work_ + shared);
+    embed();
+    for (std::int64_t i = 0; i < encoder_.n_layers; ++i) run_layer(encoder_.layers[i]);
+    if (states != nullptr) unpack(*matmul_, shape_, x_, encoder_.hidden, states);
+    classify(logits);
+  }
+
+ private:
+  static constexpr std::int64_t overrun = 64;  // what attention may read past the queries, keys and values
+
+  template <typename Fn>
+  void run_parallel(std::int64_t n, std::int64_t elements, const Fn& fn) {
+    parallel(n, elements < serial_work ? 1 : threads_, fn);
+  }
+
+  void linear(const Linear& linear, const T* x, T* y, bool add = false) {
+    run_linear(*matmul_, shape_, linear, x, y, add, threads_);
+  }
+
+  void normalize(T* x, std::int64_t n, const LayerNorm& norm) {
+    const NormJob<T> job{shape_, x, n, norm, encoder_.eps};
+    run_parallel(shape_.panels * shape_.width_vectors, shape_.tokens * n, [&](std::int64_t i) {
+      kernel_->normalize(job, i / shape_.width_vectors, i % shape_.width_vectors);
+    });
+  }
+
+  void embed() {
+    const std::int64_t first = sequences_.starts[0];
+    for (std::int64_t s = 0; s < sequences_.count; ++s) {
+      const std::int64_t start = sequences_.starts[s] - first, stop = sequences_.starts[s + 1] - first;
+      for (std::int64_t t = start; t < stop; ++t) positions_[t] = static_cast<std::int32_t>(t - start);
+    }
+    T* out = encoder_.projection != nullptr ? work_ : x_;
+    const EmbedJob<T> job{shape_, &encoder_, sequences_.ids + first, sequences_.types + first, positions_, out};
+    run_parallel(shape_.panels, shape_.tokens * encoder_.embedding, [&](std::int64_t i) { kernel_->embed(job, i); });
+    normalize(out, encoder_.embedding, encoder_.embedding_norm);
+    if (encoder_.projection != nullptr) linear(*encoder_.projection, out, x_);
+  }
+
+  void run_layer(const EncoderLayer& layer) {
+    T* attended = work_ + shape_.panels * shape_.width() * 3 * encoder_.hidden;
+    linear(layer.qkv, x_, work_);
+    attend(work_, attended);
+    linear(layer.attention_out, attended, x_, true);
+    normalize(x_, encoder_.hidden, layer.attention_norm);
+    linear(layer.up, x_, work_);
+    linear(layer.down, work_, x_, true);
+    normalize(x_, encoder_.hidden, layer.norm);
+  }
+
+  void attend(const T* qkv, T* out) {
+    const AttentionJob<T> job{shape_, qkv, out, encoder_.hidden, encoder_.heads};
+    const std::int64_t size = encoder_.hidden / encoder_.heads, first = sequences_.starts[0];
+    std::atomic<bool> out_of_memory{false};
+    run_parallel(sequences_.count * encoder_.heads, shape_.tokens * encoder_.hidden, [&](std::int64_t i) {
+      const std::int64_t s = i / encoder_.heads;
+      const std::int64_t start = sequences_.starts[s] - first, stop = sequences_.starts[s + 1] - first;
+      try {
+        const auto bytes = static_cast<std::size_t>(kernel_->attention_bytes(stop - start, size));
+        kernel_->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
+      } catch (const std::bad_alloc&) {
+        out_of_memory.store(true);
+      }
+    });
+    if (out_of_memory.load()) throw std::bad_alloc();
+  }
+
+  void classify(float* logits) {
+    const std::int64_t width = shape_.width(), first_width = first_shape_.width(), n = encoder_.hidden;
+    const std::int64_t firsts = first_shape_.panels * first_width;
+    T* pooled = work_ + firsts * n;
+    std::fill_n(work_, firsts * n, T{});
+    for (std::int64_t s = 0; s < sequences_.count; ++s) {
+      const std::int64_t t = sequences_.starts[s] - sequences_.starts[0];
+      const T* from = x_ + t / width * n * width + t % width;
+      T* to = work_ + s / first_width * n * first_width + s % first_width;
+      for (std::int64_t k = 0; k < n; ++k) to[k * first_width] = from[k * width];
+    }
+    run_linear(*first_kernel_, first_shape_, encoder_.pooler, work_, pooled, false, threads_);
+    const std::int64_t pooled_floats = sequences_.count * encoder_.pooler.n_out;
+    auto* rows = static_cast<float*>(
+        scratch(static_cast<std::size_t>(pooled_floats) * sizeof(float), Scratch::task));
+    unpack(*first_kernel_, first_shape_, pooled, encoder_.pooler.n_out, rows);
+    sparse_matmul(rows, sequences_.count, encoder_.classifier, isa_, 1, logits);
+  }
+
+  void unpack(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, T* panels, std::int64_t n, float* rows) {
+    const TransposeJob<T> job{shape, rows, panels, n, n};
+    run_parallel(shape.panels, shape.tokens * n, [&](std::int64_t i) { kernel.unpack(job, i, 0); });
+  }
+
+  const Encoder& encoder_;
+  Sequences sequences_;
+  Isa isa_;
+  int threads_;
+  const SparseMatmulKernel<T>* matmul_;
+  const SparseMatmulKernel<T>* first_kernel_;
+  const SparseEncoderKernel<T>* kernel_;
+  PanelShape shape_;
+  PanelShape first_shape_;
+  T* x_ = nullptr;  // panels of [hidden]
+  T* work_ = nullptr;
+  std::int32_t* positions_ = nullptr;  // [tokens]
+};
+
+template <typename T>
+void run_batches(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
+                 float* states) {
+  const std::int64_t* starts = sequences.starts;
+  for (std::int64_t first = 0; first < sequences.count;) {
+    std::int64_t last = first + 1;
+    while (last < sequences.count && starts[last + 1] - starts[first] <= batch_tokens * threads) ++last;
+    Batch<T> batch(encoder, {sequences.ids, sequences.types, starts + first, last - first}, isa, threads);
+    batch.run(logits + first * encoder.classifier.n_out,
+              states != nullptr ? states + starts[first] * encoder.hidden : nullptr);
+    first = last;
+  }
+}
+
+}  // namespace
+
+void sparse_encoder(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
+                    float* states) {
+  if (scratch_is_poisoned()) {
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    std::fill_n(logits, sequences.count * encoder.classifier.n_out, nan);
+    if (states != nullptr) std::fill_n(states, sequences.starts[sequences.count] * encoder.hidden, nan);
+  }
+  if (encoder.pooler.tiled != nullptr) {
+    run_batches<Bf16>(encoder, sequences, isa, threads, logits, states);
+  } else {
+    run_batches<float>(encoder, sequences, isa, threads, logits, states);
+  }
+}
+
+}  // namespace sparsebert

@@ -1,0 +1,57 @@
+// What the driver (sparse_encoder.cpp) and the kernels (sparse_encoder_<isa>.cpp) share: the steps between the linears,
+// all on panels as in sparse_matmul.h.
+#pragma once
+
+#include "sparse_matmul.h"
+
+namespace sparsebert {
+
+// Word vectors plus position vectors -> panels, zeros past the last token. A task is one panel.
+template <typename T>
+struct EmbedJob {
+  PanelShape shape;
+  const Encoder* encoder;
+  const std::int32_t* ids;        // [tokens]
+  const std::int32_t* types;      // [tokens]
+  const std::int32_t* positions;  // [tokens], within the token's sequence
+  T* out;                         // panels of [embedding]
+};
+
+// Layer norm over the n values of each token, in place. A task is one vector of tokens.
+template <typename T>
+struct NormJob {
+  PanelShape shape;
+  T* x;  // panels of [n]
+  std::int64_t n;
+  LayerNorm norm;
+  float eps;
+};
+
+// Softmax attention of one sequence and head, which is a task.
+template <typename T>
+struct AttentionJob {
+  PanelShape shape;
+  const T* qkv;  // panels of [3 * hidden]; a vector may be read past the last one
+  T* out;        // panels of [hidden]
+  std::int64_t hidden;
+  std::int64_t heads;
+};
+
+template <typename T>
+struct SparseEncoderKernel {
+  void (*embed)(const EmbedJob<T>& job, std::int64_t panel);
+  void (*normalize)(const NormJob<T>& job, std::int64_t panel, std::int64_t vector);
+  // Bytes of working memory for a sequence of n tokens and heads of so many values.
+  std::int64_t (*attention_bytes)(std::int64_t n, std::int64_t head_size);
+  void (*attend)(const AttentionJob<T>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* work);
+};
+
+namespace sparse_encoder_scalar { extern const SparseEncoderKernel<float> kernel; }
+namespace sparse_encoder_scalar_tiled { extern const SparseEncoderKernel<Bf16> kernel; }
+#if defined(__x86_64__)
+namespace sparse_encoder_avx2 { extern const SparseEncoderKernel<float> kernel; }
+namespace sparse_encoder_avx512 { extern const SparseEncoderKernel<float> kernel; }
+namespace sparse_encoder_amx { extern const SparseEncoderKernel<Bf16> kernel; }
+#endif
+
+}  // namespace sparsebert

@@ -1,0 +1,150 @@
+// The arithmetic of sparse_encoder between its linears, written once for every vector width. Included after panel.inl,
+// by its rules.
+
+namespace {
+
+void embed(const EmbedJob<float>& job, std::int64_t panel) {
+  const Encoder& encoder = *job.encoder;
+  const std::int64_t n = encoder.embedding;
+  const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
+  float* out = job.out + panel * n * width;
+  for (std::int64_t t = 0; t < width; t += lanes) {
+    const float* words[lanes];
+    const float* positions[lanes];
+    std::int64_t filled = job.shape.tokens - panel * width - t;
+    if (filled > lanes) filled = lanes;
+    for (std::int64_t i = 0; i < filled; ++i) {
+      const std::int64_t token = panel * width + t + i;
+      words[i] = encoder.words + job.ids[token] * n;
+      positions[i] = encoder.positions + (job.types[token] * encoder.max_length + job.positions[token]) * n;
+    }
+    std::int64_t k = 0;
+    for (; k + lanes <= n; k += lanes) {
+      f32 v[lanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) v[i] = i < filled ? load(words[i] + k) + load(positions[i] + k) : f32{};
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(out + (k + i) * width + t, v[i]);
+    }
+    for (; k < n; ++k) {
+      for (int i = 0; i < lanes; ++i) out[k * width + t + i] = i < filled ? words[i][k] + positions[i][k] : 0.0f;
+    }
+  }
+}
+
+void normalize(const NormJob<float>& job, std::int64_t panel, std::int64_t vector) {
+  const std::int64_t n = job.n;
+  const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
+  float* x = job.x + panel * n * width + vector * lanes;
+  const float share = 1.0f / static_cast<float>(n);
+  const f32 mean = sum_of(n, [&](std::int64_t k) { return load(x + k * width); }) * share;
+  const f32 variance = sum_of(n, [&](std::int64_t k) {
+    const f32 d = load(x + k * width) - mean;
+    return d * d;
+  }) * share;
+  f32 scale;
+  for (int i = 0; i < lanes; ++i) scale[i] = 1.0f / __builtin_sqrtf(variance[i] + job.eps);
+  for (std::int64_t k = 0; k < n; ++k) {
+    store(x + k * width, (load(x + k * width) - mean) * scale * job.norm.weight[k] + job.norm.bias[k]);
+  }
+}
+
+// A row of a sequence's queries, keys or values: whole vectors may be written past its end.
+inline std::int64_t row_floats(std::int64_t n) { return (n + lanes - 1) / lanes * lanes + lanes; }
+
+std::int64_t attention_bytes(std::int64_t n, std::int64_t head_size) {
+  return (3 * head_size * row_floats(n) + n * 2 * lanes) * 4;
+}
+
+// Keys, or values of a head, that are multiplied at once with 1 or 2 vectors of queries.
+constexpr int attention_rows = lanes == 16 ? 8 : 4;
+
+// q_k: [head_size][stride] of one head's queries (scaled) from the first here on, and its keys; v likewise. The result
+// replaces the queries. All sums go over the head's values, or over the keys, in their order: a query's result does not
+// depend on where its sequence lies.
+template <int count>
+inline void attend_queries(float* q, const float* k, const float* v, std::int64_t stride, std::int64_t n,
+                           std::int64_t head_size, float* scores) {
+  constexpr int rows = attention_rows;
+  constexpr std::int64_t width = count * lanes;
+  f32 most[count];
+  for (int c = 0; c < count; ++c) most[c] = splat(-__builtin_inff());
+  const auto score = [&](std::int64_t key, const f32(&acc)[count]) {
+    for (int c = 0; c < count; ++c) {
+      most[c] = acc[c] > most[c] ? acc[c] : most[c];
+      store(scores + key * width + c * lanes, acc[c]);
+    }
+  };
+  std::int64_t key = 0;
+  for (; key + rows <= n; key += rows) {
+    f32 acc[rows][count] = {};
+    multiply_tile<float, rows, count>(k + key, 1, stride, q, stride, head_size, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) score(key + r, acc[r]);
+  }
+  for (; key < n; ++key) {
+    f32 acc[1][count] = {};
+    multiply_tile<float, 1, count>(k + key, 1, stride, q, stride, head_size, acc);
+    score(key, acc[0]);
+  }
+  f32 sum[count] = {};
+  for (key = 0; key < n; ++key) {
+    for (int c = 0; c < count; ++c) {
+      float* at = scores + key * width + c * lanes;
+      const f32 power = exp_negative(load(at) - most[c]);
+      sum[c] += power;
+      store(at, power);
+    }
+  }
+  for (int c = 0; c < count; ++c) sum[c] = 1.0f / sum[c];
+  const auto finish = [&](std::int64_t i, const f32(&acc)[count]) {
+    for (int c = 0; c < count; ++c) store(q + i * stride + c * lanes, acc[c] * sum[c]);
+  };
+  std::int64_t i = 0;
+  for (; i + rows <= head_size; i += rows) {
+    f32 acc[rows][count] = {};
+    multiply_tile<float, rows, count>(v + i * stride, stride, 1, scores, width, n, acc);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) finish(i + r, acc[r]);
+  }
+  for (; i < head_size; ++i) {
+    f32 acc[1][count] = {};
+    multiply_tile<float, 1, count>(v + i * stride, stride, 1, scores, width, n, acc);
+    finish(i, acc[0]);
+  }
+}
+
+void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* memory) {
+  auto* work = static_cast<float*>(memory);
+  const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
+  const std::int64_t n = stop - start;
+  const std::int64_t size = job.hidden / job.heads;
+  const std::int64_t stride = row_floats(n);
+  const float share = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+  float* parts[3] = {work, work + size * stride, work + 2 * size * stride};
+  float* scores = work + 3 * size * stride;
+  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
+    for (int part = 0; part < 3; ++part) {
+      const float* from = job.qkv + ((3 * panel + part) * job.hidden + head * size) * width + lane;
+      float* to = parts[part] + token;
+      const float scale = part == 0 ? share : 1.0f;
+      for (std::int64_t i = 0; i < size; ++i, from += width, to += stride) {
+        for (std::int64_t t = 0; t < count; t += lanes) store(to + t, load(from + t) * scale);
+      }
+    }
+  });
+  std::int64_t t = 0;
+  for (; t + lanes < n; t += 2 * lanes) {
+    attend_queries<2>(parts[0] + t, parts[1], parts[2], stride, n, size, scores);
+  }
+  if (t < n) attend_queries<1>(parts[0] + t, parts[1], parts[2], stride, n, size, scores);
+  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
+    float* to = job.out + (panel * job.hidden + head * size) * width + lane;
+    for (std::int64_t i = 0; i < size; ++i) copy(parts[0] + i * stride + token, to + i * width, count);
+  });
+}
+
+}  // namespace
+
+const SparseEncoderKernel<float> kernel = {embed, normalize, attention_bytes, attend};

@@ -1,0 +1,20 @@
+// The portable kernel: vectors of four floats, which the compiler lowers to whatever its baseline has (SSE2, NEON, or
+// single floats).
+#include "sparse_encoder.h"
+
+namespace sparsebert::sparse_encoder_scalar {
+constexpr int lanes = 4;
+#include "vector.inl"
+#include "panel.inl"
+#include "sparse_encoder.inl"
+}  // namespace sparsebert::sparse_encoder_scalar
+
+// bf16 tiles in plain C++, for reference.
+#define SPARSEBERT_AMX 0
+namespace sparsebert::sparse_encoder_scalar_tiled {
+constexpr int lanes = 16;
+#include "vector.inl"
+#include "panel.inl"
+#include "tile.inl"
+#include "sparse_encoder_tiled.inl"
+}  // namespace sparsebert::sparse_encoder_scalar_tiled

@@ -1,0 +1,147 @@
+// bf16 and tiles: 16 rows of 64 bytes in a register, multiplied as matrices. Included after panel.inl, by its rules,
+// with lanes = 16; SPARSEBERT_AMX says whether the processor has them. Without, the same in plain C++: slow, for
+// reference.
+//
+// A vector of 32 bf16 is 16 words of two: of tokens 2i and 2i + 1, everywhere where tokens are innermost. Its even and
+// its odd tokens make a float vector each, so that nothing has to be shuffled.
+
+typedef Vector<std::uint16_t>::type u16;
+typedef Vector<std::uint32_t>::type u32;
+
+namespace {
+
+constexpr std::int64_t panel_width = 32;
+
+inline f32 even(u16 v) { return reinterpret_cast<f32>(reinterpret_cast<u32>(v) << 16); }
+inline f32 odd(u16 v) { return reinterpret_cast<f32>(reinterpret_cast<u32>(v) & 0xffff0000u); }
+
+// To the nearest bf16, of two equally near ones the even; a NaN stays one.
+inline u16 round_pairs(f32 evens, f32 odds) {
+#if SPARSEBERT_AMX
+  // The halves come one behind the other.
+  const auto halves = reinterpret_cast<__m512i>(
+      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odds), reinterpret_cast<__m512>(evens)));
+  const u16 order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return reinterpret_cast<u16>(_mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), halves));
+#else
+  const auto rounded = [](f32 v) {
+    const u32 bits = reinterpret_cast<u32>(v);
+    const u32 near = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return v == v ? near : (bits | 0x400000u);
+  };
+  return reinterpret_cast<u16>((rounded(evens) >> 16) | (rounded(odds) & 0xffff0000u));
+#endif
+}
+
+// What is rounded to bf16, to 2^-9 of itself, needs no better than the following.
+
+// 2^e for e <= 126, to 1e-4 of itself down to 2^-126, below which it stands still. Of a NaN nothing need be left: where
+// it came from, it also is among what the power is multiplied with.
+inline f32 exp2_roughly(f32 e) {
+  e = e < splat(-126.0f) ? splat(-126.0f) : e;
+  const f32 magic = splat(12582912.0f);  // see exp2
+  const f32 shifted = magic + e;
+  const f32 fraction = e - (shifted - magic);
+  f32 power = splat(0.05517166852951050f);
+  power = power * fraction + 0.2426111251115799f;
+  power = power * fraction + 0.6932609677314758f;
+  power = power * fraction + 0.9999280571937561f;
+  return reinterpret_cast<f32>(reinterpret_cast<i32>(power) + (reinterpret_cast<i32>(shifted) << 23));
+}
+
+// v (1/2 + c P(c^2)), c = v but within [-4, 4], where the bracket is 0 and 1: off by at most 2e-4.
+inline f32 gelu_roughly(f32 v) {
+  f32 c = v < splat(-4.0f) ? splat(-4.0f) : v;
+  c = c > splat(4.0f) ? splat(4.0f) : c;
+  const f32 square = c * c;
+  f32 p = splat(2.2588203307805088e-08f);
+  p = p * square - 1.227415623361594e-06f;
+  p = p * square + 2.8125232347520068e-05f;
+  p = p * square - 0.00036218372406437993f;
+  p = p * square + 0.002968751359730959f;
+  p = p * square - 0.017054392024874687f;
+  return v * (c * (p * (square - 16.0f) + 0.125f) + 0.5f);
+}
+
+// Two rows of 32 tokens as the two right-hand tiles' rows: words of (a, b) of the even, and of the odd tokens.
+inline u32 pair_even(u16 a, u16 b) {
+  return (reinterpret_cast<u32>(a) & 0xffffu) | (reinterpret_cast<u32>(b) << 16);
+}
+inline u32 pair_odd(u16 a, u16 b) {
+  return (reinterpret_cast<u32>(a) >> 16) | (reinterpret_cast<u32>(b) & 0xffff0000u);
+}
+
+#if SPARSEBERT_AMX
+
+struct TileConfig {
+  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Tiles are of one thread, and of all its libraries: what they were set to comes back.
+class Tiles {
+ public:
+  Tiles() {
+    const TileConfig whole;
+    asm volatile("sttilecfg %0" : "=m"(before_));
+    asm volatile("ldtilecfg %0" ::"m"(whole));
+  }
+  ~Tiles() {
+    if (before_.palette != 0) {
+      asm volatile("ldtilecfg %0" ::"m"(before_));
+    } else {
+      asm volatile("tilerelease");
+    }
+  }
+
+ private:
+  TileConfig before_;
+};
+
+#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
+#define TILE_LOAD(t, from, stride) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<std::int64_t>(stride)) : "memory")
+#define TILE_STORE(t, to, stride) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(static_cast<std::int64_t>(stride)) : "memory")
+#define TILE_DOT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+
+#else
+
+struct Tiles {
+  alignas(64) std::uint32_t words[8][16][16];
+};
+
+inline float of_bf16(std::uint32_t bits) {
+  union {
+    std::uint32_t word;
+    float value;
+  } both = {bits << 16};
+  return both.value;
+}
+
+inline void tile_dot(Tiles& tiles, int c, int a, int b) {
+  for (int m = 0; m < 16; ++m) {
+    f32 evens{}, odds{};
+    for (int k = 0; k < 16; ++k) {
+      const u32 right = load(tiles.words[b][k]);
+      evens += reinterpret_cast<f32>(right << 16) * of_bf16(tiles.words[a][m][k] & 0xffffu);
+      odds += reinterpret_cast<f32>(right & 0xffff0000u) * of_bf16(tiles.words[a][m][k] >> 16);
+    }
+    store(tiles.words[c][m], reinterpret_cast<u32>(reinterpret_cast<f32>(load(tiles.words[c][m])) + (evens + odds)));
+  }
+}
+
+inline const char* at(const void* from, std::int64_t bytes) { return static_cast<const char*>(from) + bytes; }
+
+#define TILE_ZERO(t) __builtin_memset(tiles.words[t], 0, sizeof tiles.words[t])
+#define TILE_LOAD(t, from, stride) \
+  for (int r_ = 0; r_ < 16; ++r_) __builtin_memcpy(tiles.words[t][r_], at(from, r_ * (stride)), 64)
+#define TILE_STORE(t, to, stride) \
+  for (int r_ = 0; r_ < 16; ++r_) __builtin_memcpy(const_cast<char*>(at(to, r_ * (stride))), tiles.words[t][r_], 64)
+#define TILE_DOT(c, a, b) tile_dot(tiles, c, a, b)
+
+#endif
+
+}  // namespace

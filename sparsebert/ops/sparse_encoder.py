@@ -1,0 +1,155 @@
+"""sparse_encoder: a whole pruned BERT-like sequence classifier in one call. Needs numpy only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from sparsebert.errors import InputError
+from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_matmul import Linear, sparse_matmul_ref
+
+Norm = tuple[np.ndarray, np.ndarray]  # weight and bias of a layer norm, float32 [n] each
+
+
+@dataclass(frozen=True, eq=False)
+class EncoderLayer:
+    """One transformer layer whose norms come after the residual sums. H is the hidden size.
+
+    qkv: H -> 3 H, query, key and value stacked; attention_out: H -> H; up: H -> I with the activation; down: I -> H.
+    """
+
+    qkv: Linear
+    attention_out: Linear
+    attention_norm: Norm
+    up: Linear
+    down: Linear
+    norm: Norm
+
+
+@dataclass(frozen=True, eq=False)
+class PackedEncoder:
+    """A sequence classifier: embeddings, layers, and two linears on a sequence's first token.
+
+    words: float32 [vocabulary, E]. positions: float32 [types, max_length, E], position and token-type vectors added up.
+    embedding_norm: over E. projection: E -> H, or None where they are equal. heads: divides H. eps: of all norms.
+    pooler: H -> P with its activation. classifier: P -> labels.
+    """
+
+    words: np.ndarray
+    positions: np.ndarray
+    embedding_norm: Norm
+    projection: Linear | None
+    layers: tuple[EncoderLayer, ...]
+    heads: int
+    eps: float
+    pooler: Linear
+    classifier: Linear
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.positions.shape[1]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linears of all layers."""
+        return [linear for layer in self.layers for linear in (layer.qkv, layer.attention_out, layer.up, layer.down)]
+
+    @cached_property
+    def core(self):
+        """The compiled core's view of it."""
+        layers = [
+            (
+                layer.qkv.core, layer.attention_out.core, layer.up.core, layer.down.core, layer.attention_norm,
+                layer.norm,
+            )
+            for layer in self.layers
+        ]  # fmt: skip
+        projection = None if self.projection is None else self.projection.core
+        return _dispatch.core().Encoder(
+            self.words, self.positions, self.embedding_norm, projection, layers, self.heads, self.eps,
+            self.pooler.core, self.classifier.core,
+        )  # fmt: skip
+
+
+def sparse_encoder(
+    ids: np.ndarray,
+    types: np.ndarray,
+    starts: np.ndarray,
+    encoder: PackedEncoder,
+    *,
+    states: bool = False,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Classifies sequences, which lie one behind the other without padding.
+
+    ids: int32 [tokens], below the vocabulary. types: int32 [tokens], below the token types.
+    starts: int64 [sequences + 1], from 0 to tokens; a sequence has 1 to `encoder.max_length` tokens.
+    states: return the last layer's output as well.
+    threads: None for the cores this process may use. isa: None for the best instruction set under SPARSEBERT_ISA.
+    Returns logits, float32 [sequences, labels]; with `states` a pair, the second float32 [tokens, H].
+
+    Float32 throughout. A sequence's result is bit-equal whatever the other sequences and the number of threads, and on
+    avx2 and avx512. Raises InputError for arrays that break the above, UnsupportedError for an isa this machine cannot
+    run.
+    """
+    for name, array, dtype in (("ids", ids, np.int32), ("types", types, np.int32), ("starts", starts, np.int64)):
+        if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
+            what = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
+            raise InputError(f"{name} must be 1-d {np.dtype(dtype)}, got {what}", fix="convert it first")
+    if ids.shape != types.shape:
+        raise InputError(f"types must have a type a token, got {types.size} for {ids.size}", fix="match it to ids")
+    lengths = np.diff(starts)
+    if starts.size == 0 or starts[0] != 0 or starts[-1] != ids.size or (lengths < 1).any():
+        raise InputError(
+            f"starts must rise from 0 to the {ids.size} tokens, got {starts.tolist()[:8]}", fix="drop empty sequences"
+        )
+    if (lengths > encoder.max_length).any():
+        raise InputError(
+            f"a sequence must have at most {encoder.max_length} tokens, got {lengths.max()}", fix="truncate it"
+        )
+    for name, array, limit in (("ids", ids, len(encoder.words)), ("types", types, len(encoder.positions))):
+        if array.size and not 0 <= array.min() <= array.max() < limit:
+            bad = array.min() if array.min() < 0 else array.max()
+            raise InputError(f"{name} must be at least 0 and below {limit}, got {bad}", fix="use the model's tokenizer")
+    logits, hidden = encoder.core.run(ids, types, starts, states, _dispatch.isa(isa), _dispatch.threads(threads))
+    return (logits, hidden) if states else logits
+
+
+def sparse_encoder_ref(
+    ids: np.ndarray, types: np.ndarray, starts: np.ndarray, encoder: PackedEncoder
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `sparse_encoder` computes with `states`, in float64, sequence by sequence."""
+
+    def norm(x: np.ndarray, parameters: Norm) -> np.ndarray:
+        centred = x - x.mean(1, keepdims=True)
+        scale = np.sqrt((centred**2).mean(1, keepdims=True) + encoder.eps)
+        return centred / scale * parameters[0].astype(np.float64) + parameters[1]
+
+    def attend(qkv: np.ndarray) -> np.ndarray:
+        q, k, v = qkv.reshape(len(qkv), 3, encoder.heads, -1).transpose(1, 2, 0, 3)
+        scores = q @ k.transpose(0, 2, 1) / math.sqrt(q.shape[2])
+        weights = np.exp(scores - scores.max(2, keepdims=True))
+        return (weights / weights.sum(2, keepdims=True) @ v).transpose(1, 0, 2).reshape(len(qkv), -1)
+
+    states = []
+    for start, stop in pairwise(starts):
+        part = slice(start, stop)
+        x = encoder.words[ids[part]].astype(np.float64) + encoder.positions[types[part], np.arange(stop - start)]
+        x = norm(x, encoder.embedding_norm)
+        if encoder.projection is not None:
+            x = sparse_matmul_ref(x, encoder.projection)
+        for layer in encoder.layers:
+            x = norm(x + sparse_matmul_ref(attend(sparse_matmul_ref(x, layer.qkv)), layer.attention_out),
+                     layer.attention_norm)  # fmt: skip
+            x = norm(x + sparse_matmul_ref(sparse_matmul_ref(x, layer.up), layer.down), layer.norm)
+        states.append(x)
+    hidden = np.concatenate(states)
+    pooled = sparse_matmul_ref(hidden[starts[:-1]], encoder.pooler)
+    return sparse_matmul_ref(pooled, encoder.classifier), hidden
