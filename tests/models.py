@@ -33,7 +33,7 @@ def classifier(kind: str = "bert", labels: int = 2, seed: int = 0, **changes):
     }
     sizes = {**SIZES, **changes}
     if kind == "electra":
-        sizes["embedding_size"] = sizes["hidden_size"]
+        sizes.setdefault("embedding_size", sizes["hidden_size"])
     if kind == "distilbert":
         sizes = {
             "vocab_size": sizes["vocab_size"], "dim": sizes["hidden_size"], "n_layers": sizes["num_hidden_layers"],

@@ -124,7 +124,21 @@ def test_train_prune_eval_bench_end_with_their_documents(dense, tmp_path, capsys
     assert document(out)["kl_to_dense"] is None
 
     code, out, _ = run(capsys, "bench", tmp_path / "p", "--n", 6, "--rounds", 2, "--json")
-    assert code == 0 and document(out)["latency_ms"].keys() == {"torch", "sparsebert"}
+    rows = document(out)["rows"]
+    assert code == 0 and [row["engine"] for row in rows] == ["sparsebert", "torch"]
+    fields = {"engine", "dtype", "batch", "seq", "threads", "p50_ms", "p99_ms", "seq_per_s", "ratio", "match"}
+    assert all(fields <= row.keys() for row in rows) and "layers" not in document(out)
+    code, out, _ = run(capsys, "bench", tmp_path / "p", "--n", 6, "--rounds", 2, "--seq", 20, "--explain")
+    assert code == 0 and len(document(out)["layers"]) == 8 and "attention_out" in out
+
+
+def test_bench_times_random_weights_and_takes_one_model(dense, capsys):
+    settings = ["--random", "minilm", "--pattern", "16x1", "--sparsity", 0.9, "--n", 2, "--rounds", 1, "--seq", 8]
+    code, out, _ = run(capsys, "bench", *settings, "--json")
+    assert code == 0 and document(out)["density"] == pytest.approx(0.1, abs=1e-3)
+    assert "not both" in refused(capsys, "bench", dense, "--random", "minilm")
+    assert "bench needs DIR or --random" in refused(capsys, "bench")
+    assert "got 'tensorrt'" in refused(capsys, "bench", dense, "--rivals", "tensorrt")
 
 
 def test_a_recipe_and_its_soup_end_with_their_documents(dense, tmp_path, capsys):
@@ -174,7 +188,7 @@ def test_doctor_says_what_runs_and_why_not(capsys, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_ISA", "scalar")
     code, out, _ = run(capsys, "doctor")
     facts = document(out)
-    assert code == 0 and facts["isa"] == "scalar" and facts["isa_off"].keys() == {"avx2", "avx512"}
+    assert code == 0 and facts["isa"] == "scalar" and facts["isa_off"].keys() == {"avx2", "avx512", "amx"}
     assert {"cpu", "threads", "gpu", "cache", "versions", "data"} <= facts.keys() and facts["gpu"]
 
 
@@ -301,7 +315,7 @@ def test_a_full_disk(dense, tmp_path, command):
 
 def test_an_unknown_instruction_set(capsys, dense, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_ISA", "avx1024")
-    assert "scalar, avx2, avx512" in refused(capsys, "bench", dense)
+    assert "scalar, avx2, avx512, amx" in refused(capsys, "bench", dense)
 
 
 def test_models_of_another_task(dense, tmp_path, capsys):

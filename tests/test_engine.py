@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from models import classifier, saved, tokenizer
 
 from sparsebert import checkpoint, data
+from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, PruneConfig
 from sparsebert.engine import Engine, engine
-from sparsebert.engine.rivals import compare_with_torch
+from sparsebert.engine.rivals import compare
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.pruning import prune
@@ -46,13 +50,46 @@ def stock_logits(directory, texts, max_length=128):
 
 def test_logits_equal_transformers_on_every_isa(directory, texts, isa, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_ISA", isa)
-    ours = Engine.load(directory).logits(texts)
+    ours = Engine.load(directory, dtype="fp32").logits(texts)
     np.testing.assert_allclose(ours, stock_logits(directory, texts), atol=TOLERANCE)
+
+
+def test_bf16_logits_are_near_transformers(directory, texts, tile_isa, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_ISA", tile_isa)
+    loaded = Engine.load(directory, dtype="bf16")
+    want = stock_logits(directory, texts)
+    assert np.abs(loaded.logits(texts) - want).max() < engine.BF16_TOLERANCE * np.abs(want).max()
+    assert {row["form"] for row in loaded.explain()} == {"tiles"}
+    assert {row["kernel"] for row in loaded.explain()} == {f"{tile_isa} bf16"}
+
+
+def test_auto_is_bf16_where_there_are_tiles(directory, monkeypatch):
+    for cap in ("scalar", "avx512", "amx"):
+        monkeypatch.setenv("SPARSEBERT_ISA", cap)
+        assert Engine.load(directory).dtype == ("bf16" if _dispatch.isa() == "amx" else "fp32")
+
+
+def test_another_dtype_is_refused(directory):
+    with pytest.raises(InputError, match="dtype must be one of auto, fp32, bf16, got 'fp16'"):
+        Engine.load(directory, dtype="fp16")
+
+
+def test_explain_says_what_each_linear_runs_as(directory, tmp_path):
+    rows = Engine.load(directory, dtype="fp32").explain()
+    assert [(row["layer"], row["linear"]) for row in rows] == [
+        (i, name) for i in range(2) for name in ("qkv", "attention_out", "up", "down")
+    ]
+    assert {row["form"] for row in rows} == {"rows"}
+    assert rows[2]["shape"] == [80, 48] and rows[2]["density"] == pytest.approx(0.2, abs=0.01)
+    assert {row["form"] for row in Engine.load(saved(tmp_path / "m"), dtype="fp32").explain()} == {"dense"}
+    model = classifier(hidden_size=64)
+    prune(model, [], PruneConfig(method="magnitude", sparsity=0.5, pattern="16x1"))
+    assert {row["form"] for row in Engine.load(saved(tmp_path / "g", model), dtype="fp32").explain()} == {"groups"}
 
 
 def test_pairs_and_truncation_equal_transformers(directory, texts):
     pairs = list(zip(texts[:10], texts[10:20], strict=True))
-    loaded = Engine.load(directory)
+    loaded = Engine.load(directory, dtype="fp32")
     for max_length in (128, 16):
         ours = loaded.logits(pairs, max_length=max_length)
         np.testing.assert_allclose(ours, stock_logits(directory, pairs, max_length), atol=TOLERANCE)
@@ -62,7 +99,7 @@ def test_a_text_gets_the_same_logits_alone_and_in_a_batch(directory, texts):
     loaded = Engine.load(directory)
     together = loaded.logits(texts)
     alone = np.concatenate([loaded.logits([text]) for text in texts])
-    np.testing.assert_allclose(together, alone, atol=TOLERANCE)
+    assert np.array_equal(together, alone)
 
 
 def test_threads_do_not_change_the_result(directory, texts):
@@ -102,18 +139,38 @@ def test_a_length_the_model_cannot_take_is_refused(directory, length):
         Engine.load(directory).logits(["a"], max_length=length)
 
 
-def test_other_architectures_and_activations_are_refused(tmp_path):
-    with pytest.raises(UnsupportedError, match="model_type bert"):
-        Engine.load(saved(tmp_path / "r", kind="roberta"))
-    with pytest.raises(UnsupportedError, match="got bert with relu"):
-        Engine.load(saved(tmp_path / "b", hidden_act="relu"))
+ARCHITECTURES = {
+    "roberta": {},
+    "xlm-roberta": {},
+    "distilbert": {},
+    "electra": {},
+    "electra with narrow embeddings": {"embedding_size": 20},
+    "bert with relu": {"hidden_act": "relu"},
+    "bert of one head": {"num_attention_heads": 1},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_equals_transformers(tmp_path, texts, name):
+    made = saved(tmp_path / "m", kind=name.split()[0], **ARCHITECTURES[name])
+    pairs = list(zip(texts[:3], texts[3:6], strict=True))
+    for some in (texts[:6], pairs, ["long " * 600]):
+        loaded = Engine.load(made, dtype="fp32")
+        limit = loaded.encoder.max_length
+        ours = loaded.logits(some, max_length=limit)
+        np.testing.assert_allclose(ours, stock_logits(made, some, limit), atol=TOLERANCE)
+
+
+def test_another_activation_is_refused_by_name(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"activations gelu, relu .*got 'silu'"):
+        Engine.load(saved(tmp_path / "b", hidden_act="silu"))
 
 
 def test_a_wrong_kernel_is_caught_by_the_golden_logits(directory, monkeypatch):
-    right = engine.sparse_matmul
-    monkeypatch.setattr(engine, "sparse_matmul", lambda *args, **kwargs: right(*args, **kwargs) * np.float32(1.01))
+    right = engine.sparse_encoder
+    monkeypatch.setattr(engine, "sparse_encoder", lambda *args, **kwargs: right(*args, **kwargs) * np.float32(1.01))
     with pytest.raises(CheckpointError, match="golden logits"):
-        Engine.load(directory)
+        Engine.load(directory, dtype="fp32")
 
 
 def test_falling_back_to_the_portable_path_is_said(directory, monkeypatch):
@@ -130,27 +187,58 @@ def test_density_is_that_of_the_manifest(directory):
     assert Engine.load(directory).density == pytest.approx(want)
 
 
-def test_compare_with_torch_checks_the_output_and_restores_threads(directory):
+def encoded(directory, **settings) -> tuple[list[dict], BenchConfig]:
+    config = BenchConfig(**{"n": 5, "dtype": "fp32", "threads": 1} | settings)
+    return texts_of(directory, config), config
+
+
+def test_compare_checks_the_output_and_restores_threads(directory):
     before = torch.get_num_threads()
-    examples = data.load(data.get_task("mr"), "test", limit=5)
-    result = compare_with_torch(directory, examples, BenchConfig(batch=2, rounds=6, threads=1), max_length=64)
+    rows = compare(directory, *encoded(directory, batch=2, rounds=6, rivals="torch,torch-bf16"))["rows"]
     assert torch.get_num_threads() == before
-    assert result["max_logit_error"] < TOLERANCE
-    assert all(
-        result[part][name] > 0 for part in ("latency_ms", "p50_ms", "p99_ms") for name in ("torch", "sparsebert")
-    )
-    assert result["speedup_ci"][0] <= result["speedup"] <= result["speedup_ci"][1]
+    assert [row["engine"] for row in rows] == ["sparsebert", "torch", "torch-bf16"]
+    assert all(row["match"] and row["p50_ms"] > 0 and row["p99_ms"] >= row["p50_ms"] for row in rows)
+    assert rows[0]["error"] < TOLERANCE and rows[0]["ratio"] == 1 and rows[1]["error"] < 1e-6
+    assert all(row["ratio_ci"][0] <= row["ratio"] <= row["ratio_ci"][1] for row in rows)
 
 
-def test_compare_with_torch_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
+def test_texts_of_one_length_are_timed(directory):
+    texts, config = encoded(directory, seq="40")
+    assert [len(text["input_ids"]) for text in texts] == [40] * 5
+    assert compare(directory, texts, config)["tokens"] == 200
+    with pytest.raises(InputError, match="seq must be at most 512 tokens, got 600"):
+        encoded(directory, seq="600")
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("onnxruntime", "onnx onnxruntime"), ("onnxruntime-int8", "onnx onnxruntime"), ("openvino", "onnx openvino")],
+)
+def test_other_runtimes_give_the_same_logits(directory, name, needs):
+    for package in needs.split():
+        if importlib.util.find_spec(package) is None:
+            require(package, f"{package} is not installed")
+    rows = compare(directory, *encoded(directory, batch=3, rounds=1, rivals=name))["rows"]
+    assert rows[1]["match"]
+
+
+def test_a_rival_that_is_not_installed_is_named(directory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UnsupportedError, match="needs the package"):
+        compare(directory, *encoded(directory, rounds=1, rivals="openvino"))
+    with pytest.raises(InputError, match=r"rivals must be of torch, .*got 'tensorrt'"):
+        compare(directory, *encoded(directory, rivals="torch,tensorrt"))
+
+
+def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
     stock = shutil.copytree(directory, tmp_path / "stock")
     shutil.rmtree(stock / "sparsebert")  # no golden logits to catch it first
-    right = engine.sparse_matmul
-    examples = data.load(data.get_task("mr"), "test", limit=5)
+    right = engine.sparse_encoder
     for factor in (1.5, np.nan):
-        monkeypatch.setattr(engine, "sparse_matmul", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
+        monkeypatch.setattr(engine, "sparse_encoder", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
         with pytest.raises(CheckpointError, match="must be torch's"):
-            compare_with_torch(stock, examples, BenchConfig(rounds=1), max_length=64)
+            compare(stock, *encoded(stock, rounds=1))
 
 
 def test_missing_fields_of_config_take_the_architectures_defaults(directory, texts, tmp_path):

@@ -178,32 +178,57 @@ def evaluate(
 
 @app.command()
 @flags(BenchConfig)
-def bench(directory: Directory, *, json: Json = False, config: BenchConfig) -> None:
-    """Time the engine against dense torch on the classifier in DIR, interleaved, with the output checked."""
-    from sparsebert import data
-    from sparsebert.engine.measure import ratio_text
-    from sparsebert.engine.rivals import compare_with_torch
+def bench(
+    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="model directory")] = None,
+    *,
+    explain: Annotated[bool, typer.Option("--explain", help="also show what each linear runs as, and why")] = False,
+    json: Json = False,
+    config: BenchConfig,
+) -> None:
+    """Time the engine against its rivals on the classifier in DIR, interleaved, with the output checked."""
+    import tempfile
 
-    spec = data.get_task(config.task)
-    texts = data.load(spec, spec.test, limit=config.n, seed=config.seed)
-    with progress("bench") as update:
-        result = compare_with_torch(directory, texts, config, max_length=spec.max_length, progress=update)
+    from sparsebert.cli.timing import random_model, texts_of
+    from sparsebert.engine.measure import ratio_text
+    from sparsebert.engine.rivals import compare, named
+
+    if (directory is None) == (config.random is None):
+        raise InputError("bench needs DIR or --random, and not both", fix="name a model directory, or --random minilm")
+    named(config.rivals)  # before anything long
+    with tempfile.TemporaryDirectory() as folder, progress("bench") as update:
+        if directory is None:
+            directory = random_model(config, Path(folder))
+        result = compare(directory, texts_of(directory, config), config, progress=update)
     if not json:
         rows = [
             [
-                name,
-                f"{result['latency_ms'][name]:.3f}",
-                f"{result['p50_ms'][name]:.3f}",
-                f"{result['p99_ms'][name]:.3f}",
-                f"{1e3 / result['latency_ms'][name]:.0f}",
+                f"{row['engine']} {row['dtype']}",
+                f"{row['p50_ms']:.3f}",
+                f"{row['p99_ms']:.3f}",
+                f"{row['seq_per_s']:.0f}",
+                ratio_text(row["ratio"], row["ratio_ci"]),
+                f"{row['error']:.1e}" + ("" if row["match"] else " differs"),
             ]
-            for name in result["latency_ms"]
+            for row in result["rows"]
         ]
-        head = f"batch {config.batch}, {result['threads']} threads, {result['machine']['isa']}"
-        speedup = ratio_text(result["speedup"], result["speedup_ci"])
-        title = f"{head}: {speedup}, max logit error {result['max_logit_error']:.1e}"
-        table(title, ["engine", "ms/sentence", "p50 ms/batch", "p99 ms/batch", "sentences/s"], rows)
-    emit(result)
+        head = f"batch {config.batch} x {config.seq}, {result['rows'][0]['threads']} threads"
+        title = f"{head}, {result['machine']['isa']} on {result['machine']['cpu']}"
+        table(title, ["engine", "p50 ms/batch", "p99 ms/batch", "texts/s", "time over ours", "logit error"], rows)
+        if explain:
+            rows = [
+                [
+                    str(row["layer"]),
+                    row["linear"],
+                    "x".join(map(str, row["shape"])),
+                    f"{row['density']:.1%}",
+                    row["form"],
+                    row["kernel"],
+                    row["why"],
+                ]
+                for row in result["layers"]
+            ]
+            table("linears", ["layer", "linear", "shape", "kept", "form", "kernel", "why"], rows)
+    emit(result if explain else {name: value for name, value in result.items() if name != "layers"})
 
 
 @app.command()

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from sparsebert import checkpoint, data, ledger
 from sparsebert.cli.output import progress, table
+from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
 from sparsebert.encoders import predict
 from sparsebert.engine.measure import ratio_text
-from sparsebert.engine.rivals import compare_with_torch
+from sparsebert.engine.rivals import OURS
+from sparsebert.engine.rivals import compare as race
 from sparsebert.pruning import PruneResult, prune_checkpoint
 from sparsebert.robustness import Evaluation, compare, evaluation, statistics
 from sparsebert.robustness.report import write_report
@@ -127,16 +129,22 @@ def _time(output: Path, config: DemoConfig) -> list[dict]:
     """The model TIMED in the engine against dense torch, at each batch size. Never reused: a timing belongs to its
     moment.
     """
-    task = data.get_task(TASK)
     timings = []
     for batch in BATCHES:
-        examples = data.load(task, task.test, limit=max(config.bench_n, 2 * batch), seed=config.seed)
         chosen = {"rounds": config.rounds} if config.rounds else {}
-        settings = BenchConfig(n=len(examples), batch=batch, threads=config.threads, seed=config.seed, **chosen)
+        settings = BenchConfig(
+            task=TASK, n=max(config.bench_n, 2 * batch), batch=batch, dtype="fp32", threads=config.threads,
+            seed=config.seed, **chosen,
+        )  # fmt: skip
         with progress(f"4/5 time (batch {batch})") as update:
-            timings.append(
-                compare_with_torch(output / TIMED, examples, settings, max_length=task.max_length, progress=update)
-            )
+            result = race(output / TIMED, texts_of(output / TIMED, settings), settings, progress=update)
+        rows = {row["engine"]: row for row in result["rows"]}
+        timings.append({
+            "batch": batch, "threads": rows["torch"]["threads"], "machine": result["machine"],
+            "latency_ms": {name: 1e3 / rows[name]["seq_per_s"] for name in ("torch", OURS)},
+            "speedup": rows["torch"]["ratio"], "speedup_ci": rows["torch"]["ratio_ci"],
+            "max_logit_error": rows[OURS]["error"],
+        })  # fmt: skip
     return timings
 
 
@@ -166,7 +174,7 @@ def _show(
     )
     rows = []
     for timing in timings:
-        torch_ms, our_ms = timing["latency_ms"]["torch"], timing["latency_ms"]["sparsebert"]
+        torch_ms, our_ms = timing["latency_ms"]["torch"], timing["latency_ms"][OURS]
         rows.append(
             [
                 str(timing["batch"]),

@@ -1,24 +1,36 @@
-"""Dense torch on the same weights, timed in turn with the engine. The only place below the engine that may import
+"""What else runs the same classifier, timed in turn with the engine. The only place below the engine that may import
 torch.
 """
 
 from __future__ import annotations
 
+import importlib
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from sparsebert import checkpoint, machine
 from sparsebert.config import BenchConfig
-from sparsebert.data import Examples
-from sparsebert.engine.engine import Engine
-from sparsebert.engine.measure import interleave
-from sparsebert.errors import CheckpointError
+from sparsebert.engine.engine import BF16_TOLERANCE, Engine
+from sparsebert.engine.measure import Timings
+from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
+
+OURS = "sparsebert"
+# Logits match where they differ from torch's float32 by no more than a float32 sum in another order does, plus this
+# share of the largest logit.
+SHARE = {"fp32": 0.0, "bf16": BF16_TOLERANCE, "int8": 0.25}
+SETTLE_S = 5e-3  # for the workers of whoever ran before to stop spinning
+
+Call = Callable[[int], np.ndarray]  # a batch's number -> its logits
 
 
 @contextmanager
@@ -34,81 +46,206 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def compare_with_torch(
-    directory: str | Path,
-    examples: Examples,
-    config: BenchConfig,
-    *,
-    max_length: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict:
-    """Times `Engine` against torch fp32 on the classifier in `directory`: same weights, sentences, batches and threads.
+@dataclass(frozen=True)
+class _Work:
+    """A classifier and the batches it is timed on."""
 
-    torch runs the stock model, whose matrices are dense whatever zeros they hold, in inference mode, each batch padded
-    to its longest sentence. Tokenizing is outside both timings. Returns the document that `sparsebert bench` prints:
-    latency_ms are milliseconds a sentence (median over rounds), p50_ms and p99_ms a batch, speedup is the median of the
-    rounds' ratios with its 95 % interval (null below 6 rounds), max_logit_error is over all sentences.
-    Raises CheckpointError where the two sides' logits differ by more than the golden tolerance.
-    """
+    model: object  # the stock module, in eval mode
+    padded: list[dict]  # of tensors [rows, longest]
+    threads: int
+    folder: Path  # for files that rivals read
+
+    @cached_property
+    def onnx(self) -> Path:
+        """The model as a file for those who read nothing else."""
+        import torch
+
+        _required("onnx")
+        names = list(self.padded[0])
+        model = self.model
+
+        class Logits(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, *tensors):
+                return self.model(**dict(zip(names, tensors, strict=True))).logits
+
+        path = self.folder / "model.onnx"
+        # A mask with a hole, so that none of it is taken for a constant.
+        example = {name: tensor[:1, :2].repeat(2, 1) for name, tensor in self.padded[0].items()}
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")  # of the exporter about itself
+            torch.onnx.export(
+                Logits().eval(), tuple(example.values()), path, input_names=names, output_names=["logits"],
+                dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names}, opset_version=17, dynamo=False,
+            )  # fmt: skip
+        return path
+
+    @property
+    def arrays(self) -> list[dict[str, np.ndarray]]:
+        return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self.padded]
+
+
+def _torch(work: _Work, bf16: bool = False, compiled: bool = False) -> Call:
     import torch
 
-    from sparsebert.encoders import collate, token_limit, tokenize
+    model = torch.compile(work.model, dynamic=True) if compiled else work.model
+
+    def call(i: int) -> np.ndarray:
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            return model(**work.padded[i]).logits.float().numpy()
+
+    return call
+
+
+def _onnxruntime(work: _Work, int8: bool = False) -> Call:
+    onnxruntime = _required("onnxruntime")
+    path = work.onnx
+    if int8:
+        quantization = _required("onnxruntime.quantization")
+        path = work.folder / "model.int8.onnx"
+        quantization.quantize_dynamic(work.onnx, path, weight_type=quantization.QuantType.QInt8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = work.threads
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    batches = work.arrays
+    return lambda i: session.run(None, batches[i])[0]
+
+
+def _openvino(work: _Work, precision: str) -> Call:
+    openvino = _required("openvino")
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work.threads, "PERFORMANCE_HINT": "LATENCY",
+    }  # fmt: skip
+    model = openvino.Core().compile_model(str(work.onnx), "CPU", settings)
+    batches = work.arrays
+    return lambda i: model(batches[i])[0]
+
+
+class _Rival(NamedTuple):
+    dtype: str
+    prepare: Callable[[_Work], Call]
+
+
+RIVALS = {
+    "torch": _Rival("fp32", _torch),
+    "torch-bf16": _Rival("bf16", lambda work: _torch(work, bf16=True)),
+    "torch-compile": _Rival("fp32", lambda work: _torch(work, compiled=True)),
+    "torch-compile-bf16": _Rival("bf16", lambda work: _torch(work, bf16=True, compiled=True)),
+    "onnxruntime": _Rival("fp32", _onnxruntime),
+    "onnxruntime-int8": _Rival("int8", lambda work: _onnxruntime(work, int8=True)),
+    "openvino": _Rival("fp32", lambda work: _openvino(work, "f32")),
+    "openvino-bf16": _Rival("bf16", lambda work: _openvino(work, "bf16")),
+}
+
+
+def _required(name: str):
+    """A module of the extra that brings the rivals."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UnsupportedError(
+            f"this rival needs the package {name.split('.')[0]}, which cannot be imported: {error}",
+            fix="pip install 'sparsebert[rivals]', or leave it out of --rivals",
+        ) from error
+
+
+def named(rivals: str) -> list[str]:
+    """The rivals of a list with commas. Raises InputError for one that there is not."""
+    names = [name.strip() for name in rivals.split(",") if name.strip()]
+    for name in names:
+        if name not in RIVALS:
+            raise InputError(f"rivals must be of {', '.join(RIVALS)}, got {name!r}", fix="correct --rivals")
+    return list(dict.fromkeys(names))
+
+
+def compare(
+    directory: str | Path,
+    encoded: list[dict],
+    config: BenchConfig,
+    *,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
+    """Times `Engine` and `config.rivals` on the classifier in `directory`: same weights, texts, batches and threads.
+
+    encoded: one dict of token id lists a text, as `encoders.tokenize` gives it: tokenizing is outside all timings.
+    Rivals get each batch padded to its longest text; their matrices are dense, whatever zeros they hold.
+    Returns the document that `sparsebert bench` prints: a row an engine, ours first. p50_ms and p99_ms are milliseconds
+    a batch, seq_per_s the median over rounds, ratio the median over rounds of the engine's time over ours with its 95 %
+    interval (null below 6 rounds), error the largest difference of a logit from torch's in float32, match whether that
+    is what the engine's dtype may differ by. Raises CheckpointError where ours is not, and UnsupportedError for a
+    rival that is not installed.
+    """
+
+    from sparsebert.encoders import collate
 
     threads = _dispatch.threads(config.threads)
-    engine = Engine.load(directory, threads=threads)
+    engine = Engine.load(directory, dtype=config.dtype, threads=threads)
     model, tokenizer = checkpoint.load(directory)
-    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
-    starts = range(0, len(encoded), config.batch)
-    padded = [collate(tokenizer, encoded, range(i, min(i + config.batch, len(encoded)))) for i in starts]
-    ragged = [
-        [[row[part] for row in encoded[i : i + config.batch]] for part in ("input_ids", "token_type_ids")]
-        for i in starts
-    ]
-
-    def run_torch(i: int) -> np.ndarray:
-        with torch.inference_mode():
-            return model(**padded[i]).logits.numpy()
-
-    def run_engine(i: int) -> np.ndarray:
-        return engine.forward(*ragged[i])
-
-    runners = {"torch": run_torch, "sparsebert": run_engine}
-    calls: dict[str, list[float]] = {name: [] for name in runners}
-    turns = 0
-
-    def turn(name: str) -> None:
-        """One pass over all batches, each call timed on its own for the percentiles."""
-        nonlocal turns
-        for i in range(len(padded)):
-            start = time.perf_counter()
-            runners[name](i)
-            calls[name].append(time.perf_counter() - start)
-        turns += 1
-        progress(turns, len(runners) * (config.rounds + 1))
-
-    with torch_threads(threads):
-        error = float(np.max([np.abs(run_torch(i) - run_engine(i)).max() for i in range(len(padded))]))
-        if not error <= checkpoint.GOLDEN_TOLERANCE:
+    parts = [range(i, min(i + config.batch, len(encoded))) for i in range(0, len(encoded), config.batch)]
+    types = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in encoded]
+    ragged = [([encoded[i]["input_ids"] for i in rows], [types[i] for i in rows]) for rows in parts]
+    names = named(config.rivals)
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
+        work = _Work(model, [collate(tokenizer, encoded, rows) for rows in parts], threads, Path(folder))
+        expected = [_torch(work)(i) for i in range(len(parts))]
+        calls = {OURS: lambda i: engine.forward(*ragged[i])} | {name: RIVALS[name].prepare(work) for name in names}
+        dtypes = {OURS: engine.dtype} | {name: RIVALS[name].dtype for name in names}
+        largest = max(float(np.abs(logits).max()) for logits in expected)
+        errors = {
+            name: float(np.max([np.abs(call(i) - expected[i]).max() for i in range(len(parts))]))
+            for name, call in calls.items()
+        }
+        allowed = {name: checkpoint.GOLDEN_TOLERANCE + SHARE[dtypes[name]] * largest for name in calls}
+        if not errors[OURS] <= allowed[OURS]:
             raise CheckpointError(
-                f"{directory}: the engine's logits must be torch's within {checkpoint.GOLDEN_TOLERANCE:g}, "
-                f"differ by {error:g}",
+                f"{directory}: the engine's logits must be torch's within {allowed[OURS]:g}, "
+                f"differ by {errors[OURS]:g}",
                 fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
             )
-        timings = interleave({name: partial(turn, name) for name in runners}, config.rounds, warmup=1)
-    measured = {name: np.array(seconds[len(padded) :]) * 1e3 for name, seconds in calls.items()}  # without the warm-up
-    ratio = timings.ratio("torch", "sparsebert")
+        timings, batches_s = _in_turn(calls, len(parts), config.rounds, progress)
+    rows = []
+    for name in calls:
+        ratio = timings.ratio(name, OURS)
+        rows.append({
+            "engine": name, "dtype": dtypes[name], "batch": config.batch, "seq": config.seq, "threads": threads,
+            "p50_ms": float(np.percentile(batches_s[name], 50)) * 1e3,
+            "p99_ms": float(np.percentile(batches_s[name], 99)) * 1e3,
+            "seq_per_s": len(encoded) / timings.median(name),
+            "ratio": ratio.value, "ratio_ci": [ratio.low, ratio.high],
+            "error": errors[name], "match": bool(errors[name] <= allowed[name]),
+        })  # fmt: skip
     return {
-        "latency_ms": {name: timings.median(name) / len(examples) * 1e3 for name in runners},
-        "p50_ms": {name: float(np.percentile(ms, 50)) for name, ms in measured.items()},
-        "p99_ms": {name: float(np.percentile(ms, 99)) for name, ms in measured.items()},
-        "speedup": ratio.value,
-        "speedup_ci": [ratio.low, ratio.high],
-        "max_logit_error": error,
-        "batch": config.batch,
-        "n": len(examples),
-        "tokens": int(sum(len(row) for batch in ragged for row in batch[0])),
-        "threads": threads,
-        "density": engine.density,
-        "rounds": config.rounds,
         "machine": machine.card(),
+        "versions": {name: machine.version_of(name) for name in ("torch", "onnxruntime", "openvino")},
+        "density": engine.density,
+        "n": len(encoded),
+        "tokens": sum(len(row["input_ids"]) for row in encoded),
+        "rounds": config.rounds,
+        "layers": engine.explain(),
+        "rows": rows,
     }
+
+
+def _in_turn(
+    calls: dict[str, Call], batches: int, rounds: int, progress: Callable[[int, int], None]
+) -> tuple[Timings, dict[str, np.ndarray]]:
+    """Rounds in which each engine runs all batches, each round starting with the next engine: seconds a round, and a
+    batch.
+    """
+    names = list(calls)
+    each = {name: np.empty((rounds, batches)) for name in names}
+    for turn in range(rounds):
+        first = turn % len(names)
+        for done, name in enumerate(names[first:] + names[:first]):
+            time.sleep(SETTLE_S)
+            calls[name](0)
+            for i in range(batches):
+                start = time.perf_counter()
+                calls[name](i)
+                each[name][turn, i] = time.perf_counter() - start
+            progress(turn * len(names) + done + 1, rounds * len(names))
+    return Timings({name: seconds.sum(1) for name, seconds in each.items()}), each

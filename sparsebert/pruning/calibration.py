@@ -70,7 +70,7 @@ class Calibration:
 
 def draw(model, tokenizer, examples: data.Examples, tokens: int, max_length: int, seed: int) -> Calibration:
     """Texts of `examples` in a seeded random order: the first ones held out, then as many as have `tokens` tokens."""
-    max_length = token_limit(model, max_length)
+    max_length = token_limit(model.config, max_length)
     order = np.random.default_rng(seed).permutation(len(examples))
     held_out, order = np.split(order, [min(HELD_OUT, len(order) // 10)])
     chosen, counted = [], 0

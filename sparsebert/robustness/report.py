@@ -41,8 +41,8 @@ def write_report(
 ) -> None:
     """Writes the demo's report to `path`, whole or not at all.
 
-    evaluations: model name -> figures, "dense" first. density: method -> linear -> share of non-zeros. timings:
-    documents of `sparsebert bench`.
+    evaluations: model name -> figures, "dense" first. density: method -> linear -> share of non-zeros. timings: one
+    a batch size, with latency_ms (milliseconds a text) of torch and sparsebert, speedup and its interval.
     """
     try:
         import plotly.graph_objects as go

@@ -94,7 +94,7 @@ def train(
         classifier, tokenizer = checkpoint.load(source, num_labels=len(spec.labels))
         classifier.config.id2label = dict(enumerate(spec.labels))
         classifier.config.label2id = {label: i for i, label in enumerate(spec.labels)}
-        encoded = tokenize(tokenizer, examples, token_limit(classifier, spec.max_length))
+        encoded = tokenize(tokenizer, examples, token_limit(classifier.config, spec.max_length))
         labels = torch.from_numpy(examples.labels)
         plan = _plan(encoded, config)
         run = Run(classifier, config, len(plan), target.with_name(f"{target.name}.partial.safetensors"), key)

@@ -42,7 +42,7 @@ def perturbed(model, tokenizer, examples: Examples, max_length: int) -> float:
     """Minus the mean loss when each text's word embeddings have been moved against the model, by the steps FreeLB
     takes.
     """
-    encoded = tokenize(tokenizer, examples, token_limit(model, max_length))
+    encoded = tokenize(tokenizer, examples, token_limit(model.config, max_length))
     labels = torch.from_numpy(examples.labels)
     model.eval().requires_grad_(False)
     total = 0.0

@@ -1,0 +1,62 @@
+"""What `sparsebert bench` times: a model directory or random weights, on a task's texts or on texts of one length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import checkpoint, data
+from sparsebert.config import BenchConfig, PruneConfig
+from sparsebert.errors import InputError
+
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "vocab_size": 50265}
+SHAPES = {  # the class of transformers, and what its defaults, BERT-base, do not say
+    "minilm": ("Bert", MINILM),
+    "bert-base": ("Bert", {}),
+    "bert-large": ("Bert", LARGE),
+    "roberta-base": ("Roberta", ROBERTA),
+}
+
+
+def random_model(config: BenchConfig, folder: Path) -> Path:
+    """A model directory of random weights under `folder`, pruned to the pattern by magnitude, which is at random."""
+    import torch
+    import transformers
+
+    from sparsebert.pruning import prune
+
+    name, sizes = SHAPES[config.random]
+    made = getattr(transformers, f"{name}Config")(**sizes, num_labels=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForSequenceClassification")(made).eval()
+    if config.sparsity != 0:
+        prune(model, [], PruneConfig(method="magnitude", pattern=config.pattern, sparsity=config.sparsity))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.resolve("minilm"), local_files_only=True)
+    checkpoint.save(model, tokenizer, folder / config.random, recipe={"command": "bench"}, key="bench", figures={})
+    return folder / config.random
+
+
+def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
+    """Token id lists: `config.n` of the task's test texts, or of random words of one length."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from sparsebert.encoders import token_limit, tokenize
+
+    directory = checkpoint.resolve(directory)
+    stock = AutoConfig.from_pretrained(directory, local_files_only=True)
+    if config.seq != "mix":
+        length = int(config.seq)
+        if token_limit(stock, length) < length:
+            limit = token_limit(stock, length)
+            raise InputError(f"seq must be at most {limit} tokens, got {length}", fix="choose a shorter --seq")
+        # The first tokens of a vocabulary are special ones.
+        words = np.random.default_rng(config.seed).integers(stock.vocab_size // 2, stock.vocab_size, (config.n, length))
+        return [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in words]
+    spec = data.get_task(config.task)
+    examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    return tokenize(tokenizer, examples, token_limit(stock, spec.max_length))
