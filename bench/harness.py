@@ -6,7 +6,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from sparsebert import machine
 from sparsebert.engine.measure import Timings, interleave
+from sparsebert.ops import _dispatch
 
 Row = dict[str, str | int | float | bool | None]
 
@@ -62,6 +63,24 @@ def add_options(parser: argparse.ArgumentParser, *, threads: int = 1) -> None:
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+
+
+def measured(cases: Iterable[Callable[[], list[Row]]]) -> tuple[list[Row], bool]:
+    """The rows of all cases, and whether each could be reported: one with a wrong output is said on stderr."""
+    rows: list[Row] = []
+    refused = False
+    for case in cases:
+        try:
+            rows += case()
+        except WrongOutput as error:
+            print(f"refused: {error}", file=sys.stderr)
+            refused = True
+    return rows, not refused
+
+
+def own_isas() -> tuple[str, ...]:
+    """The instruction sets of this machine that have float32 kernels of their own: amx runs those of avx512."""
+    return tuple(isa for isa in _dispatch.supported_isas() if isa != "amx")
 
 
 def report(

@@ -83,7 +83,7 @@ struct PyLinear {
   Activation activation;
   std::int64_t n_in, n_out;
 
-  // Its address may change until it is used.
+  // Points into this object, which must stay where it is as long as the view is used.
   Linear view() const {
     return {std::get_if<CsrMatrix>(&matrix), std::get_if<GroupedMatrix>(&matrix), std::get_if<TiledMatrix>(&matrix),
             bias,                            activation,                          n_in,
@@ -91,23 +91,33 @@ struct PyLinear {
   }
 };
 
+// A layer with this matrix, which `kept` keeps alive.
+template <typename Matrix>
+PyLinear linear_of(Kept kept, const Matrix& matrix, std::int64_t n_in, std::int64_t n_out,
+                   const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(!bias || (bias->ndim() == 1 && bias->size() == n_out), "bias must be [n_out]");
+  const float* bias_data = kept.data(bias);
+  return {std::move(kept), matrix, bias_data, activation_named(activation), n_in, n_out};
+}
+
+void require_rows(const Array<std::int32_t>& rows, std::int64_t n_out) {
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
+  }
+}
+
 PyLinear csr_linear(const Array<std::int32_t>& row_ptr, const Array<std::uint16_t>& cols, const Array<float>& values,
                     std::int64_t n_in, const std::optional<Array<float>>& bias, const std::string& activation) {
   require(row_ptr.ndim() == 1 && cols.ndim() == 1 && values.ndim() == 1, "arrays must be 1-d");
   require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
-  PyLinear linear;
-  linear.n_in = n_in;
-  linear.n_out = row_ptr.size() - 1;
-  linear.activation = activation_named(activation);
-  linear.matrix = CsrMatrix{linear.kept.data(row_ptr), linear.kept.data(cols), linear.kept.data(values)};
-  for (std::int64_t row = 0; row < linear.n_out; ++row) {
+  const std::int64_t n_out = row_ptr.size() - 1;
+  for (std::int64_t row = 0; row < n_out; ++row) {
     require(row_ptr.data()[row] <= row_ptr.data()[row + 1], "row_ptr must not decrease");
   }
-  require(row_ptr.at(linear.n_out) == cols.size() && cols.size() == values.size(),
-          "row_ptr must end at the size of cols");
-  require(!bias || (bias->ndim() == 1 && bias->size() == linear.n_out), "bias must be [n_out]");
-  linear.bias = linear.kept.data(bias);
-  return linear;
+  require(row_ptr.at(n_out) == cols.size() && cols.size() == values.size(), "row_ptr must end at the size of cols");
+  Kept kept;
+  const CsrMatrix w{kept.data(row_ptr), kept.data(cols), kept.data(values)};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 
 PyLinear grouped_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>& col_begin,
@@ -123,19 +133,11 @@ PyLinear grouped_linear(const Array<std::int32_t>& rows, const Array<std::int32_
     require(begin >= 0 && count >= 0 && begin + count <= cols.size(), "columns of a group must lie in cols");
     require(at >= 0 && at + count * group_rows <= values.size(), "values of a group must lie in values");
   }
-  for (std::int64_t i = 0; i < rows.size(); ++i) {
-    require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
-  }
-  require(!bias || (bias->ndim() == 1 && bias->size() == n_out), "bias must be [n_out]");
-  PyLinear linear;
-  linear.n_in = n_in;
-  linear.n_out = n_out;
-  linear.activation = activation_named(activation);
-  Kept& kept = linear.kept;
-  linear.matrix = GroupedMatrix{kept.data(rows), kept.data(col_begin),   kept.data(col_count), kept.data(cols),
-                                kept.data(value_begin), kept.data(values), groups};
-  linear.bias = kept.data(bias);
-  return linear;
+  require_rows(rows, n_out);
+  Kept kept;
+  const GroupedMatrix w{kept.data(rows),        kept.data(col_begin), kept.data(col_count), kept.data(cols),
+                        kept.data(value_begin), kept.data(values),    groups};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 
 PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>& tiles,
@@ -149,8 +151,10 @@ PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>
   require(tiles.size() == groups && col_begin.size() == groups && chunks.size() == groups &&
               value_begin.size() == groups && mask_begin.size() == groups,
           "every group must have tiles, columns and values");
+  std::int64_t most_chunks = 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t count = chunks.at(g);
+    most_chunks = std::max(most_chunks, count);
     require(tiles.at(g) == 1 || tiles.at(g) == 2, "a group must have 1 or 2 tiles");
     require(col_begin.at(g) >= 0 && count >= 0 && col_begin.at(g) + count * tile_cols <= cols.size(),
             "columns of a group must lie in cols");
@@ -164,20 +168,12 @@ PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>
     require(value_begin.at(g) >= 0 && value_begin.at(g) + entries <= values.size(),
             "values of a group must lie in values");
   }
-  for (std::int64_t i = 0; i < rows.size(); ++i) {
-    require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
-  }
-  require(!bias || (bias->ndim() == 1 && bias->size() == n_out), "bias must be [n_out]");
-  PyLinear linear;
-  linear.n_in = n_in;
-  linear.n_out = n_out;
-  linear.activation = activation_named(activation);
-  Kept& kept = linear.kept;
-  linear.matrix = TiledMatrix{kept.data(rows),        kept.data(tiles),      kept.data(col_begin), kept.data(chunks),
-                              kept.data(cols),        kept.data(value_begin), kept.data(mask_begin), kept.data(values),
-                              kept.data(masks),       groups};
-  linear.bias = kept.data(bias);
-  return linear;
+  require_rows(rows, n_out);
+  Kept kept;
+  const TiledMatrix w{kept.data(rows),        kept.data(tiles),      kept.data(col_begin), kept.data(chunks),
+                      kept.data(cols),        kept.data(value_begin), kept.data(mask_begin), kept.data(values),
+                      kept.data(masks),       groups,                most_chunks};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 
 py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& linear, const std::string& isa_name,
@@ -215,12 +211,9 @@ class PyEncoder {
     encoder_.embedding_norm = norm(embedding_norm, encoder_.embedding);
     encoder_.hidden = projection ? projection->n_out : encoder_.embedding;
     linears_.reserve(3 + 4 * layers.size());
-    views_.reserve(1);
     if (projection) {
-      views_.push_back(linear(*projection, encoder_.embedding, encoder_.hidden));
-      encoder_.projection = views_.data();
-    } else {
-      encoder_.projection = nullptr;
+      projection_ = linear(*projection, encoder_.embedding, encoder_.hidden);
+      encoder_.projection = &projection_;
     }
     const std::int64_t hidden = encoder_.hidden;
     for (const py::handle& item : layers) {
@@ -296,7 +289,7 @@ class PyEncoder {
 
   Kept kept_;
   std::vector<PyLinear> linears_;  // never grows past what was reserved: their views point into it
-  std::vector<Linear> views_;
+  Linear projection_{};
   std::vector<EncoderLayer> layers_;
   std::int64_t vocabulary_, types_;
   Encoder encoder_{};

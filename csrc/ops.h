@@ -52,6 +52,7 @@ struct TiledMatrix {
   const Bf16* values;               // of a group: [chunks][tiles][tile_rows][tile_cols], or what of it is not zero
   const std::uint32_t* masks;       // of a group: [chunks][tiles][tile_rows], bit c for column c of the tile
   std::int64_t groups;
+  std::int64_t most_chunks;         // the largest of `chunks`
 };
 
 // y = activation(x Wᵀ + bias) for a W [n_out, n_in] in one of the three forms; the others are null.

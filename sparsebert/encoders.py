@@ -62,6 +62,19 @@ def layers_skipped(layers: Iterable[nn.Module], cell: list) -> Iterator[None]:
             del layer.forward
 
 
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """While it lasts, no parameter of the module asks for a gradient."""
+    asked = [p for p in module.parameters() if p.requires_grad]
+    for p in asked:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asked:
+            p.requires_grad_(True)
+
+
 def autocast(bf16: bool | None = None) -> torch.autocast:
     """A context in which matrix products are bf16 if asked for; None: where this CPU multiplies bf16 in hardware."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)

@@ -29,7 +29,7 @@ def require(backend: str, reason: str) -> None:
     pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.fixture(params=[isa for isa in environment.ISAS if isa != "amx"])  # which is avx512 in float32
+@pytest.fixture(params=[isa for isa in environment.ISAS if isa != "amx"])  # which runs avx512 in float32
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction set of float32 in turn, those this machine lacks being skipped (or failed) with the reason."""
     return _supported(request)

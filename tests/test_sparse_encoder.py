@@ -100,33 +100,8 @@ def test_tiles_match_the_reference(tile_isa, name):
             assert np.sqrt(np.mean((ours - expected) ** 2)) < TILE_TOLERANCE["rms"]
 
 
-def test_tiles_give_a_sequence_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(tile_isa):
-    ids, types, starts = sequences([27, 1, 40, 9, 130, 8, 300, 5, 64])
-    packed = encoder(pack_tiles)
-    together = sparse_encoder(ids, types, starts, packed, isa=tile_isa, threads=1)
-    for threads in (2, 3, 8):
-        assert np.array_equal(sparse_encoder(ids, types, starts, packed, isa=tile_isa, threads=threads), together)
-    for i, (start, stop) in enumerate(pairwise(starts)):
-        own = np.array([0, stop - start])
-        alone = sparse_encoder(ids[start:stop], types[start:stop], own, packed, isa=tile_isa, threads=2)
-        assert np.array_equal(alone[0], together[i])
-
-
-def test_tiles_keep_a_non_finite_word_with_its_sequence(tile_isa):
-    packed = encoder(pack_tiles)
-    words = packed.words.copy()
-    words[7] = np.nan
-    ids, types, starts = sequences([9, 9, 9])
-    ids[ids == 7] = 8
-    clean = sparse_encoder(ids, types, starts, packed, isa=tile_isa)
-    ids[13] = 7
-    logits = sparse_encoder(ids, types, starts, replace(packed, words=words), isa=tile_isa)
-    assert np.isnan(logits[1]).all()
-    assert np.array_equal(logits[[0, 2]], clean[[0, 2]])
-
-
-@pytest.mark.parametrize("form", [pack, pack_groups])
-def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(isa, form):
+def assert_sequences_alone(form, isa: str) -> None:
+    """A sequence gives the same bits alone, in a batch, and on any number of threads."""
     packed = encoder(form)
     ids, types, starts = sequences([27, 1, 40, 9, 130, 8, 300, 5, 64])
     together = sparse_encoder(ids, types, starts, packed, isa=isa, threads=1)
@@ -138,6 +113,15 @@ def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_
         assert np.array_equal(alone[0], together[i])
 
 
+@pytest.mark.parametrize("form", [pack, pack_groups])
+def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(isa, form):
+    assert_sequences_alone(form, isa)
+
+
+def test_tiles_give_a_sequence_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(tile_isa):
+    assert_sequences_alone(pack_tiles, tile_isa)
+
+
 def test_avx2_and_avx512_give_the_same_bits():
     if "avx512" not in _dispatch.supported_isas():
         pytest.skip(f"avx512: {_dispatch.why_off()['avx512']}")
@@ -147,8 +131,9 @@ def test_avx2_and_avx512_give_the_same_bits():
         assert np.array_equal(wide, narrow)
 
 
-def test_a_non_finite_word_stays_with_its_sequence(isa):
-    packed = encoder()
+def assert_non_finite_stays(form, isa: str) -> None:
+    """A NaN in the vector of a word reaches its sequence's logits and no other's."""
+    packed = encoder(form)
     words = packed.words.copy()
     words[7] = np.nan
     ids, types, starts = sequences([9, 9, 9])
@@ -158,6 +143,14 @@ def test_a_non_finite_word_stays_with_its_sequence(isa):
     logits = sparse_encoder(ids, types, starts, replace(packed, words=words), isa=isa)
     assert np.isnan(logits[1]).all()
     assert np.array_equal(logits[[0, 2]], clean[[0, 2]])
+
+
+def test_a_non_finite_word_stays_with_its_sequence(isa):
+    assert_non_finite_stays(pack, isa)
+
+
+def test_tiles_keep_a_non_finite_word_with_its_sequence(tile_isa):
+    assert_non_finite_stays(pack_tiles, tile_isa)
 
 
 def test_large_scores_attend_to_one_token(isa):

@@ -25,6 +25,7 @@ from sparsebert.ops.sparse_matmul import (
     pack,
     pack_groups,
     pack_tiles,
+    places_in_groups,
     sparse_matmul,
     sparse_matmul_ref,
     to_bf16,
@@ -98,6 +99,7 @@ def test_rows_of_equal_support_share_a_group_wherever_they_lie():
     weight = pack_groups(dense)
     # 18 and 18 rows in groups of 8, and the empty one.
     assert len(weight.rows) == 3 + 3 + 1
+    assert places_in_groups(dense) == weight.values.size
     assert weight.cols.size == 10 + 5
     np.testing.assert_array_equal(unpack(weight), dense)
 

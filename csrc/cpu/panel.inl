@@ -29,19 +29,58 @@ inline void transpose(f32 (&v)[lanes]) {
   }
 }
 
-// 2^e for e in [-126, 126], to 2e-7 of itself.
-inline f32 exp2(f32 e) {
+// How a value is read of several tokens' rows: `lanes` of one row side by side, or one.
+struct ReadVector {
+  f32 operator()(const float* from) const { return load(from); }
+};
+struct ReadFloat {
+  float operator()(const float* from) const { return *from; }
+};
+
+// Values `begin` to `end` of tokens, each in a row -> a panel of this width, of whose tokens `filled` exist; the others
+// become zero. row(t, k, read) gives what `read` makes of the value k of token t, and of what follows it.
+template <typename Row>
+inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t width, std::int64_t filled, float* panel,
+                        Row row) {
+  std::int64_t k = begin;
+  for (; k + lanes <= end; k += lanes) {
+    for (std::int64_t t = 0; t < width; t += lanes) {
+      f32 v[lanes];
+      if (t + lanes <= filled) {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) v[i] = row(t + i, k, ReadVector());
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) v[i] = t + i < filled ? row(t + i, k, ReadVector()) : f32{};
+      }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) store(panel + (k + i) * width + t, v[i]);
+    }
+  }
+  for (; k < end; ++k) {
+    for (std::int64_t t = 0; t < width; ++t) panel[k * width + t] = t < filled ? row(t, k, ReadFloat()) : 0.0f;
+  }
+}
+
+// 2^e for e in [-126, 126], given its values on [-1/2, 1/2] as a polynomial, highest power first.
+template <int n>
+inline f32 exp2_by(const float (&coefficients)[n], f32 e) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it becomes the exponent.
   const f32 magic = splat(12582912.0f);
   const f32 shifted = magic + e;
   const f32 fraction = e - (shifted - magic);
-  f32 power = splat(0.0013400432653725147f);  // 2^fraction on [-1/2, 1/2]
-  power = power * fraction + 0.009676037356257439f;
-  power = power * fraction + 0.05550327152013779f;
-  power = power * fraction + 0.2402210682630539f;
-  power = power * fraction + 0.6931471824645996f;
-  power = power * fraction + 1.0f;
+  f32 power = splat(coefficients[0]);
+#pragma GCC unroll 8
+  for (int i = 1; i < n; ++i) power = power * fraction + coefficients[i];
   return reinterpret_cast<f32>(reinterpret_cast<i32>(power) + (reinterpret_cast<i32>(shifted) << 23));
+}
+
+// To 2e-7 of itself.
+inline f32 exp2(f32 e) {
+  constexpr float coefficients[] = {0.0013400432653725147f, 0.009676037356257439f, 0.05550327152013779f,
+                                    0.2402210682630539f,    0.6931471824645996f,   1.0f};
+  return exp2_by(coefficients, e);
 }
 
 // e^v for v <= 0, to 1e-6 of itself down to e^-87, below which it stands still. A NaN stays.
@@ -96,6 +135,17 @@ inline f32 sum_of(std::int64_t n, Term term) {
   }
   for (; k < n; ++k) sum[0] += term(k);
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// For pack_tokens: the word vector plus the position vector of the tokens from `first` on.
+template <typename Job>
+inline auto embedding(const Job& job, std::int64_t first) {
+  return [&job, first](std::int64_t t, std::int64_t k, auto read) {
+    const Encoder& encoder = *job.encoder;
+    const std::int64_t token = first + t, n = encoder.embedding;
+    const std::int64_t position = job.types[token] * encoder.max_length + job.positions[token];
+    return read(encoder.words + job.ids[token] * n + k) + read(encoder.positions + position * n + k);
+  };
 }
 
 // Exactly n elements.

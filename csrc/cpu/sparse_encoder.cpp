@@ -143,6 +143,7 @@ class Batch {
     }
     run_linear(*first_kernel_, first_shape_, encoder_.pooler, work_, pooled, false, threads_);
     const std::int64_t pooled_floats = sequences_.count * encoder_.pooler.n_out;
+    // The call's own memory, where the states were, is sparse_matmul's from here on; the rows lie in a task's.
     auto* rows = static_cast<float*>(
         scratch(static_cast<std::size_t>(pooled_floats) * sizeof(float), Scratch::task));
     unpack(*first_kernel_, first_shape_, pooled, encoder_.pooler.n_out, rows);

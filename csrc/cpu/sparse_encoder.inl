@@ -4,33 +4,10 @@
 namespace {
 
 void embed(const EmbedJob<float>& job, std::int64_t panel) {
-  const Encoder& encoder = *job.encoder;
-  const std::int64_t n = encoder.embedding;
+  const std::int64_t n = job.encoder->embedding;
   const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
-  float* out = job.out + panel * n * width;
-  for (std::int64_t t = 0; t < width; t += lanes) {
-    const float* words[lanes];
-    const float* positions[lanes];
-    std::int64_t filled = job.shape.tokens - panel * width - t;
-    if (filled > lanes) filled = lanes;
-    for (std::int64_t i = 0; i < filled; ++i) {
-      const std::int64_t token = panel * width + t + i;
-      words[i] = encoder.words + job.ids[token] * n;
-      positions[i] = encoder.positions + (job.types[token] * encoder.max_length + job.positions[token]) * n;
-    }
-    std::int64_t k = 0;
-    for (; k + lanes <= n; k += lanes) {
-      f32 v[lanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) v[i] = i < filled ? load(words[i] + k) + load(positions[i] + k) : f32{};
-      transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) store(out + (k + i) * width + t, v[i]);
-    }
-    for (; k < n; ++k) {
-      for (int i = 0; i < lanes; ++i) out[k * width + t + i] = i < filled ? words[i][k] + positions[i][k] : 0.0f;
-    }
-  }
+  pack_tokens(0, n, width, job.shape.tokens - panel * width, job.out + panel * n * width,
+              embedding(job, panel * width));
 }
 
 void normalize(const NormJob<float>& job, std::int64_t panel, std::int64_t vector) {

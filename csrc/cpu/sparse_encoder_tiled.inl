@@ -3,35 +3,9 @@
 namespace {
 
 void embed(const EmbedJob<Bf16>& job, std::int64_t panel) {
-  const Encoder& encoder = *job.encoder;
-  const std::int64_t n = encoder.embedding;
-  Bf16* out = job.out + panel * n * panel_width;
-  const float* words[panel_width];
-  const float* positions[panel_width];
-  std::int64_t filled = job.shape.tokens - panel * panel_width;
-  if (filled > panel_width) filled = panel_width;
-  for (std::int64_t t = 0; t < filled; ++t) {
-    const std::int64_t token = panel * panel_width + t;
-    words[t] = encoder.words + job.ids[token] * n;
-    positions[t] = encoder.positions + (job.types[token] * encoder.max_length + job.positions[token]) * n;
-  }
-  for (std::int64_t k = 0; k < n; k += lanes) {
-    const std::int64_t here = n - k < lanes ? n - k : lanes;
-    f32 v[2][lanes];
-    for (std::int64_t t = 0; t < panel_width; ++t) {
-      f32& row = v[t % 2][t / 2];
-      row = f32{};
-      if (t >= filled) continue;
-      if (here == lanes) {
-        row = load(words[t] + k) + load(positions[t] + k);
-      } else {
-        for (std::int64_t i = 0; i < here; ++i) row[i] = words[t][k + i] + positions[t][k + i];
-      }
-    }
-    transpose(v[0]);
-    transpose(v[1]);
-    for (std::int64_t i = 0; i < here; ++i) store(out + (k + i) * panel_width, round_pairs(v[0][i], v[1][i]));
-  }
+  const std::int64_t n = job.encoder->embedding;
+  pack_tokens(0, n, job.shape.tokens - panel * panel_width, job.out + panel * n * panel_width,
+              embedding(job, panel * panel_width));
 }
 
 void normalize(const NormJob<Bf16>& job, std::int64_t panel, std::int64_t) {

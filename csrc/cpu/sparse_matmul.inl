@@ -7,28 +7,8 @@ void pack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t part)
   const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
   const std::int64_t end = (part + 1) * job.part < n ? (part + 1) * job.part : n;
   const float* x = job.rows + panel * width * n;
-  float* out = job.panels + panel * n * width;
-  const std::int64_t filled = job.shape.tokens - panel * width;  // tokens from this panel on
-
-  std::int64_t k = part * job.part;
-  for (; k + lanes <= end; k += lanes) {
-    for (std::int64_t t = 0; t < width; t += lanes) {
-      f32 v[lanes];
-      if (t + lanes <= filled) {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) v[i] = load(x + (t + i) * n + k);
-      } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < lanes; ++i) v[i] = t + i < filled ? load(x + (t + i) * n + k) : f32{};
-      }
-      transpose(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) store(out + (k + i) * width + t, v[i]);
-    }
-  }
-  for (; k < end; ++k) {
-    for (std::int64_t t = 0; t < width; ++t) out[k * width + t] = t < filled ? x[t * n + k] : 0.0f;
-  }
+  pack_tokens(part * job.part, end, width, job.shape.tokens - panel * width, job.panels + panel * n * width,
+              [&](std::int64_t t, std::int64_t k, auto read) { return read(x + t * n + k); });
 }
 
 void unpack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t part) {

@@ -10,26 +10,8 @@ void pack(const TransposeJob<Bf16>& job, std::int64_t panel, std::int64_t part) 
   const std::int64_t n = job.n;
   const std::int64_t end = (part + 1) * job.part < n ? (part + 1) * job.part : n;
   const float* x = job.rows + panel * panel_width * n;
-  Bf16* out = job.panels + panel * n * panel_width;
-  const std::int64_t filled = job.shape.tokens - panel * panel_width;
-  std::int64_t k = part * job.part;
-  for (; k < end; k += lanes) {
-    const std::int64_t here = end - k < lanes ? end - k : lanes;
-    f32 v[2][lanes];
-    for (std::int64_t t = 0; t < panel_width; ++t) {
-      f32& row = v[t % 2][t / 2];
-      row = f32{};
-      if (t >= filled) continue;
-      if (here == lanes) {
-        row = load(x + t * n + k);
-      } else {
-        for (std::int64_t i = 0; i < here; ++i) row[i] = x[t * n + k + i];
-      }
-    }
-    transpose(v[0]);
-    transpose(v[1]);
-    for (std::int64_t i = 0; i < here; ++i) store(out + (k + i) * panel_width, round_pairs(v[0][i], v[1][i]));
-  }
+  pack_tokens(part * job.part, end, job.shape.tokens - panel * panel_width, job.panels + panel * n * panel_width,
+              [&](std::int64_t t, std::int64_t k, auto read) { return read(x + t * n + k); });
 }
 
 void unpack(const TransposeJob<Bf16>& job, std::int64_t panel, std::int64_t part) {
@@ -134,15 +116,9 @@ inline void multiply_group([[maybe_unused]] Tiles& tiles, const Bf16* left, cons
   }
 }
 
-std::int64_t most_chunks(const TiledMatrix& w) {
-  std::int64_t most = 0;
-  for (std::int64_t g = 0; g < w.groups; ++g) most = w.chunks[g] > most ? w.chunks[g] : most;
-  return most;
-}
-
 // Sums of a group, one group's tiles, and the gathered lists of a task's panels.
 std::int64_t work_bytes(const LinearJob<Bf16>& job) {
-  const std::int64_t chunks = most_chunks(*job.linear->tiled);
+  const std::int64_t chunks = job.linear->tiled->most_chunks;
   return 4 * 1024 + chunks * (2 * tile_rows * tile_cols * 2 + task_panels * chunk_words * 4);
 }
 
@@ -153,8 +129,7 @@ void multiply_as(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t pa
   auto* expanded = reinterpret_cast<Bf16*>(sums + 1024);
   const std::int64_t end = (part + 1) * job.unit < w.groups ? (part + 1) * job.unit : w.groups;
   const std::int64_t x_floats = job.linear->n_in * panel_width, y_floats = job.linear->n_out * panel_width;
-  const std::int64_t most = most_chunks(w);
-  auto* gathered = reinterpret_cast<std::uint32_t*>(expanded + most * 2 * tile_rows * tile_cols);
+  auto* gathered = reinterpret_cast<std::uint32_t*>(expanded + w.most_chunks * 2 * tile_rows * tile_cols);
   Tiles tiles;
   std::int64_t list = -1, gathered_chunks = 0;
   for (std::int64_t g = part * job.unit; g < end; ++g) {
@@ -163,7 +138,7 @@ void multiply_as(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t pa
       list = w.col_begin[g];
       gathered_chunks = chunks;
       for (std::int64_t p = 0; p < panels; ++p) {
-        gather(job.x + (panel + p) * x_floats, w.cols + list, chunks, gathered + p * most * chunk_words);
+        gather(job.x + (panel + p) * x_floats, w.cols + list, chunks, gathered + p * w.most_chunks * chunk_words);
       }
     }
     const Bf16* left = w.values + w.value_begin[g];
@@ -172,7 +147,7 @@ void multiply_as(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t pa
       left = expanded;
     }
     for (std::int64_t p = 0; p < panels; ++p) {
-      const std::uint32_t* right = gathered + p * most * chunk_words;
+      const std::uint32_t* right = gathered + p * w.most_chunks * chunk_words;
       Bf16* y = job.y + (panel + p) * y_floats;
       const std::int32_t* ids = w.rows + g * 2 * tile_rows;
       if (w.tiles[g] == 2) {

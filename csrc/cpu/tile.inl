@@ -34,20 +34,36 @@ inline u16 round_pairs(f32 evens, f32 odds) {
 #endif
 }
 
+// pack_tokens for a panel of bf16.
+template <typename Row>
+inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t filled, Bf16* panel, Row row) {
+  for (std::int64_t k = begin; k < end; k += lanes) {
+    const std::int64_t here = end - k < lanes ? end - k : lanes;
+    f32 v[2][lanes];
+    for (std::int64_t t = 0; t < panel_width; ++t) {
+      f32& values = v[t % 2][t / 2];
+      values = f32{};
+      if (t >= filled) continue;
+      if (here == lanes) {
+        values = row(t, k, ReadVector());
+      } else {
+        for (std::int64_t i = 0; i < here; ++i) values[i] = row(t, k + i, ReadFloat());
+      }
+    }
+    transpose(v[0]);
+    transpose(v[1]);
+    for (std::int64_t i = 0; i < here; ++i) store(panel + (k + i) * panel_width, round_pairs(v[0][i], v[1][i]));
+  }
+}
+
 // What is rounded to bf16, to 2^-9 of itself, needs no better than the following.
 
 // 2^e for e <= 126, to 1e-4 of itself down to 2^-126, below which it stands still. Of a NaN nothing need be left: where
 // it came from, it also is among what the power is multiplied with.
 inline f32 exp2_roughly(f32 e) {
-  e = e < splat(-126.0f) ? splat(-126.0f) : e;
-  const f32 magic = splat(12582912.0f);  // see exp2
-  const f32 shifted = magic + e;
-  const f32 fraction = e - (shifted - magic);
-  f32 power = splat(0.05517166852951050f);
-  power = power * fraction + 0.2426111251115799f;
-  power = power * fraction + 0.6932609677314758f;
-  power = power * fraction + 0.9999280571937561f;
-  return reinterpret_cast<f32>(reinterpret_cast<i32>(power) + (reinterpret_cast<i32>(shifted) << 23));
+  constexpr float coefficients[] = {0.05517166852951050f, 0.2426111251115799f, 0.6932609677314758f,
+                                    0.9999280571937561f};
+  return exp2_by(coefficients, e < splat(-126.0f) ? splat(-126.0f) : e);
 }
 
 // v (1/2 + c P(c^2)), c = v but within [-4, 4], where the bracket is 0 and 1: off by at most 2e-4.

@@ -117,6 +117,7 @@ def build(weights: dict[str, np.ndarray], config: dict, pack: Callable[[np.ndarr
         weight = np.concatenate([take(f"{name}.weight") for name in of])
         return Linear(pack(weight), np.concatenate([take(f"{name}.bias") for name in of]), activation)
 
+    base = names.embeddings.partition(".")[0]
     positions = take(f"{names.embeddings}.position_embeddings.weight")
     if kind in {"roberta", "xlm-roberta"}:  # their positions are counted from the padding token's id onward
         positions = positions[config["pad_token_id"] + 1 :]
@@ -124,8 +125,8 @@ def build(weights: dict[str, np.ndarray], config: dict, pack: Callable[[np.ndarr
     if not distilbert:
         types = take(f"{names.embeddings}.token_type_embeddings.weight")
     projection = None
-    if f"{names.embeddings.split('.')[0]}.embeddings_project.weight" in weights:
-        projection = stacked(f"{names.embeddings.split('.')[0]}.embeddings_project")
+    if f"{base}.embeddings_project.weight" in weights:
+        projection = stacked(f"{base}.embeddings_project")
     layers = []
     for i in range(config["n_layers" if distilbert else "num_hidden_layers"]):
         at = f"{names.layer}.{i}."

@@ -15,7 +15,15 @@ from sparsebert.engine import architectures
 from sparsebert.errors import CheckpointError, InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import sparse_encoder
-from sparsebert.ops.sparse_matmul import Packed, PackedTiles, PackedWeight, pack, pack_groups, pack_tiles
+from sparsebert.ops.sparse_matmul import (
+    Packed,
+    PackedTiles,
+    PackedWeight,
+    pack,
+    pack_groups,
+    pack_tiles,
+    places_in_groups,
+)
 
 # What a kept entry costs in rows of their own, against one in groups of rows, filled places counted.
 ROWS_COST = 1.6
@@ -130,8 +138,7 @@ class Engine:
 
 def pack_fastest(weight: np.ndarray) -> Packed:
     """A float32 weight in the packed form that runs faster."""
-    grouped = pack_groups(weight)
-    return grouped if grouped.values.size < ROWS_COST * np.count_nonzero(weight) else pack(weight)
+    return (pack_groups if places_in_groups(weight) < ROWS_COST * np.count_nonzero(weight) else pack)(weight)
 
 
 def _explained(weight: Packed) -> tuple[str, str]:

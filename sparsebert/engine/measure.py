@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,15 +92,20 @@ def interleave(
     """
     if not candidates or rounds < 1 or repeats < 1:
         raise ValueError(f"need a candidate, a round and a repeat, got {len(candidates)}, {rounds} and {repeats}")
-    names = list(candidates)
-    seconds = {name: np.empty(rounds) for name in names}
+    seconds = {name: np.empty(rounds) for name in candidates}
     for turn in range(-warmup, rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in in_order(candidates, turn):
             elapsed = _time_turn(candidates[name], repeats, settle)
             if turn >= 0:
                 seconds[name][turn] = elapsed / repeats
     return Timings(seconds)
+
+
+def in_order(names: Iterable[str], turn: int) -> list[str]:
+    """The names as a round takes them, each round starting with the next one."""
+    names = list(names)
+    first = turn % len(names)
+    return names[first:] + names[:first]
 
 
 def _time_turn(call: Callable[[], object], repeats: int, settle: float) -> float:

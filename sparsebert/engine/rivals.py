@@ -20,7 +20,7 @@ import numpy as np
 from sparsebert import checkpoint, machine
 from sparsebert.config import BenchConfig
 from sparsebert.engine.engine import BF16_TOLERANCE, Engine
-from sparsebert.engine.measure import Timings
+from sparsebert.engine.measure import Timings, in_order
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 
@@ -73,7 +73,6 @@ class _Work:
                 return self.model(**dict(zip(names, tensors, strict=True))).logits
 
         path = self.folder / "model.onnx"
-        # A mask with a hole, so that none of it is taken for a constant.
         example = {name: tensor[:1, :2].repeat(2, 1) for name, tensor in self.padded[0].items()}
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")  # of the exporter about itself
@@ -179,7 +178,6 @@ def compare(
     is what the engine's dtype may differ by. Raises CheckpointError where ours is not, and UnsupportedError for a
     rival that is not installed.
     """
-
     from sparsebert.encoders import collate
 
     threads = _dispatch.threads(config.threads)
@@ -236,16 +234,14 @@ def _in_turn(
     """Rounds in which each engine runs all batches, each round starting with the next engine: seconds a round, and a
     batch.
     """
-    names = list(calls)
-    each = {name: np.empty((rounds, batches)) for name in names}
+    each = {name: np.empty((rounds, batches)) for name in calls}
     for turn in range(rounds):
-        first = turn % len(names)
-        for done, name in enumerate(names[first:] + names[:first]):
+        for done, name in enumerate(in_order(calls, turn)):
             time.sleep(SETTLE_S)
             calls[name](0)
             for i in range(batches):
                 start = time.perf_counter()
                 calls[name](i)
                 each[name][turn, i] = time.perf_counter() - start
-            progress(turn * len(names) + done + 1, rounds * len(names))
+            progress(turn * len(calls) + done + 1, rounds * len(calls))
     return Timings({name: seconds.sum(1) for name, seconds in each.items()}), each

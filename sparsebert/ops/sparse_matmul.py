@@ -98,10 +98,7 @@ class PackedGroups:
             _freeze(self, name, dtype, groups)
         _freeze(self, "cols", np.uint16, self.cols.size)
         _freeze(self, "values", np.float32, self.values.size)
-        if not np.array_equal(np.sort(self.rows[self.rows >= 0]), np.arange(self.n_out)):
-            raise InputError(f"rows must name each of {self.n_out} rows once", fix="use pack_groups(weight)")
-        if self.cols.size and int(self.cols.max()) >= self.n_in:
-            raise InputError(f"cols must stay below n_in = {self.n_in}", fix="use pack_groups(weight)")
+        _check_places(self, "pack_groups")
         _check_finite("values", self.values)
 
     @property
@@ -156,10 +153,7 @@ class PackedTiles:
             _freeze(self, name, dtype, groups)
         for name, dtype in (("cols", np.uint16), ("values", np.uint16), ("masks", np.uint32)):
             _freeze(self, name, dtype, getattr(self, name).size)
-        if not np.array_equal(np.sort(self.rows[self.rows >= 0]), np.arange(self.n_out)):
-            raise InputError(f"rows must name each of {self.n_out} rows once", fix="use pack_tiles(weight)")
-        if self.cols.size and int(self.cols.max()) >= self.n_in:
-            raise InputError(f"cols must stay below n_in = {self.n_in}", fix="use pack_tiles(weight)")
+        _check_places(self, "pack_tiles")
         _check_finite("values", from_bf16(self.values))
 
     @property
@@ -206,25 +200,21 @@ def pack_groups(weight: np.ndarray) -> PackedGroups:
     _check_weight(weight)
     n_out, n_in = weight.shape
     size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
-    support = weight != 0
-    _, first, which = np.unique(np.packbits(support, axis=1), axis=0, return_index=True, return_inverse=True)
-    lists = [np.flatnonzero(support[row]) for row in first]
-    list_begin = np.concatenate(([0], np.cumsum([len(cols) for cols in lists])))
-    rows, owner = [], []
-    for i in range(len(lists)):
-        alike = np.flatnonzero(which.reshape(-1) == i)
+    rows, lists, owner, values = [], [], [], []
+    for alike, cols in _alike(weight != 0):
         for start in range(0, len(alike), size):
-            rows.append(np.pad(alike[start : start + size], (0, max(0, start + size - len(alike))), constant_values=-1))
-            owner.append(i)
-    rows = np.array(rows, np.int32)
-    values = []
-    for group, i in zip(rows, owner, strict=True):
-        part = np.where(group[:, None] >= 0, weight[group][:, lists[i]], np.float32(0))
-        values.append(part.reshape(size // tile, tile, -1).transpose(0, 2, 1).ravel())
+            group = alike[start : start + size]
+            part = np.zeros((size, len(cols)), np.float32)
+            part[: len(group)] = weight[np.ix_(group, cols)]
+            values.append(part.reshape(size // tile, tile, -1).transpose(0, 2, 1).ravel())
+            rows.append(np.pad(group, (0, size - len(group)), constant_values=-1))
+            owner.append(len(lists))
+        lists.append(cols)
+    list_begin = np.concatenate(([0], np.cumsum([len(cols) for cols in lists])))
     if sum(map(len, values)) > MAX_NNZ or list_begin[-1] > MAX_NNZ:
         raise InputError(f"weight must have at most {MAX_NNZ} kept entries", fix="split its rows")
     return PackedGroups(
-        rows,
+        np.array(rows, np.int32),
         col_begin=list_begin[owner].astype(np.int32),
         col_count=np.array([len(lists[i]) for i in owner], np.int32),
         cols=np.concatenate(lists).astype(np.uint16),
@@ -233,6 +223,20 @@ def pack_groups(weight: np.ndarray) -> PackedGroups:
         n_in=n_in,
         n_out=n_out,
     )
+
+
+def places_in_groups(weight: np.ndarray) -> int:
+    """How many entries `pack_groups` stores of a weight, kept ones and empty places; packs nothing."""
+    size = _dispatch.core().GROUP_ROWS
+    return sum(-(-len(rows) // size) * size * len(cols) for rows, cols in _alike(weight != 0))
+
+
+def _alike(support: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The rows of each support that there is in bool [n_out, n_in], and its columns."""
+    rows: dict[bytes, list[int]] = {}
+    for row, key in enumerate(map(bytes, np.packbits(support, axis=1))):
+        rows.setdefault(key, []).append(row)
+    return [(np.array(members), np.flatnonzero(support[members[0]])) for members in rows.values()]
 
 
 # Rows of equal support that make a group of their own; what share of a group's tiles must be kept for them to be stored
@@ -250,26 +254,11 @@ def pack_tiles(weight: np.ndarray) -> PackedTiles:
     tile_rows, tile_cols = _dispatch.core().TILE_ROWS, _dispatch.core().TILE_COLS
     bits = to_bf16(weight)
     _check_finite("weight in bf16", from_bf16(bits))
-    support = (bits & 0x7FFF) != 0
-    _, first, which = np.unique(np.packbits(support, axis=1), axis=0, return_index=True, return_inverse=True)
-    which = which.reshape(-1)
-    sizes = np.bincount(which)
-    members: list[tuple[np.ndarray, np.ndarray]] = []  # rows of a group, and its columns
-    for i in np.flatnonzero(sizes >= LEAST_ALIKE):
-        cols = np.flatnonzero(support[first[i]])
-        alike = np.flatnonzero(which == i)
-        members += [(alike[at : at + 2 * tile_rows], cols) for at in range(0, len(alike), 2 * tile_rows)]
-    unlike = np.flatnonzero(sizes[which] < LEAST_ALIKE)
-    every = np.flatnonzero(support[unlike].any(0))
-    for at in range(0, len(unlike), 2 * tile_rows):
-        rows = unlike[at : at + 2 * tile_rows]
-        own = np.flatnonzero(support[rows].any(0))
-        members.append((rows, own if len(own) < OWN_LIST * n_in else every))
     lists: dict[bytes, int] = {}
     parts: dict[str, list] = {name: [] for name in ("rows", "tiles", "begin", "chunks", "value", "mask")}
     cols_out, values_out, masks_out = [], [], []
     n_cols = n_values = n_masks = 0
-    for rows, cols in members:
+    for rows, cols in _tile_groups((bits & 0x7FFF) != 0, 2 * tile_rows):
         tiles, chunks = -(-len(rows) // tile_rows), -(-len(cols) // tile_cols)
         filled = np.pad(cols, (0, chunks * tile_cols - len(cols)), mode="edge") if len(cols) else cols
         key = cols.tobytes()
@@ -307,6 +296,23 @@ def pack_tiles(weight: np.ndarray) -> PackedTiles:
         n_in=n_in,
         n_out=n_out,
     )
+
+
+def _tile_groups(support: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Groups of at most so many rows, and the columns of each: bool [n_out, n_in] of what is not zero."""
+    groups, unlike = [], []
+    for rows, cols in _alike(support):
+        if len(rows) >= LEAST_ALIKE:
+            groups += [(rows[at : at + most], cols) for at in range(0, len(rows), most)]
+        else:
+            unlike += rows.tolist()
+    unlike = np.sort(np.array(unlike, np.int64))
+    every = np.flatnonzero(support[unlike].any(0))
+    for at in range(0, len(unlike), most):
+        rows = unlike[at : at + most]
+        own = np.flatnonzero(support[rows].any(0))
+        groups.append((rows, own if len(own) < OWN_LIST * support.shape[1] else every))
+    return groups
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
@@ -449,6 +455,13 @@ def _check_array(name: str, array: object, dtype: type, ndim: int) -> None:
             f"{name} must be C-contiguous, got strides {array.strides} for shape {array.shape}",
             fix="pass numpy.ascontiguousarray of it",
         )
+
+
+def _check_places(packed: PackedGroups | PackedTiles, maker: str) -> None:
+    if not np.array_equal(np.sort(packed.rows[packed.rows >= 0]), np.arange(packed.n_out)):
+        raise InputError(f"rows must name each of {packed.n_out} rows once", fix=f"use {maker}(weight)")
+    if packed.cols.size and int(packed.cols.max()) >= packed.n_in:
+        raise InputError(f"cols must stay below n_in = {packed.n_in}", fix=f"use {maker}(weight)")
 
 
 def _check_weight(weight: np.ndarray) -> None:

@@ -14,11 +14,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
-from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, no_progress, tokenize
+from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, frozen, no_progress, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.sparse_matmul import Linear, PackedWeight, pack, sparse_matmul
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
-from sparsebert.pruning.scores import frozen
 from sparsebert.pruning.solve import divergence
 
 STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, no_progress
+from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, frozen, no_progress
 from sparsebert.pruning.calibrate import TokenWeights
 from sparsebert.pruning.calibration import Batches
 
@@ -80,19 +79,6 @@ def gradient_pass(
             v = (signs - signs.mean(-1, keepdim=True)) / logits.shape[-1] ** 0.5
             torch.autograd.backward(logits, v)
             progress(done, len(batches))
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """While it lasts, no parameter of the module asks for a gradient."""
-    asked = [p for p in module.parameters() if p.requires_grad]
-    for p in asked:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asked:
-            p.requires_grad_(True)
 
 
 @contextmanager

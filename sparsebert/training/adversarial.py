@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sparsebert.config import TrainConfig
-from sparsebert.encoders import autocast, encoder_layers, layers_skipped
+from sparsebert.encoders import autocast, encoder_layers, frozen, layers_skipped
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,19 +58,12 @@ def _worst(
 ) -> torch.Tensor:
     """δ after `ascent_steps` steps through the last layer and the head, from its inputs `hidden`."""
     layers = encoder_layers(model)
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        reached = [None]
-        with layers_skipped(layers[:-1], reached):
-            for moved, ascend in _ascent(hidden, batch, config):
-                reached[0] = moved
-                _loss(model, batch, labels, bf16).backward()
-                last = ascend(moved.grad)
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
+    reached = [None]
+    with frozen(model), layers_skipped(layers[:-1], reached):
+        for moved, ascend in _ascent(hidden, batch, config):
+            reached[0] = moved
+            _loss(model, batch, labels, bf16).backward()
+            last = ascend(moved.grad)
     return last
 
 
