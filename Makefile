@@ -24,3 +24,15 @@ clean:
 	$(BIN)/python -m pip install torch==2.13.0
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
+
+# The kernels and packers under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+SANITIZED := build/sanitized
+.PHONY: sanitize
+sanitize: .venv/installed
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r sparsebert tests bench kernels csrc setup.py pyproject.toml README.md LICENSE $(SANITIZED)/ && rm -f $(SANITIZED)/sparsebert/*.so
+	cd $(SANITIZED) && CFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -O1 -g" LDFLAGS="-fsanitize=address,undefined" \
+		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && PYTHONPATH=. LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_sparse_matmul.py tests/test_sparse_encoder.py tests/test_gram.py \
+		tests/test_masked_lstsq.py tests/test_obs_prune.py tests/test_admm_prune.py tests/test_topk_mask.py

@@ -57,7 +57,7 @@ def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Na
         for size in sizes:
             config = BenchConfig(
                 n=size.n, batch=size.batch, seq=size.seq, rounds=args.rounds, threads=args.threads, dtype=args.dtype,
-                rivals=args.rivals,
+                rivals=args.rivals, deepsparse_python=args.deepsparse_python,
             )  # fmt: skip
             result = compare(directory, texts_of(directory, config), config)
             for row in result["rows"]:
@@ -76,6 +76,7 @@ def main() -> int:
     parser.add_argument("--patterns", nargs="+", default=["unstructured"], help="patterns of the random weights")
     parser.add_argument("--sparsity", type=float, default=0.9, help="of patterns that imply none (default 0.9)")
     parser.add_argument("--rivals", default="torch", help="as of `sparsebert bench`")
+    parser.add_argument("--deepsparse-python", help="as of `sparsebert bench`")
     parser.add_argument("--dtype", default="auto", help="of our engine: auto, fp32 or bf16")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     args = parser.parse_args()

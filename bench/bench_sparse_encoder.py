@@ -20,7 +20,8 @@ import transformers
 from bench import harness
 from bench.shapes import random_mask
 from sparsebert.engine import architectures
-from sparsebert.engine.engine import pack_fastest
+from sparsebert.engine.costs import costs
+from sparsebert.engine.engine import pack_cheapest
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 
@@ -78,7 +79,8 @@ def classifier(name: str, pattern: str, sparsity: float) -> tuple[torch.nn.Modul
             if isinstance(module, torch.nn.Linear):
                 module.weight *= torch.from_numpy(random_mask(*module.weight.shape, sparsity, PATTERNS[pattern], rng))
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    return model, architectures.build(weights, config.to_dict(), pack_fastest)
+    table = costs(harness.own_isas()[-1])
+    return model, architectures.build(weights, config.to_dict(), lambda weight: pack_cheapest(weight, table))[0]
 
 
 def lengths_of(case: Case) -> np.ndarray:

@@ -487,6 +487,7 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of sparsebert; call it through sparsebert.ops.";
   m.def("supported_isas", &supported_isas, "Instruction sets that can run here, slowest first.");
+  m.def("peak_flops", [](const std::string& isa) { return peak_flops(isa_named(isa)); }, py::arg("isa"));
   m.def("poison_scratch", &poison_scratch, py::arg("on"), "For tests: fill working memory with NaN before every use.");
   m.attr("GROUP_ROWS") = group_rows;
   m.attr("GROUP_TILE") = group_tile;

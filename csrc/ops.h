@@ -74,6 +74,10 @@ struct Linear {
 // n_out) * 256 B), cannot be had, or with tiles what a thread needs beside them, 640 B for each of n_in.
 void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y);
 
+// Operations a second that one core of this instruction set can do in float32 from registers, two a multiply-add: what
+// no kernel exceeds. Takes some milliseconds.
+double peak_flops(Isa isa);
+
 struct LayerNorm {
   const float* weight;
   const float* bias;

@@ -98,6 +98,9 @@ class BenchConfig(BaseModel):
     threads: int | None = Field(None, ge=1, le=1024, description="threads of every engine [default: all cores]")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="of our engine; auto: bf16 where it is fast")
     rivals: str = Field("torch", description="engines to compare with, with commas: torch, torch-bf16, onnxruntime, …")
+    deepsparse_python: str | None = Field(
+        None, description="python of the environment that has deepsparse 1.8.0, for the rival deepsparse"
+    )
     seed: Seed = Field(0, description="seed of the choice of texts")
     random: Literal["minilm", "bert-base", "bert-large", "roberta-base"] | None = Field(
         None, description="time random weights of this shape, in place of DIR"

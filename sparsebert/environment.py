@@ -22,6 +22,25 @@ def isa_cap() -> str | None:
     return value
 
 
+# SPARSEBERT_ISA -> what keeps oneDNN, torch and MKL to the same instructions.
+_RIVAL_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+_RIVAL_CAPS = {
+    "scalar": ("SSE41", "default", "SSE4_2"),
+    "avx2": ("AVX2", "avx2", "AVX2"),
+    "avx512": ("AVX512_CORE", "avx512", "AVX512"),
+}
+
+
+def cap_rivals() -> None:
+    """Holds torch and what is built on oneDNN to SPARSEBERT_ISA as well, where it is set and they are not imported yet.
+    What the user has set stays.
+    """
+    caps = _RIVAL_CAPS.get(isa_cap() or "")
+    if caps is not None:
+        for name, cap in zip(_RIVAL_VARIABLES, caps, strict=True):
+            os.environ.setdefault(name, cap)
+
+
 def data_dir() -> Path | None:
     """SPARSEBERT_DATA: a folder with one sub-folder a task, one parquet file a split; None when unset."""
     value = os.environ.get("SPARSEBERT_DATA")

@@ -29,7 +29,7 @@ PACKAGES = (
 def card() -> dict:
     """The facts a timing depends on."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "cores": _dispatch.threads(),
         "isa": _dispatch.isa(),
         "isas": list(_dispatch.supported_isas()),
@@ -55,7 +55,7 @@ def describe() -> dict:
         "sparsebert": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu(),
         "threads": _dispatch.threads(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "isa": isa,
@@ -70,7 +70,7 @@ def describe() -> dict:
     }
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The processor's name, with family and model: virtual machines often give no more than the brand."""
     try:
         text = Path("/proc/cpuinfo").read_text()

@@ -192,6 +192,13 @@ def test_doctor_says_what_runs_and_why_not(capsys, monkeypatch):
     assert {"cpu", "threads", "gpu", "cache", "versions", "data"} <= facts.keys() and facts["gpu"]
 
 
+def test_doctor_tunes(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
+    code, out, _ = run(capsys, "doctor", "--tune")
+    assert code == 0 and (tmp_path / "costs.json").exists()
+    assert len(json.loads(out.splitlines()[-1])["ns_per_entry"]["rows"]) == 3
+
+
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["prune"], ["eval"], ["bench"], ["doctor"]])
 def test_help_imports_no_heavy_library(command):
     code = (

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
+import os
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +14,10 @@ import torch
 from conftest import require
 from models import classifier, saved, tokenizer
 
-from sparsebert import checkpoint, data
+from sparsebert import checkpoint, data, environment
 from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, PruneConfig
-from sparsebert.engine import Engine, engine
+from sparsebert.engine import Engine, cache, costs, engine
 from sparsebert.engine.rivals import compare
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
@@ -91,12 +93,13 @@ def test_pairs_and_truncation_equal_transformers(directory, texts):
     pairs = list(zip(texts[:10], texts[10:20], strict=True))
     loaded = Engine.load(directory, dtype="fp32")
     for max_length in (128, 16):
-        ours = loaded.logits(pairs, max_length=max_length)
+        ours = loaded.logits(pairs, max_length=max_length, truncate=True)
         np.testing.assert_allclose(ours, stock_logits(directory, pairs, max_length), atol=TOLERANCE)
 
 
-def test_a_text_gets_the_same_logits_alone_and_in_a_batch(directory, texts):
-    loaded = Engine.load(directory)
+def test_a_text_gets_the_same_logits_alone_and_in_a_batch(directory, texts, monkeypatch):
+    monkeypatch.setitem(costs.SHIPPED, _dispatch.isa(), ROWS_WHEN_LONG)
+    loaded = Engine.load(directory, batch_invariant=True)
     together = loaded.logits(texts)
     alone = np.concatenate([loaded.logits([text]) for text in texts])
     assert np.array_equal(together, alone)
@@ -157,7 +160,7 @@ def test_every_architecture_equals_transformers(tmp_path, texts, name):
     for some in (texts[:6], pairs, ["long " * 600]):
         loaded = Engine.load(made, dtype="fp32")
         limit = loaded.encoder.max_length
-        ours = loaded.logits(some, max_length=limit)
+        ours = loaded.logits(some, truncate=True)
         np.testing.assert_allclose(ours, stock_logits(made, some, limit), atol=TOLERANCE)
 
 
@@ -231,6 +234,44 @@ def test_a_rival_that_is_not_installed_is_named(directory, monkeypatch):
         compare(directory, *encoded(directory, rivals="torch,tensorrt"))
 
 
+def test_deepsparse_runs_in_an_environment_of_its_own(directory, tmp_path):
+    if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
+        require("onnx", "onnx or onnxruntime is not installed")
+    # A stand-in with the same interface, on onnxruntime: what is tested is the other process, not that library.
+    (tmp_path / "deepsparse.py").write_text(
+        "import onnxruntime\n"
+        "class Engine:\n"
+        "    def __init__(self, model, batch_size, num_cores, input_shapes):\n"
+        "        print('a line of its own')\n"
+        "        self.session, self.shapes = onnxruntime.InferenceSession(model), input_shapes\n"
+        "    def run(self, arrays, val_inp):\n"
+        "        assert [list(a.shape) for a in arrays] == self.shapes and arrays[0].shape[1] % 16 == 0\n"
+        "        return self.session.run(None, dict(zip([i.name for i in self.session.get_inputs()], arrays)))\n"
+    )
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    settings = {"batch": 3, "rounds": 1, "rivals": "deepsparse"}
+    rows = compare(directory, *encoded(directory, **settings, deepsparse_python=str(python)))["rows"]
+    assert rows[1]["match"] and rows[1]["p50_ms"] > 0
+    for bad, says in ((None, "--deepsparse-python"), ("/no/python", "cannot be run"), ("/bin/false", "ended")):
+        with pytest.raises(UnsupportedError, match=says):
+            compare(directory, *encoded(directory, **settings, deepsparse_python=bad))
+
+
+def test_rivals_are_held_to_the_same_instructions(monkeypatch):
+    for name in environment._RIVAL_VARIABLES:
+        monkeypatch.setenv(name, "")  # for what is set below to be undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "SSE4_2")
+    monkeypatch.setenv("SPARSEBERT_ISA", "amx")
+    environment.cap_rivals()
+    assert "ONEDNN_MAX_CPU_ISA" not in os.environ
+    monkeypatch.setenv("SPARSEBERT_ISA", "avx2")
+    environment.cap_rivals()
+    assert [os.environ[name] for name in environment._RIVAL_VARIABLES] == ["AVX2", "avx2", "SSE4_2"]
+
+
 def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
     stock = shutil.copytree(directory, tmp_path / "stock")
     shutil.rmtree(stock / "sparsebert")  # no golden logits to catch it first
@@ -251,10 +292,168 @@ def test_missing_fields_of_config_take_the_architectures_defaults(directory, tex
     assert np.array_equal(Engine.load(stock).logits(texts), Engine.load(directory).logits(texts))
 
 
-def test_the_length_a_model_was_trained_at_is_the_default(tmp_path):
-    model = classifier()
-    long = ["good " * 60]
-    checkpoint.save(model, tokenizer(), tmp_path / "m", recipe={}, key="k", figures={}, summary={"max_length": 16})
-    loaded = Engine.load(tmp_path / "m")
-    assert np.array_equal(loaded.logits(long), loaded.logits(long, max_length=16))
-    assert not np.array_equal(loaded.logits(long), loaded.logits(long, max_length=64))
+def test_a_text_that_is_too_long_is_cut_only_on_request(directory):
+    loaded, long = Engine.load(directory), "good " * 600
+    with pytest.raises(InputError, match=r"at most 512 tokens, texts\[1\] has 602; pass truncate=True"):
+        loaded.logits(["short", long])
+    with pytest.raises(InputError, match=r"at most 16 tokens, texts\[0\] has 602"):
+        loaded.logits([long, "short"], max_length=16)
+    cut = loaded.logits(["good " * 14, long], max_length=16, truncate=True)
+    assert np.array_equal(cut[0], cut[1])
+
+
+def test_token_ids_are_texts_as_well(directory, texts):
+    loaded = Engine.load(directory)
+    ids = [tokenizer()(text)["input_ids"] for text in texts]
+    assert np.array_equal(loaded.logits(ids), loaded.logits(texts))
+    assert np.array_equal(loaded.logits([np.array(row) for row in ids[:2]]), loaded.logits(ids[:2]))
+    assert np.array_equal(loaded.logits([tuple(ids[0])]), loaded.logits(ids[:1]))
+    with pytest.raises(InputError, match="ids must be at least 0 and below 30522, got 30522"):
+        loaded.logits([[101, 30522, 102]])
+    with pytest.raises(InputError, match=r"at most 4 tokens, texts\[2\]"):
+        loaded.logits(ids, max_length=4)
+    for bad in ([[101, 102], "a text"], [[]], [[101.0, 102.0]]):
+        with pytest.raises(InputError, match="text"):
+            loaded.logits(bad)
+
+
+def costs_with(rows: tuple[float, float, float]) -> costs.Costs:
+    """A non-zero in rows costs so many places in groups, for short, middling and long batches."""
+    return costs.Costs(rows=rows, groups=(1.0, 1.0, 1.0))
+
+
+ROWS_WHEN_LONG = costs_with((100.0, 100.0, 0.1))
+
+
+def test_short_batches_may_take_another_form(directory, texts, monkeypatch):
+    monkeypatch.setitem(costs.SHIPPED, _dispatch.isa(), ROWS_WHEN_LONG)
+    loaded = Engine.load(directory, dtype="fp32")
+    assert {(row["form"], row["short"]) for row in loaded.explain()} == {("rows", "groups")}
+    want = stock_logits(directory, texts)
+    np.testing.assert_allclose(loaded.logits(texts), want, atol=TOLERANCE)
+    np.testing.assert_allclose(loaded.logits(texts[:1]), want[:1], atol=TOLERANCE)
+    invariant = Engine.load(directory, dtype="fp32", batch_invariant=True)
+    assert {row["short"] for row in invariant.explain()} == {None}
+    assert np.array_equal(invariant.logits(texts)[:1], invariant.logits(texts[:1]))
+
+
+def test_explain_measures(directory):
+    for row in Engine.load(directory, dtype="fp32").explain(measure=True):
+        assert row["gflops"] > 0 and 0 < row["share_of_peak"] < 1.5
+
+
+def test_costs_are_measured_stored_and_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
+    isa = [name for name in _dispatch.supported_isas() if name != "amx"][-1]
+    assert costs.costs(isa) == costs.SHIPPED[isa]
+    found = costs.measure()
+    assert costs.costs(isa) == found[isa]
+    for text in ("no json", "[]", json.dumps({costs._machine(isa): {"rows": [1.0], "groups": [1.0]}})):
+        (tmp_path / "costs.json").write_text(text)
+        assert costs.costs(isa) == costs.SHIPPED[isa]
+
+
+def _classify(directory, queue) -> None:
+    queue.put(Engine.load(directory).logits(["a text"]))
+
+
+def test_a_forked_child_runs_what_its_parent_loaded(directory):
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    loaded = Engine.load(directory, threads=2)
+    want = loaded.logits(["a text"] * 40)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=lambda: queue.put(loaded.logits(["a text"] * 40)))
+    child.start()
+    got = queue.get(timeout=60)
+    child.join(60)
+    assert np.array_equal(got, want)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "packed"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_packed_form_is_kept_and_mapped(directory, fresh_cache, monkeypatch, dtype):
+    first = Engine.load(directory, dtype=dtype)
+    (entry,) = fresh_cache.glob("*.safetensors")
+    monkeypatch.setattr(checkpoint, "read_weights", None)  # not needed again
+    monkeypatch.setattr(engine.architectures, "build", None)
+    again = Engine.load(directory, dtype=dtype)
+    assert np.array_equal(first.logits(["a text"]), again.logits(["a text"]))
+    for loaded in (first, again):
+        values = loaded.encoder.layers[0].up.weight.values
+        assert isinstance(values, np.memmap) and not values.flags.writeable
+    assert sum(array.nbytes for array in checkpoint.mapped_arrays(entry).values()) > 0.9 * entry.stat().st_size
+
+
+@pytest.mark.parametrize("damage", ["a byte", "its end", "all", "another's"])
+def test_a_damaged_packed_form_is_made_anew(directory, fresh_cache, tmp_path, damage):
+    want = Engine.load(directory).logits(["a text"])
+    (entry,) = fresh_cache.glob("*.safetensors")
+    good, arrays = entry.read_bytes(), checkpoint.mapped_arrays(entry)
+    if damage == "another's":
+        other = saved(tmp_path / "other", seed=1)
+        Engine.load(other)
+        (foreign,) = set(fresh_cache.glob("*.safetensors")) - {entry}
+        bad = foreign.read_bytes()
+    else:
+        flipped = bytearray(good)
+        flipped[-1000] ^= 1
+        bad = {"a byte": bytes(flipped), "its end": good[: len(good) // 2], "all": b""}[damage]
+    entry.unlink()  # the mapped file of the engine above stays as it is
+    entry.write_bytes(bad)
+    assert np.array_equal(Engine.load(directory).logits(["a text"]), want)
+    made = checkpoint.mapped_arrays(entry)
+    assert made.keys() == arrays.keys() and all(np.array_equal(made[name], arrays[name]) for name in made)
+
+
+def test_a_flipped_byte_in_the_checkpoint_is_refused_though_it_is_packed(directory, fresh_cache, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    Engine.load(copy)
+    weights = copy / checkpoint.WEIGHTS
+    data = bytearray(weights.read_bytes())
+    data[-10] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"tensor \S+ differs from its manifest"):
+        Engine.load(copy)
+    (copy / "tokenizer.json").write_text("{}")
+    weights.write_bytes((directory / checkpoint.WEIGHTS).read_bytes())
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json differs from its manifest"):
+        Engine.load(copy)
+
+
+def test_two_processes_pack_once(directory, fresh_cache):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    children = [context.Process(target=_classify, args=(directory, queue)) for _ in range(2)]
+    for child in children:
+        child.start()
+    first, second = (queue.get(timeout=120) for _ in children)
+    for child in children:
+        child.join(60)
+    assert np.array_equal(first, second)
+    assert len(list(fresh_cache.glob("*.safetensors"))) == 1 and not list(fresh_cache.glob("*.tmp"))
+
+
+def test_without_a_place_for_the_packed_form_it_stays_in_memory(directory, tmp_path, monkeypatch):
+    want = Engine.load(directory).logits(["a text"])
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="not kept in .*; set SPARSEBERT_CACHE"):
+        assert np.array_equal(Engine.load(directory).logits(["a text"]), want)
+
+
+def test_a_full_disk_leaves_nothing_half_written(directory, fresh_cache, monkeypatch):
+    def full(arrays, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    with pytest.warns(UserWarning, match="No space left"):
+        Engine.load(directory).logits(["a text"])
+    assert {path.suffix for path in fresh_cache.iterdir()} == {".json"}

@@ -36,6 +36,18 @@ const SparseEncoderKernel<Bf16>& encoder_kernel([[maybe_unused]] const SparseMat
   return sparse_encoder_scalar_tiled::kernel;
 }
 
+// Panels have one width from the embeddings to the pooler: that of the form which most linears have.
+bool mostly_groups(const Encoder& encoder) {
+  std::int64_t rows = 0;
+  for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
+    const EncoderLayer& layer = encoder.layers[i];
+    for (const Linear* linear : {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
+      rows += linear->csr != nullptr;
+    }
+  }
+  return 2 * rows <= 4 * encoder.n_layers;
+}
+
 // One batch of whole sequences on its way through the layers; T is float or Bf16.
 template <typename T>
 class Batch {
@@ -45,10 +57,10 @@ class Batch {
     const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
     matmul_ = &sparse_matmul_kernel<T>(isa, tokens);
     kernel_ = &encoder_kernel(*matmul_);
-    shape_ = panel_shape(*matmul_, tokens);
+    shape_ = panel_shape(*matmul_, tokens, mostly_groups(encoder));
     // The pooler's panels hold first tokens, so that they are as many as there are sequences.
     first_kernel_ = &sparse_matmul_kernel<T>(isa, sequences.count);
-    first_shape_ = panel_shape(*first_kernel_, sequences.count);
+    first_shape_ = panel_shape(*first_kernel_, sequences.count, encoder.pooler.csr == nullptr);
   }
 
   // Queries, keys, values and what attention makes of them are gone before the wider layer is computed, so they share

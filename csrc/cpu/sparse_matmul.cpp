@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <limits>
 #include <new>
@@ -49,7 +50,7 @@ void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, 
 template <typename T>
 void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
   const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa, tokens);
-  const PanelShape whole = panel_shape(kernel, tokens);
+  const PanelShape whole = panel_shape(kernel, tokens, linear.csr == nullptr);
   const std::int64_t width = whole.width();
   if ((nnz(linear) + linear.n_in) * width * whole.panels < serial_work) threads = 1;
 
@@ -94,8 +95,9 @@ const SparseMatmulKernel<Bf16>& sparse_matmul_kernel([[maybe_unused]] Isa isa, s
 }
 
 template <typename T>
-PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens) {
-  const std::int64_t least = ceil_div(tokens, kernel.max_width_vectors * kernel.lanes);
+PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens, bool groups) {
+  const std::int64_t widest = groups ? kernel.widest_groups : kernel.widest_rows;
+  const std::int64_t least = ceil_div(tokens, widest * kernel.lanes);
   const int width_vectors = static_cast<int>(ceil_div(tokens, least * kernel.lanes));
   return {tokens, ceil_div(tokens, std::int64_t{width_vectors} * kernel.lanes), width_vectors, kernel.lanes};
 }
@@ -124,8 +126,8 @@ void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, co
   if (out_of_memory.load()) throw std::bad_alloc();
 }
 
-template PanelShape panel_shape(const SparseMatmulKernel<float>&, std::int64_t);
-template PanelShape panel_shape(const SparseMatmulKernel<Bf16>&, std::int64_t);
+template PanelShape panel_shape(const SparseMatmulKernel<float>&, std::int64_t, bool);
+template PanelShape panel_shape(const SparseMatmulKernel<Bf16>&, std::int64_t, bool);
 template void run_linear(const SparseMatmulKernel<float>&, const PanelShape&, const Linear&, const float*, float*, bool,
                          int);
 template void run_linear(const SparseMatmulKernel<Bf16>&, const PanelShape&, const Linear&, const Bf16*, Bf16*, bool,
@@ -139,6 +141,19 @@ void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Is
   } else {
     multiply_rows<float>(x, tokens, linear, isa, threads, y);
   }
+}
+
+double peak_flops(Isa isa) {
+  const SparseMatmulKernel<float>& kernel = sparse_matmul_kernel<float>(isa, 1 << 10);
+  constexpr std::int64_t steps = 1 << 15;
+  double best = std::numeric_limits<double>::infinity();
+  volatile float kept = 0.0f;  // or the compiler would leave the work out
+  for (int i = 0; i < 9; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    kept = kept + kernel.saturate(steps);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return static_cast<double>(steps * kernel.saturated_flops) / best;
 }
 
 }  // namespace sparsebert

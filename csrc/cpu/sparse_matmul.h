@@ -6,8 +6,8 @@
 namespace sparsebert {
 
 // Tokens are cut into panels of `width`, the token innermost, so that one kept weight meets `width` tokens with plain
-// vector loads: [n_panels][n][width], aligned to 64 bytes. The width is 1 to max_width_vectors vectors of the kernel's
-// ISA; only the last panel may be partly filled.
+// vector loads: [n_panels][n][width], aligned to 64 bytes. The width is one to a few vectors of the kernel's ISA; only
+// the last panel may be partly filled.
 struct PanelShape {
   std::int64_t tokens;
   std::int64_t panels;
@@ -44,14 +44,18 @@ constexpr int chains = 3;
 
 template <typename T>
 struct SparseMatmulKernel {
-  int lanes;              // tokens in a vector
-  int max_width_vectors;  // vectors in the widest panel
-  int task_panels;        // panels that a task of multiply covers, where there are as many
+  int lanes;          // tokens in a vector
+  int widest_rows;    // vectors in the widest panel for a matrix in rows of their own
+  int widest_groups;  // and for one in groups or tiles, at most as many
+  int task_panels;    // panels that a task of multiply covers, where there are as many
   void (*pack)(const TransposeJob<T>& job, std::int64_t panel, std::int64_t part);
   void (*unpack)(const TransposeJob<T>& job, std::int64_t panel, std::int64_t part);
   // Of these panels, and one part of the rows; `work` is work_bytes(job) of working memory.
   void (*multiply)(const LinearJob<T>& job, std::int64_t panel, std::int64_t panels, std::int64_t part, void* work);
   std::int64_t (*work_bytes)(const LinearJob<T>& job);
+  // So many times saturated_flops operations from registers; null where that is not measured.
+  float (*saturate)(std::int64_t steps);
+  std::int64_t saturated_flops;
 };
 
 namespace sparse_matmul_scalar { extern const SparseMatmulKernel<float> kernel; }
@@ -62,13 +66,13 @@ namespace sparse_matmul_avx512 { extern const SparseMatmulKernel<float> kernel; 
 namespace sparse_matmul_amx { extern const SparseMatmulKernel<Bf16> kernel; }
 #endif
 
-// The kernel for so many tokens, and how they are cut: as few panels as its widest allows, then all as narrow as that
-// number allows. 65 tokens make two panels of 48 (three vectors of 16), not one of 64 and one of 16 that would read
+// The kernel for so many tokens, and how they are cut: as few panels as the widest for rows or for `groups` allows, then
+// all as narrow as that number allows. 65 tokens make two panels of 48 (three vectors of 16), not one of 64 and one of 16 that would read
 // every weight for a single token.
 template <typename T>
 const SparseMatmulKernel<T>& sparse_matmul_kernel(Isa isa, std::int64_t tokens);
 template <typename T>
-PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens);
+PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens, bool groups);
 
 // One linear layer on all panels. Throws std::bad_alloc when the working memory cannot be had.
 template <typename T>

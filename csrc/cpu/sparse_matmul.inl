@@ -156,11 +156,26 @@ void multiply_width(const LinearJob<float>& job, std::int64_t panel, std::int64_
 }
 
 void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t panels, std::int64_t part, void*) {
-  for (; panels > 0; --panels, ++panel) multiply_width<max_width_vectors>(job, panel, part);
+  for (; panels > 0; --panels, ++panel) multiply_width<widest_rows>(job, panel, part);
 }
 
 std::int64_t work_bytes(const LinearJob<float>&) { return 0; }
 
+constexpr int saturated = 12;  // multiply-adds that go on independently: more than two a cycle of latency 4 need
+
+float saturate(std::int64_t steps) {
+  f32 sums[saturated];
+  for (int i = 0; i < saturated; ++i) sums[i] = splat(1.0f + static_cast<float>(i));
+  for (std::int64_t step = 0; step < steps; ++step) {
+#pragma GCC unroll 16
+    for (int i = 0; i < saturated; ++i) sums[i] = sums[i] * 0.5f + 1.0f;
+  }
+  f32 sum{};
+  for (int i = 0; i < saturated; ++i) sum += sums[i];
+  return sum[0];
+}
+
 }  // namespace
 
-const SparseMatmulKernel<float> kernel = {lanes, max_width_vectors, 1, pack, unpack, multiply, work_bytes};
+const SparseMatmulKernel<float> kernel = {lanes,    widest_rows, widest_groups, 1,        pack,
+                                          unpack,   multiply,    work_bytes,    saturate, 2 * saturated * lanes};

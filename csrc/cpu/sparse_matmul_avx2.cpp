@@ -5,7 +5,9 @@
 #pragma GCC target("avx2,fma")
 namespace sparsebert::sparse_matmul_avx2 {
 constexpr int lanes = 8;
-constexpr int max_width_vectors = 4;
+constexpr int widest_rows = 4;
+// Four vectors of a group are multiplied by halves, each of which would have half of the first-level cache's sets.
+constexpr int widest_groups = 3;
 #include "vector.inl"
 #include "panel.inl"
 #include "sparse_matmul.inl"

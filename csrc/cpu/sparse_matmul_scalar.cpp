@@ -4,7 +4,8 @@
 
 namespace sparsebert::sparse_matmul_scalar {
 constexpr int lanes = 4;
-constexpr int max_width_vectors = 4;
+constexpr int widest_rows = 4;
+constexpr int widest_groups = 4;
 #include "vector.inl"
 #include "panel.inl"
 #include "sparse_matmul.inl"

@@ -174,4 +174,4 @@ void multiply(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t panel
 
 }  // namespace
 
-const SparseMatmulKernel<Bf16> kernel = {panel_width, 1, task_panels, pack, unpack, multiply, work_bytes};
+const SparseMatmulKernel<Bf16> kernel = {panel_width, 1, 1, task_panels, pack, unpack, multiply, work_bytes, nullptr, 0};

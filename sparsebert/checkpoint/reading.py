@@ -41,6 +41,8 @@ _NUMPY_DTYPES = {
     "F16": np.float16,
     "I64": np.int64,
     "I32": np.int32,
+    "U32": np.uint32,
+    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
@@ -208,6 +210,20 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
                 fix="restore the weights from a good copy",
             )
     return arrays
+
+
+def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of any safetensors file as read-only memory-mapped arrays. Raises CheckpointError where it is not
+    whole.
+    """
+    return {name: _as_array(dtype, shape, data) for name, dtype, shape, data in _raw_tensors(path)}
+
+
+def verify_files(directory: Path) -> None:
+    """Holds what a model directory has beside its weights against the manifest, where there is one."""
+    manifest = read_manifest(directory)
+    if manifest is not None:
+        _verify_files(directory, manifest["files"])
 
 
 def verify_golden(directory: Path, logits: Callable[[list[str]], np.ndarray], *, relative: float = 0.0) -> None:

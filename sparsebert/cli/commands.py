@@ -188,6 +188,9 @@ def bench(
     """Time the engine against its rivals on the classifier in DIR, interleaved, with the output checked."""
     import tempfile
 
+    from sparsebert import environment
+
+    environment.cap_rivals()  # before anything imports torch
     from sparsebert.cli.timing import random_model, texts_of
     from sparsebert.engine.measure import ratio_text
     from sparsebert.engine.rivals import compare, named
@@ -221,22 +224,38 @@ def bench(
                     row["linear"],
                     "x".join(map(str, row["shape"])),
                     f"{row['density']:.1%}",
-                    row["form"],
+                    row["form"] + (f", short: {row['short']}" if row["short"] else ""),
                     row["kernel"],
+                    f"{row['gflops']:.0f}",
+                    "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}",
                     row["why"],
                 ]
                 for row in result["layers"]
             ]
-            table("linears", ["layer", "linear", "shape", "kept", "form", "kernel", "why"], rows)
+            table("linears", ["layer", "linear", "shape", "kept", "form", "kernel", "Gflop/s", "of peak", "why"], rows)
     emit(result if explain else {name: value for name, value in result.items() if name != "layers"})
 
 
 @app.command()
-def doctor(*, json: Json = False) -> None:
+def doctor(
+    *,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="time the engine's forms here, some seconds, and choose by that from now on")
+    ] = False,
+    json: Json = False,
+) -> None:
     """What this machine can run, and why a backend is off."""
+    from dataclasses import asdict
+
+    from sparsebert.engine.costs import costs, measure
     from sparsebert.machine import describe
 
+    if tune:
+        with progress("tune") as update:
+            measure(update)
     facts = describe()
+    if facts["isa"] is not None:
+        facts["ns_per_entry"] = asdict(costs(facts["isa"]))
     if not json:
         rows = [
             [name, "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,10 +79,13 @@ _ELECTRA_DEFAULTS = {"num_attention_heads": 4}
 ACTIVATIONS = ("gelu", "relu")
 
 
-def build(weights: dict[str, np.ndarray], config: dict, pack: Callable[[np.ndarray], Packed]) -> PackedEncoder:
-    """The encoder of a model directory.
+def build(
+    weights: dict[str, np.ndarray], config: dict, pack: Callable[[np.ndarray], Sequence[Packed]]
+) -> tuple[PackedEncoder, ...]:
+    """The encoder of a model directory, as often as `pack` has forms of a weight: for short batches and long ones.
 
-    weights: by name, any float dtype. config: config.json. pack: of all linears but the classifier.
+    weights: by name, any float dtype. config: config.json. pack: of all linears but the classifier. The encoders share
+    what is the same in them.
     Raises UnsupportedError for an architecture, activation or kind of position that the engine does not run, and
     CheckpointError where a tensor is missing.
     """
@@ -113,9 +116,11 @@ def build(weights: dict[str, np.ndarray], config: dict, pack: Callable[[np.ndarr
     def norm(name: str) -> Norm:
         return take(f"{name}.weight"), take(f"{name}.bias")
 
-    def stacked(*of: str, activation: str = "none", pack: Callable[[np.ndarray], Packed] = pack) -> Linear:
+    def stacked(*of: str, activation: str = "none", pack: Callable[[np.ndarray], Sequence[Packed]] = pack):
         weight = np.concatenate([take(f"{name}.weight") for name in of])
-        return Linear(pack(weight), np.concatenate([take(f"{name}.bias") for name in of]), activation)
+        bias = np.concatenate([take(f"{name}.bias") for name in of])
+        made: dict[int, Linear] = {}
+        return tuple(made.setdefault(id(packed), Linear(packed, bias, activation)) for packed in pack(weight))
 
     base = names.embeddings.partition(".")[0]
     positions = take(f"{names.embeddings}.position_embeddings.weight")
@@ -124,30 +129,33 @@ def build(weights: dict[str, np.ndarray], config: dict, pack: Callable[[np.ndarr
     types = np.zeros((1, positions.shape[1]), np.float32)
     if not distilbert:
         types = take(f"{names.embeddings}.token_type_embeddings.weight")
-    projection = None
+    pooler = stacked(names.pooler, activation=names.pooler_activation)
+    forms = range(len(pooler))
+    classifier = stacked(names.classifier, pack=lambda weight: (pack_groups(weight),) * len(forms))
+    projection = (None,) * len(forms)
     if f"{base}.embeddings_project.weight" in weights:
         projection = stacked(f"{base}.embeddings_project")
-    layers = []
+    layers = []  # of each, one of every form
     for i in range(config["n_layers" if distilbert else "num_hidden_layers"]):
         at = f"{names.layer}.{i}."
-        layers.append(
-            EncoderLayer(
-                qkv=stacked(*(at + name for name in names.attention)),
-                attention_out=stacked(at + names.attention_out),
-                attention_norm=norm(at + names.attention_norm),
-                up=stacked(at + names.up, activation=activation),
-                down=stacked(at + names.down),
-                norm=norm(at + names.norm),
-            )
+        qkv = stacked(*(at + name for name in names.attention))
+        attention_out = stacked(at + names.attention_out)
+        up, down = stacked(at + names.up, activation=activation), stacked(at + names.down)
+        norms = norm(at + names.attention_norm), norm(at + names.norm)
+        layers.append([EncoderLayer(qkv[f], attention_out[f], norms[0], up[f], down[f], norms[1]) for f in forms])
+    words, embedding_norm = take(f"{names.embeddings}.word_embeddings.weight"), norm(f"{names.embeddings}.LayerNorm")
+    positions = positions[None] + types[:, None]
+    return tuple(
+        PackedEncoder(
+            words=words,
+            positions=positions,
+            embedding_norm=embedding_norm,
+            projection=projection[f],
+            layers=tuple(layer[f] for layer in layers),
+            heads=config["n_heads" if distilbert else "num_attention_heads"],
+            eps=1e-12 if distilbert else config["layer_norm_eps"],
+            pooler=pooler[f],
+            classifier=classifier[f],
         )
-    return PackedEncoder(
-        words=take(f"{names.embeddings}.word_embeddings.weight"),
-        positions=positions[None] + types[:, None],
-        embedding_norm=norm(f"{names.embeddings}.LayerNorm"),
-        projection=projection,
-        layers=tuple(layers),
-        heads=config["n_heads" if distilbert else "num_attention_heads"],
-        eps=1e-12 if distilbert else config["layer_norm_eps"],
-        pooler=stacked(names.pooler, activation=names.pooler_activation),
-        classifier=stacked(names.classifier, pack=pack_groups),
+        for f in forms
     )

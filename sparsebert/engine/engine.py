@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import warnings
+from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +15,13 @@ from tokenizers import Tokenizer
 
 from sparsebert import checkpoint, environment
 from sparsebert.data import require_texts
-from sparsebert.engine import architectures
+from sparsebert.engine import architectures, cache
+from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
 from sparsebert.errors import CheckpointError, InputError
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_encoder import sparse_encoder
+from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 from sparsebert.ops.sparse_matmul import (
+    Linear,
     Packed,
     PackedTiles,
     PackedWeight,
@@ -23,13 +29,14 @@ from sparsebert.ops.sparse_matmul import (
     pack_groups,
     pack_tiles,
     places_in_groups,
+    sparse_matmul,
 )
 
-# What a kept entry costs in rows of their own, against one in groups of rows, filled places counted.
-ROWS_COST = 1.6
 DTYPES = ("auto", "fp32", "bf16")
 # What bf16 may differ from the golden logits by, as a share of the largest of them.
 BF16_TOLERANCE = 0.05
+
+Text = str | tuple[str, str] | Sequence[int]
 
 
 class Engine:
@@ -40,28 +47,54 @@ class Engine:
     >>> engine.logits(["a gripping film", ("a premise", "its hypothesis")])      # float32 [texts, labels]
     """
 
-    def __init__(self, weights: dict[str, np.ndarray], config: dict, tokenizer: Tokenizer, dtype: str, threads: int):
+    def __init__(
+        self, encoders: tuple[PackedEncoder, ...], config: dict, tokenizer: Tokenizer, dtype: str, threads: int
+    ):
         self.config, self.threads, self._tokenizer, self._lock = config, threads, tokenizer, threading.Lock()
         self.dtype, self.isa = dtype, _dispatch.isa()
-        self.encoder = architectures.build(weights, config, pack_tiles if dtype == "bf16" else pack_fastest)
+        self._encoders = encoders  # for batches of every kind of TOKENS, or one for all
         labels = self.encoder.classifier.weight.n_out
         names = config.get("id2label", {})  # transformers leaves the default names of two labels out
         self.labels = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
 
     @classmethod
-    def load(cls, directory: str | Path, *, dtype: str = "auto", threads: int | None = None) -> Engine:
-        """Loads and verifies a model directory: every tensor against the manifest, then the golden logits.
+    def load(
+        cls,
+        directory: str | Path,
+        *,
+        dtype: str = "auto",
+        threads: int | None = None,
+        batch_invariant: bool = False,
+    ) -> Engine:
+        """Loads and verifies a model directory: every tensor against the manifest, then the golden logits. The packed
+        form is kept in the user's cache, from where later loads map it.
 
         dtype: what weights and states are, fp32 or bf16; sums are fp32. auto: bf16 where the processor multiplies it in
-        tiles (amx), where alone it is fast. threads: None for the cores this process may use. Raises CheckpointError
-        for a damaged directory and UnsupportedError for a model that the engine does not run.
+        tiles (amx), where alone it is fast. threads: None for the cores this process may use. batch_invariant: one form
+        of every linear for all batches, so that a text's logits are the same bits alone and in any; else short batches
+        may take another form than long ones where that is faster. Raises CheckpointError for a damaged directory and
+        UnsupportedError for a model that the engine does not run.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", fix="pass one of these")
         if dtype == "auto":
             dtype = "bf16" if _dispatch.isa() == "amx" else "fp32"
+        threads = _dispatch.threads(threads)
         directory = checkpoint.resolve(directory)
-        weights = checkpoint.read_weights(directory)
+        config = checkpoint.read_config(directory)
+        if dtype == "bf16":
+            chosen: dict = {}
+            choose = _tiles
+        else:
+            table, kinds = costs(_dispatch.isa()), [LONG] if batch_invariant else list(range(len(TOKENS)))
+            chosen = {"rows": table.rows, "groups": table.groups, "kinds": kinds}
+
+            def choose(weight: np.ndarray) -> tuple[Packed, ...]:
+                return pack_cheapest(weight, table, kinds)
+
+        encoders = cache.packed(
+            directory, {"dtype": dtype, **chosen}, lambda weights: architectures.build(weights, config, choose)
+        )
         try:
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -77,12 +110,16 @@ class Engine:
                 f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
                 stacklevel=2,
             )
-        engine = cls(weights, checkpoint.read_config(directory), tokenizer, dtype, _dispatch.threads(threads))
-        # At full length, as the golden logits were made.
-        limit = engine.encoder.max_length
+        engine = cls(encoders, config, tokenizer, dtype, threads)
         relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
-        checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, max_length=limit), relative=relative)
+        # Cut at full length, as the golden logits were made.
+        checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, truncate=True), relative=relative)
         return engine
+
+    @property
+    def encoder(self) -> PackedEncoder:
+        """What runs long batches."""
+        return self._encoders[-1]
 
     @property
     def density(self) -> float:
@@ -90,41 +127,74 @@ class Engine:
         packed = [linear.weight for linear in self.encoder.linears]
         return sum(w.nnz for w in packed) / sum(w.n_in * w.n_out for w in packed)
 
-    def explain(self) -> list[dict]:
-        """What each linear runs as, first to last: name, shape [n_out, n_in], density, form and kernel, and why."""
+    def explain(self, *, measure: bool = False) -> list[dict]:
+        """What each linear runs as, first to last: name, shape [n_out, n_in], density, form and kernel in long batches,
+        why, and in `short` the form for fewer tokens where it is another, else None.
+
+        measure: also time each, on 128 tokens and one thread, moving them into panels and back included: `gflops`, 10^9
+        operations on non-zeros a second, and `share_of_peak`, all operations it does over those that the core could do
+        in float32 from registers; None for bf16.
+        """
+        peak = _dispatch.core().peak_flops(self.isa) if measure and self.dtype == "fp32" else None
         rows = []
         for i, layer in enumerate(self.encoder.layers):
             for name in ("qkv", "attention_out", "up", "down"):
-                weight = getattr(layer, name).weight
+                linear = getattr(layer, name)
+                weight = linear.weight
                 form, why = _explained(weight)
-                rows.append({
+                short = _explained(getattr(self._encoders[0].layers[i], name).weight)[0]
+                row = {
                     "layer": i, "linear": name, "shape": [weight.n_out, weight.n_in],
                     "density": weight.nnz / (weight.n_in * weight.n_out), "form": form,
+                    "short": short if short != form else None,
                     "kernel": f"{self.isa if self.dtype == 'fp32' or self.isa == 'amx' else 'scalar'} {self.dtype}",
                     "why": why,
-                })  # fmt: skip
+                }  # fmt: skip
+                if measure:
+                    seconds = _seconds(linear, self.isa)
+                    row["gflops"] = 2e-9 * weight.nnz * TOKENS[LONG] / seconds
+                    row["share_of_peak"] = peak and 2 * weight.stored * TOKENS[LONG] / seconds / peak
+                rows.append(row)
         return rows
 
-    def logits(self, texts: list[str | tuple[str, str]], *, max_length: int | None = None) -> np.ndarray:
-        """float32 [texts, labels]. A text is a string or a (text, text_b) pair.
+    def logits(self, texts: Sequence[Text], *, max_length: int | None = None, truncate: bool = False) -> np.ndarray:
+        """float32 [texts, labels]. A text is a string, a (text, text_b) pair, or the list of its token ids, special
+        tokens included.
 
-        max_length: tokens kept of a text; None for the length the model was trained at, or 128 where its directory does
-        not say. Raises InputError for what is no list of texts, an empty text, and a length the model cannot take.
+        max_length: tokens that a text may have; None for as many as the model has positions. truncate: cut longer
+        texts; without it they are an error. Raises InputError for what is no list of texts, an empty text, one that is
+        too long, ids out of the vocabulary, and a length the model cannot take.
         """
-        if isinstance(texts, str) or not all(len(text) == 2 for text in texts if isinstance(text, tuple)):
+        if isinstance(texts, str) or not all(
+            len(text) == 2 for text in texts if isinstance(text, tuple) and not _are_ids(text)
+        ):
             raise InputError("texts must be a list of strings or (text, text_b) pairs", fix="put them in a list")
-        require_texts([part for text in texts for part in (text if isinstance(text, tuple) else (text,))])
         limit = self.encoder.max_length
-        if max_length is None:
-            max_length = min(limit, self.config.get("sparsebert", {}).get("max_length", 128))
+        max_length = limit if max_length is None else max_length
         if not 3 <= max_length <= limit:
             raise InputError(f"max_length must be 3 to {limit}, got {max_length}", fix="choose a length in that range")
-        if not texts:
+        if len(texts) == 0:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        with self._lock:  # the tokenizer keeps the length between the two calls
-            self._tokenizer.enable_truncation(max_length)
-            encoded = self._tokenizer.encode_batch(texts)
-        return self.forward([row.ids for row in encoded], [row.type_ids for row in encoded])
+        if all(_are_ids(text) for text in texts):
+            ids = [[int(i) for i in text] for text in texts]
+            ids = [row[:max_length] for row in ids] if truncate else ids
+            types = [[0] * len(row) for row in ids]
+        else:
+            require_texts([part for text in texts for part in (text if isinstance(text, tuple) else (text,))])
+            with self._lock:  # the tokenizer keeps the length between the two calls
+                if truncate:
+                    self._tokenizer.enable_truncation(max_length)
+                else:
+                    self._tokenizer.no_truncation()
+                encoded = self._tokenizer.encode_batch(list(texts))
+            ids, types = [row.ids for row in encoded], [row.type_ids for row in encoded]
+        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+        if len(ids[longest]) > max_length:
+            raise InputError(
+                f"texts must have at most {max_length} tokens, texts[{longest}] has {len(ids[longest])}",
+                fix="pass truncate=True to cut them, or shorten it",
+            )
+        return self.forward(ids, types)
 
     def forward(self, ids: list[list[int]], type_ids: list[list[int]]) -> np.ndarray:
         """float32 logits [sequences, labels] of token id lists; every sequence at least one token long."""
@@ -133,26 +203,48 @@ class Engine:
         flat_types = np.zeros_like(flat_ids)
         if len(self.encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says
             flat_types = np.fromiter((i for row in type_ids for i in row), np.int32, count=starts[-1])
-        return sparse_encoder(flat_ids, flat_types, starts, self.encoder, threads=self.threads, isa=self.isa)
+        encoder = self._encoders[min(kind_of(len(flat_ids)), len(self._encoders) - 1)]
+        return sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
 
 
-def pack_fastest(weight: np.ndarray) -> Packed:
-    """A float32 weight in the packed form that runs faster."""
-    return (pack_groups if places_in_groups(weight) < ROWS_COST * np.count_nonzero(weight) else pack)(weight)
+def _are_ids(text: Text) -> bool:
+    sized = isinstance(text, (list, tuple, np.ndarray))
+    return sized and len(text) > 0 and all(isinstance(i, Integral) for i in text)
+
+
+def pack_cheapest(weight: np.ndarray, table: Costs, kinds: Sequence[int] = (LONG,)) -> tuple[Packed, ...]:
+    """A float32 weight in the cheaper form for each of these kinds of batches, packed once a form."""
+    nnz, places = int(np.count_nonzero(weight)), places_in_groups(weight)
+    made: dict = {}
+    for kind in kinds:
+        made[kind] = pack if table.rows[kind] * nnz < table.groups[kind] * places else pack_groups
+    forms = {form: form(weight) for form in set(made.values())}
+    return tuple(forms[made[kind]] for kind in kinds)
+
+
+def _tiles(weight: np.ndarray) -> tuple[Packed, ...]:
+    return (pack_tiles(weight),)
+
+
+def _seconds(linear: Linear, isa: str) -> float:
+    """The fastest of some calls."""
+    x = np.random.default_rng(0).standard_normal((TOKENS[LONG], linear.weight.n_in), np.float32)
+    best = math.inf
+    for _ in range(7):
+        start = time.perf_counter()
+        sparse_matmul(x, linear, threads=1, isa=isa)
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def _explained(weight: Packed) -> tuple[str, str]:
     """A packed form's name and why it was chosen."""
-    size = weight.n_in * weight.n_out
+    size, stored = weight.n_in * weight.n_out, weight.stored
     if isinstance(weight, PackedTiles):
         whole = float((weight.mask_begin < 0).mean())
-        stored = (
-            weight.tiles.astype(np.int64) @ weight.chunks * (_dispatch.core().TILE_ROWS * _dispatch.core().TILE_COLS)
-        )
         return "tiles", f"{stored / size:.0%} of the matrix in tiles, {whole:.0%} of the groups' tiles stored whole"
     if isinstance(weight, PackedWeight):
         return "rows", "rows share too few kept columns for groups to be cheaper"
-    stored = weight.values.size
     if len(np.unique(weight.col_begin)) == 1 and stored >= size:
         return "dense", f"{weight.nnz / size:.0%} is kept: without sparsity is cheaper"
     return "groups", f"groups of rows with the same columns; {weight.nnz / stored:.0%} of their places kept"

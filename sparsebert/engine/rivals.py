@@ -4,7 +4,10 @@ torch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import subprocess
 import tempfile
 import time
 import warnings
@@ -54,6 +57,8 @@ class _Work:
     padded: list[dict]  # of tensors [rows, longest]
     threads: int
     folder: Path  # for files that rivals read
+    deepsparse_python: str | None
+    stack: contextlib.ExitStack  # closes what rivals opened
 
     @cached_property
     def onnx(self) -> Path:
@@ -124,6 +129,72 @@ def _openvino(work: _Work, precision: str) -> Call:
     return lambda i: model(batches[i])[0]
 
 
+# Runs in another environment, whose numpy is older: no part of this package. Batches are padded to a multiple of 16
+# tokens: the engine there is compiled for a shape.
+_DEEPSPARSE = """
+import json, sys
+import numpy as np
+from deepsparse import Engine
+model, batches, threads = json.loads(sys.stdin.readline())
+loaded = np.load(batches)
+names = json.loads(str(loaded["names"]))
+engines, work = {}, []
+for i in range(int(loaded["count"])):
+    arrays = [loaded["%d.%s" % (i, name)] for name in names]
+    rows, tokens = arrays[0].shape
+    pad = ((0, 0), (0, -tokens % 16))
+    arrays = [np.pad(a, pad).astype(np.int64) for a in arrays]
+    shape = arrays[0].shape
+    if shape not in engines:
+        engines[shape] = Engine(model, batch_size=rows, num_cores=threads, input_shapes=[list(shape)] * len(names))
+    work.append((engines[shape], arrays))
+print("ready", flush=True)
+for line in sys.stdin:
+    engine, arrays = work[int(line)]
+    print(json.dumps(engine.run(arrays, val_inp=False)[0].tolist()), flush=True)
+"""
+
+
+def _deepsparse(work: _Work) -> Call:
+    """DeepSparse in a process of its own, which gets a batch's number and sends logits: some 0.1 ms more a batch."""
+    if work.deepsparse_python is None:
+        raise UnsupportedError(
+            "deepsparse needs an environment of its own: numpy below 2",
+            fix="pass --deepsparse-python: `python3.11 -m venv V && V/bin/pip install deepsparse==1.8.0`, then "
+            "V/bin/python",
+        )
+    names = list(work.padded[0])
+    arrays = {f"{i}.{name}": a for i, batch in enumerate(work.arrays) for name, a in batch.items()}
+    path = work.folder / "batches.npz"
+    np.savez(path, names=json.dumps(names), count=len(work.padded), **arrays)
+    try:
+        process = subprocess.Popen(
+            [work.deepsparse_python, "-c", _DEEPSPARSE], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise UnsupportedError(f"--deepsparse-python cannot be run: {error}", fix="name a python") from error
+    work.stack.callback(process.wait)
+    work.stack.callback(process.kill)
+
+    def said(line: str) -> str:
+        try:
+            process.stdin.write(f"{line}\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for answer in process.stdout:
+            if answer.startswith(("ready", "[")):  # the library prints of itself
+                return answer
+        tail = process.stderr.read().strip().splitlines()
+        raise UnsupportedError(
+            f"deepsparse ended: {tail[-1] if tail else 'without a word'}", fix="leave it out of --rivals"
+        )
+
+    said(json.dumps([str(work.onnx), str(path), work.threads]))
+    return lambda i: np.asarray(json.loads(said(str(i))), np.float32)
+
+
 class _Rival(NamedTuple):
     dtype: str
     prepare: Callable[[_Work], Call]
@@ -138,6 +209,7 @@ RIVALS = {
     "onnxruntime-int8": _Rival("int8", lambda work: _onnxruntime(work, int8=True)),
     "openvino": _Rival("fp32", lambda work: _openvino(work, "f32")),
     "openvino-bf16": _Rival("bf16", lambda work: _openvino(work, "bf16")),
+    "deepsparse": _Rival("fp32", _deepsparse),
 }
 
 
@@ -187,8 +259,9 @@ def compare(
     types = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in encoded]
     ragged = [([encoded[i]["input_ids"] for i in rows], [types[i] for i in rows]) for rows in parts]
     names = named(config.rivals)
-    with tempfile.TemporaryDirectory() as folder, torch_threads(threads):
-        work = _Work(model, [collate(tokenizer, encoded, rows) for rows in parts], threads, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), contextlib.ExitStack() as stack:
+        padded = [collate(tokenizer, encoded, rows) for rows in parts]
+        work = _Work(model, padded, threads, Path(folder), config.deepsparse_python, stack)
         expected = [_torch(work)(i) for i in range(len(parts))]
         calls = {OURS: lambda i: engine.forward(*ragged[i])} | {name: RIVALS[name].prepare(work) for name in names}
         dtypes = {OURS: engine.dtype} | {name: RIVALS[name].dtype for name in names}
@@ -206,10 +279,12 @@ def compare(
             )
         timings, batches_s = _in_turn(calls, len(parts), config.rounds, progress)
     rows = []
+    pattern = engine.config.get("sparsebert", {}).get("pattern") or config.pattern
     for name in calls:
         ratio = timings.ratio(name, OURS)
         rows.append({
-            "engine": name, "dtype": dtypes[name], "batch": config.batch, "seq": config.seq, "threads": threads,
+            "engine": name, "dtype": dtypes[name], "pattern": pattern, "sparsity": 1 - engine.density,
+            "batch": config.batch, "seq": config.seq, "threads": threads,
             "p50_ms": float(np.percentile(batches_s[name], 50)) * 1e3,
             "p99_ms": float(np.percentile(batches_s[name], 99)) * 1e3,
             "seq_per_s": len(encoded) / timings.median(name),
@@ -223,7 +298,7 @@ def compare(
         "n": len(encoded),
         "tokens": sum(len(row["input_ids"]) for row in encoded),
         "rounds": config.rounds,
-        "layers": engine.explain(),
+        "layers": engine.explain(measure=True),
         "rows": rows,
     }
 

@@ -58,6 +58,11 @@ class PackedWeight:
         return self.values.size
 
     @property
+    def stored(self) -> int:
+        """Entries that are multiplied: the non-zeros."""
+        return self.values.size
+
+    @property
     def density(self) -> float:
         """Share of non-zeros, in [0, 1]; 1 - sparsity."""
         return self.nnz / (self.n_in * self.n_out)
@@ -105,6 +110,11 @@ class PackedGroups:
     def nnz(self) -> int:
         """Number of non-zeros."""
         return int(np.count_nonzero(self.values))
+
+    @property
+    def stored(self) -> int:
+        """Entries that are multiplied, kept ones and empty places."""
+        return self.values.size
 
     def linear(self, bias: np.ndarray | None, activation: str):
         """The compiled core's view of a layer with this weight."""
@@ -160,6 +170,12 @@ class PackedTiles:
     def nnz(self) -> int:
         """Number of non-zeros."""
         return int(np.count_nonzero(self.values & 0x7FFF))
+
+    @property
+    def stored(self) -> int:
+        """Entries that are multiplied, kept ones and empty places."""
+        core = _dispatch.core()
+        return int(self.tiles.astype(np.int64) @ self.chunks) * core.TILE_ROWS * core.TILE_COLS
 
     def linear(self, bias: np.ndarray | None, activation: str):
         """The compiled core's view of a layer with this weight."""

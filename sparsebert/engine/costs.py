@@ -1,0 +1,117 @@
+"""What the float32 forms of a linear cost on this machine: the table that chooses between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import environment, machine
+from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, sparse_matmul
+
+# Batches are short, middling or long: the tokens each is measured at, and where the next one begins.
+TOKENS = (8, 32, 128)
+BOUNDS = (16, 64)
+LONG = len(TOKENS) - 1
+VERSION = 1  # of the measurement, and of the kernels it is of
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of an entry in the two forms, for each of TOKENS. Only their ratio counts, so any unit will do.
+
+    rows: every row with columns of its own; an entry is a non-zero. groups: rows side by side that share their columns;
+    an entry is a place, kept or empty.
+    """
+
+    rows: tuple[float, ...]
+    groups: tuple[float, ...]
+
+
+def kind_of(tokens: int) -> int:
+    """Which of TOKENS stands for a batch of so many."""
+    return sum(tokens >= bound for bound in BOUNDS)
+
+
+def costs(isa: str) -> Costs:
+    """This machine's costs where `measure` has stored them, else what was measured on another of that instruction set.
+
+    Nothing is timed here: the same model on the same machine always runs the same kernels.
+    """
+    try:
+        stored = json.loads(_path().read_text(encoding="utf-8"))[_machine(isa)]
+        parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups")}
+    except (OSError, ValueError, KeyError, TypeError):  # none, of another machine, or damaged
+        return SHIPPED[isa]
+    sound = all(len(part) == len(TOKENS) and min(part) > 0 for part in parts.values())
+    return Costs(**parts) if sound else SHIPPED[isa]
+
+
+def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Costs]:
+    """Times both forms on every instruction set of this machine, a few seconds, and stores what they cost."""
+    isas = [isa for isa in _dispatch.supported_isas() if isa != "amx"]  # which runs float32 as avx512 does
+    found = {}
+    for done, isa in enumerate(isas):
+        progress(done, len(isas))
+        found[isa] = _measured(isa)
+    progress(len(isas), len(isas))
+    path = _path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = {}
+    stored |= {_machine(isa): asdict(cost) for isa, cost in found.items()}
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+    temporary.replace(path)
+    return found
+
+
+def _path() -> Path:
+    return environment.cache_dir() / "costs.json"
+
+
+def _machine(isa: str) -> str:
+    return f"{machine.cpu()}, {isa}, version {VERSION}"
+
+
+# The matrix measured is [SIZE, SIZE]; in rows so much of it: near where rows and groups cost the same.
+SIZE, KEPT = 768, 0.4
+
+
+def _measured(isa: str) -> Costs:
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((SIZE, SIZE), np.float32)
+    rows = pack(weight * (rng.random(weight.shape) < KEPT))
+    return Costs(*(tuple(_ns(packed, tokens, isa) for tokens in TOKENS) for packed in (rows, pack_groups(weight))))
+
+
+def _ns(packed: Packed, tokens: int, isa: str) -> float:
+    """ns of an entry and token, over what a matrix without entries takes."""
+    x = np.random.default_rng(1).standard_normal((tokens, SIZE), np.float32)
+    linears = Linear(pack(np.zeros((SIZE, SIZE), np.float32))), Linear(packed)
+    best = [np.inf, np.inf]
+    for _ in range(30):  # in turn, so that a slow moment meets both
+        for i, linear in enumerate(linears):
+            start = time.perf_counter()
+            sparse_matmul(x, linear, threads=1, isa=isa)
+            best[i] = min(best[i], time.perf_counter() - start)
+    return max(1e9 * (best[1] - best[0]) / (tokens * packed.stored), 1e-6)
+
+
+# avx2: medians of `measure` on a Zen 3 core. The others have no table of their own yet: a non-zero in rows is taken to
+# cost 1.6 places in groups.
+_RATIO = Costs(rows=(1.6,) * len(TOKENS), groups=(1.0,) * len(TOKENS))
+SHIPPED = {
+    "scalar": _RATIO,
+    "avx2": Costs(rows=(0.08, 0.06, 0.06), groups=(0.024, 0.020, 0.024)),
+    "avx512": _RATIO,
+    "amx": _RATIO,
+}
