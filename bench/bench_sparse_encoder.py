@@ -80,7 +80,7 @@ def classifier(name: str, pattern: str, sparsity: float) -> tuple[torch.nn.Modul
                 module.weight *= torch.from_numpy(random_mask(*module.weight.shape, sparsity, PATTERNS[pattern], rng))
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     table = costs(harness.own_isas()[-1])
-    return model, architectures.build(weights, config.to_dict(), lambda weight: pack_cheapest(weight, table))[0]
+    return model, architectures.build(weights, config.to_dict(), lambda weight: pack_cheapest(weight, table))[-1]
 
 
 def lengths_of(case: Case) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""sparse_matmul against torch's dense float32 linear layer, on the same threads, taking turns.
+"""sparse_matmul against torch's dense linear layer and this op without sparsity, on the same threads, taking turns.
 
 python -m bench.bench_sparse_matmul [--threads N] [--quick] [--json] [--markdown FILE]
 pytest bench/bench_sparse_matmul.py --benchmark-only      the same cases, one candidate at a time
@@ -17,84 +17,110 @@ import pytest
 import torch
 
 from bench import harness
-from bench.shapes import LINEARS, SPARSITIES, TOKENS, Linear, random_input, random_weight
+from bench.shapes import LINEARS, SPARSITIES, TOKENS, Linear, random_input, random_mask, random_weight
+from sparsebert.engine.costs import costs
+from sparsebert.engine.engine import pack_cheapest
 from sparsebert.engine.rivals import torch_threads
+from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear as Packed
-from sparsebert.ops.sparse_matmul import PackedWeight, pack, sparse_matmul, sparse_matmul_ref, unpack
+from sparsebert.ops.sparse_matmul import pack_groups, pack_tiles, sparse_matmul, sparse_matmul_ref
 
-DENSE = "torch"
-# Outputs have variance about 1; sums of up to 3072 float32 products differ by a few 1e-6.
-TOLERANCE = 1e-4
+TORCH, TORCH_BF16, DENSE = "torch", "torch-bf16", "dense "
+# Outputs have variance about 1; sums of up to 3072 float32 products differ by a few 1e-6, in bf16 by some 1e-2.
+TOLERANCE, BF16_TOLERANCE = 1e-4, 0.1
+PATTERNS = {"unstructured": 1, "16x1": 16, "32x1": 32}  # rows that share their columns
 COLUMNS = {
-    "layer": "", "sparsity": ".3f", "tokens": "d", "isa": "", "us": ".1f", "spread": ".0%", "gflops": ".1f",
-    "torch_us": ".1f", "speedup": ".2f", "low": ".2f", "high": ".2f", "error": ".0e",
+    "layer": "", "pattern": "", "sparsity": ".3f", "tokens": "d", "isa": "", "ours_us": ".1f", "spread": ".0%",
+    "gflops": ".1f", "torch_fp32_us": ".1f", "torch_bf16_us": ".1f", "dense_us": ".1f", "speedup": ".2f", "low": ".2f",
+    "high": ".2f", "error": ".0e",
 }  # fmt: skip
 NOTES = (
-    "Float32 in and out, bias always, GELU where the layer has it (for both sides). `us` is the median time of a call, "
-    "`gflops` counts 2 x true non-zeros x tokens, `speedup` is the median over rounds of torch's time over ours with "
-    "its 95 % interval by order statistics (`low`, `high`), `error` the largest absolute difference from the float64 "
-    "reference."
+    "Bias always, GELU where the layer has it (for all). `ours_us` is the median time of a call, rows in and out, "
+    "`dense_us` that of this op on a matrix without zeros, `gflops` counts 2 x true non-zeros x tokens, `speedup` is "
+    "the median over rounds of float32 torch's time over ours with its 95 % interval by order statistics (`low`, "
+    "`high`), `error` the largest absolute difference of ours from the float64 reference. Float32, but for isa amx, "
+    "which is bf16."
 )
 
 
 class Case(NamedTuple):
     linear: Linear
+    pattern: str
     sparsity: float
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.linear}, sparsity {self.sparsity}, {self.tokens} tokens"
+        return f"{self.linear}, {self.pattern}, sparsity {self.sparsity}, {self.tokens} tokens"
 
 
-# Every token count at the sparsity the models are pruned to, every sparsity at one full sequence.
+# Every token count at the sparsity the models are pruned to, every sparsity and pattern at one full sequence.
 CASES = [
-    Case(linear, sparsity, tokens)
+    Case(linear, "unstructured", sparsity, tokens)
     for linear in LINEARS
     for sparsity in SPARSITIES
     for tokens in TOKENS
     if sparsity == 0.875 or tokens == 128
-]
+] + [Case(linear, pattern, 0.9, 128) for linear in LINEARS for pattern in ("16x1", "32x1")]
 QUICK_CASES = [case for case in CASES if case.sparsity == 0.875 and case.tokens in (27, 128)]
 
 
-def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndarray]], PackedWeight, np.ndarray]:
-    """Name -> call, for every instruction set here and torch; then the packed weight and the expected output."""
+def isas() -> tuple[str, ...]:
+    """What is timed: the portable path only where there is no other."""
+    return tuple(isa for isa in _dispatch.supported_isas() if isa != "scalar") or ("scalar",)
+
+
+def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndarray]], int, np.ndarray]:
+    """Name -> call, for every instruction set here with and without sparsity, and torch; then the number of non-zeros
+    and the expected output.
+    """
     linear = case.linear
-    weight = pack(random_weight(linear.n_out, linear.n_in, case.sparsity))
+    weight = random_weight(linear.n_out, linear.n_in, 0.0) / np.float32(np.sqrt(1 - case.sparsity))
+    keep = random_mask(linear.n_out, linear.n_in, case.sparsity, PATTERNS[case.pattern], np.random.default_rng(0))
+    # What runs without sparsity has entries in place of zeros that are too small to show.
+    pruned, filled = np.where(keep, weight, np.float32(0)), np.where(keep, weight, np.float32(1e-20))
     bias = random_input(1, linear.n_out, seed=2)[0]
     x = random_input(case.tokens, linear.n_in)
-    dense_x, dense_weight, dense_bias = (torch.from_numpy(a) for a in (x, unpack(weight), bias))
+    tensors = [torch.from_numpy(a) for a in (x, pruned, bias)]
+    activation = "gelu" if linear.gelu else "none"
 
-    def dense() -> np.ndarray:
-        y = torch.nn.functional.linear(dense_x, dense_weight, dense_bias)
-        return (torch.nn.functional.gelu(y) if linear.gelu else y).numpy()
+    def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> np.ndarray:
+        y = torch.nn.functional.linear(x, weight, bias)
+        return (torch.nn.functional.gelu(y) if linear.gelu else y).float().numpy()
 
-    packed = Packed(weight, bias, "gelu" if linear.gelu else "none")
-
-    def ours(isa: str) -> Callable[[], np.ndarray]:
-        return lambda: sparse_matmul(x, packed, threads=threads, isa=isa)
-
-    calls = {DENSE: dense} | {isa: ours(isa) for isa in harness.own_isas()}
-    return calls, weight, sparse_matmul_ref(x, packed)
+    calls = {
+        TORCH: partial(dense, *tensors),
+        TORCH_BF16: partial(dense, *(tensor.bfloat16() for tensor in tensors)),
+    }
+    for isa in isas():
+        sparse = pack_tiles(pruned) if isa == "amx" else pack_cheapest(pruned, costs(isa))[-1]
+        whole = pack_tiles(filled) if isa == "amx" else pack_groups(filled)
+        for name, packed in ((isa, sparse), (DENSE + isa, whole)):
+            calls[name] = partial(sparse_matmul, x, Packed(packed, bias, activation), threads=threads, isa=isa)
+    return calls, int(keep.sum()), sparse_matmul_ref(x, Packed(pack_groups(pruned), bias, activation))
 
 
 def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
     """One row an instruction set. Raises harness.WrongOutput."""
-    calls, weight, expected = candidates(case, threads)
-    timings, error = harness.time_checked(str(case), calls, expected, TOLERANCE, rounds=rounds, threads=threads)
+    calls, nnz, expected = candidates(case, threads)
+    errors = {name: harness.check(str(case), {name: call}, expected, _tolerance(name)) for name, call in calls.items()}
+    timings, _ = harness.time_checked(str(case), calls, expected, BF16_TOLERANCE, rounds=rounds, threads=threads)
     rows = []
-    for isa in calls:
-        if isa == DENSE:
-            continue
+    for isa in isas():
         seconds = timings.median(isa)
-        speedup = timings.ratio(DENSE, isa)
+        speedup = timings.ratio(TORCH, isa)
         rows.append({
-            "layer": str(case.linear), "sparsity": case.sparsity, "tokens": case.tokens, "threads": threads, "isa": isa,
-            "us": seconds * 1e6, "spread": timings.spread(isa), "gflops": 2e-9 * weight.nnz * case.tokens / seconds,
-            "torch_us": timings.median(DENSE) * 1e6, "speedup": speedup.value, "low": speedup.low, "high": speedup.high,
-            "error": error,
+            "layer": str(case.linear), "pattern": case.pattern, "sparsity": case.sparsity, "rows": case.linear.n_out,
+            "cols": case.linear.n_in, "tokens": case.tokens, "threads": threads, "isa": isa, "ours_us": seconds * 1e6,
+            "spread": timings.spread(isa), "gflops": 2e-9 * nnz * case.tokens / seconds,
+            "torch_fp32_us": timings.median(TORCH) * 1e6, "torch_bf16_us": timings.median(TORCH_BF16) * 1e6,
+            "dense_us": timings.median(DENSE + isa) * 1e6, "speedup": speedup.value, "low": speedup.low,
+            "high": speedup.high, "error": errors[isa], "match": True,
         })  # fmt: skip
     return rows
+
+
+def _tolerance(name: str) -> float:
+    return BF16_TOLERANCE if name == TORCH_BF16 or "amx" in name else TOLERANCE
 
 
 def main() -> int:
@@ -109,13 +135,13 @@ def main() -> int:
     return 0 if complete else 1
 
 
-@pytest.mark.parametrize("name", [DENSE, *harness.own_isas()])
+@pytest.mark.parametrize("name", [TORCH, *isas()])
 @pytest.mark.parametrize("case", QUICK_CASES, ids=str)
 def test_speed(benchmark, case: Case, name: str):
     benchmark.group = str(case)
     with torch_threads(1):
         calls, _, expected = candidates(case, threads=1)
-        harness.check(str(case), {name: calls[name]}, expected, TOLERANCE)
+        harness.check(str(case), {name: calls[name]}, expected, _tolerance(name))
         benchmark.pedantic(calls[name], rounds=15, iterations=5, warmup_rounds=2)
 
 

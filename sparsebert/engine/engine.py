@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
 
@@ -82,19 +83,13 @@ class Engine:
         threads = _dispatch.threads(threads)
         directory = checkpoint.resolve(directory)
         config = checkpoint.read_config(directory)
-        if dtype == "bf16":
-            chosen: dict = {}
-            choose = _tiles
-        else:
-            table, kinds = costs(_dispatch.isa()), [LONG] if batch_invariant else list(range(len(TOKENS)))
-            chosen = {"rows": table.rows, "groups": table.groups, "kinds": kinds}
+        table = costs(_dispatch.isa())
+        settings = {"dtype": dtype} | ({} if dtype == "bf16" else {"costs": asdict(table)})
 
-            def choose(weight: np.ndarray) -> tuple[Packed, ...]:
-                return pack_cheapest(weight, table, kinds)
+        def forms(weight: np.ndarray) -> tuple[Packed, ...]:
+            return (pack_tiles(weight),) if dtype == "bf16" else pack_cheapest(weight, table)
 
-        encoders = cache.packed(
-            directory, {"dtype": dtype, **chosen}, lambda weights: architectures.build(weights, config, choose)
-        )
+        encoders = cache.packed(directory, settings, lambda weights: architectures.build(weights, config, forms))
         try:
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -110,7 +105,7 @@ class Engine:
                 f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
                 stacklevel=2,
             )
-        engine = cls(encoders, config, tokenizer, dtype, threads)
+        engine = cls(encoders[-1:] if batch_invariant else encoders, config, tokenizer, dtype, threads)
         relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
         # Cut at full length, as the golden logits were made.
         checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, truncate=True), relative=relative)
@@ -212,18 +207,13 @@ def _are_ids(text: Text) -> bool:
     return sized and len(text) > 0 and all(isinstance(i, Integral) for i in text)
 
 
-def pack_cheapest(weight: np.ndarray, table: Costs, kinds: Sequence[int] = (LONG,)) -> tuple[Packed, ...]:
-    """A float32 weight in the cheaper form for each of these kinds of batches, packed once a form."""
+def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:
+    """A float32 weight in the cheaper form for each of TOKENS, packed once a form."""
     nnz, places = int(np.count_nonzero(weight)), places_in_groups(weight)
-    made: dict = {}
-    for kind in kinds:
-        made[kind] = pack if table.rows[kind] * nnz < table.groups[kind] * places else pack_groups
-    forms = {form: form(weight) for form in set(made.values())}
-    return tuple(forms[made[kind]] for kind in kinds)
-
-
-def _tiles(weight: np.ndarray) -> tuple[Packed, ...]:
-    return (pack_tiles(weight),)
+    pairs = zip(table.rows, table.groups, strict=True)
+    chosen = [pack if rows * nnz < groups * places else pack_groups for rows, groups in pairs]
+    made = {form: form(weight) for form in set(chosen)}
+    return tuple(made[form] for form in chosen)
 
 
 def _seconds(linear: Linear, isa: str) -> float:
