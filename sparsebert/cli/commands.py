@@ -201,7 +201,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder, progress("bench") as update:
         if directory is None:
             directory = random_model(config, Path(folder))
-        result = compare(directory, texts_of(directory, config), config, progress=update)
+        result = compare(directory, texts_of(directory, config), config, explain=explain, progress=update)
     if not json:
         rows = [
             [
@@ -233,7 +233,7 @@ def bench(
                 for row in result["layers"]
             ]
             table("linears", ["layer", "linear", "shape", "kept", "form", "kernel", "Gflop/s", "of peak", "why"], rows)
-    emit(result if explain else {name: value for name, value in result.items() if name != "layers"})
+    emit(result)
 
 
 @app.command()

@@ -39,6 +39,10 @@ def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders])
     """
     folder = environment.cache_dir() / "packed"
     content, weights = _verified(folder, directory), None
+
+    def fresh() -> Encoders:
+        return make(weights if weights is not None else checkpoint.read_weights(directory))
+
     if content is None:
         weights = checkpoint.read_weights(directory)
         manifest = checkpoint.read_manifest(directory)
@@ -56,12 +60,20 @@ def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders])
         with _locked(folder):
             made = _read(path, key)  # another process may have packed it meanwhile
             if made is None:
-                fresh = make(weights if weights is not None else checkpoint.read_weights(directory))
-                made = _stored(path, key, fresh) or fresh
+                unmapped = fresh()
+                made = _stored(path, key, unmapped) or unmapped
             return made
     except _NoPlace as error:
         _no_place(folder, error)
-        return make(weights if weights is not None else checkpoint.read_weights(directory))
+        return fresh()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that readers see whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 class _NoPlace(Exception):
@@ -156,12 +168,8 @@ def _verified(folder: Path, directory: Path) -> str | None:
 
 
 def _note(folder: Path, directory: Path, content: str) -> None:
-    path = _note_of(folder, directory)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"file": _state(directory), "sha256": content}), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(_note_of(folder, directory), json.dumps({"file": _state(directory), "sha256": content}))
     except OSError:  # the next load verifies again
         return
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from sparsebert import environment, machine
+from sparsebert.engine.cache import write_whole
+from sparsebert.engine.measure import interleave
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, sparse_matmul
 
@@ -61,16 +62,12 @@ def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> 
         progress(done, len(isas))
         found[isa] = _measured(isa)
     progress(len(isas), len(isas))
-    path = _path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stored = {}
     stored |= {_machine(isa): asdict(cost) for isa, cost in found.items()}
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(_path(), json.dumps(stored, indent=1))
     return found
 
 
@@ -96,14 +93,10 @@ def _measured(isa: str) -> Costs:
 def _ns(packed: Packed, tokens: int, isa: str) -> float:
     """ns of an entry and token, over what a matrix without entries takes."""
     x = np.random.default_rng(1).standard_normal((tokens, SIZE), np.float32)
-    linears = Linear(pack(np.zeros((SIZE, SIZE), np.float32))), Linear(packed)
-    best = [np.inf, np.inf]
-    for _ in range(30):  # in turn, so that a slow moment meets both
-        for i, linear in enumerate(linears):
-            start = time.perf_counter()
-            sparse_matmul(x, linear, threads=1, isa=isa)
-            best[i] = min(best[i], time.perf_counter() - start)
-    return max(1e9 * (best[1] - best[0]) / (tokens * packed.stored), 1e-6)
+    linears = {"empty": Linear(pack(np.zeros((SIZE, SIZE), np.float32))), "packed": Linear(packed)}
+    calls = {name: partial(sparse_matmul, x, linear, threads=1, isa=isa) for name, linear in linears.items()}
+    timings = interleave(calls, rounds=30)
+    return max(1e9 * (timings.minimum("packed") - timings.minimum("empty")) / (tokens * packed.stored), 1e-6)
 
 
 # avx2: medians of `measure` on a Zen 3 core. The others have no table of their own yet: a non-zero in rows is taken to

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from sparsebert import checkpoint, environment
 from sparsebert.data import require_texts
 from sparsebert.engine import architectures, cache
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
+from sparsebert.engine.measure import interleave
 from sparsebert.errors import CheckpointError, InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
@@ -219,12 +219,8 @@ def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:
 def _seconds(linear: Linear, isa: str) -> float:
     """The fastest of some calls."""
     x = np.random.default_rng(0).standard_normal((TOKENS[LONG], linear.weight.n_in), np.float32)
-    best = math.inf
-    for _ in range(7):
-        start = time.perf_counter()
-        sparse_matmul(x, linear, threads=1, isa=isa)
-        best = min(best, time.perf_counter() - start)
-    return best
+    call = partial(sparse_matmul, x, linear, threads=1, isa=isa)
+    return interleave({"linear": call}, rounds=7, warmup=0).minimum("linear")
 
 
 def _explained(weight: Packed) -> tuple[str, str]:

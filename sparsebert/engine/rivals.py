@@ -238,6 +238,7 @@ def compare(
     encoded: list[dict],
     config: BenchConfig,
     *,
+    explain: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Times `Engine` and `config.rivals` on the classifier in `directory`: same weights, texts, batches and threads.
@@ -247,8 +248,8 @@ def compare(
     Returns the document that `sparsebert bench` prints: a row an engine, ours first. p50_ms and p99_ms are milliseconds
     a batch, seq_per_s the median over rounds, ratio the median over rounds of the engine's time over ours with its 95 %
     interval (null below 6 rounds), error the largest difference of a logit from torch's in float32, match whether that
-    is what the engine's dtype may differ by. Raises CheckpointError where ours is not, and UnsupportedError for a
-    rival that is not installed.
+    is what the engine's dtype may differ by; with `explain` also `layers`, what each linear runs as, timed. Raises
+    CheckpointError where ours is not, and UnsupportedError for a rival that is not installed.
     """
     from sparsebert.encoders import collate
 
@@ -298,9 +299,8 @@ def compare(
         "n": len(encoded),
         "tokens": sum(len(row["input_ids"]) for row in encoded),
         "rounds": config.rounds,
-        "layers": engine.explain(measure=True),
         "rows": rows,
-    }
+    } | ({"layers": engine.explain(measure=True)} if explain else {})
 
 
 def _in_turn(
