@@ -78,14 +78,14 @@ Activation activation_named(const std::string& wanted) {
 // A packed linear layer as Python holds it.
 struct PyLinear {
   Kept kept;
-  std::variant<CsrMatrix, GroupedMatrix, TiledMatrix> matrix;
+  std::variant<SlicedMatrix, GroupedMatrix, TiledMatrix> matrix;
   const float* bias;
   Activation activation;
   std::int64_t n_in, n_out;
 
   // Points into this object, which must stay where it is as long as the view is used.
   Linear view() const {
-    return {std::get_if<CsrMatrix>(&matrix), std::get_if<GroupedMatrix>(&matrix), std::get_if<TiledMatrix>(&matrix),
+    return {std::get_if<SlicedMatrix>(&matrix), std::get_if<GroupedMatrix>(&matrix), std::get_if<TiledMatrix>(&matrix),
             bias,                            activation,                          n_in,
             n_out};
   }
@@ -106,17 +106,32 @@ void require_rows(const Array<std::int32_t>& rows, std::int64_t n_out) {
   }
 }
 
-PyLinear csr_linear(const Array<std::int32_t>& row_ptr, const Array<std::uint16_t>& cols, const Array<float>& values,
-                    std::int64_t n_in, const std::optional<Array<float>>& bias, const std::string& activation) {
-  require(row_ptr.ndim() == 1 && cols.ndim() == 1 && values.ndim() == 1, "arrays must be 1-d");
-  require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
-  const std::int64_t n_out = row_ptr.size() - 1;
-  for (std::int64_t row = 0; row < n_out; ++row) {
-    require(row_ptr.data()[row] <= row_ptr.data()[row + 1], "row_ptr must not decrease");
+PyLinear sliced_linear(const Array<std::int32_t>& rows, const Array<std::uint8_t>& counts,
+                       const Array<std::uint8_t>& cols, const Array<float>& values, std::int64_t n_in,
+                       std::int64_t n_out, const std::optional<Array<float>>& bias, const std::string& activation) {
+  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t slabs = ceil_div(n_in, slab_cols), slices = ceil_div(n_out, slice_rows);
+  const std::int64_t blocks = ceil_div(n_out, block_rows), block_slices = block_rows / slice_rows;
+  require(n_in >= 1 && n_out >= 1 && rows.size() == slabs * slices * slice_rows && counts.size() == slabs * slices,
+          "every slab must have all slices");
+  Array<std::int64_t> begin({slabs, blocks});
+  std::int64_t entry = 0;
+  for (std::int64_t slab = 0; slab < slabs; ++slab) {
+    const std::int64_t start = entry;
+    for (std::int64_t slice = 0; slice < slices; ++slice) {
+      if (slice % block_slices == 0) begin.mutable_data()[slab * blocks + slice / block_slices] = entry;
+      entry += counts.data()[slab * slices + slice];
+    }
+    require(entry * slice_rows <= cols.size(), "counts must add up to the entries");
+    const std::int64_t width = std::min(slab_cols, n_in - slab * slab_cols);
+    const bool inside = std::all_of(cols.data() + start * slice_rows, cols.data() + entry * slice_rows,
+                                    [width](std::uint8_t col) { return col < width; });
+    require(inside, "cols must stay within their slab");
   }
-  require(row_ptr.at(n_out) == cols.size() && cols.size() == values.size(), "row_ptr must end at the size of cols");
+  require(entry * slice_rows == cols.size() && cols.size() == values.size(), "counts must add up to the entries");
+  require_rows(rows, n_out);
   Kept kept;
-  const CsrMatrix w{kept.data(row_ptr), kept.data(cols), kept.data(values)};
+  const SlicedMatrix w{kept.data(rows), kept.data(counts), kept.data(begin), kept.data(cols), kept.data(values), entry};
   return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 
@@ -492,8 +507,12 @@ PYBIND11_MODULE(_C, m) {
   m.attr("GROUP_ROWS") = group_rows;
   m.attr("GROUP_TILE") = group_tile;
   py::class_<PyLinear>(m, "Linear", "A packed linear layer. Column indices must be below n_in: not checked here.");
-  m.def("csr_linear", &csr_linear, py::arg("row_ptr").noconvert(), py::arg("cols").noconvert(),
-        py::arg("values").noconvert(), py::arg("n_in"), py::arg("bias").noconvert().none(true), py::arg("activation"));
+  m.attr("SLICE_ROWS") = slice_rows;
+  m.attr("BLOCK_ROWS") = block_rows;
+  m.attr("SLAB_COLS") = slab_cols;
+  m.def("sliced_linear", &sliced_linear, py::arg("rows").noconvert(), py::arg("counts").noconvert(),
+        py::arg("cols").noconvert(), py::arg("values").noconvert(), py::arg("n_in"), py::arg("n_out"),
+        py::arg("bias").noconvert().none(true), py::arg("activation"));
   m.def("grouped_linear", &grouped_linear, py::arg("rows").noconvert(), py::arg("col_begin").noconvert(),
         py::arg("col_count").noconvert(), py::arg("cols").noconvert(), py::arg("value_begin").noconvert(),
         py::arg("values").noconvert(), py::arg("n_in"), py::arg("n_out"), py::arg("bias").noconvert().none(true),

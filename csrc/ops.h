@@ -13,11 +13,20 @@ using Bf16 = std::uint16_t;  // the upper half of a float32
 
 enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
 
-// A sparse matrix W [n_out, n_in], one list of kept columns a row.
-struct CsrMatrix {
-  const std::int32_t* row_ptr;  // [n_out + 1], elements; starts at 0, never decreases, ends at nnz
-  const std::uint16_t* cols;    // [nnz], column indices below n_in; any order within a row
-  const float* values;          // [nnz]
+// A slice: rows that are stored side by side. A block: rows among which slices are chosen, slab by slab, for a like
+// number of entries. A slab: columns whose part of a panel stays in the first-level cache, and whose index is a byte.
+constexpr std::int64_t slice_rows = 4;
+constexpr std::int64_t block_rows = 64;
+constexpr std::int64_t slab_cols = 192;
+
+// W with columns of its own for every row: sliced ELLPACK, one for each slab of columns.
+struct SlicedMatrix {
+  const std::int32_t* rows;    // [slabs, slices, slice_rows], the row of W or -1; of a block the same ones in every slab
+  const std::uint8_t* counts;  // [slabs, slices], entries of each row, fewer ones filled up with zeros
+  const std::int64_t* begin;   // [slabs, blocks], where a block's entries are, of all of these
+  const std::uint8_t* cols;    // [entries, slice_rows], within the slab; a row's in their order
+  const float* values;         // [entries, slice_rows]
+  std::int64_t entries;
 };
 
 // Rows of a group, and how many of them are stored side by side, one value of each a column.
@@ -57,7 +66,7 @@ struct TiledMatrix {
 
 // y = activation(x Wᵀ + bias) for a W [n_out, n_in] in one of the three forms; the others are null.
 struct Linear {
-  const CsrMatrix* csr;
+  const SlicedMatrix* sliced;
   const GroupedMatrix* grouped;
   const TiledMatrix* tiled;
   const float* bias;  // [n_out], or null for none

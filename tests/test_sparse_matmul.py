@@ -20,7 +20,6 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import (
     ACTIVATIONS,
     Linear,
-    PackedWeight,
     from_bf16,
     pack,
     pack_groups,
@@ -176,7 +175,7 @@ def test_bf16_rounds_to_the_nearest_and_ties_to_even():
 def test_an_empty_weight_gives_the_bias(isa):
     weight = pack(np.zeros((20, 30), np.float32))
     bias = random_input(1, 20)[0]
-    assert weight.density == 0
+    assert weight.nnz == 0
     np.testing.assert_array_equal(
         sparse_matmul(random_input(9, 30), Linear(weight, bias), isa=isa), np.tile(bias, (9, 1))
     )
@@ -224,9 +223,7 @@ def test_a_non_finite_input_stays_with_its_token(isa, bad):
     y = sparse_matmul(x, Linear(weight), isa=isa)
     others = np.arange(70) != 33
     np.testing.assert_array_equal(y[others], clean[others])
-    reads_it = dense[:, 7] != 0
-    assert not np.isfinite(y[33, reads_it]).any()
-    np.testing.assert_array_equal(y[33, ~reads_it], clean[33, ~reads_it])
+    assert not np.isfinite(y[33, dense[:, 7] != 0]).any()
 
 
 def test_gelu_keeps_nan(isa):
@@ -336,16 +333,29 @@ def test_unpack_undoes_pack(dense):
     weight = pack(dense)
     np.testing.assert_array_equal(unpack(weight), dense)
     assert weight.nnz == np.count_nonzero(dense)
-    again = PackedWeight(weight.row_ptr.copy(), weight.cols.copy(), weight.values.copy(), weight.n_in, weight.n_out)
-    np.testing.assert_array_equal(unpack(again), dense)
+    assert (weight.stored, weight.values.shape[1]) == (weight.values.size, weight.rows.shape[2])
+
+
+def test_rows_with_like_numbers_of_entries_share_a_slice():
+    rng = np.random.default_rng(0)
+    dense = random_weight(150, 500, 0.0) * (rng.random((150, 500)) < rng.random((150, 1)))
+    dense[40:60] = 0.0
+    weight = pack(dense)
+    assert weight.rows.shape == (3, 38, 4)  # 192, 192 and 116 columns
+    assert weight.stored < 1.06 * weight.nnz
+    np.testing.assert_array_equal(unpack(weight), dense)
+    x = random_input(40, 500)
+    for isa in _dispatch.supported_isas():
+        check(sparse_matmul(x, Linear(weight), isa=isa), sparse_matmul_ref(x, Linear(weight)))
 
 
 def test_packed_arrays_are_read_only_and_unshared():
-    row_ptr, cols, values = np.int32([0, 1]), np.uint16([2]), np.float32([1.5])
-    weight = PackedWeight(row_ptr, cols, values, 3, 1)
-    cols[0] = 9
-    assert weight.cols[0] == 2
-    for array in (weight.row_ptr, weight.cols, weight.values, pack(np.eye(3, dtype=np.float32)).cols):
+    weight = pack(random_weight(3, 5, 0.0))
+    values = weight.values.copy()
+    again = replace(weight, values=values)
+    values[0] = 9
+    np.testing.assert_array_equal(again.values, weight.values)
+    for array in (again.rows, again.counts, again.cols, again.values):
         with pytest.raises(ValueError, match="read-only"):
             array[0] = 0
 
@@ -360,7 +370,7 @@ BAD_CALLS = {
     "x must be 2-d float32, got list": lambda: sparse_matmul([[1.0]], Linear(W)),
     "x must be C-contiguous, got strides (4, 8)": lambda: sparse_matmul(np.asfortranarray(X), Linear(W)),
     "x must be [tokens, n_in = 6], got [2, 5]": lambda: sparse_matmul(np.ones((2, 5), np.float32), Linear(W)),
-    "linear must be a Linear, got PackedWeight": lambda: sparse_matmul(X, W),
+    "linear must be a Linear, got PackedRows": lambda: sparse_matmul(X, W),
     "weight must be packed, got float32 [4, 6]": lambda: Linear(np.ones((4, 6), np.float32)),
     "activation must be one of none, gelu, relu, tanh, got 'swish'": lambda: Linear(W, None, "swish"),
     "rows must name each of 4 rows once": lambda: replace(G, rows=np.where(G.rows == 3, np.int32(2), G.rows)),
@@ -377,15 +387,11 @@ BAD_CALLS = {
     "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [1, 65537]": lambda: pack(np.ones((1, 65537), np.float32)),
     "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [0, 3]": lambda: pack(np.ones((0, 3), np.float32)),
     "weight must be finite, got 1 of 2": lambda: pack(np.float32([[1, np.nan]])),
-    "row_ptr must rise from 0 to nnz = 1": lambda: PackedWeight(
-        np.int32([0, 2, 1]), np.uint16([0]), np.float32([1]), 3, 2
-    ),
-    "row_ptr must have 3 entries, got 2": lambda: PackedWeight(np.int32([0, 1]), np.uint16([0]), np.float32([1]), 3, 2),
-    "stay below n_in = 3": lambda: PackedWeight(np.int32([0, 1]), np.uint16([3]), np.float32([1]), 3, 1),
-    "cols must increase within each row": lambda: PackedWeight(
-        np.int32([0, 2]), np.uint16([1, 1]), np.float32([1, 1]), 3, 1
-    ),
-    "values must be finite": lambda: PackedWeight(np.int32([0, 1]), np.uint16([0]), np.float32([np.inf]), 3, 1),
+    "rows must name each of 4 rows once a slab": lambda: replace(W, rows=np.where(W.rows == 3, np.int32(2), W.rows)),
+    "rows must have 4 entries, got 8": lambda: replace(W, rows=np.tile(W.rows, (1, 2, 1))),
+    "cols must have 20 entries, got 24": lambda: replace(W, counts=W.counts - np.uint8(1)),
+    "cols must stay below n_in = 6": lambda: replace(W, cols=W.cols + np.uint8(1)),
+    "values must be finite, got 24 of 24": lambda: replace(W, values=np.full_like(W.values, np.inf)),
 }  # fmt: skip
 
 
@@ -406,9 +412,14 @@ def test_an_isa_this_machine_lacks_is_refused(monkeypatch):
 
 def test_the_binding_refuses_what_would_leave_its_memory():
     core = _dispatch.core()
-    for row_ptr, cols in ((np.int32([0, 3]), np.uint16([0])), (np.int32([1, 1]), np.uint16([0]))):
-        with pytest.raises(ValueError, match="row_ptr"):
-            core.csr_linear(row_ptr, cols, np.ones(cols.size, np.float32), 6, None, "none")
+    arrays = {name: getattr(W, name) for name in ("rows", "counts", "cols", "values")}
+    for name, message in (("rows", "rows of W"), ("counts", "add up"), ("cols", "within their slab")):
+        with pytest.raises(ValueError, match=message):
+            core.sliced_linear(
+                *(arrays | {name: arrays[name] + arrays[name].dtype.type(9)}).values(), 6, 4, None, "none"
+            )
+    with pytest.raises(ValueError, match="all slices"):
+        core.sliced_linear(*arrays.values(), 6, 5, None, "none")
     arrays = {name: getattr(G, name) for name in ("rows", "col_begin", "col_count", "cols", "value_begin", "values")}
     for name, message in (
         ("rows", "rows of W"), ("col_begin", "lie in cols"), ("col_count", "lie in cols"), ("value_begin", "in values"),

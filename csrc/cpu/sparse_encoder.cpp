@@ -42,7 +42,7 @@ bool mostly_groups(const Encoder& encoder) {
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
     const EncoderLayer& layer = encoder.layers[i];
     for (const Linear* linear : {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
-      rows += linear->csr != nullptr;
+      rows += linear->sliced != nullptr;
     }
   }
   return 2 * rows <= 4 * encoder.n_layers;
@@ -60,7 +60,7 @@ class Batch {
     shape_ = panel_shape(*matmul_, tokens, mostly_groups(encoder));
     // The pooler's panels hold first tokens, so that they are as many as there are sequences.
     first_kernel_ = &sparse_matmul_kernel<T>(isa, sequences.count);
-    first_shape_ = panel_shape(*first_kernel_, sequences.count, encoder.pooler.csr == nullptr);
+    first_shape_ = panel_shape(*first_kernel_, sequences.count, encoder.pooler.sliced == nullptr);
   }
 
   // Queries, keys, values and what attention makes of them are gone before the wider layer is computed, so they share

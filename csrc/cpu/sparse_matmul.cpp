@@ -22,8 +22,9 @@ constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-std::int64_t nnz(const Linear& linear) {
-  if (linear.csr != nullptr) return linear.csr->row_ptr[linear.n_out];
+// Entries that are multiplied.
+std::int64_t stored(const Linear& linear) {
+  if (linear.sliced != nullptr) return linear.sliced->entries * slice_rows;
   std::int64_t sum = 0;
   if (linear.grouped != nullptr) {
     for (std::int64_t g = 0; g < linear.grouped->groups; ++g) sum += linear.grouped->col_count[g] * group_rows;
@@ -34,9 +35,9 @@ std::int64_t nnz(const Linear& linear) {
   return sum;
 }
 
-// Rows, or groups of rows, that are multiplied on their own.
+// Blocks of rows, or groups, that are multiplied on their own.
 std::int64_t units(const Linear& linear) {
-  if (linear.csr != nullptr) return linear.n_out;
+  if (linear.sliced != nullptr) return ceil_div(linear.n_out, block_rows);
   return linear.grouped != nullptr ? linear.grouped->groups : linear.tiled->groups;
 }
 
@@ -50,9 +51,9 @@ void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, 
 template <typename T>
 void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
   const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa, tokens);
-  const PanelShape whole = panel_shape(kernel, tokens, linear.csr == nullptr);
+  const PanelShape whole = panel_shape(kernel, tokens, linear.sliced == nullptr);
   const std::int64_t width = whole.width();
-  if ((nnz(linear) + linear.n_in) * width * whole.panels < serial_work) threads = 1;
+  if ((stored(linear) + linear.n_in) * width * whole.panels < serial_work) threads = 1;
 
   const std::int64_t elements = (linear.n_in + linear.n_out) * width;  // a panel of x and one of y
   const std::int64_t group = std::clamp<std::int64_t>(

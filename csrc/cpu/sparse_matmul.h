@@ -34,13 +34,8 @@ struct LinearJob {
   const T* x;
   T* y;
   bool add;           // y += linear(x), without activation
-  std::int64_t unit;  // rows, or groups, that one task covers
+  std::int64_t unit;  // blocks of rows, or groups, that one task covers
 };
-
-// Accumulators that a row's products go to in turn: enough independent sums to keep two multiply-adds a cycle busy in a
-// narrow panel, few enough that four vectors of each fit the 16 registers of AVX2. The same for every width and ISA, so
-// that a token's result depends on neither its panel's width nor, where there is a fused multiply-add, on the ISA.
-constexpr int chains = 3;
 
 template <typename T>
 struct SparseMatmulKernel {

@@ -54,38 +54,73 @@ inline void finish_row(const LinearJob<float>& job, std::int64_t row, const f32 
   }
 }
 
-// One row times one panel. The row's products go to `chains` accumulators in turn, whatever the width, so that a
-// token's result never depends on how many share its panel.
+// One slab of a slice. `x` is the slab's part of a panel, `y` the panel of results, where the sums wait between slabs: a
+// sum's products come in the order of its columns, whatever the width. Absent rows go to `spare`.
 template <int width_vectors>
-inline void multiply_row(const LinearJob<float>& job, const float* panel, std::int64_t row, float* y) {
+inline void multiply_slice(const LinearJob<float>& job, const std::int32_t* rows, std::int64_t count,
+                           const std::uint8_t* cols, const float* values, bool first, bool last, const float* x,
+                           float* y, float* spare) {
   constexpr int width = width_vectors * lanes;
-  const CsrMatrix& w = *job.linear->csr;
-  f32 acc[chains][width_vectors] = {};
-  std::int64_t j = w.row_ptr[row];
-  const std::int64_t end = w.row_ptr[row + 1];
-  for (; j + chains <= end; j += chains) {
-#pragma GCC unroll 8
-    for (int c = 0; c < chains; ++c) {
-      const float* x = panel + std::int64_t{w.cols[j + c]} * width;
-      const float value = w.values[j + c];
-#pragma GCC unroll 8
-      for (int n = 0; n < width_vectors; ++n) acc[c][n] += *reinterpret_cast<const f32*>(x + n * lanes) * value;
+  // As many rows at once as keep two multiply-adds a cycle busy and fit the 16 registers of AVX2.
+  constexpr int at_once = width_vectors <= 2 ? 4 : 2;
+  const Activation activation = last ? job.linear->activation : Activation::none;
+#pragma GCC unroll 2
+  for (int begin = 0; begin < slice_rows; begin += at_once, rows += at_once, cols += at_once, values += at_once) {
+    float* out[at_once];
+    f32 acc[at_once][width_vectors];
+#pragma GCC unroll 4
+    for (int r = 0; r < at_once; ++r) {
+      out[r] = rows[r] >= 0 ? y + rows[r] * width : spare;
+      const bool biased = first && job.linear->bias != nullptr && rows[r] >= 0;
+      const f32 bias = splat(biased ? job.linear->bias[rows[r]] : 0.0f);
+#pragma GCC unroll 4
+      for (int n = 0; n < width_vectors; ++n) {
+        acc[r][n] = first && !job.add ? bias : *reinterpret_cast<const f32*>(out[r] + n * lanes) + bias;
+      }
+    }
+    for (std::int64_t k = 0; k < count; ++k) {
+#pragma GCC unroll 4
+      for (int r = 0; r < at_once; ++r) {
+        const float* in = x + std::int64_t{cols[k * slice_rows + r]} * width;
+        const float value = values[k * slice_rows + r];
+#pragma GCC unroll 4
+        for (int n = 0; n < width_vectors; ++n) acc[r][n] += *reinterpret_cast<const f32*>(in + n * lanes) * value;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < at_once; ++r) {
+#pragma GCC unroll 4
+      for (int n = 0; n < width_vectors; ++n) {
+        *reinterpret_cast<f32*>(out[r] + n * lanes) = activate(acc[r][n], activation);
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int c = 0; c < chains - 1; ++c) {
-    if (j + c >= end) break;
-    const float* x = panel + std::int64_t{w.cols[j + c]} * width;
-    const float value = w.values[j + c];
-#pragma GCC unroll 8
-    for (int n = 0; n < width_vectors; ++n) acc[c][n] += *reinterpret_cast<const f32*>(x + n * lanes) * value;
+}
+
+// Some blocks of rows times one panel.
+template <int width_vectors>
+void multiply_blocks(const LinearJob<float>& job, std::int64_t block, std::int64_t end, const float* x, float* y) {
+  constexpr int width = width_vectors * lanes;
+  const SlicedMatrix& w = *job.linear->sliced;
+  const std::int64_t blocks = (job.linear->n_out + block_rows - 1) / block_rows;
+  const std::int64_t slices = (job.linear->n_out + slice_rows - 1) / slice_rows;
+  const std::int64_t slabs = (job.linear->n_in + slab_cols - 1) / slab_cols;
+  const std::int64_t from = block * (block_rows / slice_rows);
+  const std::int64_t to = end == blocks ? slices : end * (block_rows / slice_rows);
+  alignas(64) float spare[width] = {};
+  for (std::int64_t slab = 0; slab < slabs; ++slab, x += slab_cols * width) {
+    const bool first = slab == 0, last = slab == slabs - 1;
+    const bool finishes = last && job.linear->activation != Activation::none;
+    std::int64_t entry = w.begin[slab * blocks + block] * slice_rows;
+    for (std::int64_t slice = slab * slices + from; slice < slab * slices + to; ++slice) {
+      const std::int64_t count = w.counts[slice];
+      if (count > 0 || first || finishes) {
+        multiply_slice<width_vectors>(job, w.rows + slice * slice_rows, count, w.cols + entry, w.values + entry, first,
+                                      last, x, y, spare);
+      }
+      entry += count * slice_rows;
+    }
   }
-#pragma GCC unroll 8
-  for (int n = 0; n < width_vectors; ++n) {
-#pragma GCC unroll 8
-    for (int c = 1; c < chains; ++c) acc[0][n] += acc[c][n];
-  }
-  finish_row(job, row, acc[0], y);
 }
 
 // `tiles` times group_tile rows of a group and `count` vectors of a panel. A sum's products come in the order of the
@@ -137,14 +172,10 @@ void multiply_width(const LinearJob<float>& job, std::int64_t panel, std::int64_
   constexpr int width = width_vectors * lanes;
   const float* x = job.x + panel * job.linear->n_in * width;
   float* y = job.y + panel * job.linear->n_out * width;
-  const std::int64_t units = job.linear->csr != nullptr ? job.linear->n_out : job.linear->grouped->groups;
+  const bool sliced = job.linear->sliced != nullptr;
+  const std::int64_t units = sliced ? (job.linear->n_out + block_rows - 1) / block_rows : job.linear->grouped->groups;
   const std::int64_t end = (part + 1) * job.unit < units ? (part + 1) * job.unit : units;
-  if (job.linear->csr != nullptr) {
-    for (std::int64_t row = part * job.unit; row < end; ++row) {
-      multiply_row<width_vectors>(job, x, row, y + row * width);
-    }
-    return;
-  }
+  if (sliced) return multiply_blocks<width_vectors>(job, part * job.unit, end, x, y);
   for (std::int64_t group = part * job.unit; group < end; ++group) {
     if constexpr (width_vectors == 4) {
       multiply_group<2>(job, group, x, width, y);

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 from sparsebert import __version__, checkpoint, environment
 from sparsebert.errors import SparsebertError
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
-from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedTiles, PackedWeight
+from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
 
-FORMAT_VERSION = 1  # of the files, and of the packed forms in them
+FORMAT_VERSION = 2  # of the files, and of the packed forms in them
 Encoders = tuple[PackedEncoder, ...]
 Weights = dict[str, np.ndarray]
 
@@ -131,7 +131,7 @@ def _read(path: Path, key: str) -> Encoders | None:
         return None
 
 
-_CLASSES = {c.__name__: c for c in (PackedEncoder, EncoderLayer, Linear, PackedWeight, PackedGroups, PackedTiles)}
+_CLASSES = {c.__name__: c for c in (PackedEncoder, EncoderLayer, Linear, PackedRows, PackedGroups, PackedTiles)}
 
 
 def _flattened(value: Any, arrays: dict[int, tuple[str, np.ndarray]]) -> Any:

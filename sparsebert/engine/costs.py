@@ -20,7 +20,7 @@ from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, spar
 TOKENS = (8, 32, 128)
 BOUNDS = (16, 64)
 LONG = len(TOKENS) - 1
-VERSION = 1  # of the measurement, and of the kernels it is of
+VERSION = 2  # of the measurement, and of the kernels it is of
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _ns(packed: Packed, tokens: int, isa: str) -> float:
 _RATIO = Costs(rows=(1.6,) * len(TOKENS), groups=(1.0,) * len(TOKENS))
 SHIPPED = {
     "scalar": _RATIO,
-    "avx2": Costs(rows=(0.08, 0.06, 0.06), groups=(0.024, 0.020, 0.024)),
+    "avx2": Costs(rows=(0.052, 0.032, 0.033), groups=(0.024, 0.020, 0.0225)),
     "avx512": _RATIO,
     "amx": _RATIO,
 }

@@ -24,8 +24,8 @@ from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 from sparsebert.ops.sparse_matmul import (
     Linear,
     Packed,
+    PackedRows,
     PackedTiles,
-    PackedWeight,
     pack,
     pack_groups,
     pack_tiles,
@@ -229,7 +229,7 @@ def _explained(weight: Packed) -> tuple[str, str]:
     if isinstance(weight, PackedTiles):
         whole = float((weight.mask_begin < 0).mean())
         return "tiles", f"{stored / size:.0%} of the matrix in tiles, {whole:.0%} of the groups' tiles stored whole"
-    if isinstance(weight, PackedWeight):
+    if isinstance(weight, PackedRows):
         return "rows", "rows share too few kept columns for groups to be cheaper"
     if len(np.unique(weight.col_begin)) == 1 and stored >= size:
         return "dense", f"{weight.nnz / size:.0%} is kept: without sparsity is cheaper"

@@ -17,18 +17,22 @@ ACTIVATIONS = ("none", "gelu", "relu", "tanh")
 
 
 @dataclass(frozen=True, eq=False)
-class PackedWeight:
-    """The non-zeros of a weight W [n_out, n_in], row by row (compressed sparse rows). Its arrays are read-only.
+class PackedRows:
+    """A weight W [n_out, n_in] with columns of its own for every row: sliced ELLPACK (SELL-C-σ), one for each slab of
+    SLAB_COLS columns. A slice is SLICE_ROWS rows whose entries lie side by side; shorter rows are filled up with zeros.
+    Rows are sorted by their non-zeros into blocks of BLOCK_ROWS, and a block's rows in each slab once more. Its arrays
+    are read-only.
 
-    row_ptr: int32 [n_out + 1]; row r owns the entries row_ptr[r] to row_ptr[r + 1] of the other two.
-    cols: uint16 [nnz], increasing within a row.
-    values: float32 [nnz], finite.
-    n_in, n_out: the shape of W; n_in is at most 65536.
+    rows: int32 [slabs, slices, SLICE_ROWS], rows of W, -1 where there are no more; a block's are the same in all slabs.
+    counts: uint8 [slabs, slices], entries of a row of the slice.
+    cols: uint8 [entries, SLICE_ROWS], within the slab; increasing along a row, but for what fills up.
+    values: float32 [entries, SLICE_ROWS], finite.
 
-    Raises InputError when the arrays break this. `pack` makes one from a dense weight.
+    `pack` makes one from a dense weight and is the only maker; InputError where the arrays break this.
     """
 
-    row_ptr: np.ndarray
+    rows: np.ndarray
+    counts: np.ndarray
     cols: np.ndarray
     values: np.ndarray
     n_in: int
@@ -36,40 +40,43 @@ class PackedWeight:
 
     def __post_init__(self):
         _check_shape(self.n_out, self.n_in)
-        nnz = self.values.size
-        _freeze(self, "row_ptr", np.int32, self.n_out + 1)
-        _freeze(self, "cols", np.uint16, nnz)
-        _freeze(self, "values", np.float32, nnz)
-        if self.row_ptr[0] != 0 or self.row_ptr[-1] != nnz or (np.diff(self.row_ptr) < 0).any():
-            raise InputError(f"row_ptr must rise from 0 to nnz = {nnz}, got {self.row_ptr}", fix="use pack(weight)")
-        # Across a row's start a column may fall back; anywhere else the next one must be larger.
-        falls = np.diff(self.cols.astype(np.int32)) <= 0
-        starts = self.row_ptr[1:-1]
-        falls[starts[(starts > 0) & (starts < nnz)] - 1] = False
-        if nnz and (falls.any() or int(self.cols.max()) >= self.n_in):
-            raise InputError(
-                f"cols must increase within each row and stay below n_in = {self.n_in}", fix="use pack(weight)"
-            )
+        core = _dispatch.core()
+        slabs, slices = -(-self.n_in // core.SLAB_COLS), -(-self.n_out // core.SLICE_ROWS)
+        _freeze(self, "rows", np.int32, slabs * slices * core.SLICE_ROWS, 3)
+        _freeze(self, "counts", np.uint8, slabs * slices, 2)
+        entries = int(self.counts.sum(dtype=np.int64))
+        _freeze(self, "cols", np.uint8, entries * core.SLICE_ROWS, 2)
+        _freeze(self, "values", np.float32, entries * core.SLICE_ROWS, 2)
+        rows = self.rows.reshape(slabs, -1)
+        blocks = -(-self.n_out // core.BLOCK_ROWS)
+        rows = np.pad(rows, ((0, 0), (0, blocks * core.BLOCK_ROWS - rows.shape[1])), constant_values=-1)
+        rows = np.sort(rows.reshape(slabs, blocks, core.BLOCK_ROWS))
+        if (rows != rows[0]).any() or not np.array_equal(np.sort(rows[0][rows[0] >= 0]), np.arange(self.n_out)):
+            raise InputError(f"rows must name each of {self.n_out} rows once a slab", fix="use pack(weight)")
+        last = int(self.counts[:-1].sum(dtype=np.int64))
+        for cols, width in (
+            (self.cols[:last], core.SLAB_COLS),
+            (self.cols[last:], self.n_in - (slabs - 1) * core.SLAB_COLS),
+        ):
+            if cols.size and int(cols.max()) >= width:
+                raise InputError(f"cols must stay below n_in = {self.n_in}", fix="use pack(weight)")
         _check_finite("values", self.values)
 
     @property
     def nnz(self) -> int:
         """Number of non-zeros."""
-        return self.values.size
+        return int(np.count_nonzero(self.values))
 
     @property
     def stored(self) -> int:
-        """Entries that are multiplied: the non-zeros."""
+        """Entries that are multiplied: the non-zeros, and what fills up their slices."""
         return self.values.size
-
-    @property
-    def density(self) -> float:
-        """Share of non-zeros, in [0, 1]; 1 - sparsity."""
-        return self.nnz / (self.n_in * self.n_out)
 
     def linear(self, bias: np.ndarray | None, activation: str):
         """The compiled core's view of a layer with this weight."""
-        return _dispatch.core().csr_linear(self.row_ptr, self.cols, self.values, self.n_in, bias, activation)
+        return _dispatch.core().sliced_linear(
+            self.rows, self.counts, self.cols, self.values, self.n_in, self.n_out, bias, activation
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,26 +192,58 @@ class PackedTiles:
         )  # fmt: skip
 
 
-Packed = PackedWeight | PackedGroups | PackedTiles
+Packed = PackedRows | PackedGroups | PackedTiles
 
 
-def pack(weight: np.ndarray) -> PackedWeight:
-    """The packed form of W: its non-zeros, row by row. Entries that are 0 (of either sign) are dropped.
+def pack(weight: np.ndarray) -> PackedRows:
+    """W with columns of its own for every row. Entries that are 0 (of either sign) are dropped.
 
     weight: float32 [n_out, n_in], both at least 1, n_in at most 65536; finite; any memory layout.
     Raises InputError when that does not hold. `unpack(pack(weight))` equals `weight`.
     """
     _check_weight(weight)
+    core = _dispatch.core()
     n_out, n_in = weight.shape
-    rows, cols = np.nonzero(weight)
-    if rows.size > MAX_NNZ:
-        raise InputError(f"weight must have at most {MAX_NNZ} non-zeros, got {rows.size}", fix="split its rows")
-    row_ptr = np.zeros(n_out + 1, np.int32)
-    np.cumsum(np.bincount(rows, minlength=n_out), out=row_ptr[1:])
-    arrays = row_ptr, cols.astype(np.uint16), weight[rows, cols]
-    for array in arrays:
-        array.setflags(write=False)
-    return PackedWeight(*arrays, n_in, n_out)
+    slabs, slices, blocks = -(-n_in // core.SLAB_COLS), -(-n_out // core.SLICE_ROWS), -(-n_out // core.BLOCK_ROWS)
+    kept = weight != 0
+    starts = np.arange(0, n_in, core.SLAB_COLS)
+    counts = np.add.reduceat(kept, starts, axis=1, dtype=np.int64)  # [n_out, slabs]
+
+    # Blocks of rows with as many non-zeros as possible first, and in each slab slices of such rows.
+    order = np.full(blocks * core.BLOCK_ROWS, -1)
+    order[:n_out] = np.argsort(-counts.sum(1), kind="stable")
+    of_place = np.where(order[:, None] >= 0, counts[order], -1).reshape(blocks, core.BLOCK_ROWS, slabs)
+    within = np.argsort(-of_place, axis=1, kind="stable")
+    rows = np.take_along_axis(order.reshape(blocks, core.BLOCK_ROWS, 1), within, axis=1)
+    rows = rows.transpose(2, 0, 1).reshape(slabs, -1)[:, : slices * core.SLICE_ROWS]
+    real = rows >= 0
+    length = np.where(real, counts[rows, np.arange(slabs)[:, None]], 0).reshape(slabs, slices, core.SLICE_ROWS).max(2)
+    begin = np.cumsum(length) - length.ravel()
+    entries = int(length.sum())
+    if entries * core.SLICE_ROWS > MAX_NNZ:
+        raise InputError(f"weight must have at most {MAX_NNZ} non-zeros", fix="split its rows")
+
+    # Where each row's first entry of each slab goes, and the others SLICE_ROWS apart.
+    place = np.empty((n_out, slabs), np.int64)
+    lane = np.arange(slices * core.SLICE_ROWS) % core.SLICE_ROWS
+    places = np.repeat(begin.reshape(slabs, slices), core.SLICE_ROWS, axis=1) * core.SLICE_ROWS + lane
+    place[rows[real], np.nonzero(real)[0]] = places[real]
+    runs = counts.ravel()
+    before = np.cumsum(runs) - runs
+    slots = np.repeat(place.ravel() - core.SLICE_ROWS * before, runs) + core.SLICE_ROWS * np.arange(runs.sum())
+    first_of_run = (np.arange(n_out)[:, None] * n_in + starts).ravel()
+    cols, values = np.zeros(entries * core.SLICE_ROWS, np.uint8), np.zeros(entries * core.SLICE_ROWS, np.float32)
+    cols[slots] = np.flatnonzero(kept) - np.repeat(first_of_run, runs)
+    values[slots] = weight[kept]
+    shape = entries, core.SLICE_ROWS
+    return PackedRows(
+        np.ascontiguousarray(rows, np.int32).reshape(slabs, slices, core.SLICE_ROWS),
+        np.ascontiguousarray(length, np.uint8),
+        cols.reshape(shape),
+        values.reshape(shape),
+        n_in,
+        n_out,
+    )
 
 
 def pack_groups(weight: np.ndarray) -> PackedGroups:
@@ -347,9 +386,13 @@ def unpack(weight: Packed) -> np.ndarray:
     dense = np.zeros((weight.n_out, weight.n_in), np.float32)
     if isinstance(weight, PackedTiles):
         return _unpack_tiles(weight, dense)
-    if isinstance(weight, PackedWeight):
-        rows = np.repeat(np.arange(weight.n_out), np.diff(weight.row_ptr))
-        dense[rows, weight.cols] = weight.values
+    if isinstance(weight, PackedRows):
+        slabs, slices, _ = weight.rows.shape
+        of_slice = np.repeat(np.arange(slabs * slices), weight.counts.ravel())
+        rows = weight.rows.reshape(slabs * slices, -1)[of_slice]
+        cols = weight.cols + (of_slice // slices * _dispatch.core().SLAB_COLS)[:, None]
+        real = weight.values != 0  # what fills up is zero
+        dense[rows[real], cols[real]] = weight.values[real]
         return dense
     size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
     for group, begin, count, at in zip(
@@ -423,8 +466,8 @@ def sparse_matmul(x: np.ndarray, linear: Linear, *, threads: int | None = None, 
     Sums are float32; with a weight in tiles x is rounded to bf16 first, and y last. Tiles are multiplied by amx, or
     by portable code, slowly. A token's result is bit-equal whatever the other tokens, their number and the number of
     threads, and in float32 on avx2 and avx512; scalar rounds differently, and so do the packed forms. A kept weight
-    carries inf and NaN of x as IEEE arithmetic does, a pruned one does not (a dense matmul makes NaN of 0 * inf),
-    except in tiles, where it may; no value reaches another token.
+    carries inf and NaN of x as IEEE arithmetic does; a pruned one may (as a dense matmul makes NaN of 0 * inf), where
+    a zero fills up its form; no value reaches another token.
 
     Raises InputError for a wrong type, shape or layout, UnsupportedError for an isa this machine cannot run.
     """

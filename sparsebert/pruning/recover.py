@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, frozen, no_progress, tokenize
 from sparsebert.machine import bf16_is_fast
-from sparsebert.ops.sparse_matmul import Linear, PackedWeight, pack, sparse_matmul
+from sparsebert.ops.sparse_matmul import Linear, PackedRows, pack, sparse_matmul
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
 from sparsebert.pruning.solve import divergence
 
@@ -105,17 +105,20 @@ def _by_sparse_products(masks: dict[nn.Linear, torch.Tensor]) -> Iterator[Callab
     """While it lasts, these linears multiply only what their masks keep. Gives the function to call whenever their
     weights have changed.
     """
-    packed: dict[nn.Linear, tuple[PackedWeight, PackedWeight]] = {}
-    places = {}
+    packed: dict[nn.Linear, tuple[PackedRows, PackedRows]] = {}
+    sources: dict[nn.Linear, list[torch.Tensor]] = {}  # which of its weights, from 1, each packed value is; 0: none
     for module, mask in masks.items():
-        places[module] = (mask.nonzero(as_tuple=True), mask.T.nonzero(as_tuple=True)[::-1])
-        packed[module] = (pack(mask.float().numpy()), pack(mask.T.float().numpy()))
+        if mask.numel() > 1 << 24:
+            raise ValueError("float32 counts no further than 2^24")
+        numbers = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
+        packed[module] = tuple(pack(part.float().numpy()) for part in (numbers, numbers.T))
+        sources[module] = [torch.from_numpy(part.values.astype(np.int64)) for part in packed[module]]
 
     def take_weights() -> None:
-        for module, both in places.items():
+        for module, both in sources.items():
+            weights = torch.cat([torch.zeros(1), module.weight.detach().flatten()])
             packed[module] = tuple(
-                replace(old, values=module.weight.detach()[where].numpy())
-                for old, where in zip(packed[module], both, strict=True)
+                replace(old, values=weights[source].numpy()) for old, source in zip(packed[module], both, strict=True)
             )
 
     def forward_of(module):
