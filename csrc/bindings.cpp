@@ -131,7 +131,8 @@ PyLinear sliced_linear(const Array<std::int32_t>& rows, const Array<std::uint8_t
   require(entry * slice_rows == cols.size() && cols.size() == values.size(), "counts must add up to the entries");
   require_rows(rows, n_out);
   Kept kept;
-  const SlicedMatrix w{kept.data(rows), kept.data(counts), kept.data(begin), kept.data(cols), kept.data(values), entry};
+  const SlicedMatrix w{kept.data(rows),   kept.data(counts), kept.data(begin), kept.data(cols),
+                       kept.data(values), slabs,             slices,           blocks,          entry};
   return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 

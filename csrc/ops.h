@@ -26,6 +26,9 @@ struct SlicedMatrix {
   const std::int64_t* begin;   // [slabs, blocks], where a block's entries are, of all of these
   const std::uint8_t* cols;    // [entries, slice_rows], within the slab; a row's in their order
   const float* values;         // [entries, slice_rows]
+  std::int64_t slabs;
+  std::int64_t slices;
+  std::int64_t blocks;
   std::int64_t entries;
 };
 

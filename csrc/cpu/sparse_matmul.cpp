@@ -37,7 +37,7 @@ std::int64_t stored(const Linear& linear) {
 
 // Blocks of rows, or groups, that are multiplied on their own.
 std::int64_t units(const Linear& linear) {
-  if (linear.sliced != nullptr) return ceil_div(linear.n_out, block_rows);
+  if (linear.sliced != nullptr) return linear.sliced->blocks;
   return linear.grouped != nullptr ? linear.grouped->groups : linear.tiled->groups;
 }
 

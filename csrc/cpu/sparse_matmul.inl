@@ -102,17 +102,14 @@ template <int width_vectors>
 void multiply_blocks(const LinearJob<float>& job, std::int64_t block, std::int64_t end, const float* x, float* y) {
   constexpr int width = width_vectors * lanes;
   const SlicedMatrix& w = *job.linear->sliced;
-  const std::int64_t blocks = (job.linear->n_out + block_rows - 1) / block_rows;
-  const std::int64_t slices = (job.linear->n_out + slice_rows - 1) / slice_rows;
-  const std::int64_t slabs = (job.linear->n_in + slab_cols - 1) / slab_cols;
   const std::int64_t from = block * (block_rows / slice_rows);
-  const std::int64_t to = end == blocks ? slices : end * (block_rows / slice_rows);
+  const std::int64_t to = end == w.blocks ? w.slices : end * (block_rows / slice_rows);
   alignas(64) float spare[width] = {};
-  for (std::int64_t slab = 0; slab < slabs; ++slab, x += slab_cols * width) {
-    const bool first = slab == 0, last = slab == slabs - 1;
+  for (std::int64_t slab = 0; slab < w.slabs; ++slab, x += slab_cols * width) {
+    const bool first = slab == 0, last = slab == w.slabs - 1;
     const bool finishes = last && job.linear->activation != Activation::none;
-    std::int64_t entry = w.begin[slab * blocks + block] * slice_rows;
-    for (std::int64_t slice = slab * slices + from; slice < slab * slices + to; ++slice) {
+    std::int64_t entry = w.begin[slab * w.blocks + block] * slice_rows;
+    for (std::int64_t slice = slab * w.slices + from; slice < slab * w.slices + to; ++slice) {
       const std::int64_t count = w.counts[slice];
       if (count > 0 || first || finishes) {
         multiply_slice<width_vectors>(job, w.rows + slice * slice_rows, count, w.cols + entry, w.values + entry, first,
@@ -173,7 +170,7 @@ void multiply_width(const LinearJob<float>& job, std::int64_t panel, std::int64_
   const float* x = job.x + panel * job.linear->n_in * width;
   float* y = job.y + panel * job.linear->n_out * width;
   const bool sliced = job.linear->sliced != nullptr;
-  const std::int64_t units = sliced ? (job.linear->n_out + block_rows - 1) / block_rows : job.linear->grouped->groups;
+  const std::int64_t units = sliced ? job.linear->sliced->blocks : job.linear->grouped->groups;
   const std::int64_t end = (part + 1) * job.unit < units ? (part + 1) * job.unit : units;
   if (sliced) return multiply_blocks<width_vectors>(job, part * job.unit, end, x, y);
   for (std::int64_t group = part * job.unit; group < end; ++group) {
