@@ -42,9 +42,9 @@ struct ReadFloat {
 template <typename Row>
 inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t width, std::int64_t filled, float* panel,
                         Row row) {
-  std::int64_t k = begin;
-  for (; k + lanes <= end; k += lanes) {
-    for (std::int64_t t = 0; t < width; t += lanes) {
+  const std::int64_t vectors = begin + (end - begin) / lanes * lanes;
+  for (std::int64_t t = 0; t < width; t += lanes) {
+    for (std::int64_t k = begin; k < vectors; k += lanes) {
       f32 v[lanes];
       if (t + lanes <= filled) {
 #pragma GCC unroll 16
@@ -58,7 +58,7 @@ inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t width
       for (int i = 0; i < lanes; ++i) store(panel + (k + i) * width + t, v[i]);
     }
   }
-  for (; k < end; ++k) {
+  for (std::int64_t k = vectors; k < end; ++k) {
     for (std::int64_t t = 0; t < width; ++t) panel[k * width + t] = t < filled ? row(t, k, ReadFloat()) : 0.0f;
   }
 }

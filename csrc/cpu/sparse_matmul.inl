@@ -19,9 +19,11 @@ void unpack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t par
   float* y = job.rows + panel * width * n;
   const std::int64_t filled = job.shape.tokens - panel * width;
 
-  std::int64_t r = part * job.part;
-  for (; r + lanes <= end; r += lanes) {
-    for (std::int64_t t = 0; t < width && t < filled; t += lanes) {
+  // Token by token of a few, so that a line of y is whole before the next rows come: their distance may be a multiple of
+  // 4096 bytes, and then few of them fit the first-level cache.
+  const std::int64_t begin = part * job.part, vectors = begin + (end - begin) / lanes * lanes;
+  for (std::int64_t t = 0; t < width && t < filled; t += lanes) {
+    for (std::int64_t r = begin; r < vectors; r += lanes) {
       f32 v[lanes];
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) v[i] = load(in + (r + i) * width + t);
@@ -37,7 +39,7 @@ void unpack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t par
       }
     }
   }
-  for (; r < end; ++r) {
+  for (std::int64_t r = vectors; r < end; ++r) {
     for (std::int64_t t = 0; t < width && t < filled; ++t) y[t * n + r] = in[r * width + t];
   }
 }
