@@ -164,7 +164,7 @@ def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
     metric = low_rank_metric(case.rows) if case.metric else None
     calls = {"torch": lambda: plain(*problem) if metric is None else plain_coupled(*problem, metric)}
     # A layer of 1536 inputs takes seconds, and with a metric the products are torch's: the best instruction set alone.
-    isas = harness.own_isas() if case.n_in < 1024 and metric is None else (_dispatch.isa(),)
+    isas = _dispatch.float32_isas() if case.n_in < 1024 and metric is None else (_dispatch.isa(),)
     for isa in isas:
         calls[isa] = lambda isa=isa: admm_prune(*problem, row_metric=metric, threads=threads, isa=isa)
     normalised = _normalised(weight, h)[1].float()

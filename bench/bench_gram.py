@@ -120,7 +120,7 @@ def errors(case: Case, x, y, weights, isas: list[str], threads: int) -> dict[str
 
 def measure(case: Case, threads: int, rounds: int, peak: float | None) -> list[harness.Row]:
     """One row an instruction set. Raises harness.WrongOutput."""
-    isas = list(harness.own_isas()) if case.flops < EVERY_ISA_BELOW else [_dispatch.isa()]
+    isas = list(_dispatch.float32_isas()) if case.flops < EVERY_ISA_BELOW else [_dispatch.isa()]
     x, y, weights = operands(case)
     error = errors(case, x, y, weights, isas, threads)
     moments = {isa: gram(x, y, weights, threads=threads, isa=isa) for isa in isas}

@@ -23,6 +23,7 @@ from sparsebert.engine import architectures
 from sparsebert.engine.costs import costs
 from sparsebert.engine.engine import pack_cheapest
 from sparsebert.engine.rivals import torch_threads
+from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 
 MODELS = {
@@ -79,7 +80,7 @@ def classifier(name: str, pattern: str, sparsity: float) -> tuple[torch.nn.Modul
             if isinstance(module, torch.nn.Linear):
                 module.weight *= torch.from_numpy(random_mask(*module.weight.shape, sparsity, PATTERNS[pattern], rng))
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
-    table = costs(harness.own_isas()[-1])
+    table = costs(_dispatch.float32_isas()[-1])
     return model, architectures.build(weights, config.to_dict(), lambda weight: pack_cheapest(weight, table))[-1]
 
 
@@ -105,9 +106,9 @@ def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndar
         with torch.inference_mode():
             return model(padded, masked).logits.numpy()
 
-    best = harness.own_isas()[-1]
+    best = _dispatch.float32_isas()[-1]
     calls: dict[str, Callable[[], np.ndarray]] = {"torch": partial(run_torch, model)}
-    for isa in harness.own_isas():
+    for isa in _dispatch.float32_isas():
         if isa != "scalar" or best == "scalar":
             calls[isa] = partial(sparse_encoder, *inputs, packed, threads=threads, isa=isa)
     expected = run_torch(model)
@@ -147,7 +148,7 @@ def main() -> int:
     return 0 if complete else 1
 
 
-@pytest.mark.parametrize("name", ["torch", DENSE, harness.own_isas()[-1]])
+@pytest.mark.parametrize("name", ["torch", DENSE, _dispatch.float32_isas()[-1]])
 @pytest.mark.parametrize("case", QUICK_CASES, ids=str)
 def test_speed(benchmark, case: Case, name: str):
     benchmark.group = str(case)

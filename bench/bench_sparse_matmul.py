@@ -18,6 +18,7 @@ import torch
 
 from bench import harness
 from bench.shapes import LINEARS, SPARSITIES, TOKENS, Linear, random_input, random_mask, random_weight
+from sparsebert import environment
 from sparsebert.engine.costs import costs
 from sparsebert.engine.engine import pack_cheapest
 from sparsebert.engine.rivals import torch_threads
@@ -38,8 +39,8 @@ NOTES = (
     "Bias always, GELU where the layer has it (for all). `ours_us` is the median time of a call, rows in and out, "
     "`dense_us` that of this op on a matrix without zeros, `gflops` counts 2 x true non-zeros x tokens, `speedup` is "
     "the median over rounds of float32 torch's time over ours with its 95 % interval by order statistics (`low`, "
-    "`high`), `error` the largest absolute difference of ours from the float64 reference. Float32, but for isa amx, "
-    "which is bf16."
+    "`high`), `error` the largest absolute difference of ours from the float64 reference. Float32, but for "
+    "avx512_bf16 and amx."
 )
 
 
@@ -92,8 +93,8 @@ def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndar
         TORCH_BF16: partial(dense, *(tensor.bfloat16() for tensor in tensors)),
     }
     for isa in isas():
-        sparse = pack_tiles(pruned) if isa == "amx" else pack_cheapest(pruned, costs(isa))[-1]
-        whole = pack_tiles(filled) if isa == "amx" else pack_groups(filled)
+        sparse = pack_tiles(pruned) if isa in environment.BF16_ISAS else pack_cheapest(pruned, costs(isa))[-1]
+        whole = pack_tiles(filled) if isa in environment.BF16_ISAS else pack_groups(filled)
         for name, packed in ((isa, sparse), (DENSE + isa, whole)):
             calls[name] = partial(sparse_matmul, x, Packed(packed, bias, activation), threads=threads, isa=isa)
     return calls, int(keep.sum()), sparse_matmul_ref(x, Packed(pack_groups(pruned), bias, activation))
@@ -120,7 +121,7 @@ def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
 
 
 def _tolerance(name: str) -> float:
-    return BF16_TOLERANCE if name == TORCH_BF16 or "amx" in name else TOLERANCE
+    return BF16_TOLERANCE if name == TORCH_BF16 or name.removeprefix(DENSE) in environment.BF16_ISAS else TOLERANCE
 
 
 def main() -> int:

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from sparsebert import machine
 from sparsebert.engine.measure import Timings, interleave
-from sparsebert.ops import _dispatch
 
 Row = dict[str, str | int | float | bool | None]
 
@@ -76,11 +75,6 @@ def measured(cases: Iterable[Callable[[], list[Row]]]) -> tuple[list[Row], bool]
             print(f"refused: {error}", file=sys.stderr)
             refused = True
     return rows, not refused
-
-
-def own_isas() -> tuple[str, ...]:
-    """The instruction sets of this machine that have float32 kernels of their own: amx runs those of avx512."""
-    return tuple(isa for isa in _dispatch.supported_isas() if isa != "amx")
 
 
 def report(

@@ -27,7 +27,8 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
 constexpr std::pair<const char*, Isa> isas[] = {
-    {"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512}, {"amx", Isa::amx}};
+    {"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512},
+    {"avx512_bf16", Isa::avx512_bf16}, {"amx", Isa::amx}};
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
@@ -503,7 +504,8 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of sparsebert; call it through sparsebert.ops.";
   m.def("supported_isas", &supported_isas, "Instruction sets that can run here, slowest first.");
-  m.def("peak_flops", [](const std::string& isa) { return peak_flops(isa_named(isa)); }, py::arg("isa"));
+  m.def("peak_flops", [](const std::string& isa, bool bf16) { return peak_flops(isa_named(isa), bf16); },
+        py::arg("isa"), py::arg("bf16"));
   m.def("poison_scratch", &poison_scratch, py::arg("on"), "For tests: fill working memory with NaN before every use.");
   m.attr("GROUP_ROWS") = group_rows;
   m.attr("GROUP_TILE") = group_tile;

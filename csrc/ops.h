@@ -6,8 +6,8 @@
 
 namespace sparsebert {
 
-// Slowest first, in the order of sparsebert.environment.ISAS. amx: avx512 with tiles for bf16.
-enum class Isa : int { scalar, avx2, avx512, amx };
+// Slowest first, in the order of sparsebert.environment.ISAS. The last two are avx512 with other kernels for bf16.
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
 
 using Bf16 = std::uint16_t;  // the upper half of a float32
 
@@ -86,9 +86,9 @@ struct Linear {
 // n_out) * 256 B), cannot be had, or with tiles what a thread needs beside them, 640 B for each of n_in.
 void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y);
 
-// Operations a second that one core of this instruction set can do in float32 from registers, two a multiply-add: what
-// no kernel exceeds. Takes some milliseconds.
-double peak_flops(Isa isa);
+// Operations a second that one core of this instruction set can do in float32 from registers, or in bf16 on tiles, two a
+// multiply-add: what no kernel exceeds. Takes some milliseconds.
+double peak_flops(Isa isa, bool bf16);
 
 struct LayerNorm {
   const float* weight;

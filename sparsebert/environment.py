@@ -7,7 +7,8 @@ from pathlib import Path
 
 from sparsebert.errors import DataError, InputError
 
-ISAS = ("scalar", "avx2", "avx512", "amx")  # slowest first; a cap allows everything up to it
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # slowest first; a cap allows everything up to it
+BF16_ISAS = ("avx512_bf16", "amx")  # which multiply bf16, and float32 as avx512 does
 
 
 def isa_cap() -> str | None:
@@ -28,6 +29,7 @@ _RIVAL_CAPS = {
     "scalar": ("SSE41", "default", "SSE4_2"),
     "avx2": ("AVX2", "avx2", "AVX2"),
     "avx512": ("AVX512_CORE", "avx512", "AVX512"),
+    "avx512_bf16": ("AVX512_CORE_BF16", "avx512", "AVX512"),
 }
 
 

@@ -30,13 +30,13 @@ def require(backend: str, reason: str) -> None:
     pytest.skip(f"{backend}: {reason}")
 
 
-@pytest.fixture(params=[isa for isa in environment.ISAS if isa != "amx"])  # which runs avx512 in float32
+@pytest.fixture(params=[isa for isa in environment.ISAS if isa not in environment.BF16_ISAS])
 def isa(request: pytest.FixtureRequest) -> str:
     """Every instruction set of float32 in turn, those this machine lacks being skipped (or failed) with the reason."""
     return _supported(request)
 
 
-@pytest.fixture(params=["scalar", "amx"])
+@pytest.fixture(params=["scalar", *environment.BF16_ISAS])
 def tile_isa(request: pytest.FixtureRequest) -> str:
     """The same of bf16 tiles."""
     return _supported(request)

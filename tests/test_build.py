@@ -94,6 +94,7 @@ x86_only = pytest.mark.skipif(
 # Feature -> what its instructions look like, and which symbols may hold them. A VEX or EVEX mnemonic starts with v.
 PLACES = {
     "amx": (r"^(tile|td|ldtilecfg|sttilecfg)|%tmm\d", ("amx",)),
+    "avx512_bf16": (r"^v(dp|cvtn?e?2?ps2?)\w*(bf16|pbh)|^vpexpandw", ("avx512_bf16", "amx")),
     "avx512": (r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b", ("avx512", "amx")),
     "avx2": (r"%ymm\d|^v(?!err|erw|m[a-z]+$)", ("avx2", "avx512", "amx")),
 }

@@ -262,7 +262,7 @@ BAD_CALLS = {
     "every batch must have the same n_y, got None after 3": lambda: gram(X, into=gram(X, Y)),
     "every batch must have the same n_y, got 2 after 3": lambda: gram(X, torch.ones(4, 2), into=gram(X, Y)),
     "threads must be an integer of at least 1, got 0": lambda: gram(X, threads=0),
-    "isa must be one of scalar, avx2, avx512, amx, got 'neon'": lambda: gram(X, isa="neon"),
+    "isa must be one of scalar, avx2, avx512, avx512_bf16, amx, got 'neon'": lambda: gram(X, isa="neon"),
 }  # fmt: skip
 
 

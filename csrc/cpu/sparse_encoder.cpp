@@ -32,6 +32,7 @@ const SparseEncoderKernel<float>& encoder_kernel([[maybe_unused]] const SparseMa
 const SparseEncoderKernel<Bf16>& encoder_kernel([[maybe_unused]] const SparseMatmulKernel<Bf16>& matmul) {
 #if defined(__x86_64__)
   if (&matmul == &sparse_matmul_amx::kernel) return sparse_encoder_amx::kernel;
+  if (&matmul == &sparse_matmul_avx512_bf16::kernel) return sparse_encoder_avx512_bf16::kernel;
 #endif
   return sparse_encoder_scalar_tiled::kernel;
 }

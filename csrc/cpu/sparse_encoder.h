@@ -51,6 +51,7 @@ namespace sparse_encoder_scalar_tiled { extern const SparseEncoderKernel<Bf16> k
 #if defined(__x86_64__)
 namespace sparse_encoder_avx2 { extern const SparseEncoderKernel<float> kernel; }
 namespace sparse_encoder_avx512 { extern const SparseEncoderKernel<float> kernel; }
+namespace sparse_encoder_avx512_bf16 { extern const SparseEncoderKernel<Bf16> kernel; }
 namespace sparse_encoder_amx { extern const SparseEncoderKernel<Bf16> kernel; }
 #endif
 

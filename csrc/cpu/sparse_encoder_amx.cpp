@@ -5,7 +5,7 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,avx2,fma,popcnt,amx-tile,amx-bf16")
-#define SPARSEBERT_AMX 1
+#define SPARSEBERT_TILES 2
 namespace sparsebert::sparse_encoder_amx {
 constexpr int lanes = 16;
 #include "vector.inl"

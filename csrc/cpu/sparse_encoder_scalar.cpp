@@ -10,7 +10,7 @@ constexpr int lanes = 4;
 }  // namespace sparsebert::sparse_encoder_scalar
 
 // bf16 tiles in plain C++, for reference.
-#define SPARSEBERT_AMX 0
+#define SPARSEBERT_TILES 0
 namespace sparsebert::sparse_encoder_scalar_tiled {
 constexpr int lanes = 16;
 #include "vector.inl"

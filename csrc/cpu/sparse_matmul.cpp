@@ -74,6 +74,19 @@ void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Is
   }
 }
 
+template <typename T>
+double peak_flops(const SparseMatmulKernel<T>& kernel) {
+  const std::int64_t steps = (std::int64_t{1} << 24) / kernel.saturated_flops;
+  double best = std::numeric_limits<double>::infinity();
+  volatile float kept = 0.0f;  // or the compiler would leave the work out
+  for (int i = 0; i < 9; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    kept = kept + kernel.saturate(steps);
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  return static_cast<double>(steps * kernel.saturated_flops) / best;
+}
+
 }  // namespace
 
 template <>
@@ -91,6 +104,7 @@ template <>
 const SparseMatmulKernel<Bf16>& sparse_matmul_kernel([[maybe_unused]] Isa isa, std::int64_t) {
 #if defined(__x86_64__)
   if (isa == Isa::amx) return sparse_matmul_amx::kernel;
+  if (isa == Isa::avx512_bf16) return sparse_matmul_avx512_bf16::kernel;
 #endif
   return sparse_matmul_scalar_tiled::kernel;
 }
@@ -144,17 +158,9 @@ void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Is
   }
 }
 
-double peak_flops(Isa isa) {
-  const SparseMatmulKernel<float>& kernel = sparse_matmul_kernel<float>(isa, 1 << 10);
-  constexpr std::int64_t steps = 1 << 15;
-  double best = std::numeric_limits<double>::infinity();
-  volatile float kept = 0.0f;  // or the compiler would leave the work out
-  for (int i = 0; i < 9; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    kept = kept + kernel.saturate(steps);
-    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  return static_cast<double>(steps * kernel.saturated_flops) / best;
+double peak_flops(Isa isa, bool bf16) {
+  return bf16 ? peak_flops(sparse_matmul_kernel<Bf16>(isa, 1 << 10))
+              : peak_flops(sparse_matmul_kernel<float>(isa, 1 << 10));
 }
 
 }  // namespace sparsebert

@@ -48,7 +48,7 @@ struct SparseMatmulKernel {
   // Of these panels, and one part of the rows; `work` is work_bytes(job) of working memory.
   void (*multiply)(const LinearJob<T>& job, std::int64_t panel, std::int64_t panels, std::int64_t part, void* work);
   std::int64_t (*work_bytes)(const LinearJob<T>& job);
-  // So many times saturated_flops operations from registers; null where that is not measured.
+  // So many times saturated_flops operations, as fast as the instructions go: from registers, or tiles in the cache.
   float (*saturate)(std::int64_t steps);
   std::int64_t saturated_flops;
 };
@@ -58,6 +58,7 @@ namespace sparse_matmul_scalar_tiled { extern const SparseMatmulKernel<Bf16> ker
 #if defined(__x86_64__)
 namespace sparse_matmul_avx2 { extern const SparseMatmulKernel<float> kernel; }
 namespace sparse_matmul_avx512 { extern const SparseMatmulKernel<float> kernel; }
+namespace sparse_matmul_avx512_bf16 { extern const SparseMatmulKernel<Bf16> kernel; }
 namespace sparse_matmul_amx { extern const SparseMatmulKernel<Bf16> kernel; }
 #endif
 

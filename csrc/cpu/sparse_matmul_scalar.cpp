@@ -12,7 +12,7 @@ constexpr int widest_groups = 4;
 }  // namespace sparsebert::sparse_matmul_scalar
 
 // bf16 tiles in plain C++, for reference.
-#define SPARSEBERT_AMX 0
+#define SPARSEBERT_TILES 0
 namespace sparsebert::sparse_matmul_scalar_tiled {
 constexpr int lanes = 16;
 #include "vector.inl"

@@ -1,6 +1,6 @@
-// bf16 and tiles: 16 rows of 64 bytes in a register, multiplied as matrices. Included after panel.inl, by its rules,
-// with lanes = 16; SPARSEBERT_AMX says whether the processor has them. Without, the same in plain C++: slow, for
-// reference.
+// bf16 and tiles: 16 rows of 64 bytes, multiplied as matrices. Included after panel.inl, by its rules, with lanes = 16.
+// SPARSEBERT_TILES says what multiplies them: 2, the registers of AMX; 1, dot products of AVX-512 BF16; 0, plain C++:
+// slow, for reference.
 //
 // A vector of 32 bf16 is 16 words of two: of tokens 2i and 2i + 1, everywhere where tokens are innermost. Its even and
 // its odd tokens make a float vector each, so that nothing has to be shuffled.
@@ -17,7 +17,7 @@ inline f32 odd(u16 v) { return reinterpret_cast<f32>(reinterpret_cast<u32>(v) & 
 
 // To the nearest bf16, of two equally near ones the even; a NaN stays one.
 inline u16 round_pairs(f32 evens, f32 odds) {
-#if SPARSEBERT_AMX
+#if SPARSEBERT_TILES >= 1
   // The halves come one behind the other.
   const auto halves = reinterpret_cast<__m512i>(
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odds), reinterpret_cast<__m512>(evens)));
@@ -88,7 +88,7 @@ inline u32 pair_odd(u16 a, u16 b) {
   return (reinterpret_cast<u32>(a) >> 16) | (reinterpret_cast<u32>(b) & 0xffff0000u);
 }
 
-#if SPARSEBERT_AMX
+#if SPARSEBERT_TILES == 2
 
 struct TileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -125,9 +125,36 @@ class Tiles {
 
 #else
 
+// Tiles 0 to 3 are sums, 4 to 7 are read where they lie.
 struct Tiles {
-  alignas(64) std::uint32_t words[8][16][16];
+  alignas(64) float sums[4][16][16];
+  const char* from[8];
+  std::int64_t stride[8];
 };
+
+inline const std::uint32_t* row_of(const Tiles& tiles, int tile, int row) {
+  return reinterpret_cast<const std::uint32_t*>(tiles.from[tile] + row * tiles.stride[tile]);
+}
+
+#if SPARSEBERT_TILES == 1
+
+inline void tile_dot(Tiles& tiles, int c, int a, int b) {
+  f32 sums[16];
+#pragma GCC unroll 16
+  for (int m = 0; m < 16; ++m) sums[m] = load(tiles.sums[c][m]);
+  for (int k = 0; k < 16; ++k) {
+    const auto right = reinterpret_cast<__m512bh>(load(row_of(tiles, b, k)));
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) {
+      const auto left = reinterpret_cast<__m512bh>(splat(row_of(tiles, a, m)[k]));
+      sums[m] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m]), right, left));
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < 16; ++m) store(tiles.sums[c][m], sums[m]);
+}
+
+#else
 
 inline float of_bf16(std::uint32_t bits) {
   union {
@@ -141,21 +168,29 @@ inline void tile_dot(Tiles& tiles, int c, int a, int b) {
   for (int m = 0; m < 16; ++m) {
     f32 evens{}, odds{};
     for (int k = 0; k < 16; ++k) {
-      const u32 right = load(tiles.words[b][k]);
-      evens += reinterpret_cast<f32>(right << 16) * of_bf16(tiles.words[a][m][k] & 0xffffu);
-      odds += reinterpret_cast<f32>(right & 0xffff0000u) * of_bf16(tiles.words[a][m][k] >> 16);
+      const u32 right = load(row_of(tiles, b, k));
+      const std::uint32_t left = row_of(tiles, a, m)[k];
+      evens += reinterpret_cast<f32>(right << 16) * of_bf16(left & 0xffffu);
+      odds += reinterpret_cast<f32>(right & 0xffff0000u) * of_bf16(left >> 16);
     }
-    store(tiles.words[c][m], reinterpret_cast<u32>(reinterpret_cast<f32>(load(tiles.words[c][m])) + (evens + odds)));
+    store(tiles.sums[c][m], load(tiles.sums[c][m]) + (evens + odds));
   }
 }
 
-inline const char* at(const void* from, std::int64_t bytes) { return static_cast<const char*>(from) + bytes; }
+#endif
 
-#define TILE_ZERO(t) __builtin_memset(tiles.words[t], 0, sizeof tiles.words[t])
-#define TILE_LOAD(t, from, stride) \
-  for (int r_ = 0; r_ < 16; ++r_) __builtin_memcpy(tiles.words[t][r_], at(from, r_ * (stride)), 64)
-#define TILE_STORE(t, to, stride) \
-  for (int r_ = 0; r_ < 16; ++r_) __builtin_memcpy(const_cast<char*>(at(to, r_ * (stride))), tiles.words[t][r_], 64)
+inline void tile_load(Tiles& tiles, int tile, const void* from, std::int64_t stride) {
+  tiles.from[tile] = static_cast<const char*>(from);
+  tiles.stride[tile] = stride;
+}
+
+inline void tile_store(const Tiles& tiles, int tile, void* to, std::int64_t stride) {
+  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(to) + r * stride, tiles.sums[tile][r], 64);
+}
+
+#define TILE_ZERO(t) __builtin_memset(tiles.sums[t], 0, sizeof tiles.sums[t])
+#define TILE_LOAD(t, from, stride) tile_load(tiles, t, from, stride)
+#define TILE_STORE(t, to, stride) tile_store(tiles, t, to, stride)
 #define TILE_DOT(c, a, b) tile_dot(tiles, c, a, b)
 
 #endif

@@ -227,7 +227,7 @@ def bench(
                     row["form"] + (f", short: {row['short']}" if row["short"] else ""),
                     row["kernel"],
                     f"{row['gflops']:.0f}",
-                    "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}",
+                    f"{row['share_of_peak']:.0%}",
                     row["why"],
                 ]
                 for row in result["layers"]

@@ -45,6 +45,7 @@ def costs(isa: str) -> Costs:
 
     Nothing is timed here: the same model on the same machine always runs the same kernels.
     """
+    isa = "avx512" if isa in environment.BF16_ISAS else isa  # whose float32 kernels those run
     try:
         stored = json.loads(_path().read_text(encoding="utf-8"))[_machine(isa)]
         parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups")}
@@ -56,7 +57,7 @@ def costs(isa: str) -> Costs:
 
 def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Costs]:
     """Times both forms on every instruction set of this machine, a few seconds, and stores what they cost."""
-    isas = [isa for isa in _dispatch.supported_isas() if isa != "amx"]  # which runs float32 as avx512 does
+    isas = _dispatch.float32_isas()
     found = {}
     for done, isa in enumerate(isas):
         progress(done, len(isas))
@@ -106,5 +107,4 @@ SHIPPED = {
     "scalar": _RATIO,
     "avx2": Costs(rows=(0.052, 0.032, 0.033), groups=(0.024, 0.020, 0.0225)),
     "avx512": _RATIO,
-    "amx": _RATIO,
 }

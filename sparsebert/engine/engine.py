@@ -98,9 +98,9 @@ class Engine:
             ) from error
         tokenizer.no_padding()
         if environment.isa_cap() is None and (
-            _dispatch.isa() == "scalar" or (dtype == "bf16" and _dispatch.isa() != "amx")
+            _dispatch.isa() == "scalar" or (dtype == "bf16" and _dispatch.isa() not in environment.BF16_ISAS)
         ):
-            lacking = "AVX2" if dtype == "fp32" else "AMX"
+            lacking = "AVX2" if dtype == "fp32" else "AMX and no AVX-512 BF16"
             warnings.warn(
                 f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
                 stacklevel=2,
@@ -128,9 +128,13 @@ class Engine:
 
         measure: also time each, on 128 tokens and one thread, moving them into panels and back included: `gflops`, 10^9
         operations on non-zeros a second, and `share_of_peak`, all operations it does over those that the core could do
-        in float32 from registers; None for bf16.
+        in that dtype undisturbed by memory.
         """
-        peak = _dispatch.core().peak_flops(self.isa) if measure and self.dtype == "fp32" else None
+        peak = _dispatch.core().peak_flops(self.isa, self.dtype == "bf16") if measure else None
+        if self.dtype == "bf16":
+            kernel = self.isa if self.isa in environment.BF16_ISAS else "scalar"
+        else:
+            kernel = "avx512" if self.isa in environment.BF16_ISAS else self.isa
         rows = []
         for i, layer in enumerate(self.encoder.layers):
             for name in ("qkv", "attention_out", "up", "down"):
@@ -142,13 +146,13 @@ class Engine:
                     "layer": i, "linear": name, "shape": [weight.n_out, weight.n_in],
                     "density": weight.nnz / (weight.n_in * weight.n_out), "form": form,
                     "short": short if short != form else None,
-                    "kernel": f"{self.isa if self.dtype == 'fp32' or self.isa == 'amx' else 'scalar'} {self.dtype}",
+                    "kernel": f"{kernel} {self.dtype}",
                     "why": why,
                 }  # fmt: skip
                 if measure:
                     seconds = _seconds(linear, self.isa)
                     row["gflops"] = 2e-9 * weight.nnz * TOKENS[LONG] / seconds
-                    row["share_of_peak"] = peak and 2 * weight.stored * TOKENS[LONG] / seconds / peak
+                    row["share_of_peak"] = 2 * weight.stored * TOKENS[LONG] / seconds / peak
                 rows.append(row)
         return rows
 

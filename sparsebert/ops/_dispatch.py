@@ -29,6 +29,11 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(core().supported_isas())
 
 
+def float32_isas() -> tuple[str, ...]:
+    """Those of them that have float32 kernels of their own."""
+    return tuple(name for name in supported_isas() if name not in environment.BF16_ISAS)
+
+
 def isa(wanted: str | None = None) -> str:
     """The instruction set to run: `wanted` where given, else the best one this machine has under SPARSEBERT_ISA.
 

@@ -463,11 +463,11 @@ def sparse_matmul(x: np.ndarray, linear: Linear, *, threads: int | None = None, 
     isa: None for the best instruction set under SPARSEBERT_ISA.
     Returns y: float32 [tokens, n_out], a new array.
 
-    Sums are float32; with a weight in tiles x is rounded to bf16 first, and y last. Tiles are multiplied by amx, or
-    by portable code, slowly. A token's result is bit-equal whatever the other tokens, their number and the number of
-    threads, and in float32 on avx2 and avx512; scalar rounds differently, and so do the packed forms. A kept weight
-    carries inf and NaN of x as IEEE arithmetic does; a pruned one may (as a dense matmul makes NaN of 0 * inf), where
-    a zero fills up its form; no value reaches another token.
+    Sums are float32; with a weight in tiles x is rounded to bf16 first, and y last. Tiles are multiplied by amx or
+    avx512_bf16, elsewhere by portable code, slowly. A token's result is bit-equal whatever the other tokens, their
+    number and the number of threads, and in float32 on avx2 and avx512; scalar rounds differently, and so do the packed
+    forms. A kept weight carries inf and NaN of x as IEEE arithmetic does; a pruned one may (as a dense matmul makes NaN
+    of 0 * inf), where a zero fills up its form; no value reaches another token.
 
     Raises InputError for a wrong type, shape or layout, UnsupportedError for an isa this machine cannot run.
     """
