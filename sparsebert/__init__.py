@@ -8,12 +8,13 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Engine": "sparsebert.engine",
     "evaluate": "sparsebert.robustness",
+    "pipeline": "sparsebert.engine.pipeline",
     "prune": "sparsebert.pruning",
     "soup": "sparsebert.training",
     "train": "sparsebert.training",
 }
 
-__all__ = ["Engine", "__version__", "evaluate", "prune", "soup", "train"]
+__all__ = ["Engine", "__version__", "evaluate", "pipeline", "prune", "soup", "train"]
 
 
 def __getattr__(name: str):

@@ -4,16 +4,21 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import platform
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import require
 from models import classifier, saved, tokenizer
 
+import sparsebert
 from sparsebert import checkpoint, data, environment
 from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, PruneConfig
@@ -181,6 +186,56 @@ def test_falling_back_to_the_portable_path_is_said(directory, monkeypatch):
     monkeypatch.setattr(_dispatch, "supported_isas", lambda: ("scalar",))
     with pytest.warns(UserWarning, match="portable path"):
         Engine.load(directory)
+
+
+# Denies what Linux wants to be asked before a process may use the registers of tiles, then loads.
+WITHOUT_TILES = """
+import ctypes, errno, struct, sys
+
+prctl, syscall, arch_prctl = 157, ctypes.CDLL(None, use_errno=True).syscall, 158
+request = 0x1023  # ARCH_REQ_XCOMP_PERM
+code = [(0x20, 0, 0, 0), (0x15, 0, 3, arch_prctl), (0x20, 0, 0, 16), (0x15, 0, 1, request),
+        (0x06, 0, 0, 0x00050000 | errno.EPERM), (0x06, 0, 0, 0x7FFF0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+filters = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code), ctypes.addressof(program)))
+assert syscall(prctl, 38, 1, 0, 0, 0) == 0  # no new privileges
+assert syscall(prctl, 22, 2, filters, 0, 0) == 0  # a filter of system calls
+assert syscall(arch_prctl, request, 18) == -1 and ctypes.get_errno() == errno.EPERM
+
+from sparsebert.engine import Engine
+from sparsebert.ops import _dispatch
+
+engine = Engine.load(sys.argv[1])
+print(engine.dtype, engine.logits(["a text"]).shape, "amx" in _dispatch.supported_isas(), _dispatch.why_off()["amx"])
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() != "x86_64", reason="the permission is Linux's, for x86_64"
+)
+def test_without_permission_for_tiles_the_engine_runs_fp32(directory):
+    said = subprocess.run([sys.executable, "-c", WITHOUT_TILES, str(directory)], capture_output=True, text=True)
+    assert said.stderr == "" and said.returncode == 0
+    assert said.stdout.startswith("fp32 (1, 3) False not supported by this processor (x86_64) or its operating system")
+
+
+def test_a_pipeline_gives_the_answers_of_transformers(directory, texts):
+    ours = sparsebert.pipeline("text-classification", directory, dtype="fp32")
+    stock = transformers.pipeline("text-classification", str(directory))
+    near = partial(pytest.approx, abs=TOLERANCE)
+    some = [*texts[:5], {"text": texts[5], "text_pair": texts[6]}, "long " * 600]
+    for options in ({}, {"batch_size": 4, "top_k": None}):
+        want = stock(some, truncation=True, max_length=512, **options)
+        assert ours(some, truncation=True, max_length=512, **options) == [
+            near(one) if isinstance(one, dict) else [near(each) for each in one] for one in want
+        ]
+
+
+def test_a_pipeline_of_another_task_or_device_is_refused(directory):
+    with pytest.raises(InputError, match="task must be one of text-classification"):
+        sparsebert.pipeline("fill-mask", directory)
+    with pytest.raises(InputError, match="device must be cpu, got meta"):
+        sparsebert.pipeline("text-classification", directory, device="meta")
 
 
 def test_density_is_that_of_the_manifest(directory):
