@@ -39,8 +39,8 @@ NOTES = (
     "Bias always, GELU where the layer has it (for all). `ours_us` is the median time of a call, rows in and out, "
     "`dense_us` that of this op on a matrix without zeros, `gflops` counts 2 x true non-zeros x tokens, `speedup` is "
     "the median over rounds of float32 torch's time over ours with its 95 % interval by order statistics (`low`, "
-    "`high`), `error` the largest absolute difference of ours from the float64 reference. Float32, but for "
-    "avx512_bf16 and amx."
+    "`high`), `error` the largest absolute difference of ours from the float64 reference. SPARSEBERT_ISA caps torch as "
+    "well. Float32, but for avx512_bf16 and amx."
 )
 
 
@@ -66,8 +66,9 @@ QUICK_CASES = [case for case in CASES if case.sparsity == 0.875 and case.tokens 
 
 
 def isas() -> tuple[str, ...]:
-    """What is timed: the portable path only where there is no other."""
-    return tuple(isa for isa in _dispatch.supported_isas() if isa != "scalar") or ("scalar",)
+    """What is timed, up to SPARSEBERT_ISA: the portable path only where there is no other."""
+    ranked = environment.ISAS[1 : environment.ISAS.index(_dispatch.isa()) + 1]
+    return tuple(isa for isa in ranked if isa in _dispatch.supported_isas()) or ("scalar",)
 
 
 def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndarray]], int, np.ndarray]:
