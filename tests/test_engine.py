@@ -90,6 +90,10 @@ def test_explain_says_what_each_linear_runs_as(directory, tmp_path):
     assert rows[2]["shape"] == [80, 48] and rows[2]["density"] == pytest.approx(0.2, abs=0.01)
     assert {row["form"] for row in Engine.load(saved(tmp_path / "m"), dtype="fp32").explain()} == {"dense"}
     model = classifier(hidden_size=64)
+    prune(model, [], PruneConfig(method="magnitude", sparsity=0.1))
+    light = Engine.load(saved(tmp_path / "l", model), dtype="fp32").explain()  # zeros that cost more than they save
+    assert {row["form"] for row in light} == {"dense"} and light[0]["density"] < 0.95
+    model = classifier(hidden_size=64)
     prune(model, [], PruneConfig(method="magnitude", sparsity=0.5, pattern="16x1"))
     assert {row["form"] for row in Engine.load(saved(tmp_path / "g", model), dtype="fp32").explain()} == {"groups"}
 
@@ -383,7 +387,7 @@ ROWS_WHEN_LONG = costs_with((100.0, 100.0, 0.1))
 def test_short_batches_may_take_another_form(directory, texts, monkeypatch):
     monkeypatch.setitem(costs.SHIPPED, _dispatch.float32_isas()[-1], ROWS_WHEN_LONG)
     loaded = Engine.load(directory, dtype="fp32")
-    assert {(row["form"], row["short"]) for row in loaded.explain()} == {("rows", "groups")}
+    assert {(row["form"], row["short"]) for row in loaded.explain()} == {("rows", "dense")}
     want = stock_logits(directory, texts)
     np.testing.assert_allclose(loaded.logits(texts), want, atol=TOLERANCE)
     np.testing.assert_allclose(loaded.logits(texts[:1]), want[:1], atol=TOLERANCE)

@@ -329,6 +329,7 @@ def test_a_forked_child_starts_its_own_workers():
 )
 def test_unpack_undoes_pack(dense):
     np.testing.assert_array_equal(unpack(pack_groups(dense)), dense)
+    np.testing.assert_array_equal(unpack(pack_groups(dense, whole=True)), dense)
     np.testing.assert_array_equal(unpack(pack_tiles(dense)), from_bf16(to_bf16(dense)))
     weight = pack(dense)
     np.testing.assert_array_equal(unpack(weight), dense)

@@ -23,7 +23,7 @@ from sparsebert.errors import SparsebertError
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
 
-FORMAT_VERSION = 2  # of the files, and of the packed forms in them
+FORMAT_VERSION = 3  # of the files, and of the packed forms in them
 Encoders = tuple[PackedEncoder, ...]
 Weights = dict[str, np.ndarray]
 

@@ -212,11 +212,14 @@ def _are_ids(text: Text) -> bool:
 
 
 def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:
-    """A float32 weight in the cheaper form for each of TOKENS, packed once a form."""
-    nnz, places = int(np.count_nonzero(weight)), places_in_groups(weight)
-    pairs = zip(table.rows, table.groups, strict=True)
-    chosen = [pack if rows * nnz < groups * places else pack_groups for rows, groups in pairs]
-    made = {form: form(weight) for form in set(chosen)}
+    """A float32 weight in the cheapest form for each of TOKENS, packed once a form."""
+    forms = {"groups": pack_groups, "dense": partial(pack_groups, whole=True), "rows": pack}
+    places = places_in_groups(weight)
+    chosen = []
+    for rows, groups in zip(table.rows, table.groups, strict=True):
+        cost = {"groups": groups * places, "dense": groups * weight.size, "rows": rows * np.count_nonzero(weight)}
+        chosen.append(min(cost, key=cost.get))
+    made = {form: forms[form](weight) for form in set(chosen)}
     return tuple(made[form] for form in chosen)
 
 

@@ -246,17 +246,18 @@ def pack(weight: np.ndarray) -> PackedRows:
     )
 
 
-def pack_groups(weight: np.ndarray) -> PackedGroups:
+def pack_groups(weight: np.ndarray, *, whole: bool = False) -> PackedGroups:
     """W with its rows of equal support side by side: what a weight pruned in groups of rows, and a dense one, runs
     fastest as. Rows that share their support with few others waste the places they leave empty.
 
-    weight: as for `pack`. `unpack(pack_groups(weight))` equals `weight`.
+    weight: as for `pack`. whole: all rows with all columns, zeros among them. `unpack(pack_groups(weight))` equals
+    `weight`.
     """
     _check_weight(weight)
     n_out, n_in = weight.shape
     size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
     rows, lists, owner, values = [], [], [], []
-    for alike, cols in _alike(weight != 0):
+    for alike, cols in _alike(np.ones_like(weight, bool) if whole else weight != 0):
         for start in range(0, len(alike), size):
             group = alike[start : start + size]
             part = np.zeros((size, len(cols)), np.float32)
