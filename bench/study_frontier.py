@@ -120,6 +120,7 @@ def plot(rows: list[harness.Row], facts: dict, path: Path) -> None:
     axes[1].set_title(f"dense torch: {dense['ms_1'] * dense['torch_1']:.1f} ms", fontsize=8, loc="right")
     for axis in axes:
         axis.set_xlabel(f"ms a sentence, one a call, {facts['threads']} threads, {facts['dtype']}")
+        axis.margins(x=0.12)  # room for what is written beside the last point
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

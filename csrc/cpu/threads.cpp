@@ -66,7 +66,8 @@ void keep_off([[maybe_unused]] Worker& worker, [[maybe_unused]] int cpu) {
   if (cpu < 0 || worker.shunned_cpu == cpu) return;
   cpu_set_t allowed;
   if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
-  if (CPU_COUNT(&allowed) > 1) CPU_CLR(cpu, &allowed);
+  if (CPU_COUNT(&allowed) < 2) return;
+  CPU_CLR(cpu, &allowed);
   if (pthread_setaffinity_np(worker.thread, sizeof allowed, &allowed) == 0) worker.shunned_cpu = cpu;
 #endif
 }
