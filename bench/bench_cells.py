@@ -18,21 +18,22 @@ from pathlib import Path
 import numpy as np
 
 from bench import harness
-from sparsebert.cli.timing import random_model, texts_of
+from bench.shapes import random_directory
+from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig
 from sparsebert.engine import Engine
 from sparsebert.engine.measure import Timings, interleave
 from sparsebert.ops import _dispatch
 
-DENSE = ("dense", 0.0)
+DENSE = ("unstructured", 0.0)
 PATTERNS = {
     "unstructured": (0.25, 0.5, 0.75, 0.9, 0.95), "2:4": (0.5,), "16x1": (0.25, 0.5, 0.75, 0.9, 0.95),
     "32x1": (0.25, 0.5, 0.75, 0.9, 0.95),
 }  # fmt: skip
 QUICK = {"unstructured": (0.5, 0.9), "16x1": (0.9,)}
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-LENGTHS = ("16", "64", "128", "512")
-MIX, PADDED = 32, "128"  # texts a batch, and what they are padded to
+LENGTHS = (16, 64, 128, 512)
+MIX, PADDED = 32, 128  # texts a batch, and what they are padded to
 TURN_S = 2e-3
 SLOWER = 0.98  # a cell is slower than dense where its whole interval is below this
 STEP = 1.15  # and a step to a larger batch is bad where its whole interval is above this
@@ -54,9 +55,7 @@ def engines(model: str, patterns: dict, dtype: str, threads: int, folder: Path) 
     wanted = [DENSE, *((pattern, sparsity) for pattern, of_it in patterns.items() for sparsity in of_it)]
     loaded = {}
     for i, (pattern, sparsity) in enumerate(wanted):
-        made = {"pattern": "unstructured" if (pattern, sparsity) == DENSE else pattern}
-        implied = {} if ":" in pattern else {"sparsity": sparsity}
-        directory = random_model(BenchConfig(random=model, **made, **implied), folder / str(i))
+        directory = random_directory(model, pattern, sparsity, folder / str(i))
         loaded[pattern, sparsity] = Engine.load(directory, dtype=dtype, threads=threads)
         print(f"loaded {i + 1} of {len(wanted)}: {pattern}, {sparsity}", file=sys.stderr)
     return loaded
@@ -79,9 +78,9 @@ def timed(calls: dict, rounds: int) -> Timings:
     return Timings({key: seconds / repeats[key] for key, seconds in timings.seconds.items()})
 
 
-def measure(found: dict[tuple[str, float], Engine], length: str, rounds: int) -> list[harness.Row]:
+def measure(found: dict[tuple[str, float], Engine], length: int, rounds: int) -> list[harness.Row]:
     """One row a pattern and sparsity, for texts of one length."""
-    ids = np.random.default_rng(0).integers(1000, 20000, (max(BATCHES), int(length))).tolist()
+    ids = np.random.default_rng(0).integers(1000, 20000, (max(BATCHES), length)).tolist()
     timings = timed({(key, n): forward(engine, ids[:n]) for key, engine in found.items() for n in BATCHES}, rounds)
     rows = []
     for key in found:
@@ -89,7 +88,7 @@ def measure(found: dict[tuple[str, float], Engine], length: str, rounds: int) ->
         steps = [timings.ratio((key, n), (key, before)) for before, n in pairwise(BATCHES)]
         growth = [n / before for before, n in pairwise(BATCHES)]
         rows.append({
-            "pattern": key[0], "sparsity": key[1], "seq": length,
+            "pattern": key[0], "sparsity": key[1], "seq": str(length),
             **{f"batch_{n}": ratio.value for n, ratio in faster.items()},
             "slower": sum(ratio.high < SLOWER for ratio in faster.values()),
             "worst_step": max(step.value / by for step, by in zip(steps, growth, strict=True)),
@@ -103,7 +102,7 @@ def measure(found: dict[tuple[str, float], Engine], length: str, rounds: int) ->
 def measure_mix(found: dict[tuple[str, float], Engine], texts: list[list[int]], rounds: int) -> list[harness.Row]:
     """One row a pattern and sparsity: batches of mixed lengths against padded ones."""
     batches = [texts[i : i + MIX] for i in range(0, len(texts), MIX)]
-    padded = [[(row * int(PADDED))[: int(PADDED)] for row in batch] for batch in batches]
+    padded = [[(row * PADDED)[:PADDED] for row in batch] for batch in batches]
     calls = {}
     for key, engine in found.items():
         for name, of_it in (("mix", batches), ("padded", padded)):

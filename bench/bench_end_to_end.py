@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from bench import harness
+from bench.shapes import random_directory
 from sparsebert import checkpoint
 from sparsebert.cli.timing import random_model, texts_of
 from sparsebert.config import BenchConfig
@@ -49,11 +50,9 @@ QUICK = (Size(1, "32", 24), Size(32, "mix", 64))
 
 def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Namespace) -> list[harness.Row]:
     """One row an engine and size. Raises CheckpointError where our logits are not torch's."""
-    implied = {} if ":" in pattern else {"sparsity": args.sparsity}
     rows: list[harness.Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        made = BenchConfig(random=model, pattern=pattern, **implied)
-        directory = random_model(made, Path(folder))
+        directory = random_directory(model, pattern, args.sparsity, Path(folder))
         for size in sizes:
             config = BenchConfig(
                 n=size.n, batch=size.batch, seq=size.seq, rounds=args.rounds, threads=args.threads, dtype=args.dtype,

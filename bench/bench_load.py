@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import harness
-from sparsebert.cli.timing import random_model
-from sparsebert.config import BenchConfig
+from bench.shapes import random_directory
 
 COLUMNS = {
     "model": "", "pattern": "", "sparsity": ".2f", "dtype": "", "first_s": ".2f", "cached_s": ".3f",
@@ -44,7 +43,8 @@ def resident():
 before, start = resident(), time.perf_counter()
 engine = Engine.load(sys.argv[1])
 seconds = time.perf_counter() - start
-print(json.dumps({"seconds": seconds, "resident": resident() - before, "dtype": engine.dtype}))
+grown = resident() - before
+print(json.dumps({"seconds": seconds, "resident": grown, "dtype": engine.dtype, "density": engine.density}))
 """
 
 
@@ -61,8 +61,7 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Row]:
     for model in args.models:
         for pattern in args.patterns:
             with tempfile.TemporaryDirectory() as folder:
-                implied = {} if ":" in pattern else {"sparsity": args.sparsity}
-                directory = random_model(BenchConfig(random=model, pattern=pattern, **implied), Path(folder))
+                directory = random_directory(model, pattern, args.sparsity, Path(folder))
                 first, cached = [], []
                 for i in range(args.rounds):
                     cache = Path(folder) / f"cache-{i}"
@@ -71,7 +70,7 @@ def measure(args: argparse.Namespace) -> Iterator[harness.Row]:
                 packed = sum(path.stat().st_size for path in (cache / "packed").glob("*.safetensors"))
                 resident = float(np.median([each["resident"] for each in cached]))
                 yield {
-                    "model": model, "pattern": pattern, "sparsity": args.sparsity if implied else 0.5,
+                    "model": model, "pattern": pattern, "sparsity": 1 - cached[0]["density"],
                     "dtype": cached[0]["dtype"],
                     "first_s": float(np.median([each["seconds"] for each in first])),
                     "cached_s": float(np.median([each["seconds"] for each in cached])),

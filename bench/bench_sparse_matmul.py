@@ -67,8 +67,7 @@ QUICK_CASES = [case for case in CASES if case.sparsity == 0.875 and case.tokens 
 
 def isas() -> tuple[str, ...]:
     """What is timed, up to SPARSEBERT_ISA: the portable path only where there is no other."""
-    ranked = environment.ISAS[1 : environment.ISAS.index(_dispatch.isa()) + 1]
-    return tuple(isa for isa in ranked if isa in _dispatch.supported_isas()) or ("scalar",)
+    return tuple(isa for isa in _dispatch.allowed_isas() if isa != "scalar") or ("scalar",)
 
 
 def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndarray]], int, np.ndarray]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+
+from sparsebert.cli.timing import random_model
+from sparsebert.config import BenchConfig
 
 
 @dataclass(frozen=True)
@@ -96,3 +100,9 @@ def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
     h = (directions / torch.arange(1, n_in + 1)) @ directions.T
     h += 0.01 * h.diagonal().mean() * torch.eye(n_in, dtype=torch.float64)
     return torch.triu(h) + torch.triu(h, 1).T
+
+
+def random_directory(model: str, pattern: str, sparsity: float, folder: Path) -> Path:
+    """A model directory of random weights; `sparsity` is of patterns that imply none."""
+    implied = {} if ":" in pattern else {"sparsity": sparsity}
+    return random_model(BenchConfig(random=model, pattern=pattern, **implied), folder)

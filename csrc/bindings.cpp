@@ -509,7 +509,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("poison_scratch", &poison_scratch, py::arg("on"), "For tests: fill working memory with NaN before every use.");
   m.attr("GROUP_ROWS") = group_rows;
   m.attr("GROUP_TILE") = group_tile;
-  py::class_<PyLinear>(m, "Linear", "A packed linear layer. Column indices of groups must be below n_in: not checked here.");
+  py::class_<PyLinear>(m, "Linear",
+                       "A packed linear layer. Column indices of groups must be below n_in: not checked here.");
   m.attr("SLICE_ROWS") = slice_rows;
   m.attr("BLOCK_ROWS") = block_rows;
   m.attr("SLAB_COLS") = slab_cols;

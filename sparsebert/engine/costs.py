@@ -45,7 +45,7 @@ def costs(isa: str) -> Costs:
 
     Nothing is timed here: the same model on the same machine always runs the same kernels.
     """
-    isa = "avx512" if isa in environment.BF16_ISAS else isa  # whose float32 kernels those run
+    isa = _dispatch.float32_isa(isa)
     try:
         stored = json.loads(_path().read_text(encoding="utf-8"))[_machine(isa)]
         parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups")}
@@ -56,7 +56,7 @@ def costs(isa: str) -> Costs:
 
 
 def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Costs]:
-    """Times both forms on every instruction set of this machine, a few seconds, and stores what they cost."""
+    """Times both forms on every instruction set allowed here, a few seconds, and stores what they cost."""
     isas = _dispatch.float32_isas()
     found = {}
     for done, isa in enumerate(isas):

@@ -134,7 +134,7 @@ class Engine:
         if self.dtype == "bf16":
             kernel = self.isa if self.isa in environment.BF16_ISAS else "scalar"
         else:
-            kernel = "avx512" if self.isa in environment.BF16_ISAS else self.isa
+            kernel = _dispatch.float32_isa(self.isa)
         rows = []
         for i, layer in enumerate(self.encoder.layers):
             for name in ("qkv", "attention_out", "up", "down"):

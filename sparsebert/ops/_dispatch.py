@@ -29,9 +29,21 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(core().supported_isas())
 
 
+def allowed_isas() -> tuple[str, ...]:
+    """What this machine can run under SPARSEBERT_ISA, slowest first."""
+    cap = environment.isa_cap() or environment.ISAS[-1]
+    allowed = environment.ISAS[: environment.ISAS.index(cap) + 1]
+    return tuple(name for name in allowed if name in supported_isas())
+
+
 def float32_isas() -> tuple[str, ...]:
     """Those of them that have float32 kernels of their own."""
-    return tuple(name for name in supported_isas() if name not in environment.BF16_ISAS)
+    return tuple(name for name in allowed_isas() if name == float32_isa(name))
+
+
+def float32_isa(name: str) -> str:
+    """The instruction set whose float32 kernels this one runs."""
+    return "avx512" if name in environment.BF16_ISAS else name
 
 
 def isa(wanted: str | None = None) -> str:
@@ -41,9 +53,7 @@ def isa(wanted: str | None = None) -> str:
     not forbid: naming an instruction set above it runs that one.
     """
     if wanted is None:
-        cap = environment.isa_cap() or environment.ISAS[-1]
-        allowed = environment.ISAS[: environment.ISAS.index(cap) + 1]
-        return next(name for name in reversed(allowed) if name in supported_isas())
+        return allowed_isas()[-1]
     if wanted not in environment.ISAS:
         raise InputError(f"isa must be one of {', '.join(environment.ISAS)}, got {wanted!r}", fix="pass one, or None")
     if wanted not in supported_isas():
