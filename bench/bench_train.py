@@ -1,79 +1,148 @@
-"""Where a fine-tuning step's time goes: MiniLM-L6 on MR, batches of 32, the variants taking turns.
+"""A training step of MiniLM-L6 beside stock `transformers.Trainer`, batches of 32 texts of at most 128 tokens, in turn.
 
-python -m bench.bench_train [--rounds 15] [--markdown FILE]
+python -m bench.bench_train [--texts mnli|full] [--rounds 9] [--json] [--markdown FILE]
+
+`mnli`: its training pairs, which average 35 tokens; `full`: random tokens, 128 a text, where there is no padding to
+avoid.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import greenlet
 import numpy as np
 import torch
+import transformers
 
 from bench import harness
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import bucketed, collate, tokenize
 from sparsebert.engine.measure import interleave
-from sparsebert.training.finetune import Run
+from sparsebert.training.loop import Run
+from sparsebert.training.losses import Targets
 
-COLUMNS = {"variant": "", "step_ms": ".0f", "spread": ".0%", "times_ours": ".2f", "low": ".2f", "high": ".2f"}
+BATCH, LENGTH = 32, 128
+COLUMNS = {
+    "variant": "", "precision": "", "step_ms": ".0f", "spread": ".0%", "times_ours": ".2f", "low": ".2f", "high": ".2f",
+    "loss_difference": ".1e",
+}  # fmt: skip
 NOTES = (
-    "`step_ms` is the median time of one step (forward, backward, clipping, AdamW), `times_ours` the median over "
-    "rounds of its time over the first row's, with a 95 % interval (order statistics). "
-    "Every variant sees the same number of sentences."
+    "`step_ms` is the median time of one step (forward, backward, clipping, AdamW) with dropout; `times_ours` the "
+    "median over rounds of its time over the first row's, with a 95 % interval (order statistics). Before the clock "
+    "starts every variant's loss is compared with the first row's on the same batch without dropout."
 )
-VARIANTS = {
-    "bf16, fused AdamW, buckets (ours)": {"precision": "bf16", "fused": True, "buckets": True},
-    "bf16, AdamW by foreach, buckets": {"precision": "bf16", "fused": False, "buckets": True},
-    "bf16, fused AdamW, random batches": {"precision": "bf16", "fused": True, "buckets": False},
-    "fp32, fused AdamW, buckets": {"precision": "fp32", "fused": True, "buckets": True},
-}
 
 
-def stepper(precision: str, fused: bool, buckets: bool) -> Callable[[], None]:
-    """A call that does the next training step of its own model."""
-    task = data.get_task("mr")
-    examples = data.load(task, task.train)
-    config = TrainConfig(precision=precision)
-    model, tokenizer = checkpoint.load("minilm", num_labels=2)
-    encoded = tokenize(tokenizer, examples, task.max_length)
+def texts(which: str, tokenizer) -> tuple[list[dict], np.ndarray]:
+    """(token ids, labels) of 3,200 texts."""
     rng = np.random.default_rng(0)
-    order = rng.permutation(len(encoded))
-    plan = bucketed(encoded, 32, rng) if buckets else [order[i : i + 32] for i in range(0, len(order), 32)]
-    run = Run(model, config, len(plan), Path("/nonexistent"), key="bench")
-    if not fused:
-        for group in run.optimizer.param_groups:
-            group["fused"], group["foreach"] = False, True
-    labels = torch.from_numpy(examples.labels)
+    if which == "mnli":
+        task = data.get_task("mnli")
+        examples = data.load(task, task.train, limit=100 * BATCH)
+        return tokenize(tokenizer, examples, LENGTH), examples.labels
+    ids = rng.integers(1000, 30000, (100 * BATCH, LENGTH))
+    return [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in ids], rng.integers(0, 3, len(ids))
+
+
+def model_of():
+    torch.manual_seed(0)
+    return checkpoint.load("minilm", num_labels=3)
+
+
+def ours(encoded: list[dict], labels: np.ndarray, precision: str) -> tuple[Callable[[], None], object]:
+    """(a call that does the next step, its model)."""
+    model, tokenizer = model_of()
+    plan = [rows for epoch in range(9) for rows in bucketed(encoded, BATCH, np.random.default_rng(epoch))]
+    run = Run(model, TrainConfig(precision=precision), len(plan), Path("/nonexistent"))
+    targets = Targets(torch.from_numpy(labels))
     upcoming = iter(plan)
 
     def step() -> None:
         rows = next(upcoming)
-        run.advance(collate(tokenizer, encoded, rows), labels[rows], snapshots=False)
+        run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)], snapshots=False)
 
-    return step
+    return step, model
+
+
+def stock(
+    encoded: list[dict], labels: np.ndarray, folder: Path, precision: str, padding: str, grouped: bool = False
+) -> tuple[Callable[[], None], object]:
+    """The same of `Trainer`, which stands still between steps."""
+    model, tokenizer = model_of()
+    rows = [{**row, "labels": int(label)} for row, label in zip(encoded, labels, strict=True)]
+    outer = greenlet.getcurrent()
+
+    class Gate(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            outer.switch()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=BATCH, num_train_epochs=9, bf16=precision == "bf16",
+        learning_rate=5e-5, weight_decay=0.01, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True,
+        disable_tqdm=True, train_sampling_strategy="group_by_length" if grouped else "random",
+    )  # fmt: skip
+    collator = transformers.DataCollatorWithPadding(tokenizer, padding=padding, max_length=LENGTH)
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Gate()], processing_class=tokenizer
+    )
+    inner = greenlet.greenlet(trainer.train)
+    inner.switch()  # to before the first step
+
+    return inner.switch, model
+
+
+def loss_of(model, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> float:
+    model.eval()
+    with torch.no_grad():
+        loss = model(**batch, labels=labels).loss.item()
+    model.train()
+    return loss
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--texts", choices=["mnli", "full"], default="mnli")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4, help="steps a turn: lengths differ between batches")
+    parser.add_argument("--json", action="store_true", help="print the JSON document alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    steps = {name: stepper(**settings) for name, settings in VARIANTS.items()}
-    timings = interleave(steps, args.rounds, warmup=2, repeats=4)  # four steps a turn: lengths differ between batches
-    ours = next(iter(VARIANTS))
+    _, tokenizer = model_of()
+    encoded, labels = texts(args.texts, tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        made = {("ours: fused AdamW, buckets of similar length", p): ours(encoded, labels, p) for p in ("bf16", "fp32")}
+        kinds = {"Trainer, padded to 128": ("max_length", False)}
+        if args.texts == "mnli":
+            kinds |= {
+                "Trainer, padded to the batch's longest": ("longest", False),
+                "Trainer, grouped by length": ("longest", True),
+            }
+        for name, (padding, grouped) in kinds.items():
+            for precision in ("bf16", "fp32"):
+                made[name, precision] = stock(encoded, labels, Path(folder), precision, padding, grouped)
+        batch = collate(tokenizer, encoded, range(BATCH))
+        wanted = torch.from_numpy(labels[:BATCH])
+        losses = {key: loss_of(model, batch, wanted) for key, (_, model) in made.items()}
+        first = next(iter(made))
+        differences = {key: abs(loss - losses[first]) for key, loss in losses.items()}
+        assert max(differences.values()) < 1e-5, f"the variants must train one model, losses differ: {differences}"
+        timings = interleave({key: step for key, (step, _) in made.items()}, args.rounds, warmup=2, repeats=args.steps)
     rows = []
-    for name in VARIANTS:
-        ratio = timings.ratio(name, ours)
+    for key in made:
+        ratio = timings.ratio(key, first)
         rows.append({
-            "variant": name, "step_ms": timings.median(name) * 1e3, "spread": timings.spread(name),
-            "times_ours": ratio.value, "low": ratio.low, "high": ratio.high,
+            "variant": key[0], "precision": key[1], "texts": args.texts, "step_ms": timings.median(key) * 1e3,
+            "spread": timings.spread(key), "times_ours": ratio.value, "low": ratio.low, "high": ratio.high,
+            "loss_difference": differences[key],
         })  # fmt: skip
-    harness.report("A fine-tuning step of MiniLM-L6", rows, COLUMNS, NOTES, args.markdown)
+    title = f"A training step of MiniLM-L6, batches of 32, {args.texts} texts"
+    harness.report(title, rows, COLUMNS, NOTES, args.markdown, json_only=args.json)
     return 0
 
 

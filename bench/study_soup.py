@@ -16,7 +16,7 @@ from bench import harness
 from sparsebert import checkpoint, data, encoders
 from sparsebert.cli.output import progress
 from sparsebert.robustness.evaluation import compare
-from sparsebert.training.finetune import read_recipe, train_recipe
+from sparsebert.training.recipe import read_recipe, train_recipe
 from sparsebert.training.soup import accuracy, mean, perturbed, soup
 
 COLUMNS = {

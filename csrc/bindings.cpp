@@ -499,6 +499,73 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
   admm_prune_step(state, keep_data, rho, shrink, isa, threads);
 }
 
+MaskedWeight masked_weight(const Array<float>& weight, const Array<float>& scores, const Array<float>& thresholds) {
+  require(weight.ndim() == 2 && scores.ndim() == 2 && thresholds.ndim() <= 2, "weight and scores must be matrices");
+  const std::int64_t n_out = weight.shape(0), n_in = weight.shape(1), rows = scores.shape(0);
+  require(scores.shape(1) == n_in && rows >= 1 && n_out % rows == 0, "rows of weight must share rows of scores");
+  MaskedWeight w{weight.data(), scores.data(), thresholds.data(), n_out, n_in, n_out / rows, 0};
+  if (thresholds.ndim() == 2) {
+    const std::int64_t parts = thresholds.shape(1);
+    require(thresholds.shape(0) == rows && parts >= 1 && n_in % parts == 0, "columns must share thresholds");
+    w.reach = n_in / parts;
+  } else {
+    require(thresholds.size() == 1, "one threshold, or a matrix of them");
+  }
+  return w;
+}
+
+// T as Python holds it: bf16 has no numpy type, its bits do.
+template <typename T>
+void run_masked_matmul(const Array<T>& x, const Array<float>& weight, const Array<float>& scores,
+                       const Array<float>& thresholds, const std::optional<Array<float>>& bias, Array<T>& y,
+                       const std::string& isa, int threads) {
+  const MaskedWeight w = masked_weight(weight, scores, thresholds);
+  require(x.ndim() == 2 && x.shape(1) == w.n_in && y.ndim() == 2 && y.shape(0) == x.shape(0) && y.shape(1) == w.n_out,
+          "x must be [tokens, n_in] and y [tokens, n_out]");
+  require(!bias || bias->size() == w.n_out, "bias must be [n_out]");
+  const float* bias_data = bias ? bias->data() : nullptr;
+  T* out = y.mutable_data();
+  const Isa chosen = isa_named(isa);
+  const py::gil_scoped_release released;
+  masked_matmul(x.data(), x.shape(0), w, bias_data, chosen, threads, out);
+}
+
+template <typename T>
+void run_masked_matmul_backward(const Array<T>& grad_y, const Array<T>& x, const Array<float>& weight,
+                                const Array<float>& scores, const Array<float>& thresholds,
+                                std::optional<Array<T>>& grad_x, std::optional<Array<float>>& grad_scores,
+                                std::optional<Array<float>>& grad_weight, const std::string& isa, int threads) {
+  const MaskedWeight w = masked_weight(weight, scores, thresholds);
+  const std::int64_t tokens = x.shape(0);
+  require(x.ndim() == 2 && x.shape(1) == w.n_in && grad_y.ndim() == 2 && grad_y.shape(0) == tokens &&
+              grad_y.shape(1) == w.n_out,
+          "x must be [tokens, n_in] and grad_y [tokens, n_out]");
+  require(!grad_x || grad_x->size() == x.size(), "grad_x must be like x");
+  require(!grad_scores || grad_scores->size() == scores.size(), "grad_scores must be like scores");
+  require(!grad_weight || grad_weight->size() == weight.size(), "grad_weight must be like weight");
+  T* for_x = grad_x ? grad_x->mutable_data() : nullptr;
+  float* for_scores = grad_scores ? grad_scores->mutable_data() : nullptr;
+  float* for_weight = grad_weight ? grad_weight->mutable_data() : nullptr;
+  const Isa chosen = isa_named(isa);
+  const py::gil_scoped_release released;
+  if (for_x != nullptr) masked_matmul_grad_x(grad_y.data(), tokens, w, chosen, threads, for_x);
+  if (for_scores != nullptr || for_weight != nullptr) {
+    masked_matmul_grad_w(grad_y.data(), x.data(), tokens, w, chosen, threads, for_scores, for_weight);
+  }
+}
+
+template <typename T>
+void define_masked_matmul(py::module_& m) {
+  m.def("masked_matmul", &run_masked_matmul<T>, py::arg("x").noconvert(), py::arg("weight").noconvert(),
+        py::arg("scores").noconvert(), py::arg("thresholds").noconvert(), py::arg("bias").noconvert().none(true),
+        py::arg("y").noconvert(), py::arg("isa"), py::arg("threads"), "Writes y; bf16 as its bits.");
+  m.def("masked_matmul_backward", &run_masked_matmul_backward<T>, py::arg("grad_y").noconvert(),
+        py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("scores").noconvert(),
+        py::arg("thresholds").noconvert(), py::arg("grad_x").noconvert().none(true),
+        py::arg("grad_scores").noconvert().none(true), py::arg("grad_weight").noconvert().none(true), py::arg("isa"),
+        py::arg("threads"), "Writes those gradients that are not None.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -559,6 +626,8 @@ PYBIND11_MODULE(_C, m) {
         "Adds a batch to the sums, in place; xx for i <= j only. False, with nothing added, where it is not finite.");
   m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
         "The k highest of each row, or None where there is a NaN.");
+  define_masked_matmul<float>(m);
+  define_masked_matmul<Bf16>(m);
   m.attr("ADMM_PANEL") = admm_panel;
   m.attr("ADMM_BLOCK_ROWS") = admm_block_rows;
   m.def("admm_prune_step", &run_admm_prune_step, py::arg("q").noconvert(), py::arg("qt").noconvert(),

@@ -253,4 +253,30 @@ struct AdmmState {
 // std::bad_alloc when about 8 bytes a weight cannot be had.
 void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
 
+// What mask training multiplies by: an entry of W where its score is at least the threshold, else 0; a NaN score is not.
+struct MaskedWeight {
+  const float* weight;      // [n_out, n_in]
+  const float* scores;      // [n_out / share, n_in]: consecutive rows share one
+  const float* thresholds;  // one, where reach is 0; else [n_out / share, n_in / reach]: consecutive columns share one
+  std::int64_t n_out;
+  std::int64_t n_in;
+  std::int64_t share;
+  std::int64_t reach;
+};
+
+// y [tokens, n_out] = x [tokens, n_in] Wᵀ + bias, which may be null. T is float or Bf16; products of bf16 are rounded to
+// it once, at the end, and W where it is packed; sums are float32.
+template <typename T>
+void masked_matmul(const T* x, std::int64_t tokens, const MaskedWeight& w, const float* bias, Isa isa, int threads, T* y);
+
+// grad_x [tokens, n_in] = grad_y [tokens, n_out] W.
+template <typename T>
+void masked_matmul_grad_x(const T* grad_y, std::int64_t tokens, const MaskedWeight& w, Isa isa, int threads, T* grad_x);
+
+// With G = grad_yᵀ x: grad_scores, like the scores, = G times the weight, unmasked, summed over the rows that share a
+// score; grad_weight [n_out, n_in] = G where kept, else 0. Either may be null.
+template <typename T>
+void masked_matmul_grad_w(const T* grad_y, const T* x, std::int64_t tokens, const MaskedWeight& w, Isa isa, int threads,
+                          float* grad_scores, float* grad_weight);
+
 }  // namespace sparsebert

@@ -12,22 +12,60 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=LARGE)]
 
 
-class TrainConfig(BaseModel):
-    """How a classifier is fine-tuned."""
+class LearnConfig(BaseModel):
+    """How anything is learnt from labelled examples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    loss: Literal["ce", "poe", "reweight", "reweight-mean", "confreg"] = Field(
+        "ce",
+        description="cross-entropy, or one that learns less from what a bias model knows: product of experts, "
+        "reweighting (by the batch's weights, or reweight-mean by its size), confidence regularisation",
+    )
+    bias: str = Field(
+        "auto",
+        description="the bias model: auto (the task's own), overlap, claim, weak (2,000 examples, no features), the "
+        "DIR of a classifier that saw none of the examples, or a .npy of log probabilities",
+    )
+    teacher: str | None = Field(
+        None,
+        description="confreg: DIR of a model trained by cross-entropy [default: trained first, into OUTPUT.teacher]",
+    )
     epochs: Positive = Field(3.0, lt=1e6, description="passes over the training examples; may be a fraction")
-    lr: Positive = Field(5e-5, description="peak learning rate of AdamW; linear warm-up, then linear decay to 0")
+    steps: int | None = Field(None, ge=1, lt=LARGE, description="optimizer steps, in place of --epochs")
+    lr: Positive = Field(5e-5, description="peak learning rate; linear warm-up, then linear decay to 0")
     batch_size: Count = Field(32, description="examples a step, of similar length")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps spent warming up")
     weight_decay: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="AdamW weight decay, not on biases and layer norms"
+        0.01, ge=0, allow_inf_nan=False, description="weight decay, not on biases and layer norms"
     )
     clip: Positive = Field(1.0, description="largest gradient norm")
     n: int | None = Field(
-        None, ge=1, lt=LARGE, description="train on a seeded subset of this many examples [default: all]"
+        None,
+        ge=1,
+        lt=LARGE,
+        description="train on a seeded subset of this many examples [default: all]",
+        json_schema_extra={"flags": ["--n", "--limit"]},
     )
+    mix_ood: bool = Field(
+        False, description="add the training examples of the task's out-of-distribution tests: an upper bound"
+    )
+    hold_out: int = Field(
+        0, ge=0, lt=LARGE, description="training examples left out, the same for every seed, to choose on"
+    )
+    select: Literal["last", "best"] = Field(
+        "last", description="weights kept: the last ones, or those most accurate on the held-out examples"
+    )
+    seed: Seed = Field(0, description="seed of the new head, the order and the dropout")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast where it is fast, else fp32"
+    )
+
+
+class TrainConfig(LearnConfig):
+    """How a classifier is fine-tuned."""
+
+    keep: str = Field("", description="shares of the run, with commas, after which OUTPUT-at-SHARE is also saved")
     optimizer: Literal["adamw", "adam", "sgd"] = Field(
         "adamw", description="adamw, adam (weight decay in the gradient) or sgd (no momentum)"
     )
@@ -36,12 +74,40 @@ class TrainConfig(BaseModel):
     )
     ascent_steps: Count = Field(5, description="adversarial: gradient steps of the perturbation a batch")
     ascent_size: Positive = Field(0.03, description="adversarial: length of such a step at each token")
-    hold_out: int = Field(
-        0, ge=0, lt=LARGE, description="training examples left out, the same for every seed; `soup` chooses on them"
+
+
+class SubnetConfig(LearnConfig):
+    """How a subnetwork is trained: methods mask, imp and imp-rw. Defaults are of Liu et al. 2022."""
+
+    epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples; may be a fraction")
+    lr: Positive | None = Field(
+        None,
+        description="peak learning rate [default: imp 5e-5; mask 5e-5 sqrt(61360 / steps)]",
     )
-    seed: Seed = Field(0, description="seed of the new head, the order and the dropout")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where the CPU multiplies bf16, else fp32"
+    start: str | None = Field(
+        None,
+        description="weights to start from: pretrained (the encoder that DIR was fine-tuned from, with a new head), or "
+        "another DIR, such as one of `train --keep` [default: those of DIR]",
+    )
+    rewind: str | None = Field(
+        None,
+        description="mask: afterwards put the found zeros into these weights instead: pretrained, or a DIR "
+        "[imp-rw: to what it rewinds, default its start]",
+    )
+    init: Literal["hard", "soft"] | None = Field(
+        None, description="mask: scores begin as kept or not, or as |w| [default: hard, or soft with --gradual]"
+    )
+    gradual: float | None = Field(
+        None, ge=0, lt=1, description="mask: sparsity to begin with, from where it rises to --sparsity by a cubic"
+    )
+    update_every: float = Field(
+        0.016, gt=0, le=1, description="mask: share of the run after which the threshold is set anew"
+    )
+    settle: float = Field(
+        0.7, ge=0, le=1, description="mask: share of the run after which --gradual has arrived and `best` may be chosen"
+    )
+    head: Literal["masked", "dense"] = Field(
+        "masked", description="pooler and classifier (imp: pooler): pruned as the encoder's linears are, or left dense"
     )
 
 
@@ -51,7 +117,9 @@ class PruneConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     method: str = Field(
-        "knowledge", description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude"
+        "knowledge",
+        description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude; with labels: mask, imp, "
+        "imp-rw",
     )
     tier: int | None = Field(
         None, ge=0, le=2, description="knowledge: 0 closed form, 1 gradients and allocation, 2 distillation [1]"
@@ -80,7 +148,7 @@ class EvalConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     n: int | None = Field(
-        None, ge=1, lt=LARGE, description="a seeded random subset of this many examples [default: all]"
+        None, ge=1, lt=LARGE, description="a seeded random subset of this many examples, of each test [default: all]"
     )
     seed: Seed = Field(0, description="seed of the subset")
 

@@ -46,7 +46,9 @@ class Task:
     on.
     metric: "accuracy", or "f1" where the field also reports F1 of class 1. three_way: a three-way NLI model may be
     evaluated here, its classes neutral and contradiction counting as class 1. max_length: tokens kept of a text,
-    special ones included.
+    special ones included. ood: tasks that a model of this one is tested on out of distribution. ood_train: (task,
+    split, times) of training examples for an upper bound there. bias: the bias model that debiased losses take by
+    default (training.bias). groups: the column that names what kind of example each is, where figures are wanted by it.
     """
 
     name: str
@@ -57,6 +59,10 @@ class Task:
     metric: str = "accuracy"
     three_way: bool = False
     max_length: int = 128
+    ood: tuple[str, ...] = ()
+    ood_train: tuple[tuple[str, str, int], ...] = ()
+    bias: str | None = None
+    groups: str | None = None
     hub: Hub | None = None
     folder: Path | None = field(default=None, compare=False)
 
@@ -75,24 +81,29 @@ _TABLE = (
          hub=Hub("stanfordnlp/imdb", None, ("text",), {"train": "train", "test": "test"})),
     Task("agnews", ("World", "Sports", "Business", "Sci/Tech"), "train", "test", max_length=256,
          hub=Hub("fancyzhx/ag_news", None, ("text",), {"train": "train", "test": "test"})),
-    Task("mnli", NLI, "train", "dev_matched", pair=True,
+    Task("mnli", NLI, "train", "dev_matched", pair=True, bias="overlap",
+         ood=("hans",), ood_train=(("hans", "train", 1),),
          hub=_glue("mnli", ("premise", "hypothesis"), "dev_matched", "validation_matched")),
-    Task("snli", NLI, "train", "dev", pair=True,
+    Task("snli", NLI, "train", "dev", pair=True, bias="overlap",
+         ood=("hans",), ood_train=(("hans", "train", 1),),
          hub=Hub("stanfordnlp/snli", None, ("premise", "hypothesis"), {"train": "train", "dev": "validation"})),
-    Task("hans", ENTAILMENT, "train", "test", pair=True, three_way=True),
-    Task("rte", ENTAILMENT, "train", "dev", pair=True, three_way=True,
+    Task("hans", ENTAILMENT, "train", "test", pair=True, three_way=True, groups="heuristic"),
+    Task("rte", ENTAILMENT, "train", "dev", pair=True, three_way=True, bias="overlap",
          hub=_glue("rte", ("sentence1", "sentence2"), "dev")),
     Task("qnli", ENTAILMENT, "train", "dev", pair=True, hub=_glue("qnli", ("question", "sentence"), "dev")),
     # dev_heldout is cut from the official training rows; the official dev set is not it and has no name here.
-    Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1",
+    Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1", bias="overlap",
+         ood=("paws_qqp", "paws_wiki"),
+         ood_train=(("paws_wiki", "dev", 1),),  # the training splits of PAWS are not at hand
          hub=Hub("nyu-mll/glue", "qqp", ("question1", "question2"), {"train": "train"})),
-    Task("mrpc", PARAPHRASE, "train", "dev", pair=True, metric="f1",
+    Task("mrpc", PARAPHRASE, "train", "dev", pair=True, metric="f1", bias="overlap",
          hub=_glue("mrpc", ("sentence1", "sentence2"), "dev")),
     Task("paws_qqp", PARAPHRASE, None, "dev_and_test", pair=True, metric="f1"),
     Task("paws_wiki", PARAPHRASE, "dev", "test", pair=True, metric="f1",
          hub=Hub("google-research-datasets/paws", "labeled_final", ("sentence1", "sentence2"),
                  {"dev": "validation", "test": "test"})),
-    Task("fever", FACT, "train", "dev", pair=True),
+    Task("fever", FACT, "train", "dev", pair=True, bias="claim", ood=("fever_symm_v1", "fever_symm_v2"),
+         ood_train=(("fever_symm_v2", "dev", 10),)),
     Task("fever_symm_v1", FACT, None, "test", pair=True),
     Task("fever_symm_v2", FACT, "dev", "test", pair=True),
     Task("cola", ("unacceptable", "acceptable"), "train", "dev", hub=_glue("cola", ("sentence",), "dev")),
@@ -102,13 +113,16 @@ TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled texts in file order. texts_b is None for a single-sentence task; labels: int64 [n]."""
+    """Labelled texts in file order. texts_b is None for a single-sentence task; labels: int64 [n]. groups: what kind
+    each is, for a task that has such.
+    """
 
     task: str
     split: str
     texts: list[str]
     texts_b: list[str] | None
     labels: np.ndarray
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -127,8 +141,10 @@ class Examples:
     def take(self, rows) -> Examples:
         """The examples at `rows`, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
-        texts_b = None if self.texts_b is None else [self.texts_b[i] for i in rows]
-        return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, self.labels[rows])
+        texts_b, groups = (
+            None if column is None else [column[i] for i in rows] for column in (self.texts_b, self.groups)
+        )
+        return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, self.labels[rows], groups)
 
     def sample(self, n: int | None, seed: int) -> Examples:
         """A seeded random subset of n examples in this order; all of them where n is None or not less."""
@@ -170,6 +186,22 @@ def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
         raise InputError(f"hold_out must be below the {len(examples)} training examples, got {n}", fix="hold out fewer")
     order = np.random.default_rng(0x5EED).permutation(len(examples))
     return examples.take(np.sort(order[n:])), examples.take(np.sort(order[:n]))
+
+
+def mix_ood(task: Task, examples: Examples) -> Examples:
+    """The examples and, behind them, those of `task.ood_train`; what is not entailed there contradicts in three-way
+    tasks. [Liu et al. 2022, App. C.3]
+    """
+    if not task.ood_train:
+        raise InputError(f"task {task.name!r} has no out-of-distribution training examples", fix="leave --mix-ood out")
+    texts, texts_b, labels = list(examples.texts), list(examples.texts_b), [examples.labels]
+    for name, split, times in task.ood_train:
+        other = load(TASKS[name], split)
+        texts += other.texts * times
+        texts_b += other.texts_b * times
+        last = len(task.labels) - 1  # of three, contradiction
+        labels += [np.where(other.labels == 1, last, other.labels)] * times
+    return Examples(examples.task, examples.split, texts, texts_b, np.concatenate(labels))
 
 
 def require_texts(texts: list[str]) -> None:
@@ -292,9 +324,10 @@ def _read_hub(task: Task, split: str) -> dict[str, list]:
 
 
 def _check(task: Task, split: str, columns: dict[str, list], where: str) -> Examples:
-    wanted = ("text", "text_b", "label") if task.pair else ("text", "label")
-    _require_columns(columns, wanted, where)
-    for name in wanted[:-1]:
+    texts = ("text", "text_b") if task.pair else ("text",)
+    grouped = () if task.groups is None else (task.groups,)
+    _require_columns(columns, (*texts, *grouped, "label"), where)
+    for name in (*texts, *grouped):
         for row, text in enumerate(columns[name]):
             if not isinstance(text, str) or not text.strip():
                 raise DataError(
@@ -306,4 +339,5 @@ def _check(task: Task, split: str, columns: dict[str, list], where: str) -> Exam
                 f"{where}, row {row}: label must be 0 to {len(task.labels) - 1}, got {label!r}", fix="correct the label"
             )
     texts_b = columns["text_b"] if task.pair else None
-    return Examples(task.name, split, columns["text"], texts_b, np.asarray(columns["label"], dtype=np.int64))
+    groups = columns[task.groups] if task.groups else None
+    return Examples(task.name, split, columns["text"], texts_b, np.asarray(columns["label"], dtype=np.int64), groups)

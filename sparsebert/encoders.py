@@ -40,6 +40,16 @@ def encoder_layers(model) -> nn.ModuleList:
     return model.base_model.get_submodule(ARCHITECTURES[kind])
 
 
+def head_linears(model) -> dict[str, nn.Linear]:
+    """The linears behind the encoder, pooler and classifier, by their full name."""
+    inside = encoder_linears(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in inside and "embedding" not in name
+    }
+
+
 def encoder_linears(model) -> dict[str, nn.Linear]:
     """The prunable linears, every nn.Linear inside the encoder's layers, by their full name. Embeddings, pooler and
     classifier are not.
@@ -75,9 +85,12 @@ def frozen(module: nn.Module) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def autocast(bf16: bool | None = None) -> torch.autocast:
-    """A context in which matrix products are bf16 if asked for; None: where this CPU multiplies bf16 in hardware."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
+def autocast(bf16: bool | None = None, device: torch.device | None = None) -> torch.autocast:
+    """A context in which matrix products on `device` (None: the CPU) are bf16 if asked for; None: where this CPU
+    multiplies bf16 in hardware.
+    """
+    kind = "cpu" if device is None else device.type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
 
 
 def token_limit(config, wanted: int) -> int:
@@ -138,7 +151,8 @@ def predict(
     done = 0
     with torch.inference_mode():
         for rows, batch in batches(tokenizer, encoded, batch_size):
-            logits[rows] = model(**batch).logits.float().numpy()
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            logits[rows] = model(**batch).logits.float().cpu().numpy()
             done += len(rows)
             progress(done, len(examples))
     return logits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from sparsebert import __version__
-from sparsebert.errors import OutputError
+from sparsebert.errors import InputError, OutputError, first_line
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS units (
@@ -28,6 +29,10 @@ CREATE TABLE IF NOT EXISTS units (
     finished TEXT NOT NULL     -- UTC, ISO 8601
 )
 """
+
+
+_COLUMNS = ("key", "kind", "inputs", "result", "seconds", "finished")
+_ALL = f"SELECT {', '.join(_COLUMNS)} FROM units ORDER BY finished, key"
 
 
 def unit_key(kind: str, inputs: dict, *modules: ModuleType) -> str:
@@ -70,14 +75,40 @@ class Ledger:
             return stored
         start = time.perf_counter()
         result = compute()
-        row = (key, kind, json.dumps(inputs, sort_keys=True), json.dumps(result), time.perf_counter() - start)
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._put((key, kind, json.dumps(inputs, sort_keys=True), json.dumps(result), time.perf_counter() - start, now))
+        return json.loads(json.dumps(result))
+
+    def export(self, path: Path) -> None:
+        """Writes all units to `path`, one JSON object a line, for `take_over`."""
+        lines = [json.dumps(dict(zip(_COLUMNS, row, strict=True))) + "\n" for row in self._db.execute(_ALL)]
+        fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
         try:
-            self._db.execute(
-                "INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?, ?, strftime('%Y-%m-%dT%H:%M:%SZ', 'now'))", row
-            )
+            fresh.write_text("".join(lines), encoding="utf-8")
+            os.replace(fresh, path)
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written: {error}", fix="free space") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+
+    def take_over(self, path: Path) -> None:
+        """Adds the units that another ledger has exported. InputError where `path` does not hold such."""
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            rows = [tuple(row[name] for name in _COLUMNS) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path} must hold units exported from a ledger: {first_line(error)}", fix="name its cells.jsonl"
+            ) from error
+        for row in rows:
+            if self.get(row[0]) is None:
+                self._put(row)
+
+    def _put(self, row: tuple) -> None:
+        try:
+            self._db.execute("INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?, ?, ?)", row)
         except sqlite3.Error as error:
             raise OutputError(f"ledger {self._path} cannot be written: {error}", fix="free space") from error
-        return json.loads(json.dumps(result))
 
     def close(self) -> None:
         self._db.close()

@@ -7,7 +7,8 @@ from models import classifier, saved, tokenizer
 from sparsebert import checkpoint, config, data
 from sparsebert.encoders import encoder_layers
 from sparsebert.errors import InputError
-from sparsebert.training import adversarial, finetune, soup, train, train_recipe
+from sparsebert.training import adversarial, loop, recipe, soup, train, train_recipe
+from sparsebert.training.losses import Targets
 from sparsebert.training.soup import SCORES
 
 SETTINGS = {"n": 48, "batch_size": 8, "epochs": 1, "lr": 1e-3, "hold_out": 60}
@@ -41,7 +42,7 @@ def test_freelb_sums_the_gradients_along_the_ascent():
     settings = config.TrainConfig(adversarial="freelb", ascent_steps=3, ascent_size=0.5)
     model = classifier()
     adversarial.freeze(model, settings)
-    loss = adversarial.backward(model, batch, labels, settings, bf16=False)
+    loss = adversarial.backward(model, batch, Targets(labels), settings, bf16=False)
     got = gradients(model)
     assert not any("embeddings" in name for name in got) and len(got) > 30
 
@@ -66,15 +67,15 @@ def test_freelb_sums_the_gradients_along_the_ascent():
 def test_a_perturbation_that_ascends_raises_the_loss(kind):
     batch, labels = batch_of()
     model = classifier()
-    plain = adversarial.backward(model, batch, labels, config.TrainConfig(), bf16=False)
+    plain = adversarial.backward(model, batch, Targets(labels), config.TrainConfig(), bf16=False)
     settings = config.TrainConfig(adversarial=kind, ascent_steps=4, ascent_size=0.05)
-    assert adversarial.backward(model, batch, labels, settings, bf16=False) > plain
+    assert adversarial.backward(model, batch, Targets(labels), settings, bf16=False) > plain
 
 
 def test_last_layer_trains_every_layer_and_leaves_no_trace():
     batch, labels = batch_of()
     model = classifier()
-    adversarial.backward(model, batch, labels, config.TrainConfig(adversarial="last-layer"), bf16=False)
+    adversarial.backward(model, batch, Targets(labels), config.TrainConfig(adversarial="last-layer"), bf16=False)
     assert all(p.grad is not None and p.requires_grad for p in model.parameters())
     assert all("forward" not in vars(layer) and not layer._forward_pre_hooks for layer in encoder_layers(model))
 
@@ -84,7 +85,7 @@ def test_padding_is_not_perturbed():
     model = classifier()
     seen = []
     handle = encoder_layers(model)[-1].register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach()))
-    adversarial.backward(model, batch, labels, config.TrainConfig(adversarial="last-layer"), bf16=False)
+    adversarial.backward(model, batch, Targets(labels), config.TrainConfig(adversarial="last-layer"), bf16=False)
     handle.remove()
     padding = batch["attention_mask"] == 0
     moved = seen[-2]  # the last ascent through that layer; the pass of the whole model is moved behind this hook
@@ -96,7 +97,7 @@ def test_padding_is_not_perturbed():
     "change", [{"optimizer": "sgd"}, {"optimizer": "adam"}, {"adversarial": "freelb"}, {"adversarial": "last-layer"}]
 )
 def test_a_killed_run_of_any_kind_resumes_to_the_same_weights(start, tmp_path, monkeypatch, change):
-    monkeypatch.setattr(finetune, "STEPS_PER_SNAPSHOT", 2)
+    monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 2)
     settings = config.TrainConfig(**{**SETTINGS, "ascent_steps": 2, **change})
     whole = train(start, "mr", tmp_path / "whole", settings)
 
@@ -212,8 +213,8 @@ def test_a_recipe_that_is_wrong_says_where(start, tmp_path, text, message):
 
 
 def test_the_papers_recipe_has_its_ten_models():
-    configs = finetune.read_recipe("emnlp2023-soup")
+    configs = recipe.read_recipe("emnlp2023-soup")
     assert len(configs) == 10
     assert sum(c.adversarial == "freelb" for c in configs.values()) == 5
     assert sum(c.optimizer == "sgd" for c in configs.values()) == 3
-    assert len(finetune.read_recipe("quick-soup")) == 5
+    assert len(recipe.read_recipe("quick-soup")) == 5

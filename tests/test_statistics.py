@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sparsebert.data import Examples, get_task
 from sparsebert.engine.measure import Timings
@@ -89,3 +90,30 @@ def test_f1_is_reported_where_it_is_the_metric():
 def test_labels_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="has 4 labels, the model has 2"):
         compare(get_task("agnews"), examples([0, 3], "agnews"), np.zeros((2, 2), np.float32))
+
+
+def test_a_paired_test_over_seeds_by_hand():
+    found = statistics.paired_over_seeds(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.4, 0.4]))
+    assert found["difference"] == pytest.approx(0.2)
+    half = 4.302653 * 0.1 / np.sqrt(3)  # t(0.975, 2) s / √n
+    assert found["interval"] == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
+    assert found["sign_flip_p"] == pytest.approx(2 / 8), "all of one sign: the two extreme flips of eight"
+    assert found["t_p"] == pytest.approx(2 * stats.t.sf(0.2 / (0.1 / np.sqrt(3)), 2))
+
+
+def test_no_difference_over_seeds_is_none():
+    found = statistics.paired_over_seeds(np.array([0.5, 0.6]), np.array([0.5, 0.6]))
+    assert found["difference"] == 0 and found["t_p"] == 1 and found["sign_flip_p"] == 1
+
+
+def test_one_seed_is_no_comparison():
+    with pytest.raises(ValueError, match="2 to 20 seeds"):
+        statistics.paired_over_seeds(np.array([0.5]), np.array([0.4]))
+
+
+def test_f1_in_both_senses_by_hand():
+    predicted, labels = np.array([1, 1, 0, 0, 0]), np.array([1, 0, 1, 0, 0])
+    positive, weighted = statistics.f1_scores(predicted, labels)
+    assert positive == pytest.approx(0.5) and weighted == pytest.approx(0.4 * 0.5 + 0.6 * (2 * 2 / 6))
+    for value, (low, high) in zip((positive, weighted), statistics.f1_intervals(predicted, labels), strict=True):
+        assert 0 <= low <= value <= high <= 1

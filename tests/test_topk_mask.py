@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from sparsebert import patterns
 from sparsebert.errors import InputError
-from sparsebert.ops.topk_mask import pattern_mask, topk_mask, topk_mask_ref
+from sparsebert.ops.topk_mask import pattern_mask, topk_mask, topk_mask_ref, topk_threshold
 
 # Ranked rows (up to 64), with a part of a vector of groups; rows on their own; vectors of one chunk (16,384), one more,
 # and several with a remainder.
@@ -154,3 +154,17 @@ def test_v_n_m_keeps_four_shared_columns_and_n_of_them_a_row(x):
                 expected = np.zeros(6, bool)
                 expected[shared[best(block[row, shared], 2)]] = True
                 np.testing.assert_array_equal(got[group + row, start : start + 6], expected)
+
+
+@pytest.mark.parametrize("n", [1, 7, 64, 65, 1000])
+def test_the_threshold_is_the_kth_highest_score(n):
+    scores = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
+    scores[1] = scores[1].round()  # ties
+    for k in {1, (n + 1) // 2, n}:
+        wanted = scores.sort(dim=1, descending=True).values[:, k - 1]
+        assert torch.equal(topk_threshold(scores, k), wanted)
+
+
+def test_a_threshold_keeps_at_least_one():
+    with pytest.raises(InputError, match="k must be"):
+        topk_threshold(torch.zeros(5), 0)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from models import classifier, saved, tokenizer
 
-from sparsebert import checkpoint, config, data, encoders
+from sparsebert import checkpoint, config, data, encoders, ledger
 from sparsebert.errors import InputError
-from sparsebert.training import finetune, train
+from sparsebert.training import loop, train
 
 SETTINGS = config.TrainConfig(n=64, batch_size=8, epochs=1.5, lr=1e-3)  # 12 steps
 
@@ -26,7 +26,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def snapshots(monkeypatch):
-    monkeypatch.setattr(finetune, "STEPS_PER_SNAPSHOT", 4)
+    monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 4)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -57,15 +57,27 @@ def test_a_finished_run_returns_at_once_and_a_changed_one_starts_anew(start, tmp
     assert other.resumed_from == 0 and other.weights_sha256 != first.weights_sha256
 
 
-def test_a_snapshot_of_another_run_is_not_taken(start, tmp_path, snapshots):
+def test_a_snapshot_of_other_settings_is_refused_with_the_difference(start, tmp_path, snapshots):
     def kill(done, total):
         if done == 6:
             raise Killed
 
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
-    other = train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"lr": 2e-3}))
-    assert other.resumed_from == 0
+    with pytest.raises(InputError, match=r"config\.lr 0\.001, not 0\.002.*remove the file"):
+        train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"lr": 2e-3}))
+    assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 4
+
+
+def test_a_snapshot_of_other_code_is_not_taken(start, tmp_path, snapshots, monkeypatch):
+    def kill(done, total):
+        if done == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
+    monkeypatch.setattr(ledger, "unit_key", lambda *args: "of the next version")
+    assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 0
 
 
 def test_a_torn_snapshot_is_not_taken(start, tmp_path, snapshots):
@@ -93,11 +105,8 @@ def test_training_learns_and_leaves_the_callers_random_state(tmp_path):
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_the_schedule_warms_up_and_ends_at_zero(start, tmp_path):
-    run = finetune.Run(classifier(), SETTINGS, 100, tmp_path / "x.partial.safetensors", "key")
-    shares = []
-    for run.step in range(100):
-        shares.append(run._schedule())
+def test_the_schedule_warms_up_and_ends_at_zero():
+    shares = [loop.rise_and_fall(step, 100, 0.1) for step in range(100)]
     assert shares[0] == pytest.approx(0.1) and max(shares) == 1.0 and shares[99] == pytest.approx(1 / 90)
     assert np.all(np.diff(shares[10:]) < 0)
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from sparsebert.cli.options import flags
 from sparsebert.cli.output import emit, progress, table
-from sparsebert.config import BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
+from sparsebert.config import BenchConfig, DemoConfig, EvalConfig, PruneConfig, SubnetConfig, TrainConfig
 from sparsebert.errors import InputError
 
 app = typer.Typer(
@@ -88,7 +89,7 @@ def train(
 
 
 @app.command()
-@flags(PruneConfig)
+@flags(PruneConfig, subnet=SubnetConfig)
 def prune(
     directory: Directory,
     *,
@@ -97,8 +98,9 @@ def prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, its memory and time, and stop")] = False,
     json: Json = False,
     config: PruneConfig,
+    subnet: SubnetConfig,
 ) -> None:
-    """Prune the classifier in DIR, without labels."""
+    """Prune the classifier in DIR: without labels, or (methods mask, imp, imp-rw) by training with them."""
     from sparsebert.pruning import prune_checkpoint
 
     if dry_run:
@@ -115,7 +117,7 @@ def prune(
         emit(planned.as_json())
         return
     with progress(f"prune ({config.method})") as update:
-        result = prune_checkpoint(directory, task, output, config, progress=update)
+        result = prune_checkpoint(directory, task, output, config, subnet, progress=update)
     if not json:
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()]
         table(
@@ -159,20 +161,26 @@ def evaluate(
     vs: Annotated[
         Path | None, typer.Option(metavar="DENSE", help="dense model directory to compare with, paired")
     ] = None,
+    ood: Annotated[
+        str, typer.Option(metavar="NAMES", help="also run these out-of-distribution tests of the task, or all")
+    ] = "",
     json: Json = False,
     config: EvalConfig,
 ) -> None:
-    """Accuracy of the classifier in DIR with its interval, and its distance from a dense model."""
+    """Accuracy of the classifier in DIR with its interval, out of distribution too, and its distance from a dense
+    model.
+    """
     from dataclasses import asdict
 
     from sparsebert.robustness import evaluate as run
 
     with progress("evaluate") as update:
-        result = run(directory, task, vs=vs, n=config.n, seed=config.seed, progress=update)
+        result = run(directory, task, vs=vs, ood=ood, n=config.n, seed=config.seed, progress=update)
     figures = asdict(result)
     if not json:
-        rows = [[name, _figure(value)] for name, value in figures.items() if value is not None]
-        table(f"{directory} on {task}", ["figure", "value"], rows)
+        tests = {task: {k: v for k, v in figures.items() if k != "ood"}, **(figures["ood"] or {})}
+        for name, own in tests.items():
+            table(f"{directory} on {name}", ["figure", "value"], list(_rows(own)))
     emit(figures)
 
 
@@ -237,6 +245,38 @@ def bench(
 
 
 @app.command()
+def study(
+    which: Annotated[Literal["srnets"], typer.Argument(help="srnets: sparse and robust subnetworks, Liu et al. 2022")],
+    *,
+    grid: Annotated[str, typer.Option(help="YAML file of cells, or a packaged one: srnets-small, srnets-paper")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for ledger, models and report")],
+    hours: Annotated[
+        float | None, typer.Option(min=0, help="begin no cell that would probably end later [default: no limit]")
+    ] = None,
+    shard: Annotated[
+        str,
+        typer.Option(metavar="I/N", help="run part I of 0 to N - 1; cells that share a task and seed stay together"),
+    ] = "0/1",
+    take: Annotated[
+        list[Path] | None, typer.Option(metavar="CELLS", help="cells.jsonl of other runs, whose cells are taken over")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the tables to this file")] = None,
+    json: Json = False,
+) -> None:
+    """Run a grid of training, pruning and evaluation; killed, the same command goes on."""
+    from sparsebert.study import publish, read_grid, read_shard, run_grid
+
+    cells, part = read_grid(grid), read_shard(shard)
+    with progress(f"study {which}") as update:
+        outcome = run_grid(cells, output, hours=hours, shard=part, others=take or [], progress=update)
+    document = publish(cells, outcome, output, markdown)
+    if not json:
+        rows = [[name, str(value)] for name, value in document.items() if not isinstance(value, list)]
+        table(f"{grid}: {len(outcome.done)} cells done, {len(outcome.left_out)} left out", ["", ""], rows)
+    emit(document)
+
+
+@app.command()
 def doctor(
     *,
     tune: Annotated[
@@ -263,6 +303,15 @@ def doctor(
         ]
         table("sparsebert doctor", ["", ""], rows)
     emit(facts)
+
+
+def _rows(figures: dict, before: str = "") -> Iterator[list[str]]:
+    """A line for each figure that is there, those of a part named after it."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from _rows(value, f"{before}{name}: ")
+        elif value is not None:
+            yield [f"{before}{name}", _figure(value)]
 
 
 def _figure(value) -> str:

@@ -4,29 +4,42 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
-from typing import Annotated
+from types import UnionType
+from typing import Annotated, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sparsebert.errors import InputError
 
 
-def flags(config_class: type[BaseModel]) -> Callable:
+def flags(config_class: type[BaseModel], **more: type[BaseModel]) -> Callable:
     """Decorates a command that takes `config`: its flags are the fields of `config_class` instead, validated
-    together.
+    together. more: the same of further arguments by their names; a field that two classes have is one flag, described
+    by the first.
     """
+    classes = {"config": config_class, **more}
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
         def run(**values):
-            fields = {name: values.pop(name) for name in config_class.model_fields}
-            return command(config=validated(config_class, fields), **values)
+            given = {name: values.pop(name) for name in fields}
+            configs = {
+                argument: validated(cls, {name: given[name] for name in cls.model_fields})
+                for argument, cls in classes.items()
+            }
+            return command(**configs, **values)
 
-        parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
-        for name, field in config_class.model_fields.items():
-            annotation = Annotated[field.annotation, typer.Option(help=field.description)]
+        fields: dict[str, FieldInfo] = {}
+        for cls in classes.values():
+            fields |= {name: field for name, field in cls.model_fields.items() if name not in fields}
+        parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in classes]
+        for name, field in fields.items():
+            names = (field.json_schema_extra or {}).get("flags", ())
+            annotation = Annotated[_plain(field.annotation), typer.Option(*names, help=field.description)]
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
             )
@@ -36,6 +49,13 @@ def flags(config_class: type[BaseModel]) -> Callable:
         return run
 
     return decorate
+
+
+def _plain(annotation):
+    """The type without what pydantic checks of it, which `validated` does: `Positive | None` as `float | None`."""
+    if get_origin(annotation) in (Union, UnionType):
+        return functools.reduce(operator.or_, map(_plain, get_args(annotation)))
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def validated(config_class: type[BaseModel], fields: dict) -> BaseModel:

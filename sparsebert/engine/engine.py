@@ -66,9 +66,10 @@ class Engine:
         dtype: str = "auto",
         threads: int | None = None,
         batch_invariant: bool = False,
+        cached: bool = True,
     ) -> Engine:
         """Loads and verifies a model directory: every tensor against the manifest, then the golden logits. The packed
-        form is kept in the user's cache, from where later loads map it.
+        form is kept in the user's cache, from where later loads map it, unless `cached` is false.
 
         dtype: what weights and states are, fp32 or bf16; sums are fp32. auto: bf16 where the processor multiplies it in
         tiles (amx), where alone it is fast. threads: None for the cores this process may use. batch_invariant: one form
@@ -89,7 +90,10 @@ class Engine:
         def forms(weight: np.ndarray) -> tuple[Packed, ...]:
             return (pack_tiles(weight),) if dtype == "bf16" else pack_cheapest(weight, table)
 
-        encoders = cache.packed(directory, settings, lambda weights: architectures.build(weights, config, forms))
+        def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
+            return architectures.build(weights, config, forms)
+
+        encoders = cache.packed(directory, settings, make) if cached else make(checkpoint.read_weights(directory))
         try:
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower

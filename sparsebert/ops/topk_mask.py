@@ -29,6 +29,15 @@ def topk_mask(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: 
     return torch.from_numpy(keep).view(scores.shape)
 
 
+def topk_threshold(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th highest score of every vector along the last dimension, k >= 1: what is at least that are the k highest
+    scores and those that equal the last of them. Types, layout and errors as of `topk_mask`.
+    """
+    if k < 1:
+        raise InputError(f"k must be at least 1 for a threshold, got {k}", fix="correct k")
+    return scores.masked_fill(~topk_mask(scores, k), float("inf")).amin(-1)
+
+
 def topk_mask_ref(scores: torch.Tensor, k: int) -> torch.Tensor:
     """What `topk_mask` returns, by a stable sort."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""Post-training pruning: `prune` a model in memory, or `prune_checkpoint` a directory into another."""
+"""Pruning: `prune` a model in memory without training, or `prune_checkpoint` a directory into another by any method."""
 
 from __future__ import annotations
 
@@ -9,17 +9,29 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sparsebert import checkpoint, data, encoders, ledger, patterns
-from sparsebert.config import PruneConfig
+from sparsebert.config import PruneConfig, SubnetConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
 from sparsebert.ops import admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask
 from sparsebert.patterns import parse, require_fits, sparsity_of
-from sparsebert.pruning import allocate, calibrate, calibration, cluster, knowledge, methods, recover, scores, solve
+from sparsebert.pruning import (
+    allocate,
+    calibrate,
+    calibration,
+    cluster,
+    knowledge,
+    methods,
+    recover,
+    scores,
+    solve,
+    subnets,
+)
 from sparsebert.pruning.calibration import Calibration, draw
 from sparsebert.pruning.methods import METHODS
 from sparsebert.pruning.run import Run
+from sparsebert.pruning.subnets import TRAINED, Subnet
 
-__all__ = ["METHODS", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
+__all__ = ["METHODS", "TRAINED", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
 
 # What a pruned model depends on: a change in any of these starts a run anew.
 CODE = (
@@ -31,7 +43,8 @@ OPS = (admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask)
 @dataclass(frozen=True)
 class PruneResult:
     """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
-    on, padding not counted. peak_rss_mb: of the process so far, MiB.
+    on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
+    method trains.
     """
 
     method: str
@@ -41,6 +54,7 @@ class PruneResult:
     tokens: int
     seconds: float
     peak_rss_mb: float
+    training: dict | None = None
 
     def as_json(self) -> dict:
         fields = asdict(self)
@@ -78,6 +92,11 @@ def prune(
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         _require_tokens(tokens, linears)
     METHODS[config.method].prune(model, calibration, config, run or Run(progress))
+    return _result(model, config, start, tokens)
+
+
+def _result(model, config: PruneConfig, start: float, tokens: int, training: dict | None = None) -> PruneResult:
+    linears = encoder_linears(model)
     nnz = {name: int(module.weight.count_nonzero()) for name, module in linears.items()}
     size = {name: module.weight.numel() for name, module in linears.items()}
     return PruneResult(
@@ -88,6 +107,7 @@ def prune(
         tokens=tokens,
         seconds=time.perf_counter() - start,
         peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        training=training,
     )
 
 
@@ -96,16 +116,22 @@ def prune_checkpoint(
     task: str,
     output: str | Path,
     config: PruneConfig | None = None,
+    subnet: SubnetConfig | None = None,
     *,
     progress: Progress = no_progress,
 ) -> PruneResult:
-    """Prunes the classifier in the directory `source` on unlabelled training texts of `task`, and saves it in `output`.
+    """Prunes the classifier in the directory `source` on training texts of `task`, and saves it in `output`. subnet:
+    for the methods that train with labels (mask, imp, imp-rw); the seed is that of `config`.
 
     The same call again returns at once where `output` is finished, else goes on after the last finished layer, kept in
-    `<output>.partial`; it starts anew when weights, data, config or this code changed.
+    `<output>.partial`, or the last snapshot, `<output>.partial.safetensors`; it starts anew when weights, data, config
+    or this code changed, but a snapshot of other settings is refused.
     """
     config = config or PruneConfig()
-    check(config)
+    subnet = subnet or SubnetConfig()
+    check(config, subnet)
+    if config.method in TRAINED:
+        return _train_subnet(source, task, output, config, subnet, progress)
     spec = data.get_task(task)
     source = checkpoint.resolve(source)
     target = checkpoint.check_output(output, source=source)
@@ -139,12 +165,43 @@ def prune_checkpoint(
     return result
 
 
-def check(config: PruneConfig) -> None:
-    """InputError or UnsupportedError for a config no method can carry out, before anything is read."""
-    if config.method not in METHODS:
-        raise InputError(
-            f"method must be one of {', '.join(METHODS)}, got {config.method!r}", fix="choose one of these"
-        )
+def _train_subnet(
+    source: str | Path, task: str, output: str | Path, config: PruneConfig, settings: SubnetConfig, progress: Progress
+) -> PruneResult:
+    start = time.perf_counter()
+    source = checkpoint.resolve(source)
+    target = checkpoint.check_output(output, source=source)
+    subnet = Subnet(source, task, target, config, settings, progress)
+    key = subnet.key(sys.modules[__name__], subnets)
+    if (figures := checkpoint.finished(target, key)) is not None:
+        figures.pop("weights_sha256")
+        return PruneResult(**figures)
+    model, tokenizer, training, run = subnet.find(key)
+    result = _result(model, config, start, 0, training)
+    recipe = {"command": "prune", "model": str(source), "task": task, **settings.model_dump(), **config.model_dump()}
+    summary = {"method": result.method, "pattern": result.pattern, "sparsity": result.sparsity}
+    summary["max_length"] = subnet.spec.max_length
+    checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=asdict(result), summary=summary)
+    run.discard()
+    return result
+
+
+def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
+    """InputError or UnsupportedError for a config no method can carry out, before anything is read. subnet: None where
+    no method that trains will do.
+    """
+    known = (*METHODS, *(TRAINED if subnet is not None else ()))
+    if config.method not in known:
+        raise InputError(f"method must be one of {', '.join(known)}, got {config.method!r}", fix="choose one of these")
+    if config.method in TRAINED:
+        return subnets.check(config, subnet)
+    if subnet is not None:
+        others = [name for name, value in SubnetConfig() if getattr(subnet, name) != value and name != "seed"]
+        if others:
+            raise InputError(
+                f"--{others[0].replace('_', '-')} belongs to methods {', '.join(TRAINED)}, got {config.method}",
+                fix="leave it out",
+            )
     for flag, method in (("tier", "knowledge"), ("without", "knowledge"), ("as_published", "adaptive")):
         if getattr(config, flag) not in (None, "", False) and config.method != method:
             raise InputError(

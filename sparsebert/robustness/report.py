@@ -47,7 +47,6 @@ def write_report(
     try:
         import plotly.graph_objects as go
         from plotly.io import to_html
-        from plotly.offline import get_plotlyjs
     except ImportError as error:
         raise UnsupportedError("the report needs plotly", fix="pip install plotly") from error
 
@@ -75,18 +74,32 @@ def write_report(
     )
     dense = evaluations["dense"]
     shown = ", ".join(f"{name}={value}" for name, value in settings.items())
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>sparsebert demo</title>"
-        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>"
+    body = (
         "<h1>MiniLM-L6, pruned and checked</h1>"
         f"<p>Task {html.escape(dense.task)}, {dense.n} {html.escape(dense.split)} sentences. The encoder is "
         "all-MiniLM-L6-v2, a sentence-embedding model, fine-tuned; embeddings, pooler and classifier stay dense.</p>"
         f"{_quality_table(evaluations, density)}{_speed_table(timings)}<div class='charts'>{charts}</div>"
-        f"<h2>Settings</h2><p><code>{html.escape(shown)}</code></p></body></html>"
+        f"<h2>Settings</h2><p><code>{html.escape(shown)}</code></p>"
     )
+    write_page(path, "sparsebert demo", body)
+
+
+def write_page(path: Path, title: str, body: str) -> None:
+    """Writes HTML with plotly's script inline to `path`, whole or not at all. body: HTML, escaped already."""
+    from plotly.offline import get_plotlyjs
+
+    page = (
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>{body}</body></html>"
+    )
+    write_text(path, page)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text to `path`, whole or not at all; OutputError where it cannot be."""
     staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        staging.write_text(page, encoding="utf-8")
+        staging.write_text(text, encoding="utf-8")
         os.replace(staging, path)
     except OSError as error:
         raise OutputError(

@@ -9,6 +9,7 @@ from torch import nn
 
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import autocast, encoder_layers, frozen, layers_skipped
+from sparsebert.training.losses import Criterion, Targets, ce
 
 Batch = dict[str, torch.Tensor]
 
@@ -19,17 +20,19 @@ def freeze(model: nn.Module, config: TrainConfig) -> None:
         model.base_model.embeddings.requires_grad_(False)
 
 
-def backward(model: nn.Module, batch: Batch, labels: torch.Tensor, config: TrainConfig, *, bf16: bool) -> float:
+def backward(
+    model: nn.Module, batch: Batch, targets: Targets, config: TrainConfig, criterion: Criterion = ce, *, bf16: bool
+) -> float:
     """Adds the gradients of one batch's loss to the parameters, and returns the loss. bf16: forward passes under
     autocast.
 
-    "none": cross-entropy. "freelb": the mean over `ascent_steps` K of the loss at perturbations δ_1 = 0, δ_{k+1} = δ_k
+    "none": the loss. "freelb": the mean over `ascent_steps` K of the loss at perturbations δ_1 = 0, δ_{k+1} = δ_k
     + `ascent_size` g_k / ‖g_k‖ of the word embeddings, g_k the gradient there, the norm a token's [Zhu et al. 2020, as
     run by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ of the last layer's inputs, found by K
     such steps through that layer alone, then the loss of the whole model at δ [after SMAAT, Kara et al. 2024].
     """
     if config.adversarial == "none":
-        loss = _loss(model, batch, labels, bf16)
+        loss = loss_of(model, batch, targets, criterion, bf16)
         loss.backward()
         return loss.item()
     if config.adversarial == "freelb":
@@ -38,23 +41,30 @@ def backward(model: nn.Module, batch: Batch, labels: torch.Tensor, config: Train
         rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
         total = 0.0
         for words_moved, ascend in _ascent(words, batch, config):
-            loss = _loss(model, {"inputs_embeds": words_moved, **rest}, labels, bf16) / config.ascent_steps
+            moved_batch = {"inputs_embeds": words_moved, **rest}
+            loss = loss_of(model, moved_batch, targets, criterion, bf16) / config.ascent_steps
             loss.backward()
             ascend(words_moved.grad)
             total += loss.item()
         return total
     layers = encoder_layers(model)
-    with torch.no_grad(), autocast(bf16):
+    with torch.no_grad(), autocast(bf16, targets.labels.device):
         hidden = _reaching(model, layers[-1], batch)
-    delta = _worst(model, batch, labels, hidden, config, bf16)
+    delta = _worst(model, batch, targets, hidden, config, criterion, bf16)
     with _moved(layers[-1], delta):
-        loss = _loss(model, batch, labels, bf16)
+        loss = loss_of(model, batch, targets, criterion, bf16)
     loss.backward()
     return loss.item()
 
 
 def _worst(
-    model: nn.Module, batch: Batch, labels: torch.Tensor, hidden: torch.Tensor, config: TrainConfig, bf16: bool
+    model: nn.Module,
+    batch: Batch,
+    targets: Targets,
+    hidden: torch.Tensor,
+    config: TrainConfig,
+    criterion: Criterion,
+    bf16: bool,
 ) -> torch.Tensor:
     """δ after `ascent_steps` steps through the last layer and the head, from its inputs `hidden`."""
     layers = encoder_layers(model)
@@ -62,7 +72,7 @@ def _worst(
     with frozen(model), layers_skipped(layers[:-1], reached):
         for moved, ascend in _ascent(hidden, batch, config):
             reached[0] = moved
-            _loss(model, batch, labels, bf16).backward()
+            loss_of(model, batch, targets, criterion, bf16).backward()
             last = ascend(moved.grad)
     return last
 
@@ -73,15 +83,16 @@ def perturbed_loss(model: nn.Module, batch: Batch, labels: torch.Tensor, config:
         words = model.get_input_embeddings()(batch["input_ids"])
     rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
     for moved, ascend in _ascent(words, batch, config):
-        loss = _loss(model, {"inputs_embeds": moved, **rest}, labels, bf16=False)
+        loss = loss_of(model, {"inputs_embeds": moved, **rest}, Targets(labels), ce, bf16=False)
         ascend(torch.autograd.grad(loss, moved)[0])
     return loss.item()
 
 
-def _loss(model: nn.Module, inputs: Batch, labels: torch.Tensor, bf16: bool) -> torch.Tensor:
-    with autocast(bf16):
+def loss_of(model: nn.Module, inputs: Batch, targets: Targets, criterion: Criterion, bf16: bool) -> torch.Tensor:
+    """A batch's loss, whose gradients have not been taken yet."""
+    with autocast(bf16, targets.labels.device):
         logits = model(**inputs).logits
-    return nn.functional.cross_entropy(logits.float(), labels)
+    return criterion(logits.float(), targets)
 
 
 def _ascent(start: torch.Tensor, batch: Batch, config: TrainConfig):

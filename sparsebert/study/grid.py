@@ -1,0 +1,209 @@
+"""A study's cells, read from one YAML file."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparsebert import data
+from sparsebert.config import PruneConfig, SubnetConfig, TrainConfig
+from sparsebert.errors import InputError, first_line
+from sparsebert.pruning import TRAINED, check
+from sparsebert.training.losses import LOSSES
+
+
+class Cell(BaseModel):
+    """One trained and evaluated model.
+
+    paradigm: "dense" is fine-tuning alone; "finetuned" prunes a fine-tuned model; "rewound" puts the zeros found into
+    the pretrained weights and fine-tunes these; "pretrained" trains a mask over the pretrained weights, and nothing
+    else. dense_loss: of the fine-tuned model the others start from; loss: of pruning (of the training, where there is
+    no pruning); final_loss: of the fine-tuning after rewinding. start_at: share of the fine-tuning after which pruning
+    takes over, 1 for the finished model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    task: str
+    paradigm: Literal["dense", "finetuned", "rewound", "pretrained"] = "dense"
+    method: Literal["mask", "imp", "imp-rw"] | None = None
+    pattern: str = "unstructured"
+    sparsity: float = Field(0.0, ge=0, lt=1)
+    gradual: float | None = None
+    init: Literal["hard", "soft"] | None = None
+    dense_loss: str = "ce"
+    loss: str = "ce"
+    final_loss: str | None = None
+    start_at: float = Field(1.0, gt=0, le=1)
+    mix_ood: bool = False
+    seed: int = Field(0, ge=0)
+
+    @property
+    def setting(self) -> dict:
+        """All of it but the seed: cells with the same setting are repetitions."""
+        return self.model_dump(exclude={"seed"})
+
+    @property
+    def label(self) -> str:
+        """The setting for people."""
+        if self.paradigm == "dense":
+            return self.loss + (" + OOD examples" if self.mix_ood else "")
+        parts = [self.method, self.loss]
+        if self.gradual is not None:
+            parts.append(f"gradual from {self.gradual:.0%}")
+        if self.init is not None:
+            parts.append(self.init)
+        if self.pattern != "unstructured":
+            parts.append(self.pattern)
+        if self.paradigm == "finetuned":
+            parts.append(f"of {self.dense_loss} model" + (f" at {self.start_at:.0%}" if self.start_at < 1 else ""))
+        elif self.paradigm == "rewound":
+            parts.append(f"rewound, then {self.final_loss}")
+        else:
+            parts.append("of pretrained")
+        if self.mix_ood:
+            parts.append("+ OOD examples")
+        return ", ".join(parts)
+
+
+class Comparison(BaseModel):
+    """Two settings compared by a figure of theirs, paired by seed. a, b: fields that choose them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    figure: str
+    a: dict
+    b: dict
+
+
+@dataclass(frozen=True)
+class Grid:
+    """train, prune: task -> fields of TrainConfig and SubnetConfig, and under the name of a loss or method those that
+    differ there. cells: in
+    the order they are run. least: rows, steps and seeds below which a setting's figures are marked as smoke.
+    """
+
+    name: str
+    model: str
+    ood: dict[str, list[str]]
+    train: dict[str, dict]
+    prune: dict[str, dict]
+    cells: list[Cell]
+    comparisons: list[Comparison]
+    least: dict[str, int]
+
+    def train_config(self, cell: Cell, loss: str, **changes) -> TrainConfig:
+        """How a dense model of this cell is fine-tuned."""
+        fields = {**_chosen(self.train[cell.task], LOSSES, loss), "loss": loss, "seed": cell.seed, **changes}
+        return _config(TrainConfig, fields, f"train of {cell.task}")
+
+    def prune_configs(self, cell: Cell) -> tuple[PruneConfig, SubnetConfig]:
+        """How it is pruned."""
+        first = _config(
+            PruneConfig,
+            {"method": cell.method, "sparsity": cell.sparsity, "pattern": cell.pattern, "seed": cell.seed},
+            cell.label,
+        )
+        settings = _chosen(_chosen(self.prune[cell.task], LOSSES, cell.loss), TRAINED, cell.method)
+        fields = {**settings, "loss": cell.loss, "mix_ood": cell.mix_ood}
+        if cell.method == "imp-rw":
+            fields["select"] = "last"
+        fields |= {name: value for name in ("gradual", "init") if (value := getattr(cell, name)) is not None}
+        return first, _config(SubnetConfig, fields, f"prune of {cell.task}")
+
+
+def read_grid(name: str) -> Grid:
+    """The grid in a YAML file, or the packaged one of that name, every cell checked. InputError for anything else."""
+    packaged = resources.files("sparsebert") / "assets" / "grids" / f"{name}.yaml"
+    path = Path(str(packaged)) if packaged.is_file() else Path(name)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"grid {name} must be a YAML file: {first_line(error)}", fix="correct --grid") from error
+    if not isinstance(content, dict) or not {"model", "tasks", "cells"} <= content.keys():
+        raise InputError(f"grid {path} must have model, tasks and cells", fix="see the packaged grid srnets-small")
+    tasks = content["tasks"]
+    for task in tasks:
+        data.get_task(task)
+    cells = [cell for entry in content["cells"] for cell in _expand(entry, path)]
+    unknown = sorted({cell.task for cell in cells} - tasks.keys())
+    if unknown:
+        raise InputError(f"grid {path} has cells of {unknown[0]} and no settings for it", fix="add it to tasks")
+    repeated = [cell for cell, count in _counts(cells).items() if count > 1]
+    if repeated:
+        raise InputError(f"grid {path} has a cell twice: {repeated[0].label}", fix="write it once")
+    grid = Grid(
+        name=path.stem,
+        model=content["model"],
+        ood={task: settings.get("ood", []) for task, settings in tasks.items()},
+        train={task: settings.get("train", {}) for task, settings in tasks.items()},
+        prune={task: settings.get("prune", {}) for task, settings in tasks.items()},
+        cells=cells,
+        comparisons=[_config(Comparison, entry, "comparison") for entry in content.get("comparisons", [])],
+        least={"rows": 12_000, "steps": 600, "seeds": 3} | content.get("least", {}),
+    )
+    for cell in cells:
+        _check(grid, cell)
+    return grid
+
+
+def read_shard(text: str) -> tuple[int, int]:
+    """`1/4` as (1, 4); InputError unless the first is below the second."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"shard must be I/N with 0 <= I < N, got {text!r}", fix="write 0/2 and 1/2")
+    return int(index), int(count)
+
+
+def _check(grid: Grid, cell: Cell) -> None:
+    grid.train_config(cell, cell.loss if cell.paradigm == "dense" else cell.dense_loss)
+    if cell.paradigm == "dense":
+        if cell.method is not None or cell.sparsity:
+            raise InputError(f"a dense cell has no method and no sparsity, got {cell.method}", fix="correct the grid")
+        return
+    if cell.method is None:
+        raise InputError(f"a {cell.paradigm} cell needs a method, one of {cell.task} has none", fix="correct the grid")
+    if (cell.paradigm == "rewound") != (cell.final_loss is not None):
+        raise InputError(f"final_loss belongs to rewound cells, got {cell.label}", fix="correct the grid")
+    if (cell.method == "imp-rw") > (cell.paradigm == "rewound"):
+        raise InputError(f"imp-rw belongs to rewound cells, got {cell.label}", fix="correct the grid")
+    check(*grid.prune_configs(cell))
+
+
+def _expand(entry: dict, path: Path) -> list[Cell]:
+    """Every combination of the fields that are lists."""
+    if not isinstance(entry, dict):
+        raise InputError(f"grid {path}: a cell must map fields to values, got {entry!r}", fix="correct the grid")
+    values = [value if isinstance(value, list) else [value] for value in entry.values()]
+    return [_config(Cell, dict(zip(entry, chosen, strict=True)), "cell") for chosen in itertools.product(*values)]
+
+
+def _counts(cells: list[Cell]) -> dict[Cell, int]:
+    counts: dict[Cell, int] = {}
+    for cell in cells:
+        counts[cell] = counts.get(cell, 0) + 1
+    return counts
+
+
+def _chosen(settings: dict, names: Iterable[str], chosen: str) -> dict:
+    """The settings without those under one of the names, but for the chosen one's, which go over the others."""
+    return {**{name: value for name, value in settings.items() if name not in names}, **settings.get(chosen, {})}
+
+
+def _config(config_class: type[BaseModel], fields: dict, where: str):
+    try:
+        return config_class(**fields)
+    except (ValidationError, TypeError) as error:
+        if isinstance(error, TypeError):
+            raise InputError(f"{where}: {first_line(error)}", fix="correct the grid") from error
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{where}: {name}: {first['msg']}, got {first['input']!r}", fix="correct the grid") from error

@@ -1,0 +1,257 @@
+"""What a grid's cells say: settings over seeds, paired comparisons, curves; as tables, one HTML page, parquet."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert.errors import OutputError, UnsupportedError
+from sparsebert.robustness import statistics
+from sparsebert.robustness.report import write_page, write_text
+from sparsebert.study.grid import Cell, Comparison, Grid
+from sparsebert.study.srnets import Outcome
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting: figures by name, the values of its seeds. rows, steps: of the training that made the cell. smoke:
+    fewer rows, steps or seeds than the grid's `least`, too few to conclude from.
+    """
+
+    task: str
+    label: str
+    cell: Cell
+    seeds: list[int]
+    rows: int
+    steps: int
+    figures: dict[str, np.ndarray]
+    smoke: bool
+
+
+def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | None = None) -> dict:
+    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns what they say, as JSON."""
+    notes = (
+        "Means over seeds with half of their 95 % t interval, in percent. Rows are training examples, fewer than the "
+        "paper's: no figure here compares with one of its tables. The encoder is all-MiniLM-L6-v2, whose training "
+        "pairs included NLI and Quora data: no untouched pretrained start."
+    )
+    document = {
+        "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),
+        "hours": sum(result["seconds"] for _, result in outcome.done) / 3600,
+        "settings": [
+            {
+                "task": line.task, "setting": line.label, **line.cell.setting, "seeds": line.seeds, "rows": line.rows,
+                "steps": line.steps, "smoke": line.smoke,
+                "figures": {name: values.tolist() for name, values in line.figures.items()},
+            }
+            for line in lines_of(grid, outcome)
+        ],
+        "comparisons": [row for c in grid.comparisons if (row := compared(lines_of(grid, outcome), c))],
+        "left_out": [cell.model_dump() for cell in outcome.left_out],
+    }  # fmt: skip
+    if outcome.done:
+        write_report(output / "report.html", grid, outcome, notes)
+        write_parquet(output / "cells.parquet", outcome)
+    if markdown_path is not None:
+        write_text(markdown_path, markdown(grid, outcome, notes))
+    return document
+
+
+def lines_of(grid: Grid, outcome: Outcome) -> list[Line]:
+    """One a setting, in the grid's order."""
+    found: dict[str, list[tuple[Cell, dict]]] = {}
+    for cell, result in outcome.done:
+        found.setdefault(json.dumps(cell.setting, sort_keys=True), []).append((cell, result))
+    lines = []
+    for cells in found.values():
+        cell = cells[0][0]
+        each = [flat(result["evaluation"]) for _, result in cells]
+        names = [name for name in each[0] if all(name in figures for figures in each)]
+        rows, steps = cells[0][1]["rows"], int(np.mean([result["training"]["steps"] for _, result in cells]))
+        least = grid.least
+        smoke = rows < least["rows"] or steps < least["steps"] or len(cells) < least["seeds"]
+        figures = {name: np.array([figures[name] for figures in each]) for name in names}
+        lines.append(Line(cell.task, cell.label, cell, [c.seed for c, _ in cells], rows, steps, figures, smoke))
+    return lines
+
+
+def flat(evaluation: dict) -> dict[str, float]:
+    """The scalar figures of an evaluation: "accuracy", "hans.non_entailment", …"""
+    sets = {"": evaluation, **{f"{name}.": figures for name, figures in evaluation.get("ood", {}).items()}}
+    return {
+        f"{before}{name}": float(value)
+        for before, figures in sets.items()
+        for name, value in figures.items()
+        if isinstance(value, float)
+    }
+
+
+def headline(task: str, line: Line) -> list[str]:
+    """The figures a table shows of a task."""
+    wanted = {
+        "mnli": ["accuracy", "hans.accuracy", "hans.entailment", "hans.non_entailment"],
+        "qqp": ["accuracy", "f1", "paws_qqp.f1_weighted", "paws_wiki.f1_weighted", "paws_qqp.predicted_positive"],
+    }.get(task, ["accuracy", *(name for name in line.figures if name.endswith(".accuracy"))])
+    return [name for name in wanted if name in line.figures]
+
+
+def compared(lines: list[Line], comparison: Comparison) -> dict | None:
+    """The paired difference of a comparison over the seeds both settings have; None for fewer than two of them."""
+    a, b = (_only(lines, fields) for fields in (comparison.a, comparison.b))
+    if a is None or b is None:
+        return None
+    both = [seed for seed in a.seeds if seed in b.seeds]
+    if len(both) < 2:
+        return None
+    values = [line.figures[comparison.figure][[line.seeds.index(seed) for seed in both]] for line in (a, b)]
+    return {
+        "comparison": comparison.name, "figure": comparison.figure, "seeds": len(both), "smoke": a.smoke or b.smoke,
+        "a": float(values[0].mean()), "b": float(values[1].mean()), **statistics.paired_over_seeds(*values),
+    }  # fmt: skip
+
+
+def _only(lines: list[Line], fields: dict) -> Line | None:
+    """The line of the setting that has these fields and else the defaults."""
+    wanted = Cell(**fields).setting
+    return next((line for line in lines if line.cell.setting == wanted), None)
+
+
+def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
+    """The tables of the page as markdown."""
+    lines = lines_of(grid, outcome)
+    parts = [f"# {grid.name}", notes]
+    for task in dict.fromkeys(line.task for line in lines):
+        own = [line for line in lines if line.task == task]
+        heads, rows = _table(task, own)
+        parts.append("\n".join([f"## {task}", "", _row(heads), _row(["---"] * len(heads)), *map(_row, rows)]))
+    found = [row for comparison in grid.comparisons if (row := compared(lines, comparison))]
+    if found:
+        heads, rows = _comparisons(found)
+        parts.append("\n".join(["## Paired over seeds", "", _row(heads), _row(["---"] * len(heads)), *map(_row, rows)]))
+    if outcome.left_out:
+        missing: dict[str, list[int]] = {}
+        for cell in outcome.left_out:
+            missing.setdefault(f"{cell.task}: {cell.label} {cell.sparsity:.0%}", []).append(cell.seed)
+        listed = "\n".join(f"* {name}, seeds {', '.join(map(str, seeds))}" for name, seeds in missing.items())
+        parts.append(f"## Left out for time\n\n{listed}")
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:
+    """Writes the HTML page, whole or not at all: curves of in-distribution and out-of-distribution figures against
+    sparsity, then the tables.
+    """
+    try:
+        import plotly.graph_objects as go
+        from plotly.io import to_html
+    except ImportError as error:
+        raise UnsupportedError("the report needs plotly", fix="pip install plotly") from error
+    lines = lines_of(grid, outcome)
+    body = f"<h1>{html.escape(grid.name)}</h1><p>{html.escape(notes)}</p>"
+    config = {"displayModeBar": False, "responsive": True}
+    for task in dict.fromkeys(line.task for line in lines):
+        own = [line for line in lines if line.task == task]
+        charts = "".join(
+            f"<div><h2>{html.escape(name)}</h2>"
+            f"{to_html(_curves(go, own, name), include_plotlyjs=False, full_html=False, config=config)}</div>"
+            for name in headline(task, own[0])
+        )
+        body += f"<h2>{html.escape(task)}</h2><div class='charts'>{charts}</div>{_html_table(*_table(task, own))}"
+    if found := [row for comparison in grid.comparisons if (row := compared(lines, comparison))]:
+        body += f"<h2>Paired over seeds</h2>{_html_table(*_comparisons(found))}"
+    write_page(path, grid.name, body)
+
+
+def write_parquet(path: Path, outcome: Outcome) -> None:
+    """One row a cell: its fields, its figures, its training, the code that computed it."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [
+        {
+            **cell.model_dump(), **flat(result["evaluation"]), "seconds": result["seconds"], "code": result["code"],
+            "machine": result["machine"], "training": json.dumps(result["training"]),
+        }
+        for cell, result in outcome.done
+    ]  # fmt: skip
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
+    fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        pyarrow.parquet.write_table(table, fresh)
+        os.replace(fresh, path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}", fix="free space or choose another -o") from error
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _table(task: str, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    names = headline(task, lines[0])
+    rows = []
+    for line in lines:
+        cells = [line.label, f"{line.cell.sparsity:.0%}", str(len(line.seeds)), str(line.rows), str(line.steps)]
+        rows.append(cells + [_mean(line.figures[name]) for name in names] + ["smoke" if line.smoke else ""])
+    return ["setting", "zeros", "seeds", "rows", "steps", *names, ""], rows
+
+
+def _comparisons(found: list[dict]) -> tuple[list[str], list[list[str]]]:
+    rows = []
+    for row in found:
+        low, high = row["interval"]
+        rows.append([
+            row["comparison"], row["figure"], str(row["seeds"]), f"{100 * row['a']:.2f}", f"{100 * row['b']:.2f}",
+            f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", f"{row['t_p']:.4f}",
+            f"{row['sign_flip_p']:.4f}", "smoke" if row["smoke"] else "",
+        ])  # fmt: skip
+    heads = ["comparison", "figure", "seeds", "a", "b", "a - b, points", "p (t)", "p (sign flips)", ""]
+    return heads, rows
+
+
+def _mean(values: np.ndarray) -> str:
+    if len(values) < 2:
+        return f"{100 * values[0]:.2f}"
+    low, high = statistics.mean_interval(values)
+    return f"{100 * values.mean():.2f} ±{50 * (high - low):.2f}"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _html_table(heads: list[str], rows: list[list[str]]) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _curves(go, lines: list[Line], name: str):
+    """One curve a setting without its sparsity; dense models as level lines."""
+    figure = go.Figure()
+    curves: dict[str, list[Line]] = {}
+    for line in lines:
+        curves.setdefault(line.label, []).append(line)
+    for label, points in curves.items():
+        points = sorted(points, key=lambda line: line.cell.sparsity)
+        means = [line.figures[name].mean() for line in points]
+        if points[0].cell.paradigm == "dense":
+            figure.add_scatter(x=[0, 0.95], y=[means[0]] * 2, name=f"dense {label}", mode="lines", line={"dash": "dot"})
+            continue
+        half = []
+        for line in points:
+            low, high = statistics.mean_interval(line.figures[name]) if len(line.seeds) > 1 else (0.0, 0.0)
+            half.append((high - low) / 2)
+        figure.add_scatter(
+            x=[line.cell.sparsity for line in points], y=means, error_y={"type": "data", "array": half}, name=label,
+            mode="lines+markers",
+        )  # fmt: skip
+    figure.update_layout(
+        template="plotly_white", height=380, margin={"l": 60, "r": 20, "t": 20, "b": 40}, legend={"orientation": "h"},
+        xaxis_title="share of zeros", xaxis_tickformat=".0%", yaxis_title=name, yaxis_tickformat=".0%",
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,167 @@
+"""Runs a grid of cells from a ledger: killed and started again, it goes on with the cell it was at."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from sparsebert import checkpoint, data, ledger
+from sparsebert.encoders import Progress, no_progress
+from sparsebert.errors import InputError
+from sparsebert.machine import card
+from sparsebert.pruning import prune_checkpoint
+from sparsebert.robustness import evaluate
+from sparsebert.study.grid import Cell, Grid
+from sparsebert.training import finetune, masks, train
+
+KIND = "srnets cell"
+CODE = ledger.unit_key("code", {}, finetune, masks, *finetune.CODE)[:12]  # of the version that computes cells
+
+
+@dataclass
+class Outcome:
+    """done: finished cells with their figures, in the grid's order, those of earlier runs and other shards among them.
+    left_out: cells for which there was no time.
+    """
+
+    done: list[tuple[Cell, dict]] = field(default_factory=list)
+    left_out: list[Cell] = field(default_factory=list)
+
+
+def run_grid(
+    grid: Grid,
+    output: Path,
+    *,
+    hours: float | None = None,
+    shard: tuple[int, int] = (0, 1),
+    others: list[Path] | None = None,
+    progress: Progress = no_progress,
+) -> Outcome:
+    """Runs what is not finished of the grid in the folder `output`; the ledger is `output`/ledger.sqlite.
+
+    A cell's key is its settings, the data and the start's weights; the code that computed it is noted with it (`code`)
+    and does not make it void, as a grid takes longer than a version of the code lives. hours: no cell is begun that
+    would probably end later, by what cells of its kind took. shard: (i, n), every n-th group of the cells that share a
+    task and a seed, and so their fine-tuned models. others: cells.jsonl of other runs, whose cells are taken over;
+    `output`/cells.jsonl is written after each cell.
+    """
+    start = time.monotonic()
+    checkpoint.require_place(output)
+    output.mkdir(parents=True, exist_ok=True)
+    book = ledger.Ledger(output / "ledger.sqlite")
+    for path in others or []:
+        book.take_over(path)
+    keys = {cell: ledger.unit_key(KIND, inputs) for cell, inputs in _inputs(grid)}
+    groups = list(dict.fromkeys((cell.task, cell.seed) for cell in grid.cells))
+    mine = [cell for cell in grid.cells if groups.index((cell.task, cell.seed)) % shard[1] == shard[0]]
+    outcome = Outcome()
+    took: dict[tuple, list[float]] = {}
+    done = 0
+    for cell, inputs in _inputs(grid):
+        stored = book.get(keys[cell])
+        if stored is not None:
+            took.setdefault(_kind(cell), []).append(stored["seconds"])
+        if cell not in mine:
+            if stored is None:
+                outcome.left_out.append(cell)
+            else:
+                outcome.done.append((cell, stored))
+            continue
+        if stored is None and hours is not None:
+            guess = max(took.get(_kind(cell)) or [0.0])
+            if time.monotonic() - start + guess > hours * 3600:
+                outcome.left_out.append(cell)
+                continue
+        if stored is None:
+
+            def compute(cell=cell) -> dict:
+                begin = time.perf_counter()
+                figures = run_cell(grid, cell, output / "models", progress)
+                return {**figures, "seconds": time.perf_counter() - begin, "code": CODE, "machine": card()["cpu"]}
+
+            stored = book.once(KIND, inputs, compute)
+            took.setdefault(_kind(cell), []).append(stored["seconds"])
+            book.export(output / "cells.jsonl")
+        outcome.done.append((cell, stored))
+        done += 1
+        progress(done, len(mine), "cells")
+    book.close()
+    return outcome
+
+
+def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress) -> dict:
+    """Trains, prunes and evaluates one cell; fine-tuned models stay in `models` for the cells that start from them."""
+
+    def part(what: str) -> Callable:
+        return lambda done, total, inner="": progress(done, total, f"{what} {inner}".strip())
+
+    def dense(loss: str, **changes) -> Path:
+        config = grid.train_config(cell, loss, **changes)
+        settings = config.model_dump(exclude={"keep", "teacher"})
+        path = models / f"{cell.task}-{loss}-{cell.seed}-{ledger.unit_key('model', settings)[:8]}"
+        if loss == "confreg" and config.teacher is None:
+            config = config.model_copy(update={"teacher": str(dense("ce", **changes))})
+        if cell.start_at < 1:
+            config = config.model_copy(update={"keep": f"{cell.start_at:g}"})
+        aside = path.with_name(f"{path.name}-at-{cell.start_at:g}")
+        if not path.exists() or (cell.start_at < 1 and not aside.exists()):
+            train(grid.model, cell.task, path, config, progress=part("fine-tune"))
+        return aside if cell.start_at < 1 else path
+
+    if cell.paradigm == "dense":
+        path = dense(cell.loss, mix_ood=cell.mix_ood)
+        training = checkpoint.read_manifest(path)["figures"]
+    else:
+        config, subnet = grid.prune_configs(cell)
+        source = dense(cell.dense_loss)
+        path = models / f"cell-{ledger.unit_key('cell', cell.model_dump())[:12]}"
+        if cell.paradigm == "pretrained":
+            subnet = subnet.model_copy(update={"start": "pretrained"})
+        elif cell.paradigm == "rewound":
+            subnet = subnet.model_copy(update={"rewind": "pretrained"})
+            if cell.method == "imp-rw":
+                subnet = subnet.model_copy(update={"start": "pretrained"})
+        training = prune_checkpoint(source, cell.task, path, config, subnet, progress=part("prune")).training
+        if cell.paradigm == "rewound":
+            tuned = path.with_name(f"{path.name}-tuned")
+            final = grid.train_config(cell, cell.final_loss, mix_ood=cell.mix_ood)
+            train(path, cell.task, tuned, final, progress=part("fine-tune the subnetwork"))
+            shutil.rmtree(path)
+            path = tuned
+    found = asdict(evaluate(path, cell.task, ood=",".join(grid.ood[cell.task]), progress=part("evaluate")))
+    if cell.paradigm != "dense":
+        shutil.rmtree(path)
+    figures = {name: value for name, value in found.items() if value is not None}
+    settings = grid.train_config(cell, cell.loss) if cell.paradigm == "dense" else grid.prune_configs(cell)[1]
+    examples = len(data.load(spec := data.get_task(cell.task), spec.train)) - settings.hold_out
+    return {"evaluation": figures, "training": training, "rows": min(settings.n or examples, examples)}
+
+
+def _inputs(grid: Grid) -> list[tuple[Cell, dict]]:
+    """Every cell and all that decides its result."""
+    source = checkpoint.source_sha256(checkpoint.resolve(grid.model))
+    shas = {}
+    for task in {cell.task for cell in grid.cells}:
+        spec = data.get_task(task)
+        if spec.train is None:
+            raise InputError(f"task {task!r} has no training split", fix="leave it out of the grid")
+        shas[task] = data.load(spec, spec.train).sha256
+    return [
+        (
+            cell,
+            {
+                "cell": cell.model_dump(), "model": source, "data": shas[cell.task],
+                "train": grid.train[cell.task], "prune": grid.prune[cell.task] if cell.method else {},
+                "ood": grid.ood[cell.task],
+            },
+        )
+        for cell in grid.cells
+    ]  # fmt: skip
+
+
+def _kind(cell: Cell) -> tuple:
+    """What a cell's time depends on, roughly."""
+    return cell.task, cell.paradigm, cell.method, cell.loss if cell.paradigm == "dense" else ""

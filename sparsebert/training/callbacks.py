@@ -1,0 +1,43 @@
+"""Mask training and magnitude pruning inside stock `transformers.Trainer`.
+
+masks = MaskTraining(model, parse("32x1"), 0.875)  # before the Trainer, whose optimizer takes what asks for
+gradients Trainer(model, arguments, train_dataset=..., callbacks=[SubnetCallback(masks)]).train() masks.fold()  #
+zeros into the weights; save the model as any other
+"""
+
+from __future__ import annotations
+
+from transformers import TrainerCallback
+
+from sparsebert.training.loop import Hook
+
+
+class SubnetCallback(TrainerCallback):
+    """Calls a hook (MaskTraining, MagnitudePruning, FixedZeros) at the Trainer's steps.
+
+    The schedule of the learning rate is the Trainer's own, so MagnitudePruning with `rewind_to` gets one over the whole
+    run.
+    """
+
+    def __init__(self, hook: Hook):
+        self.hook = hook
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        if self.hook.before(state.global_step, state.max_steps) and optimizer is not None:
+            _stock(optimizer).state.clear()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.hook.after()
+        self.on_epoch_end(args, state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_evaluate or control.should_save:
+            self.hook.settle()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook.before(state.max_steps, state.max_steps)
+
+
+def _stock(optimizer):
+    """The torch optimizer inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)

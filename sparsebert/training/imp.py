@@ -1,0 +1,106 @@
+"""Iterative magnitude pruning, with and without rewinding. [Liu et al. 2022, Alg. 1; Frankle & Carbin 2019]"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from sparsebert.encoders import encoder_linears, head_linears
+from sparsebert.ops.topk_mask import pattern_mask
+from sparsebert.patterns import NofM, Pattern, Unstructured, require_fits
+from sparsebert.training.loop import Hook, rise_and_fall
+
+LEVEL = 0.1  # share of the weights that goes at once
+
+
+class MagnitudePruning(Hook):
+    """Removes the smallest |w| of each linear in equal portions of at most a tenth of its weights, the first before
+    training begins, the others evenly over the run, and holds what is gone at zero.
+
+    rewind_to: parameters by name, to which all weights return at every pruning; the run then ends with a pruning, so
+    that nothing is trained any more, and each stretch between prunings has a learning-rate schedule and an optimizer of
+    its own. Without, one schedule spans the run, which ends with training. (The authors' code restarts the whole run's
+    schedule at each pruning, so that no level is ever annealed.) head: the pooler as well, unstructured; the classifier
+    stays dense. N:M: all at once, as it has one sparsity.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        rewind_to: dict[str, torch.Tensor] | None = None,
+        head: bool = True,
+        warmup: float = 0.1,
+    ):
+        self.model, self.sparsity, self.rewind_to, self.warmup = model, sparsity, rewind_to, warmup
+        self.levels = 1 if isinstance(pattern, NofM) else max(1, math.ceil(sparsity / LEVEL - 1e-9))
+        self.level = 0
+        linears = {name: (module, pattern) for name, module in encoder_linears(model).items()}
+        if head:
+            last = list(head_linears(model))[-1:]  # the classifier proper
+            linears |= {n: (m, Unstructured()) for n, m in head_linears(model).items() if n not in last}
+        for name, (module, kind) in linears.items():
+            require_fits(kind, *module.weight.shape, sparsity, name)
+        self.linears = linears
+        self.keep = {name: torch.ones_like(module.weight, dtype=torch.bool) for name, (module, _) in linears.items()}
+        self.choose_from = (self.levels - 1) / self.levels
+
+    def before(self, step: int, total: int) -> bool:
+        due = sum(step >= start for start in self._starts(total))
+        if due <= self.level:
+            return False
+        self.level = due
+        self._prune(self.sparsity * self.level / self.levels)
+        return self.rewind_to is not None
+
+    @torch.no_grad()
+    def after(self) -> None:
+        for name, (module, _) in self.linears.items():
+            module.weight.mul_(self.keep[name])
+
+    def share_of_lr(self, step: int, total: int) -> float | None:
+        if self.rewind_to is None:
+            return None
+        starts = [0, *self._starts(total)]
+        begin, end = max(start for start in starts if start <= step), min(start for start in starts if start > step)
+        return rise_and_fall(step - begin, end - begin, self.warmup)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"level": torch.tensor(self.level), **self.keep}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        self.level = int(state["level"])
+        self.keep = {name: state[name].to(keep.device) for name, keep in self.keep.items()}
+
+    def _starts(self, total: int) -> list[int]:
+        """The step before which each level is pruned to."""
+        if self.rewind_to is not None:
+            return [total] if self.levels == 1 else [round(i * total / (self.levels - 1)) for i in range(self.levels)]
+        return [round(level * total / self.levels) for level in range(self.levels)]
+
+    @torch.no_grad()
+    def _prune(self, sparsity: float) -> None:
+        for name, (module, kind) in self.linears.items():
+            # What is gone is 0 and goes first again, so the portions nest.
+            self.keep[name] = pattern_mask(module.weight.abs().cpu(), kind, sparsity).to(module.weight.device)
+        if self.rewind_to is not None:
+            for name, parameter in self.model.named_parameters():
+                if name in self.rewind_to:
+                    parameter.copy_(self.rewind_to[name])
+        self.after()
+
+
+class FixedZeros(Hook):
+    """Holds the zeros of the encoder's linears, as they are when it is made."""
+
+    def __init__(self, model: nn.Module):
+        self.keep = {module: module.weight != 0 for module in encoder_linears(model).values()}
+
+    @torch.no_grad()
+    def after(self) -> None:
+        for module, keep in self.keep.items():
+            module.weight.mul_(keep)

@@ -1,0 +1,260 @@
+"""The one training loop: resumable, seeded, whatever it trains.
+
+Everything random in step k follows from (seed, k), so that a run that was killed and resumed ends in the same weights
+as one that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsebert.config import LearnConfig, TrainConfig
+from sparsebert.encoders import bucketed
+from sparsebert.errors import InputError, OutputError
+from sparsebert.machine import bf16_is_fast
+from sparsebert.training import adversarial
+from sparsebert.training.losses import LOSSES, Targets
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter
+STEPS_PER_SNAPSHOT = 100  # a kill loses fewer steps than this; writing one costs about a step's time
+CHECKS = 20  # of the held-out examples in a run that keeps the best weights
+
+
+class Hook:
+    """What else happens around the steps of a run; this one does nothing. One that does is also usable with stock
+    `transformers.Trainer`, by `training.callbacks`.
+    """
+
+    weight_decay = True
+    choose_from = 0.0  # share of the run after which its weights may be chosen as the best
+
+    def before(self, step: int, total: int) -> bool:
+        """Before optimizer step `step` of `total`, and once after the last. True: the optimizer shall begin anew."""
+        return False
+
+    def settle(self) -> None:
+        """Before the model is asked about held-out examples."""
+
+    def after(self) -> None:
+        """After the optimizer has moved the weights."""
+
+    def share_of_lr(self, step: int, total: int) -> float | None:
+        """Share of the peak learning rate at a step; None: warm-up and decay over the whole run."""
+        return None
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a snapshot must hold beside the trained parameters."""
+        return {}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over what `state` gave."""
+
+
+def plan(encoded: list[dict], config: LearnConfig) -> list[np.ndarray]:
+    """The rows of every step, in order."""
+    steps_per_epoch = -(-len(encoded) // config.batch_size)
+    total = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    steps: list[np.ndarray] = []
+    epoch = 0
+    while len(steps) < total:
+        steps += bucketed(encoded, config.batch_size, np.random.default_rng((config.seed, epoch)))
+        epoch += 1
+    return steps[:total]
+
+
+def seed_of(seed: int, step: int) -> int:
+    """That of everything random in one step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
+
+
+def rise_and_fall(step: int, total: int, warmup: float) -> float:
+    """Share of the peak learning rate at a step: linear up, then linear down to 0."""
+    rising = max(1, round(warmup * total))
+    if step < rising:
+        return (step + 1) / rising
+    return max(0.0, (total - step) / max(1, total - rising))
+
+
+class Run:
+    """Model, optimizer and step count, with the snapshots they can be rebuilt from.
+
+    inputs: all that decides the result, as JSON; a snapshot made from others is refused, naming the difference, and one
+    made by other code (`key`) is not taken. Trains the parameters that ask for a gradient. score: how good the model is
+    on held-out examples, higher better, where the best weights are to be kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LearnConfig,
+        total_steps: int,
+        snapshot: Path,
+        key: str = "",
+        *,
+        inputs: dict | None = None,
+        hook: Hook | None = None,
+        score: Callable[[], float] | None = None,
+    ):
+        self.model, self.config, self.total_steps, self.key = model, config, total_steps, key
+        self.snapshot, self.inputs, self.hook, self.score = snapshot, inputs or {}, hook or Hook(), score
+        self.criterion = LOSSES[config.loss].criterion
+        self.precision = config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
+        self.device = next(model.parameters()).device
+        self.step, self.losses, self.saved_at = 0, [], 0
+        self.best: dict[str, torch.Tensor] = {}
+        self.scores: list[tuple[int, float]] = []  # of the steps at which the held-out examples were asked
+        if isinstance(config, TrainConfig):
+            adversarial.freeze(model, config)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
+        rest = [p for p in self.parameters.values() if p.ndim < 2]
+        decay = config.weight_decay if self.hook.weight_decay else 0.0
+        groups = [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        # fused: one pass over the parameters; unfused, the optimizer is a third of a MiniLM step on two cores.
+        self.optimizer = OPTIMIZERS[getattr(config, "optimizer", "adamw")](
+            [group for group in groups if group["params"]], lr=config.lr, fused=True
+        )
+        self._restore()
+        model.train()
+
+    def advance(self, batch: dict[str, torch.Tensor], targets: Targets, *, snapshots: bool = True) -> None:
+        """One optimizer step, and a snapshot when one is due."""
+        if self.hook.before(self.step, self.total_steps):
+            self.optimizer.state.clear()
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        loss = self._backward(batch, targets.to(self.device))
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
+        if not (math.isfinite(loss) and norm.isfinite()):
+            kept = f"; the state of step {self.saved_at} is kept in {self.snapshot}" if self.saved_at else ""
+            raise InputError(f"training diverged at step {self.step + 1}: loss {loss}{kept}", fix="lower --lr")
+        share = self.hook.share_of_lr(self.step, self.total_steps)
+        if share is None:
+            share = rise_and_fall(self.step, self.total_steps, self.config.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr * share
+        self.optimizer.step()
+        self.hook.after()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss)
+        self.step += 1
+        if self.score is not None and self._check_is_due():
+            self._keep_best()
+        if snapshots and self.step % STEPS_PER_SNAPSHOT == 0 and self.step < self.total_steps:
+            self._save()
+
+    def finish(self) -> None:
+        """Leaves the model with the weights that are to be kept."""
+        self.hook.before(self.total_steps, self.total_steps)
+        if self.best:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(self.best[name])
+
+    def discard(self) -> None:
+        """Removes the snapshot: the finished model has taken its place."""
+        self.snapshot.unlink(missing_ok=True)
+
+    def _backward(self, batch: dict[str, torch.Tensor], targets: Targets) -> float:
+        bf16 = self.precision == "bf16"
+        if isinstance(self.config, TrainConfig):
+            return adversarial.backward(self.model, batch, targets, self.config, self.criterion, bf16=bf16)
+        loss = adversarial.loss_of(self.model, batch, targets, self.criterion, bf16)
+        loss.backward()
+        return loss.item()
+
+    def _check_is_due(self) -> bool:
+        every = max(1, self.total_steps // CHECKS)
+        at_end = self.step == self.total_steps
+        return at_end or (self.step % every == 0 and self.step >= self.hook.choose_from * self.total_steps)
+
+    def _keep_best(self) -> None:
+        self.hook.settle()
+        score = self.score()
+        self.model.train()
+        if not self.scores or score > max(found for _, found in self.scores):
+            self.best = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.scores.append((self.step, score))
+
+    def _save(self) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            kept = self.optimizer.state.get(p, {}).items()
+            tensors |= {f"{slot}/{name}": value for slot, value in kept if slot in SLOTS}
+        tensors |= {f"hook/{name}": value for name, value in self.hook.state().items()}
+        tensors |= {f"best/{name}": value for name, value in self.best.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["scores"] = torch.tensor(self.scores, dtype=torch.float64).view(-1, 2)
+        metadata = {"key": self.key, "step": str(self.step), "inputs": json.dumps(self.inputs, sort_keys=True)}
+        fresh = self.snapshot.with_name(f".{self.snapshot.name}.tmp-{os.getpid()}")
+        try:
+            fresh.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata=metadata)
+            descriptor = os.open(fresh, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            os.replace(fresh, self.snapshot)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"snapshot {self.snapshot} cannot be written: {error}", fix="free space") from error
+        finally:
+            fresh.unlink(missing_ok=True)
+        self.saved_at = self.step
+
+    def _restore(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        if not self.snapshot.exists():
+            return
+        try:
+            with safe_open(self.snapshot, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                if metadata.get("key") != self.key:
+                    self._refuse_other(json.loads(metadata.get("inputs", "{}")))
+                    return  # of other code: the next snapshot takes its place
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+        except (SafetensorError, ValueError):
+            return  # cut short by a power loss: start anew
+        self.step = self.saved_at = int(metadata["step"])
+        self.losses = tensors["losses"].tolist()
+        self.scores = [(int(step), score) for step, score in tensors["scores"].tolist()]
+        parts: dict[str, dict[str, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition("/")
+            parts.setdefault(part, {})[rest] = tensor
+        self.best = {name: tensor.to(self.device) for name, tensor in parts.get("best", {}).items()}
+        self.hook.restore(parts.get("hook", {}))
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(parts["weight"][name])
+                if slots := {slot: parts[slot][name].to(self.device) for slot in SLOTS if name in parts.get(slot, {})}:
+                    self.optimizer.state[p] = slots
+
+    def _refuse_other(self, inputs: dict) -> None:
+        here, there = _flat(self.inputs), _flat(inputs)
+        different = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
+        if inputs and different:
+            shown = ", ".join(f"{name} {there.get(name)!r}, not {here.get(name)!r}" for name in different[:4])
+            raise InputError(
+                f"{self.snapshot} is of an unfinished run with {shown}",
+                fix="repeat its settings, choose another -o, or remove the file to begin anew",
+            )
+
+
+def _flat(inputs: dict, before: str = "") -> dict:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found = {}
+    for name, value in inputs.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
+    return found

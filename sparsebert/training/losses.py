@@ -1,0 +1,92 @@
+"""What a classifier is trained towards: cross-entropy, and the losses that learn less from what a bias model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import cross_entropy, log_softmax
+
+
+@dataclass(frozen=True)
+class Targets:
+    """labels: int64 [n]. bias: log p_b of the bias model, float32 [n, labels]. teacher: log p_t of the teacher,
+    likewise. The last two are None where the loss needs none.
+    """
+
+    labels: torch.Tensor
+    bias: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
+
+    def __getitem__(self, rows) -> Targets:
+        """Those of some rows."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Targets(*(None if part is None else part[rows] for part in parts))
+
+    def to(self, device: torch.device) -> Targets:
+        """The same on another device."""
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Targets(*(None if part is None else part.to(device) for part in parts))
+
+
+# (logits float32 [n, labels], targets) -> the batch's loss, a scalar.
+Criterion = Callable[[torch.Tensor, Targets], torch.Tensor]
+
+
+def ce(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Mean of -log p_m[y]."""
+    return cross_entropy(logits, targets.labels)
+
+
+def poe(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Product of experts: mean of -log softmax(log p_m + log p_b)[y]. The bias model learns nothing; inference is by
+    p_m alone. [Clark et al. 2019; Liu et al. 2022, Eq. 6]
+    """
+    return cross_entropy(log_softmax(logits, dim=1) + targets.bias, targets.labels)
+
+
+def reweight(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Mean of -(1 - β) log p_m[y], β = p_b[y]. [Liu et al. 2022, Eq. 7]"""
+    weights, losses = _weighted(logits, targets)
+    return (weights * losses).mean()
+
+
+def reweight_normalized(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """The same divided by the batch's mean weight, as the authors' code does."""
+    weights, losses = _weighted(logits, targets)
+    return (weights * losses).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def confreg(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Confidence regularisation: mean of -S · log p_m, S_j = p_t,j^(1-β) / Σ_k p_t,k^(1-β), β = p_b[y]: the teacher's
+    distribution, the flatter the surer the bias model is of the label. [Utama et al. 2020; Liu et al. 2022, Eq. 8]
+    """
+    scaled = (1 - _bias_of_label(targets))[:, None] * targets.teacher
+    return -(scaled.softmax(dim=1) * log_softmax(logits, dim=1)).sum(1).mean()
+
+
+def _weighted(logits: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
+    return 1 - _bias_of_label(targets), cross_entropy(logits, targets.labels, reduction="none")
+
+
+def _bias_of_label(targets: Targets) -> torch.Tensor:
+    return targets.bias.gather(1, targets.labels[:, None])[:, 0].exp()
+
+
+class Loss(NamedTuple):
+    """A criterion, and which models' predictions it needs."""
+
+    criterion: Criterion
+    bias: bool = False
+    teacher: bool = False
+
+
+LOSSES = {
+    "ce": Loss(ce),
+    "poe": Loss(poe, bias=True),
+    "reweight": Loss(reweight_normalized, bias=True),
+    "reweight-mean": Loss(reweight, bias=True),
+    "confreg": Loss(confreg, bias=True, teacher=True),
+}

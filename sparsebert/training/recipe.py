@@ -1,0 +1,57 @@
+"""Several models fine-tuned by one file."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from sparsebert.config import TrainConfig
+from sparsebert.encoders import Progress, no_progress
+from sparsebert.errors import InputError, first_line
+from sparsebert.training.finetune import TrainResult, train
+
+
+def train_recipe(
+    model: str | Path, task: str, output: str | Path, recipe: str | Path, *, progress: Progress = no_progress
+) -> dict[str, TrainResult]:
+    """Fine-tunes every model of a recipe into `output`/<name>, in order; resumes as `train` does.
+
+    recipe: a YAML file with `models` (name -> fields of TrainConfig) and `common` fields, or the name of a packaged
+    one. Raises InputError for one that does not hold that.
+    """
+    configs = read_recipe(recipe)
+    results = {}
+    for name, config in configs.items():
+
+        def update(done: int, total: int, what: str = "", name=name) -> None:
+            progress(done, total, name)
+
+        results[name] = train(model, task, Path(output) / name, config, progress=update)
+    return results
+
+
+def read_recipe(recipe: str | Path) -> dict[str, TrainConfig]:
+    """The configurations of a recipe file, or of the packaged one of that name."""
+    packaged = resources.files("sparsebert") / "assets" / "recipes" / f"{recipe}.yaml"
+    path = Path(str(packaged)) if packaged.is_file() else Path(recipe)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"recipe {recipe} must be a YAML file: {first_line(error)}", fix="correct --recipe") from error
+    if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
+        raise InputError(f"recipe {path} must map `models` to names and settings", fix="see recipe quick-soup")
+    configs = {}
+    for name, fields in content["models"].items():
+        if not isinstance(fields, dict) or not re.fullmatch(r"[\w.-]+", str(name)):
+            raise InputError(f"recipe {path}: model {name!r} must be a plain name with settings", fix="correct it")
+        try:
+            configs[str(name)] = TrainConfig(**{**(content.get("common") or {}), **fields})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InputError(f"recipe {path}: {name}: {where}: {first['msg']}", fix="correct the recipe") from error
+    return configs

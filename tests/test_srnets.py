@@ -1,0 +1,180 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import yaml
+from models import saved
+
+from sparsebert.errors import InputError
+from sparsebert.study import publish, read_grid, read_shard, run_grid, srnets
+from sparsebert.study.grid import Cell, Comparison
+from sparsebert.study.report import compared, flat, lines_of, markdown
+
+SMALL = {
+    "tasks": {
+        "mr": {
+            "train": {"n": 40, "batch_size": 8, "steps": 3, "precision": "fp32", "poe": {"bias": "weak", "steps": 4}},
+            "prune": {"n": 40, "batch_size": 8, "steps": 3, "precision": "fp32", "lr": 1e-2},
+        }
+    },
+    "cells": [
+        {"task": "mr", "loss": ["ce", "poe"], "seed": [0, 1]},
+        {"task": "mr", "paradigm": "finetuned", "method": ["mask", "imp"], "sparsity": 0.5, "seed": [0, 1]},
+        {"task": "mr", "paradigm": "rewound", "method": "imp-rw", "sparsity": 0.5, "final_loss": "ce"},
+        {"task": "mr", "paradigm": "pretrained", "method": "mask", "sparsity": 0.5},
+        {"task": "mr", "paradigm": "finetuned", "method": "mask", "sparsity": 0.5, "start_at": 0.34},
+    ],
+    "comparisons": [
+        {
+            "name": "mask over imp",
+            "figure": "accuracy",
+            "a": {"task": "mr", "paradigm": "finetuned", "method": "mask", "sparsity": 0.5},
+            "b": {"task": "mr", "paradigm": "finetuned", "method": "imp", "sparsity": 0.5},
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("start") / "tiny")
+
+
+def written(folder, start, **changes):
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({"model": str(start), **SMALL, **changes}))
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Evaluations of few examples."""
+    original = srnets.evaluate
+    monkeypatch.setattr(srnets, "evaluate", lambda *args, **kwargs: original(*args, n=24, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["srnets-small", "srnets-paper"])
+def test_a_packaged_grid_can_be_read(name):
+    grid = read_grid(name)
+    assert len(grid.cells) > 50 and {"mnli", "qqp"} <= {cell.task for cell in grid.cells}
+    settings = [cell.setting for cell in grid.cells]
+    for comparison in grid.comparisons:
+        assert Cell(**comparison.a).setting in settings and Cell(**comparison.b).setting in settings, comparison.name
+
+
+def test_lists_in_a_cell_are_expanded_and_losses_have_settings_of_their_own(tmp_path, start):
+    grid = read_grid(str(written(tmp_path, start)))
+    assert len(grid.cells) == 4 + 4 + 3
+    assert grid.train_config(grid.cells[0], "ce").steps == 3 and grid.train_config(grid.cells[0], "poe").steps == 4
+    assert grid.train_config(grid.cells[1], "poe").seed == 1
+
+
+def test_a_grid_runs_and_reports_and_is_not_run_twice(tmp_path, start, quick):
+    grid = read_grid(str(written(tmp_path, start)))
+    outcome = run_grid(grid, tmp_path / "out")
+    assert [cell for cell, _ in outcome.done] == grid.cells and not outcome.left_out
+    assert not list((tmp_path / "out/models").glob("cell-*")), "pruned models are not kept"
+    document = publish(grid, outcome, tmp_path / "out", tmp_path / "table.md")
+    assert (tmp_path / "out/report.html").read_text().startswith("<!doctype html>")
+    table = pyarrow.parquet.read_table(tmp_path / "out/cells.parquet").to_pylist()
+    assert len(table) == 11 and {row["code"] for row in table} == {srnets.CODE}
+    assert "mask over imp" in (tmp_path / "table.md").read_text()
+    json.dumps(document)
+    assert all(row["smoke"] for row in document["settings"]), "40 rows close nothing"
+
+    begun = []
+    again = run_grid(grid, tmp_path / "out", progress=lambda done, total, what="": begun.append(what))
+    assert set(begun) == {"cells"} and again.done == outcome.done
+    elsewhere = run_grid(grid, tmp_path / "other", shard=(0, 2), others=[tmp_path / "out/cells.jsonl"])
+    assert elsewhere.done == outcome.done
+
+
+class Killed(Exception):
+    """Stands for a kill between cells."""
+
+
+def test_a_killed_grid_goes_on_with_the_cell_it_was_at(tmp_path, start, quick):
+    grid = read_grid(str(written(tmp_path, start, cells=SMALL["cells"][:1])))
+
+    def kill(done, total, what=""):
+        if what == "cells" and done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_grid(grid, tmp_path / "out", progress=kill)
+    counts = []
+    run_grid(grid, tmp_path / "out", progress=lambda done, total, what="": counts.append((what, done)))
+    assert counts[:2] == [("cells", 1), ("cells", 2)] and counts[-1] == ("cells", 4)
+
+
+def test_shards_are_whole_groups_and_together_the_grid(tmp_path, start, quick):
+    grid = read_grid(str(written(tmp_path, start, cells=SMALL["cells"][:2])))
+    first = run_grid(grid, tmp_path / "out", shard=(0, 2))
+    assert {cell.seed for cell, _ in first.done} == {0} and {cell.seed for cell in first.left_out} == {1}
+    both = run_grid(grid, tmp_path / "out", shard=(1, 2))
+    assert len(both.done) == 8 and not both.left_out
+
+
+def test_no_cell_is_begun_that_would_end_too_late(tmp_path, start, quick):
+    grid = read_grid(str(written(tmp_path, start, cells=SMALL["cells"][:1])))
+    outcome = run_grid(grid, tmp_path / "out", hours=0.0)
+    assert not outcome.done and outcome.left_out == grid.cells
+    assert "Left out for time" in markdown(grid, outcome, "")
+
+
+def test_comparisons_pair_seeds():
+    grid = SimpleNamespace(least={"rows": 1, "steps": 1, "seeds": 2})
+
+    def result(value):
+        return {"evaluation": {"accuracy": value, "n": 9}, "training": {"steps": 5}, "rows": 7}
+
+    def cell(loss, seed):
+        return Cell(task="mr", loss=loss, seed=seed)
+
+    values = {("poe", 0): 0.6, ("poe", 1): 0.7, ("poe", 2): 0.9, ("ce", 1): 0.6, ("ce", 2): 0.7, ("ce", 0): 0.4}
+    outcome = srnets.Outcome([(cell(*key), result(value)) for key, value in values.items()])
+    lines = lines_of(grid, outcome)
+    comparison = Comparison(name="x", figure="accuracy", a={"task": "mr", "loss": "poe"}, b={"task": "mr"})
+    row = compared(lines, comparison)
+    assert row["difference"] == pytest.approx(np.mean([0.2, 0.1, 0.2])) and row["seeds"] == 3
+    assert not row["smoke"]
+
+
+def test_figures_of_all_sets_in_one_level():
+    evaluation = {
+        "accuracy": 0.5,
+        "accuracy_ci": (0.4, 0.6),
+        "task": "mnli",
+        "ood": {"hans": {"entailment": 0.9, "n": 3}},
+    }
+    assert flat(evaluation) == {"accuracy": 0.5, "hans.entailment": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"cells": [{"task": "sst2"}]}, "no settings for it"),
+        ({"cells": [{"task": "mr", "speed": 1}]}, "speed"),
+        ({"cells": [{"task": "mr", "sparsity": 0.5}]}, "no method and no sparsity"),
+        ({"cells": [{"task": "mr", "paradigm": "finetuned", "sparsity": 0.5}]}, "needs a method"),
+        ({"cells": [{"task": "mr"}, {"task": "mr"}]}, "twice"),
+        ({"cells": ["mr"]}, "must map fields"),
+        ({"cells": [{"task": "mr", "paradigm": "finetuned", "method": "imp-rw", "sparsity": 0.5}]}, "rewound cells"),
+        ({"cells": [{"task": "mr", "paradigm": "finetuned", "method": "mask", "gradual": 0.9}]}, "must not fall"),
+        ({"tasks": {"mr": {"train": {"speed": 1}}}, "cells": [{"task": "mr"}]}, "speed"),
+        ({"tasks": {"nonsense": {}}}, "task must be one of"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused(tmp_path, start, changes, match):
+    with pytest.raises(InputError, match=match):
+        read_grid(str(written(tmp_path, start, **changes)))
+
+
+@pytest.mark.parametrize("text", ["2/2", "x", "1", "-1/2", "0/0"])
+def test_a_wrong_shard_is_refused(text):
+    with pytest.raises(InputError, match="0 <= I < N"):
+        read_shard(text)
