@@ -46,7 +46,8 @@ class Task:
     on.
     metric: "accuracy", or "f1" where the field also reports F1 of class 1. three_way: a three-way NLI model may be
     evaluated here, its classes neutral and contradiction counting as class 1. max_length: tokens kept of a text,
-    special ones included.
+    special ones included. ood: the tasks whose reported splits test a model of this one out of distribution.
+    groups: the column that names the group an example belongs to, where figures are also given by group.
     """
 
     name: str
@@ -57,6 +58,8 @@ class Task:
     metric: str = "accuracy"
     three_way: bool = False
     max_length: int = 128
+    ood: tuple[str, ...] = ()
+    groups: str | None = None
     hub: Hub | None = None
     folder: Path | None = field(default=None, compare=False)
 
@@ -75,16 +78,16 @@ _TABLE = (
          hub=Hub("stanfordnlp/imdb", None, ("text",), {"train": "train", "test": "test"})),
     Task("agnews", ("World", "Sports", "Business", "Sci/Tech"), "train", "test", max_length=256,
          hub=Hub("fancyzhx/ag_news", None, ("text",), {"train": "train", "test": "test"})),
-    Task("mnli", NLI, "train", "dev_matched", pair=True,
+    Task("mnli", NLI, "train", "dev_matched", pair=True, ood=("hans",),
          hub=_glue("mnli", ("premise", "hypothesis"), "dev_matched", "validation_matched")),
-    Task("snli", NLI, "train", "dev", pair=True,
+    Task("snli", NLI, "train", "dev", pair=True, ood=("hans",),
          hub=Hub("stanfordnlp/snli", None, ("premise", "hypothesis"), {"train": "train", "dev": "validation"})),
-    Task("hans", ENTAILMENT, "train", "test", pair=True, three_way=True),
+    Task("hans", ENTAILMENT, "train", "test", pair=True, three_way=True, groups="heuristic"),
     Task("rte", ENTAILMENT, "train", "dev", pair=True, three_way=True,
          hub=_glue("rte", ("sentence1", "sentence2"), "dev")),
     Task("qnli", ENTAILMENT, "train", "dev", pair=True, hub=_glue("qnli", ("question", "sentence"), "dev")),
     # dev_heldout is cut from the official training rows; the official dev set is not it and has no name here.
-    Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1",
+    Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1", ood=("paws_qqp", "paws_wiki"),
          hub=Hub("nyu-mll/glue", "qqp", ("question1", "question2"), {"train": "train"})),
     Task("mrpc", PARAPHRASE, "train", "dev", pair=True, metric="f1",
          hub=_glue("mrpc", ("sentence1", "sentence2"), "dev")),
@@ -92,7 +95,7 @@ _TABLE = (
     Task("paws_wiki", PARAPHRASE, "dev", "test", pair=True, metric="f1",
          hub=Hub("google-research-datasets/paws", "labeled_final", ("sentence1", "sentence2"),
                  {"dev": "validation", "test": "test"})),
-    Task("fever", FACT, "train", "dev", pair=True),
+    Task("fever", FACT, "train", "dev", pair=True, ood=("fever_symm_v1", "fever_symm_v2")),
     Task("fever_symm_v1", FACT, None, "test", pair=True),
     Task("fever_symm_v2", FACT, "dev", "test", pair=True),
     Task("cola", ("unacceptable", "acceptable"), "train", "dev", hub=_glue("cola", ("sentence",), "dev")),
@@ -102,13 +105,16 @@ TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
 
 @dataclass(frozen=True)
 class Examples:
-    """Labelled texts in file order. texts_b is None for a single-sentence task; labels: int64 [n]."""
+    """Labelled texts in file order. texts_b is None for a single-sentence task; labels: int64 [n]; groups: the group of
+    each, for a task that has any.
+    """
 
     task: str
     split: str
     texts: list[str]
     texts_b: list[str] | None
     labels: np.ndarray
+    groups: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -127,8 +133,13 @@ class Examples:
     def take(self, rows) -> Examples:
         """The examples at `rows`, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
-        texts_b = None if self.texts_b is None else [self.texts_b[i] for i in rows]
-        return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, self.labels[rows])
+
+        def of(column: list[str] | None) -> list[str] | None:
+            return None if column is None else [column[i] for i in rows]
+
+        return Examples(
+            self.task, self.split, of(self.texts), of(self.texts_b), self.labels[rows], groups=of(self.groups)
+        )
 
     def sample(self, n: int | None, seed: int) -> Examples:
         """A seeded random subset of n examples in this order; all of them where n is None or not less."""
@@ -292,7 +303,8 @@ def _read_hub(task: Task, split: str) -> dict[str, list]:
 
 
 def _check(task: Task, split: str, columns: dict[str, list], where: str) -> Examples:
-    wanted = ("text", "text_b", "label") if task.pair else ("text", "label")
+    optional = (("text_b",) if task.pair else ()) + ((task.groups,) if task.groups else ())
+    wanted = ("text", *optional, "label")
     _require_columns(columns, wanted, where)
     for name in wanted[:-1]:
         for row, text in enumerate(columns[name]):
@@ -306,4 +318,6 @@ def _check(task: Task, split: str, columns: dict[str, list], where: str) -> Exam
                 f"{where}, row {row}: label must be 0 to {len(task.labels) - 1}, got {label!r}", fix="correct the label"
             )
     texts_b = columns["text_b"] if task.pair else None
-    return Examples(task.name, split, columns["text"], texts_b, np.asarray(columns["label"], dtype=np.int64))
+    groups = columns[task.groups] if task.groups else None
+    labels = np.asarray(columns["label"], dtype=np.int64)
+    return Examples(task.name, split, columns["text"], texts_b, labels, groups=groups)
