@@ -162,17 +162,20 @@ def evaluate(
     json: Json = False,
     config: EvalConfig,
 ) -> None:
-    """Accuracy of the classifier in DIR with its interval, and its distance from a dense model."""
+    """Accuracy of the classifier in DIR with its interval, its distance from a dense model, and how it does out of
+    distribution.
+    """
     from dataclasses import asdict
 
     from sparsebert.robustness import evaluate as run
 
     with progress("evaluate") as update:
-        result = run(directory, task, vs=vs, n=config.n, seed=config.seed, progress=update)
+        result = run(directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, progress=update)
     figures = asdict(result)
     if not json:
-        rows = [[name, _figure(value)] for name, value in figures.items() if value is not None]
-        table(f"{directory} on {task}", ["figure", "value"], rows)
+        tests = {task: {name: value for name, value in figures.items() if name != "ood"}} | (result.ood or {})
+        for name, found in tests.items():
+            table(f"{directory} on {name}", ["figure", "value", "95 % interval"], _with_intervals(found))
     emit(figures)
 
 
@@ -263,6 +266,19 @@ def doctor(
         ]
         table("sparsebert doctor", ["", ""], rows)
     emit(facts)
+
+
+def _with_intervals(figures: dict, prefix: str = "") -> list[list[str]]:
+    """A row a figure that is not None; an interval, which follows its figure, in that one's row."""
+    rows: list[list[str]] = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows += _with_intervals(value, f"{prefix}{name.removeprefix('by_')} ")
+        elif value is not None and name.endswith("_ci"):
+            rows[-1][-1] = _figure(value)
+        elif value is not None:
+            rows.append([prefix + name, _figure(value), ""])
+    return rows
 
 
 def _figure(value) -> str:

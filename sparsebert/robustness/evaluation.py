@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from sparsebert import checkpoint, data
 from sparsebert.data import Examples, Task
-from sparsebert.encoders import Progress, no_progress, predict
 from sparsebert.errors import InputError
 from sparsebert.robustness import statistics
 from sparsebert.robustness.statistics import Interval
@@ -17,12 +14,14 @@ from sparsebert.robustness.statistics import Interval
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over n examples; intervals are 95 %. Fractions, not percent. The fields after f1 compare with a dense
-    model, else None.
+    """Figures over n examples; intervals are 95 %. Fractions, not percent.
 
+    f1, f1_weighted: of class 1, and the mean over classes weighted by their share of the labels; predicted_positive:
+    the share of examples predicted to be of class 1. For tasks whose metric is F1, else None.
     kl_to_dense: mean KL(dense ‖ this) in nats. agreement: share of equal predictions. difference: accuracy minus the
-    dense model's, paired.
-    f1: of class 1, for tasks whose metric it is.
+    dense model's, paired. These and what follows from them are None without a dense model.
+    engine: what computed the logits, "sparsebert" or "torch", where `evaluate` did.
+    ood: the figures of `compare_ood` by the name of the test, where any was asked for.
     """
 
     task: str
@@ -31,64 +30,37 @@ class Evaluation:
     accuracy: float
     accuracy_ci: Interval
     f1: float | None = None
+    f1_ci: Interval | None = None
+    f1_weighted: float | None = None
+    f1_weighted_ci: Interval | None = None
+    predicted_positive: float | None = None
     kl_to_dense: float | None = None
     kl_ci: Interval | None = None
     agreement: float | None = None
     difference: float | None = None
     difference_ci: Interval | None = None
     mcnemar_p: float | None = None
-
-
-def evaluate(
-    model: str | Path,
-    task: str,
-    *,
-    vs: str | Path | None = None,
-    n: int | None = None,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> Evaluation:
-    """Evaluates the classifier in directory `model` on the reported split of `task`, paired with the one in `vs` where
-    given.
-
-    n: a seeded random subset of that many examples. Raises InputError where a model's labels do not fit the task.
-    """
-    spec = data.get_task(task)
-    examples = data.load(spec, spec.test, limit=n, seed=seed)
-    directories = [model] if vs is None else [model, vs]
-    classifiers = [checkpoint.load(directory) for directory in directories]
-    for classifier, _ in classifiers:
-        _require_labels(spec, classifier.config.num_labels)
-    total = len(directories) * len(examples)
-    logits = []
-    for classifier, tokenizer in classifiers:
-        before = len(logits) * len(examples)
-        logits.append(
-            predict(
-                classifier,
-                tokenizer,
-                examples,
-                max_length=spec.max_length,
-                progress=lambda done, _, before=before: progress(before + done, total),
-            )
-        )
-    return compare(spec, examples, logits[0], logits[1] if vs is not None else None)
+    engine: str | None = None
+    ood: dict[str, dict] | None = None
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
-    """The figures of `logits` [n, labels] on `examples`, paired with those of the dense model where given."""
-    predicted = _predictions(task, logits)
+    """The figures of `logits` [n, labels] on `examples`, paired with those of the dense model where given. Raises
+    InputError where labels do not fit the task, or are not the dense model's.
+    """
+    predicted = predictions(task, logits)
     correct = predicted == examples.labels
     figures: dict = {}
     if task.metric == "f1":
-        figures["f1"] = _f1(predicted, examples.labels)
+        figures |= statistics.f1_figures(predicted, examples.labels)
+        figures["predicted_positive"] = float((predicted == 1).mean())
     if dense is not None:
         if dense.shape != logits.shape:
             raise InputError(
                 f"both models must have the same labels, got {logits.shape[1]} and {dense.shape[1]}",
                 fix="compare models of one task",
             )
-        dense_predicted = _predictions(task, dense)
+        dense_predicted = predictions(task, dense)
         dense_correct = dense_predicted == examples.labels
         kl = statistics.kl_divergence(dense, logits)
         change = correct.astype(np.float64) - dense_correct
@@ -106,21 +78,19 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
     )
 
 
-def _require_labels(task: Task, labels: int) -> None:
+def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
+    """int64 [n], the class of the largest of `logits` [n, labels]; of a three-way model on a two-way task neutral and
+    contradiction are class 1.
+    """
+    require_labels(task, logits.shape[1])
+    predicted = logits.argmax(axis=1)
+    return predicted if logits.shape[1] == len(task.labels) else np.minimum(predicted, 1)
+
+
+def require_labels(task: Task, labels: int) -> None:
+    """InputError unless a model of so many labels can be evaluated on the task."""
     if labels != len(task.labels) and not (task.three_way and labels == 3):
         raise InputError(
             f"task {task.name!r} has {len(task.labels)} labels, the model has {labels}",
             fix="choose a model trained for it",
         )
-
-
-def _predictions(task: Task, logits: np.ndarray) -> np.ndarray:
-    _require_labels(task, logits.shape[1])
-    predicted = logits.argmax(axis=1)
-    # Of a three-way model entailment stays, neutral and contradiction become class 1.
-    return predicted if logits.shape[1] == len(task.labels) else np.minimum(predicted, 1)
-
-
-def _f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    hits = float(((predicted == 1) & (labels == 1)).sum())
-    return 2 * hits / max(1.0, float((predicted == 1).sum() + (labels == 1).sum()))

@@ -1,0 +1,82 @@
+"""Out-of-distribution tests: sets on which the shortcuts that a task's training data teach lead to wrong answers.
+
+HANS (McCoy et al. 2019) for NLI, where a hypothesis made of the premise's words need not follow from it; PAWS (Zhang et
+al. 2019) for paraphrases, where two sentences of the same words may differ; FEVER-Symmetric (Schuster et al. 2019) for
+fact checking, where the claim alone tells nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+
+from sparsebert import data
+from sparsebert.data import Examples, Task
+from sparsebert.errors import InputError
+from sparsebert.robustness import statistics
+from sparsebert.robustness.evaluation import compare, predictions
+
+ALL = "all"
+
+
+def named(task: Task, names: str) -> tuple[Task, ...]:
+    """The OOD tests of a task by their names with commas, each once, or all of them. Raises InputError for a name that
+    is none of them.
+    """
+    if not task.ood:
+        having = ", ".join(name for name, other in data.TASKS.items() if other.ood)
+        raise InputError(
+            f"ood must be left out for task {task.name!r}, which has no OOD tests, got {names!r}",
+            fix=f"choose one of the tasks {having}",
+        )
+    wanted = list(task.ood) if names.strip() == ALL else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in task.ood:
+            raise InputError(
+                f"ood must be {', '.join(task.ood)} or {ALL} for task {task.name!r}, got {name!r}",
+                fix="choose of these, with commas between",
+            )
+    return tuple(data.TASKS[name] for name in dict.fromkeys(wanted))
+
+
+def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> dict:
+    """The figures of `logits` [n, labels] on an OOD test, paired with those of the dense model where given: fractions,
+    JSON. Those of `compare` that are not None, and
+
+    of two-way entailment (HANS): `entailment` and `non_entailment`, the share of each class that is found, with Wilson
+    intervals, None where there is no example of the class; the same for each group under `by_<groups>`; for a
+    three-way model `summed`: accuracy and both shares where p(neutral) + p(contradiction) > p(entailment) decides for
+    non-entailment. All other figures go by the largest logit, as published.
+
+    Raises what `compare` does. Source: [McCoy et al. 2019; Liu et al. 2022, whose code takes the largest logit].
+    """
+    evaluation = asdict(compare(task, examples, logits, dense))
+    figures = {name: value for name, value in evaluation.items() if name != "task" and value is not None}
+    if task.labels != data.ENTAILMENT:
+        return figures
+    labels = examples.labels
+    correct = predictions(task, logits) == labels
+    figures |= _found(correct, labels)
+    if examples.groups is not None:
+        groups = np.array(examples.groups)
+        figures[f"by_{task.groups}"] = {
+            str(group): {"n": int((groups == group).sum()), **_found(correct[groups == group], labels[groups == group])}
+            for group in np.unique(groups)
+        }
+    if logits.shape[1] == 3:
+        entailment, neutral, contradiction = logits.astype(np.float64).T
+        correct = (np.logaddexp(neutral, contradiction) > entailment) == (labels == 1)
+        shares = {name: value for name, value in _found(correct, labels).items() if not name.endswith("_ci")}
+        figures["summed"] = {"accuracy": float(correct.mean()), **shares}
+    return figures
+
+
+def _found(correct: np.ndarray, labels: np.ndarray) -> dict:
+    """The share of each class that is correct, with its interval."""
+    figures: dict = {}
+    for label, name in enumerate(("entailment", "non_entailment")):
+        n, hits = int((labels == label).sum()), int(correct[labels == label].sum())
+        figures[name] = hits / n if n else None
+        figures[f"{name}_ci"] = statistics.wilson(hits, n) if n else None
+    return figures
