@@ -147,10 +147,16 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    n: int | None = Field(
-        None, ge=1, lt=LARGE, description="a seeded random subset of this many examples, of each test [default: all]"
+    ood: str | None = Field(
+        None, description="also evaluate on these out-of-distribution tests of the task, with commas, or all"
     )
-    seed: Seed = Field(0, description="seed of the subset")
+    n: int | None = Field(
+        None,
+        ge=1,
+        lt=LARGE,
+        description="a seeded random subset of this many examples, of each OOD test too [default: all]",
+    )
+    seed: Seed = Field(0, description="seed of the subsets")
 
 
 class BenchConfig(BaseModel):

@@ -61,6 +61,42 @@ def test_content_hash_sees_every_text_and_label():
     assert len({base.sha256, *(other.sha256 for other in others)}) == 4
 
 
+HANS = {"text": ["p", "q", "r"], "text_b": ["h", "i", "j"], "label": [0, 1, 0]}
+
+
+def load_hans(folder, monkeypatch, columns):
+    write(folder / "hans", columns)
+    monkeypatch.setenv("SPARSEBERT_DATA", str(folder))
+    return data.load(data.get_task("hans"), "test")
+
+
+def test_groups_stay_with_their_examples_and_out_of_the_content_hash(tmp_path, monkeypatch):
+    examples = load_hans(tmp_path, monkeypatch, {**HANS, "heuristic": ["a", "b", "c"]})
+    assert examples.groups == ["a", "b", "c"] and examples.take([2, 0]).groups == ["c", "a"]
+    sample = examples.sample(2, seed=0)
+    assert sample.groups == [{"p": "a", "q": "b", "r": "c"}[text] for text in sample.texts]
+    bare = data.Examples("hans", "test", HANS["text"], HANS["text_b"], np.array(HANS["label"]))
+    assert bare.groups is None and bare.take([0]).groups is None and bare.sha256 == examples.sha256
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (HANS, r"hans/test\.parquet must have columns .*, lacks heuristic"),
+        ({**HANS, "heuristic": ["a", None, "c"]}, "row 1: heuristic must be a non-empty string, got None"),
+    ],
+)
+def test_groups_that_are_missing_are_named(tmp_path, monkeypatch, columns, message):
+    with pytest.raises(DataError, match=message):
+        load_hans(tmp_path, monkeypatch, columns)
+
+
+def test_ood_tests_are_tasks_whose_labels_fit():
+    for task in data.TASKS.values():
+        for test in (data.TASKS[name] for name in task.ood):
+            assert test.labels == task.labels or (test.three_way and len(task.labels) == 3)
+
+
 def test_unknown_task_lists_the_known_ones():
     with pytest.raises(InputError, match="mr, sst2, imdb"):
         data.get_task("nope")

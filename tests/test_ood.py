@@ -1,176 +1,260 @@
+"""Out-of-distribution tests: their figures on logits made by hand, what runs them, and the command line."""
+
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from models import saved
+from models import classifier, saved
 
-from sparsebert import data
+from sparsebert import checkpoint, data, encoders
 from sparsebert.cli import main
-from sparsebert.errors import DataError, InputError
-from sparsebert.robustness import evaluate, ood
-from sparsebert.robustness.evaluation import _Model
+from sparsebert.data import Examples
+from sparsebert.errors import InputError
+from sparsebert.ops import _dispatch
+from sparsebert.robustness import compare, compare_ood, evaluate, ood, run, statistics
 
-HANS = data.Examples(
-    "hans", "test", ["a"] * 6, ["b"] * 6, np.array([0, 0, 1, 1, 1, 0]),
-    ["lexical_overlap", "lexical_overlap", "lexical_overlap", "subsequence", "subsequence", "constituent"],
-)  # fmt: skip
-
-
-def three_way(*rows) -> np.ndarray:
-    """Logits of probabilities."""
-    return np.log(np.array(rows, dtype=np.float64))
+HEURISTICS = ["lexical_overlap", "lexical_overlap", "lexical_overlap", "subsequence", "constituent", "subsequence"]
+LABELS = [0, 1, 0, 1, 1, 0]
+# Rows 1 and 2 are entailment by the largest logit, and not by the sum of the other two: 1.9 + ln 2 > 2.
+THREE_WAY = np.array([[3, 1, 1], [2, 1.9, 1.9], [2, 1.9, 1.9], [1, 3, 1], [1, 1, 3], [0, 2, 0]], np.float32)
 
 
-def test_hans_by_class_heuristic_and_both_ways_to_two_classes():
-    logits = three_way(
-        [0.8, 0.1, 0.1],  # entailment
-        [0.4, 0.3, 0.3],  # entailment by arg-max, not by the sum
-        [0.4, 0.35, 0.25],  # the same, where the label is not-entailment
-        [0.1, 0.2, 0.7],
-        [0.6, 0.2, 0.2],  # wrong both ways
-        [0.2, 0.7, 0.1],  # wrong both ways
-    )
-    found = ood.figures("hans", HANS, logits)
-    assert found["n"] == 6 and found["accuracy"] == pytest.approx(3 / 6)
-    assert found["entailment"] == pytest.approx(2 / 3) and found["non_entailment"] == pytest.approx(1 / 3)
-    summed = found["summed"]
-    assert summed["entailment"] == pytest.approx(1 / 3) and summed["non_entailment"] == pytest.approx(2 / 3)
-    by = found["by_heuristic"]
-    assert list(by) == ["lexical_overlap", "subsequence", "constituent"] and by["lexical_overlap"]["n"] == 3
-    assert by["lexical_overlap"]["entailment"] == 1 and by["lexical_overlap"]["non_entailment"] == 0
-    assert by["subsequence"]["non_entailment"] == 0.5 and "entailment" not in by["subsequence"]
-    low, high = found["entailment_ci"]
-    assert low < 2 / 3 < high
+def examples(task: str, labels, groups=None) -> Examples:
+    texts = ["x"] * len(labels)
+    return Examples(task, "test", texts, texts, np.array(labels), groups=groups)
 
 
-def test_a_two_way_model_on_hans_has_nothing_to_sum():
-    found = ood.figures("hans", HANS, np.eye(2)[[0, 0, 1, 1, 1, 0]])
-    assert found["accuracy"] == 1 and "summed" not in found
+def of_hans(logits: np.ndarray, dense: np.ndarray | None = None) -> dict:
+    return compare_ood(data.TASKS["hans"], examples("hans", LABELS, HEURISTICS), logits, dense)
 
 
-def test_a_model_that_never_says_paraphrase_shows():
-    labels = np.array([0] * 72 + [1] * 28)
-    examples = data.Examples("paws_qqp", "dev_and_test", ["a"] * 100, ["b"] * 100, labels)
-    found = ood.figures("paws_qqp", examples, np.tile([1.0, 0.0], (100, 1)))
-    assert found["accuracy"] == 0.72 and found["f1"] == 0 and found["predicted_positive"] == 0
-    assert found["f1_weighted"] == pytest.approx(0.72 * (2 * 72 / 172)) and found["f1_ci"] == (0, 0)
+def test_the_largest_logit_of_a_three_way_model_decides():
+    figures = of_hans(THREE_WAY)
+    assert (figures["n"], figures["accuracy"]) == (6, 4 / 6)
+    assert (figures["entailment"], figures["non_entailment"]) == (2 / 3, 2 / 3)
+    assert figures["entailment_ci"] == figures["non_entailment_ci"] == statistics.wilson(2, 3)
 
 
-def test_fact_verification_has_its_accuracy():
-    examples = data.Examples("fever_symm_v1", "test", ["a"] * 4, ["b"] * 4, np.array([0, 1, 1, 0]))
-    found = ood.figures("fever_symm_v1", examples, np.eye(2)[[0, 1, 0, 0]])
-    assert found["accuracy"] == 0.75 and set(found) == {"n", "accuracy", "accuracy_ci"}
+def test_summed_probabilities_decide_otherwise():
+    assert of_hans(THREE_WAY)["summed"] == {"accuracy": 4 / 6, "entailment": 1 / 3, "non_entailment": 1.0}
+
+
+def test_large_logits_do_not_overflow_the_sum():
+    summed = of_hans(THREE_WAY * np.float32(1e30))["summed"]
+    assert summed == {"accuracy": 4 / 6, "entailment": 2 / 3, "non_entailment": 2 / 3}
+
+
+def test_figures_are_given_by_heuristic():
+    found = of_hans(THREE_WAY)["by_heuristic"]
+    assert list(found) == ["constituent", "lexical_overlap", "subsequence"]
+    shares = {name: (group["n"], group["entailment"], group["non_entailment"]) for name, group in found.items()}
+    assert shares == {"constituent": (1, None, 1.0), "lexical_overlap": (3, 1.0, 0.0), "subsequence": (2, 0.0, 1.0)}
+    assert found["constituent"]["entailment_ci"] is None
+    assert found["lexical_overlap"]["entailment_ci"] == statistics.wilson(2, 2)
+
+
+def test_a_two_way_model_has_nothing_to_sum():
+    figures = of_hans(THREE_WAY[:, :2])
+    assert "summed" not in figures and figures["accuracy"] == 3 / 6
+
+
+def test_ood_figures_are_paired_with_the_dense_models():
+    dense = THREE_WAY.copy()
+    dense[5] = [2, 0, 0]  # right where the other is wrong
+    figures = of_hans(THREE_WAY, dense)
+    correct = np.array([True, False, True, True, True, False]), np.array([True, False, True, True, True, True])
+    assert figures["difference"] == pytest.approx(-1 / 6)
+    assert figures["difference_ci"] == statistics.paired_difference(*correct)
+    assert figures["mcnemar_p"] == statistics.mcnemar(*correct) == 1.0
+    assert "difference" not in of_hans(THREE_WAY)
+
+
+def test_a_classifier_that_never_says_paraphrase_is_seen_on_paws():
+    logits = np.tile(np.array([[1, 0]], np.float32), (677, 1))
+    figures = compare_ood(data.TASKS["paws_qqp"], examples("paws_qqp", [0] * 486 + [1] * 191), logits)
+    assert figures["accuracy"] == pytest.approx(0.7179, abs=5e-5)
+    assert (figures["f1"], figures["f1_ci"], figures["predicted_positive"]) == (0, (0, 0), 0)
+    assert figures["f1_weighted"] == pytest.approx(486 / 677 * (2 * 486 / (2 * 486 + 191)))
+    assert figures["f1_weighted_ci"][0] < figures["f1_weighted"] < figures["f1_weighted_ci"][1]
+
+
+def test_both_senses_of_f1_are_reported_in_distribution_too():
+    logits = np.array([[0, 1], [0, 1], [1, 0], [1, 0], [0, 1]], np.float32)
+    result = compare(data.TASKS["qqp"], examples("qqp", [1, 0, 1, 0, 1]), logits)
+    assert result.f1 == pytest.approx(2 / 3) and result.f1_weighted == pytest.approx(3 / 5 * 2 / 3 + 2 / 5 * 1 / 2)
+    assert result.predicted_positive == 3 / 5 and result.f1_ci[0] <= result.f1 <= result.f1_ci[1]
+
+
+def test_fact_checks_have_accuracy_alone():
+    logits = np.array([[0, 1], [0, 1], [1, 0]], np.float32)
+    figures = compare_ood(data.TASKS["fever_symm_v1"], examples("fever_symm_v1", [1, 0, 0]), logits)
+    assert figures == {"split": "test", "n": 3, "accuracy": 2 / 3, "accuracy_ci": statistics.wilson(2, 3)}
 
 
 @pytest.mark.parametrize(
-    ("task", "wanted", "expected"),
+    ("task", "logits"),
+    [("fever_symm_v1", np.zeros((1, 3))), ("paws_qqp", np.zeros((1, 3))), ("hans", np.zeros((1, 4)))],
+)
+def test_logits_of_other_labels_are_refused(task, logits):
+    with pytest.raises(InputError, match=f"task '{task}' has 2 labels, the model has {logits.shape[1]}"):
+        compare_ood(data.TASKS[task], examples(task, [0], ["constituent"]), logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "found"),
     [
-        ("mnli", "all", ["hans"]),
-        ("qqp", "paws_wiki, paws_qqp", ["paws_wiki", "paws_qqp"]),
-        ("fever", "fever_symm_v2", ["fever_symm_v2"]),
+        ("mnli", "hans", ["hans"]),
+        ("snli", "all", ["hans"]),
+        ("qqp", "all", ["paws_qqp", "paws_wiki"]),
+        ("qqp", "paws_wiki, paws_qqp,paws_wiki", ["paws_wiki", "paws_qqp"]),
+        ("fever", "all", ["fever_symm_v1", "fever_symm_v2"]),
     ],
 )
-def test_tests_are_named_or_all(task, wanted, expected):
-    assert ood.tests_of(data.get_task(task), wanted) == expected
+def test_ood_tests_are_named_with_commas_or_all(task, names, found):
+    assert [test.name for test in ood.named(data.TASKS[task], names)] == found
 
 
 @pytest.mark.parametrize(
-    ("task", "wanted"), [("mnli", "paws_qqp"), ("sst2", "hans"), ("sst2", "all"), ("mnli", "nonsense"), ("mnli", ",")]
+    ("task", "names", "message"),
+    [
+        ("mnli", "nope", "ood must be hans or all for task 'mnli', got 'nope'"),
+        ("mnli", "hans,paws_qqp", "got 'paws_qqp'"),
+        ("qqp", "paws_qqp,", "ood must be paws_qqp, paws_wiki or all for task 'qqp', got ''"),
+        ("sst2", "hans", "ood must be left out for task 'sst2'"),
+        ("sst2", "all", "choose one of the tasks mnli, snli, qqp, fever"),
+    ],
 )
-def test_a_test_of_another_task_is_refused(task, wanted):
-    with pytest.raises(InputError, match="ood must be"):
-        ood.tests_of(data.get_task(task), wanted)
-
-
-# On disk
+def test_names_that_are_no_ood_tests_of_the_task_are_refused(task, names, message):
+    with pytest.raises(InputError, match=message):
+        ood.named(data.TASKS[task], names)
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """A data folder with few examples of MNLI and HANS."""
-    rng = np.random.default_rng(0)
-    words = "the doctor saw an actor who ran to judges near lawyers".split()
+def sets(tmp_path, monkeypatch):
+    """A data folder with a small MNLI and HANS."""
+    n, rng = 90, np.random.default_rng(0)
+    words = np.array("the doctor saw a lawyer near actors who danced and some judge slept".split())
 
-    def texts(n):
-        return [" ".join(rng.choice(words, 6)) for _ in range(n)]
+    def texts(shortest: int, longest: int) -> list[str]:
+        return [" ".join(rng.choice(words, rng.integers(shortest, longest))) for _ in range(n)]
 
-    for name, split, labels, extra in (
-        ("mnli", "dev_matched", 3, {}),
-        ("hans", "test", 2, {"heuristic": ["lexical_overlap", "subsequence"] * 20}),
-    ):
-        columns = {"text": texts(40), "text_b": texts(40), "label": [i % labels for i in range(40)], **extra}
-        (tmp_path / "data" / name).mkdir(parents=True)
-        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "data" / name / f"{split}.parquet")
-    monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path / "data"))
+    pairs = {"text": texts(3, 200), "text_b": texts(3, 12)}
+    write(tmp_path / "mnli" / "dev_matched.parquet", {**pairs, "label": [i % 3 for i in range(n)]})
+    pairs = {"text": texts(5, 12), "text_b": texts(3, 9)}
+    heuristics = [HEURISTICS[i % 6] for i in range(n)]
+    write(tmp_path / "hans" / "test.parquet", {**pairs, "label": [i % 2 for i in range(n)], "heuristic": heuristics})
+    monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path))
     return tmp_path
 
 
-def test_the_command_adds_the_tests_figures(folder, capsys):
-    saved(folder / "m", labels=3)
-    saved(folder / "dense", labels=3, seed=1)
-    arguments = ["eval", str(folder / "m"), "--task", "mnli", "--ood", "hans", "--vs", str(folder / "dense")]
-    assert main([*arguments, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    hans = document["ood"]["hans"]
-    assert {
-        "accuracy",
-        "entailment",
-        "non_entailment",
-        "by_heuristic",
-        "summed",
-        "difference_ci",
-        "mcnemar_p",
-    } <= hans.keys()
-    assert set(hans["by_heuristic"]) == {"lexical_overlap", "subsequence"} and hans["n"] == 40
-    assert main([*arguments, "--n", "10"]) == 0
-    shown = capsys.readouterr().out
-    assert "summed: non_entailment" in shown and json.loads(shown.splitlines()[-1])["ood"]["hans"]["n"] == 10
+def write(path, columns) -> None:
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
 
 
-def test_a_wrong_name_is_refused_before_anything_is_read(folder, capsys):
-    assert main(["eval", str(folder / "none"), "--task", "mnli", "--ood", "paws_qqp"]) == 2
-    assert capsys.readouterr().err.startswith("error: ood must be one of hans, or all")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("ood") / "model", labels=3)
 
 
-def test_a_missing_column_of_groups_is_named(folder):
-    path = folder / "data/hans/test.parquet"
-    table = pyarrow.parquet.read_table(path).drop_columns(["heuristic"])
-    pyarrow.parquet.write_table(table, path)
-    with pytest.raises(DataError, match=r"hans/test\.parquet must have columns .*heuristic"):
-        evaluate(saved(folder / "m", labels=3), "mnli", ood="hans")
+def expected_engine() -> str:
+    return "torch" if _dispatch.isa() == "scalar" else "sparsebert"
 
 
-def test_groups_follow_their_examples(folder):
-    examples = data.load(data.get_task("hans"), "test")
-    some = examples.take([3, 0])
-    assert some.groups == ["subsequence", "lexical_overlap"] and examples.sample(5, 0).groups is not None
-    assert replace(examples, groups=None).sha256 == examples.sha256
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra"])
+def test_an_evaluation_sees_the_logits_of_predict(sets, tmp_path, kind):
+    directory = saved(tmp_path / kind, kind=kind, labels=3)
+    loaded = run._load(directory)
+    assert loaded.engine == expected_engine()
+    stock, tokenizer = checkpoint.load(directory)
+    examples = data.load(data.TASKS["mnli"], "dev_matched")
+    # 50: some of the premises are cut.
+    wanted = encoders.predict(stock, tokenizer, examples, max_length=50)
+    got = loaded.predict(examples, max_length=50, progress=encoders.no_progress)
+    assert np.ptp(wanted) > 0.1 and got == pytest.approx(wanted, abs=1e-4)
 
 
-def test_engine_and_torch_agree_and_cut_alike(folder, monkeypatch):
-    spec = replace(data.get_task("mnli"), max_length=10)
-    examples = data.load(spec, "dev_matched")
-    by_engine = _Model(saved(folder / "m", labels=3), spec)
-    assert by_engine._engine is not None
-    monkeypatch.setattr("sparsebert.robustness.evaluation.TEXTS_A_CALL", 7)
-    by_torch = _Model(folder / "m", spec)
-    from sparsebert import checkpoint
-
-    by_torch._engine, by_torch._torch = None, checkpoint.load(folder / "m")
-    ours, theirs = (model.logits(examples, lambda done, total: None) for model in (by_engine, by_torch))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+def test_what_the_engine_does_not_run_torch_does(sets, tmp_path):
+    directory = saved(tmp_path / "tanh", labels=3, hidden_act="gelu_new")
+    result = evaluate(directory, "mnli", ood="hans")
+    assert result.engine == "torch" and result.ood["hans"]["n"] == 90
+    stock, tokenizer = checkpoint.load(directory)
+    examples = data.load(data.TASKS["hans"], "test")
+    logits = encoders.predict(stock, tokenizer, examples, max_length=128)
+    assert result.ood["hans"] == compare_ood(data.TASKS["hans"], examples, logits)
 
 
-def test_examples_for_an_upper_bound_are_mixed_in(folder):
+def test_a_vocabulary_without_tokenizer_json_is_run_by_torch(sets, model, tmp_path):
+    stock, _ = checkpoint.load(model)
+    stock.save_pretrained(tmp_path / "old")
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    (tmp_path / "old" / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
+    result = evaluate(tmp_path / "old", "mnli", ood="all", n=20)
+    assert result.engine == "torch"
+    again = evaluate(model, "mnli", ood="all", n=20)
+    assert (result.accuracy, result.ood) == (again.accuracy, again.ood)
+
+
+def test_progress_names_every_set_of_every_model(sets, model):
+    told: dict[str, tuple[int, int]] = {}
+    evaluate(
+        model, "mnli", vs=model, ood="all", n=40, progress=lambda done, total, what: told.update({what: (done, total)})
+    )
+    assert told == dict.fromkeys(["mnli", "hans", "mnli (dense)", "hans (dense)"], (40, 40))
+    told.clear()
+    evaluate(model, "mnli", n=40, progress=lambda done, total, what: told.update({what: (done, total)}))
+    assert told == {"": (40, 40)}
+
+
+def command(capsys, *arguments) -> tuple[int, str, str]:
+    code = main(["eval", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_document_has_the_figures_of_every_test(sets, model, capsys):
+    arguments = [model, "--task", "mnli", "--ood", "hans", "--n", 60]
+    code, out, _ = command(capsys, *arguments, "--vs", saved(sets / "dense", classifier(labels=3, seed=1)), "--json")
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1 and result["n"] == 60 and result["engine"] == expected_engine()
+    hans = result["ood"]["hans"]
+    shares = {"entailment", "entailment_ci", "non_entailment", "non_entailment_ci"}
+    paired = {"difference", "difference_ci", "mcnemar_p"}
+    assert {"n", "accuracy", "accuracy_ci", "by_heuristic", "summed", *shares, *paired} <= hans.keys()
+    assert hans["n"] == 60 == sum(group["n"] for group in hans["by_heuristic"].values())
+    assert all({"n", *shares} == group.keys() for group in hans["by_heuristic"].values())
+    code, out, _ = command(capsys, *arguments[:3])
+    assert code == 0 and json.loads(out.splitlines()[-1])["ood"] is None
+
+    code, out, _ = command(capsys, *arguments)
+    assert code == 0 and json.loads(out.splitlines()[-1])["ood"].keys() == {"hans"}
+    assert "on hans" in out and "heuristic lexical_overlap non_entailment" in out and "summed accuracy" in out
+
+
+def refused(capsys, *arguments) -> str:
+    code, out, err = command(capsys, *arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_a_wrong_name_or_a_missing_set_is_one_line_before_any_model_is_read(sets, capsys):
+    absent = sets / "no model"
+    assert "got 'nope'" in refused(capsys, absent, "--task", "mnli", "--ood", "nope")
+    assert "no OOD tests" in refused(capsys, absent, "--task", "mr", "--ood", "hans")
+    (sets / "hans" / "test.parquet").unlink()
+    line = refused(capsys, absent, "--task", "mnli", "--ood", "hans")
+    assert f"{sets / 'hans' / 'test'}.parquet is absent" in line and "SPARSEBERT_DATA" in line
+
+
+def test_examples_for_an_upper_bound_are_mixed_in(sets, tmp_path):
     columns = {"text": ["a b"] * 4, "text_b": ["a"] * 4, "label": [0, 1, 0, 1], "heuristic": ["subsequence"] * 4}
-    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "data/hans/train.parquet")
+    write(tmp_path / "hans" / "train.parquet", columns)
     spec = data.get_task("mnli")
     mixed = data.mix_ood(spec, data.load(spec, "dev_matched"))
-    assert len(mixed) == 44 and mixed.labels[-4:].tolist() == [0, 2, 0, 2], "what is not entailed contradicts"
+    assert len(mixed) == 94 and mixed.labels[-4:].tolist() == [0, 2, 0, 2], "what is not entailed contradicts"
     with pytest.raises(InputError, match="no out-of-distribution training examples"):
         data.mix_ood(data.get_task("mr"), data.load(data.get_task("mr"), "test", limit=3))

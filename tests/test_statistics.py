@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from sparsebert.data import Examples, get_task
 from sparsebert.engine.measure import Timings
@@ -92,28 +91,88 @@ def test_labels_that_do_not_fit_are_refused():
         compare(get_task("agnews"), examples([0, 3], "agnews"), np.zeros((2, 2), np.float32))
 
 
-def test_a_paired_test_over_seeds_by_hand():
-    found = statistics.paired_over_seeds(np.array([0.5, 0.6, 0.7]), np.array([0.4, 0.4, 0.4]))
-    assert found["difference"] == pytest.approx(0.2)
-    half = 4.302653 * 0.1 / np.sqrt(3)  # t(0.975, 2) s / √n
-    assert found["interval"] == pytest.approx((0.2 - half, 0.2 + half), abs=1e-6)
-    assert found["sign_flip_p"] == pytest.approx(2 / 8), "all of one sign: the two extreme flips of eight"
-    assert found["t_p"] == pytest.approx(2 * stats.t.sf(0.2 / (0.1 / np.sqrt(3)), 2))
+def test_f1_intervals_are_those_of_resampled_examples():
+    rng = np.random.default_rng(0)
+    labels = (rng.random(300) < 0.3).astype(np.int64)
+    predicted = np.where(rng.random(300) < 0.8, labels, 1 - labels)
+    figures = statistics.f1_figures(predicted, labels)
+    assert figures == statistics.f1_figures(predicted, labels)
+    drawn = []
+    for rows in rng.integers(0, 300, (2000, 300)):
+        p, y = predicted[rows], labels[rows]
+        f1 = [2 * ((p == c) & (y == c)).sum() / ((p == c).sum() + (y == c).sum()) for c in (0, 1)]
+        drawn.append((f1[1], f1[0] * (y == 0).mean() + f1[1] * (y == 1).mean()))
+    for name, values in zip(("f1", "f1_weighted"), np.transpose(drawn), strict=True):
+        assert figures[f"{name}_ci"] == pytest.approx(np.quantile(values, (0.025, 0.975)), abs=0.01)
+        assert figures[name] == pytest.approx(values.mean(), abs=0.01)
 
 
-def test_no_difference_over_seeds_is_none():
-    found = statistics.paired_over_seeds(np.array([0.5, 0.6]), np.array([0.5, 0.6]))
-    assert found["difference"] == 0 and found["t_p"] == 1 and found["sign_flip_p"] == 1
+@pytest.mark.parametrize("same", [0, 1])
+def test_f1_of_a_class_that_is_all_or_nothing(same):
+    figures = statistics.f1_figures(np.full(7, same), np.full(7, same))
+    assert (figures["f1"], figures["f1_weighted"]) == (same, 1) and figures["f1_weighted_ci"] == (1, 1)
 
 
-def test_one_seed_is_no_comparison():
-    with pytest.raises(ValueError, match="2 to 20 seeds"):
-        statistics.paired_over_seeds(np.array([0.5]), np.array([0.4]))
+def test_weighted_f1_takes_more_than_two_classes():
+    # Of class 0 both right, of 1 one of two, of 2 the one right and one of class 1 taken for it.
+    figures = statistics.f1_figures(np.array([0, 0, 1, 2, 2]), np.array([0, 0, 1, 1, 2]))
+    assert figures["f1"] == pytest.approx(2 / 3)
+    assert figures["f1_weighted"] == pytest.approx(2 / 5 * 1 + 2 / 5 * 2 / 3 + 1 / 5 * 2 / 3)
 
 
-def test_f1_in_both_senses_by_hand():
-    predicted, labels = np.array([1, 1, 0, 0, 0]), np.array([1, 0, 1, 0, 0])
-    positive, weighted = statistics.f1_scores(predicted, labels)
-    assert positive == pytest.approx(0.5) and weighted == pytest.approx(0.4 * 0.5 + 0.6 * (2 * 2 / 6))
-    for value, (low, high) in zip((positive, weighted), statistics.f1_intervals(predicted, labels), strict=True):
-        assert 0 <= low <= value <= high <= 1
+def test_seeds_are_compared_in_pairs():
+    found = statistics.paired_over_seeds([0.84, 0.86, 0.88], [0.82, 0.85, 0.83])  # differences .02, .01, .05
+    error = np.sqrt((0.02**2 + 0.01**2 + 0.05**2 - 0.08**2 / 3) / 2 / 3)
+    t = 0.08 / 3 / error
+    assert found.difference == pytest.approx(0.08 / 3)
+    assert found.difference_ci == pytest.approx((0.08 / 3 - 4.302653 * error, 0.08 / 3 + 4.302653 * error), rel=1e-6)
+    assert found.t_p == pytest.approx(1 - t / np.sqrt(2 + t * t))  # of two degrees of freedom, in closed form
+    assert found.sign_flip_p == 2 / 8
+
+
+@pytest.mark.parametrize(
+    ("differences", "p"),
+    [([3, 1, -2], 6 / 8), ([1, 1], 2 / 4), ([1, -1], 1.0), ([0, 0], 1.0), ([0.1, 0.2, 0.3, -0.1], 6 / 16)],
+)
+def test_sign_flips_count_those_as_far_from_zero(differences, p):
+    # ±.1 ± .2 ± .3 ± .1: .5 or more are .7, twice .5, and their mirror images.
+    found = statistics.paired_over_seeds(differences, np.zeros(len(differences)))
+    assert found.sign_flip_p == p
+
+
+def test_sign_flips_do_not_depend_on_the_order_of_seeds():
+    rng = np.random.default_rng(0)
+    differences = np.round(rng.normal(0.01, 0.03, 12), 2)
+    ps = {statistics.paired_over_seeds(rng.permutation(differences), np.zeros(12)).sign_flip_p for _ in range(20)}
+    assert len(ps) == 1
+
+
+def test_the_sign_flip_test_is_exact_to_20_seeds_and_absent_above():
+    assert statistics.paired_over_seeds(np.ones(20), np.zeros(20)).sign_flip_p == 2 / 2**20
+    assert statistics.paired_over_seeds(np.ones(21), np.zeros(21)).sign_flip_p is None
+
+
+def test_differences_that_are_all_the_same_have_no_spread():
+    same = statistics.paired_over_seeds([1, 1], [0.5, 0.5])
+    assert (same.difference_ci, same.t_p) == ((0.5, 0.5), 0.0)
+    assert statistics.paired_over_seeds([1, 2], [1, 2]).t_p == 1.0
+
+
+def test_the_interval_of_a_mean_over_seeds():
+    half = 3.182446 * np.sqrt(5 / 3 / 4)  # t(0.975, 3), s² = 5/3
+    assert statistics.mean_interval([1, 2, 3, 4]) == pytest.approx((2.5 - half, 2.5 + half), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ([1], [1], "two seeds or more"),
+        ([], [], "two seeds or more"),
+        ([1, 2], [1], "the same seeds"),
+        ([[1, 2]], [[1, 2]], "two seeds or more"),
+        ([1, np.nan], [1, 2], "finite"),
+    ],
+)
+def test_seeds_that_make_no_pairs_are_refused(a, b, message):
+    with pytest.raises(InputError, match=message):
+        statistics.paired_over_seeds(a, b)

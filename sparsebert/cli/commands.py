@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -161,26 +160,23 @@ def evaluate(
     vs: Annotated[
         Path | None, typer.Option(metavar="DENSE", help="dense model directory to compare with, paired")
     ] = None,
-    ood: Annotated[
-        str, typer.Option(metavar="NAMES", help="also run these out-of-distribution tests of the task, or all")
-    ] = "",
     json: Json = False,
     config: EvalConfig,
 ) -> None:
-    """Accuracy of the classifier in DIR with its interval, out of distribution too, and its distance from a dense
-    model.
+    """Accuracy of the classifier in DIR with its interval, its distance from a dense model, and how it does out of
+    distribution.
     """
     from dataclasses import asdict
 
     from sparsebert.robustness import evaluate as run
 
     with progress("evaluate") as update:
-        result = run(directory, task, vs=vs, ood=ood, n=config.n, seed=config.seed, progress=update)
+        result = run(directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, progress=update)
     figures = asdict(result)
     if not json:
-        tests = {task: {k: v for k, v in figures.items() if k != "ood"}, **(figures["ood"] or {})}
-        for name, own in tests.items():
-            table(f"{directory} on {name}", ["figure", "value"], list(_rows(own)))
+        tests = {task: {name: value for name, value in figures.items() if name != "ood"}} | (result.ood or {})
+        for name, found in tests.items():
+            table(f"{directory} on {name}", ["figure", "value", "95 % interval"], _with_intervals(found))
     emit(figures)
 
 
@@ -305,13 +301,17 @@ def doctor(
     emit(facts)
 
 
-def _rows(figures: dict, before: str = "") -> Iterator[list[str]]:
-    """A line for each figure that is there, those of a part named after it."""
+def _with_intervals(figures: dict, prefix: str = "") -> list[list[str]]:
+    """A row a figure that is not None; an interval, which follows its figure, in that one's row."""
+    rows: list[list[str]] = []
     for name, value in figures.items():
         if isinstance(value, dict):
-            yield from _rows(value, f"{before}{name}: ")
+            rows += _with_intervals(value, f"{prefix}{name.removeprefix('by_')} ")
+        elif value is not None and name.endswith("_ci"):
+            rows[-1][-1] = _figure(value)
         elif value is not None:
-            yield [f"{before}{name}", _figure(value)]
+            rows.append([prefix + name, _figure(value), ""])
+    return rows
 
 
 def _figure(value) -> str:

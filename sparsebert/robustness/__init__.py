@@ -1,5 +1,7 @@
-"""How good a classifier is, and how far from the dense one it came."""
+"""How good a classifier is, in and out of distribution, and how far from the dense one it came."""
 
-from sparsebert.robustness.evaluation import Evaluation, compare, evaluate
+from sparsebert.robustness.evaluation import Evaluation, compare
+from sparsebert.robustness.ood import compare_ood
+from sparsebert.robustness.run import evaluate
 
-__all__ = ["Evaluation", "compare", "evaluate"]
+__all__ = ["Evaluation", "compare", "compare_ood", "evaluate"]

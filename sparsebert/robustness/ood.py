@@ -1,79 +1,82 @@
-"""What an out-of-distribution test says beside its accuracy."""
+"""Out-of-distribution tests: sets on which the shortcuts that a task's training data teach lead to wrong answers.
+
+HANS (McCoy et al. 2019) for NLI, where a hypothesis made of the premise's words need not follow from it; PAWS (Zhang et
+al. 2019) for paraphrases, where two sentences of the same words may differ; FEVER-Symmetric (Schuster et al. 2019) for
+fact checking, where the claim alone tells nothing.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
-from scipy.special import softmax
 
 from sparsebert import data
 from sparsebert.data import Examples, Task
 from sparsebert.errors import InputError
 from sparsebert.robustness import statistics
+from sparsebert.robustness.evaluation import compare, predictions
+
+ALL = "all"
 
 
-def tests_of(task: Task, wanted: str) -> list[str]:
-    """The out-of-distribution tests that `wanted` names, with commas; "all": those of the task. InputError for one that
-    is not the task's.
+def named(task: Task, names: str) -> tuple[Task, ...]:
+    """The OOD tests of a task by their names with commas, each once, or all of them. Raises InputError for a name that
+    is none of them.
     """
-    names = list(task.ood) if wanted == "all" else [name.strip() for name in wanted.split(",") if name.strip()]
-    if not names or set(names) - set(task.ood):
-        known = f"one of {', '.join(task.ood)}, or all" if task.ood else f"left out: {task.name} has none"
-        raise InputError(f"ood must be {known}, got {wanted!r}", fix="correct --ood")
-    return names
+    if not task.ood:
+        having = ", ".join(name for name, other in data.TASKS.items() if other.ood)
+        raise InputError(
+            f"ood must be left out for task {task.name!r}, which has no OOD tests, got {names!r}",
+            fix=f"choose one of the tasks {having}",
+        )
+    wanted = list(task.ood) if names.strip() == ALL else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in task.ood:
+            raise InputError(
+                f"ood must be {', '.join(task.ood)} or {ALL} for task {task.name!r}, got {name!r}",
+                fix="choose of these, with commas between",
+            )
+    return tuple(data.TASKS[name] for name in dict.fromkeys(wanted))
 
 
-def figures(name: str, examples: Examples, logits: np.ndarray) -> dict:
-    """The figures of `logits` [n, labels] on the test `name`; fractions, intervals 95 %.
+def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> dict:
+    """The figures of `logits` [n, labels] on an OOD test, paired with those of the dense model where given: fractions,
+    JSON. Those of `compare` that are not None, and
 
-    Always n, accuracy and accuracy_ci. HANS: recall of both classes (entailment, non_entailment), by heuristic too; a
-    three-way prediction is entailment or not by its arg-max [Liu et al. 2022], and under "summed" by whether neutral
-    and contradiction together are the likelier. Paraphrase: F1 of class 1 (f1, the paper's code) and weighted by class
-    (f1_weighted, its text), and the share predicted positive: a model that never says so has 72 % of PAWS-QQP right.
+    of two-way entailment (HANS): `entailment` and `non_entailment`, the share of each class that is found, with Wilson
+    intervals, None where there is no example of the class; the same for each group under `by_<groups>`; for a
+    three-way model `summed`: accuracy and both shares where p(neutral) + p(contradiction) > p(entailment) decides for
+    non-entailment. All other figures go by the largest logit, as published.
+
+    Raises what `compare` does. Source: [McCoy et al. 2019; Liu et al. 2022, whose code takes the largest logit].
     """
-    spec = data.get_task(name)
-    predicted = two_way(logits, len(spec.labels))
-    found = {"n": len(examples), **_accuracy(predicted, examples.labels)}
-    if spec.labels == data.ENTAILMENT:
-        found |= _by_class(predicted, examples.labels)
-        if examples.groups is not None:
-            groups = np.array(examples.groups)
-            found["by_heuristic"] = {
-                str(group): {"n": int((groups == group).sum())}
-                | _by_class(predicted[groups == group], examples.labels[groups == group])
-                for group in dict.fromkeys(examples.groups)
-            }
-        if logits.shape[1] == 3:
-            summed = (softmax(logits.astype(np.float64), axis=1)[:, 0] <= 0.5).astype(np.int64)
-            found["summed"] = _accuracy(summed, examples.labels) | _by_class(summed, examples.labels)
-    if spec.metric == "f1":
-        found |= f1(predicted, examples.labels)
-        found["predicted_positive"] = float((predicted == 1).mean())
-    return found
+    evaluation = asdict(compare(task, examples, logits, dense))
+    figures = {name: value for name, value in evaluation.items() if name != "task" and value is not None}
+    if task.labels != data.ENTAILMENT:
+        return figures
+    labels = examples.labels
+    correct = predictions(task, logits) == labels
+    figures |= _found(correct, labels)
+    if examples.groups is not None:
+        groups = np.array(examples.groups)
+        figures[f"by_{task.groups}"] = {
+            str(group): {"n": int((groups == group).sum()), **_found(correct[groups == group], labels[groups == group])}
+            for group in np.unique(groups)
+        }
+    if logits.shape[1] == 3:
+        entailment, neutral, contradiction = logits.astype(np.float64).T
+        correct = (np.logaddexp(neutral, contradiction) > entailment) == (labels == 1)
+        shares = {name: value for name, value in _found(correct, labels).items() if not name.endswith("_ci")}
+        figures["summed"] = {"accuracy": float(correct.mean()), **shares}
+    return figures
 
 
-def two_way(logits: np.ndarray, labels: int) -> np.ndarray:
-    """Arg-max predictions, int64 [n]; of a three-way model asked about two, the last two classes become class 1."""
-    predicted = logits.argmax(axis=1)
-    return predicted if logits.shape[1] == labels else np.minimum(predicted, 1)
-
-
-def f1(predicted: np.ndarray, labels: np.ndarray) -> dict:
-    """F1 in both senses, with bootstrap intervals."""
-    positive, weighted = statistics.f1_scores(predicted, labels)
-    positive_ci, weighted_ci = statistics.f1_intervals(predicted, labels)
-    return {"f1": positive, "f1_ci": positive_ci, "f1_weighted": weighted, "f1_weighted_ci": weighted_ci}
-
-
-def _accuracy(predicted: np.ndarray, labels: np.ndarray) -> dict:
-    right = int((predicted == labels).sum())
-    return {"accuracy": right / len(labels), "accuracy_ci": statistics.wilson(right, len(labels))}
-
-
-def _by_class(predicted: np.ndarray, labels: np.ndarray) -> dict:
-    found = {}
+def _found(correct: np.ndarray, labels: np.ndarray) -> dict:
+    """The share of each class that is correct, with its interval."""
+    figures: dict = {}
     for label, name in enumerate(("entailment", "non_entailment")):
-        of_class = predicted[labels == label]
-        if len(of_class):  # a subset may have none
-            right = int((of_class == label).sum())
-            found |= {name: right / len(of_class), f"{name}_ci": statistics.wilson(right, len(of_class))}
-    return found
+        n, hits = int((labels == label).sum()), int(correct[labels == label].sum())
+        figures[name] = hits / n if n else None
+        figures[f"{name}_ci"] = statistics.wilson(hits, n) if n else None
+    return figures

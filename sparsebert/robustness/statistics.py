@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy import stats
 from scipy.special import log_softmax
 
+from sparsebert.errors import InputError
+
 Interval = tuple[float, float]
+SIGN_FLIP_SEEDS = 20  # above them 2^n flips are not gone through
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -26,64 +31,6 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Interval:
         (values,), np.mean, n_resamples=10_000, batch=500, method="percentile", rng=np.random.default_rng(seed)
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def mean_interval(values: np.ndarray) -> Interval:
-    """t interval of the mean of `values` [n], n >= 2: what another draw of seeds would give."""
-    values = np.asarray(values, dtype=np.float64)
-    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
-    return float(values.mean()) - half, float(values.mean()) + half
-
-
-def paired_over_seeds(a: np.ndarray, b: np.ndarray) -> dict:
-    """a - b of two methods run with the same seeds, float [n] each, 2 <= n <= 20: {"difference": its mean, "interval":
-    its t interval, "t_p": of the paired t-test, "sign_flip_p": exact, over all 2^n choices of who is who in each pair}.
-
-    The last assumes least and cannot go below 2^(1 - n): six seeds are needed for 0.05.
-    """
-    differences = np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)
-    n = len(differences)
-    if not 2 <= n <= 20:
-        raise ValueError(f"paired tests need 2 to 20 seeds, got {n}")
-    signs = 1 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    # The share of flips that give at least as much; rounding must not take the actual signs out of it.
-    sums = np.abs(signs @ differences)
-    flips = float((sums >= abs(differences.sum()) * (1 - 1e-12)).mean())
-    constant = np.ptp(differences) == 0
-    t_p = float(differences[0] == 0) if constant else float(stats.ttest_1samp(differences, 0.0).pvalue)
-    return {
-        "difference": float(differences.mean()),
-        "interval": mean_interval(differences),
-        "t_p": t_p,
-        "sign_flip_p": flips,
-    }
-
-
-def f1_scores(predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """(F1 of class 1, F1 of both classes weighted by their share of the labels), of 0/1 arrays [n]."""
-    positive, weighted = _f1(_confusion(predicted, labels)[None])
-    return float(positive[0]), float(weighted[0])
-
-
-def f1_intervals(predicted: np.ndarray, labels: np.ndarray, seed: int = 0) -> tuple[Interval, Interval]:
-    """Percentile bootstrap intervals of `f1_scores`, 10,000 resamples of the examples."""
-    counts = _confusion(predicted, labels)
-    drawn = np.random.default_rng(seed).multinomial(len(labels), counts.ravel() / len(labels), size=10_000)
-    intervals = [np.quantile(scores, (0.025, 0.975)) for scores in _f1(drawn.reshape(-1, 2, 2))]
-    return tuple((float(low), float(high)) for low, high in intervals)
-
-
-def _confusion(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """int64 [2, 2]: examples by label and prediction."""
-    return np.bincount(2 * labels.astype(np.int64) + predicted, minlength=4).reshape(2, 2)
-
-
-def _f1(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """F1 of class 1 and weighted, [n] each, of confusion matrices [n, 2, 2]."""
-    labelled, predicted = counts.sum(2), counts.sum(1)
-    hits = counts.diagonal(axis1=1, axis2=2)
-    scores = 2 * hits / np.maximum(1, labelled + predicted)
-    return scores[:, 1], (scores * labelled).sum(1) / labelled.sum(1)
 
 
 def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray) -> Interval:
@@ -110,3 +57,88 @@ def kl_divergence(logits_p: np.ndarray, logits_q: np.ndarray) -> np.ndarray:
     log_p = log_softmax(logits_p.astype(np.float64), axis=1)
     log_q = log_softmax(logits_q.astype(np.float64), axis=1)
     return (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+
+
+def f1_by_class(confusion: np.ndarray) -> np.ndarray:
+    """F1 of each class, 2 hits / (labelled + predicted), 0 for a class of neither; confusion [..., labels, labels], the
+    label before the prediction, result float64 [..., labels].
+    """
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return 2 * hits / np.maximum(1, confusion.sum(axis=-1) + confusion.sum(axis=-2))
+
+
+def f1_figures(predicted: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, float | Interval]:
+    """Both figures that go by the name of F1, of int [n] predictions and labels:
+    `f1`, of class 1, and `f1_weighted`, the mean over classes weighted by their share of the labels, each with the
+    percentile bootstrap interval of 10,000 resamples under its name and `_ci`.
+    """
+    classes = max(2, int(predicted.max()) + 1, int(labels.max()) + 1)
+    cells = np.bincount(labels * classes + predicted, minlength=classes**2)
+    # A resample of the examples is a multinomial draw of the confusion matrix's cells.
+    drawn = np.random.default_rng(seed).multinomial(len(labels), cells / len(labels), size=10_000)
+
+    def both(confusion: np.ndarray) -> dict[str, np.ndarray]:
+        scores, support = f1_by_class(confusion), confusion.sum(axis=-1) / len(labels)
+        return {"f1": scores[..., 1], "f1_weighted": (scores * support).sum(axis=-1)}
+
+    figures: dict[str, float | Interval] = {}
+    resampled = both(drawn.reshape(-1, classes, classes))
+    for name, value in both(cells.reshape(classes, classes)).items():
+        low, high = np.quantile(resampled[name], (0.025, 0.975))
+        figures |= {name: float(value), f"{name}_ci": (float(low), float(high))}
+    return figures
+
+
+@dataclass(frozen=True)
+class PairedSeeds:
+    """Mean of a - b over seeds, its t interval, the p-value of the paired t-test, and that of the sign-flip test, exact
+    over all 2^n flips; None above 20 seeds. Both p-values are two-sided.
+    """
+
+    difference: float
+    difference_ci: Interval
+    t_p: float
+    sign_flip_p: float | None
+
+
+def paired_over_seeds(a: np.ndarray, b: np.ndarray) -> PairedSeeds:
+    """Compares two procedures by a figure of each on the same seeds; float [seeds] each.
+
+    The sign-flip test asks how many of the 2^n sums of ±(a - b) are as far from 0 as the observed one: with n seeds no
+    p-value below 2^(1 - n) can come of it. Differences that are all the same have an interval of no width and a t_p of
+    0, or of 1 where they are 0. Raises InputError for fewer than two seeds, other shapes, and what is not finite.
+    """
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise InputError(f"a and b must have the same seeds, got {a.shape} and {b.shape}", fix="pass one value a seed")
+    differences = a - b
+    interval = mean_interval(differences)
+    mean, error = float(differences.mean()), float(stats.sem(differences))
+    if error == 0:
+        t_p = 1.0 if mean == 0 else 0.0
+    else:
+        t_p = 2 * float(stats.t.sf(abs(mean) / error, len(differences) - 1))
+    return PairedSeeds(mean, interval, t_p, _sign_flip(differences) if len(differences) <= SIGN_FLIP_SEEDS else None)
+
+
+def mean_interval(values: np.ndarray) -> Interval:
+    """t interval of the mean of `values` [seeds]: mean ± t(0.975, n - 1) s / √n. Raises InputError for fewer than two
+    values, another shape, and what is not finite.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2:
+        raise InputError(f"values must be of two seeds or more, got shape {values.shape}", fix="run more seeds")
+    if not np.isfinite(values).all():
+        raise InputError(f"values must be finite, got {values.tolist()}", fix="remove the seed that failed")
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def _sign_flip(differences: np.ndarray) -> float:
+    # Half of the flips, those that keep the first sign: the others are their mirror images.
+    sums = differences[:1]
+    for difference in differences[1:]:
+        sums = np.concatenate([sums + difference, sums - difference])
+    # Sums of the same magnitudes in another order differ by rounding: ties are meant to count.
+    slack = 1e-12 * np.abs(differences).sum()
+    return float((np.abs(sums) >= abs(differences.sum()) - slack).mean())

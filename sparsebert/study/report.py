@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +111,7 @@ def compared(lines: list[Line], comparison: Comparison) -> dict | None:
     values = [line.figures[comparison.figure][[line.seeds.index(seed) for seed in both]] for line in (a, b)]
     return {
         "comparison": comparison.name, "figure": comparison.figure, "seeds": len(both), "smoke": a.smoke or b.smoke,
-        "a": float(values[0].mean()), "b": float(values[1].mean()), **statistics.paired_over_seeds(*values),
+        "a": float(values[0].mean()), "b": float(values[1].mean()), **asdict(statistics.paired_over_seeds(*values)),
     }  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def _table(task: str, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
 def _comparisons(found: list[dict]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for row in found:
-        low, high = row["interval"]
+        low, high = row["difference_ci"]
         rows.append([
             row["comparison"], row["figure"], str(row["seeds"]), f"{100 * row['a']:.2f}", f"{100 * row['b']:.2f}",
             f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", f"{row['t_p']:.4f}",

@@ -131,7 +131,7 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress) -> dict:
             train(path, cell.task, tuned, final, progress=part("fine-tune the subnetwork"))
             shutil.rmtree(path)
             path = tuned
-    found = asdict(evaluate(path, cell.task, ood=",".join(grid.ood[cell.task]), progress=part("evaluate")))
+    found = asdict(evaluate(path, cell.task, ood=",".join(grid.ood[cell.task]) or None, progress=part("evaluate")))
     if cell.paradigm != "dense":
         shutil.rmtree(path)
     figures = {name: value for name, value in found.items() if value is not None}
