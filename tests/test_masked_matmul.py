@@ -86,14 +86,14 @@ def expected(given: dict[str, torch.Tensor], grad_y: torch.Tensor) -> dict[str, 
     return dict(zip(("y", "x", "weight", "scores", "bias"), found, strict=True))
 
 
-def require_close(found: dict, wanted: dict, dtype: torch.dtype) -> None:
+def require_close(found: dict, wanted: dict, dtype: torch.dtype, slack: float = 1.0) -> None:
     for name, value in found.items():
         assert value.shape == wanted[name].shape, name
         assert value.dtype == (dtype if name in ("y", "x") else torch.float32), name
         if value.numel():
             scale = wanted[name].abs().max().clamp_min(1e-30)
             error = ((value.double() - wanted[name]).abs().max() / scale).item()
-            assert error <= TOLERANCE[dtype][name not in ("y", "x")], (name, error)
+            assert error <= slack * TOLERANCE[dtype][name not in ("y", "x")], (name, error)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

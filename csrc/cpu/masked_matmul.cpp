@@ -9,8 +9,9 @@
 namespace sparsebert {
 namespace {
 
-// Tokens whose products are summed in one go: a right panel of so many stays in the second-level cache.
-constexpr std::int64_t tokens_a_part = 2048;
+constexpr std::int64_t tokens_a_part = 8192;  // whose gradients are packed at once
+// Right panels that are multiplied together with each left tile: of chunk_words they take 576 KiB of a second-level cache.
+constexpr std::int64_t group_panels = 4;
 constexpr std::int64_t serial_work = 1 << 16;  // products, below which waking threads takes longer
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -57,14 +58,20 @@ void run(MaskedJob<T> job, Isa isa, int threads) {
   const std::int64_t unit =
       job.product == Product::grad_w ? std::lcm<std::int64_t>(job.w.share, kernel.left_width) / kernel.left_width : 1;
   const std::int64_t units = ceil_div(panels, unit);
-  const std::int64_t splits = std::min(units, std::max<std::int64_t>(1, ceil_div(4 * threads, rights)));
+  const std::int64_t panel_floats = words * kernel.right_width;
+  const std::int64_t wanted = 2 * threads;  // tasks, so that none waits long for the other
+  const std::int64_t group = std::clamp<std::int64_t>(rights / wanted, 1, group_panels);
+  const std::int64_t groups = ceil_div(rights, group);
+  const std::int64_t splits = std::min(units, ceil_div(wanted, groups));
   const std::int64_t step = ceil_div(units, splits) * unit;
-  parallel(rights * splits, threads, [&](std::int64_t task) {
+  parallel(groups * splits, threads, [&](std::int64_t task) {
     const std::int64_t begin = task % splits * step, end = std::min(panels, begin + step);
     if (begin >= end) return;
+    const std::int64_t first = task / splits * group, count = std::min(group, rights - first);
+    const std::int64_t waiting = words > chunk_words ? left_block * kernel.left_width * group * kernel.right_width : 0;
     auto* right = static_cast<float*>(
-        scratch(static_cast<std::size_t>(words * kernel.right_width) * sizeof(float), Scratch::task));
-    kernel.multiply(job, task / splits, begin, end, right);
+        scratch(static_cast<std::size_t>(group * panel_floats + waiting) * sizeof(float), Scratch::task));
+    kernel.multiply(job, first, count, begin, end, right, right + group * panel_floats);
   });
 }
 

@@ -37,12 +37,18 @@ struct MaskedKernel {
   int depths_a_word;  // 1 or 2
   // Packs a part of the left side: a panel, or in grad_w, whose depth are rows in memory, all panels of pack_depth.
   void (*pack_left)(const MaskedJob<T>& job, std::int64_t part);
-  // Packs a right panel into `right`, [words of depth, right_width], and multiplies it with the left panels from begin
-  // to end.
-  void (*multiply)(const MaskedJob<T>& job, std::int64_t panel, std::int64_t begin, std::int64_t end, float* right);
+  // Packs `count` right panels from `panel` on into `right`, each [words of depth, right_width], and multiplies them with
+  // the left panels from begin to end. Sums wait in `sums`, [left_block * left_width, count * right_width], between
+  // stretches of chunk_words.
+  void (*multiply)(const MaskedJob<T>& job, std::int64_t panel, std::int64_t count, std::int64_t begin,
+                   std::int64_t end, float* right, float* sums);
 };
 
 constexpr std::int64_t pack_depth = 64;
+
+// A tile's left side of so many words stays in the first-level cache, a group's right side of them in the second.
+constexpr std::int64_t chunk_words = 768;
+constexpr std::int64_t left_block = 16;  // panels whose sums wait together
 
 namespace masked_matmul_scalar {
 extern const MaskedKernel<float> kernel;

@@ -47,58 +47,82 @@ inline void write_some(T* p, f32 v, std::int64_t count) {
   for (std::int64_t i = 0; i < count; ++i) p[i] = all[i];
 }
 
-// A matrix in memory, its rows `stride` apart.
+#if SPARSEBERT_PAIRS
+constexpr int depths_a_word = 2;
+#else
+constexpr int depths_a_word = 1;
+#endif
+
+// A row of a matrix in memory.
 template <typename T>
-struct Plain {
+struct PlainRow {
   const T* values;
-  std::int64_t stride;
-  f32 vector(std::int64_t row, std::int64_t col) const { return read_vector(values + row * stride + col); }
-  float one(std::int64_t row, std::int64_t col) const { return read_one(values + row * stride + col); }
+  f32 vector(std::int64_t col) const { return read_vector(values + col); }
+  void prefetch(std::int64_t col) const { __builtin_prefetch(values + col, 0, 2); }
+  float one(std::int64_t col) const { return read_one(values + col); }
 };
 
-// W, masked as it is read.
-struct Masked {
-  const MaskedWeight& w;
-  f32 vector(std::int64_t row, std::int64_t col) const {
-    const std::int64_t score_row = row / w.share;
-    const f32 score = load(w.scores + score_row * w.n_in + col);
-    const f32 weight = load(w.weight + row * w.n_in + col);
-    return score >= threshold(score_row, col) ? weight : f32{};
+template <typename T>
+struct Plain {
+  typedef PlainRow<T> Row;
+  static constexpr bool is_weight = false;
+  const T* values;
+  std::int64_t stride;
+  Row row(std::int64_t i) const { return {values + i * stride}; }
+};
+
+// A row of W, masked as it is read.
+struct MaskedRow {
+  const float* weight;
+  const float* scores;
+  const float* thresholds;
+  std::int64_t reach;
+
+  void prefetch(std::int64_t col) const {
+    __builtin_prefetch(weight + col, 0, 2);
+    __builtin_prefetch(scores + col, 0, 2);
   }
-  float one(std::int64_t row, std::int64_t col) const {
-    const std::int64_t score_row = row / w.share;
-    const float limit = w.reach == 0 ? *w.thresholds : w.thresholds[(score_row * w.n_in + col) / w.reach];
-    return w.scores[score_row * w.n_in + col] >= limit ? w.weight[row * w.n_in + col] : 0.0f;
-  }
-  f32 threshold(std::int64_t score_row, std::int64_t col) const {
-    if (w.reach == 0) return splat(*w.thresholds);
-    const float* next = w.thresholds + (score_row * w.n_in + col) / w.reach;
-    std::int64_t left = w.reach - col % w.reach;
-    f32 limits{};
+  f32 vector(std::int64_t col) const { return load(scores + col) >= limits(col) ? load(weight + col) : f32{}; }
+  float one(std::int64_t col) const { return scores[col] >= limit(col) ? weight[col] : 0.0f; }
+  float limit(std::int64_t col) const { return reach == 0 ? *thresholds : thresholds[col / reach]; }
+  f32 limits(std::int64_t col) const {
+    if (reach == 0) return splat(*thresholds);
+    const float* next = thresholds + col / reach;
+    std::int64_t left = reach - col % reach;
+    f32 found{};
 #pragma GCC unroll 16
     for (int i = 0; i < lanes; ++i) {
-      limits[i] = *next;
+      found[i] = *next;
       if (--left == 0) {
         ++next;
-        left = w.reach;
+        left = reach;
       }
     }
-    return limits;
+    return found;
+  }
+};
+
+struct Masked {
+  typedef MaskedRow Row;
+  static constexpr bool is_weight = true;
+  const MaskedWeight& w;
+  Row row(std::int64_t i) const {
+    const std::int64_t shared = w.share == 1 ? i : i / w.share;
+    const float* thresholds = w.reach == 0 ? w.thresholds : w.thresholds + shared * (w.n_in / w.reach);
+    return {w.weight + i * w.n_in, w.scores + shared * w.n_in, thresholds, w.reach};
   }
 };
 
 // `lanes` values of a row from col on, zeros from `end` on.
-template <typename Source>
-inline f32 read_until(const Source& source, std::int64_t row, std::int64_t col, std::int64_t end) {
-  if (col + lanes <= end) return source.vector(row, col);
+template <typename Row>
+inline f32 read_until(const Row& row, std::int64_t col, std::int64_t end) {
+  if (col + lanes <= end) return row.vector(col);
   f32 v{};
-  for (std::int64_t i = 0; col + i < end; ++i) v[i] = source.one(row, col + i);
+  for (std::int64_t i = 0; col + i < end; ++i) v[i] = row.one(col + i);
   return v;
 }
 
 #if SPARSEBERT_PAIRS
-constexpr int depths_a_word = 2;
-
 // Two vectors of one row, one behind the other, as words of two bf16.
 inline f32 words_of(f32 first, f32 second) {
   return reinterpret_cast<f32>(
@@ -106,8 +130,6 @@ inline f32 words_of(f32 first, f32 second) {
 }
 // Two rows, one under the other, likewise.
 inline f32 words_across(f32 upper, f32 lower) { return reinterpret_cast<f32>(round_pairs(upper, lower)); }
-#else
-constexpr int depths_a_word = 1;
 #endif
 
 // Columns of a source in memory are the depth: its rows from `begin`, as long as there are any below `end`, become a
@@ -117,19 +139,25 @@ inline void pack_across(const Source& source, std::int64_t begin, std::int64_t e
                         float* panel) {
   const std::int64_t words = (depth + depths_a_word - 1) / depths_a_word;
   for (int at = 0; at < width; at += lanes) {
+    const std::int64_t filled = end - begin - at;
+    typename Source::Row rows[lanes];
+    for (int i = 0; i < lanes; ++i) rows[i] = source.row(i < filled ? begin + at + i : begin);
     for (std::int64_t word = 0; word < words; word += lanes) {
       f32 v[lanes];
+      // Sixteen rows of two matrices are more streams than the processor follows.
 #pragma GCC unroll 16
       for (int i = 0; i < lanes; ++i) {
-        const std::int64_t row = begin + at + i;
-        if (row >= end) {
-          v[i] = f32{};
-          continue;
+        for (int part = 0; part < depths_a_word; ++part) {
+          if (Source::is_weight) rows[i].prefetch(word * depths_a_word + part * lanes + 256);
         }
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < lanes; ++i) {
 #if SPARSEBERT_PAIRS
-        v[i] = words_of(read_until(source, row, 2 * word, depth), read_until(source, row, 2 * word + lanes, depth));
+        v[i] = i < filled ? words_of(read_until(rows[i], 2 * word, depth), read_until(rows[i], 2 * word + lanes, depth))
+                          : f32{};
 #else
-        v[i] = read_until(source, row, word, depth);
+        v[i] = i < filled ? read_until(rows[i], word, depth) : f32{};
 #endif
       }
       transpose(v);
@@ -139,20 +167,34 @@ inline void pack_across(const Source& source, std::int64_t begin, std::int64_t e
   }
 }
 
-// Rows of a source in memory are the depth: word `word` of a panel of `width`, its columns from `begin`, as long as
-// there are any below `end`.
+// Rows of a source in memory are the depth: word `word` of `count` panels of `width`, `size` apart, its columns from
+// `begin`, as long as there are any below `end`.
 template <typename Source>
-inline void pack_along(const Source& source, std::int64_t begin, std::int64_t end, std::int64_t depth, int width,
-                       std::int64_t word, float* panel) {
-  for (int at = 0; at < width; at += lanes) {
+inline void pack_along(const Source& source, std::int64_t begin, std::int64_t end, std::int64_t depth,
+                       std::int64_t count, std::int64_t size, int width, std::int64_t word, float* panels) {
 #if SPARSEBERT_PAIRS
-    const f32 upper = read_until(source, 2 * word, begin + at, end);
-    const f32 lower = 2 * word + 1 < depth ? read_until(source, 2 * word + 1, begin + at, end) : f32{};
-    store(panel + word * width + at, words_across(upper, lower));
+  const auto upper = source.row(2 * word);
+  const bool paired = 2 * word + 1 < depth;
+  const auto lower = source.row(paired ? 2 * word + 1 : 2 * word);
 #else
-    (void)depth;
-    store(panel + word * width + at, read_until(source, word, begin + at, end));
+  (void)depth;
+  const auto upper = source.row(word);
 #endif
+  // Rows are too far apart for the processor to see that they are read in turn.
+  const std::int64_t ahead = word + 9 < depth / depths_a_word ? depths_a_word * (word + 8) : 0;
+  const auto next = source.row(ahead), after_next = source.row(ahead + depths_a_word - 1);
+  for (std::int64_t p = 0; p < count; ++p) {
+    for (int at = 0; at < width; at += lanes) {
+      const std::int64_t col = begin + p * width + at;
+      next.prefetch(col);
+      if (depths_a_word == 2) after_next.prefetch(col);
+#if SPARSEBERT_PAIRS
+      const f32 v = words_across(read_until(upper, col, end), paired ? read_until(lower, col, end) : f32{});
+#else
+      const f32 v = read_until(upper, col, end);
+#endif
+      store(panels + p * size + word * width + at, v);
+    }
   }
 }
 
@@ -167,11 +209,10 @@ void pack_left(const MaskedJob<T>& job, std::int64_t part) {
   }
   const std::int64_t begin = part * pack_depth / depths_a_word;
   const std::int64_t stop = begin + pack_depth / depths_a_word < words ? begin + pack_depth / depths_a_word : words;
+  const std::int64_t panels = (job.rows + left_width - 1) / left_width;
   for (std::int64_t word = begin; word < stop; ++word) {
-    for (std::int64_t row = 0; row < job.rows; row += left_width) {
-      pack_along(Plain<T>{job.grad_y, job.w.n_out}, row, job.rows, job.depth, left_width, word,
-                 job.left + row * words);
-    }
+    pack_along(Plain<T>{job.grad_y, job.w.n_out}, 0, job.rows, job.depth, panels, words * left_width, left_width, word,
+               job.left);
   }
 }
 
@@ -226,31 +267,30 @@ inline void finish_gradients(const MaskedJob<T>& job, std::int64_t row, std::int
                              std::int64_t columns, f32 (&acc)[tile_rows][tile_vectors]) {
   const MaskedWeight& w = job.w;
   for (std::int64_t i = 0; i < rows; ++i) {
-    const std::int64_t at = (row + i) * w.n_in + col, score_row = (row + i) / w.share;
-    const bool first = !job.add && (row + i) % w.share == 0;
-    float* scores = job.grad_scores != nullptr ? job.grad_scores + score_row * w.n_in + col : nullptr;
-    float* weight = job.grad_weight != nullptr ? job.grad_weight + at : nullptr;
+    const MaskedRow source = Masked{w}.row(row + i);
+    const std::int64_t shared = w.share == 1 ? row + i : (row + i) / w.share;
+    const bool first = !job.add && row + i == shared * w.share;
+    float* scores = job.grad_scores != nullptr ? job.grad_scores + shared * w.n_in + col : nullptr;
+    float* weight = job.grad_weight != nullptr ? job.grad_weight + (row + i) * w.n_in + col : nullptr;
 #pragma GCC unroll 8
     for (int n = 0; n < tile_vectors; ++n) {
       const std::int64_t here = columns - n * lanes, c = n * lanes;
       if (here >= lanes) {
         if (scores != nullptr) {
-          const f32 v = acc[i][n] * load(w.weight + at + c);
+          const f32 v = acc[i][n] * load(source.weight + col + c);
           store(scores + c, first ? v : load(scores + c) + v);
         }
         if (weight != nullptr) {
-          const f32 score = load(w.scores + score_row * w.n_in + col + c);
-          const f32 v = score >= Masked{w}.threshold(score_row, col + c) ? acc[i][n] : f32{};
+          const f32 v = load(source.scores + col + c) >= source.limits(col + c) ? acc[i][n] : f32{};
           store(weight + c, job.add ? load(weight + c) + v : v);
         }
       } else {
-        for (std::int64_t k = 0; k < here; ++k) {
-          const float g = acc[i][n][k];
-          if (scores != nullptr) scores[c + k] = (first ? 0.0f : scores[c + k]) + g * w.weight[at + c + k];
+        for (std::int64_t k = c; k < c + here; ++k) {
+          const float g = acc[i][n][k - c];
+          if (scores != nullptr) scores[k] = (first ? 0.0f : scores[k]) + g * source.weight[col + k];
           if (weight != nullptr) {
-            const std::int64_t score = score_row * w.n_in + col + c + k;
-            const float limit = w.reach == 0 ? *w.thresholds : w.thresholds[score / w.reach];
-            weight[c + k] = (job.add ? weight[c + k] : 0.0f) + (w.scores[score] >= limit ? g : 0.0f);
+            const bool kept = source.scores[col + k] >= source.limit(col + k);
+            weight[k] = (job.add ? weight[k] : 0.0f) + (kept ? g : 0.0f);
           }
         }
       }
@@ -259,32 +299,65 @@ inline void finish_gradients(const MaskedJob<T>& job, std::int64_t row, std::int
 }
 
 template <typename T>
-void multiply(const MaskedJob<T>& job, std::int64_t panel, std::int64_t begin, std::int64_t end, float* right) {
-  const std::int64_t words = (job.depth + depths_a_word - 1) / depths_a_word;
-  const std::int64_t col = panel * right_width;
-  const std::int64_t columns = job.columns - col < right_width ? job.columns - col : right_width;
+void pack_right(const MaskedJob<T>& job, std::int64_t panel, std::int64_t count, float* right) {
+  const std::int64_t words = (job.depth + depths_a_word - 1) / depths_a_word, size = words * right_width;
   if (job.product == Product::forward) {
-    pack_across(Masked{job.w}, col, job.columns, job.depth, right_width, right);
-  } else {
-    for (std::int64_t word = 0; word < words; ++word) {
-      if (job.product == Product::grad_x) {
-        pack_along(Masked{job.w}, col, job.columns, job.depth, right_width, word, right);
-      } else {
-        pack_along(Plain<T>{job.x, job.w.n_in}, col, job.columns, job.depth, right_width, word, right);
-      }
+    for (std::int64_t p = 0; p < count; ++p) {
+      pack_across(Masked{job.w}, (panel + p) * right_width, job.columns, job.depth, right_width, right + p * size);
     }
+    return;
   }
-  for (std::int64_t left = begin; left < end; ++left) {
-    for (int tile = 0; tile < left_width; tile += tile_rows) {
-      const std::int64_t row = left * left_width + tile;
-      if (row >= job.rows) break;
-      const std::int64_t rows = job.rows - row < tile_rows ? job.rows - row : tile_rows;
-      f32 acc[tile_rows][tile_vectors] = {};
-      multiply_words(job.left + left * words * left_width + tile, right, words, acc);
-      if (job.product == Product::grad_w) {
-        finish_gradients(job, row, rows, col, columns, acc);
-      } else {
-        finish(job, row, rows, col, columns, acc);
+  for (std::int64_t word = 0; word < words; ++word) {
+    const auto pack = [&](const auto& source) {
+      pack_along(source, panel * right_width, job.columns, job.depth, count, size, right_width, word, right);
+    };
+    job.product == Product::grad_x ? pack(Masked{job.w}) : pack(Plain<T>{job.x, job.w.n_in});
+  }
+}
+
+template <typename T>
+void multiply(const MaskedJob<T>& job, std::int64_t panel, std::int64_t count, std::int64_t begin, std::int64_t end,
+              float* right, float* sums) {
+  const std::int64_t words = (job.depth + depths_a_word - 1) / depths_a_word;
+  pack_right(job, panel, count, right);
+  for (std::int64_t block = begin; block < end; block += left_block) {
+    const std::int64_t stop = block + left_block < end ? block + left_block : end;
+    for (std::int64_t word = 0; word == 0 || word < words; word += chunk_words) {
+      const std::int64_t here = words - word < chunk_words ? words - word : chunk_words;
+      for (std::int64_t left = block; left < stop; ++left) {
+        for (int tile = 0; tile < left_width; tile += tile_rows) {
+          const std::int64_t row = left * left_width + tile;
+          if (row >= job.rows) break;
+          const std::int64_t rows = job.rows - row < tile_rows ? job.rows - row : tile_rows;
+          float* waiting = sums + (row - block * left_width) * count * right_width;
+          for (std::int64_t p = 0; p < count; ++p, waiting += tile_rows * right_width) {
+            f32 acc[tile_rows][tile_vectors] = {};
+            if (word > 0) {
+#pragma GCC unroll 16
+              for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 8
+                for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + (i * tile_vectors + n) * lanes);
+              }
+            }
+            multiply_words(job.left + (left * words + word) * left_width + tile,
+                           right + (p * words + word) * right_width, here, acc);
+            if (word + here < words) {
+#pragma GCC unroll 16
+              for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 8
+                for (int n = 0; n < tile_vectors; ++n) store(waiting + (i * tile_vectors + n) * lanes, acc[i][n]);
+              }
+              continue;
+            }
+            const std::int64_t col = (panel + p) * right_width;
+            const std::int64_t columns = job.columns - col < right_width ? job.columns - col : right_width;
+            if (job.product == Product::grad_w) {
+              finish_gradients(job, row, rows, col, columns, acc);
+            } else {
+              finish(job, row, rows, col, columns, acc);
+            }
+          }
+        }
       }
     }
   }
