@@ -164,3 +164,65 @@ def test_an_output_beside_files_of_the_users_leaves_them(start, tmp_path):
     (tmp_path / "m.partial" / "thesis.tex").write_text("mine")
     train(start, "mr", tmp_path / "m", SETTINGS)
     assert (tmp_path / "m.partial" / "thesis.tex").read_text() == "mine"
+
+
+def test_confidence_regularisation_trains_its_teacher_first(start, tmp_path):
+    settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=4, precision="fp32")
+    parts = []
+    result = train(start, "mr", tmp_path / "m", settings, progress=lambda done, total, what="": parts.append(what))
+    assert list(dict.fromkeys(parts)) == [
+        "teacher", "weak learner 1 of 2", "weak learner 2 of 2", "ask the teacher", "",
+    ]  # fmt: skip
+    assert checkpoint.read_recipe(tmp_path / "m.teacher")["loss"] == "ce"
+    assert 0 < result.bias["mean_probability_of_label"] < 1
+    again = train(start, "mr", tmp_path / "other", settings.model_copy(update={"teacher": str(tmp_path / "m.teacher")}))
+    assert again.weights_sha256 == result.weights_sha256 and not (tmp_path / "other.teacher").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"loss": "poe"}, "task 'mr' has none of its own"),
+        ({"loss": "ce", "bias": "weak"}, "loss ce uses no bias model"),
+        ({"loss": "poe", "bias": "weak", "teacher": "x"}, "loss poe uses no teacher"),
+        ({"select": "best"}, "hold_out 0"),
+        ({"keep": "0.5,1.5"}, "above 0 and below 1"),
+        ({"keep": "half"}, "above 0 and below 1"),
+        ({"mix_ood": True}, "no out-of-distribution training examples"),
+    ],
+)
+def test_what_a_run_lacks_is_said_before_it_begins(start, tmp_path, fields, match):
+    with pytest.raises(InputError, match=match):
+        train(start, "mr", tmp_path / "m", config.TrainConfig(**fields))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_other_labels_is_refused(start, tmp_path):
+    teacher = saved(tmp_path / "teacher", labels=3)
+    settings = config.TrainConfig(loss="confreg", bias="weak", teacher=str(teacher))
+    with pytest.raises(InputError, match="must have the 2 labels of mr, has 3"):
+        train(start, "mr", tmp_path / "m", settings)
+
+
+def test_the_best_weights_are_those_of_the_best_check(start, tmp_path, monkeypatch):
+    """Of a run whose held-out accuracy falls from the second check on, the weights of the second are kept."""
+    accuracies = iter([0.5, 0.8, *[0.6] * 98])
+    kept_at = []
+
+    def keep_best(self):
+        self.score = lambda: next(accuracies)
+        kept_at.append({name: p.detach().clone() for name, p in self.parameters.items()})
+        original(self)
+
+    original = loop.Run._keep_best
+    monkeypatch.setattr(loop.Run, "_keep_best", keep_best)
+    settings = SETTINGS.model_copy(update={"hold_out": 20, "select": "best"})
+    result = train(start, "mr", tmp_path / "m", settings)
+    assert result.held_out == 0.8 and result.chosen == 2 and len(kept_at) == 12
+    model, _ = checkpoint.load(tmp_path / "m")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, kept_at[1][name]), name
+
+
+def test_every_step_of_a_run_may_be_given(start, tmp_path):
+    assert train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"steps": 5})).steps == 5
