@@ -329,6 +329,7 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
                 config.SubnetConfig(**fields),
             )
     assert found == [pytest.approx(5e-5 * (61_360 / 12) ** 0.5), 5e-5]
+    assert checkpoint.read_recipe(tmp_path / "mask")["lr"] == found[0]
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,7 @@ def _train_subnet(
         return PruneResult(**figures)
     model, tokenizer, training, run = subnet.find(key)
     result = _result(model, config, start, 0, training)
+    settings = subnet.lesson.config  # with the learning rate it was run at
     recipe = {"command": "prune", "model": str(source), "task": task, **settings.model_dump(), **config.model_dump()}
     summary = {"method": result.method, "pattern": result.pattern, "sparsity": result.sparsity}
     summary["max_length"] = subnet.spec.max_length
