@@ -131,7 +131,8 @@ def main() -> int:
         losses = {key: loss_of(model, batch, wanted) for key, (_, model) in made.items()}
         first = next(iter(made))
         differences = {key: abs(loss - losses[first]) for key, loss in losses.items()}
-        assert max(differences.values()) < 1e-5, f"the variants must train one model, losses differ: {differences}"
+        # Under bf16 the Trainer's model runs in autocast here too.
+        assert max(differences.values()) < 1e-3, f"the variants must train one model, losses differ: {differences}"
         timings = interleave({key: step for key, (step, _) in made.items()}, args.rounds, warmup=2, repeats=args.steps)
     rows = []
     for key in made:
