@@ -253,4 +253,32 @@ struct AdmmState {
 // std::bad_alloc when about 8 bytes a weight cannot be had.
 void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
 
+// A weight and its mask. Kept is what has a score of at least its threshold; a NaN has not.
+struct MaskedWeight {
+  const float* weight;      // [n_out, n_in]
+  const float* scores;      // [n_out / share, n_in]
+  const float* thresholds;  // [1], or [n_out / share, n_in / reach]
+  std::int64_t n_out;
+  std::int64_t n_in;
+  std::int64_t share;       // consecutive rows that share their scores; divides n_out
+  std::int64_t reach;       // consecutive inputs that share a threshold, dividing n_in; 0: all
+};
+
+// y = x (weight where kept, else 0)ᵀ + bias, summed in float32. With bf16, x and y are, and the weight is rounded to it.
+//   x     [tokens, n_in] row-major, tokens from 0
+//   bias  [n_out] or null
+//   y     [tokens, n_out], written whole; must not overlap x
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a packed copy of x, and what a thread
+// needs, some 400 KB and at most 768 bytes a token, cannot be had.
+void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
+                   Isa isa, int threads, void* y);
+
+// The gradients, given dy [tokens, n_out] of x's type; each is left out where it is null.
+//   dx        [tokens, n_in] of x's type, dy (weight where kept, else 0)
+//   d_weight  [n_out, n_in], G = dyᵀ x where kept, else 0
+//   d_scores  [n_out / share, n_in], the sum over the rows that share a score of G * weight, kept or not
+// Like masked_matmul otherwise, with a packed copy of dy too.
+void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
+                            Isa isa, int threads, void* dx, float* d_weight, float* d_scores);
+
 }  // namespace sparsebert

@@ -1,0 +1,137 @@
+// Cuts the three products of a masked layer into blocks of their results; the arithmetic is in masked_matmul.inl.
+#include "masked_matmul.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <new>
+#include <numeric>
+
+#include "scratch.h"
+#include "threads.h"
+
+namespace sparsebert {
+namespace {
+
+// Words of a sum that go on in registers: of a task's panels of columns they take 192 KB of a second-level cache.
+constexpr std::int64_t most_depth = 512;
+constexpr std::int64_t task_columns = 96;
+// Of the block of G that a task makes.
+constexpr std::int64_t gradient_rows = 96;
+constexpr std::int64_t gradient_columns = 192;
+// Values that a task of packing reads, at least.
+constexpr std::int64_t packed_values = 1 << 15;
+// Products below which waking a second core, some 5 us, costs more than it saves.
+constexpr std::int64_t serial_products = 1 << 18;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+const MaskedMatmulKernel& kernel_for([[maybe_unused]] Isa isa, [[maybe_unused]] bool bf16) {
+#if defined(__x86_64__)
+  // Where there is AMX, dot products of bf16 are half as fast as float32's.
+  if (isa == Isa::avx512_bf16 && bf16) return masked_matmul_avx512_bf16::kernel;
+  if (isa >= Isa::avx512) return masked_matmul_avx512::kernel;
+  if (isa == Isa::avx2) return masked_matmul_avx2::kernel;
+#endif
+  return masked_matmul_scalar::kernel;
+}
+
+// A product's operand; `across` as in MatmulPanels.
+MatmulPanels panels_of(const MaskedMatmulKernel& kernel, const MatmulSource& source, bool across, std::int64_t width) {
+  return {source, across, width, ceil_div(across ? source.rows : source.cols, kernel.values_a_word), nullptr};
+}
+
+std::int64_t count(const MatmulPanels& job) {
+  return ceil_div(job.across ? job.source.cols : job.source.rows, job.width);
+}
+
+std::int64_t floats(const MatmulPanels& job) { return ceil_div(count(job) * job.words * job.width, 16) * 16; }
+
+void pack(const MaskedMatmulKernel& kernel, const MatmulPanels& job, int threads) {
+  const std::int64_t panels = count(job), stride = job.words * job.width;
+  // Down the columns a task takes some words of all panels: the source's rows are then read one behind the other.
+  const std::int64_t unit = job.across ? job.source.cols * kernel.values_a_word : stride * kernel.values_a_word;
+  const std::int64_t step = std::max<std::int64_t>(1, packed_values / std::max<std::int64_t>(unit, 1));
+  const std::int64_t all = job.across ? job.words : panels;
+  parallel(ceil_div(all, step), threads, [&](std::int64_t task) {
+    const std::int64_t begin = task * step, end = std::min(begin + step, all);
+    if (job.across) {
+      kernel.pack(job, 0, panels, begin, end, job.panels + begin * job.width, stride);
+    } else {
+      kernel.pack(job, begin, end, 0, job.words, job.panels + begin * stride, stride);
+    }
+  });
+}
+
+// Blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
+void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tiles, std::int64_t panels, int threads) {
+  const std::int64_t words = std::max<std::int64_t>(job.right.words, 1);
+  job.depth = ceil_div(words, ceil_div(words, most_depth));
+  const std::int64_t all_tiles = ceil_div(job.rows, kernel.tile_rows), all_panels = count(job.right);
+  const std::int64_t across = ceil_div(all_panels, panels);
+  std::atomic<bool> out_of_memory{false};
+  parallel(ceil_div(all_tiles, tiles) * across, threads, [&](std::int64_t task) {
+    const std::int64_t tile = task / across * tiles, panel = task % across * panels;
+    const MatmulBlock block{tile, std::min(tiles, all_tiles - tile), panel, std::min(panels, all_panels - panel)};
+    try {
+      const std::int64_t floats = std::max<std::int64_t>(1, matmul_work_floats(kernel, job, block));
+      const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
+      kernel.multiply(job, block, static_cast<float*>(scratch(bytes, Scratch::task)));
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true);
+    }
+  });
+  if (out_of_memory.load()) throw std::bad_alloc();
+}
+
+// out = x (kept weight)ᵀ, or x (kept weight) where `across`.
+void times_weight(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bool across, const MatmulSource& x,
+                  const float* bias, int threads, void* out) {
+  MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows);
+  left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
+  pack(kernel, left, threads);
+  // Pairs are rounded when they are made.
+  const bool round = x.bf16 && kernel.values_a_word == 1;
+  const MatmulSource kept{weight.weight, false, round, weight.n_out, weight.n_in, &weight};
+  const MatmulPanels right = panels_of(kernel, kept, across, kernel.tile_columns);
+  const std::int64_t columns = across ? weight.n_in : weight.n_out;
+  const MatmulJob job{left.panels, right, x.rows, columns, 0, x.bf16, out, bias, nullptr, nullptr, nullptr};
+  const std::int64_t panels = std::max<std::int64_t>(1, task_columns / kernel.tile_columns);
+  // Where there are fewer tasks than would keep the threads busy to the end, rows are cut too and weights packed anew.
+  const std::int64_t tiles = ceil_div(x.rows, kernel.tile_rows);
+  const std::int64_t cuts = threads == 1 ? 1 : ceil_div(2 * std::int64_t{threads}, ceil_div(count(right), panels));
+  multiply(kernel, job, ceil_div(tiles, cuts), panels, threads);
+}
+
+}  // namespace
+
+void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
+                   Isa isa, int threads, void* y) {
+  if (tokens == 0) return;
+  if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
+  times_weight(kernel_for(isa, bf16), weight, false, {x, bf16, false, tokens, weight.n_in, nullptr}, bias, threads, y);
+}
+
+void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
+                            Isa isa, int threads, void* dx, float* d_weight, float* d_scores) {
+  if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
+  const MaskedMatmulKernel& kernel = kernel_for(isa, bf16);
+  const MatmulSource inputs{x, bf16, false, tokens, weight.n_in, nullptr};
+  const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
+  if (dx != nullptr && tokens > 0) times_weight(kernel, weight, true, gradients, nullptr, threads, dx);
+  if (d_weight == nullptr && d_scores == nullptr) return;
+  MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows);
+  MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);
+  left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left) + floats(right)) * sizeof(float)));
+  right.panels = left.panels + floats(left);
+  pack(kernel, left, threads);
+  pack(kernel, right, threads);
+  // Whole tiles and whole sets of rows that share a score, so that only one task writes to a score.
+  const std::int64_t unit = std::lcm(weight.share, std::int64_t{kernel.tile_rows});
+  const std::int64_t tiles = unit * std::max<std::int64_t>(1, gradient_rows / unit) / kernel.tile_rows;
+  multiply(kernel, {left.panels, right, weight.n_out, weight.n_in, 0, false, nullptr, nullptr, &weight, d_weight,
+            d_scores},
+           tiles, std::max<std::int64_t>(1, gradient_columns / kernel.tile_columns), threads);
+}
+
+}  // namespace sparsebert

@@ -1,0 +1,341 @@
+// The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included after
+// panel.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x tile_vectors
+// vectors of sums, and values_a_word.
+
+namespace {
+
+typedef Vector<std::uint32_t>::type bits;
+typedef std::uint16_t short_bits __attribute__((vector_size(vector_bytes / 2)));
+typedef std::uint16_t short_bits_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(2)));
+typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(4)));
+
+constexpr int tile_columns = tile_vectors * lanes;
+// Values of a row that are read at a time, whose copies for a transposition stay in the first-level cache.
+constexpr int chunk = 256;
+static_assert(chunk % (values_a_word * lanes * 2) == 0, "a chunk is whole transpositions");
+static_assert(tile_rows == lanes || 2 * tile_rows == lanes, "a row of a panel is a vector, or half of one");
+static_assert(chunk >= tile_columns, "a chunk holds a panel's columns");
+
+inline f32 widen(short_bits v) { return reinterpret_cast<f32>(__builtin_convertvector(v, bits) << 16); }
+
+// To the nearest bf16, of two equally near ones the even; a NaN stays one. In the upper halves.
+inline bits rounded(f32 v) {
+  const bits word = reinterpret_cast<bits>(v);
+  const bits near = word + 0x7fffu + ((word >> 16) & 1u);
+  return (v == v ? near : (word | 0x400000u)) & 0xffff0000u;
+}
+
+inline float rounded(float value) {
+  union {
+    float number;
+    std::uint32_t word;
+  } v = {value};
+  v.word = value == value ? v.word + 0x7fffu + ((v.word >> 16) & 1u) : v.word | 0x400000u;
+  v.word &= 0xffff0000u;
+  return v.number;
+}
+
+inline float widen(Bf16 value) {
+  union {
+    std::uint32_t word;
+    float number;
+  } v = {static_cast<std::uint32_t>(value) << 16};
+  return v.number;
+}
+
+inline Bf16 narrow(float value) {
+  union {
+    float number;
+    std::uint32_t word;
+  } v = {rounded(value)};
+  return static_cast<Bf16>(v.word >> 16);
+}
+
+// out[c] = values[c] where the mask keeps row `row`, column begin + c, else 0; count <= chunk.
+inline void keep(const MaskedWeight& mask, std::int64_t row, std::int64_t begin, std::int64_t count,
+                 const float* values, bool round, float* out) {
+  const std::int64_t score_row = row / mask.share;
+  const float* scores = mask.scores + score_row * mask.n_in + begin;
+  const f32 one = splat(mask.thresholds[0]);
+  float expanded[chunk + lanes];
+  const bool many = mask.reach > 0;
+  if (many) {
+    // A vector for each threshold, of which the next one writes over what is too much.
+    const float* thresholds = mask.thresholds + score_row * (mask.n_in / mask.reach) + begin / mask.reach;
+    for (std::int64_t c = 0, next = mask.reach - begin % mask.reach; c < count; next += mask.reach) {
+      for (const f32 t = splat(*thresholds++); c < count && c < next; c += lanes) store(expanded + c, t);
+      c = next;
+    }
+  }
+  std::int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) {
+    f32 value = load(values + c);
+    if (round) value = reinterpret_cast<f32>(rounded(value));
+    store(out + c, load(scores + c) >= (many ? load(expanded + c) : one) ? value : f32{});
+  }
+  for (; c < count; ++c) {
+    const float value = round ? rounded(values[c]) : values[c];
+    out[c] = scores[c] >= (many ? expanded[c] : mask.thresholds[0]) ? value : 0.0f;
+  }
+}
+
+// Values `begin` to `begin + count` of a row, then zeros up to `room`, all zeros where the row does not exist.
+inline void read_row(const MatmulSource& source, std::int64_t row, std::int64_t begin, std::int64_t count,
+                     std::int64_t room, float* out) {
+  if (begin + count > source.cols) count = begin < source.cols ? source.cols - begin : 0;
+  if (row >= source.rows) count = 0;
+  const std::int64_t at = row * source.cols + begin;
+  if (count > 0) {
+    if (source.mask != nullptr) {
+      keep(*source.mask, row, begin, count, static_cast<const float*>(source.values) + at, source.round, out);
+    } else if (source.bf16) {
+      const Bf16* values = static_cast<const Bf16*>(source.values) + at;
+      std::int64_t c = 0;
+      for (; c + lanes <= count; c += lanes) {
+        store(out + c, widen(*reinterpret_cast<const short_bits_unaligned*>(values + c)));
+      }
+      for (; c < count; ++c) out[c] = widen(values[c]);
+    } else {
+      copy(static_cast<const float*>(source.values) + at, out, count);
+    }
+  }
+  for (std::int64_t c = count; c < room; ++c) out[c] = 0.0f;
+}
+
+// `lanes` words of values side by side, and of values one below the other.
+inline f32 words_along(const float* row) {
+#if SPARSEBERT_TILES >= 1
+  return reinterpret_cast<f32>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(row + lanes)),
+                                                   reinterpret_cast<__m512>(load(row))));
+#else
+  return load(row);
+#endif
+}
+
+inline f32 words_across(const float* upper, [[maybe_unused]] const float* lower) {
+#if SPARSEBERT_TILES >= 1
+  return reinterpret_cast<f32>(round_pairs(load(upper), load(lower)));
+#else
+  return load(upper);
+#endif
+}
+
+// The words of a row one behind the other -> side by side with those of the panel's other rows.
+template <int width>
+void pack_along(const MatmulPanels& job, std::int64_t panel, std::int64_t begin, std::int64_t end, float* out) {
+  // A panel narrower than a vector has two vectors of each row transposed at once.
+  constexpr int side = width < lanes ? width : lanes;
+  constexpr int parts = lanes / side;
+  constexpr int step = parts * lanes;  // words
+  alignas(64) float rows[side][chunk];
+  for (int r = 0; r < width; r += side) {
+    for (std::int64_t w = begin; w < end; w += chunk / values_a_word) {
+      const std::int64_t here = end - w < chunk / values_a_word ? end - w : chunk / values_a_word;
+      const std::int64_t room = (here + step - 1) / step * step * values_a_word;
+      for (int i = 0; i < side; ++i) {
+        read_row(job.source, panel * width + r + i, w * values_a_word, here * values_a_word, room, rows[i]);
+      }
+      for (std::int64_t k = 0; k < here; k += step) {
+        f32 v[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) v[i] = words_along(rows[i % side] + (k + i / side * lanes) * values_a_word);
+        transpose(v);
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; ++part) {
+          float* to = out + (w - begin + k + part * lanes) * width + r;
+          const std::int64_t left = here - k - part * lanes;
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) {
+            if (i >= left) break;
+            if constexpr (parts == 1) {
+              store(to + i * width, v[i]);
+            } else {
+              *reinterpret_cast<half_unaligned*>(to + i * width) = reinterpret_cast<const half_unaligned*>(&v[i])[part];
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// Panels `first` to `last`, whose words go down the columns.
+template <int width>
+void pack_across(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+                 float* out, std::int64_t stride) {
+  constexpr std::int64_t at_once = chunk / width;
+  alignas(64) float rows[values_a_word][chunk + lanes];
+  for (; first < last; first += at_once, out += at_once * stride) {
+    const std::int64_t panels = last - first < at_once ? last - first : at_once;
+    for (std::int64_t w = begin; w < end; ++w) {
+      for (int i = 0; i < values_a_word; ++i) {
+        read_row(job.source, w * values_a_word + i, first * width, panels * width, panels * width, rows[i]);
+      }
+      for (std::int64_t p = 0; p < panels; ++p) {
+        float* to = out + p * stride + (w - begin) * width;
+        const float* upper = rows[0] + p * width;
+        const float* lower = rows[values_a_word - 1] + p * width;
+        if constexpr (width < lanes) {
+          const f32 words = words_across(upper, lower);
+          *reinterpret_cast<half_unaligned*>(to) = *reinterpret_cast<const half_unaligned*>(&words);
+        } else {
+#pragma GCC unroll 4
+          for (int c = 0; c < width; c += lanes) store(to + c, words_across(upper + c, lower + c));
+        }
+      }
+    }
+  }
+}
+
+template <int width>
+void pack_panels(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+                 float* out, std::int64_t stride) {
+  if (job.across) return pack_across<width>(job, first, last, begin, end, out, stride);
+  for (; first < last; ++first, out += stride) pack_along<width>(job, first, begin, end, out);
+}
+
+void pack(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+          float* out, std::int64_t stride) {
+  job.width == tile_rows ? pack_panels<tile_rows>(job, first, last, begin, end, out, stride)
+                         : pack_panels<tile_columns>(job, first, last, begin, end, out, stride);
+}
+
+inline void add_products(const float* a, const float* b, std::int64_t depth, f32 (&acc)[tile_rows][tile_vectors]) {
+#if SPARSEBERT_TILES >= 1
+  for (std::int64_t k = 0; k < depth; ++k, a += tile_rows, b += tile_columns) {
+    __m512bh right[tile_vectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < tile_vectors; ++n) right[n] = reinterpret_cast<__m512bh>(load(b + n * lanes));
+#pragma GCC unroll 16
+    for (int i = 0; i < tile_rows; ++i) {
+      const auto left = reinterpret_cast<__m512bh>(splat(a[i]));
+#pragma GCC unroll 4
+      for (int n = 0; n < tile_vectors; ++n) {
+        acc[i][n] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][n]), right[n], left));
+      }
+    }
+  }
+#else
+  multiply_tile(a, 1, tile_rows, b, tile_columns, depth, acc);
+#endif
+}
+
+typedef float Tile[tile_rows][tile_columns];
+
+// What of a tile exists, from this row and column on.
+struct TilePlace {
+  std::int64_t row, rows;
+  std::int64_t column, columns;
+};
+
+inline TilePlace place_of(const MatmulJob& job, std::int64_t tile, std::int64_t panel) {
+  const std::int64_t row = tile * tile_rows, column = panel * tile_columns;
+  return {row, job.rows - row < tile_rows ? job.rows - row : tile_rows, column,
+          job.columns - column < tile_columns ? job.columns - column : tile_columns};
+}
+
+inline void write_out(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
+  const bool biased = job.bias != nullptr;
+  for (std::int64_t i = 0; i < at.rows; ++i) {
+    const std::int64_t to = (at.row + i) * job.columns + at.column;
+    std::int64_t c = 0;
+    if (job.bf16) {
+      Bf16* out = static_cast<Bf16*>(job.out) + to;
+      for (; c + lanes <= at.columns; c += lanes) {
+        const f32 sum = load(tile[i] + c) + (biased ? load(job.bias + at.column + c) : f32{});
+        *reinterpret_cast<short_bits_unaligned*>(out + c) = __builtin_convertvector(rounded(sum) >> 16, short_bits);
+      }
+      for (; c < at.columns; ++c) out[c] = narrow(tile[i][c] + (biased ? job.bias[at.column + c] : 0.0f));
+    } else {
+      float* out = static_cast<float*>(job.out) + to;
+      for (; c + lanes <= at.columns; c += lanes) {
+        store(out + c, load(tile[i] + c) + (biased ? load(job.bias + at.column + c) : f32{}));
+      }
+      for (; c < at.columns; ++c) out[c] = tile[i][c] + (biased ? job.bias[at.column + c] : 0.0f);
+    }
+  }
+}
+
+// The rows from `row` on of the tile that share a score; `add`: they are not its first ones.
+inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& tile, std::int64_t first,
+                       std::int64_t rows, bool add) {
+  const float* weight = job.weight->weight + (at.row + first) * job.columns + at.column;
+  float* out = job.d_scores + (at.row + first) / job.weight->share * job.columns + at.column;
+  std::int64_t c = 0;
+  for (; c + lanes <= at.columns; c += lanes) {
+    f32 sum = add ? load(out + c) : f32{};
+    for (std::int64_t i = 0; i < rows; ++i) sum += load(tile[first + i] + c) * load(weight + i * job.columns + c);
+    store(out + c, sum);
+  }
+  for (; c < at.columns; ++c) {
+    float sum = add ? out[c] : 0.0f;
+    for (std::int64_t i = 0; i < rows; ++i) sum += tile[first + i][c] * weight[i * job.columns + c];
+    out[c] = sum;
+  }
+}
+
+inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
+  if (job.d_weight != nullptr) {
+    for (std::int64_t i = 0; i < at.rows; ++i) {
+      float* out = job.d_weight + (at.row + i) * job.columns + at.column;
+      keep(*job.weight, at.row + i, at.column, at.columns, tile[i], false, out);
+    }
+  }
+  if (job.d_scores == nullptr) return;
+  const std::int64_t share = job.weight->share;
+  for (std::int64_t i = 0; i < at.rows;) {
+    const std::int64_t before = (at.row + i) % share;
+    const std::int64_t rows = share - before < at.rows - i ? share - before : at.rows - i;
+    add_scores(job, at, tile, i, rows, before > 0);
+    i += rows;
+  }
+}
+
+void multiply(const MatmulJob& job, const MatmulBlock& block, float* work) {
+  const std::int64_t words = job.right.words;
+  const bool packed = job.right.panels != nullptr;
+  float* sums = packed ? work : work + block.panels * job.depth * tile_columns;
+  std::int64_t k = 0;
+  // Once even where there is nothing to add up.
+  do {
+    const std::int64_t depth = words - k < job.depth ? words - k : job.depth;
+    const std::int64_t stride = (packed ? words : depth) * tile_columns;
+    const float* right = work;
+    if (packed) {
+      right = job.right.panels + block.panel * stride + k * tile_columns;
+    } else {
+      pack(job.right, block.panel, block.panel + block.panels, k, k + depth, work, stride);
+    }
+    for (std::int64_t t = 0; t < block.tiles; ++t) {
+      const float* left = job.left + ((block.tile + t) * words + k) * tile_rows;
+      for (std::int64_t p = 0; p < block.panels; ++p) {
+        float* waiting = sums + (t * block.panels + p) * (tile_rows * tile_columns);
+        f32 acc[tile_rows][tile_vectors] = {};
+        if (k > 0) {
+#pragma GCC unroll 16
+          for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+            for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
+          }
+        }
+        add_products(left, right + p * stride, depth, acc);
+        const bool last = k + depth >= words;
+        alignas(64) Tile tile;
+        float* to = last ? tile[0] : waiting;
+#pragma GCC unroll 16
+        for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+          for (int n = 0; n < tile_vectors; ++n) store(to + i * tile_columns + n * lanes, acc[i][n]);
+        }
+        if (!last) continue;
+        const TilePlace at = place_of(job, block.tile + t, block.panel + p);
+        job.out != nullptr ? write_out(job, at, tile) : write_gradients(job, at, tile);
+      }
+    }
+    k += depth;
+  } while (k < words);
+}
+
+}  // namespace
+
+const MaskedMatmulKernel kernel = {values_a_word, tile_rows, tile_columns, pack, multiply};

@@ -1,0 +1,16 @@
+#if defined(__x86_64__)
+#include "masked_matmul.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace sparsebert::masked_matmul_avx2 {
+constexpr int lanes = 8;
+constexpr int tile_rows = 4;
+constexpr int tile_vectors = 3;
+constexpr int values_a_word = 1;
+#include "vector.inl"
+#include "panel.inl"
+#include "masked_matmul.inl"
+}  // namespace sparsebert::masked_matmul_avx2
+#pragma GCC pop_options
+#endif

@@ -1,0 +1,224 @@
+"""masked_matmul: a linear layer whose weight is masked by learned scores, and its straight-through gradients: what mask
+training [Liu et al. 2022, Alg. 2] runs each step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from sparsebert.errors import InputError
+from sparsebert.ops import _dispatch
+
+
+def masked_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    threads: int | None = None,
+    isa: str | None = None,
+) -> torch.Tensor:
+    """y = x (W ⊙ 1[ŝ ≥ φ])ᵀ + b, [..., n_out] of x's dtype; neither the mask nor the masked weight is stored.
+
+    x: float32 or bfloat16 [..., n_in], of any strides. weight: float32 [n_out, n_in], n_out and n_in at least 1.
+    scores: ŝ, float32 [score_rows, n_in]; a score is shared by n_out / score_rows consecutive rows.
+    threshold: φ, float32 [], or [score_rows, n_in / m]: one for every m consecutive inputs. bias: float32 [n_out].
+    A score that is NaN is not at least its threshold, so its weights are not kept.
+
+    Gradients are straight-through, the mask being taken for ŝ: with G = dYᵀ X, dŝ is the sum of G ⊙ W over the rows
+    that share a score, whether kept or not; dW = G ⊙ mask, dX = dY (W ⊙ mask), db = Σ dY. dX has x's dtype, the others
+    float32; the threshold has none. Only what is needed is computed, and G is not stored.
+
+    With bfloat16, the products of y and dX are of weights rounded to it; G ⊙ W is of the weights as they are. Sums are
+    float32. Results do not depend on `threads`; in float32 they are bit-equal on avx2 and avx512. bfloat16 has kernels
+    of its own on avx512_bf16; elsewhere it is multiplied as float32. On a GPU it is plain torch, mask and product stored.
+    Raises InputError for another dtype, shape or layout, or tensors on different devices.
+    """
+    _check(x, weight, scores, threshold, bias)
+    return _masked_matmul(x, weight, scores, threshold, bias, isa or "", threads or 0)
+
+
+def masked_matmul_ref(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `masked_matmul` returns, in float64 throughout and without rounding to bfloat16; the gradients come by
+    autograd.
+    """
+    share = len(weight) // len(scores)
+    mask = _Straight.apply(scores.double(), _limits(scores, threshold).double()).repeat_interleave(share, 0)
+    return F.linear(x.double(), weight.double() * mask, None if bias is None else bias.double())
+
+
+class _Straight(torch.autograd.Function):
+    """1[s >= t], whose gradient is taken for that of s."""
+
+    @staticmethod
+    def forward(ctx, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return (s >= t).to(s.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+@torch.library.custom_op("sparsebert::masked_matmul", mutates_args=())
+def _masked_matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: torch.Tensor,
+    bias: torch.Tensor | None,
+    isa: str,
+    threads: int,
+) -> torch.Tensor:
+    """`isa` "" and `threads` 0 stand for None."""
+    if x.device.type != "cpu":
+        return F.linear(x, _kept(weight, scores, threshold).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
+    _dispatch.core().masked_matmul(
+        _rows(x), *map(_array, (weight, scores, threshold, bias)), _rows(y), *_run_on(isa, threads)
+    )
+    return y
+
+
+@_masked_matmul.register_fake
+def _(x, weight, scores, threshold, bias, isa, threads):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
+@torch.library.custom_op("sparsebert::masked_matmul_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: torch.Tensor,
+    needed: list[bool],
+    isa: str,
+    threads: int,
+) -> list[torch.Tensor]:
+    """Of dX, dW and dŝ those that are `needed`."""
+    if x.device.type != "cpu":
+        return _backward_in_torch(dy, x, weight, scores, threshold, needed)
+    gradients = [
+        torch.empty(like.shape, dtype=like.dtype) if wanted else None
+        for like, wanted in zip((x, weight, scores), needed, strict=True)
+    ]
+    dx, d_weight, d_scores = gradients
+    _dispatch.core().masked_matmul_backward(
+        *map(_rows, (x, dy)),
+        *map(_array, (weight, scores, threshold)),
+        None if dx is None else _rows(dx),
+        *map(_array, (d_weight, d_scores)),
+        *_run_on(isa, threads),
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@_backward.register_fake
+def _(dy, x, weight, scores, threshold, needed, isa, threads):
+    return [like.new_empty(like.shape) for like, wanted in zip((x, weight, scores), needed, strict=True) if wanted]
+
+
+def _backward_in_torch(dy, x, weight, scores, threshold, needed: list[bool]) -> list[torch.Tensor]:
+    gradients = []
+    if needed[0]:
+        gradients.append(dy @ _kept(weight, scores, threshold).to(dy.dtype))
+    if needed[1] or needed[2]:
+        g = (dy.reshape(-1, len(weight)).T @ x.reshape(-1, weight.shape[1])).float()
+        if needed[1]:
+            gradients.append(_kept(g, scores, threshold))
+        if needed[2]:
+            gradients.append((g * weight).view(len(scores), -1, weight.shape[1]).sum(1))
+    return gradients
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, scores, threshold, _, ctx.isa, ctx.threads = inputs
+    ctx.save_for_backward(x, weight, scores, threshold)
+
+
+def _gradients(ctx, dy: torch.Tensor):
+    *needed, _, bias = ctx.needs_input_grad[:5]
+    found = iter(())
+    if any(needed):
+        found = iter(_backward(dy, *ctx.saved_tensors, needed, ctx.isa, ctx.threads))
+    d_bias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32) if bias else None
+    return *(next(found) if wanted else None for wanted in needed), None, d_bias, None, None
+
+
+_masked_matmul.register_autograd(_gradients, setup_context=_save)
+
+
+def _limits(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """The threshold of each score."""
+    return threshold.repeat_interleave(scores.shape[1] // threshold.shape[1], 1) if threshold.ndim else threshold
+
+
+def _kept(values: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    mask = (scores >= _limits(scores, threshold)).repeat_interleave(len(values) // len(scores), 0)
+    return torch.where(mask, values, 0.0)
+
+
+def _run_on(isa: str, threads: int) -> tuple[str, int]:
+    return _dispatch.isa(isa or None), _dispatch.threads(threads or None)
+
+
+def _rows(tensor: torch.Tensor) -> np.ndarray:
+    """[tokens, n]: a view where it is contiguous; bfloat16, which numpy lacks, as its bits."""
+    rows = tensor.detach().contiguous().view(-1, tensor.shape[-1])
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
+
+
+def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    return None if tensor is None else tensor.detach().numpy()
+
+
+def _check(x, weight, scores, threshold, bias) -> None:
+    for name, value in (("weight", weight), ("scores", scores)):
+        if value.dtype != torch.float32 or value.ndim != 2 or not value.numel() or not value.is_contiguous():
+            raise InputError(
+                f"{name} must be contiguous float32 [rows >= 1, n_in >= 1], got {_describe(value)}",
+                fix="convert it first",
+            )
+    n_out, n_in = weight.shape
+    if scores.shape[1] != n_in or n_out % len(scores):
+        raise InputError(
+            f"scores must be [score_rows, {n_in}], score_rows dividing n_out = {n_out}, got {list(scores.shape)}",
+            fix="match the weight and its scores",
+        )
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.ndim < 1 or x.shape[-1] != n_in:
+        raise InputError(
+            f"x must be float32 or bfloat16 [..., n_in = {n_in}], got {_describe(x)}", fix="convert it first"
+        )
+    per_inputs = threshold.ndim == 2 and len(threshold) == len(scores) and threshold.shape[1] > 0
+    if (
+        threshold.dtype != torch.float32
+        or not threshold.is_contiguous()
+        or not (threshold.ndim == 0 or (per_inputs and n_in % threshold.shape[1] == 0))
+    ):
+        raise InputError(
+            f"threshold must be contiguous float32 [] or [{len(scores)}, n_in / m], m dividing n_in = {n_in}, got "
+            f"{_describe(threshold)}",
+            fix="give one threshold, or one for every m consecutive inputs of each row of scores",
+        )
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (n_out,) or not bias.is_contiguous()):
+        raise InputError(f"bias must be contiguous float32 [{n_out}], got {_describe(bias)}", fix="convert it first")
+    others = [weight, scores, threshold] + ([] if bias is None else [bias])
+    if any(other.device != x.device for other in others):
+        raise InputError(
+            f"all tensors must be on x's device {x.device}, got {sorted({str(other.device) for other in others})}",
+            fix="move them there",
+        )
+
+
+def _describe(value: torch.Tensor) -> str:
+    return f"{value.dtype} {list(value.shape)}{'' if value.is_contiguous() else ', strided'}"
