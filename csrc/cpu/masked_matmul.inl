@@ -10,6 +10,7 @@ typedef std::uint16_t short_bits_unaligned __attribute__((vector_size(vector_byt
 typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(4)));
 
 constexpr int tile_columns = tile_vectors * lanes;
+constexpr std::int64_t line = 16;  // floats of a cache line
 // Values of a row that are read at a time, whose copies for a transposition stay in the first-level cache.
 constexpr int chunk = 256;
 static_assert(chunk % (values_a_word * lanes * 2) == 0, "a chunk is whole transpositions");
@@ -200,24 +201,33 @@ void pack(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::i
                          : pack_panels<tile_columns>(job, first, last, begin, end, out, stride);
 }
 
-inline void add_products(const float* a, const float* b, std::int64_t depth, f32 (&acc)[tile_rows][tile_vectors]) {
-#if SPARSEBERT_TILES >= 1
-  for (std::int64_t k = 0; k < depth; ++k, a += tile_rows, b += tile_columns) {
-    __m512bh right[tile_vectors];
+// acc += the products of `depth` words of a panel of rows and one of columns; `next` is what will be multiplied then,
+// and lies where the processor does not foresee it.
+inline void add_products(const float* a, const float* b, std::int64_t depth, const float* next,
+                         f32 (&acc)[tile_rows][tile_vectors]) {
+  for (std::int64_t k = 0; k < depth; ++k, a += tile_rows, b += tile_columns, next += tile_rows) {
+    __builtin_prefetch(next);
+    f32 right[tile_vectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < tile_vectors; ++n) right[n] = reinterpret_cast<__m512bh>(load(b + n * lanes));
+    for (int n = 0; n < tile_vectors; ++n) right[n] = load(b + n * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
-      const auto left = reinterpret_cast<__m512bh>(splat(a[i]));
+#if SPARSEBERT_TILES >= 1
+      std::uint32_t pair;  // not a float, of which arithmetic may flush what looks denormal
+      __builtin_memcpy(&pair, a + i, sizeof pair);
+      const auto left = reinterpret_cast<__m512bh>(splat(pair));
+#endif
 #pragma GCC unroll 4
       for (int n = 0; n < tile_vectors; ++n) {
-        acc[i][n] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][n]), right[n], left));
+#if SPARSEBERT_TILES >= 1
+        acc[i][n] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][n]),
+                                                           reinterpret_cast<__m512bh>(right[n]), left));
+#else
+        acc[i][n] += right[n] * a[i];
+#endif
       }
     }
   }
-#else
-  multiply_tile(a, 1, tile_rows, b, tile_columns, depth, acc);
-#endif
 }
 
 typedef float Tile[tile_rows][tile_columns];
@@ -256,11 +266,11 @@ inline void write_out(const MatmulJob& job, const TilePlace& at, const Tile& til
   }
 }
 
-// The rows from `row` on of the tile that share a score; `add`: they are not its first ones.
-inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& tile, std::int64_t first,
-                       std::int64_t rows, bool add) {
+// The rows from `first` on of the tile that share a row of scores; `add`: they are not the first ones of it.
+inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& tile, std::int64_t score_row,
+                       std::int64_t first, std::int64_t rows, bool add) {
   const float* weight = job.weight->weight + (at.row + first) * job.columns + at.column;
-  float* out = job.d_scores + (at.row + first) / job.weight->share * job.columns + at.column;
+  float* out = job.d_scores + score_row * job.columns + at.column;
   std::int64_t c = 0;
   for (; c + lanes <= at.columns; c += lanes) {
     f32 sum = add ? load(out + c) : f32{};
@@ -274,6 +284,23 @@ inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& ti
   }
 }
 
+// What write_gradients will read and write of a row.
+inline void prefetch_gradients(const MatmulJob& job, const TilePlace& at, std::int64_t row) {
+  if (row >= at.rows) return;
+  const std::int64_t own = (at.row + row) * job.columns + at.column;
+  const std::int64_t shared = (at.row + row) / job.weight->share * job.columns + at.column;
+  for (std::int64_t c = 0; c < at.columns; c += line) {
+    if (job.d_scores != nullptr) {
+      __builtin_prefetch(job.weight->weight + own + c);
+      __builtin_prefetch(job.d_scores + shared + c, 1);
+    }
+    if (job.d_weight != nullptr) {
+      __builtin_prefetch(job.weight->scores + shared + c);
+      __builtin_prefetch(job.d_weight + own + c, 1);
+    }
+  }
+}
+
 inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
   if (job.d_weight != nullptr) {
     for (std::int64_t i = 0; i < at.rows; ++i) {
@@ -283,56 +310,126 @@ inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Til
   }
   if (job.d_scores == nullptr) return;
   const std::int64_t share = job.weight->share;
-  for (std::int64_t i = 0; i < at.rows;) {
-    const std::int64_t before = (at.row + i) % share;
-    const std::int64_t rows = share - before < at.rows - i ? share - before : at.rows - i;
-    add_scores(job, at, tile, i, rows, before > 0);
+  std::int64_t score_row = at.row / share;
+  std::int64_t begun = at.row - score_row * share;  // rows of this score in earlier tiles
+  for (std::int64_t i = 0; i < at.rows; ++score_row) {
+    const std::int64_t rows = share - begun < at.rows - i ? share - begun : at.rows - i;
+    add_scores(job, at, tile, score_row, i, rows, begun > 0);
     i += rows;
+    begun = 0;
+  }
+}
+
+// The part of a masked weight that is packed next, sent for while products are added up: that takes some microseconds a
+// tile and leaves the memory idle.
+class Ahead {
+ public:
+  Ahead(const MatmulPanels& job, std::int64_t panel, std::int64_t panels, std::int64_t begin, std::int64_t end)
+      : mask_(*job.source.mask) {
+    const std::int64_t sides[2][2] = {{panel * job.width, (panel + panels) * job.width},
+                                      {begin * values_a_word, end * values_a_word}};
+    const auto& rows = sides[job.across ? 1 : 0];
+    const auto& columns = sides[job.across ? 0 : 1];
+    row_ = rows[0];
+    end_row_ = rows[1] < mask_.n_out ? rows[1] : mask_.n_out;
+    first_ = column_ = columns[0];
+    end_column_ = columns[1] < mask_.n_in ? columns[1] : mask_.n_in;
+    find_row();
+  }
+
+  std::int64_t lines() const {
+    return row_ < end_row_ ? (end_row_ - row_) * ((end_column_ - first_ + line - 1) / line) : 0;
+  }
+
+  void fetch(std::int64_t lines) {
+    for (; lines > 0 && row_ < end_row_; --lines) {
+      __builtin_prefetch(weight_ + column_, 0, 2);
+      __builtin_prefetch(scores_ + column_, 0, 2);
+      column_ += line;
+      if (column_ < end_column_) continue;
+      column_ = first_;
+      ++row_;
+      find_row();
+    }
+  }
+
+ private:
+  void find_row() {
+    weight_ = mask_.weight + row_ * mask_.n_in;
+    scores_ = mask_.scores + row_ / mask_.share * mask_.n_in;
+  }
+
+  const MaskedWeight& mask_;
+  std::int64_t row_, end_row_, column_, first_, end_column_;
+  const float *weight_, *scores_;
+};
+
+// The products of all panels of a block with its tiles, over words k to k + depth.
+template <typename Fetch>
+inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::int64_t k, std::int64_t depth,
+                           const float* right, std::int64_t stride, float* sums, Fetch fetch) {
+  const std::int64_t words = job.right.words;
+  const std::int64_t piece = (depth + tile_rows - 1) / tile_rows;
+  const bool last = k + depth >= words;
+  for (std::int64_t t = 0; t < block.tiles; ++t) {
+    const float* left = job.left + ((block.tile + t) * words + k) * tile_rows;
+    for (std::int64_t p = 0; p < block.panels; ++p) {
+      const TilePlace at = place_of(job, block.tile + t, block.panel + p);
+      float* waiting = sums + (t * block.panels + p) * (tile_rows * tile_columns);
+      f32 acc[tile_rows][tile_vectors] = {};
+      if (k > 0) {
+#pragma GCC unroll 16
+        for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+          for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
+        }
+      }
+      // The next tile's panel, on the first pass over this one's.
+      const float* next = p == 0 ? left + words * tile_rows : left;
+      for (std::int64_t i = 0; i < tile_rows; ++i) {
+        const std::int64_t from = i * piece, here = depth - from < piece ? depth - from : piece;
+        if (here <= 0) break;
+        fetch(at, i, last);
+        add_products(left + from * tile_rows, right + p * stride + from * tile_columns, here, next + from * tile_rows,
+                     acc);
+      }
+      alignas(64) Tile tile;
+      float* to = last ? tile[0] : waiting;
+#pragma GCC unroll 16
+      for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+        for (int n = 0; n < tile_vectors; ++n) store(to + i * tile_columns + n * lanes, acc[i][n]);
+      }
+      if (last) job.out != nullptr ? write_out(job, at, tile) : write_gradients(job, at, tile);
+    }
   }
 }
 
 void multiply(const MatmulJob& job, const MatmulBlock& block, float* work) {
-  const std::int64_t words = job.right.words;
-  const bool packed = job.right.panels != nullptr;
-  float* sums = packed ? work : work + block.panels * job.depth * tile_columns;
+  const std::int64_t words = job.right.words, panel_end = block.panel + block.panels;
   std::int64_t k = 0;
   // Once even where there is nothing to add up.
   do {
     const std::int64_t depth = words - k < job.depth ? words - k : job.depth;
-    const std::int64_t stride = (packed ? words : depth) * tile_columns;
-    const float* right = work;
-    if (packed) {
-      right = job.right.panels + block.panel * stride + k * tile_columns;
+    const std::int64_t end = k + depth;
+    if (job.right.panels != nullptr) {
+      const std::int64_t stride = words * tile_columns;
+      const float* right = job.right.panels + block.panel * stride + k * tile_columns;
+      multiply_depth(job, block, k, depth, right, stride, work, [&](const TilePlace& at, std::int64_t i, bool last) {
+        if (last) prefetch_gradients(job, at, i);
+      });
     } else {
-      pack(job.right, block.panel, block.panel + block.panels, k, k + depth, work, stride);
+      const std::int64_t stride = depth * tile_columns;
+      pack(job.right, block.panel, panel_end, k, end, work, stride);
+      Ahead ahead = end < words
+                        ? Ahead(job.right, block.panel, block.panels, end, end + job.depth)
+                        : Ahead(job.right, panel_end, block.panels, 0, job.depth);
+      const std::int64_t pieces = block.tiles * block.panels * tile_rows;
+      const std::int64_t lines = (ahead.lines() + pieces - 1) / pieces;
+      multiply_depth(job, block, k, depth, work, stride, work + block.panels * job.depth * tile_columns,
+                     [&](const TilePlace&, std::int64_t, bool) { ahead.fetch(lines); });
     }
-    for (std::int64_t t = 0; t < block.tiles; ++t) {
-      const float* left = job.left + ((block.tile + t) * words + k) * tile_rows;
-      for (std::int64_t p = 0; p < block.panels; ++p) {
-        float* waiting = sums + (t * block.panels + p) * (tile_rows * tile_columns);
-        f32 acc[tile_rows][tile_vectors] = {};
-        if (k > 0) {
-#pragma GCC unroll 16
-          for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 4
-            for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
-          }
-        }
-        add_products(left, right + p * stride, depth, acc);
-        const bool last = k + depth >= words;
-        alignas(64) Tile tile;
-        float* to = last ? tile[0] : waiting;
-#pragma GCC unroll 16
-        for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 4
-          for (int n = 0; n < tile_vectors; ++n) store(to + i * tile_columns + n * lanes, acc[i][n]);
-        }
-        if (!last) continue;
-        const TilePlace at = place_of(job, block.tile + t, block.panel + p);
-        job.out != nullptr ? write_out(job, at, tile) : write_gradients(job, at, tile);
-      }
-    }
-    k += depth;
+    k = end;
   } while (k < words);
 }
 
