@@ -284,8 +284,9 @@ inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& ti
   }
 }
 
-// What write_gradients will read and write of a row.
-inline void prefetch_gradients(const MatmulJob& job, const TilePlace& at, std::int64_t row) {
+// What write_gradients will read and write of a row. Always inline, as are its callers: GCC takes a function that only
+// prefetches for one without effects, and leaves out calls of it.
+[[gnu::always_inline]] inline void prefetch_gradients(const MatmulJob& job, const TilePlace& at, std::int64_t row) {
   if (row >= at.rows) return;
   const std::int64_t own = (at.row + row) * job.columns + at.column;
   const std::int64_t shared = (at.row + row) / job.weight->share * job.columns + at.column;
@@ -384,12 +385,14 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
           for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
         }
       }
+      const bool turns = p + 1 == block.panels;
+      const TilePlace coming = place_of(job, block.tile + t + turns, block.panel + (turns ? 0 : p + 1));
       // The next tile's panel, on the first pass over this one's.
       const float* next = p == 0 ? left + words * tile_rows : left;
       for (std::int64_t i = 0; i < tile_rows; ++i) {
         const std::int64_t from = i * piece, here = depth - from < piece ? depth - from : piece;
         if (here <= 0) break;
-        fetch(at, i, last);
+        fetch(coming, i, last);
         add_products(left + from * tile_rows, right + p * stride + from * tile_columns, here, next + from * tile_rows,
                      acc);
       }
@@ -415,9 +418,11 @@ void multiply(const MatmulJob& job, const MatmulBlock& block, float* work) {
     if (job.right.panels != nullptr) {
       const std::int64_t stride = words * tile_columns;
       const float* right = job.right.panels + block.panel * stride + k * tile_columns;
-      multiply_depth(job, block, k, depth, right, stride, work, [&](const TilePlace& at, std::int64_t i, bool last) {
-        if (last) prefetch_gradients(job, at, i);
-      });
+      // A tile before they are needed: the tile itself may take less time than memory does.
+      const auto fetch = [&](const TilePlace& coming, std::int64_t i, bool last) __attribute__((always_inline)) {
+        if (last) prefetch_gradients(job, coming, i);
+      };
+      multiply_depth(job, block, k, depth, right, stride, work, fetch);
     } else {
       const std::int64_t stride = depth * tile_columns;
       pack(job.right, block.panel, panel_end, k, end, work, stride);
