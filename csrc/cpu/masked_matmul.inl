@@ -52,10 +52,15 @@ inline Bf16 narrow(float value) {
   return static_cast<Bf16>(v.word >> 16);
 }
 
+// Without a division, which is as long as the rest of a short row, where there is nothing to divide.
+inline std::int64_t score_row_of(const MaskedWeight& mask, std::int64_t row) {
+  return mask.share == 1 ? row : row / mask.share;
+}
+
 // out[c] = values[c] where the mask keeps row `row`, column begin + c, else 0; count <= chunk.
 inline void keep(const MaskedWeight& mask, std::int64_t row, std::int64_t begin, std::int64_t count,
                  const float* values, bool round, float* out) {
-  const std::int64_t score_row = row / mask.share;
+  const std::int64_t score_row = score_row_of(mask, row);
   const float* scores = mask.scores + score_row * mask.n_in + begin;
   const f32 one = splat(mask.thresholds[0]);
   float expanded[chunk + lanes];
@@ -160,28 +165,52 @@ void pack_along(const MatmulPanels& job, std::int64_t panel, std::int64_t begin,
   }
 }
 
+// Words of the bf16 of two rows, the lower one `cols` behind the upper.
+inline f32 interleaved(const Bf16* upper, std::int64_t cols) {
+  const bits low = __builtin_convertvector(*reinterpret_cast<const short_bits_unaligned*>(upper), bits);
+  const bits high = __builtin_convertvector(*reinterpret_cast<const short_bits_unaligned*>(upper + cols), bits);
+  return reinterpret_cast<f32>(low | (high << 16));
+}
+
 // Panels `first` to `last`, whose words go down the columns.
 template <int width>
 void pack_across(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
                  float* out, std::int64_t stride) {
   constexpr std::int64_t at_once = chunk / width;
-  alignas(64) float rows[values_a_word][chunk + lanes];
+  // Words that go to a panel one behind the other: the panels' distance is often a multiple of 4096 bytes, and then few
+  // of their lines fit the first-level cache.
+  constexpr int group = 8;
+  constexpr int side = width < lanes ? lanes : width;
+  const MatmulSource& source = job.source;
+  alignas(64) float rows[group * values_a_word][chunk + lanes];
   for (; first < last; first += at_once, out += at_once * stride) {
-    const std::int64_t panels = last - first < at_once ? last - first : at_once;
-    for (std::int64_t w = begin; w < end; ++w) {
-      for (int i = 0; i < values_a_word; ++i) {
-        read_row(job.source, w * values_a_word + i, first * width, panels * width, panels * width, rows[i]);
+    const std::int64_t column = first * width;
+    const std::int64_t columns = (last - first < at_once ? last - first : at_once) * width;
+    for (std::int64_t w = begin; w < end; w += group) {
+      const std::int64_t here = end - w < group ? end - w : group;
+      const bool pairs = values_a_word == 2 && source.bf16 && (w + here) * 2 <= source.rows &&
+                         column + (columns + lanes - 1) / lanes * lanes <= source.cols;
+      const Bf16* halves = static_cast<const Bf16*>(source.values) + (pairs ? w * 2 * source.cols + column : 0);
+      for (std::int64_t i = 0; !pairs && i < here * values_a_word; ++i) {
+        read_row(source, w * values_a_word + i, column, columns, columns, rows[i]);
       }
-      for (std::int64_t p = 0; p < panels; ++p) {
-        float* to = out + p * stride + (w - begin) * width;
-        const float* upper = rows[0] + p * width;
-        const float* lower = rows[values_a_word - 1] + p * width;
-        if constexpr (width < lanes) {
-          const f32 words = words_across(upper, lower);
-          *reinterpret_cast<half_unaligned*>(to) = *reinterpret_cast<const half_unaligned*>(&words);
-        } else {
+      for (std::int64_t c = 0; c < columns; c += side) {
+        float* to = out + c / width * stride + (w - begin) * width;
+        for (std::int64_t i = 0; i < here; ++i, to += width) {
 #pragma GCC unroll 4
-          for (int c = 0; c < width; c += lanes) store(to + c, words_across(upper + c, lower + c));
+          for (int n = 0; n < side; n += lanes) {
+            const float* upper = rows[i * values_a_word] + c + n;
+            const float* lower = rows[(i + 1) * values_a_word - 1] + c + n;
+            const f32 words = pairs ? interleaved(halves + 2 * i * source.cols + c + n, source.cols)
+                                    : words_across(upper, lower);
+            if constexpr (width < lanes) {
+              const auto* parts = reinterpret_cast<const half_unaligned*>(&words);
+              *reinterpret_cast<half_unaligned*>(to) = parts[0];
+              if (c + width < columns) *reinterpret_cast<half_unaligned*>(to + stride) = parts[1];
+            } else {
+              store(to + n, words);
+            }
+          }
         }
       }
     }
@@ -289,7 +318,7 @@ inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& ti
 [[gnu::always_inline]] inline void prefetch_gradients(const MatmulJob& job, const TilePlace& at, std::int64_t row) {
   if (row >= at.rows) return;
   const std::int64_t own = (at.row + row) * job.columns + at.column;
-  const std::int64_t shared = (at.row + row) / job.weight->share * job.columns + at.column;
+  const std::int64_t shared = score_row_of(*job.weight, at.row + row) * job.columns + at.column;
   for (std::int64_t c = 0; c < at.columns; c += line) {
     if (job.d_scores != nullptr) {
       __builtin_prefetch(job.weight->weight + own + c);
@@ -311,7 +340,7 @@ inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Til
   }
   if (job.d_scores == nullptr) return;
   const std::int64_t share = job.weight->share;
-  std::int64_t score_row = at.row / share;
+  std::int64_t score_row = score_row_of(*job.weight, at.row);
   std::int64_t begun = at.row - score_row * share;  // rows of this score in earlier tiles
   for (std::int64_t i = 0; i < at.rows; ++score_row) {
     const std::int64_t rows = share - begun < at.rows - i ? share - begun : at.rows - i;
@@ -357,7 +386,7 @@ class Ahead {
  private:
   void find_row() {
     weight_ = mask_.weight + row_ * mask_.n_in;
-    scores_ = mask_.scores + row_ / mask_.share * mask_.n_in;
+    scores_ = mask_.scores + score_row_of(mask_, row_) * mask_.n_in;
   }
 
   const MaskedWeight& mask_;
