@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from sparsebert import patterns
 from sparsebert.errors import InputError
-from sparsebert.ops.topk_mask import pattern_mask, topk_mask, topk_mask_ref
+from sparsebert.ops.topk_mask import pattern_mask, topk_mask, topk_mask_ref, topk_threshold
 
 # Ranked rows (up to 64), with a part of a vector of groups; rows on their own; vectors of one chunk (16,384), one more,
 # and several with a remainder.
@@ -33,6 +33,24 @@ def test_exactly_k_highest_and_ties_by_index(isa, shape, kind):
         got = topk_mask(x, k, isa=isa)
         assert (got.sum(-1) == k).all()
         assert torch.equal(got, topk_mask_ref(x, k)), k
+
+
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "tiny"])
+@pytest.mark.parametrize("shape", [(1,), (7, 33), (97, 4), (3, 5000), (100_003,), (2, 3, 70)], ids=str)
+def test_the_threshold_is_the_kth_highest_score(isa, shape, kind):
+    x = scores(shape, kind)
+    n = shape[-1]
+    for k in sorted({1, n // 2, n} - {0}):
+        got = topk_threshold(x, k, isa=isa)
+        assert torch.equal(got, torch.kthvalue(x, n - k + 1).values), k
+        assert ((x >= got[..., None]).sum(-1) >= k).all() and ((x > got[..., None]).sum(-1) < k).all()
+
+
+def test_a_threshold_may_be_infinite_and_needs_a_score():
+    x = torch.tensor([torch.inf, 1.0, -torch.inf])
+    assert [topk_threshold(x, k).item() for k in (1, 2, 3)] == [torch.inf, 1.0, -torch.inf]
+    with pytest.raises(InputError, match="k must be at least 1, got 0"):
+        topk_threshold(x, 0)
 
 
 @pytest.mark.parametrize("sampled", [-1.0, 0.5, 2.0])
