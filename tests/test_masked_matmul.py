@@ -1,4 +1,4 @@
-"""masked_matmul and its gradients on every instruction set against float64, at the sizes where tiling could go wrong."""
+"""masked_matmul and its gradients on every instruction set against float64, at the sizes where tiling may go wrong."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class Case(NamedTuple):
     reach: int = 0  # inputs of a threshold; 0: there is one
 
     def __str__(self) -> str:
-        return f"{self.tokens}x{self.n_in}x{self.n_out}" + f"-share{self.share}" * (self.share > 1) + (
-            f"-reach{self.reach}" * (self.reach > 0)
+        return (
+            f"{self.tokens}x{self.n_in}x{self.n_out}"
+            + f"-share{self.share}" * (self.share > 1)
+            + (f"-reach{self.reach}" * (self.reach > 0))
         )
 
 
@@ -142,7 +144,9 @@ def test_any_of_the_gradients_may_be_left_out(isa, needed, dtype):
 def test_without_a_bias(isa, dtype):
     inputs, dy = operands(Case(9, 50, 34), dtype)
     inputs[4] = None
-    assert_close(results(masked_matmul, inputs, dy, "xws", isa=isa), results(masked_matmul_ref, inputs, dy, "xws"), dtype)
+    assert_close(
+        results(masked_matmul, inputs, dy, "xws", isa=isa), results(masked_matmul_ref, inputs, dy, "xws"), dtype
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -291,7 +295,7 @@ def test_bad_input_is_named(message):
 def test_a_bad_choice_of_what_to_run_on_is_named():
     with pytest.raises(InputError, match="threads must be an integer of at least 1, got -1"):
         masked_matmul(X, W, S, T, threads=-1)
-    with pytest.raises(InputError, match="isa must be one of .* got 'neon'"):
+    with pytest.raises(InputError, match=r"isa must be one of .* got 'neon'"):
         masked_matmul(X, W, S, T, isa="neon")
 
 

@@ -35,9 +35,7 @@ def topk_mask_ref(scores: torch.Tensor, k: int) -> torch.Tensor:
     return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
-def topk_threshold(
-    scores: torch.Tensor, k: int, *, threads: int | None = None, isa: str | None = None
-) -> torch.Tensor:
+def topk_threshold(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: str | None = None) -> torch.Tensor:
     """The k-th highest score of every vector along the last dimension: scores >= it keep k, and what equals it.
 
     scores: as for `topk_mask`; infinities included. k: 1 to n. Returns float32 [...]. Raises InputError as `topk_mask`,
