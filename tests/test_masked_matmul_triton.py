@@ -1,0 +1,189 @@
+"""masked_matmul's Triton kernels: interpreted on the CPU, compiled for sm_90 without a GPU, and run on a GPU where one
+is. Triton reads TRITON_INTERPRET when it is first imported, so the first two have processes of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import require
+from test_masked_matmul import Case, operands, results
+
+from sparsebert.ops.masked_matmul import masked_matmul_ref
+
+# Programs cover 64 x 64 results, and sum over 32 values at a time; a score's rows fill a part of the 64, or do not.
+CASES = [
+    Case(1, 1, 1),
+    Case(5, 70, 65),
+    Case(67, 33, 64),
+    Case(9, 64, 31),
+    Case(9, 40, 66, share=2),
+    Case(35, 66, 160, share=32),
+    Case(5, 20, 9, share=3),
+    Case(5, 20, 200, share=100),
+    Case(9, 48, 34, reach=4),
+    Case(9, 72, 64, share=16, reach=8),
+]
+DTYPES = ("float32", "bfloat16")
+# (share, reach)
+COMPILED = ((1, 0), (1, 4), (32, 0), (3, 8))
+# Sums of at most 200 products, in float32; with bfloat16 weights and results are rounded to 2^-9 of themselves, and by
+# the interpreter, which cuts off, to 2^-8.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def run_kernel(case: Case, dtype: str, device: str) -> dict[str, torch.Tensor]:
+    from sparsebert.kernels.masked_matmul import masked_matmul, masked_matmul_backward
+
+    inputs, dy = operands(case, getattr(torch, dtype))
+    inputs, dy = [value.to(device) for value in inputs], dy.to(device)
+    found = {"y": masked_matmul(*inputs), "without_bias": masked_matmul(*inputs[:4])}
+    return found | dict(
+        zip(("dx", "d_weight", "d_scores"), masked_matmul_backward(dy, *inputs[:4]), strict=True),
+        alone=masked_matmul_backward(dy, *inputs[:4], (False, False, True))[0],
+    )
+
+
+def assert_right(case: Case, dtype: str, got: dict[str, torch.Tensor]) -> None:
+    inputs, dy = operands(case, getattr(torch, dtype))
+    expected = results(masked_matmul_ref, inputs, dy)
+    expected |= {"without_bias": expected["y"] - inputs[4].double(), "alone": expected["d_scores"]}
+    for name, value in got.items():
+        like_x = name in ("y", "dx", "without_bias")
+        assert str(value.dtype) == (f"torch.{dtype}" if like_x else "torch.float32")
+        scale = max(1.0, float(expected[name].abs().max()))
+        tolerance = TOLERANCE[dtype if like_x else "float32"] * scale
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=0, atol=tolerance)
+
+
+def run_here(job: str, *args: object, **environment: str) -> None:
+    if importlib.util.find_spec("triton") is None:
+        require("triton", "triton is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, __file__, job, *map(str, args)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What the kernels return for every case, interpreted."""
+    file = tmp_path_factory.mktemp("interpreted") / "results.safetensors"
+    run_here("interpret", file, TRITON_INTERPRET="1")
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
+    """What the kernels take of a GPU of compute capability 9.0."""
+    folder = tmp_path_factory.mktemp("compiled")
+    run_here("compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
+    return json.loads((folder / "usage.json").read_text())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_interpreted_kernels_give_the_references_results(interpreted, case: Case, dtype: str):
+    prefix = f"{case}/{dtype}/"
+    got = {name.removeprefix(prefix): value for name, value in interpreted.items() if name.startswith(prefix)}
+    assert len(got) == 6
+    assert_right(case, dtype, got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernels_on_a_gpu_give_the_references_results(case: Case, dtype: str):
+    if not torch.cuda.is_available():
+        require("cuda", "torch sees no CUDA device")
+    assert_right(case, dtype, {name: value.cpu() for name, value in run_kernel(case, dtype, "cuda").items()})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ["forward", "across", "gradients"])
+@pytest.mark.parametrize(("share", "reach"), COMPILED)
+def test_the_kernels_compile_for_sm_90_and_spill_nothing(compiled, kernel: str, share: int, reach: int, dtype: str):
+    usage = compiled[f"{kernel}/{share}/{reach}/{dtype}"]
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    assert usage["REG"] <= 255
+
+
+def dot_of_bfloat16(dot):
+    """The interpreter's dot, which multiplies the bits of bfloat16 as integers, of what these stand for."""
+    import numpy as np
+    import triton.language as tl
+
+    def widened(operand):
+        if operand.dtype.scalar == tl.bfloat16:
+            operand.data = (operand.data.astype(np.uint32) << 16).view(np.float32)
+        return operand
+
+    return lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+
+
+def interpret(file: str) -> None:
+    from safetensors.torch import save_file
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_dot = dot_of_bfloat16(InterpreterBuilder.create_dot)
+    torch.use_deterministic_algorithms(True)  # which also fills fresh memory with NaN
+    found = {}
+    for case in CASES:
+        for dtype in DTYPES:
+            for name, value in run_kernel(case, dtype, "cpu").items():
+                found[f"{case}/{dtype}/{name}"] = value.contiguous()
+    save_file(found, file)
+
+
+def compile_all(file: str) -> None:
+    import triton
+    from sparsebert.kernels import masked_matmul
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    usage = {}
+    for share, reach in COMPILED:
+        common = {"SHARE": share, "REACH": reach, "BLOCK": masked_matmul.BLOCK}
+        kernels = {
+            "forward": (masked_matmul._product, common | {"ACROSS": False}),
+            "across": (masked_matmul._product, common | {"ACROSS": True, "bias_ptr": None}),
+            "gradients": (masked_matmul._gradients, common | masked_matmul._rows_plan(share)),
+        }
+        for name, (kernel, constants) in kernels.items():
+            for dtype in DTYPES:
+                own = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
+                steps = {"STEP": masked_matmul.STEPS[getattr(torch, dtype)]}
+                types = {
+                    arg: own if arg in ("x_ptr", "dy_ptr", "out_ptr") else "*fp32" if arg.endswith("ptr") else "i32"
+                    for arg in kernel.arg_names
+                } | dict.fromkeys(constants | steps, "constexpr")
+                # BERT's sizes and torch's addresses are multiples of 16, which a launch tells the compiler.
+                aligned = {
+                    (i,): [["tt.divisibility", 16]]
+                    for i, arg in enumerate(kernel.arg_names)
+                    if types[arg] != "constexpr"
+                }
+                source = ASTSource(kernel, types, constants | steps, aligned)
+                binary = Path(file).with_suffix(".cubin")
+                built = triton.compile(source, GPUTarget("cuda", 90, 32), masked_matmul.OPTIONS[getattr(torch, dtype)])
+                binary.write_bytes(built.asm["cubin"])
+                tool = triton.knobs.nvidia.cuobjdump.path
+                text = subprocess.run(
+                    [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+                ).stdout
+                fields = (field.split(":") for field in text.split(f"Function {kernel.__name__}:")[1].split())
+                usage[f"{name}/{share}/{reach}/{dtype}"] = {
+                    field: int(value) for field, value in fields if value.isdigit()
+                }
+    Path(file).write_text(json.dumps(usage))
+
+
+if __name__ == "__main__":
+    {"interpret": interpret, "compile": compile_all}[sys.argv[1]](sys.argv[2])
