@@ -21,6 +21,15 @@ constexpr std::int64_t gradient_rows = 96;
 constexpr std::int64_t gradient_columns = 192;
 // Values that a task of packing reads, at least.
 constexpr std::int64_t packed_values = 1 << 15;
+// Rows of which what is kept is counted.
+constexpr std::int64_t sampled_rows = 32;
+// The tokens from which, and the shares kept below which, it is faster to multiply only what is kept: against dense
+// products of floats, and of pairs of bf16.
+constexpr std::int64_t sparse_tokens = 48;
+constexpr double sparse_floats_below = 2;
+constexpr double sparse_pairs_below = 2;
+// Of a task's results, at most 256: they share the part of a panel that is in the first-level cache.
+constexpr std::int64_t sparse_columns = 128;
 // Products below which waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_products = 1 << 18;
 
@@ -84,9 +93,48 @@ void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tile
   if (out_of_memory.load()) throw std::bad_alloc();
 }
 
+// The share of the weights that is kept, estimated from some of the rows.
+double kept_share(const MaskedMatmulKernel& kernel, const MaskedWeight& weight) {
+  const std::int64_t step = ceil_div(weight.n_out, sampled_rows);
+  std::int64_t kept = 0, rows = 0;
+  for (std::int64_t row = 0; row < weight.n_out; row += step, ++rows) kept += kernel.count_kept(weight, row);
+  return static_cast<double>(kept) / static_cast<double>(rows * weight.n_in);
+}
+
+// times_weight by what is kept alone.
+void times_kept(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bool across, const MatmulSource& x,
+                const float* bias, int threads, void* out) {
+  MatmulPanels left = panels_of(kernel, x, false, kernel.panel_tokens);
+  left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
+  pack(kernel, left, threads);
+  const MatmulSource kept{weight.weight, false, x.bf16, weight.n_out, weight.n_in, &weight};
+  const std::int64_t columns = across ? weight.n_in : weight.n_out;
+  const MatmulPanels right = panels_of(kernel, kept, across, kernel.tile_columns);
+  const MatmulJob job{left.panels, right, x.rows, columns, 0, x.bf16, out, bias, nullptr, nullptr, nullptr};
+  const std::int64_t step = std::min(sparse_columns, ceil_div(ceil_div(columns, 2 * std::int64_t{threads}), 16) * 16);
+  const auto bytes = static_cast<std::size_t>(kernel.sparse_floats(job, step)) * sizeof(float);
+  std::atomic<bool> out_of_memory{false};
+  parallel(ceil_div(columns, step), threads, [&](std::int64_t task) {
+    try {
+      auto* work = static_cast<float*>(scratch(bytes, Scratch::task));
+      kernel.multiply_sparse(job, task * step, std::min((task + 1) * step, columns), work);
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true);
+    }
+  });
+  if (out_of_memory.load()) throw std::bad_alloc();
+}
+
 // out = x (kept weight)ᵀ, or x (kept weight) where `across`.
-void times_weight(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bool across, const MatmulSource& x,
-                  const float* bias, int threads, void* out) {
+void times_weight(Isa isa, const MaskedWeight& weight, bool across, const MatmulSource& x, const float* bias,
+                  int threads, void* out) {
+  const MaskedMatmulKernel& kernel = kernel_for(isa, x.bf16);
+  if (x.rows >= sparse_tokens) {
+    const double limit = kernel.values_a_word == 1 ? sparse_floats_below : sparse_pairs_below;
+    if (kept_share(kernel, weight) < limit) {
+      return times_kept(kernel_for(isa, false), weight, across, x, bias, threads, out);
+    }
+  }
   MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
   pack(kernel, left, threads);
@@ -109,7 +157,7 @@ void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t token
                    Isa isa, int threads, void* y) {
   if (tokens == 0) return;
   if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
-  times_weight(kernel_for(isa, bf16), weight, false, {x, bf16, false, tokens, weight.n_in, nullptr}, bias, threads, y);
+  times_weight(isa, weight, false, {x, bf16, false, tokens, weight.n_in, nullptr}, bias, threads, y);
 }
 
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
@@ -118,7 +166,7 @@ void masked_matmul_backward(const MaskedWeight& weight, const void* x, const voi
   const MaskedMatmulKernel& kernel = kernel_for(isa, bf16);
   const MatmulSource inputs{x, bf16, false, tokens, weight.n_in, nullptr};
   const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
-  if (dx != nullptr && tokens > 0) times_weight(kernel, weight, true, gradients, nullptr, threads, dx);
+  if (dx != nullptr && tokens > 0) times_weight(isa, weight, true, gradients, nullptr, threads, dx);
   if (d_weight == nullptr && d_scores == nullptr) return;
   MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows);
   MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);

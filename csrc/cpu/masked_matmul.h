@@ -57,6 +57,13 @@ struct MaskedMatmulKernel {
                float* out, std::int64_t stride);
   // `work`: matmul_work_floats.
   void (*multiply)(const MatmulJob& job, const MatmulBlock& block, float* work);
+  // Columns `first` to `last` of out, by what is kept of their weights alone; job.left is in panels of `panel_tokens`.
+  // Null where words are pairs.
+  int panel_tokens;
+  std::int64_t (*sparse_floats)(const MatmulJob& job, std::int64_t columns);  // of `work`
+  void (*multiply_sparse)(const MatmulJob& job, std::int64_t first, std::int64_t last, float* work);
+  // How many of a row's weights are kept.
+  std::int64_t (*count_kept)(const MaskedWeight& mask, std::int64_t row);
 };
 
 // What a block needs: its panels of columns, where they are not packed yet, and its sums between two depths.

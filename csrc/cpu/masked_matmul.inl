@@ -226,8 +226,9 @@ void pack_panels(const MatmulPanels& job, std::int64_t first, std::int64_t last,
 
 void pack(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
           float* out, std::int64_t stride) {
-  job.width == tile_rows ? pack_panels<tile_rows>(job, first, last, begin, end, out, stride)
-                         : pack_panels<tile_columns>(job, first, last, begin, end, out, stride);
+  if (job.width == tile_rows) return pack_panels<tile_rows>(job, first, last, begin, end, out, stride);
+  if (job.width == tile_columns) return pack_panels<tile_columns>(job, first, last, begin, end, out, stride);
+  pack_panels<4 * lanes>(job, first, last, begin, end, out, stride);
 }
 
 // acc += the products of `depth` words of a panel of rows and one of columns; `next` is what will be multiplied then,
@@ -273,26 +274,28 @@ inline TilePlace place_of(const MatmulJob& job, std::int64_t tile, std::int64_t 
           job.columns - column < tile_columns ? job.columns - column : tile_columns};
 }
 
-inline void write_out(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
-  const bool biased = job.bias != nullptr;
-  for (std::int64_t i = 0; i < at.rows; ++i) {
-    const std::int64_t to = (at.row + i) * job.columns + at.column;
-    std::int64_t c = 0;
-    if (job.bf16) {
-      Bf16* out = static_cast<Bf16*>(job.out) + to;
-      for (; c + lanes <= at.columns; c += lanes) {
-        const f32 sum = load(tile[i] + c) + (biased ? load(job.bias + at.column + c) : f32{});
-        *reinterpret_cast<short_bits_unaligned*>(out + c) = __builtin_convertvector(rounded(sum) >> 16, short_bits);
-      }
-      for (; c < at.columns; ++c) out[c] = narrow(tile[i][c] + (biased ? job.bias[at.column + c] : 0.0f));
-    } else {
-      float* out = static_cast<float*>(job.out) + to;
-      for (; c + lanes <= at.columns; c += lanes) {
-        store(out + c, load(tile[i] + c) + (biased ? load(job.bias + at.column + c) : f32{}));
-      }
-      for (; c < at.columns; ++c) out[c] = tile[i][c] + (biased ? job.bias[at.column + c] : 0.0f);
+// The sums of a row's `columns` columns from `column` on -> out.
+inline void write_row(const MatmulJob& job, std::int64_t row, std::int64_t column, std::int64_t columns,
+                      const float* sums) {
+  const float* bias = job.bias != nullptr ? job.bias + column : nullptr;
+  const std::int64_t to = row * job.columns + column;
+  std::int64_t c = 0;
+  if (job.bf16) {
+    Bf16* out = static_cast<Bf16*>(job.out) + to;
+    for (; c + lanes <= columns; c += lanes) {
+      const f32 sum = load(sums + c) + (bias != nullptr ? load(bias + c) : f32{});
+      *reinterpret_cast<short_bits_unaligned*>(out + c) = __builtin_convertvector(rounded(sum) >> 16, short_bits);
     }
+    for (; c < columns; ++c) out[c] = narrow(sums[c] + (bias != nullptr ? bias[c] : 0.0f));
+  } else {
+    float* out = static_cast<float*>(job.out) + to;
+    for (; c + lanes <= columns; c += lanes) store(out + c, load(sums + c) + (bias != nullptr ? load(bias + c) : f32{}));
+    for (; c < columns; ++c) out[c] = sums[c] + (bias != nullptr ? bias[c] : 0.0f);
   }
+}
+
+inline void write_out(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
+  for (std::int64_t i = 0; i < at.rows; ++i) write_row(job, at.row + i, at.column, at.columns, tile[i]);
 }
 
 // The rows from `first` on of the tile that share a row of scores; `add`: they are not the first ones of it.
@@ -467,6 +470,16 @@ void multiply(const MatmulJob& job, const MatmulBlock& block, float* work) {
   } while (k < words);
 }
 
-}  // namespace
+std::int64_t count_kept(const MaskedWeight& mask, std::int64_t row) {
+  alignas(64) float one[chunk], kept[chunk];
+  for (int c = 0; c < chunk; ++c) one[c] = 1.0f;
+  std::int64_t count = 0;
+  for (std::int64_t c = 0; c < mask.n_in; c += chunk) {
+    const std::int64_t here = mask.n_in - c < chunk ? mask.n_in - c : chunk;
+    keep(mask, row, c, here, one, false, kept);
+    for (std::int64_t i = 0; i < here; ++i) count += kept[i] != 0.0f;
+  }
+  return count;
+}
 
-const MaskedMatmulKernel kernel = {values_a_word, tile_rows, tile_columns, pack, multiply};
+}  // namespace

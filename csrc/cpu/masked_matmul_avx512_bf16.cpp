@@ -15,6 +15,9 @@ constexpr int values_a_word = 2;
 #include "panel.inl"
 #include "tile.inl"
 #include "masked_matmul.inl"
+
+// What is sparse is multiplied as floats.
+const MaskedMatmulKernel kernel = {values_a_word, tile_rows, tile_columns, pack, multiply, 0, nullptr, nullptr, count_kept};
 }  // namespace sparsebert::masked_matmul_avx512_bf16
 #pragma GCC pop_options
 #endif

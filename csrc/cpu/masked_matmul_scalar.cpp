@@ -10,4 +10,8 @@ constexpr int values_a_word = 1;
 #include "vector.inl"
 #include "panel.inl"
 #include "masked_matmul.inl"
+#include "masked_matmul_sparse.inl"
+
+const MaskedMatmulKernel kernel = {values_a_word, tile_rows,     tile_columns,   pack,           multiply,
+                                   panel_tokens,  sparse_floats, multiply_sparse, count_kept};
 }  // namespace sparsebert::masked_matmul_scalar
