@@ -130,6 +130,60 @@ def test_values_and_gradients_match_the_reference(isa, case, dtype):
     assert_close(results(masked_matmul, inputs, dy, isa=isa), results(masked_matmul_ref, inputs, dy), dtype)
 
 
+# From 128 tokens on, where little is kept. Panels are 16, 32 or 64 tokens, a task 256 results, a slab 256 values.
+SPARSE_CASES = [
+    Case(128, 1, 1),
+    Case(128, 768, 96),
+    Case(129, 31, 257),
+    Case(191, 257, 33),
+    Case(130, 513, 7),
+    Case(133, 20, 600, share=2),
+    Case(150, 300, 64, share=32, reach=4),
+    Case(128, 80, 30, reach=80),
+]
+
+
+def sparsely_kept(case: Case, dtype: torch.dtype, kept: float = 0.05) -> tuple[list[torch.Tensor], torch.Tensor]:
+    inputs, dy = operands(case, dtype)
+    scores = inputs[2]
+    inputs[3] = torch.full_like(inputs[3], float(scores.flatten().quantile(1 - kept)))
+    if scores.numel() == 1:
+        inputs[3] += 1
+    return inputs, dy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=str)
+def test_what_is_sparse_matches_the_reference(isa, case, dtype):
+    inputs, dy = sparsely_kept(case, dtype)
+    assert_close(results(masked_matmul, inputs, dy, isa=isa), results(masked_matmul_ref, inputs, dy), dtype)
+    inputs[4] = None
+    got = results(masked_matmul, inputs, dy, "xs", isa=isa, threads=3)
+    assert_close(got, results(masked_matmul_ref, inputs, dy, "xs"), dtype)
+    alone = results(masked_matmul, inputs, dy, "xs", isa=isa, threads=1)
+    assert all(torch.equal(value, alone[name]) for name, value in got.items())
+
+
+@pytest.mark.parametrize("case", SPARSE_CASES, ids=str)
+def test_in_float32_what_is_sparse_has_the_bits_of_the_dense_product(isa, case):
+    inputs, dy = sparsely_kept(case, torch.float32)
+    whole = results(masked_matmul, inputs, dy, "x", isa=isa)
+    parts = [
+        results(masked_matmul, [x, *inputs[1:]], part, "x", isa=isa)
+        for x, part in zip(inputs[0].split(64), dy.split(64), strict=True)
+    ]
+    for name, value in whole.items():
+        assert torch.equal(value, torch.cat([part[name] for part in parts]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_kept_of_many_tokens_leaves_the_bias(isa, dtype):
+    inputs, dy = operands(Case(140, 50, 34), dtype)
+    inputs[3] = torch.tensor(torch.inf)
+    got = results(masked_matmul, inputs, dy, isa=isa)
+    assert not got["dx"].any() and torch.equal(got["y"], inputs[4].to(dtype).expand(140, 34))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("needed", ["x", "w", "s", "b", "xs", "ws", "xw", "sb"])
 def test_any_of_the_gradients_may_be_left_out(isa, needed, dtype):

@@ -25,11 +25,11 @@ constexpr std::int64_t packed_values = 1 << 15;
 constexpr std::int64_t sampled_rows = 32;
 // The tokens from which, and the shares kept below which, it is faster to multiply only what is kept: against dense
 // products of floats, and of pairs of bf16.
-constexpr std::int64_t sparse_tokens = 48;
-constexpr double sparse_floats_below = 2;
-constexpr double sparse_pairs_below = 2;
-// Of a task's results, at most 256: they share the part of a panel that is in the first-level cache.
-constexpr std::int64_t sparse_columns = 128;
+constexpr std::int64_t sparse_tokens = 128;
+constexpr double sparse_floats_below = 0.35;
+constexpr double sparse_pairs_below = 0.12;
+// A task's results, which take turns with the part of a panel that is in the first-level cache; at most 256.
+constexpr std::int64_t sparse_columns = 256;
 // Products below which waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_products = 1 << 18;
 

@@ -6,9 +6,8 @@ namespace {
 
 constexpr int token_vectors = 4;
 constexpr int panel_tokens = token_vectors * lanes;
-// Values of a token whose part of a panel stays in the first-level cache: 40 KB with AVX-512, 32 KB with AVX2.
-constexpr std::int64_t slab = lanes == 16 ? 160 : chunk;
-static_assert(slab <= chunk && slab % lanes == 0, "a slab is read at a time, in whole vectors");
+// Values of a token whose part of a panel stays close: 64 KB with AVX-512, 32 KB with AVX2.
+constexpr std::int64_t slab = chunk;
 
 // What is kept of the weights of some results, slab by slab; each slab's filled up to an even number with zeros.
 struct Kept {
