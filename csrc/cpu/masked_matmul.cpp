@@ -60,7 +60,8 @@ void pack(const MaskedMatmulKernel& kernel, const MatmulPanels& job, int threads
   const std::int64_t panels = count(job), stride = job.words * job.width;
   // Down the columns a task takes some words of all panels: the source's rows are then read one behind the other.
   const std::int64_t unit = job.across ? job.source.cols * kernel.values_a_word : stride * kernel.values_a_word;
-  const std::int64_t step = std::max<std::int64_t>(1, packed_values / std::max<std::int64_t>(unit, 1));
+  const std::int64_t least = job.across ? 16 : 1;  // whole cache lines of a panel
+  const std::int64_t step = ceil_div(packed_values / std::max<std::int64_t>(unit, 1) + 1, least) * least;
   const std::int64_t all = job.across ? job.words : panels;
   parallel(ceil_div(all, step), threads, [&](std::int64_t task) {
     const std::int64_t begin = task * step, end = std::min(begin + step, all);
@@ -70,6 +71,12 @@ void pack(const MaskedMatmulKernel& kernel, const MatmulPanels& job, int threads
       kernel.pack(job, begin, end, 0, job.words, job.panels + begin * stride, stride);
     }
   });
+}
+
+std::int64_t work_floats(const MaskedMatmulKernel& kernel, const MatmulJob& job, const MatmulBlock& block) {
+  const std::int64_t own = job.right.panels == nullptr ? block.panels * job.depth * kernel.tile_columns : 0;
+  const bool once = job.depth >= job.right.words;
+  return own + (once ? 0 : block.tiles * block.panels * kernel.tile_rows * kernel.tile_columns);
 }
 
 // Blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
@@ -83,7 +90,7 @@ void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tile
     const std::int64_t tile = task / across * tiles, panel = task % across * panels;
     const MatmulBlock block{tile, std::min(tiles, all_tiles - tile), panel, std::min(panels, all_panels - panel)};
     try {
-      const std::int64_t floats = std::max<std::int64_t>(1, matmul_work_floats(kernel, job, block));
+      const std::int64_t floats = std::max<std::int64_t>(1, work_floats(kernel, job, block));
       const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
       kernel.multiply(job, block, static_cast<float*>(scratch(bytes, Scratch::task)));
     } catch (const std::bad_alloc&) {

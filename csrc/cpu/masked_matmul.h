@@ -1,8 +1,8 @@
 // What the driver (masked_matmul.cpp) and the kernels (masked_matmul_<isa>.cpp) share.
 //
 // A product sums over words: a float each, or a pair of bf16 where the kernel multiplies these. Both operands come in
-// panels of `width` rows or columns of the result, which one word of each lies side by side: [panels][words][width],
-// with zeros past the last row, column and value.
+// panels of `width` rows or columns of the result, one word of each side by side: [panels][words][width], with zeros
+// past the last row, column and value.
 #pragma once
 
 #include "../ops.h"
@@ -22,7 +22,7 @@ struct MatmulSource {
 struct MatmulPanels {
   MatmulSource source;
   bool across;         // words go down the source's columns, and a panel is a few of these; else along its rows
-  std::int64_t width;  // the kernel's tile_rows or tile_columns
+  std::int64_t width;  // the kernel's tile_rows, tile_columns or panel_tokens
   std::int64_t words;
   float* panels;       // [ceil(rows or cols / width)][words][width], aligned to 64 bytes
 };
@@ -55,7 +55,7 @@ struct MaskedMatmulKernel {
   // Panels `first` to `last` of words `begin` to `end`, one panel `stride` floats behind the other from `out` on.
   void (*pack)(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
                float* out, std::int64_t stride);
-  // `work`: matmul_work_floats.
+  // `work`: what of the right panels is not packed, `depth` words of them, then a block's sums between two depths.
   void (*multiply)(const MatmulJob& job, const MatmulBlock& block, float* work);
   // Columns `first` to `last` of out, by what is kept of their weights alone; job.left is in panels of `panel_tokens`.
   // Null where words are pairs.
@@ -65,14 +65,6 @@ struct MaskedMatmulKernel {
   // How many of a row's weights are kept.
   std::int64_t (*count_kept)(const MaskedWeight& mask, std::int64_t row);
 };
-
-// What a block needs: its panels of columns, where they are not packed yet, and its sums between two depths.
-inline std::int64_t matmul_work_floats(const MaskedMatmulKernel& kernel, const MatmulJob& job,
-                                       const MatmulBlock& block) {
-  const std::int64_t own = job.right.panels == nullptr ? block.panels * job.depth * kernel.tile_columns : 0;
-  const bool once = job.depth >= job.right.words;
-  return own + (once ? 0 : block.tiles * block.panels * kernel.tile_rows * kernel.tile_columns);
-}
 
 namespace masked_matmul_scalar { extern const MaskedMatmulKernel kernel; }
 #if defined(__x86_64__)

@@ -27,7 +27,8 @@ def masked_matmul(
     x: float32 or bfloat16 [..., n_in], of any strides. weight: float32 [n_out, n_in], n_out and n_in at least 1.
     scores: ŝ, float32 [score_rows, n_in]; a score is shared by n_out / score_rows consecutive rows.
     threshold: φ, float32 [], or [score_rows, n_in / m]: one for every m consecutive inputs. bias: float32 [n_out].
-    A score that is NaN is not at least its threshold, so its weights are not kept.
+    A score that is NaN is not at least its threshold, so its weights are not kept. Where x is not finite, weights that
+    are not kept may make a NaN of it, or not.
 
     Gradients are straight-through, the mask being taken for ŝ: with G = dYᵀ X, dŝ is the sum of G ⊙ W over the rows
     that share a score, whether kept or not; dW = G ⊙ mask, dX = dY (W ⊙ mask), db = Σ dY. dX has x's dtype, the others
