@@ -270,7 +270,7 @@ struct MaskedWeight {
 //   y     [tokens, n_out], written whole; must not overlap x
 // Where little is kept, only that is multiplied: then what is not kept does not turn an infinite x into NaN.
 // The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a packed copy of x, and what a thread
-// needs, some 200 KB and 384 bytes a token, or 2 KB for each value of a sum, cannot be had.
+// needs, some 100 KB and 384 bytes a token, or 2 KB for each value of a sum, cannot be had.
 void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
                    Isa isa, int threads, void* y);
 

@@ -31,7 +31,7 @@ class Case(NamedTuple):
         )
 
 
-# Tiles of results are 4 or 8 rows by 8, 24 or 48 columns, sums go in 512 words of 1 or 2 values, a task covers 96
+# Tiles of results are 4 or 8 rows by 8, 24 or 48 columns, sums go in 256 words of 1 or 2 values, a task covers 96
 # columns, or 96 rows and 192 columns of G. Values of a row are read 256 at a time.
 CASES = [
     Case(1, 1, 1),

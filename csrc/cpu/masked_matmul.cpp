@@ -13,8 +13,8 @@
 namespace sparsebert {
 namespace {
 
-// Words of a sum that go on in registers: of a task's panels of columns they take 192 KB of a second-level cache.
-constexpr std::int64_t most_depth = 512;
+// Words of a sum that go on in registers: of a task's panels of columns they take 96 KB of a second-level cache.
+constexpr std::int64_t most_depth = 256;
 constexpr std::int64_t task_columns = 96;
 // Of the block of G that a task makes.
 constexpr std::int64_t gradient_rows = 96;
