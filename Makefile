@@ -35,4 +35,4 @@ sanitize: .venv/installed
 		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
 	cd $(SANITIZED) && PYTHONPATH=. LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		$(CURDIR)/$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_sparse_matmul.py tests/test_sparse_encoder.py tests/test_gram.py \
-		tests/test_masked_lstsq.py tests/test_obs_prune.py tests/test_admm_prune.py tests/test_topk_mask.py
+		tests/test_masked_lstsq.py tests/test_obs_prune.py tests/test_admm_prune.py tests/test_topk_mask.py tests/test_masked_matmul.py

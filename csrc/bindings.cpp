@@ -499,71 +499,76 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
   admm_prune_step(state, keep_data, rho, shrink, isa, threads);
 }
 
+using FloatsOrBf16 = std::variant<Array<float>, Array<Bf16>>;
+
+struct Values {
+  void* data;
+  std::int64_t rows, cols;
+  bool bf16;
+};
+
+Values values_of(FloatsOrBf16& array, bool written) {
+  return std::visit(
+      [written](auto& values) -> Values {
+        require(values.ndim() == 2, "x, y and their gradients must be 2-d");
+        void* data = written ? static_cast<void*>(values.mutable_data()) : const_cast<void*>(
+                                   static_cast<const void*>(values.data()));
+        return {data, values.shape(0), values.shape(1), values.itemsize() == 2};
+      },
+      array);
+}
+
 MaskedWeight masked_weight(const Array<float>& weight, const Array<float>& scores, const Array<float>& thresholds) {
-  require(weight.ndim() == 2 && scores.ndim() == 2 && thresholds.ndim() <= 2, "weight and scores must be matrices");
-  const std::int64_t n_out = weight.shape(0), n_in = weight.shape(1), rows = scores.shape(0);
-  require(scores.shape(1) == n_in && rows >= 1 && n_out % rows == 0, "rows of weight must share rows of scores");
-  MaskedWeight w{weight.data(), scores.data(), thresholds.data(), n_out, n_in, n_out / rows, 0};
-  if (thresholds.ndim() == 2) {
-    const std::int64_t parts = thresholds.shape(1);
-    require(thresholds.shape(0) == rows && parts >= 1 && n_in % parts == 0, "columns must share thresholds");
-    w.reach = n_in / parts;
-  } else {
-    require(thresholds.size() == 1, "one threshold, or a matrix of them");
+  require(weight.ndim() == 2 && weight.size() > 0, "weight must be 2-d and not empty");
+  const std::int64_t n_out = weight.shape(0), n_in = weight.shape(1);
+  require(scores.ndim() == 2 && scores.shape(0) >= 1 && n_out % scores.shape(0) == 0 && scores.shape(1) == n_in,
+          "scores must be [score_rows, n_in], score_rows dividing n_out");
+  std::int64_t reach = 0;
+  if (thresholds.ndim() > 0) {
+    require(thresholds.ndim() == 2 && thresholds.shape(0) == scores.shape(0) && thresholds.shape(1) >= 1 &&
+                n_in % thresholds.shape(1) == 0,
+            "thresholds must be [] or [score_rows, n_in / m]");
+    reach = n_in / thresholds.shape(1);
   }
-  return w;
+  return {weight.data(), scores.data(), thresholds.data(), n_out, n_in, n_out / scores.shape(0), reach};
 }
 
-// T as Python holds it: bf16 has no numpy type, its bits do.
-template <typename T>
-void run_masked_matmul(const Array<T>& x, const Array<float>& weight, const Array<float>& scores,
-                       const Array<float>& thresholds, const std::optional<Array<float>>& bias, Array<T>& y,
-                       const std::string& isa, int threads) {
-  const MaskedWeight w = masked_weight(weight, scores, thresholds);
-  require(x.ndim() == 2 && x.shape(1) == w.n_in && y.ndim() == 2 && y.shape(0) == x.shape(0) && y.shape(1) == w.n_out,
-          "x must be [tokens, n_in] and y [tokens, n_out]");
-  require(!bias || bias->size() == w.n_out, "bias must be [n_out]");
-  const float* bias_data = bias ? bias->data() : nullptr;
-  T* out = y.mutable_data();
-  const Isa chosen = isa_named(isa);
+void run_masked_matmul(FloatsOrBf16 x, const Array<float>& weight, const Array<float>& scores,
+                       const Array<float>& thresholds, const std::optional<Array<float>>& bias, FloatsOrBf16 y,
+                       const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  const MaskedWeight masked = masked_weight(weight, scores, thresholds);
+  const Values in = values_of(x, false), out = values_of(y, true);
+  require(in.cols == masked.n_in && out.rows == in.rows && out.cols == masked.n_out && in.bf16 == out.bf16,
+          "x must be [tokens, n_in], and y [tokens, n_out] of its type");
+  require(!bias || (bias->ndim() == 1 && bias->size() == masked.n_out), "bias must be [n_out]");
   const py::gil_scoped_release released;
-  masked_matmul(x.data(), x.shape(0), w, bias_data, chosen, threads, out);
+  masked_matmul(masked, in.data, in.rows, in.bf16, data_or_null(bias), isa, threads, out.data);
 }
 
-template <typename T>
-void run_masked_matmul_backward(const Array<T>& grad_y, const Array<T>& x, const Array<float>& weight,
+void run_masked_matmul_backward(FloatsOrBf16 x, FloatsOrBf16 dy, const Array<float>& weight,
                                 const Array<float>& scores, const Array<float>& thresholds,
-                                std::optional<Array<T>>& grad_x, std::optional<Array<float>>& grad_scores,
-                                std::optional<Array<float>>& grad_weight, const std::string& isa, int threads) {
-  const MaskedWeight w = masked_weight(weight, scores, thresholds);
-  const std::int64_t tokens = x.shape(0);
-  require(x.ndim() == 2 && x.shape(1) == w.n_in && grad_y.ndim() == 2 && grad_y.shape(0) == tokens &&
-              grad_y.shape(1) == w.n_out,
-          "x must be [tokens, n_in] and grad_y [tokens, n_out]");
-  require(!grad_x || grad_x->size() == x.size(), "grad_x must be like x");
-  require(!grad_scores || grad_scores->size() == scores.size(), "grad_scores must be like scores");
-  require(!grad_weight || grad_weight->size() == weight.size(), "grad_weight must be like weight");
-  T* for_x = grad_x ? grad_x->mutable_data() : nullptr;
-  float* for_scores = grad_scores ? grad_scores->mutable_data() : nullptr;
-  float* for_weight = grad_weight ? grad_weight->mutable_data() : nullptr;
-  const Isa chosen = isa_named(isa);
-  const py::gil_scoped_release released;
-  if (for_x != nullptr) masked_matmul_grad_x(grad_y.data(), tokens, w, chosen, threads, for_x);
-  if (for_scores != nullptr || for_weight != nullptr) {
-    masked_matmul_grad_w(grad_y.data(), x.data(), tokens, w, chosen, threads, for_scores, for_weight);
+                                std::optional<FloatsOrBf16> dx, std::optional<Array<float>> d_weight,
+                                std::optional<Array<float>> d_scores, const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  const MaskedWeight masked = masked_weight(weight, scores, thresholds);
+  const Values in = values_of(x, false), out = values_of(dy, false);
+  require(in.cols == masked.n_in && out.rows == in.rows && out.cols == masked.n_out && in.bf16 == out.bf16,
+          "x must be [tokens, n_in], and dy [tokens, n_out] of its type");
+  Values dx_out{};
+  if (dx) {
+    dx_out = values_of(*dx, true);
+    require(dx_out.rows == in.rows && dx_out.cols == in.cols && dx_out.bf16 == in.bf16, "dx must be like x");
   }
-}
-
-template <typename T>
-void define_masked_matmul(py::module_& m) {
-  m.def("masked_matmul", &run_masked_matmul<T>, py::arg("x").noconvert(), py::arg("weight").noconvert(),
-        py::arg("scores").noconvert(), py::arg("thresholds").noconvert(), py::arg("bias").noconvert().none(true),
-        py::arg("y").noconvert(), py::arg("isa"), py::arg("threads"), "Writes y; bf16 as its bits.");
-  m.def("masked_matmul_backward", &run_masked_matmul_backward<T>, py::arg("grad_y").noconvert(),
-        py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("scores").noconvert(),
-        py::arg("thresholds").noconvert(), py::arg("grad_x").noconvert().none(true),
-        py::arg("grad_scores").noconvert().none(true), py::arg("grad_weight").noconvert().none(true), py::arg("isa"),
-        py::arg("threads"), "Writes those gradients that are not None.");
+  require(!d_weight || d_weight->size() == weight.size(), "d_weight must have the weight's size");
+  require(!d_scores || d_scores->size() == scores.size(), "d_scores must have the scores' size");
+  float* d_weight_data = d_weight ? d_weight->mutable_data() : nullptr;
+  float* d_scores_data = d_scores ? d_scores->mutable_data() : nullptr;
+  const py::gil_scoped_release released;
+  masked_matmul_backward(masked, in.data, out.data, in.rows, in.bf16, isa, threads, dx_out.data, d_weight_data,
+                         d_scores_data);
 }
 
 }  // namespace
@@ -626,8 +631,6 @@ PYBIND11_MODULE(_C, m) {
         "Adds a batch to the sums, in place; xx for i <= j only. False, with nothing added, where it is not finite.");
   m.def("topk_mask", &run_topk_mask, py::arg("scores").noconvert(), py::arg("k"), py::arg("isa"), py::arg("threads"),
         "The k highest of each row, or None where there is a NaN.");
-  define_masked_matmul<float>(m);
-  define_masked_matmul<Bf16>(m);
   m.attr("ADMM_PANEL") = admm_panel;
   m.attr("ADMM_BLOCK_ROWS") = admm_block_rows;
   m.def("admm_prune_step", &run_admm_prune_step, py::arg("q").noconvert(), py::arg("qt").noconvert(),
@@ -635,4 +638,13 @@ PYBIND11_MODULE(_C, m) {
         py::arg("u").noconvert(), py::arg("x").noconvert(), py::arg("scores").noconvert(),
         py::arg("keep").noconvert(), py::arg("rho"), py::arg("shrink"), py::arg("isa"), py::arg("threads"),
         "One iteration; writes b, u, x and scores.");
+  m.def("masked_matmul", &run_masked_matmul, py::arg("x").noconvert(), py::arg("weight").noconvert(),
+        py::arg("scores").noconvert(), py::arg("thresholds").noconvert(), py::arg("bias").noconvert().none(true),
+        py::arg("y").noconvert(), py::arg("isa"), py::arg("threads"),
+        "Writes y; x and y are float32, or bf16 as uint16.");
+  m.def("masked_matmul_backward", &run_masked_matmul_backward, py::arg("x").noconvert(), py::arg("dy").noconvert(),
+        py::arg("weight").noconvert(), py::arg("scores").noconvert(), py::arg("thresholds").noconvert(),
+        py::arg("dx").noconvert().none(true), py::arg("d_weight").noconvert().none(true),
+        py::arg("d_scores").noconvert().none(true), py::arg("isa"), py::arg("threads"),
+        "Writes the gradients that are not None.");
 }

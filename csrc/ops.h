@@ -253,30 +253,33 @@ struct AdmmState {
 // std::bad_alloc when about 8 bytes a weight cannot be had.
 void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
 
-// What mask training multiplies by: an entry of W where its score is at least the threshold, else 0; a NaN score is not.
+// A weight and its mask. Kept is what has a score of at least its threshold; a NaN has not.
 struct MaskedWeight {
   const float* weight;      // [n_out, n_in]
-  const float* scores;      // [n_out / share, n_in]: consecutive rows share one
-  const float* thresholds;  // one, where reach is 0; else [n_out / share, n_in / reach]: consecutive columns share one
+  const float* scores;      // [n_out / share, n_in]
+  const float* thresholds;  // [1], or [n_out / share, n_in / reach]
   std::int64_t n_out;
   std::int64_t n_in;
-  std::int64_t share;
-  std::int64_t reach;
+  std::int64_t share;       // consecutive rows that share their scores; divides n_out
+  std::int64_t reach;       // consecutive inputs that share a threshold, dividing n_in; 0: all
 };
 
-// y [tokens, n_out] = x [tokens, n_in] Wᵀ + bias, which may be null. T is float or Bf16; products of bf16 are rounded to
-// it once, at the end, and W where it is packed; sums are float32.
-template <typename T>
-void masked_matmul(const T* x, std::int64_t tokens, const MaskedWeight& w, const float* bias, Isa isa, int threads, T* y);
+// y = x (weight where kept, else 0)ᵀ + bias, summed in float32. With bf16, x and y are, and the weight is rounded to it.
+//   x     [tokens, n_in] row-major, tokens from 0
+//   bias  [n_out] or null
+//   y     [tokens, n_out], written whole; must not overlap x
+// Where little is kept, only that is multiplied: then what is not kept does not turn an infinite x into NaN.
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a packed copy of x, and what a thread
+// needs, some 100 KB and 384 bytes a token, or 2 KB for each value of a sum, cannot be had.
+void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
+                   Isa isa, int threads, void* y);
 
-// grad_x [tokens, n_in] = grad_y [tokens, n_out] W.
-template <typename T>
-void masked_matmul_grad_x(const T* grad_y, std::int64_t tokens, const MaskedWeight& w, Isa isa, int threads, T* grad_x);
-
-// With G = grad_yᵀ x: grad_scores, like the scores, = G times the weight, unmasked, summed over the rows that share a
-// score; grad_weight [n_out, n_in] = G where kept, else 0. Either may be null.
-template <typename T>
-void masked_matmul_grad_w(const T* grad_y, const T* x, std::int64_t tokens, const MaskedWeight& w, Isa isa, int threads,
-                          float* grad_scores, float* grad_weight);
+// The gradients, given dy [tokens, n_out] of x's type; each is left out where it is null.
+//   dx        [tokens, n_in] of x's type, dy (weight where kept, else 0)
+//   d_weight  [n_out, n_in], G = dyᵀ x where kept, else 0
+//   d_scores  [n_out / share, n_in], the sum over the rows that share a score of G * weight, kept or not
+// Like masked_matmul otherwise, with a packed copy of dy too.
+void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
+                            Isa isa, int threads, void* dx, float* d_weight, float* d_scores);
 
 }  // namespace sparsebert

@@ -1,4 +1,6 @@
-"""masked_matmul on a GPU: the mask is made in registers, as tiles of W and of its scores are read."""
+"""masked_matmul on a GPU: the mask is applied where a tile of the weight is loaded, scores' gradients are made where a
+tile of G is.
+"""
 
 from __future__ import annotations
 
@@ -6,173 +8,177 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsebert.errors import UnsupportedError
-
-# Of a program's tile of the result, and how much of the sum's dimension it reads at a time. 64 x 64 sums of 4 warps
-# take 32 registers a thread, which leaves room for two tiles of operands in flight.
-TILE, DEPTH = 64, 32
-OPTIONS = {"num_warps": 4, "num_stages": 3}
+# A tile of results is BLOCK x BLOCK. float32, which tensor cores do not multiply, takes more warps and shorter steps.
+# Chosen to spill nothing on sm_90, not by time.
+BLOCK = 64
+STEPS = {torch.float32: 16, torch.bfloat16: 32}  # values that are multiplied at a time
+OPTIONS = {torch.float32: {"num_warps": 8, "num_stages": 3}, torch.bfloat16: {"num_warps": 4, "num_stages": 3}}
 
 
 def masked_matmul(
-    x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """y of `sparsebert.ops.masked_matmul`, which see for shapes and types, on a GPU; x [tokens, n_in], contiguous.
-
-    float32 products are IEEE's, sums float32. Raises UnsupportedError where rows that share a score are no power of two
-    of at most 64.
-    """
-    tokens, (n_out, n_in) = len(x), weight.shape
-    y = x.new_empty(tokens, n_out)
-    constants = _constants(x, weight, scores, threshold)
-    with torch.cuda.device_of(x):
-        _multiply[_grid(tokens, n_out)](
-            x, weight, scores, threshold, bias, y, tokens, n_out, n_in, n_in, BACK=False, **constants
-        )
-    return y
-
-
-def masked_matmul_backward(
-    grad_y: torch.Tensor,
     x: torch.Tensor,
     weight: torch.Tensor,
     scores: torch.Tensor,
     threshold: torch.Tensor,
-    wanted: list[bool],
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`sparsebert.ops.masked_matmul.masked_matmul` of contiguous x [tokens, n_in], without its gradients: y."""
+    y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    return _times_kept(x, weight, scores, threshold, bias, False, y)
+
+
+def masked_matmul_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scores: torch.Tensor,
+    threshold: torch.Tensor,
+    needed: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[torch.Tensor]:
-    """Those of dL/dx, dL/dW, dL/dm̂ that are wanted, in this order; see `masked_matmul`."""
-    tokens, (n_out, n_in) = len(x), weight.shape
-    constants = _constants(x, weight, scores, threshold)
-    grad_x = torch.empty_like(x) if wanted[0] else None
-    grad_weight = torch.empty_like(weight) if wanted[1] else None
-    grad_scores = torch.empty_like(scores) if wanted[2] else None
-    with torch.cuda.device_of(x):
-        if grad_x is not None:
-            _multiply[_grid(tokens, n_in)](
-                grad_y, weight, scores, threshold, None, grad_x, tokens, n_in, n_out, n_in, BACK=True, **constants,
-            )  # fmt: skip
-        if grad_weight is not None or grad_scores is not None:
-            _gradients[_grid(n_out, n_in)](
-                grad_y, x, weight, scores, threshold, grad_weight, grad_scores, tokens, n_out, n_in, **constants
-            )
-    return [made for made in (grad_x, grad_weight, grad_scores) if made is not None]
+    """Of dX, dW and dŝ those that are `needed`, given contiguous dY [tokens, n_out] of x's dtype."""
+    gradients = []
+    if needed[0]:
+        gradients.append(_times_kept(dy, weight, scores, threshold, None, True, torch.empty_like(x)))
+    if not needed[1] and not needed[2]:
+        return gradients
+    d_weight = torch.empty_like(weight) if needed[1] else None
+    d_scores = torch.empty_like(scores) if needed[2] else None
+    (n_out, n_in), share = weight.shape, len(weight) // len(scores)
+    constants = _constants(x.dtype, weight, scores, threshold) | _rows_plan(share)
+    grid = (triton.cdiv(n_out, constants["SPAN"]), triton.cdiv(n_in, BLOCK))
+    _gradients[grid](
+        dy, x, weight, scores, threshold, d_weight, d_scores, len(x), n_out, n_in, **constants, **OPTIONS[x.dtype]
+    )
+    return gradients + [gradient for gradient in (d_weight, d_scores) if gradient is not None]
 
 
-def _grid(rows: int, cols: int) -> tuple[int, int]:
-    return triton.cdiv(rows, TILE), triton.cdiv(cols, TILE)
+def _times_kept(x, weight, scores, threshold, bias, across: bool, out: torch.Tensor) -> torch.Tensor:
+    n_out, n_in = weight.shape
+    grid = (triton.cdiv(len(x), BLOCK), triton.cdiv(n_in if across else n_out, BLOCK))
+    if len(x):
+        constants = _constants(x.dtype, weight, scores, threshold) | {"ACROSS": across}
+        _product[grid](x, weight, scores, threshold, bias, out, len(x), n_out, n_in, **constants, **OPTIONS[x.dtype])
+    return out
 
 
-def _constants(x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor) -> dict[str, int]:
-    share = len(weight) // len(scores)
-    if share > TILE or share & (share - 1):
-        raise UnsupportedError(
-            f"rows that share a score must be a power of two of at most {TILE}, got {share}", fix="use another pattern"
-        )
+def _constants(
+    dtype: torch.dtype, weight: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor
+) -> dict[str, int]:
+    """What both kernels are compiled for."""
     reach = weight.shape[1] // threshold.shape[1] if threshold.ndim else 0
-    # The interpreter multiplies the bits of bf16, not its values; of float32 the products are the same.
-    widen = triton.knobs.runtime.interpret
-    constants = {"SHARE": share, "REACH": reach, "WIDEN": widen, "TILE": TILE}
-    # IEEE's float32 has no tensor cores: operands wait in registers, of which a deeper tile or fewer warps would need
-    # more than there are (sm_90).
-    if x.dtype == torch.float32:
-        return constants | {"DEPTH": 16, "num_warps": 8, "num_stages": 2}
-    return constants | {"DEPTH": 32, "num_warps": 4, "num_stages": 3}
+    return {"SHARE": len(weight) // len(scores), "REACH": reach, "BLOCK": BLOCK, "STEP": STEPS[dtype]}
+
+
+def _rows_plan(share: int) -> dict[str, int]:
+    """Rows of a program, and into how many scores a tile of them falls: it sees all rows of a score, so that no two
+    programs add to one.
+    """
+    whole = BLOCK % share == 0
+    return {"SPAN": BLOCK if whole else share, "SETS": BLOCK // share if whole else 1}
 
 
 @triton.jit
 def _kept(scores_ptr, threshold_ptr, rows, cols, inside, n_in, SHARE: tl.constexpr, REACH: tl.constexpr):
-    """1[m̂ ≥ φ] of a tile of W, by its row and column indices; a NaN score is not kept."""
-    shared = rows // SHARE
-    scores = tl.load(scores_ptr + shared * n_in + cols, mask=inside, other=0.0)
-    if REACH > 0:
-        threshold = tl.load(threshold_ptr + shared * (n_in // REACH) + cols // REACH, mask=inside, other=0.0)
-    else:
-        threshold = tl.load(threshold_ptr)
-    return scores >= threshold
+    """Which of the weights at rows x cols (broadcast against each other) are kept; a NaN is not."""
+    score_rows = rows // SHARE
+    scores = tl.load(scores_ptr + score_rows * n_in + cols, mask=inside, other=0.0)
+    if REACH == 0:
+        return scores >= tl.load(threshold_ptr)
+    return scores >= tl.load(threshold_ptr + score_rows * (n_in // REACH) + cols // REACH, mask=inside, other=0.0)
 
 
 @triton.jit
-def _multiply(
-    left_ptr,  # [rows, depth]: x, or grad_y
-    weight_ptr,  # [n_out, n_in]
-    scores_ptr,  # [n_out / SHARE, n_in]
-    threshold_ptr,  # [] or [n_out / SHARE, n_in / REACH]
-    bias_ptr,  # [cols] or None
-    out_ptr,  # [rows, cols]
-    rows,
-    cols,
-    depth,
+def _product(
+    x_ptr,  # [tokens, n_in]; ACROSS: [tokens, n_out]
+    weight_ptr,  # float32 [n_out, n_in]
+    scores_ptr,  # float32 [n_out / SHARE, n_in]
+    threshold_ptr,  # float32 [], or [n_out / SHARE, n_in / REACH]
+    bias_ptr,  # float32 [n_out], or None
+    out_ptr,  # [tokens, n_out]; ACROSS: [tokens, n_in]; of x's type
+    tokens,
+    n_out,
     n_in,
-    BACK: tl.constexpr,  # left times W, and not times its transpose
-    SHARE: tl.constexpr,
-    REACH: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply as float32
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    SHARE: tl.constexpr,  # rows of a score
+    REACH: tl.constexpr,  # inputs of a threshold; 0: there is one
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    ACROSS: tl.constexpr,  # x times the kept weight, and not times its transpose
 ):
-    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
-    col = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
-    sums = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, depth, DEPTH):
-        k = start + tl.arange(0, DEPTH)
-        left = tl.load(left_ptr + row * depth + k[None, :], mask=(row < rows) & (k[None, :] < depth), other=0.0)
-        # Of W a tile [DEPTH, TILE]: in a forward product its rows are the result's columns.
-        of_row, of_col = (k[:, None], col) if BACK else (col, k[:, None])
-        inside = (k[:, None] < depth) & (col < cols)
-        at = of_row * n_in + of_col
-        weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
-        keep = _kept(scores_ptr, threshold_ptr, of_row, of_col, inside, n_in, SHARE, REACH)
-        right = tl.where(keep, weight, 0.0).to(left.dtype)
-        if WIDEN:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        sums += tl.dot(left, right, input_precision="ieee")
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    depth, columns = (n_out, n_in) if ACROSS else (n_in, n_out)
+    x_at = x_ptr + token.to(tl.int64)[:, None] * depth
+    sums = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, depth, STEP):
+        k = start + tl.arange(0, STEP)
+        x = tl.load(x_at + k[None, :], mask=(token < tokens)[:, None] & (k < depth)[None, :], other=0.0)
+        inside = (k < depth)[:, None] & (column < columns)[None, :]
+        if ACROSS:
+            rows, cols = k.to(tl.int64)[:, None], column[None, :]
+        else:
+            rows, cols = column.to(tl.int64)[None, :], k[:, None]
+        weight = tl.load(weight_ptr + rows * n_in + cols, mask=inside, other=0.0)
+        kept = _kept(scores_ptr, threshold_ptr, rows, cols, inside, n_in, SHARE, REACH)
+        sums = tl.dot(x, tl.where(kept, weight, 0.0).to(x.dtype), sums, input_precision="ieee")
     if bias_ptr is not None:
-        sums += tl.load(bias_ptr + col, mask=col < cols, other=0.0)
-    tl.store(out_ptr + row * cols + col, sums.to(out_ptr.dtype.element_ty), mask=(row < rows) & (col < cols))
+        sums += tl.load(bias_ptr + column, mask=column < columns, other=0.0)[None, :]
+    tl.store(
+        out_ptr + token.to(tl.int64)[:, None] * columns + column[None, :],
+        sums.to(out_ptr.dtype.element_ty),
+        mask=(token < tokens)[:, None] & (column < columns)[None, :],
+    )
 
 
 @triton.jit
 def _gradients(
-    grad_y_ptr,  # [tokens, n_out]
+    dy_ptr,  # [tokens, n_out]
     x_ptr,  # [tokens, n_in]
-    weight_ptr,
-    scores_ptr,
-    threshold_ptr,
-    grad_weight_ptr,  # [n_out, n_in] or None
-    grad_scores_ptr,  # [n_out / SHARE, n_in] or None
+    weight_ptr,  # float32 [n_out, n_in]
+    scores_ptr,  # float32 [n_out / SHARE, n_in]
+    threshold_ptr,  # float32 [], or [n_out / SHARE, n_in / REACH]
+    d_weight_ptr,  # float32 [n_out, n_in], or None
+    d_scores_ptr,  # float32 [n_out / SHARE, n_in], or None
     tokens,
     n_out,
     n_in,
     SHARE: tl.constexpr,
     REACH: tl.constexpr,
-    WIDEN: tl.constexpr,  # multiply as float32
-    TILE: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    SPAN: tl.constexpr,  # rows of a program
+    SETS: tl.constexpr,  # scores that a tile's rows fall into
 ):
-    first = tl.program_id(0) * TILE
-    row = (first + tl.arange(0, TILE)).to(tl.int64)
-    col = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
-    g = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, tokens, DEPTH):
-        t = (start + tl.arange(0, DEPTH)).to(tl.int64)
-        left = tl.load(
-            grad_y_ptr + t[None, :] * n_out + row[:, None],
-            mask=(t[None, :] < tokens) & (row[:, None] < n_out),
-            other=0.0,
+    first = tl.program_id(0) * SPAN
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    cols = column[None, :]
+    shared = tl.zeros([SETS, BLOCK], tl.float32)
+    for begin in range(0, SPAN, BLOCK):
+        own = begin + tl.arange(0, BLOCK)
+        row = first + own
+        there = (own < SPAN) & (row < n_out)
+        g = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for start in range(0, tokens, STEP):
+            token = start + tl.arange(0, STEP)
+            at = token.to(tl.int64)
+            dy = tl.load(
+                dy_ptr + at[None, :] * n_out + row[:, None], mask=there[:, None] & (token < tokens)[None, :], other=0.0
+            )
+            x = tl.load(
+                x_ptr + at[:, None] * n_in + cols, mask=(token < tokens)[:, None] & (column < n_in)[None, :], other=0.0
+            )
+            g = tl.dot(dy, x, g, input_precision="ieee")
+        inside = there[:, None] & (column < n_in)[None, :]
+        rows = row.to(tl.int64)[:, None]
+        if d_weight_ptr is not None:
+            kept = _kept(scores_ptr, threshold_ptr, rows, cols, inside, n_in, SHARE, REACH)
+            tl.store(d_weight_ptr + rows * n_in + cols, tl.where(kept, g, 0.0), mask=inside)
+        if d_scores_ptr is not None:
+            product = g * tl.load(weight_ptr + rows * n_in + cols, mask=inside, other=0.0)
+            shared += tl.sum(tl.reshape(product, [SETS, BLOCK // SETS, BLOCK]), 1)
+    if d_scores_ptr is not None:
+        score_row = first // SHARE + tl.arange(0, SETS)
+        tl.store(
+            d_scores_ptr + score_row.to(tl.int64)[:, None] * n_in + cols,
+            shared,
+            mask=(score_row < n_out // SHARE)[:, None] & (column < n_in)[None, :],
         )
-        right = tl.load(x_ptr + t[:, None] * n_in + col, mask=(t[:, None] < tokens) & (col < n_in), other=0.0)
-        if WIDEN:
-            left, right = left.to(tl.float32), right.to(tl.float32)
-        g += tl.dot(left, right, input_precision="ieee")
-    inside = (row[:, None] < n_out) & (col < n_in)
-    at = row[:, None] * n_in + col
-    if grad_weight_ptr is not None:
-        keep = _kept(scores_ptr, threshold_ptr, row[:, None], col, inside, n_in, SHARE, REACH)
-        tl.store(grad_weight_ptr + at, tl.where(keep, g, 0.0), mask=inside)
-    if grad_scores_ptr is not None:
-        # A tile holds whole groups of rows that share a score.
-        products = g * tl.load(weight_ptr + at, mask=inside, other=0.0)
-        shared = tl.sum(tl.reshape(products, [TILE // SHARE, SHARE, TILE]), 1)
-        group = first // SHARE + tl.arange(0, TILE // SHARE)
-        inside_groups = (group[:, None] < n_out // SHARE) & (col < n_in)
-        tl.store(grad_scores_ptr + group[:, None].to(tl.int64) * n_in + col, shared, mask=inside_groups)

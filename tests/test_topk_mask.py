@@ -35,6 +35,24 @@ def test_exactly_k_highest_and_ties_by_index(isa, shape, kind):
         assert torch.equal(got, topk_mask_ref(x, k)), k
 
 
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "tiny"])
+@pytest.mark.parametrize("shape", [(1,), (7, 33), (97, 4), (3, 5000), (100_003,), (2, 3, 70)], ids=str)
+def test_the_threshold_is_the_kth_highest_score(isa, shape, kind):
+    x = scores(shape, kind)
+    n = shape[-1]
+    for k in sorted({1, n // 2, n} - {0}):
+        got = topk_threshold(x, k, isa=isa)
+        assert torch.equal(got, torch.kthvalue(x, n - k + 1).values), k
+        assert ((x >= got[..., None]).sum(-1) >= k).all() and ((x > got[..., None]).sum(-1) < k).all()
+
+
+def test_a_threshold_may_be_infinite_and_needs_a_score():
+    x = torch.tensor([torch.inf, 1.0, -torch.inf])
+    assert [topk_threshold(x, k).item() for k in (1, 2, 3)] == [torch.inf, 1.0, -torch.inf]
+    with pytest.raises(InputError, match="k must be at least 1, got 0"):
+        topk_threshold(x, 0)
+
+
 @pytest.mark.parametrize("sampled", [-1.0, 0.5, 2.0])
 def test_a_sample_that_misleads_costs_time_only(isa, sampled):
     n, size = 100_003, 8192  # the places that a long vector's threshold is first guessed from
@@ -154,17 +172,3 @@ def test_v_n_m_keeps_four_shared_columns_and_n_of_them_a_row(x):
                 expected = np.zeros(6, bool)
                 expected[shared[best(block[row, shared], 2)]] = True
                 np.testing.assert_array_equal(got[group + row, start : start + 6], expected)
-
-
-@pytest.mark.parametrize("n", [1, 7, 64, 65, 1000])
-def test_the_threshold_is_the_kth_highest_score(n):
-    scores = torch.randn(3, n, generator=torch.Generator().manual_seed(n))
-    scores[1] = scores[1].round()  # ties
-    for k in {1, (n + 1) // 2, n}:
-        wanted = scores.sort(dim=1, descending=True).values[:, k - 1]
-        assert torch.equal(topk_threshold(scores, k), wanted)
-
-
-def test_a_threshold_keeps_at_least_one():
-    with pytest.raises(InputError, match="k must be"):
-        topk_threshold(torch.zeros(5), 0)

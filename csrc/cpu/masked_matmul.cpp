@@ -1,6 +1,10 @@
+// Cuts the three products of a masked layer into blocks of their results; the arithmetic is in masked_matmul.inl.
 #include "masked_matmul.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <new>
 #include <numeric>
 
 #include "scratch.h"
@@ -9,109 +13,180 @@
 namespace sparsebert {
 namespace {
 
-constexpr std::int64_t tokens_a_part = 8192;  // whose gradients are packed at once
-// Right panels that are multiplied together with each left tile: of chunk_words they take 576 KiB of a second-level cache.
-constexpr std::int64_t group_panels = 4;
-constexpr std::int64_t serial_work = 1 << 16;  // products, below which waking threads takes longer
+// Words of a sum that go on in registers: of a task's panels of columns they take 96 KB of a second-level cache.
+constexpr std::int64_t most_depth = 256;
+constexpr std::int64_t task_columns = 96;
+// Of the block of G that a task makes.
+constexpr std::int64_t gradient_rows = 96;
+constexpr std::int64_t gradient_columns = 192;
+// Values that a task of packing reads, at least.
+constexpr std::int64_t packed_values = 1 << 15;
+// Rows of which what is kept is counted.
+constexpr std::int64_t sampled_rows = 32;
+// The tokens from which, and the shares kept below which, it is faster to multiply only what is kept: against dense
+// products of floats, and of pairs of bf16.
+constexpr std::int64_t sparse_tokens = 128;
+constexpr double sparse_floats_below = 0.35;
+constexpr double sparse_pairs_below = 0.12;
+// A task's results, which take turns with the part of a panel that is in the first-level cache; at most 256.
+constexpr std::int64_t sparse_columns = 256;
+// Products below which waking a second core, some 5 us, costs more than it saves.
+constexpr std::int64_t serial_products = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-template <typename T>
-const MaskedKernel<T>& kernel_for(Isa isa);
-
-template <>
-const MaskedKernel<float>& kernel_for(Isa isa) {
+const MaskedMatmulKernel& kernel_for([[maybe_unused]] Isa isa, [[maybe_unused]] bool bf16) {
 #if defined(__x86_64__)
+  // Where there is AMX, dot products of bf16 are half as fast as float32's.
+  if (isa == Isa::avx512_bf16 && bf16) return masked_matmul_avx512_bf16::kernel;
   if (isa >= Isa::avx512) return masked_matmul_avx512::kernel;
   if (isa == Isa::avx2) return masked_matmul_avx2::kernel;
 #endif
-  (void)isa;
   return masked_matmul_scalar::kernel;
 }
 
-template <>
-const MaskedKernel<Bf16>& kernel_for(Isa isa) {
-#if defined(__x86_64__)
-  // Every processor with AMX has the dot products of AVX-512 BF16 as well.
-  if (isa >= Isa::avx512_bf16) return masked_matmul_avx512_bf16::kernel_bf16;
-  if (isa == Isa::avx512) return masked_matmul_avx512::kernel_bf16;
-  if (isa == Isa::avx2) return masked_matmul_avx2::kernel_bf16;
-#endif
-  (void)isa;
-  return masked_matmul_scalar::kernel_bf16;
+// A product's operand; `across` as in MatmulPanels.
+MatmulPanels panels_of(const MaskedMatmulKernel& kernel, const MatmulSource& source, bool across, std::int64_t width) {
+  return {source, across, width, ceil_div(across ? source.rows : source.cols, kernel.values_a_word), nullptr};
 }
 
-template <typename T>
-void run(MaskedJob<T> job, Isa isa, int threads) {
-  const MaskedKernel<T>& kernel = kernel_for<T>(isa);
-  if (job.rows == 0 || job.columns == 0) return;
-  if (job.rows * job.columns * job.depth < serial_work) threads = 1;
-  const std::int64_t words = ceil_div(job.depth, kernel.depths_a_word);
-  const std::int64_t panels = ceil_div(job.rows, kernel.left_width);
-  const std::int64_t rights = ceil_div(job.columns, kernel.right_width);
-  job.left = static_cast<float*>(
-      scratch(static_cast<std::size_t>(panels * kernel.left_width * words) * sizeof(float)));
-  const std::int64_t parts = job.product == Product::grad_w ? ceil_div(job.depth, pack_depth) : panels;
-  parallel(parts, threads, [&](std::int64_t part) { kernel.pack_left(job, part); });
+std::int64_t count(const MatmulPanels& job) {
+  return ceil_div(job.across ? job.source.cols : job.source.rows, job.width);
+}
 
-  // Rows that share a score are added up by one task.
-  const std::int64_t unit =
-      job.product == Product::grad_w ? std::lcm<std::int64_t>(job.w.share, kernel.left_width) / kernel.left_width : 1;
-  const std::int64_t units = ceil_div(panels, unit);
-  const std::int64_t panel_floats = words * kernel.right_width;
-  const std::int64_t wanted = 2 * threads;  // tasks, so that none waits long for the other
-  const std::int64_t group = std::clamp<std::int64_t>(rights / wanted, 1, group_panels);
-  const std::int64_t groups = ceil_div(rights, group);
-  const std::int64_t splits = std::min(units, ceil_div(wanted, groups));
-  const std::int64_t step = ceil_div(units, splits) * unit;
-  parallel(groups * splits, threads, [&](std::int64_t task) {
-    const std::int64_t begin = task % splits * step, end = std::min(panels, begin + step);
-    if (begin >= end) return;
-    const std::int64_t first = task / splits * group, count = std::min(group, rights - first);
-    const std::int64_t waiting = words > chunk_words ? left_block * kernel.left_width * group * kernel.right_width : 0;
-    auto* right = static_cast<float*>(
-        scratch(static_cast<std::size_t>(group * panel_floats + waiting) * sizeof(float), Scratch::task));
-    kernel.multiply(job, first, count, begin, end, right, right + group * panel_floats);
+std::int64_t floats(const MatmulPanels& job) { return ceil_div(count(job) * job.words * job.width, 16) * 16; }
+
+void pack(const MaskedMatmulKernel& kernel, const MatmulPanels& job, int threads) {
+  const std::int64_t panels = count(job), stride = job.words * job.width;
+  // Down the columns a task takes some words of all panels: the source's rows are then read one behind the other.
+  const std::int64_t unit = job.across ? job.source.cols * kernel.values_a_word : stride * kernel.values_a_word;
+  const std::int64_t least = job.across ? 16 : 1;  // whole cache lines of a panel
+  const std::int64_t step = ceil_div(packed_values / std::max<std::int64_t>(unit, 1) + 1, least) * least;
+  const std::int64_t all = job.across ? job.words : panels;
+  parallel(ceil_div(all, step), threads, [&](std::int64_t task) {
+    const std::int64_t begin = task * step, end = std::min(begin + step, all);
+    if (job.across) {
+      kernel.pack(job, 0, panels, begin, end, job.panels + begin * job.width, stride);
+    } else {
+      kernel.pack(job, begin, end, 0, job.words, job.panels + begin * stride, stride);
+    }
   });
+}
+
+std::int64_t work_floats(const MaskedMatmulKernel& kernel, const MatmulJob& job, const MatmulBlock& block) {
+  const std::int64_t own = job.right.panels == nullptr ? block.panels * job.depth * kernel.tile_columns : 0;
+  const bool once = job.depth >= job.right.words;
+  return own + (once ? 0 : block.tiles * block.panels * kernel.tile_rows * kernel.tile_columns);
+}
+
+// Blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
+void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tiles, std::int64_t panels, int threads) {
+  const std::int64_t words = std::max<std::int64_t>(job.right.words, 1);
+  job.depth = ceil_div(words, ceil_div(words, most_depth));
+  const std::int64_t all_tiles = ceil_div(job.rows, kernel.tile_rows), all_panels = count(job.right);
+  const std::int64_t across = ceil_div(all_panels, panels);
+  std::atomic<bool> out_of_memory{false};
+  parallel(ceil_div(all_tiles, tiles) * across, threads, [&](std::int64_t task) {
+    const std::int64_t tile = task / across * tiles, panel = task % across * panels;
+    const MatmulBlock block{tile, std::min(tiles, all_tiles - tile), panel, std::min(panels, all_panels - panel)};
+    try {
+      const std::int64_t floats = std::max<std::int64_t>(1, work_floats(kernel, job, block));
+      const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
+      kernel.multiply(job, block, static_cast<float*>(scratch(bytes, Scratch::task)));
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true);
+    }
+  });
+  if (out_of_memory.load()) throw std::bad_alloc();
+}
+
+// The share of the weights that is kept, estimated from some of the rows.
+double kept_share(const MaskedMatmulKernel& kernel, const MaskedWeight& weight) {
+  const std::int64_t step = ceil_div(weight.n_out, sampled_rows);
+  std::int64_t kept = 0, rows = 0;
+  for (std::int64_t row = 0; row < weight.n_out; row += step, ++rows) kept += kernel.count_kept(weight, row);
+  return static_cast<double>(kept) / static_cast<double>(rows * weight.n_in);
+}
+
+// times_weight by what is kept alone.
+void times_kept(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bool across, const MatmulSource& x,
+                const float* bias, int threads, void* out) {
+  MatmulPanels left = panels_of(kernel, x, false, kernel.panel_tokens);
+  left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
+  pack(kernel, left, threads);
+  const MatmulSource kept{weight.weight, false, x.bf16, weight.n_out, weight.n_in, &weight};
+  const std::int64_t columns = across ? weight.n_in : weight.n_out;
+  const MatmulPanels right = panels_of(kernel, kept, across, kernel.tile_columns);
+  const MatmulJob job{left.panels, right, x.rows, columns, 0, x.bf16, out, bias, nullptr, nullptr, nullptr};
+  const std::int64_t step = std::min(sparse_columns, ceil_div(ceil_div(columns, 2 * std::int64_t{threads}), 16) * 16);
+  const auto bytes = static_cast<std::size_t>(kernel.sparse_floats(job, step)) * sizeof(float);
+  std::atomic<bool> out_of_memory{false};
+  parallel(ceil_div(columns, step), threads, [&](std::int64_t task) {
+    try {
+      auto* work = static_cast<float*>(scratch(bytes, Scratch::task));
+      kernel.multiply_sparse(job, task * step, std::min((task + 1) * step, columns), work);
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true);
+    }
+  });
+  if (out_of_memory.load()) throw std::bad_alloc();
+}
+
+// out = x (kept weight)ᵀ, or x (kept weight) where `across`.
+void times_weight(Isa isa, const MaskedWeight& weight, bool across, const MatmulSource& x, const float* bias,
+                  int threads, void* out) {
+  const MaskedMatmulKernel& kernel = kernel_for(isa, x.bf16);
+  if (x.rows >= sparse_tokens) {
+    const double limit = kernel.values_a_word == 1 ? sparse_floats_below : sparse_pairs_below;
+    if (kept_share(kernel, weight) < limit) {
+      return times_kept(kernel_for(isa, false), weight, across, x, bias, threads, out);
+    }
+  }
+  MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows);
+  left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
+  pack(kernel, left, threads);
+  // Pairs are rounded when they are made.
+  const bool round = x.bf16 && kernel.values_a_word == 1;
+  const MatmulSource kept{weight.weight, false, round, weight.n_out, weight.n_in, &weight};
+  const MatmulPanels right = panels_of(kernel, kept, across, kernel.tile_columns);
+  const std::int64_t columns = across ? weight.n_in : weight.n_out;
+  const MatmulJob job{left.panels, right, x.rows, columns, 0, x.bf16, out, bias, nullptr, nullptr, nullptr};
+  const std::int64_t panels = std::max<std::int64_t>(1, task_columns / kernel.tile_columns);
+  // Where there are fewer tasks than would keep the threads busy to the end, rows are cut too and weights packed anew.
+  const std::int64_t tiles = ceil_div(x.rows, kernel.tile_rows);
+  const std::int64_t cuts = threads == 1 ? 1 : ceil_div(2 * std::int64_t{threads}, ceil_div(count(right), panels));
+  multiply(kernel, job, ceil_div(tiles, cuts), panels, threads);
 }
 
 }  // namespace
 
-template <typename T>
-void masked_matmul(const T* x, std::int64_t tokens, const MaskedWeight& w, const float* bias, Isa isa, int threads,
-                   T* y) {
-  run<T>({Product::forward, w, x, nullptr, bias, y, nullptr, nullptr, false, tokens, w.n_out, w.n_in, nullptr}, isa,
-         threads);
+void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
+                   Isa isa, int threads, void* y) {
+  if (tokens == 0) return;
+  if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
+  times_weight(isa, weight, false, {x, bf16, false, tokens, weight.n_in, nullptr}, bias, threads, y);
 }
 
-template <typename T>
-void masked_matmul_grad_x(const T* grad_y, std::int64_t tokens, const MaskedWeight& w, Isa isa, int threads,
-                          T* grad_x) {
-  run<T>({Product::grad_x, w, nullptr, grad_y, nullptr, grad_x, nullptr, nullptr, false, tokens, w.n_in, w.n_out,
-          nullptr},
-         isa, threads);
+void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
+                            Isa isa, int threads, void* dx, float* d_weight, float* d_scores) {
+  if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
+  const MaskedMatmulKernel& kernel = kernel_for(isa, bf16);
+  const MatmulSource inputs{x, bf16, false, tokens, weight.n_in, nullptr};
+  const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
+  if (dx != nullptr && tokens > 0) times_weight(isa, weight, true, gradients, nullptr, threads, dx);
+  if (d_weight == nullptr && d_scores == nullptr) return;
+  MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows);
+  MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);
+  left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left) + floats(right)) * sizeof(float)));
+  right.panels = left.panels + floats(left);
+  pack(kernel, left, threads);
+  pack(kernel, right, threads);
+  // Whole tiles and whole sets of rows that share a score, so that only one task writes to a score.
+  const std::int64_t unit = std::lcm(weight.share, std::int64_t{kernel.tile_rows});
+  const std::int64_t tiles = unit * std::max<std::int64_t>(1, gradient_rows / unit) / kernel.tile_rows;
+  multiply(kernel, {left.panels, right, weight.n_out, weight.n_in, 0, false, nullptr, nullptr, &weight, d_weight,
+            d_scores},
+           tiles, std::max<std::int64_t>(1, gradient_columns / kernel.tile_columns), threads);
 }
-
-template <typename T>
-void masked_matmul_grad_w(const T* grad_y, const T* x, std::int64_t tokens, const MaskedWeight& w, Isa isa, int threads,
-                          float* grad_scores, float* grad_weight) {
-  std::int64_t first = 0;
-  do {  // no tokens: zeros
-    const std::int64_t part = std::min(tokens_a_part, tokens - first);
-    run<T>({Product::grad_w, w, x + first * w.n_in, grad_y + first * w.n_out, nullptr, nullptr, grad_scores,
-            grad_weight, first > 0, w.n_out, w.n_in, part, nullptr},
-           isa, threads);
-    first += part;
-  } while (first < tokens);
-}
-
-template void masked_matmul<float>(const float*, std::int64_t, const MaskedWeight&, const float*, Isa, int, float*);
-template void masked_matmul<Bf16>(const Bf16*, std::int64_t, const MaskedWeight&, const float*, Isa, int, Bf16*);
-template void masked_matmul_grad_x<float>(const float*, std::int64_t, const MaskedWeight&, Isa, int, float*);
-template void masked_matmul_grad_x<Bf16>(const Bf16*, std::int64_t, const MaskedWeight&, Isa, int, Bf16*);
-template void masked_matmul_grad_w<float>(const float*, const float*, std::int64_t, const MaskedWeight&, Isa, int,
-                                          float*, float*);
-template void masked_matmul_grad_w<Bf16>(const Bf16*, const Bf16*, std::int64_t, const MaskedWeight&, Isa, int, float*,
-                                         float*);
 
 }  // namespace sparsebert

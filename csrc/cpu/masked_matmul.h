@@ -1,71 +1,76 @@
 // What the driver (masked_matmul.cpp) and the kernels (masked_matmul_<isa>.cpp) share.
+//
+// A product sums over words: a float each, or a pair of bf16 where the kernel multiplies these. Both operands come in
+// panels of `width` rows or columns of the result, one word of each side by side: [panels][words][width], with zeros
+// past the last row, column and value.
 #pragma once
 
 #include "../ops.h"
 
 namespace sparsebert {
 
-enum class Product : int { forward, grad_x, grad_w };
+// A matrix [rows, cols] as the floats that are multiplied.
+struct MatmulSource {
+  const void* values;   // floats, or bf16
+  bool bf16;
+  bool round;           // floats to the nearest bf16
+  std::int64_t rows;
+  std::int64_t cols;
+  const MaskedWeight* mask;  // zero where it does not keep, or null
+};
 
-// One product as left [rows, depth] times right [depth, columns]:
-//   forward  x      times Wᵀ   tokens x n_out, over n_in
-//   grad_x   grad_y times W    tokens x n_in, over n_out
-//   grad_w   grad_yᵀ times x   n_out x n_in, over tokens
-// Both sides are packed into panels, a depth of all their rows or columns side by side, so that a tile's operands step
-// through memory; with pairs, two depths make one word. W is masked as it is packed: nowhere else is there a mask.
-template <typename T>
-struct MaskedJob {
-  Product product;
-  MaskedWeight w;
-  const T* x;
-  const T* grad_y;
-  const float* bias;
-  T* out;              // y or grad_x
-  float* grad_scores;  // or null
-  float* grad_weight;  // or null
-  bool add;            // grad_w: to what an earlier part of the tokens gave
+struct MatmulPanels {
+  MatmulSource source;
+  bool across;         // words go down the source's columns, and a panel is a few of these; else along its rows
+  std::int64_t width;  // the kernel's tile_rows, tile_columns or panel_tokens
+  std::int64_t words;
+  float* panels;       // [ceil(rows or cols / width)][words][width], aligned to 64 bytes
+};
+
+// out = left rightᵀ, [rows, columns]; what becomes of a sum depends on which of the pointers are not null.
+struct MatmulJob {
+  const float* left;    // panels of tile_rows
+  MatmulPanels right;   // panels of tile_columns; packed where they are needed if `panels` is null
   std::int64_t rows;
   std::int64_t columns;
-  std::int64_t depth;
-  float* left;  // panels of the left side, each [words of depth, left_width]
+  std::int64_t depth;   // words whose part of a panel of columns stays in the second-level cache
+  bool bf16;            // what `out` holds, or floats
+  void* out;            // [rows, columns] or null
+  const float* bias;    // [columns] or null
+  const MaskedWeight* weight;  // of which `out` is the gradient, with:
+  float* d_weight;             // [rows, columns] or null, out where it is kept, else 0
+  float* d_scores;             // [rows / share, columns] or null, the sum over rows that share it of out * weight
 };
 
-template <typename T>
-struct MaskedKernel {
-  int left_width;     // rows of a left panel
-  int right_width;    // columns of a right panel
-  int depths_a_word;  // 1 or 2
-  // Packs a part of the left side: a panel, or in grad_w, whose depth are rows in memory, all panels of pack_depth.
-  void (*pack_left)(const MaskedJob<T>& job, std::int64_t part);
-  // Packs `count` right panels from `panel` on into `right`, each [words of depth, right_width], and multiplies them with
-  // the left panels from begin to end. Sums wait in `sums`, [left_block * left_width, count * right_width], between
-  // stretches of chunk_words.
-  void (*multiply)(const MaskedJob<T>& job, std::int64_t panel, std::int64_t count, std::int64_t begin,
-                   std::int64_t end, float* right, float* sums);
+// Tiles of rows and panels of columns that a task covers; its rows share no score with others.
+struct MatmulBlock {
+  std::int64_t tile, tiles;
+  std::int64_t panel, panels;
 };
 
-constexpr std::int64_t pack_depth = 64;
+struct MaskedMatmulKernel {
+  int values_a_word;  // 1: floats; 2: bf16
+  int tile_rows;
+  int tile_columns;
+  // Panels `first` to `last` of words `begin` to `end`, one panel `stride` floats behind the other from `out` on.
+  void (*pack)(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+               float* out, std::int64_t stride);
+  // `work`: what of the right panels is not packed, `depth` words of them, then a block's sums between two depths.
+  void (*multiply)(const MatmulJob& job, const MatmulBlock& block, float* work);
+  // Columns `first` to `last` of out, by what is kept of their weights alone; job.left is in panels of `panel_tokens`.
+  // Null where words are pairs.
+  int panel_tokens;
+  std::int64_t (*sparse_floats)(const MatmulJob& job, std::int64_t columns);  // of `work`
+  void (*multiply_sparse)(const MatmulJob& job, std::int64_t first, std::int64_t last, float* work);
+  // How many of a row's weights are kept.
+  std::int64_t (*count_kept)(const MaskedWeight& mask, std::int64_t row);
+};
 
-// A tile's left side of so many words stays in the first-level cache, a group's right side of them in the second.
-constexpr std::int64_t chunk_words = 768;
-constexpr std::int64_t left_block = 16;  // panels whose sums wait together
-
-namespace masked_matmul_scalar {
-extern const MaskedKernel<float> kernel;
-extern const MaskedKernel<Bf16> kernel_bf16;
-}
+namespace masked_matmul_scalar { extern const MaskedMatmulKernel kernel; }
 #if defined(__x86_64__)
-namespace masked_matmul_avx2 {
-extern const MaskedKernel<float> kernel;
-extern const MaskedKernel<Bf16> kernel_bf16;
-}
-namespace masked_matmul_avx512 {
-extern const MaskedKernel<float> kernel;
-extern const MaskedKernel<Bf16> kernel_bf16;
-}
-namespace masked_matmul_avx512_bf16 {
-extern const MaskedKernel<Bf16> kernel_bf16;
-}
+namespace masked_matmul_avx2 { extern const MaskedMatmulKernel kernel; }
+namespace masked_matmul_avx512 { extern const MaskedMatmulKernel kernel; }
+namespace masked_matmul_avx512_bf16 { extern const MaskedMatmulKernel kernel; }
 #endif
 
 }  // namespace sparsebert

@@ -1,371 +1,485 @@
-// The arithmetic of masked_matmul, written once for every vector width. Included after panel.inl, by its rules, with
-// tile_rows and tile_vectors, the register tile. SPARSEBERT_PAIRS is 1 where two bf16 are multiplied at once.
-
-typedef Vector<std::uint32_t>::type u32;
+// The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included after
+// panel.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x tile_vectors
+// vectors of sums, and values_a_word.
 
 namespace {
 
-constexpr int left_width = lanes;
-constexpr int right_width = tile_vectors * lanes;
-static_assert(left_width % tile_rows == 0, "a left panel is a whole number of tiles");
+typedef Vector<std::uint32_t>::type bits;
+typedef std::uint16_t short_bits __attribute__((vector_size(vector_bytes / 2)));
+typedef std::uint16_t short_bits_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(2)));
+typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(4)));
 
-typedef std::uint16_t u16_half __attribute__((vector_size(lanes * 2)));
-typedef std::uint16_t u16_half_unaligned __attribute__((vector_size(lanes * 2), aligned(2)));
+constexpr int tile_columns = tile_vectors * lanes;
+constexpr std::int64_t line = 16;  // floats of a cache line
+// Values of a row that are read at a time, whose copies for a transposition stay in the first-level cache.
+constexpr int chunk = 256;
+static_assert(chunk % (values_a_word * lanes * 2) == 0, "a chunk is whole transpositions");
+static_assert(tile_rows == lanes || 2 * tile_rows == lanes, "a row of a panel is a vector, or half of one");
+static_assert(chunk >= tile_columns, "a chunk holds a panel's columns");
 
-inline float widened(Bf16 v) {
+inline f32 widen(short_bits v) { return reinterpret_cast<f32>(__builtin_convertvector(v, bits) << 16); }
+
+// To the nearest bf16, of two equally near ones the even; a NaN stays one. In the upper halves.
+inline bits rounded(f32 v) {
+  const bits word = reinterpret_cast<bits>(v);
+  const bits near = word + 0x7fffu + ((word >> 16) & 1u);
+  return (v == v ? near : (word | 0x400000u)) & 0xffff0000u;
+}
+
+inline float rounded(float value) {
+  union {
+    float number;
+    std::uint32_t word;
+  } v = {value};
+  v.word = value == value ? v.word + 0x7fffu + ((v.word >> 16) & 1u) : v.word | 0x400000u;
+  v.word &= 0xffff0000u;
+  return v.number;
+}
+
+inline float widen(Bf16 value) {
   union {
     std::uint32_t word;
-    float value;
-  } both = {static_cast<std::uint32_t>(v) << 16};
-  return both.value;
+    float number;
+  } v = {static_cast<std::uint32_t>(value) << 16};
+  return v.number;
 }
 
-inline f32 read_vector(const float* p) { return load(p); }
-inline f32 read_vector(const Bf16* p) {
-  const u16_half half = *reinterpret_cast<const u16_half_unaligned*>(p);
-  return reinterpret_cast<f32>(__builtin_convertvector(half, u32) << 16);
-}
-inline float read_one(const float* p) { return *p; }
-inline float read_one(const Bf16* p) { return widened(*p); }
-
-// To the nearest bf16 in the lower half of each word, of two equally near ones the even; a NaN stays one.
-inline u32 rounded(f32 v) {
-  const u32 bits = reinterpret_cast<u32>(v);
-  return (v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : (bits | 0x400000u)) >> 16;
+inline Bf16 narrow(float value) {
+  union {
+    float number;
+    std::uint32_t word;
+  } v = {rounded(value)};
+  return static_cast<Bf16>(v.word >> 16);
 }
 
-inline void write_vector(float* p, f32 v) { store(p, v); }
-inline void write_vector(Bf16* p, f32 v) {
-  *reinterpret_cast<u16_half_unaligned*>(p) = __builtin_convertvector(rounded(v), u16_half);
+// Without a division, which is as long as the rest of a short row, where there is nothing to divide.
+inline std::int64_t score_row_of(const MaskedWeight& mask, std::int64_t row) {
+  return mask.share == 1 ? row : row / mask.share;
 }
 
-// `count` < lanes values, by way of memory.
-template <typename T>
-inline void write_some(T* p, f32 v, std::int64_t count) {
-  T all[lanes];
-  write_vector(all, v);
-  for (std::int64_t i = 0; i < count; ++i) p[i] = all[i];
-}
-
-#if SPARSEBERT_PAIRS
-constexpr int depths_a_word = 2;
-#else
-constexpr int depths_a_word = 1;
-#endif
-
-// A row of a matrix in memory.
-template <typename T>
-struct PlainRow {
-  const T* values;
-  f32 vector(std::int64_t col) const { return read_vector(values + col); }
-  void prefetch(std::int64_t col) const { __builtin_prefetch(values + col, 0, 2); }
-  float one(std::int64_t col) const { return read_one(values + col); }
-};
-
-template <typename T>
-struct Plain {
-  typedef PlainRow<T> Row;
-  static constexpr bool is_weight = false;
-  const T* values;
-  std::int64_t stride;
-  Row row(std::int64_t i) const { return {values + i * stride}; }
-};
-
-// A row of W, masked as it is read.
-struct MaskedRow {
-  const float* weight;
-  const float* scores;
-  const float* thresholds;
-  std::int64_t reach;
-
-  void prefetch(std::int64_t col) const {
-    __builtin_prefetch(weight + col, 0, 2);
-    __builtin_prefetch(scores + col, 0, 2);
-  }
-  f32 vector(std::int64_t col) const { return load(scores + col) >= limits(col) ? load(weight + col) : f32{}; }
-  float one(std::int64_t col) const { return scores[col] >= limit(col) ? weight[col] : 0.0f; }
-  float limit(std::int64_t col) const { return reach == 0 ? *thresholds : thresholds[col / reach]; }
-  f32 limits(std::int64_t col) const {
-    if (reach == 0) return splat(*thresholds);
-    const float* next = thresholds + col / reach;
-    std::int64_t left = reach - col % reach;
-    f32 found{};
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes; ++i) {
-      found[i] = *next;
-      if (--left == 0) {
-        ++next;
-        left = reach;
-      }
+// out[c] = values[c] where the mask keeps row `row`, column begin + c, else 0; count <= chunk.
+inline void keep(const MaskedWeight& mask, std::int64_t row, std::int64_t begin, std::int64_t count,
+                 const float* values, bool round, float* out) {
+  const std::int64_t score_row = score_row_of(mask, row);
+  const float* scores = mask.scores + score_row * mask.n_in + begin;
+  const f32 one = splat(mask.thresholds[0]);
+  float expanded[chunk + lanes];
+  const bool many = mask.reach > 0;
+  if (many) {
+    // A vector for each threshold, of which the next one writes over what is too much.
+    const float* thresholds = mask.thresholds + score_row * (mask.n_in / mask.reach) + begin / mask.reach;
+    for (std::int64_t c = 0, next = mask.reach - begin % mask.reach; c < count; next += mask.reach) {
+      for (const f32 t = splat(*thresholds++); c < count && c < next; c += lanes) store(expanded + c, t);
+      c = next;
     }
-    return found;
   }
-};
-
-struct Masked {
-  typedef MaskedRow Row;
-  static constexpr bool is_weight = true;
-  const MaskedWeight& w;
-  Row row(std::int64_t i) const {
-    const std::int64_t shared = w.share == 1 ? i : i / w.share;
-    const float* thresholds = w.reach == 0 ? w.thresholds : w.thresholds + shared * (w.n_in / w.reach);
-    return {w.weight + i * w.n_in, w.scores + shared * w.n_in, thresholds, w.reach};
+  std::int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) {
+    f32 value = load(values + c);
+    if (round) value = reinterpret_cast<f32>(rounded(value));
+    store(out + c, load(scores + c) >= (many ? load(expanded + c) : one) ? value : f32{});
   }
-};
-
-// `lanes` values of a row from col on, zeros from `end` on.
-template <typename Row>
-inline f32 read_until(const Row& row, std::int64_t col, std::int64_t end) {
-  if (col + lanes <= end) return row.vector(col);
-  f32 v{};
-  for (std::int64_t i = 0; col + i < end; ++i) v[i] = row.one(col + i);
-  return v;
+  for (; c < count; ++c) {
+    const float value = round ? rounded(values[c]) : values[c];
+    out[c] = scores[c] >= (many ? expanded[c] : mask.thresholds[0]) ? value : 0.0f;
+  }
 }
 
-#if SPARSEBERT_PAIRS
-// Two vectors of one row, one behind the other, as words of two bf16.
-inline f32 words_of(f32 first, f32 second) {
-  return reinterpret_cast<f32>(
-      _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first)));
+// Values `begin` to `begin + count` of a row, then zeros up to `room`, all zeros where the row does not exist.
+inline void read_row(const MatmulSource& source, std::int64_t row, std::int64_t begin, std::int64_t count,
+                     std::int64_t room, float* out) {
+  if (begin + count > source.cols) count = begin < source.cols ? source.cols - begin : 0;
+  if (row >= source.rows) count = 0;
+  const std::int64_t at = row * source.cols + begin;
+  if (count > 0) {
+    if (source.mask != nullptr) {
+      keep(*source.mask, row, begin, count, static_cast<const float*>(source.values) + at, source.round, out);
+    } else if (source.bf16) {
+      const Bf16* values = static_cast<const Bf16*>(source.values) + at;
+      std::int64_t c = 0;
+      for (; c + lanes <= count; c += lanes) {
+        store(out + c, widen(*reinterpret_cast<const short_bits_unaligned*>(values + c)));
+      }
+      for (; c < count; ++c) out[c] = widen(values[c]);
+    } else {
+      copy(static_cast<const float*>(source.values) + at, out, count);
+    }
+  }
+  for (std::int64_t c = count; c < room; ++c) out[c] = 0.0f;
 }
-// Two rows, one under the other, likewise.
-inline f32 words_across(f32 upper, f32 lower) { return reinterpret_cast<f32>(round_pairs(upper, lower)); }
+
+// `lanes` words of values side by side, and of values one below the other.
+inline f32 words_along(const float* row) {
+#if SPARSEBERT_TILES >= 1
+  return reinterpret_cast<f32>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(row + lanes)),
+                                                   reinterpret_cast<__m512>(load(row))));
+#else
+  return load(row);
 #endif
+}
 
-// Columns of a source in memory are the depth: its rows from `begin`, as long as there are any below `end`, become a
-// panel of `width`.
-template <typename Source>
-inline void pack_across(const Source& source, std::int64_t begin, std::int64_t end, std::int64_t depth, int width,
-                        float* panel) {
-  const std::int64_t words = (depth + depths_a_word - 1) / depths_a_word;
-  for (int at = 0; at < width; at += lanes) {
-    const std::int64_t filled = end - begin - at;
-    typename Source::Row rows[lanes];
-    for (int i = 0; i < lanes; ++i) rows[i] = source.row(i < filled ? begin + at + i : begin);
-    for (std::int64_t word = 0; word < words; word += lanes) {
-      f32 v[lanes];
-      // Sixteen rows of two matrices are more streams than the processor follows.
+inline f32 words_across(const float* upper, [[maybe_unused]] const float* lower) {
+#if SPARSEBERT_TILES >= 1
+  return reinterpret_cast<f32>(round_pairs(load(upper), load(lower)));
+#else
+  return load(upper);
+#endif
+}
+
+// The words of a row one behind the other -> side by side with those of the panel's other rows.
+template <int width>
+void pack_along(const MatmulPanels& job, std::int64_t panel, std::int64_t begin, std::int64_t end, float* out) {
+  // A panel narrower than a vector has two vectors of each row transposed at once.
+  constexpr int side = width < lanes ? width : lanes;
+  constexpr int parts = lanes / side;
+  constexpr int step = parts * lanes;  // words
+  alignas(64) float rows[side][chunk];
+  for (int r = 0; r < width; r += side) {
+    for (std::int64_t w = begin; w < end; w += chunk / values_a_word) {
+      const std::int64_t here = end - w < chunk / values_a_word ? end - w : chunk / values_a_word;
+      const std::int64_t room = (here + step - 1) / step * step * values_a_word;
+      for (int i = 0; i < side; ++i) {
+        read_row(job.source, panel * width + r + i, w * values_a_word, here * values_a_word, room, rows[i]);
+      }
+      for (std::int64_t k = 0; k < here; k += step) {
+        f32 v[lanes];
 #pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-        for (int part = 0; part < depths_a_word; ++part) {
-          if (Source::is_weight) rows[i].prefetch(word * depths_a_word + part * lanes + 256);
+        for (int i = 0; i < lanes; ++i) v[i] = words_along(rows[i % side] + (k + i / side * lanes) * values_a_word);
+        transpose(v);
+#pragma GCC unroll 2
+        for (int part = 0; part < parts; ++part) {
+          float* to = out + (w - begin + k + part * lanes) * width + r;
+          const std::int64_t left = here - k - part * lanes;
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) {
+            if (i >= left) break;
+            if constexpr (parts == 1) {
+              store(to + i * width, v[i]);
+            } else {
+              *reinterpret_cast<half_unaligned*>(to + i * width) = reinterpret_cast<const half_unaligned*>(&v[i])[part];
+            }
+          }
         }
       }
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes; ++i) {
-#if SPARSEBERT_PAIRS
-        v[i] = i < filled ? words_of(read_until(rows[i], 2 * word, depth), read_until(rows[i], 2 * word + lanes, depth))
-                          : f32{};
-#else
-        v[i] = i < filled ? read_until(rows[i], word, depth) : f32{};
-#endif
+    }
+  }
+}
+
+// Words of the bf16 of two rows, the lower one `cols` behind the upper.
+inline f32 interleaved(const Bf16* upper, std::int64_t cols) {
+  const bits low = __builtin_convertvector(*reinterpret_cast<const short_bits_unaligned*>(upper), bits);
+  const bits high = __builtin_convertvector(*reinterpret_cast<const short_bits_unaligned*>(upper + cols), bits);
+  return reinterpret_cast<f32>(low | (high << 16));
+}
+
+// Panels `first` to `last`, whose words go down the columns.
+template <int width>
+void pack_across(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+                 float* out, std::int64_t stride) {
+  constexpr std::int64_t at_once = chunk / width;
+  // Words that go to a panel one behind the other: the panels' distance is often a multiple of 4096 bytes, and then few
+  // of their lines fit the first-level cache.
+  constexpr int group = 8;
+  constexpr int side = width < lanes ? lanes : width;
+  const MatmulSource& source = job.source;
+  alignas(64) float rows[group * values_a_word][chunk + lanes];
+  for (; first < last; first += at_once, out += at_once * stride) {
+    const std::int64_t column = first * width;
+    const std::int64_t columns = (last - first < at_once ? last - first : at_once) * width;
+    for (std::int64_t w = begin; w < end; w += group) {
+      const std::int64_t here = end - w < group ? end - w : group;
+      const bool pairs = values_a_word == 2 && source.bf16 && (w + here) * 2 <= source.rows &&
+                         column + (columns + lanes - 1) / lanes * lanes <= source.cols;
+      const Bf16* halves = static_cast<const Bf16*>(source.values) + (pairs ? w * 2 * source.cols + column : 0);
+      for (std::int64_t i = 0; !pairs && i < here * values_a_word; ++i) {
+        read_row(source, w * values_a_word + i, column, columns, columns, rows[i]);
       }
-      transpose(v);
-      const int count = words - word < lanes ? static_cast<int>(words - word) : lanes;
-      for (int i = 0; i < count; ++i) store(panel + (word + i) * width + at, v[i]);
+      for (std::int64_t c = 0; c < columns; c += side) {
+        float* to = out + c / width * stride + (w - begin) * width;
+        for (std::int64_t i = 0; i < here; ++i, to += width) {
+#pragma GCC unroll 4
+          for (int n = 0; n < side; n += lanes) {
+            const float* upper = rows[i * values_a_word] + c + n;
+            const float* lower = rows[(i + 1) * values_a_word - 1] + c + n;
+            const f32 words = pairs ? interleaved(halves + 2 * i * source.cols + c + n, source.cols)
+                                    : words_across(upper, lower);
+            if constexpr (width < lanes) {
+              const auto* parts = reinterpret_cast<const half_unaligned*>(&words);
+              *reinterpret_cast<half_unaligned*>(to) = parts[0];
+              if (c + width < columns) *reinterpret_cast<half_unaligned*>(to + stride) = parts[1];
+            } else {
+              store(to + n, words);
+            }
+          }
+        }
+      }
     }
   }
 }
 
-// Rows of a source in memory are the depth: word `word` of `count` panels of `width`, `size` apart, its columns from
-// `begin`, as long as there are any below `end`.
-template <typename Source>
-inline void pack_along(const Source& source, std::int64_t begin, std::int64_t end, std::int64_t depth,
-                       std::int64_t count, std::int64_t size, int width, std::int64_t word, float* panels) {
-#if SPARSEBERT_PAIRS
-  const auto upper = source.row(2 * word);
-  const bool paired = 2 * word + 1 < depth;
-  const auto lower = source.row(paired ? 2 * word + 1 : 2 * word);
-#else
-  (void)depth;
-  const auto upper = source.row(word);
-#endif
-  // Rows are too far apart for the processor to see that they are read in turn.
-  const std::int64_t ahead = word + 9 < depth / depths_a_word ? depths_a_word * (word + 8) : 0;
-  const auto next = source.row(ahead), after_next = source.row(ahead + depths_a_word - 1);
-  for (std::int64_t p = 0; p < count; ++p) {
-    for (int at = 0; at < width; at += lanes) {
-      const std::int64_t col = begin + p * width + at;
-      next.prefetch(col);
-      if (depths_a_word == 2) after_next.prefetch(col);
-#if SPARSEBERT_PAIRS
-      const f32 v = words_across(read_until(upper, col, end), paired ? read_until(lower, col, end) : f32{});
-#else
-      const f32 v = read_until(upper, col, end);
-#endif
-      store(panels + p * size + word * width + at, v);
-    }
-  }
+template <int width>
+void pack_panels(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+                 float* out, std::int64_t stride) {
+  if (job.across) return pack_across<width>(job, first, last, begin, end, out, stride);
+  for (; first < last; ++first, out += stride) pack_along<width>(job, first, begin, end, out);
 }
 
-template <typename T>
-void pack_left(const MaskedJob<T>& job, std::int64_t part) {
-  const std::int64_t words = (job.depth + depths_a_word - 1) / depths_a_word;
-  if (job.product != Product::grad_w) {
-    const Plain<T> source = job.product == Product::forward ? Plain<T>{job.x, job.w.n_in}
-                                                            : Plain<T>{job.grad_y, job.w.n_out};
-    pack_across(source, part * left_width, job.rows, job.depth, left_width, job.left + part * words * left_width);
-    return;
-  }
-  const std::int64_t begin = part * pack_depth / depths_a_word;
-  const std::int64_t stop = begin + pack_depth / depths_a_word < words ? begin + pack_depth / depths_a_word : words;
-  const std::int64_t panels = (job.rows + left_width - 1) / left_width;
-  for (std::int64_t word = begin; word < stop; ++word) {
-    pack_along(Plain<T>{job.grad_y, job.w.n_out}, 0, job.rows, job.depth, panels, words * left_width, left_width, word,
-               job.left);
-  }
+void pack(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+          float* out, std::int64_t stride) {
+  if (job.width == tile_rows) return pack_panels<tile_rows>(job, first, last, begin, end, out, stride);
+  if (job.width == tile_columns) return pack_panels<tile_columns>(job, first, last, begin, end, out, stride);
+  pack_panels<4 * lanes>(job, first, last, begin, end, out, stride);
 }
 
-// acc[i][n] += sum over the words of left[i] * right[n].
-inline void multiply_words(const float* left, const float* right, std::int64_t words,
-                           f32 (&acc)[tile_rows][tile_vectors]) {
-#if SPARSEBERT_PAIRS
-  for (std::int64_t k = 0; k < words; ++k) {
-    __m512bh v[tile_vectors];
-#pragma GCC unroll 8
-    for (int n = 0; n < tile_vectors; ++n) v[n] = reinterpret_cast<__m512bh>(load(right + n * lanes));
+// acc += the products of `depth` words of a panel of rows and one of columns; `next` is what will be multiplied then,
+// and lies where the processor does not foresee it.
+inline void add_products(const float* a, const float* b, std::int64_t depth, const float* next,
+                         f32 (&acc)[tile_rows][tile_vectors]) {
+  for (std::int64_t k = 0; k < depth; ++k, a += tile_rows, b += tile_columns, next += tile_rows) {
+    __builtin_prefetch(next);
+    f32 right[tile_vectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < tile_vectors; ++n) right[n] = load(b + n * lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
-      const __m512bh u = reinterpret_cast<__m512bh>(splat(*reinterpret_cast<const std::uint32_t*>(left + i)));
-#pragma GCC unroll 8
-      for (int n = 0; n < tile_vectors; ++n) {
-        acc[i][n] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][n]), v[n], u));
-      }
-    }
-    left += left_width;
-    right += right_width;
-  }
-#else
-  multiply_tile<float, tile_rows, tile_vectors>(left, 1, left_width, right, right_width, words, acc);
+#if SPARSEBERT_TILES >= 1
+      std::uint32_t pair;  // not a float, of which arithmetic may flush what looks denormal
+      __builtin_memcpy(&pair, a + i, sizeof pair);
+      const auto left = reinterpret_cast<__m512bh>(splat(pair));
 #endif
-}
-
-// A tile of y or grad_x, `rows` rows and `columns` columns of which exist.
-template <typename T>
-inline void finish(const MaskedJob<T>& job, std::int64_t row, std::int64_t rows, std::int64_t col, std::int64_t columns,
-                   f32 (&acc)[tile_rows][tile_vectors]) {
-  for (std::int64_t i = 0; i < rows; ++i) {
-    T* out = job.out + (row + i) * job.columns + col;
-#pragma GCC unroll 8
-    for (int n = 0; n < tile_vectors; ++n) {
-      const std::int64_t here = columns - n * lanes;
-      if (here >= lanes) {
-        const f32 v = job.bias != nullptr ? acc[i][n] + load(job.bias + col + n * lanes) : acc[i][n];
-        write_vector(out + n * lanes, v);
-      } else if (here > 0) {
-        f32 v = acc[i][n];
-        for (std::int64_t c = 0; job.bias != nullptr && c < here; ++c) v[c] += job.bias[col + n * lanes + c];
-        write_some(out + n * lanes, v, here);
+#pragma GCC unroll 4
+      for (int n = 0; n < tile_vectors; ++n) {
+#if SPARSEBERT_TILES >= 1
+        acc[i][n] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[i][n]),
+                                                           reinterpret_cast<__m512bh>(right[n]), left));
+#else
+        acc[i][n] += right[n] * a[i];
+#endif
       }
     }
   }
 }
 
-// The same of G: what it gives the gradients.
-template <typename T>
-inline void finish_gradients(const MaskedJob<T>& job, std::int64_t row, std::int64_t rows, std::int64_t col,
-                             std::int64_t columns, f32 (&acc)[tile_rows][tile_vectors]) {
-  const MaskedWeight& w = job.w;
-  for (std::int64_t i = 0; i < rows; ++i) {
-    const MaskedRow source = Masked{w}.row(row + i);
-    const std::int64_t shared = w.share == 1 ? row + i : (row + i) / w.share;
-    const bool first = !job.add && row + i == shared * w.share;
-    float* scores = job.grad_scores != nullptr ? job.grad_scores + shared * w.n_in + col : nullptr;
-    float* weight = job.grad_weight != nullptr ? job.grad_weight + (row + i) * w.n_in + col : nullptr;
-#pragma GCC unroll 8
-    for (int n = 0; n < tile_vectors; ++n) {
-      const std::int64_t here = columns - n * lanes, c = n * lanes;
-      if (here >= lanes) {
-        if (scores != nullptr) {
-          const f32 v = acc[i][n] * load(source.weight + col + c);
-          store(scores + c, first ? v : load(scores + c) + v);
-        }
-        if (weight != nullptr) {
-          const f32 v = load(source.scores + col + c) >= source.limits(col + c) ? acc[i][n] : f32{};
-          store(weight + c, job.add ? load(weight + c) + v : v);
-        }
-      } else {
-        for (std::int64_t k = c; k < c + here; ++k) {
-          const float g = acc[i][n][k - c];
-          if (scores != nullptr) scores[k] = (first ? 0.0f : scores[k]) + g * source.weight[col + k];
-          if (weight != nullptr) {
-            const bool kept = source.scores[col + k] >= source.limit(col + k);
-            weight[k] = (job.add ? weight[k] : 0.0f) + (kept ? g : 0.0f);
-          }
-        }
-      }
+typedef float Tile[tile_rows][tile_columns];
+
+// What of a tile exists, from this row and column on.
+struct TilePlace {
+  std::int64_t row, rows;
+  std::int64_t column, columns;
+};
+
+inline TilePlace place_of(const MatmulJob& job, std::int64_t tile, std::int64_t panel) {
+  const std::int64_t row = tile * tile_rows, column = panel * tile_columns;
+  return {row, job.rows - row < tile_rows ? job.rows - row : tile_rows, column,
+          job.columns - column < tile_columns ? job.columns - column : tile_columns};
+}
+
+// The sums of a row's `columns` columns from `column` on -> out.
+inline void write_row(const MatmulJob& job, std::int64_t row, std::int64_t column, std::int64_t columns,
+                      const float* sums) {
+  const float* bias = job.bias != nullptr ? job.bias + column : nullptr;
+  const std::int64_t to = row * job.columns + column;
+  std::int64_t c = 0;
+  if (job.bf16) {
+    Bf16* out = static_cast<Bf16*>(job.out) + to;
+    for (; c + lanes <= columns; c += lanes) {
+      const f32 sum = load(sums + c) + (bias != nullptr ? load(bias + c) : f32{});
+      *reinterpret_cast<short_bits_unaligned*>(out + c) = __builtin_convertvector(rounded(sum) >> 16, short_bits);
+    }
+    for (; c < columns; ++c) out[c] = narrow(sums[c] + (bias != nullptr ? bias[c] : 0.0f));
+  } else {
+    float* out = static_cast<float*>(job.out) + to;
+    for (; c + lanes <= columns; c += lanes) store(out + c, load(sums + c) + (bias != nullptr ? load(bias + c) : f32{}));
+    for (; c < columns; ++c) out[c] = sums[c] + (bias != nullptr ? bias[c] : 0.0f);
+  }
+}
+
+inline void write_out(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
+  for (std::int64_t i = 0; i < at.rows; ++i) write_row(job, at.row + i, at.column, at.columns, tile[i]);
+}
+
+// The rows from `first` on of the tile that share a row of scores; `add`: they are not the first ones of it.
+inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& tile, std::int64_t score_row,
+                       std::int64_t first, std::int64_t rows, bool add) {
+  const float* weight = job.weight->weight + (at.row + first) * job.columns + at.column;
+  float* out = job.d_scores + score_row * job.columns + at.column;
+  std::int64_t c = 0;
+  for (; c + lanes <= at.columns; c += lanes) {
+    f32 sum = add ? load(out + c) : f32{};
+    for (std::int64_t i = 0; i < rows; ++i) sum += load(tile[first + i] + c) * load(weight + i * job.columns + c);
+    store(out + c, sum);
+  }
+  for (; c < at.columns; ++c) {
+    float sum = add ? out[c] : 0.0f;
+    for (std::int64_t i = 0; i < rows; ++i) sum += tile[first + i][c] * weight[i * job.columns + c];
+    out[c] = sum;
+  }
+}
+
+// What write_gradients will read and write of a row. Always inline, as are its callers: GCC takes a function that only
+// prefetches for one without effects, and leaves out calls of it.
+[[gnu::always_inline]] inline void prefetch_gradients(const MatmulJob& job, const TilePlace& at, std::int64_t row) {
+  if (row >= at.rows) return;
+  const std::int64_t own = (at.row + row) * job.columns + at.column;
+  const std::int64_t shared = score_row_of(*job.weight, at.row + row) * job.columns + at.column;
+  for (std::int64_t c = 0; c < at.columns; c += line) {
+    if (job.d_scores != nullptr) {
+      __builtin_prefetch(job.weight->weight + own + c);
+      __builtin_prefetch(job.d_scores + shared + c, 1);
+    }
+    if (job.d_weight != nullptr) {
+      __builtin_prefetch(job.weight->scores + shared + c);
+      __builtin_prefetch(job.d_weight + own + c, 1);
     }
   }
 }
 
-template <typename T>
-void pack_right(const MaskedJob<T>& job, std::int64_t panel, std::int64_t count, float* right) {
-  const std::int64_t words = (job.depth + depths_a_word - 1) / depths_a_word, size = words * right_width;
-  if (job.product == Product::forward) {
-    for (std::int64_t p = 0; p < count; ++p) {
-      pack_across(Masked{job.w}, (panel + p) * right_width, job.columns, job.depth, right_width, right + p * size);
+inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Tile& tile) {
+  if (job.d_weight != nullptr) {
+    for (std::int64_t i = 0; i < at.rows; ++i) {
+      float* out = job.d_weight + (at.row + i) * job.columns + at.column;
+      keep(*job.weight, at.row + i, at.column, at.columns, tile[i], false, out);
     }
-    return;
   }
-  for (std::int64_t word = 0; word < words; ++word) {
-    const auto pack = [&](const auto& source) {
-      pack_along(source, panel * right_width, job.columns, job.depth, count, size, right_width, word, right);
-    };
-    job.product == Product::grad_x ? pack(Masked{job.w}) : pack(Plain<T>{job.x, job.w.n_in});
+  if (job.d_scores == nullptr) return;
+  const std::int64_t share = job.weight->share;
+  std::int64_t score_row = score_row_of(*job.weight, at.row);
+  std::int64_t begun = at.row - score_row * share;  // rows of this score in earlier tiles
+  for (std::int64_t i = 0; i < at.rows; ++score_row) {
+    const std::int64_t rows = share - begun < at.rows - i ? share - begun : at.rows - i;
+    add_scores(job, at, tile, score_row, i, rows, begun > 0);
+    i += rows;
+    begun = 0;
   }
 }
 
-template <typename T>
-void multiply(const MaskedJob<T>& job, std::int64_t panel, std::int64_t count, std::int64_t begin, std::int64_t end,
-              float* right, float* sums) {
-  const std::int64_t words = (job.depth + depths_a_word - 1) / depths_a_word;
-  pack_right(job, panel, count, right);
-  for (std::int64_t block = begin; block < end; block += left_block) {
-    const std::int64_t stop = block + left_block < end ? block + left_block : end;
-    for (std::int64_t word = 0; word == 0 || word < words; word += chunk_words) {
-      const std::int64_t here = words - word < chunk_words ? words - word : chunk_words;
-      for (std::int64_t left = block; left < stop; ++left) {
-        for (int tile = 0; tile < left_width; tile += tile_rows) {
-          const std::int64_t row = left * left_width + tile;
-          if (row >= job.rows) break;
-          const std::int64_t rows = job.rows - row < tile_rows ? job.rows - row : tile_rows;
-          float* waiting = sums + (row - block * left_width) * count * right_width;
-          for (std::int64_t p = 0; p < count; ++p, waiting += tile_rows * right_width) {
-            f32 acc[tile_rows][tile_vectors] = {};
-            if (word > 0) {
+// The part of a masked weight that is packed next, sent for while products are added up: that takes some microseconds a
+// tile and leaves the memory idle.
+class Ahead {
+ public:
+  Ahead(const MatmulPanels& job, std::int64_t panel, std::int64_t panels, std::int64_t begin, std::int64_t end)
+      : mask_(*job.source.mask) {
+    const std::int64_t sides[2][2] = {{panel * job.width, (panel + panels) * job.width},
+                                      {begin * values_a_word, end * values_a_word}};
+    const auto& rows = sides[job.across ? 1 : 0];
+    const auto& columns = sides[job.across ? 0 : 1];
+    row_ = rows[0];
+    end_row_ = rows[1] < mask_.n_out ? rows[1] : mask_.n_out;
+    first_ = column_ = columns[0];
+    end_column_ = columns[1] < mask_.n_in ? columns[1] : mask_.n_in;
+    find_row();
+  }
+
+  std::int64_t lines() const {
+    return row_ < end_row_ ? (end_row_ - row_) * ((end_column_ - first_ + line - 1) / line) : 0;
+  }
+
+  void fetch(std::int64_t lines) {
+    for (; lines > 0 && row_ < end_row_; --lines) {
+      __builtin_prefetch(weight_ + column_, 0, 2);
+      __builtin_prefetch(scores_ + column_, 0, 2);
+      column_ += line;
+      if (column_ < end_column_) continue;
+      column_ = first_;
+      ++row_;
+      find_row();
+    }
+  }
+
+ private:
+  void find_row() {
+    weight_ = mask_.weight + row_ * mask_.n_in;
+    scores_ = mask_.scores + score_row_of(mask_, row_) * mask_.n_in;
+  }
+
+  const MaskedWeight& mask_;
+  std::int64_t row_, end_row_, column_, first_, end_column_;
+  const float *weight_, *scores_;
+};
+
+// The products of all panels of a block with its tiles, over words k to k + depth.
+template <typename Fetch>
+inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::int64_t k, std::int64_t depth,
+                           const float* right, std::int64_t stride, float* sums, Fetch fetch) {
+  const std::int64_t words = job.right.words;
+  const std::int64_t piece = (depth + tile_rows - 1) / tile_rows;
+  const bool last = k + depth >= words;
+  for (std::int64_t t = 0; t < block.tiles; ++t) {
+    const float* left = job.left + ((block.tile + t) * words + k) * tile_rows;
+    for (std::int64_t p = 0; p < block.panels; ++p) {
+      const TilePlace at = place_of(job, block.tile + t, block.panel + p);
+      float* waiting = sums + (t * block.panels + p) * (tile_rows * tile_columns);
+      f32 acc[tile_rows][tile_vectors] = {};
+      if (k > 0) {
 #pragma GCC unroll 16
-              for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 8
-                for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + (i * tile_vectors + n) * lanes);
-              }
-            }
-            multiply_words(job.left + (left * words + word) * left_width + tile,
-                           right + (p * words + word) * right_width, here, acc);
-            if (word + here < words) {
-#pragma GCC unroll 16
-              for (int i = 0; i < tile_rows; ++i) {
-#pragma GCC unroll 8
-                for (int n = 0; n < tile_vectors; ++n) store(waiting + (i * tile_vectors + n) * lanes, acc[i][n]);
-              }
-              continue;
-            }
-            const std::int64_t col = (panel + p) * right_width;
-            const std::int64_t columns = job.columns - col < right_width ? job.columns - col : right_width;
-            if (job.product == Product::grad_w) {
-              finish_gradients(job, row, rows, col, columns, acc);
-            } else {
-              finish(job, row, rows, col, columns, acc);
-            }
-          }
+        for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+          for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
         }
       }
+      const bool turns = p + 1 == block.panels;
+      const TilePlace coming = place_of(job, block.tile + t + turns, block.panel + (turns ? 0 : p + 1));
+      // The next tile's panel, on the first pass over this one's.
+      const float* next = p == 0 ? left + words * tile_rows : left;
+      for (std::int64_t i = 0; i < tile_rows; ++i) {
+        const std::int64_t from = i * piece, here = depth - from < piece ? depth - from : piece;
+        if (here <= 0) break;
+        fetch(coming, i, last);
+        add_products(left + from * tile_rows, right + p * stride + from * tile_columns, here, next + from * tile_rows,
+                     acc);
+      }
+      alignas(64) Tile tile;
+      float* to = last ? tile[0] : waiting;
+#pragma GCC unroll 16
+      for (int i = 0; i < tile_rows; ++i) {
+#pragma GCC unroll 4
+        for (int n = 0; n < tile_vectors; ++n) store(to + i * tile_columns + n * lanes, acc[i][n]);
+      }
+      if (last) job.out != nullptr ? write_out(job, at, tile) : write_gradients(job, at, tile);
     }
   }
+}
+
+void multiply(const MatmulJob& job, const MatmulBlock& block, float* work) {
+  const std::int64_t words = job.right.words, panel_end = block.panel + block.panels;
+  std::int64_t k = 0;
+  // Once even where there is nothing to add up.
+  do {
+    const std::int64_t depth = words - k < job.depth ? words - k : job.depth;
+    const std::int64_t end = k + depth;
+    if (job.right.panels != nullptr) {
+      const std::int64_t stride = words * tile_columns;
+      const float* right = job.right.panels + block.panel * stride + k * tile_columns;
+      // A tile before they are needed: the tile itself may take less time than memory does.
+      const auto fetch = [&](const TilePlace& coming, std::int64_t i, bool last) __attribute__((always_inline)) {
+        if (last) prefetch_gradients(job, coming, i);
+      };
+      multiply_depth(job, block, k, depth, right, stride, work, fetch);
+    } else {
+      const std::int64_t stride = depth * tile_columns;
+      pack(job.right, block.panel, panel_end, k, end, work, stride);
+      Ahead ahead = end < words
+                        ? Ahead(job.right, block.panel, block.panels, end, end + job.depth)
+                        : Ahead(job.right, panel_end, block.panels, 0, job.depth);
+      const std::int64_t pieces = block.tiles * block.panels * tile_rows;
+      const std::int64_t lines = (ahead.lines() + pieces - 1) / pieces;
+      multiply_depth(job, block, k, depth, work, stride, work + block.panels * job.depth * tile_columns,
+                     [&](const TilePlace&, std::int64_t, bool) { ahead.fetch(lines); });
+    }
+    k = end;
+  } while (k < words);
+}
+
+std::int64_t count_kept(const MaskedWeight& mask, std::int64_t row) {
+  alignas(64) float one[chunk], kept[chunk];
+  for (int c = 0; c < chunk; ++c) one[c] = 1.0f;
+  std::int64_t count = 0;
+  for (std::int64_t c = 0; c < mask.n_in; c += chunk) {
+    const std::int64_t here = mask.n_in - c < chunk ? mask.n_in - c : chunk;
+    keep(mask, row, c, here, one, false, kept);
+    for (std::int64_t i = 0; i < here; ++i) count += kept[i] != 0.0f;
+  }
+  return count;
 }
 
 }  // namespace
-
-#if !SPARSEBERT_PAIRS
-const MaskedKernel<float> kernel = {left_width, right_width, depths_a_word, pack_left<float>, multiply<float>};
-#endif
-const MaskedKernel<Bf16> kernel_bf16 = {left_width, right_width, depths_a_word, pack_left<Bf16>, multiply<Bf16>};

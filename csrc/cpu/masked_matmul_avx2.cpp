@@ -3,14 +3,18 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-#define SPARSEBERT_PAIRS 0
 namespace sparsebert::masked_matmul_avx2 {
 constexpr int lanes = 8;
 constexpr int tile_rows = 4;
 constexpr int tile_vectors = 3;
+constexpr int values_a_word = 1;
 #include "vector.inl"
 #include "panel.inl"
 #include "masked_matmul.inl"
+#include "masked_matmul_sparse.inl"
+
+const MaskedMatmulKernel kernel = {values_a_word, tile_rows,     tile_columns,   pack,           multiply,
+                                   panel_tokens,  sparse_floats, multiply_sparse, count_kept};
 }  // namespace sparsebert::masked_matmul_avx2
 #pragma GCC pop_options
 #endif

@@ -1,5 +1,5 @@
-"""topk_mask: the k highest scores, exactly k, without a sort; and `pattern_mask`, the same within a sparsity
-pattern.
+"""topk_mask: the k highest scores, exactly k, without a sort; `topk_threshold`, the lowest of them; and `pattern_mask`,
+the same within a sparsity pattern.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ def topk_mask(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: 
     return torch.from_numpy(keep).view(scores.shape)
 
 
-def topk_threshold(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th highest score of every vector along the last dimension, k >= 1: what is at least that are the k highest
-    scores and those that equal the last of them. Types, layout and errors as of `topk_mask`.
-    """
-    if k < 1:
-        raise InputError(f"k must be at least 1 for a threshold, got {k}", fix="correct k")
-    return scores.masked_fill(~topk_mask(scores, k), float("inf")).amin(-1)
-
-
 def topk_mask_ref(scores: torch.Tensor, k: int) -> torch.Tensor:
     """What `topk_mask` returns, by a stable sort."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+
+
+def topk_threshold(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: str | None = None) -> torch.Tensor:
+    """The k-th highest score of every vector along the last dimension: scores >= it keep k, and what equals it.
+
+    scores: as for `topk_mask`; infinities included. k: 1 to n. Returns float32 [...]. Raises InputError as `topk_mask`,
+    and for k = 0.
+    """
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}", fix="correct k, or use a threshold of infinity")
+    keep = topk_mask(scores, k, threads=threads, isa=isa)
+    return torch.where(keep, scores.detach(), torch.inf).amin(-1)
 
 
 def pattern_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, *, per_row: bool = False) -> torch.Tensor:
