@@ -40,14 +40,17 @@ def encoder_layers(model) -> nn.ModuleList:
     return model.base_model.get_submodule(ARCHITECTURES[kind])
 
 
-def head_linears(model) -> dict[str, nn.Linear]:
-    """The linears behind the encoder, pooler and classifier, by their full name."""
+def head_linears(model, *, classifier: bool = True) -> dict[str, nn.Linear]:
+    """The linears behind the encoder, by their full name: pooler or hidden layer, and last the classifier proper,
+    unless it is not wanted.
+    """
     inside = encoder_linears(model)
-    return {
-        name: module
+    found = [
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in inside and "embedding" not in name
-    }
+    ]
+    return dict(found if classifier else found[:-1])
 
 
 def encoder_linears(model) -> dict[str, nn.Linear]:

@@ -16,6 +16,7 @@ from sparsebert.training import finetune, masks
 from sparsebert.training.finetune import train
 from sparsebert.training.imp import MagnitudePruning
 from sparsebert.training.lesson import Lesson, fresh_classifier, origin
+from sparsebert.training.loop import step_count
 from sparsebert.training.masks import MaskTraining
 
 TRAINED = ("mask", "imp", "imp-rw")
@@ -87,8 +88,7 @@ class Subnet:
             return self.settings.model_copy(update={"lr": LR})
         examples, _ = data.hold_out(data.load(self.spec, self.spec.train), self.settings.hold_out)
         n = min(len(examples), self.settings.n or len(examples))
-        steps = self.settings.steps or max(1, round(self.settings.epochs * -(-n // self.settings.batch_size)))
-        return self.settings.model_copy(update={"lr": LR * (STEPS / steps) ** 0.5})
+        return self.settings.model_copy(update={"lr": LR * (STEPS / step_count(n, self.settings)) ** 0.5})
 
 
 def check(config: PruneConfig, subnet: SubnetConfig) -> None:
@@ -129,7 +129,7 @@ def _weights(wanted: str | None, source: Path) -> Path:
 @torch.no_grad()
 def _apply(model, keeps: dict[str, torch.Tensor]) -> None:
     """Zeros where a mask says so; the classifier proper, which is a new one, stays whole."""
-    linears = encoder_linears(model) | dict(list(head_linears(model).items())[:-1])
+    linears = encoder_linears(model) | head_linears(model, classifier=False)
     for name, linear in linears.items():
         if name in keeps:
             linear.weight[~keeps[name].to(linear.weight.device)] = 0.0

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsebert import data
@@ -17,6 +16,7 @@ from sparsebert.config import PruneConfig, SubnetConfig, TrainConfig
 from sparsebert.errors import InputError, first_line
 from sparsebert.pruning import TRAINED, check
 from sparsebert.training.losses import LOSSES
+from sparsebert.training.recipe import read_yaml
 
 
 class Cell(BaseModel):
@@ -122,12 +122,7 @@ class Grid:
 
 def read_grid(name: str) -> Grid:
     """The grid in a YAML file, or the packaged one of that name, every cell checked. InputError for anything else."""
-    packaged = resources.files("sparsebert") / "assets" / "grids" / f"{name}.yaml"
-    path = Path(str(packaged)) if packaged.is_file() else Path(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"grid {name} must be a YAML file: {first_line(error)}", fix="correct --grid") from error
+    path, content = read_yaml("grid", name)
     if not isinstance(content, dict) or not {"model", "tasks", "cells"} <= content.keys():
         raise InputError(f"grid {path} must have model, tasks and cells", fix="see the packaged grid srnets-small")
     tasks = content["tasks"]
@@ -137,7 +132,7 @@ def read_grid(name: str) -> Grid:
     unknown = sorted({cell.task for cell in cells} - tasks.keys())
     if unknown:
         raise InputError(f"grid {path} has cells of {unknown[0]} and no settings for it", fix="add it to tasks")
-    repeated = [cell for cell, count in _counts(cells).items() if count > 1]
+    repeated = [cell for cell, count in Counter(cells).items() if count > 1]
     if repeated:
         raise InputError(f"grid {path} has a cell twice: {repeated[0].label}", fix="write it once")
     grid = Grid(
@@ -184,13 +179,6 @@ def _expand(entry: dict, path: Path) -> list[Cell]:
         raise InputError(f"grid {path}: a cell must map fields to values, got {entry!r}", fix="correct the grid")
     values = [value if isinstance(value, list) else [value] for value in entry.values()]
     return [_config(Cell, dict(zip(entry, chosen, strict=True)), "cell") for chosen in itertools.product(*values)]
-
-
-def _counts(cells: list[Cell]) -> dict[Cell, int]:
-    counts: dict[Cell, int] = {}
-    for cell in cells:
-        counts[cell] = counts.get(cell, 0) + 1
-    return counts
 
 
 def _chosen(settings: dict, names: Iterable[str], chosen: str) -> dict:

@@ -40,6 +40,7 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
         "paper's: no figure here compares with one of its tables. The encoder is all-MiniLM-L6-v2, whose training "
         "pairs included NLI and Quora data: no untouched pretrained start."
     )
+    lines = lines_of(grid, outcome)
     document = {
         "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),
         "hours": sum(result["seconds"] for _, result in outcome.done) / 3600,
@@ -49,9 +50,9 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
                 "steps": line.steps, "smoke": line.smoke,
                 "figures": {name: values.tolist() for name, values in line.figures.items()},
             }
-            for line in lines_of(grid, outcome)
+            for line in lines
         ],
-        "comparisons": [row for c in grid.comparisons if (row := compared(lines_of(grid, outcome), c))],
+        "comparisons": [row for c in grid.comparisons if (row := compared(lines, c))],
         "left_out": [cell.model_dump() for cell in outcome.left_out],
     }  # fmt: skip
     if outcome.done:

@@ -54,14 +54,13 @@ def run_grid(
     book = ledger.Ledger(output / "ledger.sqlite")
     for path in others or []:
         book.take_over(path)
-    keys = {cell: ledger.unit_key(KIND, inputs) for cell, inputs in _inputs(grid)}
     groups = list(dict.fromkeys((cell.task, cell.seed) for cell in grid.cells))
     mine = [cell for cell in grid.cells if groups.index((cell.task, cell.seed)) % shard[1] == shard[0]]
     outcome = Outcome()
     took: dict[tuple, list[float]] = {}
     done = 0
     for cell, inputs in _inputs(grid):
-        stored = book.get(keys[cell])
+        stored = book.get(ledger.unit_key(KIND, inputs))
         if stored is not None:
             took.setdefault(_kind(cell), []).append(stored["seconds"])
         if cell not in mine:

@@ -24,7 +24,7 @@ class SubnetCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if self.hook.before(state.global_step, state.max_steps) and optimizer is not None:
-            _stock(optimizer).state.clear()
+            optimizer.state.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.hook.after()
@@ -36,8 +36,3 @@ class SubnetCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.hook.before(state.max_steps, state.max_steps)
-
-
-def _stock(optimizer):
-    """The torch optimizer inside accelerate's."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -41,8 +41,8 @@ class MagnitudePruning(Hook):
         self.level = 0
         linears = {name: (module, pattern) for name, module in encoder_linears(model).items()}
         if head:
-            last = list(head_linears(model))[-1:]  # the classifier proper
-            linears |= {n: (m, Unstructured()) for n, m in head_linears(model).items() if n not in last}
+            heads = head_linears(model, classifier=False)
+            linears |= {name: (module, Unstructured()) for name, module in heads.items()}
         for name, (module, kind) in linears.items():
             require_fits(kind, *module.weight.shape, sparsity, name)
         self.linears = linears

@@ -60,10 +60,14 @@ class Hook:
         """Takes over what `state` gave."""
 
 
+def step_count(examples: int, config: LearnConfig) -> int:
+    """Optimizer steps of a run on so many examples."""
+    return config.steps or max(1, round(config.epochs * -(-examples // config.batch_size)))
+
+
 def plan(encoded: list[dict], config: LearnConfig) -> list[np.ndarray]:
     """The rows of every step, in order."""
-    steps_per_epoch = -(-len(encoded) // config.batch_size)
-    total = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    total = step_count(len(encoded), config)
     steps: list[np.ndarray] = []
     epoch = 0
     while len(steps) < total:

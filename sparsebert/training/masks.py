@@ -93,7 +93,7 @@ class MaskTraining(Hook):
 
     def settle(self) -> None:
         for name, masked in self.masked.items():
-            masked.threshold.copy_(_threshold(masked.scores.detach(), self.patterns[name], masked, self.current))
+            masked.threshold.copy_(_threshold(masked.scores.detach(), self.patterns[name], self.current))
 
     def state(self) -> dict[str, torch.Tensor]:
         thresholds = {name: masked.threshold for name, masked in self.masked.items()}
@@ -123,10 +123,10 @@ class MaskTraining(Hook):
 
     def _begin(self, weight: torch.Tensor, pattern: Pattern, init: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores, threshold) at the first step."""
-        rows = pattern.rows if isinstance(pattern, Grouped) else 1
+        rows = _rows(pattern)
         size = weight.abs().view(-1, rows, weight.shape[1]).mean(1)
         if init == "soft":
-            return size, _threshold(size, pattern, weight, self.current)
+            return size, _threshold(size, pattern, self.current)
         scores = KEPT_SCORE * pattern_mask(weight.abs().cpu(), pattern, self.current)[::rows].float().to(weight.device)
         shape = (len(scores), scores.shape[1] // pattern.m) if isinstance(pattern, NofM) else ()
         return scores, torch.full(shape, THRESHOLD, device=weight.device)
@@ -137,15 +137,20 @@ class MaskTraining(Hook):
         return self.sparsity + (self.gradual - self.sparsity) * (1 - share / self.choose_from) ** 3
 
 
-def _threshold(scores: torch.Tensor, pattern: Pattern, weight, sparsity: float) -> torch.Tensor:
+def _rows(pattern: Pattern) -> int:
+    """How many rows share a score."""
+    return pattern.rows if isinstance(pattern, Grouped) else 1
+
+
+def _threshold(scores: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
     """The least number above every score that is to go: the k-th smallest, k = floor(s n), excluded. Where nothing is
     to go, -inf. N:M: one for each m consecutive scores.
     """
     if isinstance(pattern, NofM):
         goes = topk_threshold(scores.view(len(scores), -1, pattern.m).cpu(), pattern.n + 1)
     else:
-        shape = weight.shape if isinstance(weight, torch.Tensor) else weight.weight.shape
-        kept = kept_in(pattern, *shape, sparsity) * scores.numel() // (shape[0] * shape[1])
+        rows = _rows(pattern)
+        kept = kept_in(pattern, rows * len(scores), scores.shape[1], sparsity) // rows
         if kept == scores.numel():
             return torch.tensor(float("-inf"), device=scores.device)
         goes = topk_threshold(scores.flatten().cpu(), kept + 1)
@@ -154,7 +159,6 @@ def _threshold(scores: torch.Tensor, pattern: Pattern, weight, sparsity: float) 
 
 def _mask(masked: MaskedLinear, pattern: Pattern, sparsity: float) -> torch.Tensor:
     scores = masked.scores.cpu()
-    rows = pattern.rows if isinstance(pattern, Grouped) else 1
     # pattern_mask adds scores of a group up and wants none below 0; equal ones of a group stay equal.
-    scores = (scores - scores.min()).repeat_interleave(rows, 0)
+    scores = (scores - scores.min()).repeat_interleave(_rows(pattern), 0)
     return pattern_mask(scores, pattern, sparsity).to(masked.weight.device)

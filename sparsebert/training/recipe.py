@@ -34,14 +34,21 @@ def train_recipe(
     return results
 
 
+def read_yaml(kind: str, name: str | Path) -> tuple[Path, object]:
+    """(path, content) of the YAML file `name`, or of the packaged one in assets/<kind>s of that name. InputError,
+    naming the flag --<kind>, where it is none.
+    """
+    packaged = resources.files("sparsebert") / "assets" / f"{kind}s" / f"{name}.yaml"
+    path = Path(str(packaged)) if packaged.is_file() else Path(name)
+    try:
+        return path, yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{kind} {name} must be a YAML file: {first_line(error)}", fix=f"correct --{kind}") from error
+
+
 def read_recipe(recipe: str | Path) -> dict[str, TrainConfig]:
     """The configurations of a recipe file, or of the packaged one of that name."""
-    packaged = resources.files("sparsebert") / "assets" / "recipes" / f"{recipe}.yaml"
-    path = Path(str(packaged)) if packaged.is_file() else Path(recipe)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"recipe {recipe} must be a YAML file: {first_line(error)}", fix="correct --recipe") from error
+    path, content = read_yaml("recipe", recipe)
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
         raise InputError(f"recipe {path} must map `models` to names and settings", fix="see recipe quick-soup")
     configs = {}
