@@ -18,7 +18,7 @@ from bench import harness
 from sparsebert.engine.measure import interleave
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
-from sparsebert.ops.masked_matmul import masked_matmul, masked_matmul_ref
+from sparsebert.ops.masked_matmul import _Straight, masked_matmul, masked_matmul_ref
 from sparsebert.ops.topk_mask import topk_threshold
 
 # Relative to the largest gradient. Sums of 4,096 products in float32, one chain; with bfloat16, values rounded to 2^-9.
@@ -58,20 +58,8 @@ SHAPES = ((3072, 768), (768, 3072), (768, 768))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-class Straight(torch.autograd.Function):
-    """1[s >= t], whose gradient is taken for that of s."""
-
-    @staticmethod
-    def forward(ctx, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return (s >= t).to(s.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
-
-
 def eager(x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, (weight * Straight.apply(scores, threshold)).to(x.dtype))
+    return F.linear(x, (weight * _Straight.apply(scores, threshold)).to(x.dtype))
 
 
 def sorting(kept: int, x: torch.Tensor, weight: torch.Tensor, scores: torch.Tensor, _) -> torch.Tensor:

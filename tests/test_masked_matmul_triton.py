@@ -4,10 +4,7 @@ is. Triton reads TRITON_INTERPRET when it is first imported, so the first two ha
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from conftest import require
 from test_masked_matmul import Case, operands, results
+from triton_runs import run_here, usage_on_sm_90
 
 from sparsebert.ops.masked_matmul import masked_matmul_ref
 
@@ -63,19 +61,11 @@ def assert_right(case: Case, dtype: str, got: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=0, atol=tolerance)
 
 
-def run_here(job: str, *args: object, **environment: str) -> None:
-    if importlib.util.find_spec("triton") is None:
-        require("triton", "triton is not installed")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, __file__, job, *map(str, args)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What the kernels return for every case, interpreted."""
     file = tmp_path_factory.mktemp("interpreted") / "results.safetensors"
-    run_here("interpret", file, TRITON_INTERPRET="1")
+    run_here(__file__, "interpret", file, TRITON_INTERPRET="1")
     from safetensors.torch import load_file
 
     return load_file(file)
@@ -85,7 +75,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """What the kernels take of a GPU of compute capability 9.0."""
     folder = tmp_path_factory.mktemp("compiled")
-    run_here("compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
+    run_here(__file__, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
     return json.loads((folder / "usage.json").read_text())
 
 
@@ -143,10 +133,7 @@ def interpret(file: str) -> None:
 
 
 def compile_all(file: str) -> None:
-    import triton
     from sparsebert.kernels import masked_matmul
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     usage = {}
     for share, reach in COMPILED:
@@ -163,25 +150,14 @@ def compile_all(file: str) -> None:
                 types = {
                     arg: own if arg in ("x_ptr", "dy_ptr", "out_ptr") else "*fp32" if arg.endswith("ptr") else "i32"
                     for arg in kernel.arg_names
-                } | dict.fromkeys(constants | steps, "constexpr")
-                # BERT's sizes and torch's addresses are multiples of 16, which a launch tells the compiler.
-                aligned = {
-                    (i,): [["tt.divisibility", 16]]
-                    for i, arg in enumerate(kernel.arg_names)
-                    if types[arg] != "constexpr"
                 }
-                source = ASTSource(kernel, types, constants | steps, aligned)
-                binary = Path(file).with_suffix(".cubin")
-                built = triton.compile(source, GPUTarget("cuda", 90, 32), masked_matmul.OPTIONS[getattr(torch, dtype)])
-                binary.write_bytes(built.asm["cubin"])
-                tool = triton.knobs.nvidia.cuobjdump.path
-                text = subprocess.run(
-                    [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-                ).stdout
-                fields = (field.split(":") for field in text.split(f"Function {kernel.__name__}:")[1].split())
-                usage[f"{name}/{share}/{reach}/{dtype}"] = {
-                    field: int(value) for field, value in fields if value.isdigit()
-                }
+                usage[f"{name}/{share}/{reach}/{dtype}"] = usage_on_sm_90(
+                    kernel,
+                    types,
+                    constants | steps,
+                    masked_matmul.OPTIONS[getattr(torch, dtype)],
+                    Path(file).with_suffix(".cubin"),
+                )
     Path(file).write_text(json.dumps(usage))
 
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import require
+from triton_runs import run_here, usage_on_sm_90
 
 from sparsebert import patterns
 from sparsebert.errors import UnsupportedError
@@ -90,19 +89,11 @@ def assert_swept(case: Case, got: torch.Tensor) -> None:
     assert (got - expected).abs().max() <= TOLERANCE[str(got.dtype)]
 
 
-def run_here(job: str, *args: object, **environment: str) -> None:
-    if importlib.util.find_spec("triton") is None:
-        require("triton", "triton is not installed")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, __file__, job, *map(str, args)], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What the kernel returns for every case, interpreted."""
     file = tmp_path_factory.mktemp("interpreted") / "swept.safetensors"
-    run_here("interpret", file, TRITON_INTERPRET="1")
+    run_here(__file__, "interpret", file, TRITON_INTERPRET="1")
     from safetensors.torch import load_file
 
     return load_file(file)
@@ -112,7 +103,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """What the kernel takes of a GPU of compute capability 9.0, by pattern and dtype."""
     folder = tmp_path_factory.mktemp("compiled")
-    run_here("compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
+    run_here(__file__, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
     return json.loads((folder / "usage.json").read_text())
 
 
@@ -176,10 +167,7 @@ def interpret(file: str) -> None:
 
 
 def compile_all(file: str) -> None:
-    import triton
     from sparsebert.kernels import obs_prune
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel, usage = obs_prune._sweep_block, {}
     for pattern in COMPILED:
@@ -190,20 +178,8 @@ def compile_all(file: str) -> None:
         for dtype in DTYPES:
             pointers = {name: "*fp" + dtype.removeprefix("float") for name in kernel.arg_names if name.endswith("ptr")}
             types = dict.fromkeys(kernel.arg_names, "i32") | pointers | {"gone_ptr": "*i1"}
-            types |= dict.fromkeys(constants, "constexpr")
-            # BERT's sizes and torch's addresses are multiples of 16, which a launch tells the compiler.
-            aligned = {
-                (i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name] != "constexpr"
-            }
-            source = ASTSource(kernel, types, constants, aligned)
             binary = Path(file).with_suffix(".cubin")
-            binary.write_bytes(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"])
-            tool = triton.knobs.nvidia.cuobjdump.path
-            text = subprocess.run(
-                [tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True
-            ).stdout
-            fields = (field.split(":") for field in text.split("Function _sweep_block:")[1].split())
-            usage[f"{pattern}/{dtype}"] = {name: int(value) for name, value in fields if value.isdigit()}
+            usage[f"{pattern}/{dtype}"] = usage_on_sm_90(kernel, types, constants, options, binary)
     Path(file).write_text(json.dumps(usage))
 
 

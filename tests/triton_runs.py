@@ -1,0 +1,41 @@
+"""How Triton's kernels are tested without a GPU: in processes of their own, as Triton reads TRITON_INTERPRET when it is
+first imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import require
+
+
+def run_here(script: str, job: str, *args: object, **environment: str) -> None:
+    """Runs `script` with a job's name and arguments, and asks that it ends well."""
+    if importlib.util.find_spec("triton") is None:
+        require("triton", "triton is not installed")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, script, job, *map(str, args)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
+def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict, binary: Path) -> dict[str, int]:
+    """What a kernel takes of a GPU of compute capability 9.0: registers, stack, shared memory. types: of the arguments
+    that are no constants. binary: where the compiled kernel may be written.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    types = types | dict.fromkeys(constants, "constexpr")
+    # BERT's sizes and torch's addresses are multiples of 16, which a launch tells the compiler.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name] != "constexpr"}
+    source = ASTSource(kernel, types, constants, aligned)
+    binary.write_bytes(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    text = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
+    fields = (field.split(":") for field in text.split(f"Function {kernel.__name__}:")[1].split())
+    return {name: int(value) for name, value in fields if value.isdigit()}
