@@ -407,7 +407,8 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
 }
 
 // Null where there is none.
-const float* data_or_null(const std::optional<Array<float>>& array) { return array ? array->data() : nullptr; }
+template <typename T>
+const T* data_or_null(const std::optional<Array<T>>& array) { return array ? array->data() : nullptr; }
 
 py::array_t<double> run_token_sums(const Array<float>& values, const std::optional<Array<float>>& weights,
                                    const Array<float>& shift, const std::string& isa_name, int threads) {
@@ -571,6 +572,90 @@ void run_masked_matmul_backward(FloatsOrBf16 x, FloatsOrBf16 dy, const Array<flo
                          d_scores_data);
 }
 
+// The data of an array of `size` values.
+void* data_of(FloatsOrBf16& array, std::int64_t size, bool bf16, bool written) {
+  return std::visit(
+      [=](auto& values) -> void* {
+        require(values.size() == size && (values.itemsize() == 2) == bf16, "all arrays must have one type and size");
+        return written ? values.mutable_data() : const_cast<void*>(static_cast<const void*>(values.data()));
+      },
+      array);
+}
+
+bool is_bf16(const FloatsOrBf16& array) { return std::holds_alternative<Array<Bf16>>(array); }
+
+Dropout dropout_of(std::uint64_t seed, std::uint32_t limit) {
+  require(limit < 65536, "limit must be below 65536");
+  return {seed, limit};
+}
+
+void run_dropout(FloatsOrBf16 x, std::uint64_t seed, std::uint32_t limit, FloatsOrBf16 y, const std::string& isa_name,
+                 int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  const Dropout dropped = dropout_of(seed, limit);
+  const bool bf16 = is_bf16(x);
+  const std::int64_t n = std::visit([](const auto& values) { return values.size(); }, x);
+  const void* from = data_of(x, n, bf16, false);
+  void* to = data_of(y, n, bf16, true);
+  const py::gil_scoped_release released;
+  dropout(from, n, bf16, dropped, isa, threads, to);
+}
+
+Attention attention_of(FloatsOrBf16& q, FloatsOrBf16& k, FloatsOrBf16& v, const std::optional<Array<bool>>& keep,
+                       float scale, std::uint64_t seed, std::uint32_t limit) {
+  Attention job{};
+  std::visit(
+      [&job](const auto& values) {
+        require(values.ndim() == 4, "q must be [sequences, tokens, heads, size]");
+        job.sequences = values.shape(0);
+        job.tokens = values.shape(1);
+        job.heads = values.shape(2);
+        job.size = values.shape(3);
+      },
+      q);
+  require(!keep || keep->size() == job.sequences * job.tokens, "keep must be [sequences, tokens]");
+  const std::int64_t size = job.sequences * job.tokens * job.heads * job.size;
+  job.bf16 = is_bf16(q);
+  job.q = data_of(q, size, job.bf16, false);
+  job.k = data_of(k, size, job.bf16, false);
+  job.v = data_of(v, size, job.bf16, false);
+  job.keep = data_or_null(keep);
+  job.scale = scale;
+  job.dropout = dropout_of(seed, limit);
+  return job;
+}
+
+void run_attention(FloatsOrBf16 q, FloatsOrBf16 k, FloatsOrBf16 v, const std::optional<Array<bool>>& keep, float scale,
+                   std::uint64_t seed, std::uint32_t limit, FloatsOrBf16 out, Array<float> stats,
+                   const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  const Attention job = attention_of(q, k, v, keep, scale, seed, limit);
+  void* out_data = data_of(out, job.sequences * job.tokens * job.heads * job.size, job.bf16, true);
+  require(stats.size() == 2 * job.sequences * job.tokens * job.heads, "stats must be [sequences, heads, 2, tokens]");
+  float* stats_data = stats.mutable_data();
+  const py::gil_scoped_release released;
+  attention(job, isa, threads, out_data, stats_data);
+}
+
+void run_attention_backward(FloatsOrBf16 q, FloatsOrBf16 k, FloatsOrBf16 v, const std::optional<Array<bool>>& keep,
+                            float scale, std::uint64_t seed, std::uint32_t limit, const Array<float>& stats,
+                            FloatsOrBf16 d_out, FloatsOrBf16 dq, FloatsOrBf16 dk, FloatsOrBf16 dv,
+                            const std::string& isa_name, int threads) {
+  const Isa isa = isa_named(isa_name);
+  require(threads >= 1, "threads must be at least 1");
+  const Attention job = attention_of(q, k, v, keep, scale, seed, limit);
+  const std::int64_t size = job.sequences * job.tokens * job.heads * job.size;
+  require(stats.size() == 2 * job.sequences * job.tokens * job.heads, "stats must be [sequences, heads, 2, tokens]");
+  const void* d_out_data = data_of(d_out, size, job.bf16, false);
+  void* dq_data = data_of(dq, size, job.bf16, true);
+  void* dk_data = data_of(dk, size, job.bf16, true);
+  void* dv_data = data_of(dv, size, job.bf16, true);
+  const py::gil_scoped_release released;
+  attention_backward(job, stats.data(), d_out_data, isa, threads, dq_data, dk_data, dv_data);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -647,4 +732,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dx").noconvert().none(true), py::arg("d_weight").noconvert().none(true),
         py::arg("d_scores").noconvert().none(true), py::arg("isa"), py::arg("threads"),
         "Writes the gradients that are not None.");
+  m.def("dropout", &run_dropout, py::arg("x").noconvert(), py::arg("seed"), py::arg("limit"),
+        py::arg("y").noconvert(), py::arg("isa"), py::arg("threads"), "Writes y; both float32, or bf16 as uint16.");
+  m.def("attention", &run_attention, py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+        py::arg("keep").noconvert().none(true), py::arg("scale"), py::arg("seed"), py::arg("limit"),
+        py::arg("out").noconvert(), py::arg("stats").noconvert(), py::arg("isa"), py::arg("threads"),
+        "Writes out and stats; all but stats float32, or bf16 as uint16.");
+  m.def("attention_backward", &run_attention_backward, py::arg("q").noconvert(), py::arg("k").noconvert(),
+        py::arg("v").noconvert(), py::arg("keep").noconvert().none(true), py::arg("scale"), py::arg("seed"),
+        py::arg("limit"), py::arg("stats").noconvert(), py::arg("d_out").noconvert(), py::arg("dq").noconvert(),
+        py::arg("dk").noconvert(), py::arg("dv").noconvert(), py::arg("isa"), py::arg("threads"),
+        "Writes the gradients.");
 }

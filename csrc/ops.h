@@ -282,4 +282,43 @@ void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t token
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
                             Isa isa, int threads, void* dx, float* d_weight, float* d_scores);
 
+// Which values are dropped: those whose 16-bit draw by Philox4x32-7 under the key `seed` is below `limit`; the others
+// are scaled up, so that nothing changes on average.
+struct Dropout {
+  std::uint64_t seed;
+  std::uint32_t limit;  // 0: nothing is dropped; below 65536
+
+  float scale() const { return 65536.0f / static_cast<float>(65536 - limit); }
+};
+
+// y = x where it is not dropped, scaled up, else 0. Of block b of 128 values, value i is drawn by the half i / 16 (from
+// the lowest of the first word on) of the counter (16 b + i % 16, as 64 bits; 0, 0).
+//   x, y  [n], bf16 or floats; they may be the same
+// The result does not depend on `threads` (>= 1).
+void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, Isa isa, int threads, void* y);
+
+// Attention of every token to the kept tokens of its sequence, in each head.
+struct Attention {
+  const void* q;  // [sequences, tokens, heads, size], like k and v
+  const void* k;
+  const void* v;
+  bool bf16;          // what they and the results hold, or floats; all sums are of floats
+  const bool* keep;   // [sequences, tokens], or null where all keys are kept
+  std::int64_t sequences, tokens, heads, size;
+  float scale;        // of the products of queries and keys
+  // Query i and the j-th key that is kept are drawn by half j % 8 of the counter (i, j / 8, sequence * heads + head, 0).
+  Dropout dropout;
+};
+
+// out = dropout(softmax(scale q kᵀ)) v, [sequences, tokens, heads, size]; 0 where no key is kept.
+//   stats  [sequences, heads, 2, tokens], for the backward pass: of each softmax its largest logarithm (to base 2), and
+//          1 over its sum
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a thread cannot have 16 size + 256 bytes a
+// token, and 56 size + 768 backward.
+void attention(const Attention& job, Isa isa, int threads, void* out, float* stats);
+
+// The gradients, of q's type and shape, written whole.
+void attention_backward(const Attention& job, const float* stats, const void* d_out, Isa isa, int threads, void* dq,
+                        void* dk, void* dv);
+
 }  // namespace sparsebert

@@ -1,12 +1,9 @@
 // The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included after
-// panel.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x tile_vectors
+// bf16.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x tile_vectors
 // vectors of sums, and values_a_word.
 
 namespace {
 
-typedef Vector<std::uint32_t>::type bits;
-typedef std::uint16_t short_bits __attribute__((vector_size(vector_bytes / 2)));
-typedef std::uint16_t short_bits_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(2)));
 typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(4)));
 
 constexpr int tile_columns = tile_vectors * lanes;
@@ -16,41 +13,6 @@ constexpr int chunk = 256;
 static_assert(chunk % (values_a_word * lanes * 2) == 0, "a chunk is whole transpositions");
 static_assert(tile_rows == lanes || 2 * tile_rows == lanes, "a row of a panel is a vector, or half of one");
 static_assert(chunk >= tile_columns, "a chunk holds a panel's columns");
-
-inline f32 widen(short_bits v) { return reinterpret_cast<f32>(__builtin_convertvector(v, bits) << 16); }
-
-// To the nearest bf16, of two equally near ones the even; a NaN stays one. In the upper halves.
-inline bits rounded(f32 v) {
-  const bits word = reinterpret_cast<bits>(v);
-  const bits near = word + 0x7fffu + ((word >> 16) & 1u);
-  return (v == v ? near : (word | 0x400000u)) & 0xffff0000u;
-}
-
-inline float rounded(float value) {
-  union {
-    float number;
-    std::uint32_t word;
-  } v = {value};
-  v.word = value == value ? v.word + 0x7fffu + ((v.word >> 16) & 1u) : v.word | 0x400000u;
-  v.word &= 0xffff0000u;
-  return v.number;
-}
-
-inline float widen(Bf16 value) {
-  union {
-    std::uint32_t word;
-    float number;
-  } v = {static_cast<std::uint32_t>(value) << 16};
-  return v.number;
-}
-
-inline Bf16 narrow(float value) {
-  union {
-    float number;
-    std::uint32_t word;
-  } v = {rounded(value)};
-  return static_cast<Bf16>(v.word >> 16);
-}
 
 // Without a division, which is as long as the rest of a short row, where there is nothing to divide.
 inline std::int64_t score_row_of(const MaskedWeight& mask, std::int64_t row) {
@@ -95,12 +57,7 @@ inline void read_row(const MatmulSource& source, std::int64_t row, std::int64_t 
     if (source.mask != nullptr) {
       keep(*source.mask, row, begin, count, static_cast<const float*>(source.values) + at, source.round, out);
     } else if (source.bf16) {
-      const Bf16* values = static_cast<const Bf16*>(source.values) + at;
-      std::int64_t c = 0;
-      for (; c + lanes <= count; c += lanes) {
-        store(out + c, widen(*reinterpret_cast<const short_bits_unaligned*>(values + c)));
-      }
-      for (; c < count; ++c) out[c] = widen(values[c]);
+      read_values(static_cast<const Bf16*>(source.values) + at, count, out);
     } else {
       copy(static_cast<const float*>(source.values) + at, out, count);
     }
@@ -284,7 +241,7 @@ inline void write_row(const MatmulJob& job, std::int64_t row, std::int64_t colum
     Bf16* out = static_cast<Bf16*>(job.out) + to;
     for (; c + lanes <= columns; c += lanes) {
       const f32 sum = load(sums + c) + (bias != nullptr ? load(bias + c) : f32{});
-      *reinterpret_cast<short_bits_unaligned*>(out + c) = __builtin_convertvector(rounded(sum) >> 16, short_bits);
+      store_narrowed(out + c, sum);
     }
     for (; c < columns; ++c) out[c] = narrow(sums[c] + (bias != nullptr ? bias[c] : 0.0f));
   } else {

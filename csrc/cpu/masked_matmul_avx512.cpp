@@ -13,6 +13,7 @@ constexpr int tile_vectors = 3;
 constexpr int values_a_word = 1;
 #include "vector.inl"
 #include "panel.inl"
+#include "bf16.inl"
 #include "masked_matmul.inl"
 #include "masked_matmul_sparse.inl"
 

@@ -13,6 +13,7 @@ constexpr int tile_vectors = 3;
 constexpr int values_a_word = 2;
 #include "vector.inl"
 #include "panel.inl"
+#include "bf16.inl"
 #include "tile.inl"
 #include "masked_matmul.inl"
 

@@ -9,6 +9,7 @@ constexpr int tile_vectors = 2;
 constexpr int values_a_word = 1;
 #include "vector.inl"
 #include "panel.inl"
+#include "bf16.inl"
 #include "masked_matmul.inl"
 #include "masked_matmul_sparse.inl"
 

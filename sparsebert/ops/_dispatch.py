@@ -6,9 +6,14 @@ import functools
 import os
 import platform
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from sparsebert import environment
 from sparsebert.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:  # what does not train needs no torch
+    import numpy as np
+    import torch
 
 
 @functools.cache
@@ -81,3 +86,15 @@ def threads(wanted: int | None = None) -> int:
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise InputError(f"threads must be an integer of at least 1, got {wanted!r}", fix="pass 1 or more, or None")
     return wanted
+
+
+def array(tensor: torch.Tensor | None) -> np.ndarray | None:
+    """A CPU tensor as the compiled core takes it: a view where it is contiguous; bfloat16, which numpy lacks, as its
+    bits.
+    """
+    import torch
+
+    if tensor is None:
+        return None
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -87,7 +87,7 @@ def _masked_matmul(
         return F.linear(x, _kept(weight, scores, threshold).to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
     _dispatch.core().masked_matmul(
-        _rows(x), *map(_array, (weight, scores, threshold, bias)), _rows(y), *_run_on(isa, threads)
+        _rows(x), *map(_dispatch.array, (weight, scores, threshold, bias)), _rows(y), *_run_on(isa, threads)
     )
     return y
 
@@ -118,9 +118,9 @@ def _backward(
     dx, d_weight, d_scores = gradients
     _dispatch.core().masked_matmul_backward(
         *map(_rows, (x, dy)),
-        *map(_array, (weight, scores, threshold)),
+        *map(_dispatch.array, (weight, scores, threshold)),
         None if dx is None else _rows(dx),
-        *map(_array, (d_weight, d_scores)),
+        *map(_dispatch.array, (d_weight, d_scores)),
         *_run_on(isa, threads),
     )
     return [gradient for gradient in gradients if gradient is not None]
@@ -176,13 +176,8 @@ def _run_on(isa: str, threads: int) -> tuple[str, int]:
 
 
 def _rows(tensor: torch.Tensor) -> np.ndarray:
-    """[tokens, n]: a view where it is contiguous; bfloat16, which numpy lacks, as its bits."""
-    rows = tensor.detach().contiguous().view(-1, tensor.shape[-1])
-    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
-
-
-def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
-    return None if tensor is None else tensor.detach().numpy()
+    """[tokens, n]: a view where it is contiguous."""
+    return _dispatch.array(tensor.reshape(-1, tensor.shape[-1]))
 
 
 def _check(x, weight, scores, threshold, bias) -> None:

@@ -1,0 +1,53 @@
+// A task is a head of a sequence; the arithmetic is in attention.inl.
+#include "attention.h"
+
+#include <atomic>
+#include <new>
+
+#include "scratch.h"
+#include "threads.h"
+
+namespace sparsebert {
+namespace {
+
+const AttentionKernel& kernel_for([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512) return attention_avx512::kernel;
+  if (isa == Isa::avx2) return attention_avx2::kernel;
+#endif
+  return attention_scalar::kernel;
+}
+
+// task(number, working memory) for every head of every sequence.
+template <typename Task>
+void for_heads(const Attention& job, const AttentionKernel& kernel, bool backward, int threads, const Task& task) {
+  if (job.tokens == 0) return;
+  const auto bytes = static_cast<std::size_t>(kernel.floats(job, backward)) * sizeof(float);
+  std::atomic<bool> out_of_memory{false};
+  parallel(job.sequences * job.heads, threads, [&](std::int64_t number) {
+    try {
+      task(number, static_cast<float*>(scratch(bytes, Scratch::task)));
+    } catch (const std::bad_alloc&) {
+      out_of_memory.store(true);
+    }
+  });
+  if (out_of_memory.load()) throw std::bad_alloc();
+}
+
+}  // namespace
+
+void attention(const Attention& job, Isa isa, int threads, void* out, float* stats) {
+  const AttentionKernel& kernel = kernel_for(isa);
+  for_heads(job, kernel, false, threads,
+            [&](std::int64_t task, float* work) { kernel.attend(job, task, work, out, stats); });
+}
+
+void attention_backward(const Attention& job, const float* stats, const void* d_out, Isa isa, int threads, void* dq,
+                        void* dk, void* dv) {
+  const AttentionKernel& kernel = kernel_for(isa);
+  for_heads(job, kernel, true, threads, [&](std::int64_t task, float* work) {
+    kernel.attend_backward(job, task, work, stats, d_out, dq, dk, dv);
+  });
+}
+
+}  // namespace sparsebert

@@ -1,0 +1,23 @@
+// What the driver (attention.cpp) and the kernels (attention_<isa>.cpp) share.
+#pragma once
+
+#include "../ops.h"
+
+namespace sparsebert {
+
+struct AttentionKernel {
+  // Of working memory that a task needs.
+  std::int64_t (*floats)(const Attention& job, bool backward);
+  // One head of one sequence: task sequence * heads + head.
+  void (*attend)(const Attention& job, std::int64_t task, float* work, void* out, float* stats);
+  void (*attend_backward)(const Attention& job, std::int64_t task, float* work, const float* stats, const void* d_out,
+                          void* dq, void* dk, void* dv);
+};
+
+namespace attention_scalar { extern const AttentionKernel kernel; }
+#if defined(__x86_64__)
+namespace attention_avx2 { extern const AttentionKernel kernel; }
+namespace attention_avx512 { extern const AttentionKernel kernel; }
+#endif
+
+}  // namespace sparsebert

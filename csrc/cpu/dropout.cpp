@@ -1,0 +1,32 @@
+// Cuts the values into tasks; the arithmetic is in dropout.inl.
+#include "dropout.h"
+
+#include <algorithm>
+
+#include "threads.h"
+
+namespace sparsebert {
+namespace {
+
+// Of a task: 128 KB of floats.
+constexpr std::int64_t task_blocks = 256;
+
+const DropoutKernel& kernel_for([[maybe_unused]] Isa isa) {
+#if defined(__x86_64__)
+  if (isa >= Isa::avx512) return dropout_avx512::kernel;
+  if (isa == Isa::avx2) return dropout_avx2::kernel;
+#endif
+  return dropout_scalar::kernel;
+}
+
+}  // namespace
+
+void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, Isa isa, int threads, void* y) {
+  const DropoutKernel& kernel = kernel_for(isa);
+  const std::int64_t blocks = (n + dropout_block - 1) / dropout_block;
+  parallel((blocks + task_blocks - 1) / task_blocks, threads, [&](std::int64_t task) {
+    kernel.drop(x, n, bf16, dropped, task * task_blocks, std::min((task + 1) * task_blocks, blocks), y);
+  });
+}
+
+}  // namespace sparsebert

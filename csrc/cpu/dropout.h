@@ -1,0 +1,24 @@
+// What the driver (dropout.cpp) and the kernels (dropout_<isa>.cpp) share.
+#pragma once
+
+#include "../ops.h"
+
+namespace sparsebert {
+
+// Values whose draws are of neighbouring counters: eight for each of 16 counters. Value i of such a block is number
+// i / 16 of counter i % 16.
+constexpr std::int64_t dropout_block = 128;
+
+struct DropoutKernel {
+  // Blocks `first` to `last` of n values.
+  void (*drop)(const void* x, std::int64_t n, bool bf16, const Dropout& dropout, std::int64_t first, std::int64_t last,
+               void* y);
+};
+
+namespace dropout_scalar { extern const DropoutKernel kernel; }
+#if defined(__x86_64__)
+namespace dropout_avx2 { extern const DropoutKernel kernel; }
+namespace dropout_avx512 { extern const DropoutKernel kernel; }
+#endif
+
+}  // namespace sparsebert

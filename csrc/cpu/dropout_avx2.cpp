@@ -1,0 +1,17 @@
+#include "dropout.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace sparsebert::dropout_avx2 {
+constexpr int lanes = 8;
+#include "vector.inl"
+#include "panel.inl"
+#include "bf16.inl"
+#include "philox.inl"
+#include "dropout.inl"
+
+const DropoutKernel kernel = {drop};
+}  // namespace sparsebert::dropout_avx2
+#pragma GCC pop_options
+#endif
