@@ -1,9 +1,9 @@
 """A training step of MiniLM-L6 beside stock `transformers.Trainer`, batches of 32 texts of at most 128 tokens, in turn.
 
-python -m bench.bench_train [--texts mnli|full] [--rounds 9] [--json] [--markdown FILE]
+python -m bench.bench_train [--texts mnli|full] [--rounds 7] [--steps 10] [--json] [--markdown FILE]
 
 `mnli`: its training pairs, which average 35 tokens; `full`: random tokens, 128 a text, where there is no padding to
-avoid.
+avoid. A turn is an epoch, so that each variant has the same texts in it however it batches them.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ COLUMNS = {
     "loss_difference": ".1e",
 }  # fmt: skip
 NOTES = (
-    "`step_ms` is the median time of one step (forward, backward, clipping, AdamW) with dropout; `times_ours` the "
-    "median over rounds of its time over the first row's, with a 95 % interval (order statistics). Before the clock "
-    "starts every variant's loss is compared with the first row's on the same batch without dropout."
+    "`step_ms` is the median over rounds of the mean time of a step (forward, backward, clipping, AdamW) with dropout, "
+    "in an epoch of the same texts; `times_ours` the median over rounds of its time over the first row's, with a 95 % "
+    "interval (order statistics). Before the clock starts every variant's loss is compared with the first row's on the "
+    "same batch without dropout."
 )
 
 
-def texts(which: str, tokenizer) -> tuple[list[dict], np.ndarray]:
-    """(token ids, labels) of 3,200 texts."""
+def texts(which: str, tokenizer, n: int) -> tuple[list[dict], np.ndarray]:
+    """(token ids, labels) of n texts."""
     rng = np.random.default_rng(0)
     if which == "mnli":
         task = data.get_task("mnli")
-        examples = data.load(task, task.train, limit=100 * BATCH)
+        examples = data.load(task, task.train, limit=n)
         return tokenize(tokenizer, examples, LENGTH), examples.labels
-    ids = rng.integers(1000, 30000, (100 * BATCH, LENGTH))
+    ids = rng.integers(1000, 30000, (n, LENGTH))
     return [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in ids], rng.integers(0, 3, len(ids))
 
 
@@ -55,10 +56,10 @@ def model_of():
     return checkpoint.load("minilm", num_labels=3)
 
 
-def ours(encoded: list[dict], labels: np.ndarray, precision: str) -> tuple[Callable[[], None], object]:
+def ours(encoded: list[dict], labels: np.ndarray, precision: str, epochs: int) -> tuple[Callable[[], None], object]:
     """(a call that does the next step, its model)."""
     model, tokenizer = model_of()
-    plan = [rows for epoch in range(9) for rows in bucketed(encoded, BATCH, np.random.default_rng(epoch))]
+    plan = [rows for epoch in range(epochs) for rows in bucketed(encoded, BATCH, np.random.default_rng(epoch))]
     run = Run(model, TrainConfig(precision=precision), len(plan), Path("/nonexistent"))
     targets = Targets(torch.from_numpy(labels))
     upcoming = iter(plan)
@@ -71,7 +72,7 @@ def ours(encoded: list[dict], labels: np.ndarray, precision: str) -> tuple[Calla
 
 
 def stock(
-    encoded: list[dict], labels: np.ndarray, folder: Path, precision: str, padding: str, grouped: bool = False
+    encoded: list[dict], labels: np.ndarray, precision: str, epochs: int, folder: Path, padding: str, grouped: bool
 ) -> tuple[Callable[[], None], object]:
     """The same of `Trainer`, which stands still between steps."""
     model, tokenizer = model_of()
@@ -83,7 +84,7 @@ def stock(
             outer.switch()
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), per_device_train_batch_size=BATCH, num_train_epochs=9, bf16=precision == "bf16",
+        output_dir=str(folder), per_device_train_batch_size=BATCH, num_train_epochs=epochs, bf16=precision == "bf16",
         learning_rate=5e-5, weight_decay=0.01, report_to=[], save_strategy="no", logging_strategy="no", use_cpu=True,
         disable_tqdm=True, train_sampling_strategy="group_by_length" if grouped else "random",
     )  # fmt: skip
@@ -108,15 +109,16 @@ def loss_of(model, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", choices=["mnli", "full"], default="mnli")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=4, help="steps a turn: lengths differ between batches")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=10, help="of an epoch, and a turn")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     _, tokenizer = model_of()
-    encoded, labels = texts(args.texts, tokenizer)
+    encoded, labels = texts(args.texts, tokenizer, args.steps * BATCH)
+    epochs = args.rounds + 2  # one to warm up, one that is not finished
     with tempfile.TemporaryDirectory() as folder:
-        made = {("ours: fused AdamW, buckets of similar length", p): ours(encoded, labels, p) for p in ("bf16", "fp32")}
+        made = {("ours", p): ours(encoded, labels, p, epochs) for p in ("bf16", "fp32")}
         kinds = {"Trainer, padded to 128": ("max_length", False)}
         if args.texts == "mnli":
             kinds |= {
@@ -125,7 +127,7 @@ def main() -> int:
             }
         for name, (padding, grouped) in kinds.items():
             for precision in ("bf16", "fp32"):
-                made[name, precision] = stock(encoded, labels, Path(folder), precision, padding, grouped)
+                made[name, precision] = stock(encoded, labels, precision, epochs, Path(folder), padding, grouped)
         batch = collate(tokenizer, encoded, range(BATCH))
         wanted = torch.from_numpy(labels[:BATCH])
         losses = {key: loss_of(model, batch, wanted) for key, (_, model) in made.items()}
@@ -133,7 +135,7 @@ def main() -> int:
         differences = {key: abs(loss - losses[first]) for key, loss in losses.items()}
         # Under bf16 the Trainer's model runs in autocast here too.
         assert max(differences.values()) < 1e-3, f"the variants must train one model, losses differ: {differences}"
-        timings = interleave({key: step for key, (step, _) in made.items()}, args.rounds, warmup=2, repeats=args.steps)
+        timings = interleave({key: step for key, (step, _) in made.items()}, args.rounds, warmup=1, repeats=args.steps)
     rows = []
     for key in made:
         ratio = timings.ratio(key, first)

@@ -157,8 +157,7 @@ def test_an_interrupted_soup_scores_nothing_twice(models, tmp_path, monkeypatch)
 def test_a_harmful_candidate_is_left_out(models, tmp_path):
     model, _ = checkpoint.load(models[0])
     with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(-3)
+        model.get_submodule("classifier").weight.mul_(1000)  # sure of what it gets wrong
     recipe = checkpoint.read_recipe(models[0])
     checkpoint.save(model, tokenizer(), tmp_path / "bad", recipe=recipe, key="bad", figures={})
     result = soup([tmp_path / "bad", models[0]], "mr", tmp_path / "soup", score="perturbed")

@@ -25,10 +25,10 @@ def attention(
 ) -> torch.Tensor:
     """dropout(softmax(scale q kᵀ)) v for each head, [sequences, tokens, heads, size] of q's dtype.
 
-    q, k, v: float32 or bfloat16 [sequences, tokens, heads, size], on the CPU. keep: bool [sequences, tokens], the tokens
-    that are attended to; None: all. Where a sequence keeps none, its result is 0. Every token attends, kept or not.
-    scale: None for 1 / sqrt(size). dropout: from 0 to below 1; for `seed` see `ops.dropout`: the same is dropped for the
-    same seed, shapes and `keep`.
+    q, k, v: float32 or bfloat16 [sequences, tokens, heads, size], on the CPU. keep: bool [sequences, tokens], the
+    tokens that are attended to; None: all. Where a sequence keeps none, its result is 0. Every token attends, kept or
+    not. scale: None for 1 / sqrt(size). dropout: from 0 to below 1; for `seed` see `ops.dropout`: the same is dropped
+    for the same seed, shapes and `keep`.
 
     Scores are made anew in the backward pass [Dao et al. 2022, without its tiles over keys: a head's scores of 8 to 32
     queries fit the second-level cache up to the encoders' 512 tokens]. All sums are float32. Results do not depend on
@@ -39,8 +39,8 @@ def attention(
         check_values(name, x)
         if x.ndim != 4 or x.shape != q.shape or x.dtype != q.dtype or not x.shape[3]:
             raise InputError(
-                f"{name} must be [sequences, tokens, heads, size >= 1] and like q, got {x.dtype} {list(x.shape)} beside "
-                f"{q.dtype} {list(q.shape)}",
+                f"{name} must be [sequences, tokens, heads, size >= 1] and like q, got {x.dtype} {list(x.shape)} "
+                f"beside {q.dtype} {list(q.shape)}",
                 fix="bring them to one shape and dtype",
             )
     if keep is not None and (keep.dtype != torch.bool or keep.shape != q.shape[:2] or keep.device != q.device):

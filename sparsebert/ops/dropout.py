@@ -16,7 +16,8 @@ BLOCK = 128  # values drawn by 16 neighbouring counters
 def dropout(
     x: torch.Tensor, p: float, seed: int, *, threads: int | None = None, isa: str | None = None
 ) -> torch.Tensor:
-    """x / (1 - p) where a value is kept, 0 where it is dropped, which each is with probability p; of x's shape and dtype.
+    """x / (1 - p) where a value is kept, 0 where it is dropped, which each is with probability p; of x's shape and
+    dtype.
 
     x: float32 or bfloat16, on the CPU, of any strides. p: from 0 to below 1, rounded to 1 / 65536. seed: from 0 to
     below 2^64; the same values are dropped for the same seed and number of values, on any number of threads and any

@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
@@ -42,7 +43,9 @@ def masked_matmul(
     Raises InputError for another dtype, shape or layout, or tensors on different devices.
     """
     _check(x, weight, scores, threshold, bias)
-    return _masked_matmul(x, weight, scores, threshold, bias, isa or "", threads or 0)
+    # An operator of torch's library, which its compiler needs, costs more than a small layer: 0.2 ms a step.
+    call = _masked_matmul if torch.compiler.is_compiling() else _Direct.apply
+    return call(x, weight, scores, threshold, bias, isa or "", threads or 0)
 
 
 def masked_matmul_ref(
@@ -72,8 +75,7 @@ class _Straight(torch.autograd.Function):
         return gradient, None
 
 
-@torch.library.custom_op("sparsebert::masked_matmul", mutates_args=())
-def _masked_matmul(
+def _forward(
     x: torch.Tensor,
     weight: torch.Tensor,
     scores: torch.Tensor,
@@ -92,12 +94,14 @@ def _masked_matmul(
     return y
 
 
+_masked_matmul = torch.library.custom_op("sparsebert::masked_matmul", _forward, mutates_args=())
+
+
 @_masked_matmul.register_fake
 def _(x, weight, scores, threshold, bias, isa, threads):
     return x.new_empty(*x.shape[:-1], len(weight))
 
 
-@torch.library.custom_op("sparsebert::masked_matmul_backward", mutates_args=())
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -126,7 +130,10 @@ def _backward(
     return [gradient for gradient in gradients if gradient is not None]
 
 
-@_backward.register_fake
+_masked_matmul_backward = torch.library.custom_op("sparsebert::masked_matmul_backward", _backward, mutates_args=())
+
+
+@_masked_matmul_backward.register_fake
 def _(dy, x, weight, scores, threshold, needed, isa, threads):
     return [like.new_empty(like.shape) for like, wanted in zip((x, weight, scores), needed, strict=True) if wanted]
 
@@ -149,16 +156,30 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(x, weight, scores, threshold)
 
 
-def _gradients(ctx, dy: torch.Tensor):
+def _gradients(ctx, dy: torch.Tensor, backward=_masked_matmul_backward):
     *needed, _, bias = ctx.needs_input_grad[:5]
     found = iter(())
     if any(needed):
-        found = iter(_backward(dy, *ctx.saved_tensors, needed, ctx.isa, ctx.threads))
+        found = iter(backward(dy, *ctx.saved_tensors, needed, ctx.isa, ctx.threads))
     d_bias = dy.reshape(-1, dy.shape[-1]).sum(0, dtype=torch.float32) if bias else None
     return *(next(found) if wanted else None for wanted in needed), None, d_bias, None, None
 
 
 _masked_matmul.register_autograd(_gradients, setup_context=_save)
+
+
+class _Direct(torch.autograd.Function):
+    """The same without torch's library."""
+
+    @staticmethod
+    def forward(ctx, *inputs) -> torch.Tensor:
+        _save(ctx, inputs, None)
+        return _forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: torch.Tensor):
+        return _gradients(ctx, dy, _backward)
 
 
 def _limits(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:

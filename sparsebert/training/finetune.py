@@ -13,12 +13,14 @@ from sparsebert import checkpoint, data, encoders, ledger
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError
-from sparsebert.training import adversarial, bias, imp, lesson, loop, losses
+from sparsebert.ops import attention, dropout
+from sparsebert.training import adversarial, bias, fused, imp, lesson, loop, losses
 from sparsebert.training.imp import FixedZeros
 from sparsebert.training.lesson import Lesson, fresh_classifier
 from sparsebert.training.loop import Hook, Run
 
-CODE = (adversarial, bias, encoders, imp, lesson, loop, losses)  # what a trained model depends on, beside this file
+# What a trained model depends on, beside this file.
+CODE = (adversarial, attention, bias, dropout, encoders, fused, imp, lesson, loop, losses)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from sparsebert.config import LearnConfig, TrainConfig
 from sparsebert.encoders import bucketed
 from sparsebert.errors import InputError, OutputError
 from sparsebert.machine import bf16_is_fast
-from sparsebert.training import adversarial
+from sparsebert.training import adversarial, fused
 from sparsebert.training.losses import LOSSES, Targets
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
@@ -129,6 +129,8 @@ class Run:
             [group for group in groups if group["params"]], lr=config.lr, fused=True
         )
         self._restore()
+        if self.device.type == "cpu":
+            fused.fuse(model)
         model.train()
 
     def advance(self, batch: dict[str, torch.Tensor], targets: Targets, *, snapshots: bool = True) -> None:
