@@ -23,11 +23,8 @@ constexpr std::int64_t gradient_columns = 192;
 constexpr std::int64_t packed_values = 1 << 15;
 // Rows of which what is kept is counted.
 constexpr std::int64_t sampled_rows = 32;
-// The tokens from which, and the shares kept below which, it is faster to multiply only what is kept: against dense
-// products of floats, and of pairs of bf16.
+// The tokens from which it may be faster to multiply only what is kept.
 constexpr std::int64_t sparse_tokens = 128;
-constexpr double sparse_floats_below = 0.35;
-constexpr double sparse_pairs_below = 0.12;
 // A task's results, which take turns with the part of a panel that is in the first-level cache; at most 256.
 constexpr std::int64_t sparse_columns = 256;
 // Products below which waking a second core, some 5 us, costs more than it saves.
@@ -37,17 +34,20 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 const MaskedMatmulKernel& kernel_for([[maybe_unused]] Isa isa, [[maybe_unused]] bool bf16) {
 #if defined(__x86_64__)
-  // Where there is AMX, dot products of bf16 are half as fast as float32's.
+  if (isa == Isa::amx && bf16) return masked_matmul_amx::kernel;
   if (isa == Isa::avx512_bf16 && bf16) return masked_matmul_avx512_bf16::kernel;
   if (isa >= Isa::avx512) return masked_matmul_avx512::kernel;
   if (isa == Isa::avx2) return masked_matmul_avx2::kernel;
 #endif
-  return masked_matmul_scalar::kernel;
+  return bf16 ? masked_matmul_scalar_tiled::kernel : masked_matmul_scalar::kernel;
 }
 
-// A product's operand; `across` as in MatmulPanels.
-MatmulPanels panels_of(const MaskedMatmulKernel& kernel, const MatmulSource& source, bool across, std::int64_t width) {
-  return {source, across, width, ceil_div(across ? source.rows : source.cols, kernel.values_a_word), nullptr};
+// A product's operand; `across` and `grouped` as in MatmulPanels.
+MatmulPanels panels_of(const MaskedMatmulKernel& kernel, const MatmulSource& source, bool across, std::int64_t width,
+                       bool grouped = false) {
+  const std::int64_t values = across ? source.rows : source.cols;
+  const std::int64_t group = std::int64_t{kernel.values_a_word} * kernel.word_group;
+  return {source, across, width, grouped, ceil_div(values, group) * kernel.word_group, nullptr};
 }
 
 std::int64_t count(const MatmulPanels& job) {
@@ -82,7 +82,7 @@ std::int64_t work_floats(const MaskedMatmulKernel& kernel, const MatmulJob& job,
 // Blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
 void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tiles, std::int64_t panels, int threads) {
   const std::int64_t words = std::max<std::int64_t>(job.right.words, 1);
-  job.depth = ceil_div(words, ceil_div(words, most_depth));
+  job.depth = ceil_div(ceil_div(words, ceil_div(words, most_depth)), kernel.word_group) * kernel.word_group;
   const std::int64_t all_tiles = ceil_div(job.rows, kernel.tile_rows), all_panels = count(job.right);
   const std::int64_t across = ceil_div(all_panels, panels);
   std::atomic<bool> out_of_memory{false};
@@ -136,13 +136,10 @@ void times_kept(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bo
 void times_weight(Isa isa, const MaskedWeight& weight, bool across, const MatmulSource& x, const float* bias,
                   int threads, void* out) {
   const MaskedMatmulKernel& kernel = kernel_for(isa, x.bf16);
-  if (x.rows >= sparse_tokens) {
-    const double limit = kernel.values_a_word == 1 ? sparse_floats_below : sparse_pairs_below;
-    if (kept_share(kernel, weight) < limit) {
-      return times_kept(kernel_for(isa, false), weight, across, x, bias, threads, out);
-    }
+  if (x.rows >= sparse_tokens && kernel.sparse_below > 0 && kept_share(kernel, weight) < kernel.sparse_below) {
+    return times_kept(kernel_for(isa, false), weight, across, x, bias, threads, out);
   }
-  MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows);
+  MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows, kernel.word_group > 1);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
   pack(kernel, left, threads);
   // Pairs are rounded when they are made.
@@ -175,7 +172,7 @@ void masked_matmul_backward(const MaskedWeight& weight, const void* x, const voi
   const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
   if (dx != nullptr && tokens > 0) times_weight(isa, weight, true, gradients, nullptr, threads, dx);
   if (d_weight == nullptr && d_scores == nullptr) return;
-  MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows);
+  MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows, kernel.word_group > 1);
   MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left) + floats(right)) * sizeof(float)));
   right.panels = left.panels + floats(left);

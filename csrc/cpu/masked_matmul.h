@@ -23,6 +23,7 @@ struct MatmulPanels {
   MatmulSource source;
   bool across;         // words go down the source's columns, and a panel is a few of these; else along its rows
   std::int64_t width;  // the kernel's tile_rows, tile_columns or panel_tokens
+  bool grouped;        // words are in the kernel's groups: panels of tile_rows where word_group is above 1
   std::int64_t words;
   float* panels;       // [ceil(rows or cols / width)][words][width], aligned to 64 bytes
 };
@@ -50,8 +51,11 @@ struct MatmulBlock {
 
 struct MaskedMatmulKernel {
   int values_a_word;  // 1: floats; 2: bf16
+  int word_group;     // words of both operands are whole groups of this; above 1, panels of tile_rows are
+                      // [panels][words / word_group][width][word_group] instead
   int tile_rows;
   int tile_columns;
+  double sparse_below;  // the share kept below which, from 128 tokens on, it is faster to multiply only what is kept
   // Panels `first` to `last` of words `begin` to `end`, one panel `stride` floats behind the other from `out` on.
   void (*pack)(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
                float* out, std::int64_t stride);
@@ -67,10 +71,12 @@ struct MaskedMatmulKernel {
 };
 
 namespace masked_matmul_scalar { extern const MaskedMatmulKernel kernel; }
+namespace masked_matmul_scalar_tiled { extern const MaskedMatmulKernel kernel; }
 #if defined(__x86_64__)
 namespace masked_matmul_avx2 { extern const MaskedMatmulKernel kernel; }
 namespace masked_matmul_avx512 { extern const MaskedMatmulKernel kernel; }
 namespace masked_matmul_avx512_bf16 { extern const MaskedMatmulKernel kernel; }
+namespace masked_matmul_amx { extern const MaskedMatmulKernel kernel; }
 #endif
 
 }  // namespace sparsebert

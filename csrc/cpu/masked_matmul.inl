@@ -1,6 +1,7 @@
 // The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included after
 // bf16.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x tile_vectors
-// vectors of sums, and values_a_word.
+// vectors of sums, values_a_word and word_group. With SPARSEBERT_MATRICES a tile is four of tile.inl's, of 16 words each
+// way; else its sums are vectors in registers.
 
 namespace {
 
@@ -11,7 +12,7 @@ constexpr std::int64_t line = 16;  // floats of a cache line
 // Values of a row that are read at a time, whose copies for a transposition stay in the first-level cache.
 constexpr int chunk = 256;
 static_assert(chunk % (values_a_word * lanes * 2) == 0, "a chunk is whole transpositions");
-static_assert(tile_rows == lanes || 2 * tile_rows == lanes, "a row of a panel is a vector, or half of one");
+static_assert(tile_rows % lanes == 0 || 2 * tile_rows == lanes, "a row of a panel is vectors, or half of one");
 static_assert(chunk >= tile_columns, "a chunk holds a panel's columns");
 
 // Without a division, which is as long as the rest of a short row, where there is nothing to divide.
@@ -70,13 +71,17 @@ inline f32 words_along(const float* row) {
 #if SPARSEBERT_TILES >= 1
   return reinterpret_cast<f32>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(row + lanes)),
                                                    reinterpret_cast<__m512>(load(row))));
+#elif defined(SPARSEBERT_TILES)
+  const i32 evens = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  const f32 low = load(row), high = load(row + lanes);
+  return reinterpret_cast<f32>(round_pairs(__builtin_shuffle(low, high, evens), __builtin_shuffle(low, high, evens + 1)));
 #else
   return load(row);
 #endif
 }
 
 inline f32 words_across(const float* upper, [[maybe_unused]] const float* lower) {
-#if SPARSEBERT_TILES >= 1
+#if defined(SPARSEBERT_TILES)
   return reinterpret_cast<f32>(round_pairs(load(upper), load(lower)));
 #else
   return load(upper);
@@ -181,12 +186,96 @@ void pack_panels(const MatmulPanels& job, std::int64_t first, std::int64_t last,
   for (; first < last; ++first, out += stride) pack_along<width>(job, first, begin, end, out);
 }
 
+#if SPARSEBERT_MATRICES
+
+// Panels of tile_rows as tiles, the words of a group one behind the other.
+void pack_grouped(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
+                  float* out, std::int64_t stride) {
+  if (job.across) {
+    constexpr std::int64_t at_once = chunk / tile_rows;
+    alignas(64) float rows[word_group * values_a_word][chunk];
+    for (; first < last; first += at_once, out += at_once * stride) {
+      const std::int64_t column = first * tile_rows;
+      const std::int64_t columns = (last - first < at_once ? last - first : at_once) * tile_rows;
+      for (std::int64_t w = begin; w < end; w += word_group) {
+        for (int i = 0; i < word_group * values_a_word; ++i) {
+          read_row(job.source, w * values_a_word + i, column, columns, columns, rows[i]);
+        }
+        for (std::int64_t c = 0; c < columns; c += lanes) {
+          float* to = out + c / tile_rows * stride + (w - begin) * tile_rows + c % tile_rows * word_group;
+          f32 v[lanes];
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) v[i] = words_across(rows[2 * i] + c, rows[2 * i + 1] + c);
+          transpose(v);
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes; ++i) store(to + i * word_group, v[i]);
+        }
+      }
+    }
+    return;
+  }
+  alignas(64) float row[chunk];
+  for (; first < last; ++first, out += stride) {
+    for (int r = 0; r < tile_rows; ++r) {
+      for (std::int64_t w = begin; w < end; w += chunk / values_a_word) {
+        const std::int64_t here = end - w < chunk / values_a_word ? end - w : chunk / values_a_word;
+        read_row(job.source, first * tile_rows + r, w * values_a_word, here * values_a_word, here * values_a_word, row);
+        for (std::int64_t k = 0; k < here; k += word_group) {
+          store(out + (w - begin + k) * tile_rows + r * word_group, words_along(row + k * values_a_word));
+        }
+      }
+    }
+  }
+}
+
+#endif
+
 void pack(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
           float* out, std::int64_t stride) {
+#if SPARSEBERT_MATRICES
+  if (job.grouped) return pack_grouped(job, first, last, begin, end, out, stride);
+#else
   if (job.width == tile_rows) return pack_panels<tile_rows>(job, first, last, begin, end, out, stride);
+#endif
   if (job.width == tile_columns) return pack_panels<tile_columns>(job, first, last, begin, end, out, stride);
   pack_panels<4 * lanes>(job, first, last, begin, end, out, stride);
 }
+
+typedef float Tile[tile_rows][tile_columns];
+
+#if SPARSEBERT_MATRICES
+
+static_assert(tile_rows == 32 && tile_columns == 32 && word_group == 16, "a tile is four of tile.inl's");
+
+// The products of `depth` words of a panel of rows and one of columns. Calls between(row) for each row of the tile, on
+// the way.
+template <typename Between>
+inline void products([[maybe_unused]] Tiles& tiles, const float* a, const float* b, std::int64_t depth, Tile& sums,
+                     Between between) {
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  std::int64_t row = 0;
+  for (std::int64_t k = 0; k < depth; k += word_group, a += word_group * tile_rows, b += word_group * tile_columns) {
+    for (; row * depth <= k * tile_rows; ++row) between(row);
+    TILE_LOAD(4, a, 64);
+    TILE_LOAD(5, a + 16 * word_group, 64);
+    TILE_LOAD(6, b, 4 * tile_columns);
+    TILE_LOAD(7, b + 16, 4 * tile_columns);
+    TILE_DOT(0, 4, 6);
+    TILE_DOT(1, 4, 7);
+    TILE_DOT(2, 5, 6);
+    TILE_DOT(3, 5, 7);
+  }
+  for (; row < tile_rows; ++row) between(row);
+  TILE_STORE(0, sums[0], 4 * tile_columns);
+  TILE_STORE(1, sums[0] + 16, 4 * tile_columns);
+  TILE_STORE(2, sums[16], 4 * tile_columns);
+  TILE_STORE(3, sums[16] + 16, 4 * tile_columns);
+}
+
+#else
 
 // acc += the products of `depth` words of a panel of rows and one of columns; `next` is what will be multiplied then,
 // and lies where the processor does not foresee it.
@@ -217,7 +306,7 @@ inline void add_products(const float* a, const float* b, std::int64_t depth, con
   }
 }
 
-typedef float Tile[tile_rows][tile_columns];
+#endif
 
 // What of a tile exists, from this row and column on.
 struct TilePlace {
@@ -359,13 +448,28 @@ template <typename Fetch>
 inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::int64_t k, std::int64_t depth,
                            const float* right, std::int64_t stride, float* sums, Fetch fetch) {
   const std::int64_t words = job.right.words;
-  const std::int64_t piece = (depth + tile_rows - 1) / tile_rows;
   const bool last = k + depth >= words;
+#if SPARSEBERT_MATRICES
+  [[maybe_unused]] Tiles tiles;
+#endif
   for (std::int64_t t = 0; t < block.tiles; ++t) {
     const float* left = job.left + ((block.tile + t) * words + k) * tile_rows;
     for (std::int64_t p = 0; p < block.panels; ++p) {
       const TilePlace at = place_of(job, block.tile + t, block.panel + p);
       float* waiting = sums + (t * block.panels + p) * (tile_rows * tile_columns);
+      const bool turns = p + 1 == block.panels;
+      const TilePlace coming = place_of(job, block.tile + t + turns, block.panel + (turns ? 0 : p + 1));
+      alignas(64) Tile tile;
+      float* to = last ? tile[0] : waiting;
+#if SPARSEBERT_MATRICES
+      products(tiles, left, right + p * stride, depth, tile, [&](std::int64_t row) { fetch(coming, row, last); });
+      if (k > 0 || !last) {
+        for (int i = 0; i < tile_rows * tile_columns; i += lanes) {
+          store(to + i, k > 0 ? load(tile[0] + i) + load(waiting + i) : load(tile[0] + i));
+        }
+      }
+#else
+      const std::int64_t piece = (depth + tile_rows - 1) / tile_rows;
       f32 acc[tile_rows][tile_vectors] = {};
       if (k > 0) {
 #pragma GCC unroll 16
@@ -374,8 +478,6 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
           for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
         }
       }
-      const bool turns = p + 1 == block.panels;
-      const TilePlace coming = place_of(job, block.tile + t + turns, block.panel + (turns ? 0 : p + 1));
       // The next tile's panel, on the first pass over this one's.
       const float* next = p == 0 ? left + words * tile_rows : left;
       for (std::int64_t i = 0; i < tile_rows; ++i) {
@@ -385,13 +487,12 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
         add_products(left + from * tile_rows, right + p * stride + from * tile_columns, here, next + from * tile_rows,
                      acc);
       }
-      alignas(64) Tile tile;
-      float* to = last ? tile[0] : waiting;
 #pragma GCC unroll 16
       for (int i = 0; i < tile_rows; ++i) {
 #pragma GCC unroll 4
         for (int n = 0; n < tile_vectors; ++n) store(to + i * tile_columns + n * lanes, acc[i][n]);
       }
+#endif
       if (last) job.out != nullptr ? write_out(job, at, tile) : write_gradients(job, at, tile);
     }
   }

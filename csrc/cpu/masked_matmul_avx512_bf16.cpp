@@ -11,6 +11,7 @@ constexpr int lanes = 16;
 constexpr int tile_rows = 8;
 constexpr int tile_vectors = 3;
 constexpr int values_a_word = 2;
+constexpr int word_group = 1;
 #include "vector.inl"
 #include "panel.inl"
 #include "bf16.inl"
@@ -18,7 +19,8 @@ constexpr int values_a_word = 2;
 #include "masked_matmul.inl"
 
 // What is sparse is multiplied as floats.
-const MaskedMatmulKernel kernel = {values_a_word, tile_rows, tile_columns, pack, multiply, 0, nullptr, nullptr, count_kept};
+const MaskedMatmulKernel kernel = {values_a_word, word_group, tile_rows, tile_columns, 0.12,    pack,
+                                   multiply,      0,          nullptr,   nullptr,      count_kept};
 }  // namespace sparsebert::masked_matmul_avx512_bf16
 #pragma GCC pop_options
 #endif

@@ -37,8 +37,9 @@ def masked_matmul(
 
     With bfloat16, the products of y and dX are of weights rounded to it; G ⊙ W is of the weights as they are. Sums are
     float32. Results do not depend on `threads`; in float32 they are bit-equal on avx2 and avx512. bfloat16 has kernels
-    of its own on avx512_bf16; elsewhere it is multiplied as float32. From 128 tokens on, y and dX multiply only what is
-    kept where that is below 35 % (12 % with bfloat16's own kernels), which gives the same bits in float32.
+    of its own on amx and avx512_bf16, and a slow one on scalar, for reference; elsewhere it is multiplied as float32.
+    From 128 tokens on, y and dX multiply only what is kept where that is below 35 % (12 % with the bfloat16 kernel of
+    avx512_bf16, never with those in tiles), which gives the same bits in float32.
     On a GPU this is plain torch, which stores both.
     Raises InputError for another dtype, shape or layout, or tensors on different devices.
     """
