@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparsebert.errors import InputError
 
 LARGE = 2**31  # above it a count is a slip of the finger
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -200,3 +202,19 @@ class DemoConfig(BaseModel):
     rounds: int | None = Field(None, ge=1, lt=LARGE, description="timing rounds [default: as `bench`]")
     threads: int | None = Field(None, ge=1, le=1024, description="threads for the timing [default: all cores]")
     seed: Seed = Field(0, description="seed of everything random")
+
+
+def validated(config_class: type[BaseModel], fields: dict, where: str = "", fix: str | None = None) -> BaseModel:
+    """`config_class(**fields)`, pydantic's complaint turned into one line. where: of a file and its part, with a colon.
+    fix: None for a flag's.
+    """
+    try:
+        return config_class(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        rule = first["msg"].removeprefix("Input should be ")
+        wrong = f"{name} must be {rule}" if rule != first["msg"] else f"{name}: {rule}"
+        raise InputError(
+            f"{where}{wrong}, got {first['input']!r}", fix=fix or f"correct --{name.replace('_', '-')}"
+        ) from error

@@ -197,7 +197,7 @@ def test_a_recipe_trains_each_of_its_models(start, tmp_path):
     ("text", "message"),
     [
         ("models: [1]", "must map `models`"),
-        ("models: {a: {lr: -1}}", "a: lr: Input should be greater than 0"),
+        ("models: {a: {lr: -1}}", "a: lr must be greater than 0"),
         ("models: {a: {nope: 1}}", "a: nope: Extra inputs"),
         ("models: {../a: {lr: 1}}", "must be a plain name"),
         ("{", "must be a YAML file"),

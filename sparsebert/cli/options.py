@@ -10,10 +10,10 @@ from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sparsebert.errors import InputError
+from sparsebert.config import validated
 
 
 def flags(config_class: type[BaseModel], **more: type[BaseModel]) -> Callable:
@@ -56,16 +56,3 @@ def _plain(annotation):
     if get_origin(annotation) in (Union, UnionType):
         return functools.reduce(operator.or_, map(_plain, get_args(annotation)))
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
-
-
-def validated(config_class: type[BaseModel], fields: dict) -> BaseModel:
-    """`config_class(**fields)`, pydantic's complaint turned into one line."""
-    try:
-        return config_class(**fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        rule = first["msg"].removeprefix("Input should be ")
-        raise InputError(
-            f"{name} must be {rule}, got {first['input']!r}", fix=f"correct --{name.replace('_', '-')}"
-        ) from error

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from sparsebert import data
-from sparsebert.config import PruneConfig, SubnetConfig, TrainConfig
+from sparsebert.config import PruneConfig, SubnetConfig, TrainConfig, validated
 from sparsebert.errors import InputError, first_line
 from sparsebert.pruning import TRAINED, check
 from sparsebert.training.losses import LOSSES
@@ -188,10 +188,6 @@ def _chosen(settings: dict, names: Iterable[str], chosen: str) -> dict:
 
 def _config(config_class: type[BaseModel], fields: dict, where: str):
     try:
-        return config_class(**fields)
-    except (ValidationError, TypeError) as error:
-        if isinstance(error, TypeError):
-            raise InputError(f"{where}: {first_line(error)}", fix="correct the grid") from error
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{where}: {name}: {first['msg']}, got {first['input']!r}", fix="correct the grid") from error
+        return validated(config_class, fields, f"{where}: ", "correct the grid")
+    except TypeError as error:
+        raise InputError(f"{where}: {first_line(error)}", fix="correct the grid") from error

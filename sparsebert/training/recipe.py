@@ -7,9 +7,8 @@ from importlib import resources
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
-from sparsebert.config import TrainConfig
+from sparsebert.config import TrainConfig, validated
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError, first_line
 from sparsebert.training.finetune import TrainResult, train
@@ -55,10 +54,7 @@ def read_recipe(recipe: str | Path) -> dict[str, TrainConfig]:
     for name, fields in content["models"].items():
         if not isinstance(fields, dict) or not re.fullmatch(r"[\w.-]+", str(name)):
             raise InputError(f"recipe {path}: model {name!r} must be a plain name with settings", fix="correct it")
-        try:
-            configs[str(name)] = TrainConfig(**{**(content.get("common") or {}), **fields})
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise InputError(f"recipe {path}: {name}: {where}: {first['msg']}", fix="correct the recipe") from error
+        configs[str(name)] = validated(
+            TrainConfig, {**(content.get("common") or {}), **fields}, f"recipe {path}: {name}: ", "correct the recipe"
+        )
     return configs
