@@ -16,7 +16,6 @@ from sparsebert.training import finetune, masks
 from sparsebert.training.finetune import train
 from sparsebert.training.imp import MagnitudePruning
 from sparsebert.training.lesson import Lesson, fresh_classifier, origin
-from sparsebert.training.loop import step_count
 from sparsebert.training.masks import MaskTraining
 
 TRAINED = ("mask", "imp", "imp-rw")
@@ -44,7 +43,9 @@ class Subnet:
         others = {"prune": config.model_dump(), "task": self.spec.name}
         if self.rewind is not None:
             others["rewind_to"] = checkpoint.source_sha256(self.rewind)
-        self.lesson = Lesson.of(self.spec, self._with_lr(), self.start, target, train, progress, **others)
+        self.lesson = Lesson.of(
+            self.spec, self.settings, self.start, target, train, progress, default_lr=self._default_lr, **others
+        )
 
     def key(self, *modules) -> str:
         """The ledger key."""
@@ -81,14 +82,8 @@ class Subnet:
                     _apply(model, keeps)
         return model.cpu().eval(), tokenizer, figures, run
 
-    def _with_lr(self) -> SubnetConfig:
-        if self.settings.lr is not None:
-            return self.settings
-        if self.config.method != "mask":
-            return self.settings.model_copy(update={"lr": LR})
-        examples, _ = data.hold_out(data.load(self.spec, self.spec.train), self.settings.hold_out)
-        n = min(len(examples), self.settings.n or len(examples))
-        return self.settings.model_copy(update={"lr": LR * (STEPS / step_count(n, self.settings)) ** 0.5})
+    def _default_lr(self, steps: int) -> float:
+        return LR * (STEPS / steps) ** 0.5 if self.config.method == "mask" else LR
 
 
 def check(config: PruneConfig, subnet: SubnetConfig) -> None:

@@ -15,7 +15,7 @@ from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, autocast, collate, predict, token_limit, tokenize
 from sparsebert.errors import InputError
 from sparsebert.training import bias
-from sparsebert.training.loop import Hook, Run, plan, seed_of
+from sparsebert.training.loop import Hook, Run, plan, seed_of, step_count
 from sparsebert.training.losses import LOSSES, Targets
 
 # (start, task name, output, config, progress): fine-tunes a teacher by cross-entropy. `finetune.train`, which is above.
@@ -39,10 +39,20 @@ class Lesson:
 
     @classmethod
     def of(
-        cls, spec: Task, config: LearnConfig, source: Path, target: Path, train: Train, progress: Progress, **inputs
+        cls,
+        spec: Task,
+        config: LearnConfig,
+        source: Path,
+        target: Path,
+        train: Train,
+        progress: Progress,
+        *,
+        default_lr: Callable[[int], float] | None = None,
+        **inputs,
     ) -> Lesson:
         """Reads the examples and checks what the loss needs; a teacher that is not given is trained first, into
-        <target>.teacher. inputs: what else decides the result. Raises InputError for what is missing or does not match.
+        <target>.teacher. default_lr: the learning rate for a number of steps, where the config names none. inputs: what
+        else decides the result. Raises InputError for what is missing or does not match.
         """
         if spec.train is None:
             raise InputError(f"task {spec.name!r} has no training split", fix="choose another --task")
@@ -64,6 +74,8 @@ class Lesson:
         examples = examples.sample(config.n, config.seed)
         if config.mix_ood:
             examples = data.mix_ood(spec, examples)
+        if config.lr is None:
+            config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source)
         inputs = {
             "source": checkpoint.source_sha256(source),
