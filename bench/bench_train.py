@@ -1,9 +1,10 @@
 """A training step of MiniLM-L6 beside stock `transformers.Trainer`, batches of 32 texts of at most 128 tokens, in turn.
 
-python -m bench.bench_train [--texts mnli|full] [--rounds 7] [--steps 10] [--json] [--markdown FILE]
+python -m bench.bench_train [--texts mnli|full] [--precision bf16 fp32] [--rounds N] [--steps N] [--json] [--markdown FILE]
 
 `mnli`: its training pairs, which average 35 tokens; `full`: random tokens, 128 a text, where there is no padding to
-avoid. A turn is an epoch, so that each variant has the same texts in it however it batches them.
+avoid. A turn is an epoch, so that each variant has the same texts in it however it batches them. Grouping by length
+needs many of them: the Trainer groups within a quarter of the epoch.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def loss_of(model, batch: dict[str, torch.Tensor], labels: torch.Tensor) -> floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--texts", choices=["mnli", "full"], default="mnli")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=10, help="of an epoch, and a turn")
+    parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=50, help="of an epoch, and a turn")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
@@ -118,15 +120,12 @@ def main() -> int:
     encoded, labels = texts(args.texts, tokenizer, args.steps * BATCH)
     epochs = args.rounds + 2  # one to warm up, one that is not finished
     with tempfile.TemporaryDirectory() as folder:
-        made = {("ours", p): ours(encoded, labels, p, epochs) for p in ("bf16", "fp32")}
-        kinds = {"Trainer, padded to 128": ("max_length", False)}
+        made = {("ours", p): ours(encoded, labels, p, epochs) for p in args.precision}
+        kinds = {"Trainer": ("longest", False)}
         if args.texts == "mnli":
-            kinds |= {
-                "Trainer, padded to the batch's longest": ("longest", False),
-                "Trainer, grouped by length": ("longest", True),
-            }
+            kinds["Trainer, grouped by length"] = ("longest", True)
         for name, (padding, grouped) in kinds.items():
-            for precision in ("bf16", "fp32"):
+            for precision in args.precision:
                 made[name, precision] = stock(encoded, labels, precision, epochs, Path(folder), padding, grouped)
         batch = collate(tokenizer, encoded, range(BATCH))
         wanted = torch.from_numpy(labels[:BATCH])
