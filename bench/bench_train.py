@@ -1,6 +1,7 @@
 """A training step of MiniLM-L6 beside stock `transformers.Trainer`, batches of 32 texts of at most 128 tokens, in turn.
 
-python -m bench.bench_train [--texts mnli|full] [--precision bf16 fp32] [--rounds N] [--steps N] [--json] [--markdown FILE]
+python -m bench.bench_train [--texts mnli|full] [--precision bf16 fp32] [--rounds N] [--steps N] [--json]
+                            [--markdown FILE]
 
 `mnli`: its training pairs, which average 35 tokens; `full`: random tokens, 128 a text, where there is no padding to
 avoid. A turn is an epoch, so that each variant has the same texts in it however it batches them. Grouping by length
