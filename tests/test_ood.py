@@ -43,6 +43,16 @@ def test_summed_probabilities_decide_otherwise():
     assert of_hans(THREE_WAY)["summed"] == {"accuracy": 4 / 6, "entailment": 1 / 3, "non_entailment": 1.0}
 
 
+def test_the_area_under_the_curve_ignores_what_a_model_prefers_to_answer():
+    """Entailed are rows 0, 2 and 5, with log odds of 1.3, -0.6 and -2.1; the others have -0.6, -2.1 and -2.1."""
+    assert of_hans(THREE_WAY)["auroc"] == (3 + 2.5 + 1) / 9
+    assert of_hans(THREE_WAY + np.array([5, 0, 0], np.float32))["auroc"] == (3 + 2.5 + 1) / 9
+    two_way = np.stack([THREE_WAY[:, 0], np.zeros(6, np.float32)], 1)
+    assert of_hans(two_way)["auroc"] == (3 + 2 + 0.5) / 9
+    one_class = examples("hans", [1, 1], ["subsequence"] * 2)
+    assert compare_ood(data.TASKS["hans"], one_class, THREE_WAY[:2])["auroc"] is None
+
+
 def test_large_logits_do_not_overflow_the_sum():
     summed = of_hans(THREE_WAY * np.float32(1e30))["summed"]
     assert summed == {"accuracy": 4 / 6, "entailment": 2 / 3, "non_entailment": 2 / 3}
