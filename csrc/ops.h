@@ -313,8 +313,8 @@ struct Attention {
 // out = dropout(softmax(scale q kᵀ)) v, [sequences, tokens, heads, size]; 0 where no key is kept.
 //   stats  [sequences, heads, 2, tokens], for the backward pass: of each softmax its largest logarithm (to base 2), and
 //          1 over its sum
-// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a thread cannot have 16 size + 256 bytes a
-// token, and 56 size + 768 backward.
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a thread cannot have 16 size + 128 bytes a
+// token, and 32 size + 384 backward.
 void attention(const Attention& job, Isa isa, int threads, void* out, float* stats);
 
 // The gradients, of q's type and shape, written whole.

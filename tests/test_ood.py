@@ -53,6 +53,14 @@ def test_the_area_under_the_curve_ignores_what_a_model_prefers_to_answer():
     assert compare_ood(data.TASKS["hans"], one_class, THREE_WAY[:2])["auroc"] is None
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_have_no_area_and_keep_the_other_figures(value):
+    broken = THREE_WAY.copy()
+    broken[5, 0] = value
+    figures = of_hans(broken)
+    assert figures["auroc"] is None and figures["non_entailment"] == 2 / 3
+
+
 def test_large_logits_do_not_overflow_the_sum():
     summed = of_hans(THREE_WAY * np.float32(1e30))["summed"]
     assert summed == {"accuracy": 4 / 6, "entailment": 2 / 3, "non_entailment": 2 / 3}

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
 
 from sparsebert import data
 from sparsebert.data import Examples, Task
@@ -50,7 +49,7 @@ def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.nd
     three-way model `summed`: accuracy and both shares where p(neutral) + p(contradiction) > p(entailment) decides for
     non-entailment. All other figures go by the largest logit, as published. `auroc`: the probability that an example of
     entailment gets more of it, in log odds, than one of non-entailment: 0.5 is chance, whatever the model prefers to
-    answer. None where a class has no example.
+    answer. None where a class has no example or a logit is not finite.
 
     Raises what `compare` does. Source: [McCoy et al. 2019; Liu et al. 2022, whose code takes the largest logit].
     """
@@ -67,9 +66,12 @@ def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.nd
             str(group): {"n": int((groups == group).sum()), **_found(correct[groups == group], labels[groups == group])}
             for group in np.unique(groups)
         }
+    from sklearn.metrics import roc_auc_score  # 0.2 s, for HANS alone
+
     entailment, *others = logits.astype(np.float64).T
     odds = entailment - np.logaddexp.reduce(others)
-    figures["auroc"] = float(roc_auc_score(labels == 0, odds)) if len(np.unique(labels)) == 2 else None
+    ranked = len(np.unique(labels)) == 2 and np.isfinite(odds).all()
+    figures["auroc"] = float(roc_auc_score(labels == 0, odds)) if ranked else None
     if logits.shape[1] == 3:
         correct = (odds < 0) == (labels == 1)
         shares = {name: value for name, value in _found(correct, labels).items() if not name.endswith("_ci")}
