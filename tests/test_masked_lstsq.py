@@ -1,5 +1,8 @@
 """masked_lstsq on every instruction set against its float64 reference, at the sizes where tiling could go wrong."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -177,6 +180,30 @@ def test_the_row_and_pivot_that_fail_are_named(isa):
         masked_lstsq(target, h, mask, isa=isa)
     mask[2:, 17] = False
     check(masked_lstsq(target, h, mask, isa=isa), target, h, mask)
+
+
+WITHOUT_MEMORY = """
+import resource, torch
+from sparsebert.ops.masked_lstsq import masked_lstsq
+h = torch.zeros(9_000, 9_000, dtype=torch.float64)
+target, mask = torch.ones(2, 9_000, dtype=torch.float64), torch.ones(2, 9_000, dtype=torch.bool)
+small = torch.ones(2, 30, dtype=torch.float64), torch.eye(30, dtype=torch.float64), torch.ones(2, 30, dtype=torch.bool)
+masked_lstsq(*small)
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**26,) * 2)
+try:
+    masked_lstsq(target, h, mask)
+except MemoryError:
+    assert torch.equal(masked_lstsq(*small), small[0])
+else:
+    raise AssertionError("324 MB were had of 64")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit of a process's memory is Linux's")
+def test_memory_that_a_thread_cannot_have_is_an_error_of_the_call():
+    subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], check=True)
 
 
 def call(target=None, h=None, mask=None, **options):

@@ -1,9 +1,6 @@
 // A task is a head of a sequence; the arithmetic is in attention.inl.
 #include "attention.h"
 
-#include <atomic>
-#include <new>
-
 #include "scratch.h"
 #include "threads.h"
 
@@ -23,15 +20,9 @@ template <typename Task>
 void for_heads(const Attention& job, const AttentionKernel& kernel, bool backward, int threads, const Task& task) {
   if (job.tokens == 0) return;
   const auto bytes = static_cast<std::size_t>(kernel.floats(job, backward)) * sizeof(float);
-  std::atomic<bool> out_of_memory{false};
   parallel(job.sequences * job.heads, threads, [&](std::int64_t number) {
-    try {
-      task(number, static_cast<float*>(scratch(bytes, Scratch::task)));
-    } catch (const std::bad_alloc&) {
-      out_of_memory.store(true);
-    }
+    task(number, static_cast<float*>(scratch(bytes, Scratch::task)));
   });
-  if (out_of_memory.load()) throw std::bad_alloc();
 }
 
 }  // namespace

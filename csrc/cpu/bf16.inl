@@ -41,23 +41,25 @@ inline Bf16 narrow(float value) {
   return static_cast<Bf16>(v.word >> 16);
 }
 
-inline f32 load_widened(const Bf16* p) { return widen(*reinterpret_cast<const short_bits_unaligned*>(p)); }
-
-inline void store_narrowed(Bf16* p, f32 v) {
+// A vector of values, of either type in memory.
+inline f32 load_value(const float* p) { return load(p); }
+inline f32 load_value(const Bf16* p) { return widen(*reinterpret_cast<const short_bits_unaligned*>(p)); }
+inline void store_value(float* p, f32 v) { store(p, v); }
+inline void store_value(Bf16* p, f32 v) {
   *reinterpret_cast<short_bits_unaligned*>(p) = __builtin_convertvector(rounded(v) >> 16, short_bits);
 }
 
 // n values as floats, and back.
 inline void read_values(const Bf16* from, std::int64_t n, float* to) {
   std::int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store(to + i, load_widened(from + i));
+  for (; i + lanes <= n; i += lanes) store(to + i, load_value(from + i));
   for (; i < n; ++i) to[i] = widen(from[i]);
 }
 inline void read_values(const float* from, std::int64_t n, float* to) { copy(from, to, n); }
 
 inline void write_values(const float* from, std::int64_t n, Bf16* to) {
   std::int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) store_narrowed(to + i, load(from + i));
+  for (; i + lanes <= n; i += lanes) store_value(to + i, load(from + i));
   for (; i < n; ++i) to[i] = narrow(from[i]);
 }
 inline void write_values(const float* from, std::int64_t n, float* to) { copy(from, to, n); }

@@ -2,11 +2,6 @@
 
 namespace {
 
-inline f32 load_value(const float* p) { return load(p); }
-inline f32 load_value(const Bf16* p) { return load_widened(p); }
-inline void store_value(float* p, f32 v) { store(p, v); }
-inline void store_value(Bf16* p, f32 v) { store_narrowed(p, v); }
-
 // `block` blocks behind the first of all.
 template <typename T>
 inline void drop_block(const T* x, const Dropout& dropout, std::int64_t block, T* y) {

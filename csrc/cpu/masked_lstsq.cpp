@@ -2,9 +2,7 @@
 #include "masked_lstsq.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
-#include <new>
 
 #include "scratch.h"
 #include "threads.h"
@@ -20,44 +18,32 @@ const MaskedLstsqKernel& kernel_for([[maybe_unused]] Isa isa) {
   return masked_lstsq_scalar::kernel;
 }
 
-struct Run {
-  MaskedLstsqJob job;
-  const MaskedLstsqKernel* kernel;
-  std::int64_t* failed;
-  std::atomic<bool>* out_of_memory;
-};
-
-void solve_task(const void* context, std::int64_t group) {
-  const Run& run = *static_cast<const Run*>(context);
-  const RowGroups& groups = run.job.groups;
+// Solves a group of rows; what MaskedLstsqKernel::solve returns.
+std::int64_t solve(const MaskedLstsqKernel& kernel, const MaskedLstsqJob& job, std::int64_t group) {
+  const RowGroups& groups = job.groups;
   const std::int32_t* rows = groups.rows + groups.row_ptr[group];
   const std::int64_t g = groups.row_ptr[group + 1] - groups.row_ptr[group];
-  const bool* mask = groups.mask + rows[0] * run.job.n_in;
-  const bool wanted = !run.job.complement;
-  const std::int64_t k = std::count(mask, mask + run.job.n_in, wanted);
-  const auto doubles = static_cast<std::size_t>(run.kernel->workspace(k, g));
-  try {
-    auto* work = static_cast<double*>(
-        scratch(doubles * sizeof(double) + static_cast<std::size_t>(k) * sizeof(std::int32_t), Scratch::task));
-    auto* cols = reinterpret_cast<std::int32_t*>(work + doubles);
-    std::int32_t* end = cols;
-    for (std::int64_t i = 0; i < run.job.n_in; ++i) {
-      if (mask[i] == wanted) *end++ = static_cast<std::int32_t>(i);
-    }
-    run.failed[group] = run.kernel->solve(run.job, cols, k, rows, g, work);
-  } catch (const std::bad_alloc&) {
-    run.out_of_memory->store(true);
+  const bool* mask = groups.mask + rows[0] * job.n_in;
+  const bool wanted = !job.complement;
+  const std::int64_t k = std::count(mask, mask + job.n_in, wanted);
+  const auto doubles = static_cast<std::size_t>(kernel.workspace(k, g));
+  auto* work = static_cast<double*>(
+      scratch(doubles * sizeof(double) + static_cast<std::size_t>(k) * sizeof(std::int32_t), Scratch::task));
+  auto* cols = reinterpret_cast<std::int32_t*>(work + doubles);
+  std::int32_t* end = cols;
+  for (std::int64_t i = 0; i < job.n_in; ++i) {
+    if (mask[i] == wanted) *end++ = static_cast<std::int32_t>(i);
   }
+  return kernel.solve(job, cols, k, rows, g, work);
 }
 
 }  // namespace
 
 void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
                   Isa isa, int threads, double* v, std::int64_t* failed) {
-  std::atomic<bool> out_of_memory{false};
-  const Run run{{target, h, n_in, groups, complement, v}, &kernel_for(isa), failed, &out_of_memory};
-  parallel_for(groups.count, threads, solve_task, &run);
-  if (out_of_memory.load()) throw std::bad_alloc();
+  const MaskedLstsqKernel& kernel = kernel_for(isa);
+  const MaskedLstsqJob job{target, h, n_in, groups, complement, v};
+  parallel(groups.count, threads, [&](std::int64_t group) { failed[group] = solve(kernel, job, group); });
 }
 
 }  // namespace sparsebert

@@ -2,9 +2,7 @@
 #include "masked_matmul.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
-#include <new>
 #include <numeric>
 
 #include "scratch.h"
@@ -85,19 +83,13 @@ void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tile
   job.depth = ceil_div(ceil_div(words, ceil_div(words, most_depth)), kernel.word_group) * kernel.word_group;
   const std::int64_t all_tiles = ceil_div(job.rows, kernel.tile_rows), all_panels = count(job.right);
   const std::int64_t across = ceil_div(all_panels, panels);
-  std::atomic<bool> out_of_memory{false};
   parallel(ceil_div(all_tiles, tiles) * across, threads, [&](std::int64_t task) {
     const std::int64_t tile = task / across * tiles, panel = task % across * panels;
     const MatmulBlock block{tile, std::min(tiles, all_tiles - tile), panel, std::min(panels, all_panels - panel)};
-    try {
-      const std::int64_t floats = std::max<std::int64_t>(1, work_floats(kernel, job, block));
-      const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
-      kernel.multiply(job, block, static_cast<float*>(scratch(bytes, Scratch::task)));
-    } catch (const std::bad_alloc&) {
-      out_of_memory.store(true);
-    }
+    const std::int64_t floats = std::max<std::int64_t>(1, work_floats(kernel, job, block));
+    const auto bytes = static_cast<std::size_t>(floats) * sizeof(float);
+    kernel.multiply(job, block, static_cast<float*>(scratch(bytes, Scratch::task)));
   });
-  if (out_of_memory.load()) throw std::bad_alloc();
 }
 
 // The share of the weights that is kept, estimated from some of the rows.
@@ -120,16 +112,10 @@ void times_kept(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bo
   const MatmulJob job{left.panels, right, x.rows, columns, 0, x.bf16, out, bias, nullptr, nullptr, nullptr};
   const std::int64_t step = std::min(sparse_columns, ceil_div(ceil_div(columns, 2 * std::int64_t{threads}), 16) * 16);
   const auto bytes = static_cast<std::size_t>(kernel.sparse_floats(job, step)) * sizeof(float);
-  std::atomic<bool> out_of_memory{false};
   parallel(ceil_div(columns, step), threads, [&](std::int64_t task) {
-    try {
-      auto* work = static_cast<float*>(scratch(bytes, Scratch::task));
-      kernel.multiply_sparse(job, task * step, std::min((task + 1) * step, columns), work);
-    } catch (const std::bad_alloc&) {
-      out_of_memory.store(true);
-    }
+    auto* work = static_cast<float*>(scratch(bytes, Scratch::task));
+    kernel.multiply_sparse(job, task * step, std::min((task + 1) * step, columns), work);
   });
-  if (out_of_memory.load()) throw std::bad_alloc();
 }
 
 // out = x (kept weight)ᵀ, or x (kept weight) where `across`.

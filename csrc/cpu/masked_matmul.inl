@@ -320,23 +320,28 @@ inline TilePlace place_of(const MatmulJob& job, std::int64_t tile, std::int64_t 
           job.columns - column < tile_columns ? job.columns - column : tile_columns};
 }
 
+// `columns` sums, and their biases where there are any (bias != nullptr) -> out.
+template <typename T>
+inline void write_sums(const float* sums, const float* bias, std::int64_t columns, T* out) {
+  std::int64_t c = 0;
+  for (; c + lanes <= columns; c += lanes) {
+    store_value(out + c, load(sums + c) + (bias != nullptr ? load(bias + c) : f32{}));
+  }
+  for (; c < columns; ++c) {
+    const float sum = sums[c] + (bias != nullptr ? bias[c] : 0.0f);
+    write_values(&sum, 1, out + c);
+  }
+}
+
 // The sums of a row's `columns` columns from `column` on -> out.
 inline void write_row(const MatmulJob& job, std::int64_t row, std::int64_t column, std::int64_t columns,
                       const float* sums) {
   const float* bias = job.bias != nullptr ? job.bias + column : nullptr;
   const std::int64_t to = row * job.columns + column;
-  std::int64_t c = 0;
   if (job.bf16) {
-    Bf16* out = static_cast<Bf16*>(job.out) + to;
-    for (; c + lanes <= columns; c += lanes) {
-      const f32 sum = load(sums + c) + (bias != nullptr ? load(bias + c) : f32{});
-      store_narrowed(out + c, sum);
-    }
-    for (; c < columns; ++c) out[c] = narrow(sums[c] + (bias != nullptr ? bias[c] : 0.0f));
+    write_sums(sums, bias, columns, static_cast<Bf16*>(job.out) + to);
   } else {
-    float* out = static_cast<float*>(job.out) + to;
-    for (; c + lanes <= columns; c += lanes) store(out + c, load(sums + c) + (bias != nullptr ? load(bias + c) : f32{}));
-    for (; c < columns; ++c) out[c] = sums[c] + (bias != nullptr ? bias[c] : 0.0f);
+    write_sums(sums, bias, columns, static_cast<float*>(job.out) + to);
   }
 }
 

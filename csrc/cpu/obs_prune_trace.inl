@@ -235,9 +235,9 @@ void rebase(const TraceJob& job, Trace& trace) {
         }
       } else {
         for (int r = 0; r < tile_rows; ++r) {
-          for (int j = 0; j < panel; ++j) {
-            acc[r][j / f64_lanes][j % f64_lanes] = p * panel + j < old_stride ? source[r][p * panel + j] : 0.0;
-          }
+          double values[panel] = {};
+          for (std::int64_t j = p * panel; j < old_stride; ++j) values[j - p * panel] = source[r][j];
+          for (int n = 0; n < panel_vectors; ++n) acc[r][n] = load(values + n * f64_lanes);
         }
       }
       multiply_tile<double, tile_rows, panel_vectors>(trace.left, 1, tile_rows,

@@ -3,10 +3,8 @@
 #include "sparse_encoder.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstddef>
 #include <limits>
-#include <new>
 
 #include "scratch.h"
 #include "threads.h"
@@ -129,18 +127,12 @@ class Batch {
   void attend(const T* qkv, T* out) {
     const AttentionJob<T> job{shape_, qkv, out, encoder_.hidden, encoder_.heads};
     const std::int64_t size = encoder_.hidden / encoder_.heads, first = sequences_.starts[0];
-    std::atomic<bool> out_of_memory{false};
     run_parallel(sequences_.count * encoder_.heads, shape_.tokens * encoder_.hidden, [&](std::int64_t i) {
       const std::int64_t s = i / encoder_.heads;
       const std::int64_t start = sequences_.starts[s] - first, stop = sequences_.starts[s + 1] - first;
-      try {
-        const auto bytes = static_cast<std::size_t>(kernel_->attention_bytes(stop - start, size));
-        kernel_->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
-      } catch (const std::bad_alloc&) {
-        out_of_memory.store(true);
-      }
+      const auto bytes = static_cast<std::size_t>(kernel_->attention_bytes(stop - start, size));
+      kernel_->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
     });
-    if (out_of_memory.load()) throw std::bad_alloc();
   }
 
   void classify(float* logits) {

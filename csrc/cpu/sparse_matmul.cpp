@@ -2,11 +2,9 @@
 #include "sparse_matmul.h"
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <limits>
-#include <new>
 
 #include "scratch.h"
 #include "threads.h"
@@ -128,17 +126,11 @@ void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, co
   const std::int64_t parts = ceil_div(all, unit);
   const LinearJob<T> job{shape, &linear, x, y, add, unit};
   const auto bytes = static_cast<std::size_t>(kernel.work_bytes(job));
-  std::atomic<bool> out_of_memory{false};
   parallel(blocks * parts, threads, [&](std::int64_t i) {
     const std::int64_t panel = i / parts * kernel.task_panels;
     const std::int64_t panels = std::min<std::int64_t>(kernel.task_panels, shape.panels - panel);
-    try {
-      kernel.multiply(job, panel, panels, i % parts, bytes == 0 ? nullptr : scratch(bytes, Scratch::task));
-    } catch (const std::bad_alloc&) {
-      out_of_memory.store(true);
-    }
+    kernel.multiply(job, panel, panels, i % parts, bytes == 0 ? nullptr : scratch(bytes, Scratch::task));
   });
-  if (out_of_memory.load()) throw std::bad_alloc();
 }
 
 template PanelShape panel_shape(const SparseMatmulKernel<float>&, std::int64_t, bool);

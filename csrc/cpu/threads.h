@@ -2,7 +2,9 @@
 // run-times, each with its own spinning workers on the same cores.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <new>
 
 namespace sparsebert {
 
@@ -14,11 +16,26 @@ using Task = void (*)(const void* context, std::int64_t task);
 // In a child process after fork the workers are started anew on first use.
 void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept;
 
-// The same for anything that is called with the task.
+// The same for anything that is called with the task, and may throw std::bad_alloc: once all tasks are done or have
+// failed, so does this.
 template <typename Fn>
-void parallel(std::int64_t n_tasks, int threads, const Fn& fn) noexcept {
-  parallel_for(n_tasks, threads, [](const void* context, std::int64_t i) { (*static_cast<const Fn*>(context))(i); },
-               &fn);
+void parallel(std::int64_t n_tasks, int threads, const Fn& fn) {
+  struct Run {
+    const Fn* fn;
+    mutable std::atomic<bool> out_of_memory{false};
+  } run{&fn};
+  parallel_for(
+      n_tasks, threads,
+      [](const void* context, std::int64_t i) {
+        const Run& run = *static_cast<const Run*>(context);
+        try {
+          (*run.fn)(i);
+        } catch (const std::bad_alloc&) {
+          run.out_of_memory.store(true);
+        }
+      },
+      &run);
+  if (run.out_of_memory.load()) throw std::bad_alloc();
 }
 
 }  // namespace sparsebert
