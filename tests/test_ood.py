@@ -8,14 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from models import classifier, saved
 
 from sparsebert import checkpoint, data, encoders
 from sparsebert.cli import main
 from sparsebert.data import Examples
+from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
-from sparsebert.robustness import compare, compare_ood, evaluate, ood, run, statistics
+from sparsebert.robustness import compare, compare_ood, evaluate, ood, statistics
 
 HEURISTICS = ["lexical_overlap", "lexical_overlap", "lexical_overlap", "subsequence", "constituent", "subsequence"]
 LABELS = [0, 1, 0, 1, 1, 0]
@@ -180,13 +182,13 @@ def model(tmp_path_factory):
 
 
 def expected_engine() -> str:
-    return "torch" if _dispatch.isa() == "scalar" else "sparsebert"
+    return "torch" if torch.cuda.is_available() or _dispatch.isa() == "scalar" else "sparsebert"
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra"])
 def test_an_evaluation_sees_the_logits_of_predict(sets, tmp_path, kind):
     directory = saved(tmp_path / kind, kind=kind, labels=3)
-    loaded = run._load(directory)
+    loaded = Classifier.load(directory)
     assert loaded.engine == expected_engine()
     stock, tokenizer = checkpoint.load(directory)
     examples = data.load(data.TASKS["mnli"], "dev_matched")

@@ -13,6 +13,7 @@ from sparsebert import checkpoint, data
 from sparsebert.config import LearnConfig, TrainConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, autocast, collate, predict, token_limit, tokenize
+from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError
 from sparsebert.training import bias
 from sparsebert.training.loop import Hook, Run, plan, seed_of, step_count
@@ -150,10 +151,9 @@ class Lesson:
             log_bias = torch.from_numpy(found)
             figures["bias"] = bias.summary(log_bias, labels)
         if needs.teacher:
-            model, tokenizer = checkpoint.load(self.teacher)
-            logits = predict(
-                model.to(device), tokenizer, self.examples, max_length=spec.max_length,
-                progress=lambda done, total, what="": progress(done, total, "ask the teacher"),
+            logits = Classifier.load(self.teacher).predict(
+                self.examples, max_length=spec.max_length,
+                progress=lambda done, total: progress(done, total, "ask the teacher"),
             )  # fmt: skip
             log_teacher = torch.from_numpy(logits).log_softmax(1)
         return Targets(labels, log_bias, log_teacher), figures

@@ -1,0 +1,66 @@
+"""The classifier of a model directory, run on labelled examples by whatever is fastest here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from sparsebert import checkpoint
+from sparsebert.data import Examples
+from sparsebert.encoders import Progress, predict, token_limit, tokenize
+from sparsebert.engine.engine import Engine
+from sparsebert.errors import UnsupportedError
+from sparsebert.ops import _dispatch
+
+BATCH = 64  # texts a call of the engine; between calls it tells of progress
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A verified model directory: its number of labels, what runs it ("sparsebert" or "torch"), and that as
+    `encoders.predict` is called: float32 logits of predict(examples, max_length=…, progress=…).
+    """
+
+    labels: int
+    engine: str
+    predict: Callable[..., np.ndarray]
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Classifier:
+        """Torch runs it on a GPU where it finds one, else the engine in float32, and torch what that does not run."""
+        model, tokenizer = checkpoint.load(directory)
+        config = model.config
+        on_gpu = torch.cuda.is_available()
+        engine = None if on_gpu else _engine(checkpoint.resolve(directory))
+        if engine is None:
+            model.to("cuda" if on_gpu else "cpu")
+            return cls(config.num_labels, "torch", partial(predict, model, tokenizer))
+
+        def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
+            # By the tokenizer that `predict` uses: what tokenizer.json says alone, transformers may overrule.
+            encoded = tokenize(tokenizer, examples, token_limit(config, max_length))
+            logits = np.empty((len(encoded), config.num_labels), dtype=np.float32)
+            for start in range(0, len(encoded), BATCH):
+                batch = encoded[start : start + BATCH]
+                ids = [row["input_ids"] for row in batch]
+                types = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in batch]
+                logits[start : start + BATCH] = engine.forward(ids, types)
+                progress(start + len(batch), len(encoded))
+            return logits
+
+        return cls(config.num_labels, "sparsebert", run)
+
+
+def _engine(directory: Path) -> Engine | None:
+    """The engine in float32; None where it does not run such a model, or on its portable path, slower than torch."""
+    if _dispatch.isa() == "scalar" or not (directory / "tokenizer.json").is_file():
+        return None
+    try:
+        return Engine.load(directory, dtype="fp32", batch_invariant=True, cached=False)
+    except UnsupportedError:
+        return None
