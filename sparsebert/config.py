@@ -79,12 +79,14 @@ class TrainConfig(LearnConfig):
 
 
 class SubnetConfig(LearnConfig):
-    """How a subnetwork is trained: methods mask, imp and imp-rw. Defaults are of Liu et al. 2022."""
+    """How a subnetwork is trained: methods mask, imp and imp-rw, by defaults of Liu et al. 2022, and soft-movement, of
+    Sanh et al. 2020.
+    """
 
     epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples; may be a fraction")
     lr: Positive | None = Field(
         None,
-        description="peak learning rate [default: imp 5e-5; mask 5e-5 sqrt(61360 / steps)]",
+        description="peak learning rate [default: 5e-5; mask 5e-5 sqrt(61360 / steps)]",
     )
     start: str | None = Field(
         None,
@@ -100,13 +102,26 @@ class SubnetConfig(LearnConfig):
         None, description="mask: scores begin as kept or not, or as |w| [default: hard, or soft with --gradual]"
     )
     gradual: float | None = Field(
-        None, ge=0, lt=1, description="mask: sparsity to begin with, from where it rises to --sparsity by a cubic"
+        None,
+        ge=0,
+        lt=1,
+        description="mask, soft-movement: sparsity to begin with, from where it rises to --sparsity by a cubic "
+        "[default: mask --sparsity, soft-movement 0]",
     )
     update_every: float = Field(
-        0.016, gt=0, le=1, description="mask: share of the run after which the threshold is set anew"
+        0.016, gt=0, le=1, description="mask, soft-movement: share of the run after which thresholds are set anew"
     )
     settle: float = Field(
-        0.7, ge=0, le=1, description="mask: share of the run after which --gradual has arrived and `best` may be chosen"
+        0.7,
+        ge=0,
+        le=1,
+        description="mask, soft-movement: share of the run after which --gradual has arrived and `best` may be chosen",
+    )
+    scores_lr: Positive | None = Field(
+        None, description="soft-movement: peak learning rate of the scores [default: 0.01]"
+    )
+    penalty: float | None = Field(
+        None, ge=0, description="soft-movement: weight of the mean sigmoid of the scores in the loss [default: 400]"
     )
     head: Literal["masked", "dense"] = Field(
         "masked", description="pooler and classifier (imp: pooler): pruned as the encoder's linears are, or left dense"
@@ -121,7 +136,7 @@ class PruneConfig(BaseModel):
     method: str = Field(
         "knowledge",
         description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude; with labels: mask, imp, "
-        "imp-rw",
+        "imp-rw, soft-movement",
     )
     tier: int | None = Field(
         None, ge=0, le=2, description="knowledge: 0 closed form, 1 gradients and allocation, 2 distillation [1]"

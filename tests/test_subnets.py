@@ -12,7 +12,7 @@ from sparsebert.pruning import prune_checkpoint
 from sparsebert.training import loop, train
 from sparsebert.training.callbacks import SubnetCallback
 from sparsebert.training.imp import FixedZeros, MagnitudePruning
-from sparsebert.training.masks import MaskedLinear, MaskTraining
+from sparsebert.training.masks import MaskedLinear, MaskTraining, SoftMovement
 
 PATTERNS = ["unstructured", "2:4", "16x1", "16x1/4"]
 QUICK = {"n": 64, "batch_size": 8, "steps": 12, "precision": "fp32", "lr": 1e-2}
@@ -150,6 +150,88 @@ def test_masks_that_cannot_be_are_refused(pattern, sparsity, gradual, match):
         MaskTraining(classifier(), patterns.parse(pattern), sparsity, gradual=gradual)
 
 
+# Soft movement
+
+
+def shares_kept(movement: SoftMovement) -> dict[str, float]:
+    return {name: keep.float().mean().item() for name, keep in movement.keeps().items()}
+
+
+def test_soft_movement_begins_dense_and_moves_weights_and_scores():
+    model = classifier()
+    x = {"input_ids": torch.arange(5, 25).view(2, 10), "attention_mask": torch.ones(2, 10, dtype=torch.long)}
+    with torch.no_grad():
+        dense = model.eval()(**x).logits
+    movement = SoftMovement(model, patterns.Unstructured(), 0.9)
+    torch.testing.assert_close(model(**x).logits, dense, atol=1e-5, rtol=1e-5)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {f"{name}.scores" for name in movement.masked} < trained
+    assert {f"{name}.weight" for name in movement.masked} < trained
+    assert not any(".embeddings." in name for name in trained)
+    model(**x).logits.square().sum().backward()
+    masked = next(iter(movement.masked.values()))
+    # Straight through: what moves a weight away from zero raises its score.
+    torch.testing.assert_close(masked.scores.grad, masked.weight.grad * masked.weight)
+
+
+def test_linears_share_one_threshold_and_none_loses_all():
+    movement = SoftMovement(classifier(), patterns.Unstructured(), 0.8)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for i, masked in enumerate(movement.masked.values()):
+            masked.scores.copy_(torch.randn(masked.scores.shape, generator=rng) + (i % 3) - 40 * (i == 4))
+    kept = shares_kept(movement)
+    encoder = list(movement.shared)
+    sizes = [movement.masked[name].scores.numel() for name in encoder]
+    assert kept[encoder[4]] == pytest.approx(0.005, abs=2e-3)
+    assert kept[encoder[0]] < 0.1 < 0.3 < kept[encoder[2]]
+    others = sum(kept[name] * n for i, (name, n) in enumerate(zip(encoder, sizes, strict=True)) if i != 4)
+    assert others / sum(sizes) == pytest.approx(0.2, abs=1e-3)
+    lowest = min(movement.masked[name].scores[movement.keeps()[name]].min() for name in encoder[:3])
+    highest = max(movement.masked[name].scores[~movement.keeps()[name]].max() for name in encoder[:3])
+    assert lowest > highest
+    movement.current = 0.8
+    movement.settle()
+    for name, keep in movement.keeps().items():
+        assert torch.equal(movement.masked[name].scores >= movement.masked[name].threshold, keep)
+
+
+def test_the_penalty_is_the_mean_sigmoid_of_the_scores_and_rises_with_the_sparsity():
+    movement = SoftMovement(classifier(), patterns.parse("16x1"), 0.8, penalty=30.0)
+    scores = [masked.scores for masked in movement.masked.values()]
+    with torch.no_grad():
+        for own in scores:
+            own.normal_()
+    mean = sum(own.sigmoid().mean() for own in scores) / len(scores)
+    wanted = torch.autograd.grad(30.0 * mean, scores)
+    for current, risen in ((0.0, 0.0), (0.6, 0.75), (0.8, 1.0)):
+        movement.current = current
+        for own in scores:
+            own.grad = torch.ones_like(own)
+        movement.regularise()
+        for own, whole in zip(scores, wanted, strict=True):
+            torch.testing.assert_close(own.grad - 1, risen * whole, atol=1e-6, rtol=1e-5)
+
+
+def test_scores_have_their_own_learning_rate_and_no_decay(tuned, tmp_path):
+    groups = []
+
+    class Spy(loop.Run):
+        def finish(self):
+            names = {id(p): name for name, p in self.parameters.items()}
+            for group in self.optimizer.param_groups:
+                kinds = {names[id(p)].rpartition(".")[2] for p in group["params"]}
+                groups.append((group["peak"], group["weight_decay"], kinds))
+            super().finish()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsebert.training.lesson.Run", Spy)
+        settings = config.PruneConfig(method="soft-movement", sparsity=0.5)
+        subnet = config.SubnetConfig(**QUICK, scores_lr=0.3, weight_decay=0.02)
+        prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
+    assert sorted(groups) == [(0.01, 0.0, {"bias", "weight"}), (0.01, 0.02, {"weight"}), (0.3, 0.0, {"scores"})]
+
+
 # Magnitude pruning
 
 
@@ -206,7 +288,7 @@ def test_zeros_that_are_there_are_held():
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("method", ["mask", "imp"])
+@pytest.mark.parametrize("method", ["mask", "imp", "soft-movement"])
 def test_a_trained_subnetwork_has_the_wanted_zeros(tuned, tmp_path, method, pattern):
     settings = config.PruneConfig(method=method, pattern=pattern, sparsity=sparsity_of(pattern))
     result = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, config.SubnetConfig(**QUICK))
@@ -236,7 +318,7 @@ def test_training_a_mask_moves_it_and_no_weight(tuned, tmp_path):
     assert any((gone != other[name]).any() for name, gone in zeros(tmp_path / "m").items())
 
 
-@pytest.mark.parametrize("method", ["mask", "imp", "imp-rw"])
+@pytest.mark.parametrize("method", ["mask", "imp", "imp-rw", "soft-movement"])
 def test_a_killed_subnetwork_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch, method):
     monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 4)
     settings = config.PruneConfig(method=method, sparsity=0.5)
@@ -336,14 +418,16 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
     ("fields", "subnet", "match"),
     [
         ({"method": "mask"}, {"gradual": 0.9, "steps": 3}, "must not fall"),
-        ({"method": "imp"}, {"gradual": 0.2}, "belongs to method mask"),
-        ({"method": "imp"}, {"init": "soft"}, "belongs to method mask"),
+        ({"method": "imp"}, {"gradual": 0.2}, "belongs to mask and soft-movement"),
+        ({"method": "imp"}, {"init": "soft"}, "belongs to mask, got imp"),
         ({"method": "imp"}, {"rewind": "pretrained"}, "mask and imp-rw"),
+        ({"method": "mask"}, {"penalty": 1.0}, "belongs to soft-movement, got mask"),
+        ({"method": "imp"}, {"scores_lr": 0.1}, "--scores-lr belongs to soft-movement"),
         ({"method": "imp-rw"}, {"select": "best", "hold_out": 9}, "nothing to select"),
         ({"method": "mask"}, {"select": "best"}, "hold_out 0"),
         ({"method": "mask"}, {"loss": "poe"}, "needs a bias model"),
         ({"method": "mask", "tier": 1}, {}, "does not belong to mask"),
-        ({"method": "magnitude"}, {"loss": "poe"}, "belongs to methods mask, imp, imp-rw"),
+        ({"method": "magnitude"}, {"loss": "poe"}, "belongs to methods mask, imp, imp-rw, soft-movement"),
         ({"method": "mask"}, {"start": "pretrained"}, "is not known"),
     ],
 )
@@ -410,6 +494,18 @@ def test_a_mask_is_trained_by_the_stock_trainer(tmp_path):
         assert torch.equal(p[kept], before[name][kept]), name
     kept = torch.cat([m.weight.flatten() != 0 for m in encoders.encoder_linears(folded).values()])
     assert kept.float().mean() == pytest.approx(0.5, abs=1e-2)
+
+
+def test_soft_movement_in_the_stock_trainer_ends_sparse(tmp_path):
+    model = classifier()
+    hook = SoftMovement(model, patterns.Unstructured(), 0.6, update_every=0.1)
+    asked = []
+    regularise = hook.regularise
+    hook.regularise = lambda: (asked.append(hook.current), regularise())
+    trainer_of(model, hook, tmp_path).train()
+    assert len(asked) == 12 and asked[0] == 0 and asked[-1] == 0.6
+    kept = torch.cat([m.weight.flatten() != 0 for m in encoders.encoder_linears(hook.fold()).values()])
+    assert kept.float().mean() == pytest.approx(0.4, abs=1e-2)
 
 
 def test_magnitude_pruning_in_the_stock_trainer_ends_sparse(tmp_path):

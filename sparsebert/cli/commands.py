@@ -99,7 +99,9 @@ def prune(
     config: PruneConfig,
     subnet: SubnetConfig,
 ) -> None:
-    """Prune the classifier in DIR: without labels, or (methods mask, imp, imp-rw) by training with them."""
+    """Prune the classifier in DIR: without labels, or by training with them (methods mask, imp, imp-rw,
+    soft-movement).
+    """
     from sparsebert.pruning import prune_checkpoint
 
     if dry_run:

@@ -121,7 +121,7 @@ def prune_checkpoint(
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Prunes the classifier in the directory `source` on training texts of `task`, and saves it in `output`. subnet:
-    for the methods that train with labels (mask, imp, imp-rw); the seed is that of `config`.
+    for the methods that train with labels (mask, imp, imp-rw, soft-movement); the seed is that of `config`.
 
     The same call again returns at once where `output` is finished, else goes on after the last finished layer, kept in
     `<output>.partial`, or the last snapshot, `<output>.partial.safetensors`; it starts anew when weights, data, config

@@ -1,4 +1,4 @@
-"""Subnetworks found by training with labels: mask training and iterative magnitude pruning. [Liu et al. 2022]"""
+"""Subnetworks found by training with labels: mask training, iterative magnitude pruning, soft movement."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from sparsebert.training import finetune, masks
 from sparsebert.training.finetune import train
 from sparsebert.training.imp import MagnitudePruning
 from sparsebert.training.lesson import Lesson, fresh_classifier, origin
-from sparsebert.training.masks import MaskTraining
+from sparsebert.training.masks import MaskTraining, SoftMovement
 
-TRAINED = ("mask", "imp", "imp-rw")
+TRAINED = ("mask", "imp", "imp-rw", "soft-movement")
+# The flags that some of them have alone.
+OF_SOME = {
+    "init": ("mask",),
+    "gradual": ("mask", "soft-movement"),
+    "rewind": ("mask", "imp-rw"),
+    "scores_lr": ("soft-movement",),
+    "penalty": ("soft-movement",),
+}
 # The paper's mask training on MNLI: 5 epochs of 392,702 examples in batches of 32 at this learning rate. Scores walk at
 # random as far as lr √steps, there .012, about the distance 0.01 that they begin from the threshold; runs of other
 # lengths keep that. In proportion to the steps instead, 600 steps on MNLI ended at chance.
@@ -59,12 +67,15 @@ class Subnet:
         with torch.random.fork_rng(devices=[]):
             model, tokenizer = fresh_classifier(self.start, self.spec, settings.seed)
             head = settings.head == "masked"
+            schedule = {name: getattr(settings, name) for name in ("gradual", "update_every", "settle")}
             if config.method == "mask":
-                hook = MaskTraining(
-                    model, self.pattern, self.sparsity,
-                    init=settings.init or ("hard" if settings.gradual is None else "soft"),
-                    gradual=settings.gradual, update_every=settings.update_every, settle=settings.settle, head=head,
-                )  # fmt: skip
+                init = settings.init or ("hard" if settings.gradual is None else "soft")
+                hook = MaskTraining(model, self.pattern, self.sparsity, init=init, head=head, **schedule)
+            elif config.method == "soft-movement":
+                chosen = {
+                    name: value for name in ("scores_lr", "penalty") if (value := getattr(settings, name)) is not None
+                }
+                hook = SoftMovement(model, self.pattern, self.sparsity, head=head, **schedule, **chosen)
             else:
                 rewind_to = None
                 if config.method == "imp-rw":
@@ -74,7 +85,7 @@ class Subnet:
                     model, self.pattern, self.sparsity, rewind_to=rewind_to, head=head, warmup=settings.warmup
                 )
             run, figures = self.lesson.learn(model, tokenizer, hook, key, self.progress)
-            if config.method == "mask":
+            if isinstance(hook, MaskTraining):
                 keeps = hook.keeps()
                 hook.fold()
                 if self.rewind is not None:
@@ -91,12 +102,12 @@ def check(config: PruneConfig, subnet: SubnetConfig) -> None:
     for flag in ("tier", "without", "as_published", "damping"):
         if getattr(config, flag) not in (None, "", False):
             raise InputError(f"--{flag.replace('_', '-')} does not belong to {config.method}", fix="leave it out")
-    if config.method != "mask":
-        for flag in ("init", "gradual"):
-            if getattr(subnet, flag) is not None:
-                raise InputError(f"--{flag} belongs to method mask, got {config.method}", fix="leave it out")
-    if config.method == "imp" and subnet.rewind is not None:
-        raise InputError("--rewind belongs to methods mask and imp-rw, got imp", fix="use imp-rw")
+    for flag, methods in OF_SOME.items():
+        if getattr(subnet, flag) is not None and config.method not in methods:
+            raise InputError(
+                f"--{flag.replace('_', '-')} belongs to {' and '.join(methods)}, got {config.method}",
+                fix="leave it out",
+            )
     if config.method == "imp-rw" and subnet.select == "best":
         raise InputError("imp-rw ends with weights that were not trained: nothing to select", fix="leave --select out")
     sparsity = sparsity_of(parse(config.pattern), config.sparsity)

@@ -33,7 +33,7 @@ class Cell(BaseModel):
 
     task: str
     paradigm: Literal["dense", "finetuned", "rewound", "pretrained"] = "dense"
-    method: Literal["mask", "imp", "imp-rw"] | None = None
+    method: Literal["mask", "imp", "imp-rw", "soft-movement"] | None = None
     pattern: str = "unstructured"
     sparsity: float = Field(0.0, ge=0, lt=1)
     gradual: float | None = None

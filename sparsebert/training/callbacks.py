@@ -1,8 +1,8 @@
-"""Mask training and magnitude pruning inside stock `transformers.Trainer`.
+"""Mask training, soft movement and magnitude pruning inside stock `transformers.Trainer`.
 
-masks = MaskTraining(model, parse("32x1"), 0.875)  # before the Trainer, whose optimizer takes what asks for
-gradients Trainer(model, arguments, train_dataset=..., callbacks=[SubnetCallback(masks)]).train() masks.fold()  #
-zeros into the weights; save the model as any other
+>>> masks = MaskTraining(model, parse("32x1"), 0.875)  # first: a Trainer's optimizer takes what asks for gradients
+>>> Trainer(model, arguments, train_dataset=rows, callbacks=[SubnetCallback(masks)]).train()
+>>> masks.fold()  # zeros into the weights; save the model as any other
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sparsebert.training.loop import Hook
 
 
 class SubnetCallback(TrainerCallback):
-    """Calls a hook (MaskTraining, MagnitudePruning, FixedZeros) at the Trainer's steps.
+    """Calls a hook (MaskTraining, SoftMovement, MagnitudePruning, FixedZeros) at the Trainer's steps.
 
     The schedule of the learning rate is the Trainer's own, so MagnitudePruning with `rewind_to` gets one over the whole
     run.
@@ -25,6 +25,9 @@ class SubnetCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         if self.hook.before(state.global_step, state.max_steps) and optimizer is not None:
             optimizer.state.clear()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.hook.regularise()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.hook.after()

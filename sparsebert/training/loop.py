@@ -42,6 +42,9 @@ class Hook:
         """Before optimizer step `step` of `total`, and once after the last. True: the optimizer shall begin anew."""
         return False
 
+    def regularise(self) -> None:
+        """When the gradients of the loss are there: may add those of a penalty."""
+
     def settle(self) -> None:
         """Before the model is asked about held-out examples."""
 
@@ -50,6 +53,10 @@ class Hook:
 
     def share_of_lr(self, step: int, total: int) -> float | None:
         """Share of the peak learning rate at a step; None: warm-up and decay over the whole run."""
+        return None
+
+    def own_lr(self, name: str) -> float | None:
+        """The peak learning rate of a parameter that has its own, and then no weight decay; None: that of the run."""
         return None
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -120,13 +127,16 @@ class Run:
         if isinstance(config, TrainConfig):
             adversarial.freeze(model, config)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decayed = [p for p in self.parameters.values() if p.ndim >= 2]
-        rest = [p for p in self.parameters.values() if p.ndim < 2]
-        decay = config.weight_decay if self.hook.weight_decay else 0.0
-        groups = [{"params": decayed, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning rate and weight decay
+        for name, p in self.parameters.items():
+            own = self.hook.own_lr(name)
+            decays = p.ndim >= 2 and own is None and self.hook.weight_decay
+            key = (config.lr if own is None else own, config.weight_decay if decays else 0.0)
+            groups.setdefault(key, []).append(p)
         # fused: one pass over the parameters; unfused, the optimizer is a third of a MiniLM step on two cores.
         self.optimizer = OPTIMIZERS[getattr(config, "optimizer", "adamw")](
-            [group for group in groups if group["params"]], lr=config.lr, fused=True
+            [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()],
+            fused=True,
         )
         self._restore()
         if self.device.type == "cpu":
@@ -139,6 +149,7 @@ class Run:
             self.optimizer.state.clear()
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         loss = self._backward(batch, targets.to(self.device))
+        self.hook.regularise()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
         if not (math.isfinite(loss) and norm.isfinite()):
             kept = f"; the state of step {self.saved_at} is kept in {self.snapshot}" if self.saved_at else ""
@@ -147,7 +158,7 @@ class Run:
         if share is None:
             share = rise_and_fall(self.step, self.total_steps, self.config.warmup)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr * share
+            group["lr"] = group["peak"] * share
         self.optimizer.step()
         self.hook.after()
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,6 +1,10 @@
-"""Mask training: which weights of a frozen classifier to keep, learnt by gradients. [Liu et al. 2022, Alg. 2]"""
+"""Masks learnt by gradients: over frozen weights (mask training, Liu et al. 2022, Alg. 2), or with the weights learning
+beside them (soft movement, Sanh et al. 2020).
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import nn
@@ -14,10 +18,11 @@ from sparsebert.training.loop import Hook
 
 THRESHOLD = 0.01  # φ to begin with, and
 KEPT_SCORE = 0.02  # the score of what is kept then, α φ with α = 2
+MOST_SPARSE = 0.995  # of any one linear, where the model's sparsity is shared unequally
 
 
 class MaskedLinear(nn.Linear):
-    """y = x (W ⊙ 1[scores ≥ threshold])ᵀ + b; by gradients only `scores` changes."""
+    """y = x (W ⊙ 1[scores ≥ threshold])ᵀ + b; `scores` learn by straight-through gradients."""
 
     def __init__(self, linear: nn.Linear, scores: torch.Tensor, threshold: torch.Tensor):
         nn.Module.__init__(self)
@@ -72,7 +77,7 @@ class MaskTraining(Hook):
             raise InputError(f"pattern {pattern} has one sparsity, got a gradual one", fix="leave --gradual out")
         self.sparsity, self.gradual, self.update_every, self.choose_from = sparsity, gradual, update_every, settle
         self.model, self.patterns, self.masked = model, {}, {}
-        model.requires_grad_(False)
+        self._choose_trained(model)
         linears = {name: (module, pattern) for name, module in encoder_linears(model).items()}
         if head:
             linears |= {name: (module, Unstructured()) for name, module in head_linears(model).items()}
@@ -92,8 +97,9 @@ class MaskTraining(Hook):
         return False
 
     def settle(self) -> None:
+        shares = self._sparsities(self.current)
         for name, masked in self.masked.items():
-            masked.threshold.copy_(_threshold(masked.scores.detach(), self.patterns[name], self.current))
+            masked.threshold.copy_(_threshold(masked.scores.detach(), self.patterns[name], shares[name]))
 
     def state(self) -> dict[str, torch.Tensor]:
         thresholds = {name: masked.threshold for name, masked in self.masked.items()}
@@ -107,7 +113,8 @@ class MaskTraining(Hook):
     @torch.no_grad()
     def keeps(self) -> dict[str, torch.Tensor]:
         """Which weights are kept at the wanted sparsity, exactly: bool [n_out, n_in] by full name of the linear."""
-        return {name: _mask(masked, self.patterns[name], self.sparsity) for name, masked in self.masked.items()}
+        shares = self._sparsities(self.sparsity)
+        return {name: _mask(masked, self.patterns[name], shares[name]) for name, masked in self.masked.items()}
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
@@ -120,6 +127,14 @@ class MaskTraining(Hook):
             self.model.set_submodule(name, linear)
         self.masked.clear()
         return self.model.requires_grad_(True)
+
+    def _choose_trained(self, model: nn.Module) -> None:
+        """Which parameters learn, before there are scores."""
+        model.requires_grad_(False)
+
+    def _sparsities(self, sparsity: float) -> dict[str, float]:
+        """Of every linear, where that of the model is `sparsity`."""
+        return dict.fromkeys(self.masked, sparsity)
 
     def _begin(self, weight: torch.Tensor, pattern: Pattern, init: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(scores, threshold) at the first step."""
@@ -135,6 +150,75 @@ class MaskTraining(Hook):
         if self.gradual is None or share >= self.choose_from:
             return self.sparsity
         return self.sparsity + (self.gradual - self.sparsity) * (1 - share / self.choose_from) ** 3
+
+
+class SoftMovement(MaskTraining):
+    """Masks and weights trained together: kept is what moves away from zero. [Sanh et al. 2020]
+
+    As MaskTraining, but: the weights learn as well, not the embeddings. Scores begin at 0, all kept, and gather
+    -∂L/∂W ⊙ W. The encoder's linears share one threshold, so that some become sparser than others, none above 99.5 %
+    (N:M, pooler and classifier: one each). To the loss comes λ times the mean over linears of their mean σ(score), λ
+    rising to `penalty` as the sparsity does. scores_lr: the peak learning rate of the scores; that of the weights is
+    the run's.
+
+    A departure from the paper: there the threshold is σ(score) = 0.1 and λ decides the sparsity, counted afterwards;
+    here the threshold is where the wanted sparsity is. In stock `transformers.Trainer` scores learn at its one rate,
+    and the penalty is added to gradients that are clipped already.
+    """
+
+    weight_decay = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pattern: Pattern,
+        sparsity: float,
+        *,
+        penalty: float = 400.0,
+        scores_lr: float = 1e-2,
+        gradual: float | None = None,
+        update_every: float = 0.016,
+        settle: float = 0.7,
+        head: bool = True,
+    ):
+        if gradual is None and not isinstance(pattern, NofM):
+            gradual = 0.0
+        super().__init__(model, pattern, sparsity, gradual=gradual, update_every=update_every, settle=settle, head=head)
+        self.penalty, self.scores_lr = penalty, scores_lr
+        self.shared = {} if isinstance(pattern, NofM) else encoder_linears(model)
+
+    def own_lr(self, name: str) -> float | None:
+        return self.scores_lr if name.endswith(".scores") else None
+
+    @torch.no_grad()
+    def regularise(self) -> None:
+        rises = self.gradual is not None and self.gradual < self.sparsity
+        risen = (self.current - self.gradual) / (self.sparsity - self.gradual) if rises else 1.0
+        for masked in self.masked.values():
+            sigma = masked.scores.sigmoid()
+            share = self.penalty * risen / (len(self.masked) * sigma.numel())
+            masked.scores.grad.addcmul_(sigma, 1 - sigma, value=share)
+
+    def _choose_trained(self, model: nn.Module) -> None:
+        model.base_model.embeddings.requires_grad_(False)
+
+    def _begin(self, weight: torch.Tensor, pattern: Pattern, init: str) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = torch.zeros(len(weight) // _rows(pattern), weight.shape[1], device=weight.device)
+        shape = (len(scores), scores.shape[1] // pattern.m) if isinstance(pattern, NofM) else ()
+        return scores, torch.full(shape, float("-inf"), device=weight.device)
+
+    def _sparsities(self, sparsity: float) -> dict[str, float]:
+        shares = super()._sparsities(sparsity)
+        if not self.shared:
+            return shares
+        scores = {name: masked.scores.detach() for name, masked in self.shared.items()}
+        together = torch.cat([own.flatten() for own in scores.values()])
+        threshold = _threshold(together[None], Unstructured(), sparsity)
+        for name, own in scores.items():
+            n, multiple = own.numel(), getattr(self.patterns[name], "kept_multiple", 1)
+            gone = min(int((own < threshold).sum()), n - max(multiple, math.ceil((1 - MOST_SPARSE) * n)))
+            shares[name] = (gone + 0.5) / n  # of which n are `gone`, however the quotient is rounded
+        return shares
 
 
 def _rows(pattern: Pattern) -> int:
