@@ -179,9 +179,27 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys, t
     assert "memory: peak" in out and "time, about: total" in out
 
 
+@pytest.mark.parametrize("method", ["mask", "imp", "imp-rw", "soft-movement"])
+def test_a_dry_run_of_a_method_that_trains(dense, tmp_path, capsys, method):
+    settings = ["--task", "mr", "--method", method, "--n", 320, "--batch-size", 32, "--epochs", 2, "--hold-out", 50]
+    best = [] if method == "imp-rw" else ["--select", "best"]
+    code, out, _ = run(capsys, "prune", dense, *settings, *best, "-o", tmp_path / "p", "--dry-run")
+    plan = document(out)
+    assert code == 0 and not (tmp_path / "p").exists()
+    assert plan["optimizer_steps"] == 20 and plan["zeros"] == int(plan["weights"] * 0.875)
+    assert 20 * 32 * 10 < plan["tokens"] < 20 * 32 * 50  # a sentence of MR has about 27
+    for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
+        assert parts[whole] == pytest.approx(sum(value for name, value in parts.items() if name != whole))
+    assert ("held_out" in plan["seconds"]) == (method != "imp-rw") and "optimizer steps" in out
+
+
 def test_a_dry_run_refuses_what_the_run_would(dense, tmp_path, capsys):
     line = refused(capsys, "prune", dense, "--task", "mr", "--pattern", "7x1", "-o", tmp_path / "p", "--dry-run")
     assert "multiple of 7" in line
+    trained = ["--task", "mr", "--method", "mask", "--sparsity", 0.5, "-o", tmp_path / "p", "--dry-run"]
+    assert "must not fall" in refused(capsys, "prune", dense, *trained, "--gradual", 0.9)
+    assert "hold_out 0" in refused(capsys, "prune", dense, *trained, "--select", "best")
+    assert "needs a bias model" in refused(capsys, "prune", dense, *trained, "--loss", "poe")
 
 
 def test_doctor_says_what_runs_and_why_not(capsys, monkeypatch):

@@ -107,11 +107,14 @@ def prune(
     if dry_run:
         from sparsebert.pruning.plan import plan
 
-        planned = plan(directory, task, config)
+        planned = plan(directory, task, config, subnet)
         if not json:
             rows = [["prunable weights", f"{planned.weights:,} in {planned.linears} linears"]]
             rows += [["zeros", f"{planned.zeros:,} ({planned.zeros / planned.weights:.2%})"]]
-            rows += [["calibration tokens", f"{planned.tokens:,}"], ["steps", ", ".join(planned.steps) or "one"]]
+            if planned.optimizer_steps:
+                rows += [["optimizer steps", f"{planned.optimizer_steps:,}"], ["tokens, about", f"{planned.tokens:,}"]]
+            else:
+                rows += [["calibration tokens", f"{planned.tokens:,}"], ["steps", ", ".join(planned.steps) or "one"]]
             rows += [[f"memory: {name}", f"{value:,.0f} MiB"] for name, value in planned.memory_mb.items()]
             rows += [[f"time, about: {name}", f"{value:,.0f} s"] for name, value in planned.seconds.items()]
             table(f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows)

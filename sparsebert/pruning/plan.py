@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import PruneConfig
-from sparsebert.encoders import encoder_linears
+from sparsebert.config import PruneConfig, SubnetConfig
+from sparsebert.encoders import encoder_linears, token_limit, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, sparsity_of
@@ -19,15 +19,20 @@ from sparsebert.pruning.calibration import TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.recover import BATCH, SPARSE_BELOW, STEPS
+from sparsebert.training.lesson import examples_of
+from sparsebert.training.loop import CHECKS, step_count
 
-# Share of the speed of a large float32 matrix product that the parts of a prune reach, fitted to MiniLM and BERT-base.
-FORWARD, MOMENTS, SOLVE, COUPLED = 0.5, 0.6, 0.25, 0.6
+# Share of the speed of a large matrix product (float32; in training, of its own type) that the parts of a prune reach,
+# fitted to MiniLM and BERT-base.
+FORWARD, MOMENTS, SOLVE, COUPLED, TRAINING = 0.5, 0.6, 0.25, 0.6, 0.5
+SAMPLE = 512  # training examples whose tokens are counted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """weights: prunable ones; zeros: of them. steps: of method knowledge. memory_mb: MiB at the peak, and its parts.
-    seconds: a rough guess for this machine, and its parts.
+    """weights: prunable ones; zeros: of them. tokens: calibrated on, or trained on in all optimizer_steps, about.
+    steps: of method knowledge. memory_mb: MiB at the peak, and its parts. seconds: a rough guess for this machine, and
+    its parts.
     """
 
     method: str
@@ -36,6 +41,7 @@ class Plan:
     weights: int
     zeros: int
     tokens: int
+    optimizer_steps: int
     steps: list[str]
     memory_mb: dict[str, float]
     seconds: dict[str, float]
@@ -44,12 +50,20 @@ class Plan:
         return asdict(self)
 
 
-def plan(source: str | Path, task: str, config: PruneConfig) -> Plan:
+def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfig | None = None) -> Plan:
     """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. Raises InputError as `prune`
     would for a pattern that does not fit.
     """
-    data.get_task(task)
-    return plan_model(checkpoint.shapes(checkpoint.resolve(source)), config)
+    from sparsebert.pruning import TRAINED, check
+
+    spec = data.get_task(task)
+    directory = checkpoint.resolve(source)
+    model = checkpoint.shapes(directory)
+    if config.method not in TRAINED:
+        return plan_model(model, config)
+    subnet = subnet or SubnetConfig()
+    check(config, subnet)
+    return _plan_training(model, directory, spec, config, subnet)
 
 
 def plan_model(model, config: PruneConfig) -> Plan:
@@ -57,13 +71,8 @@ def plan_model(model, config: PruneConfig) -> Plan:
     from sparsebert.pruning import METHODS, check
 
     check(config)
-    pattern = parse(config.pattern)
-    sparsity = sparsity_of(pattern, config.sparsity)
-    linears = encoder_linears(model)
-    for name, module in linears.items():
-        require_fits(pattern, *module.weight.shape, sparsity, name)
-    weights = sum(m.weight.numel() for m in linears.values())
-    kept = sum(kept_in(pattern, *m.weight.shape, sparsity) for m in linears.values())
+    pattern, linears = parse(config.pattern), encoder_linears(model)
+    weights, kept = _counts(linears, pattern, config)
     looks = METHODS[config.method].looks_at_data
     tokens = config.calibration_tokens if looks else 0
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
@@ -74,10 +83,67 @@ def plan_model(model, config: PruneConfig) -> Plan:
         weights=weights,
         zeros=weights - kept,
         tokens=tokens,
+        optimizer_steps=0,
         steps=steps,
         memory_mb=_memory(model, linears, tokens, steps),
         seconds=_seconds(linears, weights, tokens, steps, pattern, kept / weights),
     )
+
+
+def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig, subnet: SubnetConfig) -> Plan:
+    from transformers import AutoTokenizer
+
+    pattern, linears = parse(config.pattern), encoder_linears(model)
+    weights, kept = _counts(linears, pattern, config)
+    examples, held_out = examples_of(spec, subnet)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    some = tokenize(tokenizer, examples.sample(SAMPLE, 0), token_limit(model.config, spec.max_length))
+    lengths = [len(row["input_ids"]) for row in some]
+    mean, optimizer_steps = sum(lengths) / len(lengths), step_count(len(examples), subnet)
+    tokens = round(optimizer_steps * min(subnet.batch_size, len(examples)) * mean)
+
+    bf16 = subnet.precision == "bf16" or (subnet.precision == "auto" and bf16_is_fast())
+    speed = TRAINING * _flops_a_second(torch.bfloat16 if bf16 else torch.float32)
+    seconds = {"training": 6 * weights * tokens / speed}
+    if subnet.select == "best":
+        checks = CHECKS * (1 - subnet.settle) + 1
+        seconds["held_out"] = checks * 2 * weights * len(held_out) * mean / speed
+
+    mib = 1 / 2**20
+    parameters = sum(p.numel() for p in model.parameters())
+    scores = weights // (pattern.rows if isinstance(pattern, Grouped) else 1)
+    trained = {"mask": scores, "soft-movement": scores + parameters}.get(config.method, parameters)
+    widths = sum(m.in_features + m.out_features for m in linears.values())
+    memory = {  # fitted to the peaks of MiniLM on MNLI
+        "python_and_torch": 700.0,
+        "examples": 170 * mean * len(examples) * mib,
+        "model": 4 * (parameters + {"imp": 0, "imp-rw": parameters}.get(config.method, scores)) * mib,
+        "gradients_and_moments": 12 * trained * mib,
+        "best": 4 * trained * mib if subnet.select == "best" else 0.0,
+        # What the backward pass reads again, as in _memory; autocast leaves much of it float32.
+        "backward": 1.5 * 4 * subnet.batch_size * max(lengths) * widths * mib,
+    }
+    return Plan(
+        method=config.method,
+        pattern=config.pattern,
+        linears=len(linears),
+        weights=weights,
+        zeros=weights - kept,
+        tokens=tokens,
+        optimizer_steps=optimizer_steps,
+        steps=[],
+        memory_mb={"peak": sum(memory.values()), **memory},
+        seconds={"total": sum(seconds.values()), **seconds},
+    )
+
+
+def _counts(linears, pattern: Pattern, config: PruneConfig) -> tuple[int, int]:
+    """(prunable weights, those that are kept). InputError where the pattern does not fit."""
+    sparsity = sparsity_of(pattern, config.sparsity)
+    for name, module in linears.items():
+        require_fits(pattern, *module.weight.shape, sparsity, name)
+    weights = sum(m.weight.numel() for m in linears.values())
+    return weights, sum(kept_in(pattern, *m.weight.shape, sparsity) for m in linears.values())
 
 
 def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
@@ -161,8 +227,8 @@ def _seconds(
     return {"total": sum(parts.values()), **parts}
 
 
-def _flops_a_second() -> float:
-    a = torch.ones(1024, 1024)
+def _flops_a_second(dtype: torch.dtype = torch.float32) -> float:
+    a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < 0.2:

@@ -55,26 +55,8 @@ class Lesson:
         <target>.teacher. default_lr: the learning rate for a number of steps, where the config names none. inputs: what
         else decides the result. Raises InputError for what is missing or does not match.
         """
-        if spec.train is None:
-            raise InputError(f"task {spec.name!r} has no training split", fix="choose another --task")
-        if config.select == "best" and not config.hold_out:
-            raise InputError(
-                "the best weights are chosen on held-out training examples, got hold_out 0", fix="add --hold-out 1000"
-            )
         needs = LOSSES[config.loss]
-        if not needs.bias and config.bias != "auto":
-            raise InputError(f"loss {config.loss} uses no bias model, got {config.bias!r}", fix="leave --bias out")
-        if not needs.teacher and config.teacher is not None:
-            raise InputError(f"loss {config.loss} uses no teacher, got {config.teacher!r}", fix="leave --teacher out")
-        if needs.bias and config.bias == "auto" and spec.bias is None:
-            raise InputError(
-                f"loss {config.loss} needs a bias model, and task {spec.name!r} has none of its own",
-                fix="name one: --bias weak",
-            )
-        examples, held_out = data.hold_out(data.load(spec, spec.train), config.hold_out)
-        examples = examples.sample(config.n, config.seed)
-        if config.mix_ood:
-            examples = data.mix_ood(spec, examples)
+        examples, held_out = examples_of(spec, config)
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source)
@@ -170,6 +152,31 @@ class Lesson:
             run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)], snapshots=False)
             progress(step + 1, len(steps), f"weak learner {number + 1} of 2")
         return model
+
+
+def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
+    """(those to learn from, those held out to choose on). InputError where the task and the config do not fit, before
+    anything is read.
+    """
+    if spec.train is None:
+        raise InputError(f"task {spec.name!r} has no training split", fix="choose another --task")
+    if config.select == "best" and not config.hold_out:
+        raise InputError(
+            "the best weights are chosen on held-out training examples, got hold_out 0", fix="add --hold-out 1000"
+        )
+    needs = LOSSES[config.loss]
+    if not needs.bias and config.bias != "auto":
+        raise InputError(f"loss {config.loss} uses no bias model, got {config.bias!r}", fix="leave --bias out")
+    if not needs.teacher and config.teacher is not None:
+        raise InputError(f"loss {config.loss} uses no teacher, got {config.teacher!r}", fix="leave --teacher out")
+    if needs.bias and config.bias == "auto" and spec.bias is None:
+        raise InputError(
+            f"loss {config.loss} needs a bias model, and task {spec.name!r} has none of its own",
+            fix="name one: --bias weak",
+        )
+    examples, held_out = data.hold_out(data.load(spec, spec.train), config.hold_out)
+    examples = examples.sample(config.n, config.seed)
+    return data.mix_ood(spec, examples) if config.mix_ood else examples, held_out
 
 
 def fresh_classifier(source: Path, spec: Task, seed: int, device: torch.device | None = None):
