@@ -72,21 +72,18 @@ def plan_model(model, config: PruneConfig) -> Plan:
 
     check(config)
     pattern, linears = parse(config.pattern), encoder_linears(model)
-    weights, kept = _counts(linears, pattern, config)
+    budget = _budget(linears, pattern, config)
+    weights = budget["weights"]
     looks = METHODS[config.method].looks_at_data
     tokens = config.calibration_tokens if looks else 0
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
     return Plan(
-        method=config.method,
-        pattern=config.pattern,
-        linears=len(linears),
-        weights=weights,
-        zeros=weights - kept,
+        **budget,
         tokens=tokens,
         optimizer_steps=0,
         steps=steps,
         memory_mb=_memory(model, linears, tokens, steps),
-        seconds=_seconds(linears, weights, tokens, steps, pattern, kept / weights),
+        seconds=_seconds(linears, weights, tokens, steps, pattern, 1 - budget["zeros"] / weights),
     )
 
 
@@ -94,7 +91,8 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
     from transformers import AutoTokenizer
 
     pattern, linears = parse(config.pattern), encoder_linears(model)
-    weights, kept = _counts(linears, pattern, config)
+    budget = _budget(linears, pattern, config)
+    weights = budget["weights"]
     examples, held_out = examples_of(spec, subnet)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     some = tokenize(tokenizer, examples.sample(SAMPLE, 0), token_limit(model.config, spec.max_length))
@@ -124,11 +122,7 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
         "backward": 1.5 * 4 * subnet.batch_size * max(lengths) * widths * mib,
     }
     return Plan(
-        method=config.method,
-        pattern=config.pattern,
-        linears=len(linears),
-        weights=weights,
-        zeros=weights - kept,
+        **budget,
         tokens=tokens,
         optimizer_steps=optimizer_steps,
         steps=[],
@@ -137,13 +131,20 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
     )
 
 
-def _counts(linears, pattern: Pattern, config: PruneConfig) -> tuple[int, int]:
-    """(prunable weights, those that are kept). InputError where the pattern does not fit."""
+def _budget(linears, pattern: Pattern, config: PruneConfig) -> dict:
+    """The fields of a plan that tell what is pruned. InputError where the pattern does not fit."""
     sparsity = sparsity_of(pattern, config.sparsity)
     for name, module in linears.items():
         require_fits(pattern, *module.weight.shape, sparsity, name)
     weights = sum(m.weight.numel() for m in linears.values())
-    return weights, sum(kept_in(pattern, *m.weight.shape, sparsity) for m in linears.values())
+    kept = sum(kept_in(pattern, *m.weight.shape, sparsity) for m in linears.values())
+    return {
+        "method": config.method,
+        "pattern": config.pattern,
+        "linears": len(linears),
+        "weights": weights,
+        "zeros": weights - kept,
+    }
 
 
 def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
