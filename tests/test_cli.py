@@ -196,6 +196,8 @@ def test_a_dry_run_of_a_method_that_trains(dense, tmp_path, capsys, method):
 def test_a_dry_run_refuses_what_the_run_would(dense, tmp_path, capsys):
     line = refused(capsys, "prune", dense, "--task", "mr", "--pattern", "7x1", "-o", tmp_path / "p", "--dry-run")
     assert "multiple of 7" in line
+    line = refused(capsys, "prune", dense, "--task", "mr", "--loss", "poe", "-o", tmp_path / "p", "--dry-run")
+    assert "belongs to methods mask" in line
     trained = ["--task", "mr", "--method", "mask", "--sparsity", 0.5, "-o", tmp_path / "p", "--dry-run"]
     assert "must not fall" in refused(capsys, "prune", dense, *trained, "--gradual", 0.9)
     assert "hold_out 0" in refused(capsys, "prune", dense, *trained, "--select", "best")

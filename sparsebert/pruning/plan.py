@@ -56,14 +56,13 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
     """
     from sparsebert.pruning import TRAINED, check
 
-    spec = data.get_task(task)
+    spec, subnet = data.get_task(task), subnet or SubnetConfig()
+    check(config, subnet)
     directory = checkpoint.resolve(source)
     model = checkpoint.shapes(directory)
-    if config.method not in TRAINED:
-        return plan_model(model, config)
-    subnet = subnet or SubnetConfig()
-    check(config, subnet)
-    return _plan_training(model, directory, spec, config, subnet)
+    if config.method in TRAINED:
+        return _plan_training(model, directory, spec, config, subnet)
+    return plan_model(model, config)
 
 
 def plan_model(model, config: PruneConfig) -> Plan:
