@@ -87,8 +87,8 @@ class Comparison(BaseModel):
 @dataclass(frozen=True)
 class Grid:
     """train, prune: task -> fields of TrainConfig and SubnetConfig, and under the name of a loss or method those that
-    differ there. cells: in
-    the order they are run. least: rows, steps and seeds below which a setting's figures are marked as smoke.
+    differ there. cells: in the order they are run. least: rows, steps and seeds below which a setting's figures are
+    marked as smoke.
     """
 
     name: str

@@ -131,8 +131,8 @@ class Run:
         for name, p in self.parameters.items():
             own = self.hook.own_lr(name)
             decays = p.ndim >= 2 and own is None and self.hook.weight_decay
-            key = (config.lr if own is None else own, config.weight_decay if decays else 0.0)
-            groups.setdefault(key, []).append(p)
+            rates = (config.lr if own is None else own, config.weight_decay if decays else 0.0)
+            groups.setdefault(rates, []).append(p)
         # fused: one pass over the parameters; unfused, the optimizer is a third of a MiniLM step on two cores.
         self.optimizer = OPTIMIZERS[getattr(config, "optimizer", "adamw")](
             [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()],
