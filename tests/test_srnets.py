@@ -115,6 +115,10 @@ def test_shards_are_whole_groups_and_together_the_grid(tmp_path, start, quick):
     grid = read_grid(str(written(tmp_path, start, cells=SMALL["cells"][:2])))
     first = run_grid(grid, tmp_path / "out", shard=(0, 2))
     assert {cell.seed for cell, _ in first.done} == {0} and {cell.seed for cell in first.left_out} == {1}
+    publish(grid, first, tmp_path / "out", tmp_path / "table.md")
+    for report in ("out/report.html", "table.md"):
+        left_out = (tmp_path / report).read_text().partition("Left out for time")[2]
+        assert "mr: ce 0%, seeds 1" in left_out and "seeds 0" not in left_out
     both = run_grid(grid, tmp_path / "out", shard=(1, 2))
     assert len(both.done) == 8 and not both.left_out
 

@@ -16,6 +16,8 @@ from sparsebert.robustness.report import write_page, write_text
 from sparsebert.study.grid import Cell, Comparison, Grid
 from sparsebert.study.srnets import Outcome
 
+LEFT_OUT = "Left out for time"
+
 
 @dataclass(frozen=True)
 class Line:
@@ -134,12 +136,8 @@ def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
     if found:
         heads, rows = _comparisons(found)
         parts.append("\n".join(["## Paired over seeds", "", _row(heads), _row(["---"] * len(heads)), *map(_row, rows)]))
-    if outcome.left_out:
-        missing: dict[str, list[int]] = {}
-        for cell in outcome.left_out:
-            missing.setdefault(f"{cell.task}: {cell.label} {cell.sparsity:.0%}", []).append(cell.seed)
-        listed = "\n".join(f"* {name}, seeds {', '.join(map(str, seeds))}" for name, seeds in missing.items())
-        parts.append(f"## Left out for time\n\n{listed}")
+    if missing := _left_out(outcome):
+        parts.append("\n".join([f"## {LEFT_OUT}", "", *(f"* {line}" for line in missing)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -165,6 +163,8 @@ def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:
         body += f"<h2>{html.escape(task)}</h2><div class='charts'>{charts}</div>{_html_table(*_table(task, own))}"
     if found := [row for comparison in grid.comparisons if (row := compared(lines, comparison))]:
         body += f"<h2>Paired over seeds</h2>{_html_table(*_comparisons(found))}"
+    if missing := _left_out(outcome):
+        body += f"<h2>{LEFT_OUT}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in missing)}</ul>"
     write_page(path, grid.name, body)
 
 
@@ -207,11 +207,23 @@ def _comparisons(found: list[dict]) -> tuple[list[str], list[list[str]]]:
         low, high = row["difference_ci"]
         rows.append([
             row["comparison"], row["figure"], str(row["seeds"]), f"{100 * row['a']:.2f}", f"{100 * row['b']:.2f}",
-            f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", f"{row['t_p']:.4f}",
-            f"{row['sign_flip_p']:.4f}", "smoke" if row["smoke"] else "",
+            f"{100 * row['difference']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]", _p(row["t_p"]),
+            _p(row["sign_flip_p"]), "smoke" if row["smoke"] else "",
         ])  # fmt: skip
     heads = ["comparison", "figure", "seeds", "a", "b", "a - b, points", "p (t)", "p (sign flips)", ""]
     return heads, rows
+
+
+def _left_out(outcome: Outcome) -> list[str]:
+    """One line a setting, with its seeds."""
+    missing: dict[str, list[int]] = {}
+    for cell in outcome.left_out:
+        missing.setdefault(f"{cell.task}: {cell.label} {cell.sparsity:.0%}", []).append(cell.seed)
+    return [f"{name}, seeds {', '.join(map(str, seeds))}" for name, seeds in missing.items()]
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
 def _mean(values: np.ndarray) -> str:
