@@ -99,14 +99,15 @@ class SubnetConfig(LearnConfig):
         "[imp-rw: to what it rewinds, default its start]",
     )
     init: Literal["hard", "soft"] | None = Field(
-        None, description="mask: scores begin as kept or not, or as |w| [default: hard, or soft with --gradual]"
+        None,
+        description="mask: scores begin as kept or not, or as |w| [default: hard; soft where the sparsity rises]",
     )
     gradual: float | None = Field(
         None,
         ge=0,
         lt=1,
         description="mask, soft-movement: sparsity to begin with, from where it rises to --sparsity by a cubic "
-        "[default: mask --sparsity, soft-movement 0]",
+        "[default: mask --sparsity, of groups of rows 0; soft-movement 0]",
     )
     update_every: float = Field(
         0.016, gt=0, le=1, description="mask, soft-movement: share of the run after which thresholds are set anew"

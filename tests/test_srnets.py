@@ -93,6 +93,13 @@ def test_a_grid_runs_and_reports_and_is_not_run_twice(tmp_path, start, quick):
     assert elsewhere.done == outcome.done
 
 
+def test_a_mask_that_names_no_gradual_sparsity_is_fixed_for_any_pattern(tmp_path, start):
+    cells = {"task": "mr", "paradigm": "finetuned", "method": "mask", "sparsity": 0.5}
+    cells = [{**cells, "pattern": ["unstructured", "16x1"]}, {**cells, "pattern": "16x1", "gradual": 0.2}]
+    grid = read_grid(str(written(tmp_path, start, cells=cells)))
+    assert [grid.prune_configs(cell)[1].gradual for cell in grid.cells] == [None, 0.5, 0.2]
+
+
 class Killed(Exception):
     """Stands for a kill between cells."""
 

@@ -301,6 +301,7 @@ def test_a_trained_subnetwork_has_the_wanted_zeros(tuned, tmp_path, method, patt
             assert (gone.reshape(-1, 4).sum(1) == 2).all()
     recipe = checkpoint.read_recipe(tmp_path / "m")
     assert recipe["method"] == method and recipe["steps"] == 12
+    assert recipe["gradual"] == (0.0 if method == "mask" and "x1" in pattern else None)
     again = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, config.SubnetConfig(**QUICK))
     assert again == result
 

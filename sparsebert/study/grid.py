@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparsebert import data
 from sparsebert.config import PruneConfig, SubnetConfig, TrainConfig, validated
 from sparsebert.errors import InputError, first_line
+from sparsebert.patterns import Grouped, parse
 from sparsebert.pruning import TRAINED, check
 from sparsebert.training.losses import LOSSES
 from sparsebert.training.recipe import read_yaml
@@ -117,6 +118,8 @@ class Grid:
         if cell.method == "imp-rw":
             fields["select"] = "last"
         fields |= {name: value for name in ("gradual", "init") if (value := getattr(cell, name)) is not None}
+        if cell.method == "mask" and isinstance(parse(cell.pattern), Grouped):
+            fields.setdefault("gradual", cell.sparsity)  # where a cell names none it is fixed, for any pattern
         return first, _config(SubnetConfig, fields, f"prune of {cell.task}")
 
 

@@ -1,6 +1,7 @@
 """Mask training, soft movement and magnitude pruning inside stock `transformers.Trainer`.
 
->>> masks = MaskTraining(model, parse("32x1"), 0.875)  # first: a Trainer's optimizer takes what asks for gradients
+>>> # First: a Trainer's optimizer takes what asks for gradients.
+>>> masks = MaskTraining(model, parse("32x1"), 0.7, init="soft", gradual=0.0)
 >>> Trainer(model, arguments, train_dataset=rows, callbacks=[SubnetCallback(masks)]).train()
 >>> masks.fold()  # zeros into the weights; save the model as any other
 """
