@@ -306,6 +306,31 @@ def test_a_trained_subnetwork_has_the_wanted_zeros(tuned, tmp_path, method, patt
     assert again == result
 
 
+@pytest.mark.parametrize(
+    ("pattern", "gradual", "begins"),
+    [
+        ("unstructured", None, (None, "hard")),
+        ("unstructured", 0.2, (0.2, "soft")),
+        ("16x1", None, (0.0, "soft")),
+        ("16x1", 0.5, (0.5, "hard")),
+    ],
+)
+def test_masks_of_groups_rise_from_0_unless_told_and_fixed_ones_begin_hard(tuned, tmp_path, pattern, gradual, begins):
+    found = []
+
+    class Spy(MaskTraining):
+        def __init__(self, *args, init, gradual, **kwargs):
+            found.append((gradual, init))
+            super().__init__(*args, init=init, gradual=gradual, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparsebert.pruning.subnets.MaskTraining", Spy)
+        settings = config.PruneConfig(method="mask", pattern=pattern, sparsity=0.5)
+        subnet = config.SubnetConfig(**{**QUICK, "steps": 2}, gradual=gradual)
+        prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
+    assert found == [begins]
+
+
 def test_training_a_mask_moves_it_and_no_weight(tuned, tmp_path):
     settings = config.PruneConfig(method="mask", sparsity=0.5)
     prune_checkpoint(tuned, "mr", tmp_path / "m", settings, config.SubnetConfig(**QUICK))

@@ -47,10 +47,11 @@ class Subnet:
         self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
         if config.method == "imp-rw" and self.rewind is None:
             self.rewind = self.start
-        self.settings = subnet.model_copy(update={"seed": config.seed})
+        chosen = {"seed": config.seed}
         if config.method == "mask" and subnet.gradual is None and isinstance(self.pattern, Grouped):
             # Fixed, a mask of 32x1 over frozen weights ended 14 points lower on MNLI (bench/results/srnets.md).
-            self.settings = self.settings.model_copy(update={"gradual": 0.0})
+            chosen["gradual"] = 0.0
+        self.settings = subnet.model_copy(update=chosen)
         others = {"prune": config.model_dump(), "task": self.spec.name}
         if self.rewind is not None:
             others["rewind_to"] = checkpoint.source_sha256(self.rewind)

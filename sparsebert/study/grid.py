@@ -27,7 +27,7 @@ class Cell(BaseModel):
     the pretrained weights and fine-tunes these; "pretrained" trains a mask over the pretrained weights, and nothing
     else. dense_loss: of the fine-tuned model the others start from; loss: of pruning (of the training, where there is
     no pruning); final_loss: of the fine-tuning after rewinding. start_at: share of the fine-tuning after which pruning
-    takes over, 1 for the finished model.
+    takes over, 1 for the finished model. gradual: None for a fixed sparsity, of soft movement for its own default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
