@@ -10,14 +10,15 @@ import functools
 import gzip
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from sparsebert import environment
+from sparsebert import environment, heads
 from sparsebert.errors import DataError, InputError, first_line
+from sparsebert.heads import Problem
 
 SENTIMENT = ("negative", "positive")
 NLI = ("entailment", "neutral", "contradiction")
@@ -49,6 +50,7 @@ class Task:
     special ones included. ood: tasks that a model of this one is tested on out of distribution. ood_train: (task,
     split, times) of training examples for an upper bound there. bias: the bias model that debiased losses take by
     default (training.bias). groups: the column that names what kind of example each is, where figures are wanted by it.
+    problem: the name of the problem type, of heads.PROBLEMS.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Task:
     ood_train: tuple[tuple[str, str, int], ...] = ()
     bias: str | None = None
     groups: str | None = None
+    problem: str = "single_label"
     hub: Hub | None = None
     folder: Path | None = field(default=None, compare=False)
 
@@ -199,9 +202,24 @@ def mix_ood(task: Task, examples: Examples) -> Examples:
         other = load(TASKS[name], split)
         texts += other.texts * times
         texts_b += other.texts_b * times
-        last = len(task.labels) - 1  # of three, contradiction
-        labels += [np.where(other.labels == 1, last, other.labels)] * times
+        labels += [_in_labels_of(task, TASKS[name])[other.labels]] * times
     return Examples(examples.task, examples.split, texts, texts_b, np.concatenate(labels))
+
+
+def as_values(task: Task, examples: Examples, problem: Problem) -> tuple[Task, Examples]:
+    """The same as a question for a model of that problem type: for one logit, class numbers of a file are values."""
+    if problem is heads.ONE_LOGIT and task.problem == "single_label" and heads.are_anonymous(task.labels):
+        task = replace(task, problem="one_logit", labels=())
+        examples = replace(examples, labels=examples.labels.astype(np.float32))
+    return task, examples
+
+
+def _in_labels_of(task: Task, other: Task) -> np.ndarray:
+    """The label of `task` for each of another task's: what is not entailed contradicts, in a three-way task."""
+    by_name = {heads.fold(name): i for i, name in enumerate(task.labels)}
+    if set(task.labels) == set(NLI):
+        by_name[heads.fold("not_entailment")] = by_name[heads.fold("contradiction")]
+    return np.array([by_name[heads.fold(name)] for name in other.labels])
 
 
 def require_texts(texts: list[str]) -> None:

@@ -4,7 +4,7 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -61,6 +61,20 @@ def encoder_linears(model) -> dict[str, nn.Linear]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and id(module) in inside
     }
+
+
+def set_labels(model, names: Sequence[str], columns: np.ndarray | None = None) -> None:
+    """Names the model's labels. columns: for each name, which of the model's outputs it is, None for the order they
+    are in; the classifier's rows are put into the order of the names.
+    """
+    if columns is not None and (columns != np.arange(len(columns))).any():
+        classifier = list(head_linears(model).values())[-1]
+        rows = torch.from_numpy(columns)
+        with torch.no_grad():
+            for part in classifier.parameters():
+                part.copy_(part[rows].clone())
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: i for i, name in enumerate(names)}
 
 
 @contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 
-from sparsebert import checkpoint
+from sparsebert import checkpoint, data
 
 SIZES = {
     "vocab_size": 30522,
@@ -22,8 +23,12 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(checkpoint.resolve("minilm"), local_files_only=True)
 
 
-def classifier(kind: str = "bert", labels: int = 2, seed: int = 0, **changes):
-    """A classifier whose weights are large enough that its layers and attention matter to the logits."""
+def classifier(kind: str = "bert", labels: int | Sequence[str] = 2, seed: int = 0, **changes):
+    """A classifier whose weights are large enough that its layers and attention matter to the logits. labels: their
+    names, or how many: two of them are those of sentiment, three of NLI, others are anonymous.
+    """
+    named = {2: data.SENTIMENT, 3: data.NLI}.get(labels) if isinstance(labels, int) else labels
+    labels = labels if isinstance(labels, int) else len(labels)
     names = {
         "bert": "Bert",
         "roberta": "Roberta",
@@ -40,6 +45,8 @@ def classifier(kind: str = "bert", labels: int = 2, seed: int = 0, **changes):
             "n_heads": sizes["num_attention_heads"], "hidden_dim": sizes["intermediate_size"],
         }  # fmt: skip
     config = getattr(transformers, f"{names[kind]}Config")(num_labels=labels, pad_token_id=0, **sizes)
+    if named is not None:
+        config.id2label, config.label2id = dict(enumerate(named)), {name: i for i, name in enumerate(named)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, f"{names[kind]}ForSequenceClassification")(config)

@@ -139,7 +139,7 @@ def test_a_classifier_of_other_examples_is_taken(start, tmp_path):
 
 def test_a_bias_model_with_other_labels_is_refused(start, tmp_path):
     train(start, "mr", tmp_path / "bias", config.TrainConfig(**TINY))
-    with pytest.raises(InputError, match="must have the 3 labels of mnli, has 2"):
+    with pytest.raises(InputError, match="has 2 labels"):
         predict(str(tmp_path / "bias"), MNLI, pairs())
 
 

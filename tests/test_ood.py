@@ -56,11 +56,12 @@ def test_the_area_under_the_curve_ignores_what_a_model_prefers_to_answer():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_logits_that_are_not_finite_have_no_area_and_keep_the_other_figures(value):
-    broken = THREE_WAY.copy()
-    broken[5, 0] = value
-    figures = of_hans(broken)
-    assert figures["auroc"] is None and figures["non_entailment"] == 2 / 3
+@pytest.mark.parametrize("which", [0, 1])
+def test_logits_that_are_not_finite_are_refused_naming_the_text(value, which):
+    broken = [THREE_WAY.copy(), THREE_WAY.copy()]
+    broken[which][5, 0] = value
+    with pytest.raises(InputError, match="those of 1 of 6 texts are not, first of text 5"):
+        of_hans(*broken)
 
 
 def test_large_logits_do_not_overflow_the_sum():

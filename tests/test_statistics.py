@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sparsebert import heads
 from sparsebert.data import Examples, get_task
 from sparsebert.engine.measure import Timings
 from sparsebert.errors import InputError
-from sparsebert.robustness import compare, statistics
+from sparsebert.robustness import compare, evaluation, statistics
 
 
 def test_wilson_matches_the_closed_form():
@@ -54,13 +55,6 @@ def test_mcnemar_counts_only_disagreements():
     assert statistics.mcnemar(a, a) == 1.0
 
 
-def test_kl_is_zero_for_shifted_logits_and_matches_the_sum():
-    p, q = np.array([[1.0, 2.0, 0.5]], np.float32), np.array([[0.0, 0.3, 3.0]], np.float32)
-    assert statistics.kl_divergence(p, p + 7) == pytest.approx(0, abs=1e-12)
-    a, b = np.exp(p[0]) / np.exp(p[0]).sum(), np.exp(q[0]) / np.exp(q[0]).sum()
-    assert statistics.kl_divergence(p, q)[0] == pytest.approx((a * np.log(a / b)).sum(), rel=1e-6)
-
-
 def examples(labels, task="mr"):
     return Examples(task, "test", ["x"] * len(labels), None, np.array(labels))
 
@@ -70,7 +64,7 @@ def test_compare_is_paired_with_dense():
     pruned = np.array([[0, 1], [1, 0], [1, 0], [1, 0]], np.float32)
     result = compare(get_task("mr"), examples([1, 1, 0, 1]), pruned, dense)
     assert (result.accuracy, result.difference, result.agreement) == (0.5, -0.25, 0.75)
-    assert result.kl_to_dense == pytest.approx(statistics.kl_divergence(dense, pruned).mean())
+    assert result.kl_to_dense == pytest.approx(evaluation.divergences(heads.SINGLE_LABEL, dense, pruned).mean())
     assert compare(get_task("mr"), examples([1, 1, 0, 1]), dense).kl_to_dense is None
 
 

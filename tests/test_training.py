@@ -200,7 +200,7 @@ def test_what_a_run_lacks_is_said_before_it_begins(start, tmp_path, fields, matc
 def test_a_teacher_of_other_labels_is_refused(start, tmp_path):
     teacher = saved(tmp_path / "teacher", labels=3)
     settings = config.TrainConfig(loss="confreg", bias="weak", teacher=str(teacher))
-    with pytest.raises(InputError, match="must have the 2 labels of mr, has 3"):
+    with pytest.raises(InputError, match=r"teacher .* has 3 labels"):
         train(start, "mr", tmp_path / "m", settings)
 
 

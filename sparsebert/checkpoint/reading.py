@@ -212,6 +212,11 @@ def read_weights(directory: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
+def has_head(directory: Path) -> bool:
+    """Whether a model directory holds a classifier, not an encoder alone."""
+    return any(name.startswith("classifier.") for name, *_ in _raw_tensors(directory / WEIGHTS))
+
+
 def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
     """The tensors of any safetensors file as read-only memory-mapped arrays. Raises CheckpointError where it is not
     whole.

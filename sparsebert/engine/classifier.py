@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsebert import checkpoint
+from sparsebert import checkpoint, heads
 from sparsebert.data import Examples
 from sparsebert.encoders import Progress, predict, token_limit, tokenize
 from sparsebert.engine.engine import Engine
 from sparsebert.errors import UnsupportedError
+from sparsebert.heads import Problem
 from sparsebert.ops import _dispatch
 
 BATCH = 64  # texts a call of the engine; between calls it tells of progress
@@ -22,24 +23,30 @@ BATCH = 64  # texts a call of the engine; between calls it tells of progress
 
 @dataclass(frozen=True)
 class Classifier:
-    """A verified model directory: its number of labels, what runs it ("sparsebert" or "torch"), and that as
-    `encoders.predict` is called: float32 logits of predict(examples, max_length=…, progress=…).
+    """A verified model directory: its problem type and the names of its labels in the order of the logits, what runs it
+    ("sparsebert" or "torch"), and that as `encoders.predict` is called: float32 logits of predict(examples,
+    max_length=…, progress=…).
     """
 
-    labels: int
+    directory: Path
+    problem: Problem
+    names: tuple[str, ...]
     engine: str
     predict: Callable[..., np.ndarray]
 
     @classmethod
     def load(cls, directory: str | Path) -> Classifier:
         """Torch runs it on a GPU where it finds one, else the engine in float32, and torch what that does not run."""
+        directory = checkpoint.resolve(directory)
+        stored = checkpoint.read_config(directory)
+        problem, names = heads.problem_of(stored), heads.label_names(stored)
         model, tokenizer = checkpoint.load(directory)
         config = model.config
         on_gpu = torch.cuda.is_available()
-        engine = None if on_gpu else _engine(checkpoint.resolve(directory))
+        engine = None if on_gpu else _engine(directory)
         if engine is None:
             model.to("cuda" if on_gpu else "cpu")
-            return cls(config.num_labels, "torch", partial(predict, model, tokenizer))
+            return cls(directory, problem, names, "torch", partial(predict, model, tokenizer))
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
             # By the tokenizer that `predict` uses: what tokenizer.json says alone, transformers may overrule.
@@ -53,7 +60,7 @@ class Classifier:
                 progress(start + len(batch), len(encoded))
             return logits
 
-        return cls(config.num_labels, "sparsebert", run)
+        return cls(directory, problem, names, "sparsebert", run)
 
 
 def _engine(directory: Path) -> Engine | None:

@@ -8,8 +8,9 @@ from fractions import Fraction
 import torch
 
 from sparsebert.config import PruneConfig
-from sparsebert.encoders import encoder_linears
+from sparsebert.encoders import encoder_linears, head_linears
 from sparsebert.errors import InputError
+from sparsebert.heads import problem_of
 from sparsebert.ops.admm_prune import admm_prune
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.ops.obs_prune import obs_sweep
@@ -65,6 +66,7 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
     sparsity = sparsity_of(pattern, config.sparsity)
     damping = config.damping or DAMPING
     teacher = copy.deepcopy(model) if "distill" in steps else None
+    problem, classifier = problem_of(model.config.to_dict()), list(head_linears(model))[-1]
     batches = calibration.batches
     weights = cls_weights(model, batches) if "cls" in steps else {}
     metrics: dict[str, torch.Tensor] = {}
@@ -90,8 +92,8 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
             if not stage.head:
                 weight = sparse(weight, target, q, metrics.pop(name, None), pattern, allotted[name], steps)
             set_affine(module, weight, stage, name)
-            if stage.head and 1 < module.out_features == model.config.num_labels:
-                match_logits(module, *stage.examples)
+            if name == classifier:
+                match_logits(module, *stage.examples, problem)
     if teacher is not None:
         distill(model, teacher, calibration, perturb="perturb" in steps, seed=config.seed, progress=run.part("distill"))
 

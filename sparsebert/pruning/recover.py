@@ -15,10 +15,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
 from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, frozen, no_progress, tokenize
+from sparsebert.heads import problem_of
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.sparse_matmul import Linear, PackedRows, pack, sparse_matmul
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
-from sparsebert.pruning.solve import divergence
 
 STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20
 AVERAGED = 50  # steps in the running mean of the weights
@@ -33,10 +33,11 @@ def distill(
 ) -> None:
     """Up to 300 Adam steps on unlabelled calibration texts towards the teacher's function; zeros stay zeros.
 
-    Loss: KL(teacher ‖ model). With `perturb`, in half of each batch a fifth of the words are swapped for neighbours,
-    half of the texts are joined to another one, and the teacher sees the same text. Embeddings stay as they are;
-    dropout is off. The weights kept are the start's or a running mean over about 50 steps at every 50th step, whichever
-    has the lowest KL on the held-out texts.
+    Loss: the mean divergence from the teacher (heads.Problem; for one label per text KL(teacher ‖ model)). With
+    `perturb`, in half of each batch a fifth of the words are swapped for neighbours, half of the texts are joined to
+    another one, and the teacher sees the same text. Embeddings stay as they are; dropout is off. The weights kept are
+    the start's or a running mean over about 50 steps at every 50th step, whichever is nearest to the teacher on the
+    held-out texts.
     """
     linears = encoder_linears(model)
     masks = {module: module.weight != 0 for module in linears.values()}
@@ -45,7 +46,13 @@ def distill(
     optimizer = torch.optim.Adam(trained, lr=LR, fused=True)
     mean = AveragedModel(model, avg_fn=lambda mean, p, steps: mean + (p - mean) * max(1 / (steps + 1), 1 / AVERAGED))
     reference = logits_of(teacher, calibration.held_out_batches)
-    best, kept = kl(reference, logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
+    problem = problem_of(model.config.to_dict())
+    spread = problem.spread(reference)
+
+    def distance(logits: torch.Tensor) -> float:
+        return problem.divergence(reference, logits, spread).mean().item()
+
+    best, kept = distance(logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(seed)
     # Where bf16 products are fast they were not compared with these.
     fast = [] if bf16_is_fast() else [m for m in linears.values() if masks[m].float().mean() < SPARSE_BELOW]
@@ -58,7 +65,7 @@ def distill(
                 with torch.enable_grad():
                     with autocast():
                         got = model(**part).logits.float()
-                    (share * divergence(wanted, got)).backward()
+                    (share * problem.divergence(wanted, got, spread).mean()).backward()
             for group in optimizer.param_groups:
                 group["lr"] = LR * min((step + 1) / WARMUP, (STEPS - step) / (STEPS - WARMUP))
             optimizer.step()
@@ -68,7 +75,7 @@ def distill(
                     module.weight.mul_(mask)
             mean.update_parameters(model)
             if (step + 1) % CHECK_EVERY == 0:
-                reached = kl(reference, logits_of(mean.module, calibration.held_out_batches))
+                reached = distance(logits_of(mean.module, calibration.held_out_batches))
                 if reached < best:
                     best, kept = reached, copy.deepcopy(mean.module.state_dict())
             progress(step + 1, STEPS)
@@ -187,8 +194,3 @@ def swap_words(text: str, rng: np.random.Generator, share: float = SWAPPED) -> s
 def logits_of(model, batches: Batches) -> torch.Tensor:
     """float32 [texts, labels], in the order of the batches."""
     return torch.cat([model(**batch).logits.float() for batch in batches])
-
-
-def kl(reference: torch.Tensor, logits: torch.Tensor) -> float:
-    """`divergence` as a number."""
-    return divergence(reference, logits).item()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, frozen, no_progress
+from sparsebert.heads import problem_of
 from sparsebert.pruning.calibrate import TokenWeights
 from sparsebert.pruning.calibration import Batches
 
@@ -64,11 +65,13 @@ def gradient_pass(
     """One forward and backward pass; calls see(name, x, g) for every encoder linear of every batch, x and g float32
     [sequences, length, width], of bf16 products where that is fast.
 
-    g = Jᵀ v with J the logits' Jacobian at the linear's output and v = (r - mean r) / √labels, r random signs: E g gᵀ
-    measures the change of the logits' differences, and counts every text alike. (The Fisher information would have v =
+    g = Jᵀ v with J the logits' Jacobian at the linear's output and v = r / √labels, r random signs, less their mean
+    where the softmax does not see it: E g gᵀ measures the change of the logits, or of their differences, and counts
+    every text alike. (The Fisher information would have v =
     (diag √p - p √pᵀ) r with the probabilities p, and so hardly look at texts that the model is sure of.)
     """
     generator = torch.Generator().manual_seed(seed)
+    shift_invariant = problem_of(model.config.to_dict()).shift_invariant
     with _gradients_at(model, see):
         for done, batch in enumerate(batches, start=1):
             with torch.enable_grad(), autocast():
@@ -76,8 +79,9 @@ def gradient_pass(
                 rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
                 logits = model(inputs_embeds=embedded, **rest).logits.float()
             signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
-            v = (signs - signs.mean(-1, keepdim=True)) / logits.shape[-1] ** 0.5
-            torch.autograd.backward(logits, v)
+            if shift_invariant:
+                signs -= signs.mean(-1, keepdim=True)
+            torch.autograd.backward(logits, signs / logits.shape[-1] ** 0.5)
             progress(done, len(batches))
 
 

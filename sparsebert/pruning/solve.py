@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sparsebert.errors import InputError
+from sparsebert.heads import Problem
 from sparsebert.pruning.calibrate import Stage
 
 DEAD = 1e-10  # of the largest variance
@@ -78,17 +79,10 @@ def set_affine(module: nn.Linear, weight: torch.Tensor, stage: Stage, name: str)
         module.bias.copy_(stage.mean_y(name) - weight @ stage.moments.mean_x)
 
 
-def divergence(reference: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Mean over texts of KL(softmax(reference) ‖ softmax(logits)), nats; both [texts, labels]."""
-    return nn.functional.kl_div(
-        logits.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="batchmean"
-    )
-
-
-def match_logits(module: nn.Linear, x: torch.Tensor, logits: torch.Tensor) -> None:
-    """Sets the classifier's weight and bias, from where they are, to those of least KL(softmax(logits) ‖ softmax(V x +
-    b)), a convex problem; least squares on logits would leave a pruned model as sure as the dense one where it is
-    wrong.
+def match_logits(module: nn.Linear, x: torch.Tensor, logits: torch.Tensor, problem: Problem) -> None:
+    """Sets the classifier's weight and bias, from where they are, to those of the least mean divergence of V x + b from
+    `logits`, a convex problem for every problem type; least squares on logits would leave a pruned model as sure as
+    the dense one where it is wrong.
 
     x: [texts, n_in]; logits: [texts, labels], the dense model's. HEAD_RIDGE times the squared distance from the start
     is added.
@@ -96,11 +90,12 @@ def match_logits(module: nn.Linear, x: torch.Tensor, logits: torch.Tensor) -> No
     x, logits = x.double(), logits.double()
     start = torch.cat([module.weight, module.bias[:, None]], 1).double()
     affine = start.clone().requires_grad_()
+    spread = problem.spread(logits)
     optimizer = torch.optim.LBFGS([affine], max_iter=100, history_size=20, line_search_fn="strong_wolfe")
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        value = divergence(logits, nn.functional.linear(x, affine[:, :-1], affine[:, -1]))
+        value = problem.divergence(logits, nn.functional.linear(x, affine[:, :-1], affine[:, -1]), spread).mean()
         value = value + HEAD_RIDGE * (affine - start).square().sum()
         value.backward()
         return value

@@ -69,7 +69,7 @@ class Subnet:
         """(model with zeros, tokenizer, figures of the run, the run), on the CPU and in eval mode."""
         config, settings = self.config, self.settings
         with torch.random.fork_rng(devices=[]):
-            model, tokenizer = fresh_classifier(self.start, self.spec, settings.seed)
+            model, tokenizer = fresh_classifier(self.start, self.lesson.spec, settings.seed, own_head=True)
             head = settings.head == "masked"
             schedule = {name: getattr(settings, name) for name in ("gradual", "update_every", "settle")}
             if config.method == "mask":
@@ -84,7 +84,7 @@ class Subnet:
             else:
                 rewind_to = None
                 if config.method == "imp-rw":
-                    rewound, _ = fresh_classifier(self.rewind, self.spec, settings.seed)
+                    rewound, _ = fresh_classifier(self.rewind, self.lesson.spec, settings.seed)
                     rewind_to = dict(rewound.named_parameters())
                 hook = MagnitudePruning(
                     model, self.pattern, self.sparsity, rewind_to=rewind_to, head=head, warmup=settings.warmup
@@ -94,7 +94,7 @@ class Subnet:
                 keeps = hook.keeps()
                 hook.fold()
                 if self.rewind is not None:
-                    model, tokenizer = fresh_classifier(self.rewind, self.spec, settings.seed)
+                    model, tokenizer = fresh_classifier(self.rewind, self.lesson.spec, settings.seed)
                     _apply(model, keeps)
         return model.cpu().eval(), tokenizer, figures, run
 

@@ -1,4 +1,6 @@
-"""Accuracy with an interval, and the paired comparison with the dense model on the same examples."""
+"""The figures of a classifier with their intervals, and the paired comparison with the dense model on the same
+examples.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sparsebert import heads
 from sparsebert.data import Examples, Task
 from sparsebert.errors import InputError
+from sparsebert.heads import Problem
 from sparsebert.robustness import statistics
 from sparsebert.robustness.statistics import Interval
 
@@ -16,10 +20,14 @@ from sparsebert.robustness.statistics import Interval
 class Evaluation:
     """Figures over n examples; intervals are 95 %. Fractions, not percent.
 
+    metric, score: the main figure of the problem type: accuracy; micro_f1 of several labels; spearman, the rank
+    correlation of one logit with the labels. accuracy: the share of examples that are right, of several labels with
+    all of them; None for one logit.
     f1, f1_weighted: of class 1, and the mean over classes weighted by their share of the labels; predicted_positive:
     the share of examples predicted to be of class 1. For tasks whose metric is F1, else None.
-    kl_to_dense: mean KL(dense ‖ this) in nats. agreement: share of equal predictions. difference: accuracy minus the
-    dense model's, paired. These and what follows from them are None without a dense model.
+    kl_to_dense: mean divergence from the dense model in nats (heads.Problem.divergence; for one label per text KL(dense
+    ‖ this)). agreement: share of equal predictions, of one logit the rank correlation with the dense model's.
+    difference: score minus the dense model's, paired. These and what follows from them are None without a dense model.
     engine: what computed the logits, "sparsebert" or "torch", where `evaluate` did.
     ood: the figures of `compare_ood` by the name of the test, where any was asked for.
     """
@@ -27,8 +35,11 @@ class Evaluation:
     task: str
     split: str
     n: int
-    accuracy: float
-    accuracy_ci: Interval
+    metric: str
+    score: float
+    score_ci: Interval
+    accuracy: float | None = None
+    accuracy_ci: Interval | None = None
     f1: float | None = None
     f1_ci: Interval | None = None
     f1_weighted: float | None = None
@@ -45,12 +56,25 @@ class Evaluation:
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
-    """The figures of `logits` [n, labels] on `examples`, paired with those of the dense model where given. Raises
-    InputError where labels do not fit the task, or are not the dense model's.
+    """The figures of `logits` [n, labels] on `examples`, paired with those of the dense model where given, both in the
+    order of the task's labels (heads.columns). Raises InputError where their number does not fit the task, they are
+    not finite, or are not the dense model's labels.
     """
+    problem = heads.PROBLEMS[task.problem]
+    require_finite(examples, logits)
     predicted = predictions(task, logits)
-    correct = predicted == examples.labels
-    figures: dict = {}
+    n = len(examples)
+    figures: dict = {"metric": problem.metric_name}
+    correct = None
+    if problem is not heads.ONE_LOGIT:
+        correct = (predicted == examples.labels).reshape(n, -1).all(axis=1)
+        figures["accuracy"] = float(correct.mean())
+        figures["accuracy_ci"] = statistics.wilson(int(correct.sum()), n)
+    if problem is heads.SINGLE_LABEL:
+        figures |= {"score": figures["accuracy"], "score_ci": figures["accuracy_ci"]}
+    else:
+        figures["score"] = problem.metric(logits, examples.labels)
+        figures["score_ci"] = statistics.bootstrap(lambda rows: problem.metric(logits[rows], examples.labels[rows]), n)
     if task.metric == "f1":
         figures |= statistics.f1_figures(predicted, examples.labels)
         figures["predicted_positive"] = float((predicted == 1).mean())
@@ -60,37 +84,68 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
                 f"both models must have the same labels, got {logits.shape[1]} and {dense.shape[1]}",
                 fix="compare models of one task",
             )
-        dense_predicted = predictions(task, dense)
-        dense_correct = dense_predicted == examples.labels
-        kl = statistics.kl_divergence(dense, logits)
-        change = correct.astype(np.float64) - dense_correct
-        figures |= {
-            "kl_to_dense": float(kl.mean()),
-            "kl_ci": statistics.bootstrap_mean(kl),
+        require_finite(examples, dense)
+        figures |= _paired(problem, examples, logits, dense, predicted, predictions(task, dense))
+    return Evaluation(task.name, examples.split, n, **figures)
+
+
+def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dense_predicted) -> dict:
+    """The figures beside the dense model's, of logits and of predictions."""
+    divergence = divergences(problem, dense, logits)
+    figures = {"kl_to_dense": float(divergence.mean()), "kl_ci": statistics.bootstrap_mean(divergence)}
+    if problem is heads.SINGLE_LABEL:
+        correct, dense_correct = predicted == examples.labels, dense_predicted == examples.labels
+        return figures | {
             "agreement": float((predicted == dense_predicted).mean()),
-            "difference": float(change.mean()),
+            "difference": float((correct.astype(np.float64) - dense_correct).mean()),
             "difference_ci": statistics.paired_difference(correct, dense_correct),
             "mcnemar_p": statistics.mcnemar(correct, dense_correct),
         }
-    n = len(examples)
-    return Evaluation(
-        task.name, examples.split, n, float(correct.mean()), statistics.wilson(int(correct.sum()), n), **figures
-    )
+
+    def difference(rows) -> float:
+        labels = examples.labels[rows]
+        return problem.metric(logits[rows], labels) - problem.metric(dense[rows], labels)
+
+    if problem is heads.ONE_LOGIT:
+        agreement = heads.rank_correlation(predicted, dense_predicted)
+    else:
+        agreement = float((predicted == dense_predicted).all(axis=1).mean())
+    everything = np.arange(len(examples))
+    return figures | {
+        "agreement": agreement,
+        "difference": difference(everything),
+        "difference_ci": statistics.bootstrap(difference, len(examples)),
+    }
+
+
+def divergences(problem: Problem, dense: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """float64 [n], the divergence of each text's logits from the dense model's, nats."""
+    import torch
+
+    reference, got = (torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (dense, logits))
+    return problem.divergence(reference, got, problem.spread(dense)).numpy()
 
 
 def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
-    """int64 [n], the class of the largest of `logits` [n, labels]; of a three-way model on a two-way task neutral and
-    contradiction are class 1.
+    """What `logits` [n, labels] predict, as heads.Problem.predict gives it; of a three-way model on a two-way task
+    neutral and contradiction are class 1.
     """
-    require_labels(task, logits.shape[1])
-    predicted = logits.argmax(axis=1)
-    return predicted if logits.shape[1] == len(task.labels) else np.minimum(predicted, 1)
-
-
-def require_labels(task: Task, labels: int) -> None:
-    """InputError unless a model of so many labels can be evaluated on the task."""
-    if labels != len(task.labels) and not (task.three_way and labels == 3):
+    labels = logits.shape[1]
+    if labels != (len(task.labels) or 1) and not (task.three_way and labels == 3):
         raise InputError(
             f"task {task.name!r} has {len(task.labels)} labels, the model has {labels}",
             fix="choose a model trained for it",
+        )
+    predicted = heads.PROBLEMS[task.problem].predict(logits)
+    return np.minimum(predicted, 1) if task.three_way and labels == 3 else predicted
+
+
+def require_finite(examples: Examples, logits: np.ndarray) -> None:
+    """InputError, naming the first text, where a logit is not finite: no figure of such a model means anything."""
+    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    if len(bad):
+        raise InputError(
+            f"logits must be finite, those of {len(bad)} of {len(examples)} texts are not, first of text {bad[0]} "
+            f"({examples.texts[bad[0]][:60]!r})",
+            fix="restore the model's weights from a good copy, or train it again with a lower --lr",
         )

@@ -54,7 +54,8 @@ def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.nd
     Raises what `compare` does. Source: [McCoy et al. 2019; Liu et al. 2022, whose code takes the largest logit].
     """
     evaluation = asdict(compare(task, examples, logits, dense))
-    figures = {name: value for name, value in evaluation.items() if name != "task" and value is not None}
+    apart = {"task", "metric", "score", "score_ci"}  # the metric is the accuracy in all of them
+    figures = {name: value for name, value in evaluation.items() if name not in apart and value is not None}
     if task.labels != data.ENTAILMENT:
         return figures
     labels = examples.labels

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import data
+from sparsebert import data, heads
+from sparsebert.data import Task
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.engine.classifier import Classifier
+from sparsebert.errors import InputError
 from sparsebert.robustness import ood as out_of_distribution
-from sparsebert.robustness.evaluation import Evaluation, compare, require_labels
+from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood
 
 
@@ -29,26 +31,42 @@ def evaluate(
     given.
 
     ood: names of the task's OOD tests, with commas, or "all": they are evaluated likewise. n: a seeded random subset of
-    that many examples, of every set. Logits are float32, of whatever Classifier.load takes.
-    Raises InputError where a model's labels do not fit the task or a test is none of the task's, and DataError for a
+    that many examples, of every set. Logits are float32, of whatever Classifier.load takes; labels are matched by name.
+    Raises InputError where a model's labels are not the task's or a test is none of the task's, and DataError for a
     set that is not there, before any model is loaded.
     """
     spec = data.get_task(task)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
     classifiers = [Classifier.load(directory) for directory in (model, vs) if directory is not None]
-    for classifier in classifiers:
-        require_labels(spec, classifier.labels)
-    logits: list[list[np.ndarray]] = [[] for _ in sets]  # of each set, one of every classifier
+    sets = [data.as_values(of, examples, classifiers[0].problem) for of, examples in sets]
+    orders = [[order_for(of, classifier) for classifier in classifiers] for of, _ in sets]
+    logits: list[list[np.ndarray]] = [[] for _ in sets]  # of each set, one of every classifier, in the task's order
     alone = len(sets) * len(classifiers) == 1
-    for classifier, suffix in zip(classifiers, ("", " (dense)"), strict=False):
-        for (of, examples), got in zip(sets, logits, strict=True):
+    for which, (classifier, suffix) in enumerate(zip(classifiers, ("", " (dense)"), strict=False)):
+        for (of, examples), got, order in zip(sets, logits, orders, strict=True):
             part = _part(progress, "" if alone else of.name + suffix)
-            got.append(classifier.predict(examples, max_length=of.max_length, progress=part))
+            got.append(classifier.predict(examples, max_length=of.max_length, progress=part)[:, order[which]])
     figures = {
         of.name: compare_ood(of, examples, *got) for (of, examples), got in zip(sets[1:], logits[1:], strict=True)
     }
     return replace(compare(*sets[0], *logits[0]), engine=classifiers[0].engine, ood=figures or None)
+
+
+def order_for(task: Task, classifier: Classifier) -> np.ndarray:
+    """Where the task's labels stand among the classifier's outputs, by name; for a three-way model on two-way
+    entailment those of NLI. InputError where they are of another problem type, or other labels.
+    """
+    if classifier.problem.name != task.problem:
+        raise InputError(
+            f"{classifier.directory} is a {classifier.problem.name} model, the labels of {task.name!r} are "
+            f"{task.problem}",
+            fix="evaluate on labels of its kind",
+        )
+    if classifier.problem is heads.ONE_LOGIT:
+        return np.arange(1)
+    wanted = data.NLI if task.three_way and len(classifier.names) == 3 else task.labels
+    return heads.columns(classifier.names, wanted, str(classifier.directory))
 
 
 def _part(progress: Progress, what: str) -> Progress:

@@ -77,13 +77,13 @@ def _worst(
     return last
 
 
-def perturbed_loss(model: nn.Module, batch: Batch, labels: torch.Tensor, config: TrainConfig) -> float:
+def perturbed_loss(model: nn.Module, batch: Batch, targets: Targets, config: TrainConfig) -> float:
     """The mean loss of a batch at the last perturbation of the word embeddings that FreeLB would see."""
     with torch.no_grad():
         words = model.get_input_embeddings()(batch["input_ids"])
     rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
     for moved, ascend in _ascent(words, batch, config):
-        loss = loss_of(model, {"inputs_embeds": moved, **rest}, Targets(labels), ce, bf16=False)
+        loss = loss_of(model, {"inputs_embeds": moved, **rest}, targets, ce, bf16=False)
         ascend(torch.autograd.grad(loss, moved)[0])
     return loss.item()
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 
-from sparsebert import checkpoint, data
+from sparsebert import checkpoint, data, heads
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict
 from sparsebert.errors import InputError
@@ -190,14 +190,10 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
                 f"bias model {directory} was trained on {both} of the {len(examples)} examples it would have to judge",
                 fix="use --bias weak, which judges by models of the other half",
             )
+    names = heads.label_names(checkpoint.read_config(source))
+    columns = heads.columns(names, spec.labels, f"bias model {directory}")
     model, tokenizer = checkpoint.load(source)
-    if model.config.num_labels != len(spec.labels):
-        raise InputError(
-            f"bias model {directory} must have the {len(spec.labels)} labels of {spec.name}, has "
-            f"{model.config.num_labels}",
-            fix="choose one of this task",
-        )
-    logits = predict(model, tokenizer, examples, max_length=spec.max_length)
+    logits = predict(model, tokenizer, examples, max_length=spec.max_length)[:, columns]
     return _log(np.exp(log_softmax(logits.astype(np.float64), axis=1)))
 
 

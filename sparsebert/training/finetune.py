@@ -76,7 +76,7 @@ def train(
         return TrainResult(directory=target, resumed_from=figures["steps"], **figures)
 
     with torch.random.fork_rng(devices=[]):
-        classifier, tokenizer = fresh_classifier(source, spec, config.seed)
+        classifier, tokenizer = fresh_classifier(source, learned.spec, config.seed)
         recipe = {"command": "train", "model": str(model), "task": task, **config.model_dump()}
         # A pruned model says so in its config, and still is one afterwards.
         summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": spec.max_length}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsebert import checkpoint, data
+from sparsebert import checkpoint, data, heads
 from sparsebert.config import LearnConfig, TrainConfig
 from sparsebert.data import Examples, Task
-from sparsebert.encoders import Progress, autocast, collate, predict, token_limit, tokenize
+from sparsebert.encoders import (
+    Progress,
+    autocast,
+    collate,
+    head_linears,
+    predict,
+    set_labels,
+    token_limit,
+    tokenize,
+)
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.training import bias
 from sparsebert.training.loop import Hook, Run, plan, seed_of, step_count
 from sparsebert.training.losses import LOSSES, Targets
@@ -57,6 +67,9 @@ class Lesson:
         """
         needs = LOSSES[config.loss]
         examples, held_out = examples_of(spec, config)
+        if checkpoint.has_head(source):
+            problem = heads.problem_of(checkpoint.read_config(source))
+            (spec, examples), (_, held_out) = (data.as_values(spec, part, problem) for part in (examples, held_out))
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source)
@@ -64,6 +77,7 @@ class Lesson:
             "source": checkpoint.source_sha256(source),
             "data": examples.sha256,
             "labels": list(spec.labels),
+            "problem": spec.problem,
             "max_length": spec.max_length,
             "config": config.model_dump(),
             **inputs,
@@ -96,7 +110,7 @@ class Lesson:
         def score() -> float:
             with autocast(run.precision == "bf16", model.device):
                 logits = predict(model, tokenizer, self.held_out, max_length=self.spec.max_length)
-            return float((logits.argmax(1) == self.held_out.labels).mean())
+            return heads.PROBLEMS[self.spec.problem].metric(logits, self.held_out.labels)
 
         snapshot = self.target.with_name(f"{self.target.name}.partial.safetensors")
         run = Run(
@@ -133,12 +147,13 @@ class Lesson:
             log_bias = torch.from_numpy(found)
             figures["bias"] = bias.summary(log_bias, labels)
         if needs.teacher:
-            logits = Classifier.load(self.teacher).predict(
+            teacher = Classifier.load(self.teacher)
+            logits = teacher.predict(
                 self.examples, max_length=spec.max_length,
                 progress=lambda done, total: progress(done, total, "ask the teacher"),
-            )  # fmt: skip
+            )[:, heads.columns(teacher.names, spec.labels, str(self.teacher))]  # fmt: skip
             log_teacher = torch.from_numpy(logits).log_softmax(1)
-        return Targets(labels, log_bias, log_teacher), figures
+        return Targets(labels, log_bias, log_teacher, heads.PROBLEMS[spec.problem]), figures
 
     def _weak(self, examples: Examples, number: int, device: torch.device, progress: Progress):
         """The pretrained encoder after one epoch of cross-entropy on a few examples."""
@@ -165,6 +180,11 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
             "the best weights are chosen on held-out training examples, got hold_out 0", fix="add --hold-out 1000"
         )
     needs = LOSSES[config.loss]
+    if config.loss != "ce" and spec.problem != "single_label":
+        raise InputError(
+            f"loss {config.loss} is for one label per text, the labels of {spec.name!r} are {spec.problem}",
+            fix="leave --loss out",
+        )
     if not needs.bias and config.bias != "auto":
         raise InputError(f"loss {config.loss} uses no bias model, got {config.bias!r}", fix="leave --bias out")
     if not needs.teacher and config.teacher is not None:
@@ -179,15 +199,59 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
     return data.mix_ood(spec, examples) if config.mix_ood else examples, held_out
 
 
-def fresh_classifier(source: Path, spec: Task, seed: int, device: torch.device | None = None):
-    """(classifier, tokenizer) of a directory for the labels of a task; a head it lacks is drawn from the seed. device:
-    None for a GPU where torch finds one, else the CPU.
+def fresh_classifier(
+    source: Path, spec: Task, seed: int, device: torch.device | None = None, *, own_head: bool = False
+):
+    """(classifier, tokenizer) of a directory for the labels of a task, its outputs in their order. A head whose labels
+    are the task's by name is kept; else one is drawn from the seed, which is said where another is there. device: None
+    for a GPU where torch finds one, else the CPU. own_head: refuse a head of other labels, with InputError.
     """
     torch.manual_seed(seed)
-    classifier, tokenizer = checkpoint.load(source, num_labels=len(spec.labels))
-    classifier.config.id2label = dict(enumerate(spec.labels))
-    classifier.config.label2id = {label: i for i, label in enumerate(spec.labels)}
+    found = _head_for(source, spec, own_head)
+    names = spec.labels or ("LABEL_0",)
+    classifier, tokenizer = checkpoint.load(source, num_labels=len(names))
+    if found is not None:
+        stored = heads.label_names(checkpoint.read_config(source))
+        set_labels(classifier, stored if heads.are_anonymous(names) else names, found)
+    else:
+        if checkpoint.has_head(source):
+            last = list(head_linears(classifier).values())[-1]
+            torch.nn.init.normal_(last.weight, std=classifier.config.initializer_range)
+            torch.nn.init.zeros_(last.bias)
+        set_labels(classifier, names)
+    classifier.config.problem_type = heads.PROBLEMS[spec.problem].config_name
     return classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+
+
+def _head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
+    """Which output of the directory's head is each label of the task; None where it has no head, or another one."""
+    if not checkpoint.has_head(source):
+        return None
+    config = checkpoint.read_config(source)
+    try:
+        problem, names = heads.problem_of(config), heads.label_names(config)
+        if problem.name != spec.problem:
+            raise InputError(
+                f"{source} is a {problem.name} model, the labels of {spec.name!r} are {spec.problem}",
+                fix="choose a model or a task of the other's kind",
+            )
+        return np.arange(1) if problem is heads.ONE_LOGIT else heads.columns(names, spec.labels, str(source))
+    except (InputError, UnsupportedError) as error:
+        if own_head:
+            raise
+        warnings.warn(f"{error.problem}: a new head is drawn", stacklevel=3)
+        return None
+
+
+def own_classifier(source: Path, spec: Task):
+    """(classifier, tokenizer) of a fine-tuned directory, verified whole, its outputs in the order of the task's labels.
+    InputError where it has other labels.
+    """
+    columns = _head_for(source, spec, own_head=True)
+    model, tokenizer = checkpoint.load(source)
+    if columns is not None and not heads.are_anonymous(spec.labels):
+        set_labels(model, spec.labels, columns)
+    return model, tokenizer
 
 
 def origin(source: Path) -> Path:
@@ -212,10 +276,5 @@ def _teacher(spec: Task, config: LearnConfig, start: Path, target: Path, train: 
         )  # fmt: skip
         return teacher
     teacher = checkpoint.resolve(config.teacher)
-    labels = checkpoint.shapes(teacher).config.num_labels
-    if labels != len(spec.labels):
-        raise InputError(
-            f"teacher {teacher} must have the {len(spec.labels)} labels of {spec.name}, has {labels}",
-            fix="choose one of this task",
-        )
+    heads.columns(heads.label_names(checkpoint.read_config(teacher)), spec.labels, f"teacher {teacher}")
     return teacher

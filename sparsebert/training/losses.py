@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy, log_softmax
 
+from sparsebert.heads import SINGLE_LABEL, Problem
+
 
 @dataclass(frozen=True)
 class Targets:
-    """labels: int64 [n]. bias: log p_b of the bias model, float32 [n, labels]. teacher: log p_t of the teacher,
-    likewise. The last two are None where the loss needs none.
+    """labels: of every example, as `data.Examples` has them. bias: log p_b of the bias model, float32 [n, labels].
+    teacher: log p_t of the teacher, likewise. The last two are None where the loss needs none. problem: what the
+    outputs mean.
     """
 
     labels: torch.Tensor
     bias: torch.Tensor | None = None
     teacher: torch.Tensor | None = None
+    problem: Problem = SINGLE_LABEL
 
     def __getitem__(self, rows) -> Targets:
         """Those of some rows."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Targets(*(None if part is None else part[rows] for part in parts))
+        return self._each(lambda part: part[rows])
 
     def to(self, device: torch.device) -> Targets:
         """The same on another device."""
-        parts = (getattr(self, field.name) for field in fields(self))
-        return Targets(*(None if part is None else part.to(device) for part in parts))
+        return self._each(lambda part: part.to(device))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
+        parts = {name: getattr(self, name) for name in ("labels", "bias", "teacher")}
+        return replace(self, **{name: change(part) for name, part in parts.items() if part is not None})
 
 
 # (logits float32 [n, labels], targets) -> the batch's loss, a scalar.
@@ -36,8 +42,8 @@ Criterion = Callable[[torch.Tensor, Targets], torch.Tensor]
 
 
 def ce(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Mean of -log p_m[y]."""
-    return cross_entropy(logits, targets.labels)
+    """The plain loss of the problem type: for one label per text, the mean of -log p_m[y]."""
+    return targets.problem.loss(logits, targets.labels)
 
 
 def poe(logits: torch.Tensor, targets: Targets) -> torch.Tensor:

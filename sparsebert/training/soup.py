@@ -15,7 +15,10 @@ from sparsebert.config import TrainConfig
 from sparsebert.data import Examples
 from sparsebert.encoders import Progress, batches, no_progress, predict, token_limit, tokenize
 from sparsebert.errors import InputError
+from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.training import adversarial
+from sparsebert.training.lesson import own_classifier
+from sparsebert.training.losses import Targets
 
 
 @dataclass(frozen=True)
@@ -33,21 +36,21 @@ class SoupResult:
         return asdict(self)
 
 
-def accuracy(model, tokenizer, examples: Examples, max_length: int) -> float:
-    """Share of the examples that the model gets right."""
-    return float((predict(model, tokenizer, examples, max_length=max_length).argmax(1) == examples.labels).mean())
+def accuracy(model, tokenizer, examples: Examples, max_length: int, problem: Problem) -> float:
+    """The metric of the problem type: of one label per text the share of the examples that the model gets right."""
+    return problem.metric(predict(model, tokenizer, examples, max_length=max_length), examples.labels)
 
 
-def perturbed(model, tokenizer, examples: Examples, max_length: int) -> float:
+def perturbed(model, tokenizer, examples: Examples, max_length: int, problem: Problem) -> float:
     """Minus the mean loss when each text's word embeddings have been moved against the model, by the steps FreeLB
     takes.
     """
     encoded = tokenize(tokenizer, examples, token_limit(model.config, max_length))
-    labels = torch.from_numpy(examples.labels)
+    targets = Targets(torch.from_numpy(examples.labels), problem=problem)
     model.eval().requires_grad_(False)
     total = 0.0
     for rows, batch in batches(tokenizer, encoded, 64):
-        total += len(rows) * adversarial.perturbed_loss(model, batch, labels[rows], TrainConfig())
+        total += len(rows) * adversarial.perturbed_loss(model, batch, targets[rows], TrainConfig())
     return -total / len(examples)
 
 
@@ -88,10 +91,10 @@ def soup(
     if (figures := checkpoint.finished(target, key)) is not None:
         return SoupResult(**figures)
 
-    model, tokenizer = checkpoint.load(sources[0])
+    model, tokenizer = own_classifier(sources[0], spec)
     states = []
     for source in sources:
-        state = checkpoint.load(source)[0].state_dict()
+        state = own_classifier(source, spec)[0].state_dict()
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in model.state_dict().items()}:
             raise InputError(f"{source} must have the tensors of {sources[0]}", fix="average models of one kind")
         states.append(state)
@@ -101,7 +104,7 @@ def soup(
     def scored(*members: int) -> float:
         def compute() -> dict:
             model.load_state_dict(mean([states[i] for i in members]))
-            return {"score": SCORES[score](model, tokenizer, examples, spec.max_length)}
+            return {"score": SCORES[score](model, tokenizer, examples, spec.max_length, PROBLEMS[spec.problem])}
 
         nonlocal done
         value = book.once("soup score", {"soup": key, "members": members}, compute)["score"]

@@ -1,0 +1,189 @@
+"""Labels and problem types through the whole package: matched by name wherever a model meets labels, and heads other
+than one label per text trained, pruned and evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from models import classifier, saved, tokenizer
+
+from sparsebert import checkpoint, config, data, heads
+from sparsebert.data import Examples, Task
+from sparsebert.encoders import predict, set_labels
+from sparsebert.errors import InputError
+from sparsebert.pruning import draw, prune, prune_checkpoint, recover
+from sparsebert.robustness import compare, evaluate
+from sparsebert.robustness.evaluation import divergences
+from sparsebert.training import soup, train
+from sparsebert.training.lesson import fresh_classifier
+
+TINY = {"steps": 2, "batch_size": 4, "n": 24, "precision": "fp32"}
+MR = data.load(data.get_task("mr"), "train", limit=300, seed=0)
+
+
+def reordered(model, names):
+    """The same function under another order of its labels."""
+    own = heads.label_names(model.config.to_dict())
+    set_labels(model, names, heads.columns(own, names))
+    return model
+
+
+def same_texts(monkeypatch, tmp_path, task: str, split: str, labels: int, **columns):
+    """A small split of a packaged task in a data folder of its own."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    n = 90
+    texts = [f"{text[:80]} {i}" for i, text in enumerate(MR.texts[:n])]
+    table = {"text": texts, "text_b": texts[::-1], "label": [i % labels for i in range(n)], **columns}
+    (tmp_path / task).mkdir(exist_ok=True)
+    pq.write_table(pa.table(table), tmp_path / task / f"{split}.parquet")
+    monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path))
+
+
+def test_an_evaluation_does_not_depend_on_the_order_of_the_labels(tmp_path):
+    plain = evaluate(saved(tmp_path / "a"), "mr", n=200)
+    other = evaluate(saved(tmp_path / "b", reordered(classifier(), ("POS", "Neg"))), "mr", n=200, vs=tmp_path / "a")
+    assert other.accuracy == plain.accuracy and abs(plain.accuracy - 0.5) < 0.4
+    assert other.kl_to_dense < 1e-9 and other.agreement == 1.0
+
+
+@pytest.mark.parametrize(
+    "order", [("contradiction", "neutral", "entailment"), ("neutral", "entailment", "contradiction")]
+)
+def test_three_way_figures_do_not_depend_on_the_order_of_the_labels(monkeypatch, tmp_path, order):
+    same_texts(monkeypatch, tmp_path, "mnli", "dev_matched", 3)
+    same_texts(monkeypatch, tmp_path, "hans", "test", 2, heuristic=["subsequence"] * 90)
+    plain = evaluate(saved(tmp_path / "a", labels=3, seed=3), "mnli", ood="hans")
+    other = evaluate(saved(tmp_path / "b", reordered(classifier(labels=3, seed=3), order)), "mnli", ood="hans")
+    assert other.accuracy == plain.accuracy
+    assert other.ood["hans"]["entailment"] == plain.ood["hans"]["entailment"]
+    assert other.ood["hans"]["auroc"] == pytest.approx(plain.ood["hans"]["auroc"])
+
+
+def test_a_model_that_does_not_name_its_labels_is_refused_and_its_cure_works(tmp_path):
+    anonymous = saved(tmp_path / "a", labels=("LABEL_0", "LABEL_1"))
+    with pytest.raises(InputError, match="does not name its labels"):
+        evaluate(anonymous, "mr", n=20)
+    model, tok = checkpoint.load(anonymous)
+    set_labels(model, ("negative", "positive"))
+    named = checkpoint.save(model, tok, tmp_path / "b", recipe={}, key="named", figures={})
+    assert named and evaluate(tmp_path / "b", "mr", n=20).n == 20
+
+
+def test_training_goes_on_with_a_head_in_another_order(tmp_path):
+    source = saved(tmp_path / "swapped", reordered(classifier(), ("positive", "negative")))
+    spec = data.get_task("mr")
+    model, tok = fresh_classifier(source, spec, 0)
+    stock, _ = checkpoint.load(source)
+    wanted = predict(stock, tok, MR.take(range(20)), max_length=64)[:, ::-1]
+    np.testing.assert_allclose(predict(model.eval(), tok, MR.take(range(20)), max_length=64), wanted, atol=1e-5)
+    assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+def test_a_head_of_other_labels_is_drawn_anew_by_train_which_says_so(tmp_path):
+    source = saved(tmp_path / "emotions", labels=("joy", "anger"))
+    with pytest.warns(UserWarning, match="labels joy, anger, wanted are negative, positive: a new head is drawn"):
+        model, _ = fresh_classifier(source, data.get_task("mr"), 0)
+    stock, _ = checkpoint.load(source)
+    assert (model.classifier.weight - stock.classifier.weight).abs().min() > 0
+    assert model.classifier.bias.abs().max() == 0
+    torch.testing.assert_close(model.bert.pooler.dense.weight, stock.bert.pooler.dense.weight)
+
+
+@pytest.mark.parametrize("method", ["mask", "imp", "soft-movement"])
+def test_a_method_that_trains_refuses_a_head_of_other_labels(monkeypatch, tmp_path, method):
+    same_texts(monkeypatch, tmp_path, "rte", "train", 2)
+    source = saved(tmp_path / "nli", labels=3)
+    with pytest.raises(InputError, match="has 3 labels"):
+        prune_checkpoint(
+            source, "rte", tmp_path / "out", config.PruneConfig(method=method, sparsity=0.5),
+            config.SubnetConfig(**TINY),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_soups_are_averaged_in_the_order_of_the_tasks_labels(tmp_path):
+    start = saved(tmp_path / "start")
+    settings = {**TINY, "hold_out": 50}
+    for seed in (0, 1):
+        train(start, "mr", tmp_path / f"m{seed}", config.TrainConfig(**settings, seed=seed))
+    plain = soup([tmp_path / "m0", tmp_path / "m1"], "mr", tmp_path / "soup", score="accuracy")
+    model, tok = checkpoint.load(tmp_path / "m1")
+    recipe, manifest = checkpoint.read_recipe(tmp_path / "m1"), checkpoint.read_manifest(tmp_path / "m1")
+    checkpoint.save(
+        reordered(model, ("positive", "negative")), tok, tmp_path / "m2", recipe=recipe, key=manifest["key"], figures={}
+    )
+    other = soup([tmp_path / "m0", tmp_path / "m2"], "mr", tmp_path / "soup2", score="accuracy")
+    assert list(other.scores.values()) == list(plain.scores.values()) and other.score == plain.score
+
+
+def of_problem(problem: str, n: int = 120) -> tuple[Task, Examples]:
+    texts = MR.texts[:n]
+    words = np.array([[word in text for word in (" the ", " a ", "film")] for text in texts], dtype=np.float32)
+    if problem == "multi_label":
+        return Task("own", ("the", "a", "film"), "train", "test", problem=problem), Examples(
+            "own", "test", texts, None, words
+        )
+    values = np.array([len(text) / 50 for text in texts], dtype=np.float32)
+    return Task("own", (), "train", "test", problem=problem), Examples("own", "test", texts, None, values)
+
+
+def headed(problem: str, seed: int = 0):
+    model = classifier(labels=3 if problem == "multi_label" else 1, seed=seed)
+    model.config.problem_type = heads.PROBLEMS[problem].config_name
+    return model
+
+
+@pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
+@pytest.mark.parametrize("settings", [{"tier": 1}, {"tier": 2}, {"method": "adaptive"}], ids=str)
+def test_other_heads_are_pruned_towards_the_dense_models_outputs(problem, settings, monkeypatch):
+    monkeypatch.setattr(recover, "STEPS", 40)
+    dense, model, tok = headed(problem), headed(problem), tokenizer()
+    calibration = draw(model, tok, MR, 4000, 64, 0)
+    prune(model, calibration, config.PruneConfig(sparsity=0.5, **settings))
+    random = headed(problem)
+    prune(random, None, config.PruneConfig(method="magnitude", sparsity=0.5))
+    kind = heads.PROBLEMS[problem]
+    texts = MR.take(np.arange(200, 300))
+    want, got, other = (predict(m, tok, texts, max_length=64) for m in (dense, model, random))
+    assert divergences(kind, want, got).mean() < 0.5 * divergences(kind, want, other).mean()
+
+
+@pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
+def test_figures_of_other_heads(problem):
+    task, examples = of_problem(problem)
+    kind = heads.PROBLEMS[problem]
+    rng = np.random.default_rng(0)
+    truth = examples.labels.reshape(len(examples), -1)
+    good = (4 * truth - 2 + rng.normal(0, 0.5, truth.shape)).astype(np.float32)
+    noisy = (good + rng.normal(0, 3, truth.shape)).astype(np.float32)
+    result = compare(task, examples, noisy, good)
+    assert result.metric == kind.metric_name and result.score == kind.metric(noisy, examples.labels)
+    assert result.score_ci[0] < result.score < result.score_ci[1]
+    assert result.difference == pytest.approx(result.score - kind.metric(good, examples.labels))
+    assert result.difference_ci[0] < result.difference < result.difference_ci[1] < 0
+    assert (result.accuracy is None) == (problem == "one_logit") and result.mcnemar_p is None
+    assert result.kl_to_dense > 0 and 0 < result.agreement < 1
+    same = compare(task, examples, good, good)
+    assert same.kl_to_dense == 0 and same.agreement == pytest.approx(1) and same.difference == 0
+
+
+def test_class_numbers_of_a_file_are_values_for_one_logit_and_names_are_not():
+    task = Task("own", ("LABEL_0", "LABEL_1"), "train", "test")
+    examples = Examples("own", "test", ["a", "b"], None, np.array([0, 1]))
+    asked, values = data.as_values(task, examples, heads.ONE_LOGIT)
+    assert asked.problem == "one_logit" and values.labels.dtype == np.float32 and values.labels.tolist() == [0, 1]
+    for problem, of in ((heads.SINGLE_LABEL, task), (heads.ONE_LOGIT, data.TASKS["mr"])):
+        assert data.as_values(of, examples, problem) == (of, examples)
+
+
+def test_a_model_of_another_problem_type_is_refused(tmp_path):
+    directory = saved(tmp_path / "reranker", headed("one_logit"))
+    with pytest.raises(InputError, match="is a one_logit model, the labels of 'mr' are single_label"):
+        evaluate(directory, "mr", n=10)
+    assert json.loads((directory / "config.json").read_text())["problem_type"] == "regression"
