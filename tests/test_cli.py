@@ -349,7 +349,7 @@ def test_models_of_another_task(dense, tmp_path, capsys):
     folder = tmp_path / "three"
     folder.mkdir()
     (folder / "test.csv").write_text("text,label\na,0\nb,1\nc,2\n")
-    assert "has 3 labels, the model has 2" in refused(capsys, "eval", dense, "--task", folder)
+    assert "has 2 labels (negative, positive), 3 are wanted" in refused(capsys, "eval", dense, "--task", folder)
 
 
 def test_a_path_that_looks_like_markup_is_printed(dense, tmp_path, capsys):
