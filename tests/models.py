@@ -52,7 +52,5 @@ def classifier(kind: str = "bert", labels: int = 2, seed: int = 0, **changes):
 
 def saved(directory: Path, model=None, **changes) -> Path:
     """A model directory as the package writes it."""
-    checkpoint.save(
-        model or classifier(**changes), tokenizer(), directory, recipe={"command": "test"}, key="test", figures={}
-    )
+    checkpoint.save(model or classifier(**changes), tokenizer(), directory, recipe={"command": "test"}, figures={})
     return directory
