@@ -59,7 +59,5 @@ def classifier(kind: str = "bert", labels: int | Sequence[str] = 2, seed: int = 
 
 def saved(directory: Path, model=None, **changes) -> Path:
     """A model directory as the package writes it."""
-    checkpoint.save(
-        model or classifier(**changes), tokenizer(), directory, recipe={"command": "test"}, key="test", figures={}
-    )
+    checkpoint.save(model or classifier(**changes), tokenizer(), directory, recipe={"command": "test"}, figures={})
     return directory

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from sparsebert import checkpoint
 from sparsebert.checkpoint import writing
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
+from sparsebert.jobs import Job, files
 
 
 @pytest.fixture(scope="module")
@@ -280,17 +282,31 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writing, "_settle", full)
+    monkeypatch.setattr(files, "_settle", full)
     with pytest.raises(OutputError, match="No space left"):
-        checkpoint.save(classifier(), tokenizer(), tmp_path / "m", recipe={}, key="k", figures={})
+        checkpoint.save(classifier(), tokenizer(), tmp_path / "m", recipe={}, figures={})
     assert not list(tmp_path.iterdir())
 
 
-def test_finished_needs_the_same_key_and_whole_weights(directory):
-    assert checkpoint.finished(directory, "another") is None
-    assert checkpoint.finished(directory, "test")["weights_sha256"] == checkpoint.weights_sha256(directory)
-    rewrite(directory, lambda t: t["classifier.bias"].__setitem__(0, 9.0))
-    assert checkpoint.finished(directory, "test") is None
+def test_finished_needs_the_same_job_and_whole_weights(tmp_path):
+    model, made = classifier(), partial(Job, "test", code="sparsebert.patterns", output=tmp_path / "m")
+    job = made(inputs={"settings": {"seed": 0}})
+    assert checkpoint.finished(job) is None
+    sha256 = checkpoint.save(model, tokenizer(), tmp_path / "m", recipe={}, job=job, figures={"steps": 3})
+    assert checkpoint.finished(made(inputs={"settings": {"seed": 0}})) == {"steps": 3, "weights_sha256": sha256}
+    other = {"inputs": {"settings": {"seed": 1}}}
+    with pytest.raises(OutputError, match=r"m was made with --seed 0, not 1; .*--overwrite"):
+        checkpoint.finished(made(**other))
+    assert checkpoint.finished(made(**other, overwrite=True)) is None
+    rewrite(tmp_path / "m", lambda t: t["classifier.bias"].__setitem__(0, 9.0))
+    with pytest.raises(OutputError, match=r"tensor classifier\.bias differs from .*--overwrite to make it anew"):
+        checkpoint.finished(job)
+
+
+def test_a_model_of_unknown_settings_is_not_replaced(directory):
+    job = Job("test", {}, "sparsebert.patterns", directory)
+    with pytest.raises(OutputError, match="by a version of this package that did not note its settings"):
+        checkpoint.finished(job)
 
 
 def test_checking_an_output_makes_nothing(tmp_path):
@@ -299,8 +315,9 @@ def test_checking_an_output_makes_nothing(tmp_path):
 
 
 def test_an_output_that_is_its_own_source_is_refused(directory):
-    with pytest.raises(OutputError, match="the model it starts from"):
-        checkpoint.check_output(directory.parent / "x" / ".." / "m", source=directory)
+    for target in (directory.parent / "x" / ".." / "m", directory.parent):
+        with pytest.raises(OutputError, match="is or holds what it starts from"):
+            checkpoint.check_output(target, sources=[directory], overwrite=True)
 
 
 def test_a_link_to_an_older_model_is_followed(directory, tmp_path):
@@ -325,7 +342,7 @@ def test_a_live_processs_staging_folder_is_left_alone(directory, tmp_path):
 
 
 def test_without_an_exchange_the_directory_is_replaced_all_the_same(directory, monkeypatch):
-    monkeypatch.setattr(writing, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     before = checkpoint.weights_sha256(directory)
     saved(directory, classifier(seed=1))
     assert checkpoint.weights_sha256(directory) != before

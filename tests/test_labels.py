@@ -71,7 +71,7 @@ def test_a_model_that_does_not_name_its_labels_is_refused_and_its_cure_works(tmp
         evaluate(anonymous, "mr", n=20)
     model, tok = checkpoint.load(anonymous)
     set_labels(model, ("negative", "positive"))
-    named = checkpoint.save(model, tok, tmp_path / "b", recipe={}, key="named", figures={})
+    named = checkpoint.save(model, tok, tmp_path / "b", recipe={}, figures={})
     assert named and evaluate(tmp_path / "b", "mr", n=20).n == 20
 
 
@@ -114,10 +114,8 @@ def test_soups_are_averaged_in_the_order_of_the_tasks_labels(tmp_path):
         train(start, "mr", tmp_path / f"m{seed}", config.TrainConfig(**settings, seed=seed))
     plain = soup([tmp_path / "m0", tmp_path / "m1"], "mr", tmp_path / "soup", score="accuracy")
     model, tok = checkpoint.load(tmp_path / "m1")
-    recipe, manifest = checkpoint.read_recipe(tmp_path / "m1"), checkpoint.read_manifest(tmp_path / "m1")
-    checkpoint.save(
-        reordered(model, ("positive", "negative")), tok, tmp_path / "m2", recipe=recipe, key=manifest["key"], figures={}
-    )
+    recipe = checkpoint.read_recipe(tmp_path / "m1")
+    checkpoint.save(reordered(model, ("positive", "negative")), tok, tmp_path / "m2", recipe=recipe, figures={})
     other = soup([tmp_path / "m0", tmp_path / "m2"], "mr", tmp_path / "soup2", score="accuracy")
     assert list(other.scores.values()) == list(plain.scores.values()) and other.score == plain.score
 

@@ -8,11 +8,10 @@ from models import classifier, saved, tokenizer
 
 from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import InputError, OutputError, UnsupportedError
 from sparsebert.pruning import METHODS, draw, prune, prune_checkpoint
 from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.knowledge import STEPS
-from sparsebert.pruning.run import Run
 from sparsebert.pruning.solve import Quadratic
 
 MR = data.load(data.get_task("mr"), "train")
@@ -366,7 +365,7 @@ def test_a_singular_hessian_names_pivot_and_damping():
         Quadratic(torch.zeros(3, 3, dtype=torch.float64), 0.01).minimum(singular)
 
 
-def test_prune_checkpoint_is_reused_until_something_changes(tmp_path):
+def test_prune_checkpoint_is_reused_and_another_is_refused(tmp_path):
     source = saved(tmp_path / "dense")
     config = PruneConfig(calibration_tokens=800, sparsity=0.5, tier=0)
     first = prune_checkpoint(source, "mr", tmp_path / "out", config)
@@ -375,7 +374,13 @@ def test_prune_checkpoint_is_reused_until_something_changes(tmp_path):
     again = prune_checkpoint(source, "mr", tmp_path / "out", config, progress=lambda *_: calls.append(1))
     assert not calls and again == first
     sha256 = checkpoint.weights_sha256(tmp_path / "out")
-    prune_checkpoint(source, "mr", tmp_path / "out", config.model_copy(update={"seed": 1}))
+    changed = config.model_copy(update={"seed": 1, "sparsity": 0.6})
+    with pytest.raises(
+        OutputError, match=r"out was made with --seed 0, not 1; --sparsity 0\.5, not 0\.6; .*--overwrite"
+    ):
+        prune_checkpoint(source, "mr", tmp_path / "out", changed)
+    assert checkpoint.weights_sha256(tmp_path / "out") == sha256
+    prune_checkpoint(source, "mr", tmp_path / "out", config.model_copy(update={"seed": 1}), overwrite=True)
     assert checkpoint.weights_sha256(tmp_path / "out") != sha256
     settings = checkpoint.read_config(tmp_path / "out")["sparsebert"]
     assert (settings["method"], settings["pattern"], settings["sparsity"]) == ("knowledge", "unstructured", 0.5)
@@ -409,16 +414,26 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(tmp_path, tier
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_layer_of_another_run_or_cut_short_is_pruned_again(tmp_path):
+def test_unfinished_layers_of_other_settings_or_damaged_are_refused(tmp_path):
     source = saved(tmp_path / "dense")
     config = PruneConfig(calibration_tokens=800, sparsity=0.5, method="sparsegpt")
-    first = prune_checkpoint(source, "mr", tmp_path / "whole", config)
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "bert.encoder.layer.0.safetensors").write_bytes(b'\x08\0\0\0\0\0\0\0{"a":')
-    other = Run(directory=partial, key="another")
-    other._save({n: m for n, m in encoders.encoder_linears(classifier()).items() if ".1." in n})
-    assert prune_checkpoint(source, "mr", tmp_path / "out", config).density == first.density
+    prune_checkpoint(source, "mr", tmp_path / "whole", config)
+
+    def kill_in_the_second_layer(done, total, what=""):
+        if done > 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prune_checkpoint(source, "mr", tmp_path / "out", config, progress=kill_in_the_second_layer)
+    with pytest.raises(OutputError, match=r"out\.partial is of an unfinished run with --method sparsegpt, not wanda"):
+        prune_checkpoint(source, "mr", tmp_path / "out", config.model_copy(update={"method": "wanda"}))
+    layer = tmp_path / "out.partial" / "bert.encoder.layer.0.safetensors"
+    content = bytearray(layer.read_bytes())
+    content[-1] ^= 4
+    layer.write_bytes(content)
+    with pytest.raises(OutputError, match=r"layer\.0\.safetensors is damaged"):
+        prune_checkpoint(source, "mr", tmp_path / "out", config)
+    prune_checkpoint(source, "mr", tmp_path / "out", config, overwrite=True)
     assert checkpoint.weights_sha256(tmp_path / "out") == checkpoint.weights_sha256(tmp_path / "whole")
 
 

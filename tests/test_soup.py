@@ -159,7 +159,7 @@ def test_a_harmful_candidate_is_left_out(models, tmp_path):
     with torch.no_grad():
         model.get_submodule("classifier").weight.mul_(1000)  # sure of what it gets wrong
     recipe = checkpoint.read_recipe(models[0])
-    checkpoint.save(model, tokenizer(), tmp_path / "bad", recipe=recipe, key="bad", figures={})
+    checkpoint.save(model, tokenizer(), tmp_path / "bad", recipe=recipe, figures={})
     result = soup([tmp_path / "bad", models[0]], "mr", tmp_path / "soup", score="perturbed")
     assert result.members == [str(models[0])]
     assert checkpoint.weights_sha256(tmp_path / "soup") == checkpoint.weights_sha256(models[0])

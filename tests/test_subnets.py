@@ -6,7 +6,7 @@ import torch
 from models import classifier, saved
 
 from sparsebert import checkpoint, config, encoders, patterns
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, OutputError
 from sparsebert.ops.topk_mask import pattern_mask
 from sparsebert.pruning import prune_checkpoint
 from sparsebert.training import loop, train
@@ -359,9 +359,9 @@ def test_a_killed_subnetwork_resumes_to_the_same_weights(tuned, tmp_path, monkey
     with pytest.raises(Killed):
         prune_checkpoint(tuned, "mr", tmp_path / "cut", settings, subnet, progress=kill)
     other = subnet.model_copy(update={"lr": 2e-2})
-    with pytest.raises(InputError, match=r"config\.lr 0\.01, not 0\.02"):
+    with pytest.raises(OutputError, match=r"unfinished run with --lr 0\.01, not 0\.02"):
         prune_checkpoint(tuned, "mr", tmp_path / "cut", settings, other)
-    with pytest.raises(InputError, match=r"prune\.sparsity 0\.5, not 0\.6"):
+    with pytest.raises(OutputError, match=r"unfinished run with --sparsity 0\.5, not 0\.6"):
         prune_checkpoint(tuned, "mr", tmp_path / "cut", settings.model_copy(update={"sparsity": 0.6}), subnet)
     resumed = prune_checkpoint(tuned, "mr", tmp_path / "cut", settings, subnet)
     assert resumed.training["resumed_from"] == 8

@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import classifier, saved, tokenizer
 
-from sparsebert import checkpoint, config, data, encoders, ledger
-from sparsebert.errors import InputError
+from sparsebert import checkpoint, config, data, encoders, jobs
+from sparsebert.errors import InputError, OutputError
 from sparsebert.training import loop, train
 
 SETTINGS = config.TrainConfig(n=64, batch_size=8, epochs=1.5, lr=1e-3)  # 12 steps
@@ -48,12 +48,16 @@ def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, snapshots, pr
     assert not list(tmp_path.glob("*partial*"))
 
 
-def test_a_finished_run_returns_at_once_and_a_changed_one_starts_anew(start, tmp_path):
+def test_a_finished_run_returns_at_once_and_a_changed_one_is_refused(start, tmp_path):
     first = train(start, "mr", tmp_path / "m", SETTINGS)
     steps = []
     again = train(start, "mr", tmp_path / "m", SETTINGS, progress=lambda done, total: steps.append(done))
     assert steps == [] and again.weights_sha256 == first.weights_sha256 and again.resumed_from == again.steps
-    other = train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"seed": 1}))
+    changed = SETTINGS.model_copy(update={"seed": 1})
+    with pytest.raises(OutputError, match=r"m was made with --seed 0, not 1; .*--overwrite"):
+        train(start, "mr", tmp_path / "m", changed)
+    assert checkpoint.weights_sha256(tmp_path / "m") == first.weights_sha256
+    other = train(start, "mr", tmp_path / "m", changed, overwrite=True)
     assert other.resumed_from == 0 and other.weights_sha256 != first.weights_sha256
 
 
@@ -64,32 +68,46 @@ def test_a_snapshot_of_other_settings_is_refused_with_the_difference(start, tmp_
 
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
-    with pytest.raises(InputError, match=r"config\.lr 0\.001, not 0\.002.*remove the file"):
-        train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"lr": 2e-3}))
-    assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 4
+    changed = SETTINGS.model_copy(update={"lr": 2e-3})
+    with pytest.raises(OutputError, match=r"m\.partial is of an unfinished run with --lr 0\.001, not 0\.002; .*--over"):
+        train(start, "mr", tmp_path / "m", changed)
+    with pytest.raises(Killed):
+        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)  # goes on from step 4
+    assert train(start, "mr", tmp_path / "m", changed, overwrite=True).resumed_from == 0
 
 
-def test_a_snapshot_of_other_code_is_not_taken(start, tmp_path, snapshots, monkeypatch):
+def test_a_snapshot_of_other_code_is_refused_and_said(start, tmp_path, snapshots, monkeypatch):
     def kill(done, total):
         if done == 6:
             raise Killed
 
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
-    monkeypatch.setattr(ledger, "unit_key", lambda *args: "of the next version")
-    assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 0
+    monkeypatch.setattr(jobs.job, "code_of", lambda module: "0123456789abcdef" * 4)
+    with pytest.raises(OutputError, match=r"unfinished run with the code [0-9a-f]{8}…, not 01234567…; .*--overwrite"):
+        train(start, "mr", tmp_path / "m", SETTINGS)
+    assert train(start, "mr", tmp_path / "m", SETTINGS, overwrite=True).resumed_from == 0
 
 
-def test_a_torn_snapshot_is_not_taken(start, tmp_path, snapshots):
+@pytest.mark.parametrize("damage", ["torn", "one bit", "missing"])
+def test_a_damaged_snapshot_is_refused(start, tmp_path, snapshots, damage):
     def kill(done, total):
         if done == 6:
             raise Killed
 
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
-    snapshot = tmp_path / "m.partial.safetensors"
-    snapshot.write_bytes(snapshot.read_bytes()[:1000])
-    assert train(start, "mr", tmp_path / "m", SETTINGS).resumed_from == 0
+    (snapshot,) = (tmp_path / "m.partial").glob("*.safetensors")
+    content = bytearray(snapshot.read_bytes())
+    content[-5] ^= 1
+    if damage == "missing":
+        snapshot.unlink()
+    else:
+        snapshot.write_bytes(content if damage == "one bit" else content[:1000])
+    with pytest.raises(OutputError, match=rf"{snapshot.name} is damaged or missing .* delete .*m\.partial"):
+        train(start, "mr", tmp_path / "m", SETTINGS)
+    assert not (tmp_path / "m").exists()
+    assert train(start, "mr", tmp_path / "m", SETTINGS, overwrite=True).resumed_from == 0
 
 
 def test_training_learns_and_leaves_the_callers_random_state(tmp_path):
@@ -147,7 +165,9 @@ def test_another_config_or_tokenizer_of_the_start_is_another_run(start, tmp_path
     shutil.rmtree(other / "sparsebert")
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
-    second = train(other, "mr", tmp_path / "m", SETTINGS)
+    with pytest.raises(OutputError, match=r"was made with model [0-9a-f]{8}…, not [0-9a-f]{8}…"):
+        train(other, "mr", tmp_path / "m", SETTINGS)
+    second = train(other, "mr", tmp_path / "m", SETTINGS, overwrite=True)
     assert second.resumed_from == 0 and second.weights_sha256 != first.weights_sha256
 
 
@@ -159,10 +179,12 @@ def test_texts_are_cut_to_the_models_positions(tmp_path):
     assert np.isfinite(encoders.predict(model, tok, long, max_length=256)).all()
 
 
-def test_an_output_beside_files_of_the_users_leaves_them(start, tmp_path):
+def test_a_partial_folder_of_the_users_is_left_alone(start, tmp_path):
     (tmp_path / "m.partial").mkdir()
     (tmp_path / "m.partial" / "thesis.tex").write_text("mine")
-    train(start, "mr", tmp_path / "m", SETTINGS)
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"holds no unfinished work of this package \(thesis\.tex\)"):
+            train(start, "mr", tmp_path / "m", SETTINGS, overwrite=overwrite)
     assert (tmp_path / "m.partial" / "thesis.tex").read_text() == "mine"
 
 

@@ -7,11 +7,11 @@ arguments that made it). Importing this package needs neither torch nor transfor
 """
 
 from sparsebert.checkpoint.classifier import golden_logits, load, shapes
+from sparsebert.checkpoint.provenance import ancestors, made_from
 from sparsebert.checkpoint.reading import (
     ARCHITECTURES,
     MANIFEST,
     WEIGHTS,
-    finished,
     has_head,
     mapped_arrays,
     read_config,
@@ -24,24 +24,25 @@ from sparsebert.checkpoint.reading import (
     verify_golden,
     weights_sha256,
 )
-from sparsebert.checkpoint.writing import GOLDEN_TOLERANCE, check_output, require_place, save
+from sparsebert.checkpoint.writing import GOLDEN_TOLERANCE, check_output, finished, save
 
 __all__ = [
     "ARCHITECTURES",
     "GOLDEN_TOLERANCE",
     "MANIFEST",
     "WEIGHTS",
+    "ancestors",
     "check_output",
     "finished",
     "golden_logits",
     "has_head",
     "load",
+    "made_from",
     "mapped_arrays",
     "read_config",
     "read_manifest",
     "read_recipe",
     "read_weights",
-    "require_place",
     "resolve",
     "save",
     "shapes",

@@ -342,15 +342,3 @@ def _verify_files(directory: Path, expected: dict[str, str]) -> None:
             raise CheckpointError(f"{directory} lacks {name}", fix=REBUILD)
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise CheckpointError(f"{path} differs from its manifest (sha256)", fix=REBUILD)
-
-
-def finished(directory: Path, key: str) -> dict | None:
-    """The figures saved with a directory that was made under `key` and is still whole; None where it has to be made."""
-    try:
-        manifest = read_manifest(directory)
-        if manifest is None or manifest["key"] != key:
-            return None
-        read_weights(directory)
-    except CheckpointError:
-        return None
-    return {**manifest["figures"], "weights_sha256": manifest["weights_sha256"]}

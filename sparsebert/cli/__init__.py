@@ -32,9 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = _refuse(f"{where}{error.strerror or error}; correct the path or free space")
         _give_up_stdout()
     if code == INTERRUPTED:
-        print(
-            "interrupted: finished work is kept, nothing is half-written; run the same command again", file=sys.stderr
-        )
+        from sparsebert.jobs import told
+
+        print(f"interrupted: {told()}, nothing is half-written; run the same command again", file=sys.stderr)
     return code
 
 

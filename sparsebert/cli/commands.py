@@ -24,6 +24,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="model directory to
 TaskName = Annotated[
     str, typer.Option(help="task name, or a folder with train and test as .parquet, .csv, .tsv or .jsonl")
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="replace what other settings or code left at the output, finished or not"),
+]
 Json = Annotated[bool, typer.Option("--json", help="print the JSON document alone")]
 
 
@@ -34,13 +38,14 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="folder for models and report")] = Path(
         "sparsebert-demo"
     ),
+    overwrite: Overwrite = False,
     json: Json = False,
     config: DemoConfig,
 ) -> None:
     """Fine-tune, prune, check and time a real encoder, and write report.html."""
     from sparsebert.cli.demo import run_demo
 
-    emit(run_demo(output, config, quiet=json))
+    emit(run_demo(output, config, quiet=json, overwrite=overwrite))
 
 
 @app.command()
@@ -57,6 +62,7 @@ def train(
             help="fine-tune every model of a recipe into OUTPUT/<name>; packaged: quick-soup, emnlp2023-soup",
         ),
     ] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
     config: TrainConfig,
 ) -> None:
@@ -68,14 +74,14 @@ def train(
         if config != TrainConfig():
             raise InputError("--recipe has every setting in its file, got others beside it", fix="leave them out")
         with progress("fine-tune") as update:
-            results = train_recipe(model, task, output, recipe, progress=update)
+            results = train_recipe(model, task, output, recipe, overwrite=overwrite, progress=update)
         if not json:
             rows = [[name, str(r.steps), f"{r.loss:.4f}", f"{r.seconds:.0f}"] for name, r in results.items()]
             table(f"{model} fine-tuned on {task} by {recipe}", ["model", "steps", "training loss", "seconds"], rows)
         emit({"task": task, "models": {name: result.as_json() for name, result in results.items()}})
         return
     with progress("fine-tune") as update:
-        result = run(model, task, output, config, progress=update)
+        result = run(model, task, output, config, overwrite=overwrite, progress=update)
     if not json:
         rows = [
             ["steps", str(result.steps)],
@@ -95,6 +101,7 @@ def prune(
     task: TaskName,
     output: Output,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, its memory and time, and stop")] = False,
+    overwrite: Overwrite = False,
     json: Json = False,
     config: PruneConfig,
     subnet: SubnetConfig,
@@ -121,7 +128,7 @@ def prune(
         emit(planned.as_json())
         return
     with progress(f"prune ({config.method})") as update:
-        result = prune_checkpoint(directory, task, output, config, subnet, progress=update)
+        result = prune_checkpoint(directory, task, output, config, subnet, overwrite=overwrite, progress=update)
     if not json:
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()]
         table(
@@ -141,13 +148,14 @@ def soup(
     score: Annotated[
         str, typer.Option(help="what decides, on held-out examples: accuracy, or perturbed (loss when embeddings move)")
     ] = "perturbed",
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Average fine-tuned models greedily: each is added where the average does not get worse."""
     from sparsebert.training import soup as run
 
     with progress("soup") as update:
-        result = run(directories, task, output, score=score, progress=update)
+        result = run(directories, task, output, score=score, overwrite=overwrite, progress=update)
     if not json:
         rows = [
             [name, f"{value:.4f}", "yes" if name in result.members else "no"] for name, value in result.scores.items()
@@ -262,6 +270,7 @@ def study(
         list[Path] | None, typer.Option(metavar="CELLS", help="cells.jsonl of other runs, whose cells are taken over")
     ] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the tables to this file")] = None,
+    overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
     """Run a grid of training, pruning and evaluation; killed, the same command goes on."""
@@ -269,7 +278,9 @@ def study(
 
     cells, part = read_grid(grid), read_shard(shard)
     with progress(f"study {which}") as update:
-        outcome = run_grid(cells, output, hours=hours, shard=part, others=take or [], progress=update)
+        outcome = run_grid(
+            cells, output, hours=hours, shard=part, others=take or [], overwrite=overwrite, progress=update
+        )
     document = publish(cells, outcome, output, markdown)
     if not json:
         rows = [[name, str(value)] for name, value in document.items() if not isinstance(value, list)]

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from sparsebert import checkpoint, data, ledger
+from sparsebert import checkpoint, data
 from sparsebert.cli.output import progress, table
 from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
@@ -16,8 +16,9 @@ from sparsebert.encoders import predict
 from sparsebert.engine.measure import ratio_text
 from sparsebert.engine.rivals import OURS
 from sparsebert.engine.rivals import compare as race
+from sparsebert.jobs import Ledger, code_of, place, require_place
 from sparsebert.pruning import PruneResult, prune_checkpoint
-from sparsebert.robustness import Evaluation, compare, evaluation, statistics
+from sparsebert.robustness import Evaluation, compare
 from sparsebert.robustness.report import write_report
 from sparsebert.training import train
 
@@ -27,24 +28,26 @@ TIMED = "knowledge"
 BATCHES = (1, 32)  # sentences a call: one request alone, and a server's batch
 
 
-def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
+def run_demo(output: Path, config: DemoConfig, *, quiet: bool, overwrite: bool = False) -> dict:
     """Runs or resumes the demo in the folder `output` and returns the document the command prints last."""
     start = time.perf_counter()
-    output = output.resolve()
-    checkpoint.require_place(output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = place(output)
+    require_place(output)
     dense = output / "dense"
     with progress("1/5 fine-tune MiniLM-L6 on MR") as update:
         trained = train(
-            MODEL, TASK, dense, TrainConfig(epochs=config.epochs, n=config.train_n, seed=config.seed), progress=update
-        )
+            MODEL, TASK, dense, TrainConfig(epochs=config.epochs, n=config.train_n, seed=config.seed),
+            overwrite=overwrite, progress=update,
+        )  # fmt: skip
     pruned = {}
     for method in METHODS:
         with progress(f"2/5 prune ({method})") as update:
             chosen = {"calibration_tokens": config.calibration_tokens} if config.calibration_tokens else {}
             settings = PruneConfig(method=method, seed=config.seed, **chosen)
-            pruned[method] = prune_checkpoint(dense, TASK, output / method, settings, progress=update)
-    evaluations = _evaluate(output, config)
+            pruned[method] = prune_checkpoint(
+                dense, TASK, output / method, settings, overwrite=overwrite, progress=update
+            )
+    evaluations = _evaluate(output, config, overwrite)
     timings = _time(output, config)
 
     report = output / "report.html"
@@ -84,13 +87,13 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool) -> dict:
     }
 
 
-def _evaluate(output: Path, config: DemoConfig) -> dict[str, Evaluation]:
+def _evaluate(output: Path, config: DemoConfig, overwrite: bool) -> dict[str, Evaluation]:
     """Dense and pruned models on the test sentences, the pruned ones paired with dense. One ledger unit a model."""
     task = data.get_task(TASK)
     examples = data.load(task, task.test, limit=config.test_n, seed=config.seed)
     names = ("dense", *METHODS)
     weights = {name: checkpoint.weights_sha256(output / name) for name in names}
-    book = ledger.Ledger(output / "ledger.sqlite")
+    book = Ledger(output / "units.sqlite", overwrite=overwrite)
     found, dense_logits = {}, None
 
     def logits_of(name: str):
@@ -118,9 +121,8 @@ def _evaluate(output: Path, config: DemoConfig) -> dict[str, Evaluation]:
             "data": examples.sha256,
             "max_length": task.max_length,
         }
-        found[name] = Evaluation(
-            **book.once("evaluate", inputs, lambda name=name: evaluate(name), evaluation, statistics)
-        )
+        code = code_of("sparsebert.robustness.run")
+        found[name] = Evaluation(**book.once("evaluate", inputs, lambda name=name: evaluate(name), code))
     book.close()
     return found
 

@@ -36,7 +36,7 @@ def random_model(config: BenchConfig, folder: Path) -> Path:
     if config.sparsity != 0:
         prune(model, [], PruneConfig(method="magnitude", pattern=config.pattern, sparsity=config.sparsity))
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.resolve("minilm"), local_files_only=True)
-    checkpoint.save(model, tokenizer, folder / config.random, recipe={"command": "bench"}, key="bench", figures={})
+    checkpoint.save(model, tokenizer, folder / config.random, recipe={"command": "bench"}, figures={})
     return folder / config.random
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sparsebert import __version__, checkpoint, environment
-from sparsebert.errors import SparsebertError
+from sparsebert import __version__, checkpoint, environment, jobs
+from sparsebert.errors import OutputError, SparsebertError
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
 
@@ -66,14 +66,6 @@ def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders])
     except _NoPlace as error:
         _no_place(folder, error)
         return fresh()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that readers see whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 class _NoPlace(Exception):
@@ -169,8 +161,8 @@ def _verified(folder: Path, directory: Path) -> str | None:
 
 def _note(folder: Path, directory: Path, content: str) -> None:
     try:
-        write_whole(_note_of(folder, directory), json.dumps({"file": _state(directory), "sha256": content}))
-    except OSError:  # the next load verifies again
+        jobs.write(_note_of(folder, directory), json.dumps({"file": _state(directory), "sha256": content}))
+    except OutputError:  # the next load verifies again
         return
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import environment, machine
-from sparsebert.engine.cache import write_whole
+from sparsebert import environment, jobs, machine
 from sparsebert.engine.measure import interleave
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, sparse_matmul
@@ -68,7 +67,7 @@ def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> 
     except (OSError, ValueError):
         stored = {}
     stored |= {_machine(isa): asdict(cost) for isa, cost in found.items()}
-    write_whole(_path(), json.dumps(stored, indent=1))
+    jobs.write(_path(), json.dumps(stored, indent=1))
     return found
 
 

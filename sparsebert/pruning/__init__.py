@@ -3,41 +3,25 @@
 from __future__ import annotations
 
 import resource
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sparsebert import checkpoint, data, encoders, ledger, patterns
+from sparsebert import checkpoint, data, patterns
 from sparsebert.config import PruneConfig, SubnetConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
-from sparsebert.ops import admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask
+from sparsebert.jobs import Job
+from sparsebert.machine import bf16_is_fast
 from sparsebert.patterns import parse, require_fits, sparsity_of
-from sparsebert.pruning import (
-    allocate,
-    calibrate,
-    calibration,
-    cluster,
-    knowledge,
-    methods,
-    recover,
-    scores,
-    solve,
-    subnets,
-)
+from sparsebert.pruning import knowledge, subnets
 from sparsebert.pruning.calibration import Calibration, draw
 from sparsebert.pruning.methods import METHODS
 from sparsebert.pruning.run import Run
 from sparsebert.pruning.subnets import TRAINED, Subnet
+from sparsebert.training.lesson import task_name
 
 __all__ = ["METHODS", "TRAINED", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
-
-# What a pruned model depends on: a change in any of these starts a run anew.
-CODE = (
-    allocate, calibrate, calibration, cluster, encoders, knowledge, methods, patterns, recover, scores, solve,
-)  # fmt: skip
-OPS = (admm_prune, gram, masked_lstsq, obs_prune, sparse_matmul, topk_mask)
 
 
 @dataclass(frozen=True)
@@ -118,72 +102,63 @@ def prune_checkpoint(
     config: PruneConfig | None = None,
     subnet: SubnetConfig | None = None,
     *,
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Prunes the classifier in the directory `source` on training texts of `task`, and saves it in `output`. subnet:
     for the methods that train with labels (mask, imp, imp-rw, soft-movement); the seed is that of `config`.
 
-    The same call again returns at once where `output` is finished, else goes on after the last finished layer, kept in
-    `<output>.partial`, or the last snapshot, `<output>.partial.safetensors`; it starts anew when weights, data, config
-    or this code changed, but a snapshot of other settings is refused.
+    The same call again returns at once where `output` is finished, else goes on after the last finished layer, or from
+    the last snapshot, in `<output>.partial`; what other weights, data, settings or code have left at either place is
+    refused, unless `overwrite`.
     """
+    start = time.perf_counter()
     config = config or PruneConfig()
     subnet = subnet or SubnetConfig()
     check(config, subnet)
-    if config.method in TRAINED:
-        return _train_subnet(source, task, output, config, subnet, progress)
     spec = data.get_task(task)
     source = checkpoint.resolve(source)
-    target = checkpoint.check_output(output, source=source)
-    inputs = {"source": checkpoint.source_sha256(source), "config": config.model_dump(), "max_length": spec.max_length}
+    read = [source] if spec.folder is None else [source, spec.folder]
+    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
+    trained = Subnet(source, task, target, config, subnet, overwrite) if config.method in TRAINED else None
     examples = None
-    if METHODS[config.method].looks_at_data:
-        if spec.train is None:
-            raise InputError(f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task")
-        examples = data.load(spec, spec.train)
-        inputs["data"] = examples.sha256
-    key = ledger.unit_key("prune", inputs, sys.modules[__name__], *CODE, *OPS)
-    if (figures := checkpoint.finished(target, key)) is not None:
+    if trained is not None:
+        job = trained.job
+    else:
+        inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
+        inputs["settings"] = config.model_dump() | {"precision": "bf16" if bf16_is_fast() else "fp32"}
+        if METHODS[config.method].looks_at_data:
+            if spec.train is None:
+                raise InputError(
+                    f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
+                )
+            examples = data.load(spec, spec.train)
+            inputs["data"] = examples.sha256
+        space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
+        job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)
+    if (figures := checkpoint.finished(job)) is not None:
         figures.pop("weights_sha256")
         return PruneResult(**figures)
 
-    model, tokenizer = checkpoint.load(source)
-    texts = None
-    if examples is not None:
-        texts = draw(model, tokenizer, examples, config.calibration_tokens, spec.max_length, config.seed)
-    run = Run(progress, target.with_name(f"{target.name}.partial"), key)
-    result = prune(model, texts, config, run=run)
-    recipe = {"command": "prune", "model": str(source), "task": task, **config.model_dump()}
-    summary = {
-        "method": result.method,
-        "pattern": result.pattern,
-        "sparsity": result.sparsity,
-        "max_length": spec.max_length,
-    }
-    checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=asdict(result), summary=summary)
-    run.discard()
-    return result
-
-
-def _train_subnet(
-    source: str | Path, task: str, output: str | Path, config: PruneConfig, settings: SubnetConfig, progress: Progress
-) -> PruneResult:
-    start = time.perf_counter()
-    source = checkpoint.resolve(source)
-    target = checkpoint.check_output(output, source=source)
-    subnet = Subnet(source, task, target, config, settings, progress)
-    key = subnet.key(sys.modules[__name__], subnets)
-    if (figures := checkpoint.finished(target, key)) is not None:
-        figures.pop("weights_sha256")
-        return PruneResult(**figures)
-    model, tokenizer, training, run = subnet.find(key)
-    result = _result(model, config, start, 0, training)
-    settings = subnet.lesson.config  # with the learning rate it was run at
-    recipe = {"command": "prune", "model": str(source), "task": task, **settings.model_dump(), **config.model_dump()}
-    summary = {"method": result.method, "pattern": result.pattern, "sparsity": result.sparsity}
-    summary["max_length"] = subnet.spec.max_length
-    checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=asdict(result), summary=summary)
-    run.discard()
+    recipe = {"command": "prune", **checkpoint.made_from(source, checkpoint.source_sha256(source))}
+    recipe["task"] = task_name(spec)
+    with job:
+        if trained is not None:
+            model, tokenizer, training = trained.find(progress)
+            result = _result(model, config, start, 0, training)
+            # With the learning rate it was run at.
+            recipe |= {"data_sha256": trained.lesson.inputs["data"], **trained.lesson.config.model_dump()}
+        else:
+            model, tokenizer = checkpoint.load(source)
+            texts = None
+            if examples is not None:
+                texts = draw(model, tokenizer, examples, config.calibration_tokens, spec.max_length, config.seed)
+            result = prune(model, texts, config, run=Run(progress, job))
+        recipe |= config.model_dump()
+        summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
+        summary["max_length"] = spec.max_length
+        checkpoint.save(model, tokenizer, target, recipe=recipe, job=job, figures=asdict(result), summary=summary)
+        job.finish()
     return result
 
 

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from sparsebert.encoders import Progress, encoder_linears, no_progress
-from sparsebert.errors import OutputError
+from sparsebert.jobs import Job
 from sparsebert.pruning.calibrate import Stage, stages
 from sparsebert.pruning.calibration import Batches
 
 
 class Run:
-    """progress: told of every linear done. directory: where finished layers are kept (None: nowhere), each file marked
-    with `key`; files of another key are written over.
-    """
+    """progress: told of every linear done. job: what finished layers are kept for; None: they are not kept."""
 
-    def __init__(self, progress: Progress = no_progress, directory: Path | None = None, key: str = ""):
-        self.progress, self.directory, self.key = progress, directory, key
-        self._kept: set[Path] = set()  # this run's files, whoever else has some beside them
+    def __init__(self, progress: Progress = no_progress, job: Job | None = None):
+        self.progress, self.job = progress, job
 
     def part(self, what: str) -> Progress:
         """The progress of one part of the run."""
@@ -63,69 +58,18 @@ class Run:
         close()
 
     def once(self, name: str, compute: Callable[[], dict]) -> dict:
-        """The JSON document `compute` returns, or returned in an earlier run of the same key."""
-        if self.directory is None:
-            return compute()
-        path = self.directory / f"{name}.json"
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["key"] == self.key:
-                self._kept.add(path)
-                return stored["value"]
-        except (OSError, ValueError, KeyError):
-            pass  # not there yet, or cut short by a power loss
-        value = compute()
-        self._write(path, lambda fresh: fresh.write_text(json.dumps({"key": self.key, "value": value})))
-        return value
-
-    def discard(self) -> None:
-        """Removes what is kept: the finished model has taken its place."""
-        for path in self._kept:
-            path.unlink(missing_ok=True)
-        if self._kept:
-            try:
-                self.directory.rmdir()
-            except OSError:
-                pass  # not empty: files that are not ours
-
-    def _path(self, linears: dict[str, nn.Linear]) -> Path:
-        layer = os.path.commonpath([name.replace(".", "/") for name in linears])
-        return self.directory / f"{layer.replace('/', '.')}.safetensors"
+        """The JSON document `compute` returns, or returned in an earlier run of the same job."""
+        return compute() if self.job is None else self.job.value(name, compute)
 
     def _save(self, linears: dict[str, nn.Linear]) -> None:
-        if self.directory is None:
-            return
-        from safetensors.torch import save_file
-
-        tensors = {
-            f"{name}.{part}": tensor.detach() for name, m in linears.items() for part, tensor in m.named_parameters()
-        }
-        self._write(self._path(linears), lambda fresh: save_file(tensors, fresh, metadata={"key": self.key}))
+        if self.job is not None:
+            tensors = {f"{name}.{part}": p.detach() for name, m in linears.items() for part, p in m.named_parameters()}
+            self.job.keep(_layer(linears), tensors)
 
     def _load(self, linears: dict[str, nn.Linear]) -> dict[str, torch.Tensor] | None:
-        if self.directory is None:
-            return None
-        from safetensors import SafetensorError, safe_open
+        kept = None if self.job is None else self.job.kept(_layer(linears))
+        return None if kept is None else kept[0]
 
-        try:
-            with safe_open(self._path(linears), framework="pt") as stored:
-                if (stored.metadata() or {}).get("key") != self.key:
-                    return None
-                self._kept.add(self._path(linears))
-                return {name: stored.get_tensor(name) for name in stored.keys()}
-        except (OSError, SafetensorError):
-            return None  # not there yet, or cut short by a power loss: the layer is pruned again
 
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        from safetensors import SafetensorError
-
-        fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(fresh)
-            os.replace(fresh, path)
-            self._kept.add(path)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"finished layer {path} cannot be kept: {error}", fix="free space") from error
-        finally:
-            fresh.unlink(missing_ok=True)
+def _layer(linears: dict[str, nn.Linear]) -> str:
+    return os.path.commonpath([name.replace(".", "/") for name in linears]).replace("/", ".")

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from sparsebert import checkpoint, data, ledger, patterns
+from sparsebert import checkpoint, data
 from sparsebert.config import PruneConfig, SubnetConfig
 from sparsebert.encoders import Progress, encoder_linears, head_linears
 from sparsebert.errors import InputError
-from sparsebert.ops import masked_matmul, topk_mask
+from sparsebert.jobs import Job
 from sparsebert.patterns import Grouped, parse, sparsity_of
-from sparsebert.training import finetune, masks
 from sparsebert.training.finetune import train
 from sparsebert.training.imp import MagnitudePruning
 from sparsebert.training.lesson import Lesson, fresh_classifier, origin
@@ -34,12 +33,12 @@ STEPS, LR = 61_360, 5e-5
 
 
 class Subnet:
-    """One run: what it starts from and goes back to, and all that decides its result (`inputs`)."""
+    """One run: what it starts from and goes back to, and all that decides its result (`job`)."""
 
     def __init__(
-        self, source: Path, task: str, target: Path, config: PruneConfig, subnet: SubnetConfig, progress: Progress
+        self, source: Path, task: str, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
     ):
-        self.config, self.progress = config, progress
+        self.config = config
         self.pattern = parse(config.pattern)
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
         self.spec = data.get_task(task)
@@ -52,21 +51,13 @@ class Subnet:
             # Fixed, a mask of 32x1 over frozen weights ended 14 points lower on MNLI (bench/results/srnets.md).
             chosen["gradual"] = 0.0
         self.settings = subnet.model_copy(update=chosen)
-        others = {"prune": config.model_dump(), "task": self.spec.name}
-        if self.rewind is not None:
-            others["rewind_to"] = checkpoint.source_sha256(self.rewind)
-        self.lesson = Lesson.of(
-            self.spec, self.settings, self.start, target, train, progress, default_lr=self._default_lr, **others
-        )
+        rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
+        others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the model of the lesson
+        self.lesson = Lesson.of(self.spec, self.settings, self.start, default_lr=self._default_lr, settings=others)
+        self.job = Job("prune", self.lesson.inputs, __name__, target, overwrite=overwrite, space=self.lesson.space)
 
-    def key(self, *modules) -> str:
-        """The ledger key."""
-        return ledger.unit_key(
-            "subnet", self.lesson.inputs, *modules, finetune, masks, patterns, masked_matmul, topk_mask, *finetune.CODE
-        )
-
-    def find(self, key: str):
-        """(model with zeros, tokenizer, figures of the run, the run), on the CPU and in eval mode."""
+    def find(self, progress: Progress):
+        """(model with zeros, tokenizer, figures of the run), on the CPU and in eval mode."""
         config, settings = self.config, self.settings
         with torch.random.fork_rng(devices=[]):
             model, tokenizer = fresh_classifier(self.start, self.lesson.spec, settings.seed, own_head=True)
@@ -89,14 +80,14 @@ class Subnet:
                 hook = MagnitudePruning(
                     model, self.pattern, self.sparsity, rewind_to=rewind_to, head=head, warmup=settings.warmup
                 )
-            run, figures = self.lesson.learn(model, tokenizer, hook, key, self.progress)
+            figures = self.lesson.learn(model, tokenizer, hook, self.job, train, progress)
             if isinstance(hook, MaskTraining):
                 keeps = hook.keeps()
                 hook.fold()
                 if self.rewind is not None:
                     model, tokenizer = fresh_classifier(self.rewind, self.lesson.spec, settings.seed)
                     _apply(model, keeps)
-        return model.cpu().eval(), tokenizer, figures, run
+        return model.cpu().eval(), tokenizer, figures
 
     def _default_lr(self, steps: int) -> float:
         return LR * (STEPS / steps) ** 0.5 if self.config.method == "mask" else LR

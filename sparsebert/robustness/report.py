@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import os
 from pathlib import Path
 
+from sparsebert import jobs
 from sparsebert.engine.measure import ratio_text
-from sparsebert.errors import OutputError, UnsupportedError
+from sparsebert.errors import UnsupportedError
 from sparsebert.robustness.evaluation import Evaluation
 
 _COLOURS = {
@@ -92,21 +92,7 @@ def write_page(path: Path, title: str, body: str) -> None:
         f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>{body}</body></html>"
     )
-    write_text(path, page)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text to `path`, whole or not at all; OutputError where it cannot be."""
-    staging = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        staging.write_text(text, encoding="utf-8")
-        os.replace(staging, path)
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written: {error.strerror}", fix="free space or choose another -o"
-        ) from error
-    finally:
-        staging.unlink(missing_ok=True)
+    jobs.write(path, page)
 
 
 def _colour(name: str) -> str:

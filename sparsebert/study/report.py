@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import html
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from sparsebert.errors import OutputError, UnsupportedError
+from sparsebert import jobs
+from sparsebert.errors import UnsupportedError
 from sparsebert.robustness import statistics
-from sparsebert.robustness.report import write_page, write_text
+from sparsebert.robustness.report import write_page
 from sparsebert.study.grid import Cell, Comparison, Grid
 from sparsebert.study.srnets import Outcome
 
@@ -61,7 +61,7 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
         write_report(output / "report.html", grid, outcome, notes)
         write_parquet(output / "cells.parquet", outcome)
     if markdown_path is not None:
-        write_text(markdown_path, markdown(grid, outcome, notes))
+        jobs.write(markdown_path, markdown(grid, outcome, notes))
     return document
 
 
@@ -182,14 +182,8 @@ def write_parquet(path: Path, outcome: Outcome) -> None:
     ]  # fmt: skip
     names = dict.fromkeys(name for row in rows for name in row)
     table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-    fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
+    with jobs.writing(path) as fresh:
         pyarrow.parquet.write_table(table, fresh)
-        os.replace(fresh, path)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}", fix="free space or choose another -o") from error
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _table(task: str, lines: list[Line]) -> tuple[list[str], list[list[str]]]:

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from sparsebert import checkpoint, data, ledger
+from sparsebert import checkpoint, data
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError
+from sparsebert.jobs import Ledger, code_of, digest, place, require_place
 from sparsebert.machine import card
 from sparsebert.pruning import prune_checkpoint
 from sparsebert.robustness import evaluate
 from sparsebert.study.grid import Cell, Grid
-from sparsebert.training import finetune, masks, train
+from sparsebert.training import train
 
 KIND = "srnets cell"
-CODE = ledger.unit_key("code", {}, finetune, masks, *finetune.CODE)[:12]  # of the version that computes cells
+CODE = code_of("sparsebert.pruning.subnets")[:12]  # of the version that computes cells; it trains and prunes
 
 
 @dataclass
@@ -38,21 +39,23 @@ def run_grid(
     hours: float | None = None,
     shard: tuple[int, int] = (0, 1),
     others: list[Path] | None = None,
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Runs what is not finished of the grid in the folder `output`; the ledger is `output`/ledger.sqlite.
+    """Runs what is not finished of the grid in the folder `output`; the ledger is `output`/units.sqlite.
 
     A cell's key is its settings, the data and the start's weights; the code that computed it is noted with it (`code`)
     and does not make it void, as a grid takes longer than a version of the code lives. hours: no cell is begun that
     would probably end later, by what cells of its kind took. shard: (i, n), every n-th group of the cells that share a
     task and a seed, and so their fine-tuned models. others: cells.jsonl of other runs, whose cells are taken over;
-    `output`/cells.jsonl is written after each cell.
+    `output`/cells.jsonl is written after each cell. overwrite: begin a damaged ledger anew, from its cells.jsonl.
     """
     start = time.monotonic()
-    checkpoint.require_place(output)
-    output.mkdir(parents=True, exist_ok=True)
-    book = ledger.Ledger(output / "ledger.sqlite")
-    for path in others or []:
+    output = place(output)
+    require_place(output)
+    book = Ledger(output / "units.sqlite", overwrite=overwrite)
+    own = output / "cells.jsonl"
+    for path in [*([own] if own.exists() else []), *(others or [])]:
         book.take_over(path)
     groups = list(dict.fromkeys((cell.task, cell.seed) for cell in grid.cells))
     mine = [cell for cell in grid.cells if groups.index((cell.task, cell.seed)) % shard[1] == shard[0]]
@@ -60,7 +63,7 @@ def run_grid(
     took: dict[tuple, list[float]] = {}
     done = 0
     for cell, inputs in _inputs(grid):
-        stored = book.get(ledger.unit_key(KIND, inputs))
+        stored = book.get(KIND, inputs)
         if stored is not None:
             took.setdefault(_kind(cell), []).append(stored["seconds"])
         if cell not in mine:
@@ -78,12 +81,12 @@ def run_grid(
 
             def compute(cell=cell) -> dict:
                 begin = time.perf_counter()
-                figures = run_cell(grid, cell, output / "models", progress)
+                figures = run_cell(grid, cell, output / "models", progress, overwrite=overwrite)
                 return {**figures, "seconds": time.perf_counter() - begin, "code": CODE, "machine": card()["cpu"]}
 
             stored = book.once(KIND, inputs, compute)
             took.setdefault(_kind(cell), []).append(stored["seconds"])
-            book.export(output / "cells.jsonl")
+            book.export(own)
         outcome.done.append((cell, stored))
         done += 1
         progress(done, len(mine), "cells")
@@ -91,24 +94,24 @@ def run_grid(
     return outcome
 
 
-def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress) -> dict:
+def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwrite: bool = False) -> dict:
     """Trains, prunes and evaluates one cell; fine-tuned models stay in `models` for the cells that start from them."""
 
     def part(what: str) -> Callable:
         return lambda done, total, inner="": progress(done, total, f"{what} {inner}".strip())
 
+    start = checkpoint.source_sha256(checkpoint.resolve(grid.model))
+
     def dense(loss: str, **changes) -> Path:
         config = grid.train_config(cell, loss, **changes)
-        settings = config.model_dump(exclude={"keep", "teacher"})
-        path = models / f"{cell.task}-{loss}-{cell.seed}-{ledger.unit_key('model', settings)[:8]}"
         if loss == "confreg" and config.teacher is None:
             config = config.model_copy(update={"teacher": str(dense("ce", **changes))})
         if cell.start_at < 1:
             config = config.model_copy(update={"keep": f"{cell.start_at:g}"})
-        aside = path.with_name(f"{path.name}-at-{cell.start_at:g}")
-        if not path.exists() or (cell.start_at < 1 and not aside.exists()):
-            train(grid.model, cell.task, path, config, progress=part("fine-tune"))
-        return aside if cell.start_at < 1 else path
+        made_of = [start, CODE, config.model_dump(exclude={"teacher"})]
+        path = models / f"{cell.task}-{loss}-{cell.seed}-{digest(made_of)[:12]}"
+        train(grid.model, cell.task, path, config, overwrite=overwrite, progress=part("fine-tune"))
+        return path.with_name(f"{path.name}-at-{cell.start_at:g}") if cell.start_at < 1 else path
 
     if cell.paradigm == "dense":
         path = dense(cell.loss, mix_ood=cell.mix_ood)
@@ -116,18 +119,20 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress) -> dict:
     else:
         config, subnet = grid.prune_configs(cell)
         source = dense(cell.dense_loss)
-        path = models / f"cell-{ledger.unit_key('cell', cell.model_dump())[:12]}"
+        path = models / f"cell-{digest([source.name, CODE, cell.model_dump()])[:12]}"
         if cell.paradigm == "pretrained":
             subnet = subnet.model_copy(update={"start": "pretrained"})
         elif cell.paradigm == "rewound":
             subnet = subnet.model_copy(update={"rewind": "pretrained"})
             if cell.method == "imp-rw":
                 subnet = subnet.model_copy(update={"start": "pretrained"})
-        training = prune_checkpoint(source, cell.task, path, config, subnet, progress=part("prune")).training
+        training = prune_checkpoint(
+            source, cell.task, path, config, subnet, overwrite=overwrite, progress=part("prune")
+        ).training
         if cell.paradigm == "rewound":
             tuned = path.with_name(f"{path.name}-tuned")
             final = grid.train_config(cell, cell.final_loss, mix_ood=cell.mix_ood)
-            train(path, cell.task, tuned, final, progress=part("fine-tune the subnetwork"))
+            train(path, cell.task, tuned, final, overwrite=overwrite, progress=part("fine-tune the subnetwork"))
             shutil.rmtree(path)
             path = tuned
     found = asdict(evaluate(path, cell.task, ood=",".join(grid.ood[cell.task]) or None, progress=part("evaluate")))

@@ -17,7 +17,8 @@ from scipy.special import log_softmax
 from sparsebert import checkpoint, data, heads
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, SparsebertError
+from sparsebert.jobs import digest, file_sha256
 
 FOLDS = 5
 WEAK_EXAMPLES = 2000
@@ -48,6 +49,19 @@ def predictions(kind: str, spec: Task, examples: Examples, model, tokenizer, wea
     if kind.endswith(".npy"):
         return read_log_probs(Path(kind), spec, examples)
     return by_classifier(kind, spec, examples)
+
+
+def content(kind: str, spec: Task) -> str:
+    """What decides the predictions of a bias model beside the examples and the encoder: its name, or the content hash
+    of what the path `kind` holds.
+    """
+    if kind in ("auto", "weak", *FEATURES):
+        return kind
+    if kind.endswith(".npy"):
+        if not Path(kind).is_file():
+            raise InputError(f"bias file {kind} is not there", fix="correct --bias")
+        return digest([file_sha256(Path(kind)), data.load(spec, spec.train).sha256])  # whose rows it is in the order of
+    return checkpoint.source_sha256(checkpoint.resolve(kind))
 
 
 def out_of_fold(features: np.ndarray, labels: np.ndarray, spec: Task, seed: int) -> np.ndarray:
@@ -173,7 +187,7 @@ def read_log_probs(path: Path, spec: Task, examples: Examples) -> np.ndarray:
 
 
 def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
-    """log p_b by a fine-tuned classifier that saw none of the examples."""
+    """log p_b by a fine-tuned classifier that saw none of the examples, and nor did what it descends from."""
     source = checkpoint.resolve(directory)
     recipe = checkpoint.read_recipe(source)
     if recipe.get("command") != "train":
@@ -182,9 +196,11 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
             f"says {recipe.get('command')!r}",
             fix="train it, or use --bias weak",
         )
-    if recipe["task"] == spec.name:
-        seen = set(_pairs(training_examples(spec, recipe)))
-        both = sum(pair in seen for pair in _pairs(examples))
+    for ancestor, made in checkpoint.ancestors(source):
+        if "task" not in made or "hold_out" not in made:
+            continue  # made without labels
+        seen = set(_folded(training_examples(ancestor, made)))
+        both = sum(pair in seen for pair in _folded(examples))
         if both:
             raise InputError(
                 f"bias model {directory} was trained on {both} of the {len(examples)} examples it would have to judge",
@@ -197,10 +213,26 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
     return _log(np.exp(log_softmax(logits.astype(np.float64), axis=1)))
 
 
-def training_examples(spec: Task, recipe: dict) -> Examples:
-    """Those that a run of `train` with this recipe learnt from."""
-    rest, _ = data.hold_out(data.load(spec, spec.train), recipe.get("hold_out") or 0)
-    return rest.sample(recipe.get("n"), recipe.get("seed", 0))
+def training_examples(directory: Path, recipe: dict) -> Examples:
+    """Those that the model of this recipe learnt from. InputError where they are not to be had any more."""
+    try:
+        spec = data.get_task(recipe["task"])
+        rest, _ = data.hold_out(data.load(spec, spec.train), recipe["hold_out"])
+        examples = rest.sample(recipe.get("n"), recipe.get("seed", 0))
+        if recipe.get("mix_ood"):
+            examples = data.mix_ood(spec, examples)
+    except SparsebertError as error:
+        raise InputError(
+            f"what {directory} was trained on is not to be had any more: {error.problem}", fix="use --bias weak"
+        ) from error
+    if recipe.get("data_sha256", examples.sha256) != examples.sha256:
+        raise InputError(f"what {directory} was trained on, {recipe['task']}, has changed since", fix="use --bias weak")
+    return examples
+
+
+def _folded(examples: Examples) -> list[tuple[str, str]]:
+    """Their texts without case and spacing, whatever the task they come from is called."""
+    return [tuple(" ".join((text or "").casefold().split()) for text in pair) for pair in _pairs(examples)]
 
 
 def _pairs(examples: Examples) -> list[tuple[str, str | None]]:

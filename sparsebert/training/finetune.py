@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from sparsebert import checkpoint, data, encoders, ledger
+from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError
-from sparsebert.ops import attention, dropout
-from sparsebert.training import adversarial, bias, fused, imp, lesson, loop, losses
+from sparsebert.jobs import Job
 from sparsebert.training.imp import FixedZeros
-from sparsebert.training.lesson import Lesson, fresh_classifier
+from sparsebert.training.lesson import Lesson, fresh_classifier, task_name
 from sparsebert.training.loop import Hook, Run
-
-# What a trained model depends on, beside this file.
-CODE = (adversarial, attention, bias, dropout, encoders, fused, imp, lesson, loop, losses)
 
 
 @dataclass(frozen=True)
@@ -52,39 +47,48 @@ def train(
     output: str | Path,
     config: TrainConfig | None = None,
     *,
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> TrainResult:
     """Fine-tunes `model` (a directory or `minilm`) on the training split of `task`, adversarially where the config says
     so, and saves it in `output`. The zeros of a pruned model stay zeros.
 
-    The same call again returns at once where `output` is finished, else resumes from the last snapshot,
-    `<output>.partial.safetensors`, unless this code changed. Raises InputError for a task without a training split, a
-    snapshot of other settings, what the loss needs and does not have, and a run that diverges (its last snapshot
-    stays); DataError, CheckpointError and OutputError from reading and writing.
+    The same call again returns at once where `output` is finished, else goes on from the last snapshot in
+    `<output>.partial`; what other settings, data or code have left at either place is refused, unless `overwrite`.
+    Raises InputError for a task without a training split, what the loss needs and does not have, and a run that
+    diverges (its last snapshot stays); OutputError for what is refused and from writing; DataError and CheckpointError
+    from reading.
     """
     start = time.perf_counter()
     config = config or TrainConfig()
     spec = data.get_task(task)
     source = checkpoint.resolve(model)
-    target = checkpoint.check_output(output, source=source)
+    read = [source] if spec.folder is None else [source, spec.folder]
+    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
     aside = {
-        share: checkpoint.check_output(target.with_name(f"{target.name}-at-{share:g}")) for share in shares(config.keep)
+        share: checkpoint.check_output(target.with_name(f"{target.name}-at-{share:g}"), overwrite=overwrite)
+        for share in shares(config.keep)
     }
-    learned = Lesson.of(spec, config, source, target, train, progress)
-    key = ledger.unit_key("train", learned.inputs, sys.modules[__name__], *CODE)
-    if (figures := checkpoint.finished(target, key)) is not None:
+    lesson = Lesson.of(spec, config, source)
+    job = Job("train", lesson.inputs, __name__, target, overwrite=overwrite, space=lesson.space)
+    if (figures := checkpoint.finished(job)) is not None:
         return TrainResult(directory=target, resumed_from=figures["steps"], **figures)
+    for directory in aside.values():
+        checkpoint.finished(job, directory)  # refuses what must not be replaced
 
-    with torch.random.fork_rng(devices=[]):
-        classifier, tokenizer = fresh_classifier(source, learned.spec, config.seed)
-        recipe = {"command": "train", "model": str(model), "task": task, **config.model_dump()}
+    with job, torch.random.fork_rng(devices=[]):
+        classifier, tokenizer = fresh_classifier(source, lesson.spec, config.seed)
+        recipe = {
+            "command": "train", **checkpoint.made_from(model, lesson.inputs["model"]), "task": task_name(spec),
+            "data_sha256": lesson.inputs["data"], **config.model_dump(),
+        }  # fmt: skip
         # A pruned model says so in its config, and still is one afterwards.
         summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": spec.max_length}
         pruned = "sparsity" in summary
 
         def save(directory: Path, figures: dict) -> str:
             return checkpoint.save(
-                classifier, tokenizer, directory, recipe=recipe, key=key, figures=figures, summary=summary
+                classifier, tokenizer, directory, recipe=recipe, job=job, figures=figures, summary=summary
             )
 
         def save_aside(run: Run) -> None:
@@ -93,11 +97,11 @@ def train(
                     save(directory, {"steps": run.step})
 
         hook = FixedZeros(classifier) if pruned else Hook()
-        run, figures = learned.learn(classifier, tokenizer, hook, key, progress, save_aside)
-    resumed_from = figures.pop("resumed_from")
-    figures["seconds"] = time.perf_counter() - start
-    sha256 = save(target, figures)
-    run.discard()
+        figures = lesson.learn(classifier, tokenizer, hook, job, train, progress, save_aside)
+        resumed_from = figures.pop("resumed_from")
+        figures["seconds"] = time.perf_counter() - start
+        sha256 = save(target, figures)
+        job.finish()
     return TrainResult(directory=target, weights_sha256=sha256, resumed_from=resumed_from, **figures)
 
 

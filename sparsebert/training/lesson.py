@@ -25,18 +25,20 @@ from sparsebert.encoders import (
 )
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.jobs import Job
 from sparsebert.training import bias
-from sparsebert.training.loop import Hook, Run, plan, seed_of, step_count
+from sparsebert.training.loop import STEPS_PER_SNAPSHOT, Hook, Run, plan, precision_of, seed_of, step_count
 from sparsebert.training.losses import LOSSES, Targets
 
-# (start, task name, output, config, progress): fine-tunes a teacher by cross-entropy. `finetune.train`, which is above.
-Train = Callable[[Path, str, Path, TrainConfig, Progress], object]
+# (start, task name, output, config): fine-tunes a teacher by cross-entropy. `finetune.train`, which is above.
+Train = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Lesson:
     """examples: learnt from. held_out: to choose on. origin: the pretrained encoder that the run descends from, from
-    which bias models are made. inputs: all that decides the result, as JSON.
+    which bias models and teachers are made, where the loss needs such. teacher: None for one that is trained first.
+    inputs: all that decides the result, for `Job`. space: bytes that the run will write, about.
     """
 
     spec: Task
@@ -45,8 +47,8 @@ class Lesson:
     held_out: Examples
     origin: Path
     teacher: Path | None
-    target: Path
     inputs: dict
+    space: int
 
     @classmethod
     def of(
@@ -54,16 +56,13 @@ class Lesson:
         spec: Task,
         config: LearnConfig,
         source: Path,
-        target: Path,
-        train: Train,
-        progress: Progress,
         *,
         default_lr: Callable[[int], float] | None = None,
-        **inputs,
+        settings: dict | None = None,
     ) -> Lesson:
-        """Reads the examples and checks what the loss needs; a teacher that is not given is trained first, into
-        <target>.teacher. default_lr: the learning rate for a number of steps, where the config names none. inputs: what
-        else decides the result. Raises InputError for what is missing or does not match.
+        """Reads the examples and checks what the loss needs. default_lr: the learning rate for a number of steps, where
+        the config names none. settings: flags that decide the result beside those of the config, or in place of them.
+        Raises InputError for what is missing or does not match.
         """
         needs = LOSSES[config.loss]
         examples, held_out = examples_of(spec, config)
@@ -72,39 +71,50 @@ class Lesson:
             (spec, examples), (_, held_out) = (data.as_values(spec, part, problem) for part in (examples, held_out))
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
-        start = origin(source)
+        start = origin(source) if needs.bias or needs.teacher else source
+        # In place of paths, what is there.
+        settings = {**config.model_dump(), "precision": precision_of(config), **(settings or {})}
         inputs = {
-            "source": checkpoint.source_sha256(source),
+            "model": checkpoint.source_sha256(source),
             "data": examples.sha256,
             "labels": list(spec.labels),
             "problem": spec.problem,
             "max_length": spec.max_length,
-            "config": config.model_dump(),
-            **inputs,
+            "settings": settings,
         }
+        if config.select == "best":
+            inputs["held_out"] = held_out.sha256
+        if start != source:
+            inputs["pretrained"] = checkpoint.source_sha256(start)
         if needs.bias:
-            inputs["bias_from"] = checkpoint.source_sha256(start)
-            if Path(config.bias).is_dir():
-                inputs["bias_from"] = checkpoint.source_sha256(checkpoint.resolve(config.bias))
+            settings["bias"] = bias.content(config.bias, spec)
         teacher = None
-        if needs.teacher:
-            teacher = _teacher(spec, config, start, target, train, progress)
-            inputs["teacher_from"] = checkpoint.source_sha256(teacher)
-        return cls(spec, config, examples, held_out, start, teacher, target, inputs)
+        if config.teacher is not None:
+            teacher = _given_teacher(spec, config.teacher)
+            settings["teacher"] = checkpoint.source_sha256(teacher)
+        weights = (source / checkpoint.WEIGHTS).stat().st_size
+        snapshots = step_count(len(examples), config) > STEPS_PER_SNAPSHOT
+        return cls(spec, config, examples, held_out, start, teacher, inputs, weights * (7 if snapshots else 1))
 
     def learn(
         self,
         model,
         tokenizer,
         hook: Hook,
-        key: str,
+        job: Job,
+        train: Train,
         progress: Progress,
         after_step: Callable[[Run], None] = lambda run: None,
-    ) -> tuple[Run, dict]:
-        """Trains what asks for a gradient, from its last snapshot where there is one: (the run, its figures)."""
+    ) -> dict:
+        """Trains what asks for a gradient, from its last snapshot where there is one, and returns figures of the run. A
+        teacher that is not given is trained first by `train`, into <output>.teacher.
+        """
         config = self.config
         encoded = tokenize(tokenizer, self.examples, token_limit(model.config, self.spec.max_length))
-        targets, figures = self._targets(model.device, progress)
+        teacher = self.teacher
+        if teacher is None and LOSSES[config.loss].teacher:
+            teacher = self._train_teacher(job, train, progress)
+        targets, figures = self._targets(model.device, teacher, progress)
         steps = plan(encoded, config)
 
         def score() -> float:
@@ -112,11 +122,7 @@ class Lesson:
                 logits = predict(model, tokenizer, self.held_out, max_length=self.spec.max_length)
             return heads.PROBLEMS[self.spec.problem].metric(logits, self.held_out.labels)
 
-        snapshot = self.target.with_name(f"{self.target.name}.partial.safetensors")
-        run = Run(
-            model, config, len(steps), snapshot, key,
-            inputs=self.inputs, hook=hook, score=score if config.select == "best" else None,
-        )  # fmt: skip
+        run = Run(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
         figures["resumed_from"] = run.step
         for step in range(run.step, len(steps)):
             rows = steps[step]
@@ -129,9 +135,9 @@ class Lesson:
         if run.scores:
             figures["held_out"], figures["chosen"] = max((score, -step) for step, score in run.scores)
             figures["chosen"] *= -1
-        return run, figures
+        return figures
 
-    def _targets(self, device: torch.device, progress: Progress) -> tuple[Targets, dict]:
+    def _targets(self, device: torch.device, teacher: Path | None, progress: Progress) -> tuple[Targets, dict]:
         """What the examples are trained towards, and figures of the bias model."""
         needs, spec, config = LOSSES[self.config.loss], self.spec, self.config
         labels = torch.from_numpy(self.examples.labels)
@@ -146,12 +152,12 @@ class Lesson:
             found = bias.predictions(config.bias, spec, self.examples, model, tokenizer, weak, config.seed)
             log_bias = torch.from_numpy(found)
             figures["bias"] = bias.summary(log_bias, labels)
-        if needs.teacher:
-            teacher = Classifier.load(self.teacher)
-            logits = teacher.predict(
+        if teacher is not None:
+            asked = Classifier.load(teacher)
+            logits = asked.predict(
                 self.examples, max_length=spec.max_length,
                 progress=lambda done, total: progress(done, total, "ask the teacher"),
-            )[:, heads.columns(teacher.names, spec.labels, str(self.teacher))]  # fmt: skip
+            )[:, heads.columns(asked.names, spec.labels, str(teacher))]  # fmt: skip
             log_teacher = torch.from_numpy(logits).log_softmax(1)
         return Targets(labels, log_bias, log_teacher, heads.PROBLEMS[spec.problem]), figures
 
@@ -161,12 +167,22 @@ class Lesson:
         model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, device)
         encoded = tokenize(tokenizer, examples, token_limit(model.config, self.spec.max_length))
         targets, steps = Targets(torch.from_numpy(examples.labels)), plan(encoded, settings)
-        run = Run(model, settings, len(steps), self.target.with_name(f"{self.target.name}.weak"))
+        run = Run(model, settings, len(steps))
         for step, rows in enumerate(steps):
             torch.manual_seed(seed_of(settings.seed, step))
-            run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)], snapshots=False)
+            run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)])
             progress(step + 1, len(steps), f"weak learner {number + 1} of 2")
         return model
+
+    def _train_teacher(self, job: Job, train: Train, progress: Progress) -> Path:
+        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher"}
+        same = {name: getattr(self.config, name) for name in kept if getattr(self.config, name) is not None}
+        teacher = job.output.with_name(f"{job.output.name}.teacher")
+        train(
+            self.origin, task_name(self.spec), teacher, TrainConfig(**same), overwrite=job.overwrite,
+            progress=lambda done, total, what="": progress(done, total, "teacher"),
+        )  # fmt: skip
+        return teacher
 
 
 def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
@@ -254,27 +270,17 @@ def own_classifier(source: Path, spec: Task):
     return model, tokenizer
 
 
+def task_name(spec: Task) -> str:
+    """What a recipe calls a task, from any working directory."""
+    return spec.name if spec.folder is None else str(spec.folder)
+
+
 def origin(source: Path) -> Path:
-    """The model that a directory descends from by `train` and `prune`, as far as their recipes tell and it is there."""
-    while checkpoint.read_manifest(source) is not None:
-        model = checkpoint.read_recipe(source).get("model")
-        if model is None or (model != "minilm" and not Path(model).is_dir()):
-            break
-        source = checkpoint.resolve(model)
-    return source
+    """The model that a directory descends from. CheckpointError where that is not there any more."""
+    return [directory for directory, _ in checkpoint.ancestors(source)][-1]
 
 
-def _teacher(spec: Task, config: LearnConfig, start: Path, target: Path, train: Train, progress: Progress) -> Path:
-    if config.teacher is None:
-        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher"}
-        same = {name: getattr(config, name) for name in kept if getattr(config, name) is not None}
-        teacher = target.with_name(f"{target.name}.teacher")
-        name = spec.name if spec.folder is None else str(spec.folder)
-        train(
-            start, name, teacher, TrainConfig(**same),
-            progress=lambda done, total, what="": progress(done, total, "teacher"),
-        )  # fmt: skip
-        return teacher
-    teacher = checkpoint.resolve(config.teacher)
+def _given_teacher(spec: Task, model: str) -> Path:
+    teacher = checkpoint.resolve(model)
     heads.columns(heads.label_names(checkpoint.read_config(teacher)), spec.labels, f"teacher {teacher}")
     return teacher

@@ -7,11 +7,8 @@ as one that was not.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +16,8 @@ from torch import nn
 
 from sparsebert.config import LearnConfig, TrainConfig
 from sparsebert.encoders import bucketed
-from sparsebert.errors import InputError, OutputError
+from sparsebert.errors import InputError
+from sparsebert.jobs import Job
 from sparsebert.machine import bf16_is_fast
 from sparsebert.training import adversarial, fused
 from sparsebert.training.losses import LOSSES, Targets
@@ -96,12 +94,16 @@ def rise_and_fall(step: int, total: int, warmup: float) -> float:
     return max(0.0, (total - step) / max(1, total - rising))
 
 
+def precision_of(config: LearnConfig) -> str:
+    """What `auto` means here."""
+    return config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
+
+
 class Run:
     """Model, optimizer and step count, with the snapshots they can be rebuilt from.
 
-    inputs: all that decides the result, as JSON; a snapshot made from others is refused, naming the difference, and one
-    made by other code (`key`) is not taken. Trains the parameters that ask for a gradient. score: how good the model is
-    on held-out examples, higher better, where the best weights are to be kept.
+    job: what snapshots are kept for; None for a run too short to need any. Trains the parameters that ask for a
+    gradient. score: how good the model is on held-out examples, higher better, where the best weights are to be kept.
     """
 
     def __init__(
@@ -109,17 +111,15 @@ class Run:
         model: nn.Module,
         config: LearnConfig,
         total_steps: int,
-        snapshot: Path,
-        key: str = "",
+        job: Job | None = None,
         *,
-        inputs: dict | None = None,
         hook: Hook | None = None,
         score: Callable[[], float] | None = None,
     ):
-        self.model, self.config, self.total_steps, self.key = model, config, total_steps, key
-        self.snapshot, self.inputs, self.hook, self.score = snapshot, inputs or {}, hook or Hook(), score
+        self.model, self.config, self.total_steps = model, config, total_steps
+        self.job, self.hook, self.score = job, hook or Hook(), score
         self.criterion = LOSSES[config.loss].criterion
-        self.precision = config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
+        self.precision = precision_of(config)
         self.device = next(model.parameters()).device
         self.step, self.losses, self.saved_at = 0, [], 0
         self.best: dict[str, torch.Tensor] = {}
@@ -143,7 +143,7 @@ class Run:
             fused.fuse(model)
         model.train()
 
-    def advance(self, batch: dict[str, torch.Tensor], targets: Targets, *, snapshots: bool = True) -> None:
+    def advance(self, batch: dict[str, torch.Tensor], targets: Targets) -> None:
         """One optimizer step, and a snapshot when one is due."""
         if self.hook.before(self.step, self.total_steps):
             self.optimizer.state.clear()
@@ -152,7 +152,7 @@ class Run:
         self.hook.regularise()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
         if not (math.isfinite(loss) and norm.isfinite()):
-            kept = f"; the state of step {self.saved_at} is kept in {self.snapshot}" if self.saved_at else ""
+            kept = f"; the state of step {self.saved_at} is kept in {self.job.partial}" if self.saved_at else ""
             raise InputError(f"training diverged at step {self.step + 1}: loss {loss}{kept}", fix="lower --lr")
         share = self.hook.share_of_lr(self.step, self.total_steps)
         if share is None:
@@ -166,7 +166,7 @@ class Run:
         self.step += 1
         if self.score is not None and self._check_is_due():
             self._keep_best()
-        if snapshots and self.step % STEPS_PER_SNAPSHOT == 0 and self.step < self.total_steps:
+        if self.job is not None and self.step % STEPS_PER_SNAPSHOT == 0 and self.step < self.total_steps:
             self._save()
 
     def finish(self) -> None:
@@ -176,10 +176,6 @@ class Run:
             with torch.no_grad():
                 for name, p in self.parameters.items():
                     p.copy_(self.best[name])
-
-    def discard(self) -> None:
-        """Removes the snapshot: the finished model has taken its place."""
-        self.snapshot.unlink(missing_ok=True)
 
     def _backward(self, batch: dict[str, torch.Tensor], targets: Targets) -> float:
         bf16 = self.precision == "bf16"
@@ -203,9 +199,6 @@ class Run:
         self.scores.append((self.step, score))
 
     def _save(self) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         tensors = {f"weight/{name}": p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             kept = self.optimizer.state.get(p, {}).items()
@@ -214,36 +207,14 @@ class Run:
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["scores"] = torch.tensor(self.scores, dtype=torch.float64).view(-1, 2)
-        metadata = {"key": self.key, "step": str(self.step), "inputs": json.dumps(self.inputs, sort_keys=True)}
-        fresh = self.snapshot.with_name(f".{self.snapshot.name}.tmp-{os.getpid()}")
-        try:
-            fresh.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata=metadata)
-            descriptor = os.open(fresh, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            os.replace(fresh, self.snapshot)
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"snapshot {self.snapshot} cannot be written: {error}", fix="free space") from error
-        finally:
-            fresh.unlink(missing_ok=True)
+        self.job.keep("snapshot", tensors, {"step": self.step}, last=f"step {self.step} of {self.total_steps}")
         self.saved_at = self.step
 
     def _restore(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        if not self.snapshot.exists():
+        if self.job is None or (kept := self.job.kept("snapshot")) is None:
             return
-        try:
-            with safe_open(self.snapshot, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                if metadata.get("key") != self.key:
-                    self._refuse_other(json.loads(metadata.get("inputs", "{}")))
-                    return  # of other code: the next snapshot takes its place
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}
-        except (SafetensorError, ValueError):
-            return  # cut short by a power loss: start anew
-        self.step = self.saved_at = int(metadata["step"])
+        tensors, facts = kept
+        self.step = self.saved_at = facts["step"]
         self.losses = tensors["losses"].tolist()
         self.scores = [(int(step), score) for step, score in tensors["scores"].tolist()]
         parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -257,21 +228,3 @@ class Run:
                 p.copy_(parts["weight"][name])
                 if slots := {slot: parts[slot][name].to(self.device) for slot in SLOTS if name in parts.get(slot, {})}:
                     self.optimizer.state[p] = slots
-
-    def _refuse_other(self, inputs: dict) -> None:
-        here, there = _flat(self.inputs), _flat(inputs)
-        different = [name for name in sorted(here | there) if here.get(name) != there.get(name)]
-        if inputs and different:
-            shown = ", ".join(f"{name} {there.get(name)!r}, not {here.get(name)!r}" for name in different[:4])
-            raise InputError(
-                f"{self.snapshot} is of an unfinished run with {shown}",
-                fix="repeat its settings, choose another -o, or remove the file to begin anew",
-            )
-
-
-def _flat(inputs: dict, before: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}."""
-    found = {}
-    for name, value in inputs.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {f"{before}{name}": value}
-    return found

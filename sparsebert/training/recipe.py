@@ -15,7 +15,13 @@ from sparsebert.training.finetune import TrainResult, train
 
 
 def train_recipe(
-    model: str | Path, task: str, output: str | Path, recipe: str | Path, *, progress: Progress = no_progress
+    model: str | Path,
+    task: str,
+    output: str | Path,
+    recipe: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
 ) -> dict[str, TrainResult]:
     """Fine-tunes every model of a recipe into `output`/<name>, in order; resumes as `train` does.
 
@@ -29,7 +35,7 @@ def train_recipe(
         def update(done: int, total: int, what: str = "", name=name) -> None:
             progress(done, total, name)
 
-        results[name] = train(model, task, Path(output) / name, config, progress=update)
+        results[name] = train(model, task, Path(output) / name, config, overwrite=overwrite, progress=update)
     return results
 
 

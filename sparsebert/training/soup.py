@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsebert import checkpoint, data, encoders, ledger
+from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.data import Examples
 from sparsebert.encoders import Progress, batches, no_progress, predict, token_limit, tokenize
 from sparsebert.errors import InputError
 from sparsebert.heads import PROBLEMS, Problem
+from sparsebert.jobs import Job
 from sparsebert.training import adversarial
-from sparsebert.training.lesson import own_classifier
+from sparsebert.training.lesson import own_classifier, task_name
 from sparsebert.training.losses import Targets
 
 
@@ -64,6 +64,7 @@ def soup(
     output: str | Path,
     *,
     score: str = "perturbed",
+    overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> SoupResult:
     """Greedy weight averaging: candidates in falling order of their score; each is added where the uniform mean of all
@@ -71,24 +72,27 @@ def soup(
 
     directories: at least one model fine-tuned by `train` on `task` from the same start, with the same `hold_out`: the
     score is taken on the examples that none of them was trained on. Writes the average to `output`; the same call again
-    returns at once where that is finished, else takes the scores already known from `<output>.partial.sqlite`. Raises
-    InputError for models that do not belong together; OutputError from writing.
+    returns at once where that is finished, else takes the scores already known from `<output>.partial`; what other work
+    has left at either place is refused, unless `overwrite`. Raises InputError for models that do not belong together;
+    OutputError from writing.
     """
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
     spec = data.get_task(task)
     sources = [checkpoint.resolve(directory) for directory in directories]
-    held = _held_out_alike(sources, task)
-    target = checkpoint.check_output(output, source=sources[0])
-    _, examples = data.hold_out(data.load(spec, spec.train), held)
+    shared = _shared(sources, task_name(spec))
+    read = sources if spec.folder is None else [*sources, spec.folder]
+    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
+    _, examples = data.hold_out(data.load(spec, spec.train), shared["hold_out"])
     inputs = {
-        "sources": [checkpoint.source_sha256(source) for source in sources],
+        "models": [checkpoint.source_sha256(source) for source in sources],
         "data": examples.sha256,
-        "score": score,
+        "settings": {"score": score},
         "max_length": spec.max_length,
     }
-    key = ledger.unit_key("soup", inputs, sys.modules[__name__], adversarial, encoders)
-    if (figures := checkpoint.finished(target, key)) is not None:
+    space = (sources[0] / checkpoint.WEIGHTS).stat().st_size
+    job = Job("soup", inputs, __name__, target, overwrite=overwrite, space=space)
+    if (figures := checkpoint.finished(job)) is not None:
         return SoupResult(**figures)
 
     model, tokenizer = own_classifier(sources[0], spec)
@@ -98,45 +102,45 @@ def soup(
         if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in model.state_dict().items()}:
             raise InputError(f"{source} must have the tensors of {sources[0]}", fix="average models of one kind")
         states.append(state)
-    book = ledger.Ledger(target.with_name(f"{target.name}.partial.sqlite"))
     done = 0
 
     def scored(*members: int) -> float:
-        def compute() -> dict:
+        def compute() -> float:
             model.load_state_dict(mean([states[i] for i in members]))
-            return {"score": SCORES[score](model, tokenizer, examples, spec.max_length, PROBLEMS[spec.problem])}
+            return SCORES[score](model, tokenizer, examples, spec.max_length, PROBLEMS[spec.problem])
 
         nonlocal done
-        value = book.once("soup score", {"soup": key, "members": members}, compute)["score"]
+        value = job.value(f"score of {'+'.join(map(str, members))}", compute)
         done += 1
         progress(done, 2 * len(states) - 1)
         return value
 
-    alone = [scored(i) for i in range(len(states))]
-    best, *rest = np.argsort([-value for value in alone], kind="stable").tolist()
-    accepted, highest = [best], alone[best]
-    for candidate in rest:
-        value = scored(*accepted, candidate)
-        if value >= highest:
-            accepted.append(candidate)
-            highest = value
-    model.load_state_dict(mean([states[i] for i in accepted]))
-    result = SoupResult(
-        members=[str(directories[i]) for i in accepted],
-        scores={str(directory): value for directory, value in zip(directories, alone, strict=True)},
-        score=highest,
-    )
-    figures = {name: value for name, value in asdict(result).items() if name != "weights_sha256"}
-    recipe = {"command": "soup", "task": task, "score": score, "hold_out": held, **figures}
-    summary = {"max_length": spec.max_length}
-    sha256 = checkpoint.save(model, tokenizer, target, recipe=recipe, key=key, figures=figures, summary=summary)
-    book.discard()
+    with job:
+        alone = [scored(i) for i in range(len(states))]
+        best, *rest = np.argsort([-value for value in alone], kind="stable").tolist()
+        accepted, highest = [best], alone[best]
+        for candidate in rest:
+            value = scored(*accepted, candidate)
+            if value >= highest:
+                accepted.append(candidate)
+                highest = value
+        model.load_state_dict(mean([states[i] for i in accepted]))
+        result = SoupResult(
+            members=[str(directories[i]) for i in accepted],
+            scores={str(directory): value for directory, value in zip(directories, alone, strict=True)},
+            score=highest,
+        )
+        figures = {name: value for name, value in asdict(result).items() if name != "weights_sha256"}
+        recipe = {"command": "soup", **shared, "score": score, **figures}
+        summary = {"max_length": spec.max_length}
+        sha256 = checkpoint.save(model, tokenizer, target, recipe=recipe, job=job, figures=figures, summary=summary)
+        job.finish()
     return SoupResult(weights_sha256=sha256, **figures)
 
 
-def _held_out_alike(sources: list[Path], task: str) -> int:
-    """How many examples every model left out of its training."""
-    found = set()
+def _shared(sources: list[Path], task: str) -> dict:
+    """What the recipes of all the models say alike: the start, the task and how many examples were left out."""
+    found = []
     for source in sources:
         recipe = checkpoint.read_recipe(source)
         if recipe.get("command") != "train" or recipe.get("task") != task or not recipe.get("hold_out"):
@@ -145,12 +149,12 @@ def _held_out_alike(sources: list[Path], task: str) -> int:
                 f"command {recipe.get('command')!r}, task {recipe.get('task')!r}, hold_out {recipe.get('hold_out')!r}",
                 fix="train it with --hold-out 2000",
             )
-        found.add((recipe["hold_out"], str(recipe["model"])))
-    if len(found) > 1:
-        raise InputError(
-            f"models must share their start and hold_out, got {sorted(found)}", fix="train them from one start"
-        )
-    return found.pop()[0]
+        found.append({name: recipe.get(name) for name in ("model", "model_sha256", "task", "hold_out")})
+    starts = {(recipe["model_sha256"] or recipe["model"], recipe["hold_out"]) for recipe in found}
+    if len(starts) > 1:
+        shown = sorted({(recipe["hold_out"], recipe["model"]) for recipe in found})
+        raise InputError(f"models must share their start and hold_out, got {shown}", fix="train them from one start")
+    return found[0]
 
 
 def mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
