@@ -12,6 +12,8 @@ LARGE = 2**31  # above it a count is a slip of the finger
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=LARGE)]
+MaxLength = Annotated[int | None, Field(ge=3, lt=LARGE)]
+MAX_LENGTH = "tokens kept of a text [default: what the task needs, of own files as many as the model takes]"
 
 
 class LearnConfig(BaseModel):
@@ -58,6 +60,7 @@ class LearnConfig(BaseModel):
     select: Literal["last", "best"] = Field(
         "last", description="weights kept: the last ones, or those most accurate on the held-out examples"
     )
+    max_length: MaxLength = Field(None, description=MAX_LENGTH)
     seed: Seed = Field(0, description="seed of the new head, the order and the dropout")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 autocast where it is fast, else fp32"
@@ -153,6 +156,7 @@ class PruneConfig(BaseModel):
     )
     pattern: str = Field("unstructured", description="where zeros may be: unstructured, 2:4, 32x1, 32x1/32, 64:2:16, …")
     calibration_tokens: Count = Field(150_000, description="tokens of unlabelled training texts to calibrate on")
+    max_length: MaxLength = Field(None, description=MAX_LENGTH)
     damping: Positive | None = Field(
         None,
         description="ridge of the least squares, times the mean diagonal of the Gram matrix [default: the method's]",
@@ -165,6 +169,7 @@ class EvalConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    max_length: MaxLength = Field(None, description=MAX_LENGTH)
     ood: str | None = Field(
         None, description="also evaluate on these out-of-distribution tests of the task, with commas, or all"
     )
@@ -184,6 +189,7 @@ class BenchConfig(BaseModel):
 
     task: str = Field("mr", description="task whose test sentences give the mix of lengths")
     seq: str = Field("mix", pattern=r"^(mix|[1-9]\d{0,3})$", description="tokens of every text, or mix: the task's own")
+    max_length: MaxLength = Field(None, description=MAX_LENGTH)
     n: Count = Field(128, description="texts a round")
     batch: Count = Field(1, description="texts a call")
     rounds: Count = Field(7, description="rounds, the engines in turn; an interval needs 6")

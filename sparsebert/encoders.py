@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsebert.checkpoint import ARCHITECTURES
 from sparsebert.data import Examples
-from sparsebert.errors import UnsupportedError
+from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.machine import bf16_is_fast
 
 
@@ -110,17 +110,37 @@ def autocast(bf16: bool | None = None, device: torch.device | None = None) -> to
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
 
 
-def token_limit(config, wanted: int) -> int:
+def token_limit(config, wanted: int | None) -> int:
     """`wanted` tokens a text, or as many as a model of this transformers config has positions for."""
     # RoBERTa numbers its positions from the padding token's id onward.
     offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta"} else 0
-    return min(wanted, config.max_position_embeddings - offset)
+    positions = config.max_position_embeddings - offset
+    return positions if wanted is None else min(wanted, positions)
+
+
+def require_length(config, asked: int | None) -> None:
+    """InputError where a model of this transformers config cannot take the length that the user asked for."""
+    positions = token_limit(config, None)
+    if asked is not None and not 3 <= asked <= positions:
+        raise InputError(f"max_length must be 3 to {positions}, got {asked}", fix="choose a length in that range")
 
 
 def tokenize(tokenizer, examples: Examples, max_length: int) -> list[dict]:
     """One dict of token id lists an example, cut to max_length tokens, not padded."""
     encoded = tokenizer(examples.texts, examples.texts_b, truncation=True, max_length=max_length)
     return [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
+
+
+def cut_share(tokenizer, examples: Examples, max_length: int) -> float:
+    """Share of the examples that have more than max_length tokens."""
+    pairs = zip(examples.texts, examples.texts_b or [""] * len(examples), strict=True)
+    # A token takes a byte at least, but for the special ones and what marks the beginning of a word.
+    long = examples.take([i for i, (a, b) in enumerate(pairs) if len(a.encode()) + len(b.encode()) > max_length - 8])
+    if not len(long):
+        return 0.0
+    # Batches of its own make no warning of what is too long for the model.
+    lengths = tokenizer(long.texts, long.texts_b, truncation=False, return_length=True, verbose=False)["length"]
+    return sum(length > max_length for length in lengths) / len(examples)
 
 
 def collate(tokenizer, encoded: list[dict], rows) -> dict[str, torch.Tensor]:

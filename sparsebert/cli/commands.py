@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from sparsebert.cli.options import flags
-from sparsebert.cli.output import emit, progress, table
-from sparsebert.config import BenchConfig, DemoConfig, EvalConfig, PruneConfig, SubnetConfig, TrainConfig
+from sparsebert.cli.output import emit, progress, say_what_was_read, table
+from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, SubnetConfig, TrainConfig
 from sparsebert.errors import InputError
 
 app = typer.Typer(
@@ -22,7 +22,8 @@ app = typer.Typer(
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="model directory")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="model directory to write")]
 TaskName = Annotated[
-    str, typer.Option(help="task name, or a folder with train and test as .parquet, .csv, .tsv or .jsonl")
+    str,
+    typer.Option(help="task name, or a file of your own (.csv, .tsv, .jsonl, .parquet), or a folder of train and test"),
 ]
 Overwrite = Annotated[
     bool,
@@ -82,6 +83,7 @@ def train(
         return
     with progress("fine-tune") as update:
         result = run(model, task, output, config, overwrite=overwrite, progress=update)
+    say_what_was_read(result)
     if not json:
         rows = [
             ["steps", str(result.steps)],
@@ -129,6 +131,7 @@ def prune(
         return
     with progress(f"prune ({config.method})") as update:
         result = prune_checkpoint(directory, task, output, config, subnet, overwrite=overwrite, progress=update)
+    say_what_was_read(result)
     if not json:
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()]
         table(
@@ -145,6 +148,7 @@ def soup(
     *,
     task: TaskName,
     output: Output,
+    max_length: Annotated[int | None, typer.Option(min=3, help=MAX_LENGTH)] = None,
     score: Annotated[
         str, typer.Option(help="what decides, on held-out examples: accuracy, or perturbed (loss when embeddings move)")
     ] = "perturbed",
@@ -155,7 +159,9 @@ def soup(
     from sparsebert.training import soup as run
 
     with progress("soup") as update:
-        result = run(directories, task, output, score=score, overwrite=overwrite, progress=update)
+        result = run(
+            directories, task, output, score=score, max_length=max_length, overwrite=overwrite, progress=update
+        )
     if not json:
         rows = [
             [name, f"{value:.4f}", "yes" if name in result.members else "no"] for name, value in result.scores.items()
@@ -184,7 +190,11 @@ def evaluate(
     from sparsebert.robustness import evaluate as run
 
     with progress("evaluate") as update:
-        result = run(directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, progress=update)
+        result = run(
+            directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, max_length=config.max_length,
+            progress=update,
+        )  # fmt: skip
+    say_what_was_read(result)
     figures = asdict(result)
     if not json:
         tests = {task: {name: value for name, value in figures.items() if name != "ood"}} | (result.ood or {})

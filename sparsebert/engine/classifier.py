@@ -23,12 +23,14 @@ BATCH = 64  # texts a call of the engine; between calls it tells of progress
 
 @dataclass(frozen=True)
 class Classifier:
-    """A verified model directory: its problem type and the names of its labels in the order of the logits, what runs it
-    ("sparsebert" or "torch"), and that as `encoders.predict` is called: float32 logits of predict(examples,
-    max_length=…, progress=…).
+    """A verified model directory: its transformers config and tokenizer, its problem type and the names of its labels
+    in the order of the logits, what runs it ("sparsebert" or "torch"), and that as `encoders.predict` is called:
+    float32 logits of predict(examples, max_length=…, progress=…).
     """
 
     directory: Path
+    config: object
+    tokenizer: object
     problem: Problem
     names: tuple[str, ...]
     engine: str
@@ -46,7 +48,7 @@ class Classifier:
         engine = None if on_gpu else _engine(directory)
         if engine is None:
             model.to("cuda" if on_gpu else "cpu")
-            return cls(directory, problem, names, "torch", partial(predict, model, tokenizer))
+            return cls(directory, config, tokenizer, problem, names, "torch", partial(predict, model, tokenizer))
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
             # By the tokenizer that `predict` uses: what tokenizer.json says alone, transformers may overrule.
@@ -60,7 +62,7 @@ class Classifier:
                 progress(start + len(batch), len(encoded))
             return logits
 
-        return cls(directory, problem, names, "sparsebert", run)
+        return cls(directory, config, tokenizer, problem, names, "sparsebert", run)
 
 
 def _engine(directory: Path) -> Engine | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from sparsebert import checkpoint, data, patterns
+from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig, SubnetConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
@@ -28,7 +28,8 @@ __all__ = ["METHODS", "TRAINED", "Calibration", "PruneResult", "draw", "prune", 
 class PruneResult:
     """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
     on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
-    method trains.
+    method trains. max_length: tokens kept of a calibration text; cut: the share of them that have more. rows: read of
+    own files (data.rows_read).
     """
 
     method: str
@@ -39,6 +40,9 @@ class PruneResult:
     seconds: float
     peak_rss_mb: float
     training: dict | None = None
+    max_length: int | None = None
+    cut: float | None = None
+    rows: dict | None = None
 
     def as_json(self) -> dict:
         fields = asdict(self)
@@ -116,7 +120,7 @@ def prune_checkpoint(
     config = config or PruneConfig()
     subnet = subnet or SubnetConfig()
     check(config, subnet)
-    spec = data.get_task(task)
+    spec = data.get_task(task, config.max_length)
     source = checkpoint.resolve(source)
     read = [source] if spec.folder is None else [source, spec.folder]
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
@@ -132,7 +136,7 @@ def prune_checkpoint(
                 raise InputError(
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
-            examples = data.load(spec, spec.train)
+            examples = data.load(spec, spec.train, labelled=False)
             inputs["data"] = examples.sha256
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
         job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)
@@ -150,10 +154,14 @@ def prune_checkpoint(
             recipe |= {"data_sha256": trained.lesson.inputs["data"], **trained.lesson.config.model_dump()}
         else:
             model, tokenizer = checkpoint.load(source)
+            encoders.require_length(model.config, config.max_length)
             texts = None
             if examples is not None:
                 texts = draw(model, tokenizer, examples, config.calibration_tokens, spec.max_length, config.seed)
             result = prune(model, texts, config, run=Run(progress, job))
+            if texts is not None:
+                cut = encoders.cut_share(tokenizer, texts.texts, texts.max_length)
+                result = replace(result, max_length=texts.max_length, cut=cut, rows=data.rows_read(spec))
         recipe |= config.model_dump()
         summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
         summary["max_length"] = spec.max_length
@@ -172,7 +180,8 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
     if config.method in TRAINED:
         return subnets.check(config, subnet)
     if subnet is not None:
-        others = [name for name, value in SubnetConfig() if getattr(subnet, name) != value and name != "seed"]
+        own = SubnetConfig.model_fields.keys() - PruneConfig.model_fields.keys()
+        others = [name for name in own if getattr(subnet, name) != SubnetConfig.model_fields[name].default]
         if others:
             raise InputError(
                 f"--{others[0].replace('_', '-')} belongs to methods {', '.join(TRAINED)}, got {config.method}",

@@ -56,7 +56,7 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
     """
     from sparsebert.pruning import TRAINED, check
 
-    spec, subnet = data.get_task(task), subnet or SubnetConfig()
+    spec, subnet = data.get_task(task, config.max_length), subnet or SubnetConfig()
     check(config, subnet)
     directory = checkpoint.resolve(source)
     model = checkpoint.shapes(directory)

@@ -41,7 +41,7 @@ class Subnet:
         self.config = config
         self.pattern = parse(config.pattern)
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
-        self.spec = data.get_task(task)
+        self.spec = data.get_task(task, config.max_length)
         self.start = _weights(subnet.start, source)
         self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
         if config.method == "imp-rw" and self.rewind is None:

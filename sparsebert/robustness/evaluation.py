@@ -28,7 +28,8 @@ class Evaluation:
     kl_to_dense: mean divergence from the dense model in nats (heads.Problem.divergence; for one label per text KL(dense
     ‖ this)). agreement: share of equal predictions, of one logit the rank correlation with the dense model's.
     difference: score minus the dense model's, paired. These and what follows from them are None without a dense model.
-    engine: what computed the logits, "sparsebert" or "torch", where `evaluate` did.
+    engine: what computed the logits, "sparsebert" or "torch", where `evaluate` did. max_length: tokens kept of a text;
+    cut: the share of the texts that have more. rows: read of own files (data.rows_read).
     ood: the figures of `compare_ood` by the name of the test, where any was asked for.
     """
 
@@ -52,6 +53,9 @@ class Evaluation:
     difference_ci: Interval | None = None
     mcnemar_p: float | None = None
     engine: str | None = None
+    max_length: int | None = None
+    cut: float | None = None
+    rows: dict | None = None
     ood: dict[str, dict] | None = None
 
 

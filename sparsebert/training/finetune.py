@@ -23,7 +23,8 @@ class TrainResult:
     """steps: optimizer steps in all; resumed_from: how many of them an earlier run had done (all, where the directory
     was already finished); loss: mean over the last 50 steps; seconds: of the run that finished it. chosen: the step
     whose weights were kept, and held_out its accuracy, where there was a choice. bias: the accuracy of the bias model
-    on the training examples, and its mean probability of their labels, where the loss has one.
+    on the training examples, and its mean probability of their labels, where the loss has one. max_length: tokens kept
+    of a text; cut: the share of the training texts that have more. rows: read of own files (data.rows_read).
     """
 
     directory: Path
@@ -36,6 +37,9 @@ class TrainResult:
     chosen: int | None = None
     held_out: float | None = None
     bias: dict | None = None
+    max_length: int | None = None
+    cut: float | None = None
+    rows: dict | None = None
 
     def as_json(self) -> dict:
         return {**asdict(self), "directory": str(self.directory)}
@@ -61,7 +65,7 @@ def train(
     """
     start = time.perf_counter()
     config = config or TrainConfig()
-    spec = data.get_task(task)
+    spec = data.get_task(task, config.max_length)
     source = checkpoint.resolve(model)
     read = [source] if spec.folder is None else [source, spec.folder]
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)

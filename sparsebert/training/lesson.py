@@ -17,8 +17,10 @@ from sparsebert.encoders import (
     Progress,
     autocast,
     collate,
+    cut_share,
     head_linears,
     predict,
+    require_length,
     set_labels,
     token_limit,
     tokenize,
@@ -110,7 +112,9 @@ class Lesson:
         teacher that is not given is trained first by `train`, into <output>.teacher.
         """
         config = self.config
-        encoded = tokenize(tokenizer, self.examples, token_limit(model.config, self.spec.max_length))
+        require_length(model.config, config.max_length)
+        limit = token_limit(model.config, self.spec.max_length)
+        encoded = tokenize(tokenizer, self.examples, limit)
         teacher = self.teacher
         if teacher is None and LOSSES[config.loss].teacher:
             teacher = self._train_teacher(job, train, progress)
@@ -123,7 +127,8 @@ class Lesson:
             return heads.PROBLEMS[self.spec.problem].metric(logits, self.held_out.labels)
 
         run = Run(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
-        figures["resumed_from"] = run.step
+        figures |= {"max_length": limit, "cut": cut_share(tokenizer, self.examples, limit)}
+        figures |= {"rows": data.rows_read(self.spec), "resumed_from": run.step}
         for step in range(run.step, len(steps)):
             rows = steps[step]
             torch.manual_seed(seed_of(config.seed, step))

@@ -12,7 +12,7 @@ import torch
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.data import Examples
-from sparsebert.encoders import Progress, batches, no_progress, predict, token_limit, tokenize
+from sparsebert.encoders import Progress, batches, no_progress, predict, require_length, token_limit, tokenize
 from sparsebert.errors import InputError
 from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.jobs import Job
@@ -64,6 +64,7 @@ def soup(
     output: str | Path,
     *,
     score: str = "perturbed",
+    max_length: int | None = None,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> SoupResult:
@@ -78,7 +79,7 @@ def soup(
     """
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
-    spec = data.get_task(task)
+    spec = data.get_task(task, max_length)
     sources = [checkpoint.resolve(directory) for directory in directories]
     shared = _shared(sources, task_name(spec))
     read = sources if spec.folder is None else [*sources, spec.folder]
@@ -96,6 +97,7 @@ def soup(
         return SoupResult(**figures)
 
     model, tokenizer = own_classifier(sources[0], spec)
+    require_length(model.config, max_length)
     states = []
     for source in sources:
         state = own_classifier(source, spec)[0].state_dict()

@@ -1,0 +1,201 @@
+"""Labelled texts of a task, and how they are found: local files first, then the `datasets` library."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import environment, heads
+from sparsebert.data import tables
+from sparsebert.data.tasks import NLI, TASKS, Task
+from sparsebert.errors import DataError, InputError, first_line
+from sparsebert.heads import Problem
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Texts in file order. texts_b is None for a single-sentence task. labels: int64 [n]; of several labels per text
+    float32 [n, labels] of 0 and 1; of one logit float32 [n]; None where a file of unlabelled texts was read. groups:
+    what kind each is, for a task that has such.
+    """
+
+    task: str
+    split: str
+    texts: list[str]
+    texts_b: list[str] | None
+    labels: np.ndarray | None
+    groups: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @property
+    def sha256(self) -> str:
+        """Content hash over texts and labels: the data part of every ledger key."""
+        digest = hashlib.sha256()
+        for column in (self.texts, self.texts_b or []):
+            for text in column:
+                digest.update(text.encode() + b"\0")
+            digest.update(b"\1")
+        if self.labels is not None:
+            digest.update(self.labels.tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows) -> Examples:
+        """The examples at `rows`, in that order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        texts_b, groups = (
+            None if column is None else [column[i] for i in rows] for column in (self.texts_b, self.groups)
+        )
+        labels = None if self.labels is None else self.labels[rows]
+        return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, labels, groups)
+
+    def sample(self, n: int | None, seed: int) -> Examples:
+        """A seeded random subset of n examples in this order; all of them where n is None or not less."""
+        if n is None or n >= len(self):
+            return self
+        return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
+
+
+def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0, labelled: bool = True) -> Examples:
+    """All examples of a split, or a seeded random subset of `limit` of them, in file order.
+
+    Looks among the task's own examples, else in SPARSEBERT_DATA/<task>/<split>.parquet, else among the packaged files,
+    else asks `datasets`. labelled: whether labels are needed. Raises DataError for a missing or unreadable file, text
+    that is empty or not UTF-8, and labels outside the task's.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"n must be at least 1, got {limit}", fix="ask for at least one example")
+    if task.own is not None:
+        examples = _own(task, split, labelled)
+    else:
+        path = _find(task, split)
+        examples = _check(task, split, tables.read(path) if path else _read_hub(task, split))
+    return examples.sample(limit, seed)
+
+
+def _own(task: Task, split: str, labelled: bool) -> Examples:
+    if split not in task.own:
+        raise DataError(f"task {task.folder} has no {split} file", fix=f"add {split}.csv, or any of the other kinds")
+    if labelled and not task.labelled:
+        raise DataError(f"task {task.folder} has no column 'label', and labels are needed here", fix="add one")
+    return task.own[split]
+
+
+def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
+    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. InputError where
+    nothing would be left.
+    """
+    if n >= len(examples):
+        raise InputError(f"hold_out must be below the {len(examples)} training examples, got {n}", fix="hold out fewer")
+    order = np.random.default_rng(0x5EED).permutation(len(examples))
+    return examples.take(np.sort(order[n:])), examples.take(np.sort(order[:n]))
+
+
+def mix_ood(task: Task, examples: Examples) -> Examples:
+    """The examples and, behind them, those of `task.ood_train`; what is not entailed there contradicts in three-way
+    tasks. [Liu et al. 2022, App. C.3]
+    """
+    if not task.ood_train:
+        raise InputError(f"task {task.name!r} has no out-of-distribution training examples", fix="leave --mix-ood out")
+    texts, texts_b, labels = list(examples.texts), list(examples.texts_b), [examples.labels]
+    for name, split, times in task.ood_train:
+        other = load(TASKS[name], split)
+        texts += other.texts * times
+        texts_b += other.texts_b * times
+        labels += [_in_labels_of(task, TASKS[name])[other.labels]] * times
+    return Examples(examples.task, examples.split, texts, texts_b, np.concatenate(labels))
+
+
+def as_values(task: Task, examples: Examples, problem: Problem) -> tuple[Task, Examples]:
+    """The same as a question for a model of that problem type: for one logit, class numbers of a file are values."""
+    if problem is heads.ONE_LOGIT and task.problem == "single_label" and heads.are_anonymous(task.labels):
+        task = replace(task, problem="one_logit", labels=())
+        examples = replace(examples, labels=examples.labels.astype(np.float32))
+    return task, examples
+
+
+def _in_labels_of(task: Task, other: Task) -> np.ndarray:
+    """The label of `task` for each of another task's: what is not entailed contradicts, in a three-way task."""
+    by_name = {heads.fold(name): i for i, name in enumerate(task.labels)}
+    if set(task.labels) == set(NLI):
+        by_name[heads.fold("not_entailment")] = by_name[heads.fold("contradiction")]
+    return np.array([by_name[heads.fold(name)] for name in other.labels])
+
+
+def require_texts(texts: list[str]) -> None:
+    """InputError unless every text is a non-empty string that UTF-8 can hold."""
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise InputError(f"text {row} must be a non-empty string, got {text!r}", fix="remove or fill it")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"text {row} must be valid Unicode: {error}", fix="decode the file as UTF-8") from error
+
+
+@functools.cache
+def word_neighbors() -> dict[str, list[str]]:
+    """Lower-case word -> up to 8 words of similar meaning, nearest first (counter-fitted vectors; packaged)."""
+    packed = resources.files("sparsebert") / "assets" / "attack" / "counterfitted_neighbors.json.gz"
+    return {word: near for word, near in json.loads(gzip.decompress(packed.read_bytes())).items() if near}
+
+
+def normalised(text: str) -> str:
+    """The text without case and with single spaces: what makes two examples the same."""
+    return " ".join(text.casefold().split())
+
+
+def _find(task: Task, split: str) -> Path | None:
+    root = environment.data_dir()
+    candidates = [root / task.name / f"{split}.parquet"] if root else []
+    candidates.append(Path(str(resources.files("sparsebert"))) / "assets" / task.name / f"{split}.parquet")
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_hub(task: Task, split: str) -> tables.Table:
+    root = environment.data_dir()
+    where = (
+        f"task {task.name!r}: {root / task.name / split}.parquet is absent"
+        if root
+        else f"task {task.name!r}: no local file"
+    )
+    mend = f"set SPARSEBERT_DATA to a folder with {task.name}/{split}.parquet"
+    if task.hub is None or split not in task.hub.splits:
+        raise DataError(f"{where}, and `datasets` has no such split", fix=mend)
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(where, fix=f"{mend}, or pip install datasets") from error
+    try:
+        table = datasets.load_dataset(task.hub.path, task.hub.name, split=task.hub.splits[split])
+    except (OSError, ValueError, RuntimeError) as error:  # no network, offline mode, or a set that moved
+        raise DataError(f"{where}, and datasets said: {first_line(error)}", fix=mend) from error
+    labels = list(table["label"])
+    keep = [i for i, label in enumerate(labels) if label >= 0]  # SNLI marks pairs without a gold label by -1
+    columns = {"label": [labels[i] for i in keep]}
+    for ours, theirs in zip(("text", "text_b"), task.hub.columns, strict=False):
+        column = list(table[theirs])
+        columns[ours] = [column[i] for i in keep]
+    return tables.Table(Path(f"datasets:{task.hub.path}"), columns, [f"row {i + 1}" for i in keep])
+
+
+def _check(task: Task, split: str, table: tables.Table) -> Examples:
+    """The examples of a table whose columns and labels are those of the task."""
+    texts = [tables.texts_of(table, name) for name in (("text", "text_b") if task.pair else ("text",))]
+    groups = tables.texts_of(table, task.groups) if task.groups else None
+    labels = table.column("label")
+    for row, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < len(task.labels):
+            raise DataError(
+                f"{table.where(row)}: label must be 0 to {len(task.labels) - 1}, got {label!r}", fix="correct the label"
+            )
+    labels = np.asarray(labels, dtype=np.int64)
+    return Examples(task.name, split, texts[0], texts[1] if task.pair else None, labels, groups)

@@ -1,0 +1,107 @@
+"""The table of tasks that the package knows: label names, single texts or pairs, metric, splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sparsebert.data.examples import Examples
+
+SENTIMENT = ("negative", "positive")
+NLI = ("entailment", "neutral", "contradiction")
+ENTAILMENT = ("entailment", "not_entailment")
+PARAPHRASE = ("different", "paraphrase")
+FACT = ("SUPPORTS", "REFUTES")
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where `datasets` finds a task: path, configuration, text columns, and its name for each of our splits."""
+
+    path: str
+    name: str | None
+    columns: tuple[str, ...]
+    splits: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One classification task.
+
+    labels: names, index = label; none for one logit and for unlabelled texts. train, test: the split trained on (None
+    where there is none) and the split reported on.
+    metric: "accuracy", or "f1" where the field also reports F1 of class 1. three_way: a three-way NLI model may be
+    evaluated here, its classes neutral and contradiction counting as class 1. max_length: tokens kept of a text,
+    special ones included; None for as many as the model takes. ood: tasks that a model of this one is tested on out of
+    distribution. ood_train: (task, split, times) of training examples for an upper bound there. bias: the bias model
+    that debiased losses take by default (training.bias). groups: the column that names what kind of example each is,
+    where figures are wanted by it. problem: the name of the problem type, of heads.PROBLEMS.
+
+    Of a task of the user's own: folder: its folder or file. own: its examples by split. labelled: whether they have
+    labels. by_hash: whether one file was split by a hash of its texts.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    train: str | None
+    test: str
+    pair: bool = False
+    metric: str = "accuracy"
+    three_way: bool = False
+    max_length: int | None = 128
+    ood: tuple[str, ...] = ()
+    ood_train: tuple[tuple[str, str, int], ...] = ()
+    bias: str | None = None
+    groups: str | None = None
+    problem: str = "single_label"
+    hub: Hub | None = None
+    folder: Path | None = field(default=None, compare=False)
+    own: dict[str, Examples] | None = field(default=None, compare=False, repr=False)
+    labelled: bool = True
+    by_hash: bool = False
+
+
+def _glue(name: str, columns: tuple[str, ...], test: str, hub_test: str = "validation") -> Hub:
+    return Hub("nyu-mll/glue", name, columns, {"train": "train", test: hub_test})
+
+
+# hans, paws_qqp, fever and fever_symm are on the hub as loading scripts or not at all; `datasets` reads neither.
+# Overlaps to know: 702 of 2,000 mr/test sentences are in sst2/train; fever_symm v1 and v2 share rows; imdb train and
+# test share 123 reviews. None of these pairs is an out-of-domain test of the other.
+_TABLE = (
+    Task("mr", SENTIMENT, "train", "test"),
+    Task("sst2", SENTIMENT, "train", "dev", hub=_glue("sst2", ("sentence",), "dev")),
+    Task("imdb", SENTIMENT, "train", "test", max_length=256,
+         hub=Hub("stanfordnlp/imdb", None, ("text",), {"train": "train", "test": "test"})),
+    Task("agnews", ("World", "Sports", "Business", "Sci/Tech"), "train", "test", max_length=256,
+         hub=Hub("fancyzhx/ag_news", None, ("text",), {"train": "train", "test": "test"})),
+    Task("mnli", NLI, "train", "dev_matched", pair=True, bias="overlap",
+         ood=("hans",), ood_train=(("hans", "train", 1),),
+         hub=_glue("mnli", ("premise", "hypothesis"), "dev_matched", "validation_matched")),
+    Task("snli", NLI, "train", "dev", pair=True, bias="overlap",
+         ood=("hans",), ood_train=(("hans", "train", 1),),
+         hub=Hub("stanfordnlp/snli", None, ("premise", "hypothesis"), {"train": "train", "dev": "validation"})),
+    Task("hans", ENTAILMENT, "train", "test", pair=True, three_way=True, groups="heuristic"),
+    Task("rte", ENTAILMENT, "train", "dev", pair=True, three_way=True, bias="overlap",
+         hub=_glue("rte", ("sentence1", "sentence2"), "dev")),
+    Task("qnli", ENTAILMENT, "train", "dev", pair=True, hub=_glue("qnli", ("question", "sentence"), "dev")),
+    # dev_heldout is cut from the official training rows; the official dev set is not it and has no name here.
+    Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1", bias="overlap",
+         ood=("paws_qqp", "paws_wiki"),
+         ood_train=(("paws_wiki", "dev", 1),),  # the training splits of PAWS are not at hand
+         hub=Hub("nyu-mll/glue", "qqp", ("question1", "question2"), {"train": "train"})),
+    Task("mrpc", PARAPHRASE, "train", "dev", pair=True, metric="f1", bias="overlap",
+         hub=_glue("mrpc", ("sentence1", "sentence2"), "dev")),
+    Task("paws_qqp", PARAPHRASE, None, "dev_and_test", pair=True, metric="f1"),
+    Task("paws_wiki", PARAPHRASE, "dev", "test", pair=True, metric="f1",
+         hub=Hub("google-research-datasets/paws", "labeled_final", ("sentence1", "sentence2"),
+                 {"dev": "validation", "test": "test"})),
+    Task("fever", FACT, "train", "dev", pair=True, bias="claim", ood=("fever_symm_v1", "fever_symm_v2"),
+         ood_train=(("fever_symm_v2", "dev", 10),)),
+    Task("fever_symm_v1", FACT, None, "test", pair=True),
+    Task("fever_symm_v2", FACT, "dev", "test", pair=True),
+    Task("cola", ("unacceptable", "acceptable"), "train", "dev", hub=_glue("cola", ("sentence",), "dev")),
+)  # fmt: skip
+TASKS: dict[str, Task] = {task.name: task for task in _TABLE}
