@@ -5,7 +5,7 @@ SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test lint clean
 demo: .venv/installed
-	$(BIN)/sparsebert demo
+	$(BIN)/sparsebert demo --overwrite  # of what an older version of the code has left
 
 test: .venv/installed
 	$(BIN)/ruff check .

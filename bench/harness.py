@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sparsebert import machine
+from sparsebert import jobs, machine
 from sparsebert.engine.measure import Timings, interleave
 
 Row = dict[str, str | int | float | bool | None]
@@ -103,7 +103,7 @@ def report(
     short = [{key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
     print(json.dumps({"machine": card, "command": command(), "rows": short}))
     if page is not None:
-        page.write_text(markdown(title, rows, columns, notes), encoding="utf-8")
+        jobs.write(page, markdown(title, rows, columns, notes))
 
 
 def markdown(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str) -> str:

@@ -4,10 +4,11 @@ python -m bench.study_pruning main|patterns|ladder [--dense DIR …] [--task sst
 
 `main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of
 `knowledge` one by one, takes each away, and distills the baselines as well. A finished cell is a line of the cells
-file, which is never computed again: the same command resumes, and so does a cell, after its last finished layer. The
-table is of every cell in the file, those of dense models no longer at hand as well; `ladder`'s of the dense models and
-draws that all its rows have. Cells are paired: a ratio is taken within a dense model and draw, and its mean over them
-is geometric. Several processes may share a cells file as long as they differ in dense models or draws.
+file, and a row of the ledger beside it; it is never computed again: the same command resumes, and so does a cell, after
+its last finished layer. The table is of every cell in the file, those of dense models no longer at hand as well;
+`ladder`'s of the dense models and draws that all its rows have. Cells are paired: a ratio is taken within a dense model
+and draw, and its mean over them is geometric. Several processes may share a cells file as long as they differ in dense
+models or draws.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import shutil
 import sys
 from collections import Counter
@@ -28,9 +28,10 @@ import numpy as np
 from scipy import stats
 
 from bench import harness
-from sparsebert import checkpoint, data, encoders, ledger
+from sparsebert import checkpoint, data, encoders
 from sparsebert.config import PruneConfig
-from sparsebert.pruning import CODE, METHODS, OPS, draw, prune
+from sparsebert.jobs import Job, Ledger, code_of
+from sparsebert.pruning import METHODS, draw, prune
 from sparsebert.pruning.knowledge import STEPS, steps_of
 from sparsebert.pruning.recover import distill
 from sparsebert.pruning.run import Run
@@ -89,48 +90,41 @@ def settings(which: str) -> Iterator[tuple[str, str, dict]]:
                 yield space, "knowledge 0 - cluster", FEW["knowledge 0"] | where | {"without": "cluster"}
 
 
-VERSION = ledger.unit_key("study", {}, *CODE, *OPS)[:12]  # of the code that a cell was computed by
+CODE = "sparsebert.pruning.methods"
+VERSION = code_of(CODE)[:12]  # of the code that a cell was computed by
 IDENTITY = ("task", "dense", "weights", "draw", "tokens", "config")  # of two cells with these the later counts
 
 
 class Cells:
-    """The finished cells in `path`, one JSON object a line."""
+    """The finished cells in `path`, one JSON object a line, as its ledger exports them."""
+
+    kind = "pruning cell"
 
     def __init__(self, path: Path):
-        self.path = path
-        self.found: dict[str, dict] = {}
+        self.path, self.book = path, Ledger(path.with_suffix(".sqlite"))
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    self._add(json.loads(line))
-                except ValueError:
-                    continue  # cut short by a kill: computed again
+            self._take_over()
 
     def of(self, **fields) -> list[dict]:
         """The cells with these fields."""
-        return [c for c in self.found.values() if all(c[name] == value for name, value in fields.items())]
+        found = {}
+        for identity, figures in self.book.results(self.kind):
+            found[json.dumps(identity, sort_keys=True)] = identity | figures
+        return [c for c in found.values() if all(c[name] == value for name, value in fields.items())]
 
     def once(self, identity: dict, compute) -> dict:
         """The cell of that identity and this code; else `compute()`'s figures, written before they are returned."""
-        found = self.found.get(self._key(identity))
-        if found is not None and found["code"] == VERSION:
-            return found
-        line = {**identity, "code": VERSION, **compute()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            torn = file.tell() > 0 and not self.path.read_bytes().endswith(b"\n")
-            file.write((b"\n" if torn else b"") + json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._add(line)
-        return line
+        figures = self.book.once(self.kind, identity, lambda: {"code": VERSION, **compute()}, VERSION)
+        self.book.export(self.path)
+        return identity | figures
 
-    def _add(self, line: dict) -> None:
-        self.found[self._key(line)] = line
-
-    @staticmethod
-    def _key(line: dict) -> str:
-        return json.dumps([line[name] for name in IDENTITY], sort_keys=True)
+    def _take_over(self) -> None:
+        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        if all("key" in line for line in lines):
+            return self.book.take_over(self.path)
+        for line in lines:  # of a version that wrote identity and figures side by side
+            identity = {name: line.pop(name) for name in IDENTITY}
+            self.book.once(self.kind, identity, lambda line=line: line, line["code"])
 
 
 def cell(identity: dict, dense: Path, layers: Path) -> dict:
@@ -147,7 +141,9 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
     config = PruneConfig(seed=identity["draw"], calibration_tokens=identity["tokens"], **fields)
     texts = draw(model, tokenizer, data.load(spec, spec.train), config.calibration_tokens, spec.max_length, config.seed)
     teacher = copy.deepcopy(model) if distilled else None
-    result = prune(model, texts, config, run=Run(directory=layers, key=_of_layers(identity, config)))
+    job = Job("layers", _of_layers(identity, config), CODE, layers, overwrite=True)
+    with job:  # and what it kept stays, for the next setting
+        result = prune(model, texts, config, run=Run(job=job))
     if teacher is not None:
         distill(model, teacher, texts, perturb=True, seed=config.seed)
     logits = encoders.predict(model, tokenizer, examples, max_length=spec.max_length)
@@ -157,12 +153,12 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
     return {name: found[name] for name in kept} | {"dense_accuracy": dense_accuracy, "sparsity": result.sparsity}
 
 
-def _of_layers(identity: dict, config: PruneConfig) -> str:
+def _of_layers(identity: dict, config: PruneConfig) -> dict:
     """The same for settings whose pruned layers are the same."""
     fields = config.model_dump()
     if config.method == "knowledge":
         fields |= {"tier": None, "without": None, "steps": sorted(steps_of(config) - AFTER)}
-    return ledger.unit_key("layers", identity | {"config": fields}, *CODE, *OPS)
+    return identity | {"config": fields}
 
 
 def shared(cells: dict[tuple[str, str], list[dict]]) -> dict[tuple[str, str], list[dict]]:
@@ -230,7 +226,7 @@ def main() -> int:
     for dense in args.dense:
         weights = checkpoint.weights_sha256(dense)[:12]
         for seed in args.draws:
-            layers = args.cells.with_name(f"{args.cells.stem}.{weights}-{seed}.partial")
+            layers = args.cells.with_name(f"{args.cells.stem}.{weights}-{seed}")
             for space, name, fields in rows:
                 if (args.only and name not in args.only) or (args.spaces and space not in args.spaces):
                     continue
@@ -240,7 +236,7 @@ def main() -> int:
                 }  # fmt: skip
                 found = cells.once(identity, partial(cell, identity, dense, layers))
                 print(f"{dense.name} {seed} {space} {name}: kl {found['kl_to_dense']:.4f}", file=sys.stderr, flush=True)
-            shutil.rmtree(layers, ignore_errors=True)
+            shutil.rmtree(layers.with_name(f"{layers.name}.partial"), ignore_errors=True)
     chosen = {
         (space, name): found
         for space, name, fields in rows

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from models import classifier, saved, tokenizer
 
 from sparsebert import config, data
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, OutputError
 from sparsebert.training import bias, train
 
 MNLI, MR, FEVER = (data.get_task(name) for name in ("mnli", "mr", "fever"))
@@ -125,6 +128,66 @@ def test_a_bias_model_trained_on_examples_it_would_judge_is_refused(start, tmp_p
     with pytest.raises(InputError, match=r"was trained on \d+ of the 500 examples it would have to judge"):
         train(start, "mr", tmp_path / "m", settings)
     assert not (tmp_path / "m").exists()
+
+
+def folder_task(folder, texts):
+    """A folder of the user's own with these texts, in other case and spacing."""
+    folder.mkdir(exist_ok=True)
+    rows = [{"text": text.upper().replace(" ", "  "), "label": i % 2} for i, text in enumerate(texts)]
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_examples_are_the_same_whatever_their_task_is_called(start, tmp_path, monkeypatch):
+    texts = data.load(MR, "train").texts
+    folder_task(tmp_path / "mine", texts)
+    monkeypatch.chdir(tmp_path)
+    train(start, "mine", tmp_path / "bias", config.TrainConfig(n=64, **TINY))
+    monkeypatch.chdir("/")  # what the recipe says is no path from here
+    with pytest.raises(InputError, match=r"was trained on 64 of the 8662 examples it would have to judge"):
+        predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
+    folder_task(tmp_path / "mine", texts[:5000])
+    with pytest.raises(InputError, match=r"what .*bias was trained on, .*mine, has changed since"):
+        predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
+    shutil.rmtree(tmp_path / "mine")
+    with pytest.raises(InputError, match=r"what .*bias was trained on is not to be had any more"):
+        predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
+
+
+def test_what_a_bias_model_was_trained_from_has_seen_its_examples_too(start, tmp_path):
+    train(start, "mr", tmp_path / "first", config.TrainConfig(n=64, **TINY))
+    other = folder_task(tmp_path / "other", [f"text number {i}" for i in range(40)])
+    train(tmp_path / "first", str(other), tmp_path / "bias", config.TrainConfig(**TINY))
+    with pytest.raises(InputError, match=r"was trained on 64 of the 8662"):
+        predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
+    mixed = config.TrainConfig(mix_ood=True, n=30, **TINY)
+    recipe = {"task": "mnli", "hold_out": 0, **mixed.model_dump()}
+    seen = data.load(data.TASKS[MNLI.ood_train[0][0]], MNLI.ood_train[0][1]).texts
+    assert set(seen) <= set(bias.training_examples(tmp_path, recipe).texts), "and those mixed in"
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_the_content_of_a_bias_model_is_part_of_the_key(start, tmp_path, kind):
+    path, again = tmp_path / ("b.npy" if kind == "file" else "b"), {"hold_out": 8000, **TINY}
+    rng = np.random.default_rng(0)
+
+    def make(seed):
+        if kind == "file":
+            np.save(path, np.log(rng.dirichlet([1, 1], 8662)))
+        else:
+            train(start, "mr", path, config.TrainConfig(seed=seed, n=30, **again), overwrite=True)
+
+    make(0)
+    settings = config.TrainConfig(loss="poe", bias=str(path), n=20, **TINY)
+    if kind == "directory":  # judged by one that saw none of them
+        held = folder_task(tmp_path / "held", data.hold_out(data.load(MR, "train"), 8000)[1].texts)
+    task = "mr" if kind == "file" else str(held)
+    first = train(start, task, tmp_path / "m", settings)
+    assert train(start, task, tmp_path / "m", settings).weights_sha256 == first.weights_sha256
+    make(1)
+    with pytest.raises(OutputError, match=r"m was made with --bias [0-9a-f]{8}…, not [0-9a-f]{8}…; repeat"):
+        train(start, task, tmp_path / "m", settings)
 
 
 def test_a_classifier_of_other_examples_is_taken(start, tmp_path):

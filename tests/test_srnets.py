@@ -9,7 +9,8 @@ import pytest
 import yaml
 from models import saved
 
-from sparsebert.errors import InputError
+from sparsebert import checkpoint
+from sparsebert.errors import InputError, OutputError
 from sparsebert.study import publish, read_grid, read_shard, run_grid, srnets
 from sparsebert.study.grid import Cell, Comparison
 from sparsebert.study.report import compared, flat, lines_of, markdown
@@ -98,6 +99,33 @@ def test_a_mask_that_names_no_gradual_sparsity_is_fixed_for_any_pattern(tmp_path
     cells = [{**cells, "pattern": ["unstructured", "16x1"]}, {**cells, "pattern": "16x1", "gradual": 0.2}]
     grid = read_grid(str(written(tmp_path, start, cells=cells)))
     assert [grid.prune_configs(cell)[1].gradual for cell in grid.cells] == [None, 0.5, 0.2]
+
+
+def test_another_model_has_weights_of_its_own(tmp_path, start, quick):
+    """`model:` is no part of a cell; its weights were once taken for those of the model before."""
+    cells = [{"task": "mr", "paradigm": "finetuned", "method": "imp", "sparsity": 0.5}]
+
+    def weights(folder):
+        return {checkpoint.weights_sha256(path) for path in (folder / "models").iterdir()}
+
+    run_grid(read_grid(str(written(tmp_path, start, cells=cells))), tmp_path / "out")
+    first = weights(tmp_path / "out")
+    other = read_grid(str(written(tmp_path, saved(tmp_path / "other", seed=5), cells=cells)))
+    (_, result), *_ = run_grid(other, tmp_path / "out").done
+    (_, alone), *_ = run_grid(other, tmp_path / "alone").done
+    assert len(first) == 1 and weights(tmp_path / "out") == first | weights(tmp_path / "alone")
+    assert len(weights(tmp_path / "out")) == 2 and result["evaluation"] == alone["evaluation"]
+
+
+def test_a_deleted_ledger_is_made_again_of_its_cells(tmp_path, start, quick):
+    grid = read_grid(str(written(tmp_path, start, cells=SMALL["cells"][:1])))
+    done = run_grid(grid, tmp_path / "out").done
+    (tmp_path / "out/units.sqlite").write_bytes(b"damaged" * 500)
+    with pytest.raises(OutputError, match=r"units\.sqlite cannot be opened.*--overwrite"):
+        run_grid(grid, tmp_path / "out")
+    begun = []
+    again = run_grid(grid, tmp_path / "out", overwrite=True, progress=lambda done, total, what="": begun.append(what))
+    assert again.done == done and set(begun) == {"cells"}
 
 
 class Killed(Exception):

@@ -9,8 +9,9 @@ import torch
 from models import classifier, saved, tokenizer
 
 from sparsebert import checkpoint, config, data, encoders, jobs
-from sparsebert.errors import InputError, OutputError
+from sparsebert.errors import CheckpointError, InputError, OutputError
 from sparsebert.training import loop, train
+from sparsebert.training.lesson import origin
 
 SETTINGS = config.TrainConfig(n=64, batch_size=8, epochs=1.5, lr=1e-3)  # 12 steps
 
@@ -244,6 +245,77 @@ def test_the_best_weights_are_those_of_the_best_check(start, tmp_path, monkeypat
     model, _ = checkpoint.load(tmp_path / "m")
     for name, p in model.named_parameters():
         assert torch.equal(p, kept_at[1][name]), name
+
+
+# Where a model comes from
+
+
+@pytest.fixture
+def chain(tmp_path, monkeypatch):
+    """pretrained → tuned → again, trained with relative paths in tmp_path/a."""
+    place = tmp_path / "a"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    saved(place / "pretrained")
+    quick = config.TrainConfig(n=16, batch_size=8, steps=1, precision="fp32")
+    train("pretrained", "mr", "tuned", quick)
+    train("tuned", "mr", "again", quick)
+    monkeypatch.chdir("/")
+    return place
+
+
+def test_the_origin_is_found_from_any_working_directory(chain, tmp_path):
+    assert origin(chain / "again") == chain / "pretrained"
+    moved = chain.rename(tmp_path / "b")  # all of them together
+    assert origin(moved / "again") == moved / "pretrained"
+
+
+def test_an_origin_that_moved_or_changed_is_refused(chain, tmp_path):
+    settings = config.TrainConfig(loss="poe", bias="weak", n=16, batch_size=8, steps=1, precision="fp32")
+    (chain / "pretrained").rename(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=r"tuned was made from .*/a/pretrained, which is not there any more"):
+        train(chain / "again", "mr", tmp_path / "m", settings)
+    train(chain / "again", "mr", tmp_path / "plain", settings.model_copy(update={"loss": "ce", "bias": "auto"}))
+    saved(chain / "pretrained", seed=3)
+    with pytest.raises(CheckpointError, match=r"tuned was made from .*/a/pretrained, which has changed since"):
+        train(chain / "again", "mr", tmp_path / "m", settings)
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_origin_noted_relative_to_an_unknown_place_is_refused(chain):
+    recipe = chain / "again" / "sparsebert" / "recipe.yaml"
+    recipe.write_text("command: train\nmodel: tuned\n")  # as a version before wrote it
+    with pytest.raises(CheckpointError, match=r"was made from 'tuned', and does not say where that is"):
+        origin(chain / "again")
+
+
+# Places
+
+
+def test_an_output_that_other_hands_have_made_is_replaced_by_overwrite_alone(start, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "thesis.tex").write_text("mine")
+    with pytest.raises(OutputError, match=r"m exists and is no model directory of this package; .*--overwrite"):
+        train(start, "mr", tmp_path / "m", SETTINGS)
+    assert (tmp_path / "m" / "thesis.tex").read_text() == "mine"
+    train(start, "mr", tmp_path / "m", SETTINGS, overwrite=True)
+    assert not (tmp_path / "m" / "thesis.tex").exists()
+
+
+def test_models_kept_on_the_way_replace_no_others(start, tmp_path):
+    settings = SETTINGS.model_copy(update={"keep": "0.5"})
+    other = train(start, "mr", tmp_path / "m-at-0.5", SETTINGS).weights_sha256
+    with pytest.raises(OutputError, match=r"m-at-0\.5 was made with --keep , not 0\.5"):
+        train(start, "mr", tmp_path / "m", settings)
+    assert checkpoint.weights_sha256(tmp_path / "m-at-0.5") == other and not (tmp_path / "m").exists()
+
+
+def test_other_settings_are_refused_before_a_teacher_is_trained(start, tmp_path):
+    settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=4, precision="fp32")
+    train(start, "mr", tmp_path / "m", SETTINGS)
+    with pytest.raises(OutputError, match=r"m was made with .*--loss ce, not confreg"):
+        train(start, "mr", tmp_path / "m", settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_every_step_of_a_run_may_be_given(start, tmp_path):

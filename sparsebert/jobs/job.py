@@ -139,9 +139,9 @@ class Job:
         where it may be replaced.
         """
         if not self.overwrite:
+            difference, again = self._difference(other)
             raise OutputError(
-                f"{what} {self._difference(other)}",
-                fix="repeat that, choose another -o, or give --overwrite to replace it",
+                f"{what} {difference}", fix=f"{again}choose another -o, or give --overwrite to replace it"
             )
 
     def __enter__(self) -> Job:
@@ -237,7 +237,8 @@ class Job:
                     fix=f"delete {self.partial}, or give --overwrite, to begin anew",
                 )
             state = None
-        require_space(self.output.parent, self.space)
+        taken = sum(path.stat().st_size for path in self.partial.iterdir())
+        require_space(self.output.parent, self.space - taken)
         if state is None:
             for path in self.partial.iterdir():
                 if path.name != _LOCK:
@@ -291,9 +292,10 @@ class Job:
                 break  # in use by now
         self._made = []
 
-    def _difference(self, other: dict | None) -> str:
+    def _difference(self, other: dict | None) -> tuple[str, str]:
+        """(how another job differs, what to do to go on with it)."""
         if other is None:
-            return "by a version of this package that did not note its settings"
+            return "by a version of this package that did not note its settings", ""
         here, there = _flat(self.record["inputs"]), _flat(other["inputs"])
         shown = [
             f"{name} {_shown(there.get(name))}, not {_shown(here.get(name))}"
@@ -302,14 +304,16 @@ class Job:
         ]
         if self.record["kind"] != other["kind"]:
             shown.insert(0, f"{other['kind']}, not {self.record['kind']}")
+        again = "repeat those settings, "
         if not shown:  # only then: other work is of other code as a matter of course
+            again = ""
             shown = [
                 f"{name} {_shown(other[part])}, not {_shown(self.record[part])}"
                 for part, name in (("code", "the code"), ("core", "the compiled core"), ("isa", "instruction set"))
                 if self.record[part] != other[part]
             ]
         more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
-        return f"with {'; '.join(shown[:4])}{more}"
+        return f"with {'; '.join(shown[:4])}{more}", again
 
 
 def _flat(inputs: dict, before: str = "") -> dict:

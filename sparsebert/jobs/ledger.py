@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparsebert.errors import InputError, OutputError, first_line
@@ -49,6 +48,8 @@ class Ledger:
             except OutputError:
                 for part in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
                     part.unlink(missing_ok=True)
+        import sqlite3  # here: who only writes files, such as the engine, need not wait for it
+
         with self._refusing("opened"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
@@ -125,7 +126,9 @@ class Ledger:
         return rows
 
     @contextlib.contextmanager
-    def _refusing(self, what: str):
+    def _refusing(self, what: str) -> Iterator[None]:
+        import sqlite3
+
         try:
             yield
         # Damage shows as any of these: SQLite's own errors, text that is not UTF-8, a page that is not there.

@@ -19,7 +19,7 @@ from sparsebert.pruning.calibration import Calibration, draw
 from sparsebert.pruning.methods import METHODS
 from sparsebert.pruning.run import Run
 from sparsebert.pruning.subnets import TRAINED, Subnet
-from sparsebert.training.lesson import task_name
+from sparsebert.training.lesson import read_by, task_name
 
 __all__ = ["METHODS", "TRAINED", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
 
@@ -122,7 +122,7 @@ def prune_checkpoint(
     check(config, subnet)
     spec = data.get_task(task, config.max_length)
     source = checkpoint.resolve(source)
-    read = [source] if spec.folder is None else [source, spec.folder]
+    read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
     trained = Subnet(source, task, target, config, subnet, overwrite) if config.method in TRAINED else None
     examples = None

@@ -14,7 +14,7 @@ from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job
 from sparsebert.training.imp import FixedZeros
-from sparsebert.training.lesson import Lesson, fresh_classifier, task_name
+from sparsebert.training.lesson import Lesson, fresh_classifier, read_by, task_name
 from sparsebert.training.loop import Hook, Run
 
 
@@ -67,7 +67,7 @@ def train(
     config = config or TrainConfig()
     spec = data.get_task(task, config.max_length)
     source = checkpoint.resolve(model)
-    read = [source] if spec.folder is None else [source, spec.folder]
+    read = read_by(spec, source, config.bias, config.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
     aside = {
         share: checkpoint.check_output(target.with_name(f"{target.name}-at-{share:g}"), overwrite=overwrite)

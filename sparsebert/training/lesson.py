@@ -275,6 +275,12 @@ def own_classifier(source: Path, spec: Task):
     return model, tokenizer
 
 
+def read_by(spec: Task, source: Path, *models: str | None) -> list[Path]:
+    """What a run on a task reads, and its output may not replace: directories of models, the task's own folder."""
+    named = [Path(model) for model in models if model is not None and Path(model).is_dir()]
+    return [source, *([] if spec.folder is None else [spec.folder]), *named]
+
+
 def task_name(spec: Task) -> str:
     """What a recipe calls a task, from any working directory."""
     return spec.name if spec.folder is None else str(spec.folder)

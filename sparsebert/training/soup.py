@@ -17,7 +17,7 @@ from sparsebert.errors import InputError
 from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.jobs import Job
 from sparsebert.training import adversarial
-from sparsebert.training.lesson import own_classifier, task_name
+from sparsebert.training.lesson import own_classifier, read_by, task_name
 from sparsebert.training.losses import Targets
 
 
@@ -82,8 +82,7 @@ def soup(
     spec = data.get_task(task, max_length)
     sources = [checkpoint.resolve(directory) for directory in directories]
     shared = _shared(sources, task_name(spec))
-    read = sources if spec.folder is None else [*sources, spec.folder]
-    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
+    target = checkpoint.check_output(output, sources=read_by(spec, *sources), overwrite=overwrite)
     _, examples = data.hold_out(data.load(spec, spec.train), shared["hold_out"])
     inputs = {
         "models": [checkpoint.source_sha256(source) for source in sources],
