@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -82,9 +83,12 @@ def cache_mb() -> int:
     return int(value)
 
 
-def calm_openmp() -> None:
-    """Has torch's OpenMP threads sleep as soon as they wait, unless the user has said how they should: beside another
-    busy process they would spin against it, and take ten times as long. To be called before torch is imported.
+def calm_openmp(granted: float) -> None:
+    """Has torch's OpenMP threads sleep as soon as they wait: beside another busy process they would spin against it
+    and take ten times as long. And has no more of them than `granted` CPUs, where the process may use that share of
+    its cores only. What the user has set stays. To be called before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if granted < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, math.ceil(granted))))

@@ -10,7 +10,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import stat
 import tempfile
@@ -30,7 +29,7 @@ from sparsebert import __version__, checkpoint, environment
 from sparsebert.errors import SparsebertError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
-from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
+from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles, is_mapped
 
 FORMAT_VERSION = 4  # of the files, and of the packed forms in them
 _ROOT = 0  # the user who may write anywhere
@@ -99,7 +98,7 @@ def private(encoders: Encoders) -> Encoders:
     """The same in memory of its own: a mapped model file that another program cuts short would end the process."""
     arrays: dict[int, tuple[str, np.ndarray]] = {}
     tree = _flattened(encoders, arrays)
-    return _restored(tree, {name: array.copy() if _is_mapped(array) else array for name, array in arrays.values()})
+    return _restored(tree, {name: array.copy() if is_mapped(array) else array for name, array in arrays.values()})
 
 
 def distinct(encoders: Encoders) -> list[PackedEncoder]:
@@ -267,13 +266,6 @@ def _layout() -> list[int]:
     core = _dispatch.core()
     return [core.GROUP_ROWS, core.GROUP_TILE, core.SLICE_ROWS, core.BLOCK_ROWS, core.SLAB_COLS, core.TILE_ROWS,
             core.TILE_COLS]  # fmt: skip
-
-
-def _is_mapped(array: np.ndarray) -> bool:
-    base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
-    return isinstance(base, mmap.mmap)
 
 
 _CLASSES = {c.__name__: c for c in (PackedEncoder, EncoderLayer, Linear, PackedRows, PackedGroups, PackedTiles)}

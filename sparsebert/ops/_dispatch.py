@@ -106,11 +106,11 @@ def cores() -> int:
     """
     # macOS has no affinity to ask for.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(allowed, _granted())))
+    return max(1, math.ceil(min(allowed, granted())))
 
 
 @functools.cache
-def _granted(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+def granted(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
     """CPUs that the control groups of this process grant it, infinite without a limit; read once. A group is held to
     what those above it are. Inside a container its path may be that of the host: then the root is its own.
     """
@@ -152,3 +152,10 @@ def array(tensor: torch.Tensor | None) -> np.ndarray | None:
         return None
     tensor = tensor.detach().contiguous()
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def clean(mask: torch.Tensor) -> torch.Tensor:
+    """A copy of a bool tensor whose bytes are 0 and 1: a view of other bytes as bool may hold any, all of them True."""
+    import torch
+
+    return mask.view(torch.uint8) != 0
