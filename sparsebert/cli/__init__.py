@@ -17,7 +17,6 @@ from sparsebert.errors import LONGEST, SparsebertError, cut
 from sparsebert.ops import _dispatch
 
 INTERRUPTED = 130
-RESUMED = {"demo", "train", "prune", "soup", "study"}  # commands that save as they go
 RETRY = 0.05  # seconds after which an interrupt that came at a bad moment is tried again
 
 
@@ -38,10 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = _refuse(f"{where}{error.strerror or error}; correct the path or free space")
         _give_up_stdout()
     if code == INTERRUPTED:
-        kept = "what was saved so far is kept and the same command goes on from there"
         print(
-            f"interrupted: {kept if arguments[0] in RESUMED else 'nothing was kept'}; nothing is half-written",
-            file=sys.stderr,
+            "interrupted: finished work is kept, nothing is half-written; run the same command again", file=sys.stderr
         )
     return code
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # what does not train needs no torch
     import torch
 
 
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more have no use; the core keeps no more either
+
+
 @functools.cache
 def core() -> ModuleType:
     """The compiled core, `sparsebert._C`. Raises UnsupportedError where it was never built."""
@@ -87,14 +90,13 @@ def threads(wanted: int | None = None) -> int:
     """
     if wanted is None:
         return cores()
-    if not isinstance(wanted, Integral) or isinstance(wanted, bool) or wanted < 1:
+    if not isinstance(wanted, int | Integral) or isinstance(wanted, bool) or wanted < 1:
         raise InputError(
             f"threads must be an integer of at least 1, got {shown(wanted)}", fix="pass 1 or more, or None"
         )
-    machine = os.cpu_count() or 1
-    if wanted > max(64, 4 * machine):
+    if wanted > MAX_THREADS:
         raise InputError(
-            f"threads must be at most {max(64, 4 * machine)} on a machine of {machine} cores, got {shown(wanted)}",
+            f"threads must be at most {MAX_THREADS} on this machine, got {shown(wanted)}",
             fix="pass None for the cores this process may use",
         )
     return int(wanted)
