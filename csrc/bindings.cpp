@@ -4,11 +4,16 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cxxabi.h>
+
 #include <algorithm>
+#include <cfenv>
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -47,6 +52,46 @@ Isa isa_named(const std::string& wanted) {
 
 void require(bool holds, const char* rule) {
   if (!holds) throw std::invalid_argument(rule);
+}
+
+// Lets other threads of Python run, and this one compute as IEEE 754 has it: whoever has denormals flushed to zero (torch
+// can) would get other results from this thread than from the workers. What the caller had set is back afterwards.
+class Released {
+ public:
+  // trimmed: large working memory is given back at the end.
+  explicit Released(bool trimmed = false) : trimmed_(trimmed) {
+    fegetenv(&environment_);
+    fesetenv(FE_DFL_ENV);
+    state_ = PyEval_SaveThread();
+  }
+  Released(const Released&) = delete;
+  ~Released() {
+    if (trimmed_) trim_scratch();
+    fesetenv(&environment_);
+#if defined(__GLIBCXX__)
+    // In a process that is ending, Python ends the other threads that ask for it, by unwinding their stacks. Nothing
+    // above here bears that, as it would run without Python, so this thread waits for the end instead.
+    try {
+      PyEval_RestoreThread(state_);
+    } catch (abi::__forced_unwind&) {
+      for (;;) std::this_thread::sleep_for(std::chrono::hours(1));
+    }
+#else
+    PyEval_RestoreThread(state_);
+#endif
+  }
+
+ private:
+  bool trimmed_;
+  fenv_t environment_;
+  PyThreadState* state_;
+};
+
+// numpy and torch let a bool hold any byte, C++ does not.
+void require_bools(const Array<bool>& array) {
+  const auto* bytes = static_cast<const std::uint8_t*>(static_cast<const void*>(array.data()));
+  require(std::all_of(bytes, bytes + array.size(), [](std::uint8_t byte) { return byte <= 1; }),
+          "masks must hold 0 and 1");
 }
 
 // Arrays that C++ points into: a list of them keeps what it points at alive.
@@ -107,6 +152,11 @@ void require_rows(const Array<std::int32_t>& rows, std::int64_t n_out) {
   }
 }
 
+void require_cols(const Array<std::uint16_t>& cols, std::int64_t n_in) {
+  require(std::all_of(cols.data(), cols.data() + cols.size(), [n_in](std::uint16_t col) { return col < n_in; }),
+          "cols must stay below n_in");
+}
+
 PyLinear sliced_linear(const Array<std::int32_t>& rows, const Array<std::uint8_t>& counts,
                        const Array<std::uint8_t>& cols, const Array<float>& values, std::int64_t n_in,
                        std::int64_t n_out, const std::optional<Array<float>>& bias, const std::string& activation) {
@@ -151,6 +201,7 @@ PyLinear grouped_linear(const Array<std::int32_t>& rows, const Array<std::int32_
     require(at >= 0 && at + count * group_rows <= values.size(), "values of a group must lie in values");
   }
   require_rows(rows, n_out);
+  require_cols(cols, n_in);
   Kept kept;
   const GroupedMatrix w{kept.data(rows),        kept.data(col_begin), kept.data(col_count), kept.data(cols),
                         kept.data(value_begin), kept.data(values),    groups};
@@ -186,6 +237,7 @@ PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>
             "values of a group must lie in values");
   }
   require_rows(rows, n_out);
+  require_cols(cols, n_in);
   Kept kept;
   const TiledMatrix w{kept.data(rows),        kept.data(tiles),      kept.data(col_begin), kept.data(chunks),
                       kept.data(cols),        kept.data(value_begin), kept.data(mask_begin), kept.data(values),
@@ -204,7 +256,7 @@ py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& line
   float* y_data = y.mutable_data();
   const Linear view = linear.view();
   {
-    const py::gil_scoped_release released;
+    const Released released;
     sparse_matmul(x_data, tokens, view, isa, threads, y_data);
   }
   return y;
@@ -266,25 +318,27 @@ class PyEncoder {
     const Isa isa = isa_named(isa_name);
     require(threads >= 1, "threads must be at least 1");
     require(ids.ndim() == 1 && types.ndim() == 1 && types.size() == ids.size(), "ids and types must be [tokens]");
-    require(starts.ndim() == 1 && starts.size() >= 1 && starts.at(0) == 0 && starts.at(starts.size() - 1) == ids.size(),
-            "starts must go from 0 to tokens");
+    require(starts.ndim() == 1 && starts.size() >= 1, "starts must be [sequences + 1]");
+    // Copied, as another thread may write to the caller's while this one runs.
+    const std::vector<std::int32_t> own_ids(ids.data(), ids.data() + ids.size());
+    const std::vector<std::int32_t> own_types(types.data(), types.data() + types.size());
+    const std::vector<std::int64_t> own_starts(starts.data(), starts.data() + starts.size());
     const std::int64_t count = starts.size() - 1;
     for (std::int64_t s = 0; s < count; ++s) {
-      const std::int64_t n = starts.data()[s + 1] - starts.data()[s];
+      const std::int64_t n = own_starts[s + 1] - own_starts[s];
       require(n >= 1 && n <= encoder_.max_length, "sequences must have 1 to max_length tokens");
     }
-    for (std::int64_t t = 0; t < ids.size(); ++t) {
-      require(ids.data()[t] >= 0 && ids.data()[t] < vocabulary_, "ids must be in the vocabulary");
-      require(types.data()[t] >= 0 && types.data()[t] < types_, "types must be token types");
-    }
+    require(own_starts[0] == 0 && own_starts[count] == ids.size(), "starts must go from 0 to tokens");
+    for (const std::int32_t id : own_ids) require(id >= 0 && id < vocabulary_, "ids must be in the vocabulary");
+    for (const std::int32_t type : own_types) require(type >= 0 && type < types_, "types must be token types");
     py::array_t<float> logits({count, encoder_.classifier.n_out});
     std::optional<py::array_t<float>> states;
     if (with_states) states.emplace(std::vector<py::ssize_t>{ids.size(), encoder_.hidden});
-    const Sequences sequences{ids.data(), types.data(), starts.data(), count};
+    const Sequences sequences{own_ids.data(), own_types.data(), own_starts.data(), count};
     float* logits_data = logits.mutable_data();
     float* states_data = states ? states->mutable_data() : nullptr;
     {
-      const py::gil_scoped_release released;
+      const Released released;
       sparse_encoder(encoder_, sequences, isa, threads, logits_data, states_data);
     }
     return {logits, states};
@@ -327,6 +381,7 @@ py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Ar
               v.shape(1) == n_in,
           "mask and v must have target's shape");
   require(row_ptr.size() >= 1 && row_ptr.at(0) == 0, "row_ptr must start with 0");
+  require_bools(mask);
   const RowGroups groups{mask.data(), row_ptr.data(), rows.data(), row_ptr.size() - 1};
   for (std::int64_t i = 0; i < groups.count; ++i) {
     require(groups.row_ptr[i] < groups.row_ptr[i + 1], "row_ptr must increase");
@@ -341,7 +396,7 @@ py::array_t<std::int64_t> run_masked_lstsq(const Array<double>& target, const Ar
   double* v_data = v.mutable_data();
   std::int64_t* failed_data = failed.mutable_data();
   {
-    const py::gil_scoped_release released;
+    const Released released(true);
     masked_lstsq(target_data, h_data, n_in, groups, complement, isa, threads, v_data, failed_data);
   }
   return failed;
@@ -369,7 +424,7 @@ std::pair<py::array_t<std::int32_t>, py::array_t<double>> run_obs_prune(
   std::int32_t* order_data = order.mutable_data();
   double* losses_data = losses.mutable_data();
   {
-    const py::gil_scoped_release released;
+    const Released released(true);
     obs_prune(weight_data, rows, n_in, inverse_data, group, {bank_width, bank_removals}, steps, isa, threads,
               order_data, losses_data);
   }
@@ -400,7 +455,7 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
   double* pruned_data = pruned.mutable_data();
   const SweepPattern pattern{group, n, m, shared, removals.data()};
   {
-    const py::gil_scoped_release released;
+    const Released released(true);
     obs_sweep(weight_data, rows, n_in, factor_data, pattern, block, isa, threads, pruned_data);
   }
   return pruned;
@@ -422,7 +477,7 @@ py::array_t<double> run_token_sums(const Array<float>& values, const std::option
   py::array_t<double> sums(n);
   double* sums_data = sums.mutable_data();
   {
-    const py::gil_scoped_release released;
+    const Released released;
     token_sums(values.data(), tokens, n, data_or_null(weights), shift.data(), isa, threads, sums_data);
   }
   return sums;
@@ -453,7 +508,7 @@ bool run_gram(const Array<float>& x, const Array<float>& shift_x, const std::opt
     sums.y = sum_y->mutable_data();
     sums.yx = sum_yx->mutable_data();
   }
-  const py::gil_scoped_release released;
+  const Released released;
   return gram(x.data(), n_in, shift_x.data(), data_or_null(y), n_y, data_or_null(shift_y), data_or_null(weights),
               tokens, isa, threads, sums);
 }
@@ -469,7 +524,7 @@ std::optional<py::array_t<bool>> run_topk_mask(const Array<float>& scores, std::
   bool* keep_data = keep.mutable_data();
   bool finite;
   {
-    const py::gil_scoped_release released;
+    const Released released;
     finite = topk_mask(scores_data, keep.shape(0), keep.shape(1), k, isa, threads, keep_data);
   }
   if (!finite) return std::nullopt;
@@ -489,6 +544,7 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
   const std::int64_t padded_rows = whole(rows, admm_block_rows);
   const std::int64_t padded_n = whole(n_in, admm_panel);
   require(scores.size() == rows * n_in && keep.size() == rows * n_in, "scores and keep must have x's size");
+  require_bools(keep);
   require(goal.size() == padded_rows * padded_n && b.size() == goal.size() && u.size() == goal.size(),
           "goal, b and u must have whole blocks of rows and whole panels");
   require(eigenvalues.size() == padded_n && q.size() == padded_n * n_in && qt.size() == padded_n * padded_n,
@@ -496,7 +552,7 @@ void run_admm_prune_step(const Array<float>& q, const Array<float>& qt, const Ar
   const AdmmState state{rows,        n_in,           q.data(),         qt.data(),        eigenvalues.data(),
                         goal.data(), b.mutable_data(), u.mutable_data(), x.mutable_data(), scores.mutable_data()};
   const bool* keep_data = keep.data();
-  const py::gil_scoped_release released;
+  const Released released(true);
   admm_prune_step(state, keep_data, rho, shrink, isa, threads);
 }
 
@@ -544,7 +600,7 @@ void run_masked_matmul(FloatsOrBf16 x, const Array<float>& weight, const Array<f
   require(in.cols == masked.n_in && out.rows == in.rows && out.cols == masked.n_out && in.bf16 == out.bf16,
           "x must be [tokens, n_in], and y [tokens, n_out] of its type");
   require(!bias || (bias->ndim() == 1 && bias->size() == masked.n_out), "bias must be [n_out]");
-  const py::gil_scoped_release released;
+  const Released released;
   masked_matmul(masked, in.data, in.rows, in.bf16, data_or_null(bias), isa, threads, out.data);
 }
 
@@ -567,7 +623,7 @@ void run_masked_matmul_backward(FloatsOrBf16 x, FloatsOrBf16 dy, const Array<flo
   require(!d_scores || d_scores->size() == scores.size(), "d_scores must have the scores' size");
   float* d_weight_data = d_weight ? d_weight->mutable_data() : nullptr;
   float* d_scores_data = d_scores ? d_scores->mutable_data() : nullptr;
-  const py::gil_scoped_release released;
+  const Released released;
   masked_matmul_backward(masked, in.data, out.data, in.rows, in.bf16, isa, threads, dx_out.data, d_weight_data,
                          d_scores_data);
 }
@@ -598,7 +654,7 @@ void run_dropout(FloatsOrBf16 x, std::uint64_t seed, std::uint32_t limit, Floats
   const std::int64_t n = std::visit([](const auto& values) { return values.size(); }, x);
   const void* from = data_of(x, n, bf16, false);
   void* to = data_of(y, n, bf16, true);
-  const py::gil_scoped_release released;
+  const Released released;
   dropout(from, n, bf16, dropped, isa, threads, to);
 }
 
@@ -615,6 +671,7 @@ Attention attention_of(FloatsOrBf16& q, FloatsOrBf16& k, FloatsOrBf16& v, const 
       },
       q);
   require(!keep || keep->size() == job.sequences * job.tokens, "keep must be [sequences, tokens]");
+  if (keep) require_bools(*keep);
   const std::int64_t size = job.sequences * job.tokens * job.heads * job.size;
   job.bf16 = is_bf16(q);
   job.q = data_of(q, size, job.bf16, false);
@@ -635,7 +692,7 @@ void run_attention(FloatsOrBf16 q, FloatsOrBf16 k, FloatsOrBf16 v, const std::op
   void* out_data = data_of(out, job.sequences * job.tokens * job.heads * job.size, job.bf16, true);
   require(stats.size() == 2 * job.sequences * job.tokens * job.heads, "stats must be [sequences, heads, 2, tokens]");
   float* stats_data = stats.mutable_data();
-  const py::gil_scoped_release released;
+  const Released released;
   attention(job, isa, threads, out_data, stats_data);
 }
 
@@ -652,7 +709,7 @@ void run_attention_backward(FloatsOrBf16 q, FloatsOrBf16 k, FloatsOrBf16 v, cons
   void* dq_data = data_of(dq, size, job.bf16, true);
   void* dk_data = data_of(dk, size, job.bf16, true);
   void* dv_data = data_of(dv, size, job.bf16, true);
-  const py::gil_scoped_release released;
+  const Released released;
   attention_backward(job, stats.data(), d_out_data, isa, threads, dq_data, dk_data, dv_data);
 }
 
@@ -667,7 +724,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("GROUP_ROWS") = group_rows;
   m.attr("GROUP_TILE") = group_tile;
   py::class_<PyLinear>(m, "Linear",
-                       "A packed linear layer. Column indices of groups must be below n_in: not checked here.");
+                       "A packed linear layer; arrays are kept, not copied, and must not change.");
   m.attr("SLICE_ROWS") = slice_rows;
   m.attr("BLOCK_ROWS") = block_rows;
   m.attr("SLAB_COLS") = slab_cols;

@@ -194,7 +194,9 @@ class BenchConfig(BaseModel):
     batch: Count = Field(1, description="texts a call")
     rounds: Count = Field(7, description="rounds, the engines in turn; an interval needs 6")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of every engine [default: all cores]")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="of our engine; auto: bf16 where it is fast")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of our engine; auto: what the checkpoint declares"
+    )
     rivals: str = Field("torch", description="engines to compare with, with commas: torch, torch-bf16, onnxruntime, …")
     deepsparse_python: str | None = Field(
         None, description="python of the environment that has deepsparse 1.8.0, for the rival deepsparse"

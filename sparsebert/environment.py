@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
-from sparsebert.errors import DataError, InputError
+from sparsebert.errors import DataError, InputError, shown
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # slowest first; a cap allows everything up to it
 BF16_ISAS = ("avx512_bf16", "amx")  # which multiply bf16, and float32 as avx512 does
@@ -53,9 +54,41 @@ def data_dir() -> Path | None:
     return Path(value)
 
 
-def cache_dir() -> Path:
-    """SPARSEBERT_CACHE, else the user cache directory: derived files that are safe to delete."""
+def cache_dir() -> Path | None:
+    """SPARSEBERT_CACHE, else the user cache directory: derived files that are safe to delete. None for a user without
+    a home.
+    """
     value = os.environ.get("SPARSEBERT_CACHE")
     if value:
         return Path(value)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsebert"
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(caches or Path.home() / ".cache") / "sparsebert"
+    except RuntimeError:  # no HOME, and a user id that has no name
+        return None
+
+
+DEFAULT_CACHE_MB = 10_000
+
+
+def cache_mb() -> int:
+    """SPARSEBERT_CACHE_MB: what packed models may take there, in 10^6 bytes; those used longest ago go first. 0 keeps
+    none.
+    """
+    value = os.environ.get("SPARSEBERT_CACHE_MB") or str(DEFAULT_CACHE_MB)
+    if not value.isdecimal() or len(value) > 12:
+        raise InputError(
+            f"SPARSEBERT_CACHE_MB must be a whole number of megabytes, got {shown(value)}", fix="unset or correct it"
+        )
+    return int(value)
+
+
+def calm_openmp(granted: float) -> None:
+    """Has torch's OpenMP threads sleep as soon as they wait: beside another busy process they would spin against it
+    and take ten times as long. And has no more of them than `granted` CPUs, where the process may use that share of
+    its cores only. What the user has set stays. To be called before torch is imported.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    if granted < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, math.ceil(granted))))

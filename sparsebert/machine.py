@@ -65,7 +65,7 @@ def describe() -> dict:
         else "off: the CPU has no bf16 multiply, emulating it is slower than fp32",
         "gpu": _gpu(),
         "data": str(data),
-        "cache": str(environment.cache_dir()),
+        "cache": str(environment.cache_dir() or "none: the user has no home, and SPARSEBERT_CACHE is not set"),
         "versions": {name: version_of(name) for name in PACKAGES},
     }
 

@@ -2,11 +2,13 @@
 
 import functools
 
+import numpy as np
 import pytest
 import torch
 
 from bench.shapes import layer_problem, low_rank_metric
 from sparsebert.errors import InputError
+from sparsebert.ops import _dispatch
 from sparsebert.ops.admm_prune import admm_path, admm_path_ref, admm_prune, admm_prune_ref
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.ops.obs_prune import obs_prune
@@ -230,3 +232,13 @@ def test_bad_input_is_named(message):
     with pytest.raises(InputError) as raised:
         BAD_CALLS[message]()
     assert message in str(raised.value)
+
+
+def test_the_binding_refuses_a_mask_of_other_bytes_than_0_and_1():
+    core = _dispatch.core()
+    rows, n = core.ADMM_BLOCK_ROWS, core.ADMM_PANEL
+    square, wide = np.zeros(n * n, np.float32), np.zeros((rows, n), np.float32)
+    keep = np.full((rows, n), 255, np.uint8).view(bool)
+    arrays = square, square.copy(), np.ones(n, np.float32), wide, *(wide.copy() for _ in range(4))
+    with pytest.raises(ValueError, match="masks must hold 0 and 1"):
+        core.admm_prune_step(*arrays, keep, 1.0, 1.0, "scalar", 1)

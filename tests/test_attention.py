@@ -146,3 +146,9 @@ def test_bad_operands_are_refused(change, message):
     operands = {name: torch.zeros(2, 3, 1, 8) for name in "qkv"} | change
     with pytest.raises(InputError, match=message):
         attention(**operands)
+
+
+def test_a_mask_of_other_bytes_than_0_and_1_means_what_torch_says():
+    q, k, v = torch.randn(3, 2, 5, 1, 4).unbind()
+    bytes_ = torch.tensor([[2, 0, 255, 1, 0], [128, 1, 0, 0, 3]], dtype=torch.uint8)
+    assert torch.equal(attention(q, k, v, bytes_.view(torch.bool)), attention(q, k, v, bytes_ != 0))

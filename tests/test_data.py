@@ -212,9 +212,3 @@ def test_datasets_is_asked_last_and_unlabelled_rows_are_dropped(monkeypatch):
     examples = data.load(data.get_task("snli"), "dev")
     assert asked == [("stanfordnlp/snli", None, "validation")]
     assert (examples.texts, examples.texts_b, examples.labels.tolist()) == (["p"], ["h"], [2])
-
-
-@pytest.mark.parametrize("texts", [["fine", ""], ["\n"], [None], ["\ud800"], [3]])
-def test_require_texts_refuses_what_is_no_text(texts):
-    with pytest.raises(InputError, match="text"):
-        data.require_texts(texts)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from bench.shapes import layer_problem
 from sparsebert.errors import InputError
+from sparsebert.ops import _dispatch
 from sparsebert.ops import masked_lstsq as module
 from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 
@@ -243,3 +244,16 @@ def test_bad_input_is_named(message):
     with pytest.raises(InputError) as error:
         BAD_CALLS[message]()
     assert message in str(error.value)
+
+
+def test_a_mask_of_other_bytes_than_0_and_1_means_what_torch_says():
+    mask = torch.tensor([[2, 0, 255], [0, 128, 1]], dtype=torch.uint8).view(torch.bool)
+    target, h = torch.randn(2, 3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    assert torch.equal(masked_lstsq(target, h, mask), target * (mask.view(torch.uint8) != 0))
+    metric = torch.eye(2, dtype=torch.float64)
+    got = masked_lstsq(target, h, mask, row_metric=metric)
+    torch.testing.assert_close(got, target * (mask.view(torch.uint8) != 0))
+    rows, ends = np.arange(2, dtype=np.int32), np.arange(3)
+    arrays = target.numpy(), h.numpy(), mask.numpy(), ends, rows, False, np.zeros((2, 3))
+    with pytest.raises(ValueError, match="masks must hold 0 and 1"):
+        _dispatch.core().masked_lstsq(*arrays, "scalar", 1)

@@ -382,3 +382,11 @@ def test_the_binding_refuses_what_would_leave_its_memory():
         core.masked_matmul(x, w, s, t, b, y, "scalar", 0)
     with pytest.raises(TypeError):
         core.masked_matmul(x.astype(np.float64), w, s, t, b, y, "scalar", 1)
+
+
+def test_no_tokens_make_gradients_of_zero(isa):
+    for x in (torch.empty(0, 6), torch.empty(2, 0, 6, dtype=torch.bfloat16)):
+        inputs = [value.clone().requires_grad_() for value in (x, W, S)]
+        masked_matmul(*inputs, T, B, isa=isa).sum().backward()
+        for value in inputs:
+            assert value.grad.shape == value.shape and not value.grad.any()

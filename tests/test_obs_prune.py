@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from sparsebert.engine.rivals import torch_threads
 from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.obs_prune import _inverse, _trace, obs_prune, obs_prune_ref, obs_sweep, obs_sweep_ref
-from sparsebert.patterns import NofM, Unstructured, kept_in, parse
+from sparsebert.patterns import VNM, Grouped, NofM, Unstructured, kept_in, parse
 
 # The support is compared exactly. Values go through different factorisations of an H of condition number 1e3 to 1e4.
 TOLERANCE = 1e-9
@@ -240,3 +242,35 @@ def test_the_bindings_refuse_what_would_leave_their_memory():
             core.obs_sweep(*arguments, "scalar", 1)
     with pytest.raises(TypeError):
         core.obs_prune(W.float().numpy(), h, 1, 0, 0, 3, "scalar", 1)
+
+
+def test_scores_that_would_overflow_are_refused():
+    h = 1e20 * torch.eye(16, dtype=torch.float64)
+    for pattern in (VNM(4, 2, 8), NofM(2, 4), Unstructured(), Grouped(4)):
+        with pytest.raises(InputError, match=r"must stay below 1e\+150, got inf"):
+            obs_sweep(torch.full((4, 16), 1e300, dtype=torch.float64), h, pattern, 0.5)
+
+
+def test_nan_scores_stay_inside_the_binding(isa):
+    weight = np.full((8, 1024), np.nan)
+    _dispatch.core().obs_sweep(weight, np.eye(1024), 4, 2, 512, True, np.empty(0, np.int64), 512, isa, 1)
+
+
+RESIDENT = """
+import re, numpy
+from sparsebert.ops import _dispatch
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+weight, inverse = numpy.ones((2, 2048)), numpy.eye(2048)
+before = resident()
+_dispatch.core().obs_prune(weight, inverse, 1, 0, 0, 4, "scalar", 2)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+def test_the_memory_of_a_trace_is_given_back():
+    done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 16  # MiB, of 46 that it works in

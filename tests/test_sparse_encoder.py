@@ -1,5 +1,8 @@
 """sparse_encoder on every instruction set against its float64 reference; whole models are in test_engine.py."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -215,3 +218,34 @@ def test_the_binding_refuses_what_would_leave_its_memory():
     for ids, types, starts in ((IDS + 50, TYPES, STARTS), (IDS, TYPES + 2, STARTS), (IDS, TYPES, STARTS + 1)):
         with pytest.raises(ValueError, match="must"):
             core.run(ids, types, starts, False, "scalar", 1)
+
+
+CHANGED = """
+import sys, threading
+import numpy as np
+from test_sparse_encoder import encoder, sequences
+from sparsebert.ops.sparse_encoder import sparse_encoder
+
+sys.setswitchinterval(1e-6)
+ids, types, starts = sequences([512] * 4)
+packed = encoder()
+
+def flip():
+    while True:
+        ids[-1] = 2**30
+        ids[-1] = 0
+
+threading.Thread(target=flip, daemon=True).start()
+for _ in range(50):
+    try:
+        sparse_encoder(ids, types, starts, packed, threads=1)
+    except (ValueError, sys.modules["sparsebert.errors"].InputError):
+        pass
+"""
+
+
+def test_ids_that_another_thread_changes_meanwhile_leave_no_memory():
+    folder = os.path.dirname(__file__)
+    path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", CHANGED], env=os.environ | {"PYTHONPATH": path}, cwd=folder + "/..")
+    assert done.returncode == 0

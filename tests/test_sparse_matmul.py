@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -438,3 +439,41 @@ def test_the_binding_refuses_what_would_leave_its_memory():
             core.tiled_linear(*(arrays | {name: arrays[name] + 40}).values(), 70, 40, None, "none")
     with pytest.raises(TypeError):
         core.sparse_matmul(X.astype(np.float64), Linear(W).core, "scalar", 1)
+
+
+def test_a_read_only_view_of_what_may_change_is_copied():
+    rows = W.rows.copy()
+    view = rows[:]
+    view.setflags(write=False)
+    packed = replace(W, rows=view)
+    assert not np.shares_memory(packed.rows, rows) and not packed.rows.flags.writeable
+    assert np.shares_memory(replace(W).rows, W.rows)  # what nobody can write to stays where it is
+
+
+def test_the_binding_refuses_columns_that_are_not_there():
+    core = _dispatch.core()
+    for packed, names in (
+        (G, ("rows", "col_begin", "col_count", "cols", "value_begin", "values")),
+        (T, ("rows", "tiles", "col_begin", "chunks", "cols", "value_begin", "mask_begin", "values", "masks")),
+    ):
+        arrays = {name: getattr(packed, name) for name in names}
+        make = core.grouped_linear if packed is G else core.tiled_linear
+        with pytest.raises(ValueError, match="cols must stay below n_in"):
+            arrays["cols"] = arrays["cols"] + np.uint16(9999)
+            make(*arrays.values(), packed.n_in, packed.n_out, None, "none")
+
+
+def test_a_caller_that_flushes_denormals_gets_the_same_bits_on_any_number_of_threads(isa):
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((256, 64)) * 1e-39).astype(np.float32)
+    linear = Linear(pack(rng.standard_normal((64, 64)).astype(np.float32)))
+    want = sparse_matmul(x, linear, threads=1, isa=isa)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        assert np.array_equal(sparse_matmul(x, linear, threads=1, isa=isa), want)
+        assert np.array_equal(sparse_matmul(x, linear, threads=2, isa=isa), want)
+        assert not (torch.tensor([1e-39]) * 0.5).any()  # the caller's own arithmetic is as it was
+    finally:
+        torch.set_flush_denormal(False)
+    assert want.any()

@@ -152,11 +152,16 @@ void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t token
 
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
                             Isa isa, int threads, void* dx, float* d_weight, float* d_scores) {
+  if (tokens == 0) {  // sums of nothing
+    if (d_weight != nullptr) std::fill_n(d_weight, weight.n_out * weight.n_in, 0.0f);
+    if (d_scores != nullptr) std::fill_n(d_scores, weight.n_out / weight.share * weight.n_in, 0.0f);
+    return;
+  }
   if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
   const MaskedMatmulKernel& kernel = kernel_for(isa, bf16);
   const MatmulSource inputs{x, bf16, false, tokens, weight.n_in, nullptr};
   const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
-  if (dx != nullptr && tokens > 0) times_weight(isa, weight, true, gradients, nullptr, threads, dx);
+  if (dx != nullptr) times_weight(isa, weight, true, gradients, nullptr, threads, dx);
   if (d_weight == nullptr && d_scores == nullptr) return;
   MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows, kernel.word_group > 1);
   MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);

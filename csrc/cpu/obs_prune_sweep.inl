@@ -161,6 +161,7 @@ inline void choose_of_m(const SweepJob& job, const double* scores, double* gone)
 
 // In each block of v rows and the m columns from the block's column `c` on, 4 columns stay by their sums, and of these
 // n in each row.
+// A score that is NaN comes last, so that of any m exactly 4 have a rank below 4.
 void choose_vnm(const SweepJob& job, const Sweep& s, std::int64_t c) {
   double* sums = s.sums;
   for (std::int64_t row = 0; row < s.rows; row += job.pattern.group) {
@@ -171,6 +172,7 @@ void choose_vnm(const SweepJob& job, const Sweep& s, std::int64_t c) {
         sums[j] += s.scores[at];
         s.gone[at] = 1.0;
       }
+      if (!(sums[j] >= 0.0)) sums[j] = -1.0;
     }
     std::int64_t shared[4];
     int found = 0;

@@ -21,11 +21,15 @@ struct Buffer {
 
 std::atomic<bool> poisoned{false};
 
+Buffer& buffer_of(int use) {
+  thread_local Buffer buffers[2];
+  return buffers[use];
+}
+
 }  // namespace
 
 void* scratch(std::size_t bytes, Scratch use) {
-  thread_local Buffer buffers[2];
-  Buffer& buffer = buffers[static_cast<int>(use)];
+  Buffer& buffer = buffer_of(static_cast<int>(use));
   if (buffer.bytes < bytes) {
     buffer.data.reset();
     buffer.bytes = 0;
@@ -35,6 +39,12 @@ void* scratch(std::size_t bytes, Scratch use) {
   // All bits set is a NaN of every width.
   if (scratch_is_poisoned()) std::memset(buffer.data.get(), 0xff, buffer.bytes);
   return buffer.data.get();
+}
+
+void trim_scratch() {
+  for (int use = 0; use < 2; ++use) {
+    if (buffer_of(use).bytes > kept_bytes) buffer_of(use) = Buffer{};
+  }
 }
 
 void poison_scratch(bool on) { poisoned.store(on); }

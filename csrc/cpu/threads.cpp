@@ -8,6 +8,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -16,12 +17,17 @@
 #include <utility>
 #include <vector>
 
+#include "scratch.h"
+
 namespace sparsebert {
 namespace {
 
 // How long an idle worker, or a caller whose last tasks are running elsewhere, looks before it gives up its core. Long
 // enough to bridge the gap between two calls in a row, short beside a scheduler tick.
 constexpr std::chrono::microseconds spin_time{30};
+// How long a caller then lets others run in between before it sleeps: a task takes less, unless its worker was put aside
+// for another process.
+constexpr std::chrono::microseconds yield_time{1000};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -59,6 +65,12 @@ struct Worker {
   int shunned_cpu = -1;  // the core it was last told to keep off
 };
 
+// Workers that a process keeps at most: more than one a core only share it.
+int most_workers() {
+  static const int most = std::max(64, 4 * static_cast<int>(std::thread::hardware_concurrency())) - 1;
+  return most;
+}
+
 // Keeps a worker off the core its caller runs on. Left alone, Linux may wake it right there, where it waits behind the
 // caller until the next load balancing, some milliseconds; a job is over by then. It stays free among the other cores.
 void keep_off([[maybe_unused]] Worker& worker, [[maybe_unused]] int cpu) {
@@ -69,6 +81,15 @@ void keep_off([[maybe_unused]] Worker& worker, [[maybe_unused]] int cpu) {
   if (CPU_COUNT(&allowed) < 2) return;
   CPU_CLR(cpu, &allowed);
   if (pthread_setaffinity_np(worker.thread, sizeof allowed, &allowed) == 0) worker.shunned_cpu = cpu;
+#endif
+}
+
+// Lets a worker run on every core that the process may use.
+void let_anywhere([[maybe_unused]] Worker& worker) {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (worker.shunned_cpu < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  if (pthread_setaffinity_np(worker.thread, sizeof allowed, &allowed) == 0) worker.shunned_cpu = -1;
 #endif
 }
 
@@ -106,7 +127,7 @@ class Pool {
     work(0);
     // A worker that arrives from here on finds the job closed; those inside are waited for, as they use the context.
     open_.store(false);
-    while (!spin_until([this] { return inside_.load() == 0; })) std::this_thread::yield();
+    wait_for_workers();
     busy_.store(false);
     return true;
   }
@@ -122,6 +143,30 @@ class Pool {
         fn_(context_, task);
       }
     }
+  }
+
+  void wait_for_workers() {
+    const auto empty = [this] { return inside_.load() == 0; };
+    const auto deadline = std::chrono::steady_clock::now() + yield_time;
+    while (!spin_until(empty)) {
+      if (std::chrono::steady_clock::now() < deadline) {
+        std::this_thread::yield();
+        continue;
+      }
+      // The core that is given up here is one that a worker may need: other processes have the rest.
+      for (int i = 0; i < helpers_; ++i) let_anywhere(*workers_[i]);
+      std::unique_lock<std::mutex> lock(mutex_);
+      waiting_.store(true);
+      left_.wait(lock, empty);
+      waiting_.store(false);
+    }
+  }
+
+  // A worker counts down, then looks whether the caller sleeps; the caller says so, then counts: one of them sees.
+  void leave() {
+    if (inside_.fetch_sub(1) != 1 || !waiting_.load()) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    left_.notify_one();
   }
 
   Share& share(int i) { return i == 0 ? share_ : workers_[static_cast<std::size_t>(i - 1)]->share; }
@@ -142,28 +187,34 @@ class Pool {
   void live(Worker& worker, int index) {
     std::uint64_t seen = 0;
     for (;;) {
-      if (!spin_until([&] { return generation_.load() != seen; })) sleep_until_changed(worker, seen);
+      if (!spin_until([&] { return generation_.load() != seen; })) {
+        trim_scratch();
+        sleep_until_changed(worker, seen);
+      }
       seen = generation_.load();
       // We enter, then look; the caller closes, then counts. Both orders are sequentially consistent, so either the
       // caller sees us inside or we see the job closed.
       inside_.fetch_add(1);
       if (open_.load() && index < helpers_) work(index + 1);
-      inside_.fetch_sub(1);
+      leave();
     }
   }
 
   // Tries to have `wanted` workers and returns how many there are. A process at its limit of threads or memory gets
   // fewer, and the same results.
   int grow(int wanted) {
+    wanted = std::min(wanted, most_workers());
     while (static_cast<int>(workers_.size()) < wanted && start_worker()) {
     }
     return static_cast<int>(workers_.size());
   }
 
   bool start_worker() {
-    // Signals belong to the threads of the program, so a worker starts with all of them blocked.
+    // Signals belong to the threads of the program, so a worker starts with them blocked, but for those that its own
+    // faults raise: blocked, they would end the process before a handler could say anything.
     sigset_t all, before;
     sigfillset(&all);
+    for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS}) sigdelset(&all, own);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     bool started = false;
     try {
@@ -187,6 +238,9 @@ class Pool {
   std::atomic<std::uint64_t> generation_{0};    // counts jobs; a change wakes the workers
   std::atomic<bool> open_{false};               // the fields below hold a job that may be joined
   std::atomic<int> inside_{0};                  // workers between entering and leaving
+  std::mutex mutex_;                            // of the caller that sleeps until they are none
+  std::condition_variable left_;
+  std::atomic<bool> waiting_{false};
   Share share_;                                 // the caller's; a worker has its own
   Task fn_ = nullptr;
   const void* context_ = nullptr;

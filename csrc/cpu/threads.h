@@ -4,7 +4,7 @@
 
 #include <atomic>
 #include <cstdint>
-#include <new>
+#include <exception>
 
 namespace sparsebert {
 
@@ -13,16 +13,18 @@ using Task = void (*)(const void* context, std::int64_t task);
 // Runs fn(context, i) once for every i in [0, n_tasks), on at most `threads` threads including the caller, and returns
 // when all are done. Tasks are handed out in order, one at a time. fn must not throw.
 // From inside a task, or while another thread is in here, the caller does all of its tasks alone.
-// In a child process after fork the workers are started anew on first use.
+// In a child process after fork the workers are started anew on first use. A process keeps at most 63 workers, or four a
+// core where that is more, whatever `threads`; whoever waits longer than some microseconds gives up its core.
 void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept;
 
-// The same for anything that is called with the task, and may throw std::bad_alloc: once all tasks are done or have
-// failed, so does this.
+// The same for anything that is called with the task, and may throw: once all tasks are done or have failed, the first
+// exception is thrown here.
 template <typename Fn>
 void parallel(std::int64_t n_tasks, int threads, const Fn& fn) {
   struct Run {
     const Fn* fn;
-    mutable std::atomic<bool> out_of_memory{false};
+    mutable std::atomic<bool> failed{false};
+    mutable std::exception_ptr fault{};
   } run{&fn};
   parallel_for(
       n_tasks, threads,
@@ -30,12 +32,12 @@ void parallel(std::int64_t n_tasks, int threads, const Fn& fn) {
         const Run& run = *static_cast<const Run*>(context);
         try {
           (*run.fn)(i);
-        } catch (const std::bad_alloc&) {
-          run.out_of_memory.store(true);
+        } catch (...) {
+          if (!run.failed.exchange(true)) run.fault = std::current_exception();
         }
       },
       &run);
-  if (run.out_of_memory.load()) throw std::bad_alloc();
+  if (run.fault) std::rethrow_exception(run.fault);
 }
 
 }  // namespace sparsebert

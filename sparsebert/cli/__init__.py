@@ -7,11 +7,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from sparsebert.errors import SparsebertError
+from sparsebert import environment
+from sparsebert.errors import LONGEST, SparsebertError, cut
+from sparsebert.ops import _dispatch
 
 INTERRUPTED = 130
 RETRY = 0.05  # seconds after which an interrupt that came at a bad moment is tried again
@@ -20,6 +23,8 @@ RETRY = 0.05  # seconds after which an interrupt that came at a bad moment is tr
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line and returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] != ["bench"]:  # there torch is timed as it comes
+        environment.calm_openmp(_dispatch.granted())
     try:
         with interrupts_at_safe_moments():
             code = _run(arguments or ["--help"])
@@ -28,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SparsebertError as error:
         code = _refuse(str(error))
     except OSError as error:  # a path no file system takes, a standard output that is full
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{cut(str(error.filename))}: " if error.filename else ""
         code = _refuse(f"{where}{error.strerror or error}; correct the path or free space")
         _give_up_stdout()
     if code == INTERRUPTED:
@@ -44,7 +49,8 @@ def interrupts_at_safe_moments() -> Iterator[None]:
     import it would abort the process, in a finalizer be printed and forgotten. Where the caller handles or ignores
     Ctrl-C otherwise, that stays.
     """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    alone = threading.current_thread() is threading.main_thread()  # no other may set what signals do
+    if not alone or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
 
@@ -83,9 +89,9 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:  # a missing, unknown or malformed argument
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "sparsebert"
-        return _refuse(f"{error.format_message().rstrip('.')}; see {command} --help")
+        return _refuse(f"{cut(error.format_message().rstrip('.'))}; see {command} --help")
 
 
 def _refuse(problem: str) -> int:
-    print("error: " + " ".join(problem.split()), file=sys.stderr)
+    print("error: " + cut(problem, 2 * LONGEST), file=sys.stderr)
     return 2

@@ -327,6 +327,32 @@ def doctor(
     emit(facts)
 
 
+@app.command()
+def cache(
+    *,
+    prune: Annotated[bool, typer.Option("--prune", help="remove all of them; running engines go on")] = False,
+    json: Json = False,
+) -> None:
+    """List the packed models that are kept to load fast, or remove them: they are made anew when needed."""
+    import time
+
+    from sparsebert import environment
+    from sparsebert.engine import cache
+
+    entries = cache.prune() if prune else cache.entries()
+    limit, folder = environment.cache_mb(), environment.cache_dir()
+    megabytes = sum(row["bytes"] for row in entries) / 1e6
+    if not json:
+        rows = [
+            [row["model"], row["dtype"], f"{row['bytes'] / 1e6:.1f}", f"{(time.time() - row['used']) / 86400:.1f}"]
+            for row in entries
+        ]
+        title = f"{'removed from' if prune else 'packed models in'} {folder}: {megabytes:.1f} of {limit:,} MB"
+        table(title, ["made of", "dtype", "MB", "days since used"], rows)
+    packed = str(folder / "packed") if folder else None
+    emit({"folder": packed, "limit_mb": limit, "mb": megabytes, "removed": prune, "entries": entries})
+
+
 def _with_intervals(figures: dict, prefix: str = "") -> list[list[str]]:
     """A row a figure that is not None; an interval, which follows its figure, in that one's row."""
     rows: list[list[str]] = []

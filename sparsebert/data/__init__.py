@@ -11,7 +11,6 @@ from sparsebert.data.examples import (
     load,
     mix_ood,
     normalised,
-    require_texts,
     word_neighbors,
 )
 from sparsebert.data.own import get_task, rows_read
@@ -32,7 +31,6 @@ __all__ = [
     "load",
     "mix_ood",
     "normalised",
-    "require_texts",
     "rows_read",
     "word_neighbors",
 ]

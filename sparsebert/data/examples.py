@@ -130,17 +130,6 @@ def _in_labels_of(task: Task, other: Task) -> np.ndarray:
     return np.array([by_name[heads.fold(name)] for name in other.labels])
 
 
-def require_texts(texts: list[str]) -> None:
-    """InputError unless every text is a non-empty string that UTF-8 can hold."""
-    for row, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise InputError(f"text {row} must be a non-empty string, got {text!r}", fix="remove or fill it")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"text {row} must be valid Unicode: {error}", fix="decode the file as UTF-8") from error
-
-
 @functools.cache
 def word_neighbors() -> dict[str, list[str]]:
     """Lower-case word -> up to 8 words of similar meaning, nearest first (counter-fitted vectors; packaged)."""

@@ -1,4 +1,8 @@
-"""The packed form of a model in the user's cache: derived, checked by content, mapped by all processes that run it."""
+"""The packed form of a model in the user's cache: derived, checked by content, mapped by all processes that run it.
+
+An entry is written under another name and renamed into place, and never changed after: a process that maps it keeps
+what it mapped. Only its owner can write to the folder, so nobody else can cut an entry short under a running engine.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ import fcntl
 import hashlib
 import json
 import os
+import stat
+import tempfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,91 +27,203 @@ from safetensors.numpy import save_file
 
 from sparsebert import __version__, checkpoint, environment, jobs
 from sparsebert.errors import OutputError, SparsebertError
+from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
-from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
+from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles, is_mapped
 
-FORMAT_VERSION = 3  # of the files, and of the packed forms in them
+FORMAT_VERSION = 4  # of the files, and of the packed forms in them
+_ROOT = 0  # the user who may write anywhere
+LEFT_BEHIND = 3600.0  # seconds after which a temporary file has no writer any more
 Encoders = tuple[PackedEncoder, ...]
 Weights = dict[str, np.ndarray]
 
 
-def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders]) -> Encoders:
+def packed(
+    directory: Path, settings: dict, make: Callable[[Weights], Encoders], *, seen: list, anew: bool = False
+) -> Encoders:
     """What `make` makes of a model directory's weights, in mapped memory: from the cache, or made and put there.
 
-    settings: all that decides what `make` returns beside weights and config.json; JSON.
+    settings: all that decides what `make` returns beside weights and config.json; JSON. seen: `state` of the directory,
+    taken before anything was read from it: what is made of a directory that has changed since is not kept. anew: make
+    it, whatever the cache holds.
     The weights are held against the manifest whenever their file is not the one that was last: then its size, time and
     place are still those noted here. A cached file that is not whole, or of other content, is made anew. Where there is
-    no place for one, that is said once and the packed form stays in memory. Raises CheckpointError for a damaged
-    directory.
+    no place for one that nobody else may write to, that is said once and the packed form stays in memory. Raises
+    CheckpointError for a damaged directory.
     """
-    folder = environment.cache_dir() / "packed"
-    content, weights = _verified(folder, directory), None
+    folder = _folder()
+    content, weights = (None if folder is None else _verified(folder, directory, seen)), None
 
     def fresh() -> Encoders:
         return make(weights if weights is not None else checkpoint.read_weights(directory))
 
     if content is None:
         weights = checkpoint.read_weights(directory)
+        if folder is None:
+            return private(fresh())
         manifest = checkpoint.read_manifest(directory)
         content = manifest["weights_sha256"] if manifest else checkpoint.weights_sha256(directory)
-        _note(folder, directory, content)
+        if state(directory) == seen:
+            _note(folder, directory, content, seen)
     else:
         checkpoint.verify_files(directory)
     config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
-    key = _sha256(json.dumps([FORMAT_VERSION, __version__, content, config, settings], sort_keys=True))
+    key = _sha256(json.dumps([FORMAT_VERSION, __version__, _layout(), content, config, settings], sort_keys=True))
     path = folder / f"{key}.safetensors"
-    made = _read(path, key)
-    if made is not None:
+    if not anew and (made := _read(path, key)) is not None:
         return made
-    try:
-        with _locked(folder):
-            made = _read(path, key)  # another process may have packed it meanwhile
-            if made is None:
-                unmapped = fresh()
-                made = _stored(path, key, unmapped) or unmapped
+    with _locked(folder):
+        made = None if anew else _read(path, key)  # another process may have packed it meanwhile
+        if made is not None:
             return made
-    except _NoPlace as error:
-        _no_place(folder, error)
-        return fresh()
+        unmapped = fresh()
+        if state(directory) == seen:
+            made = _stored(path, key, unmapped, {"model": str(directory.resolve()), "dtype": settings["dtype"]})
+        return private(unmapped) if made is None else made
 
 
-class _NoPlace(Exception):
-    """The cache directory cannot be used."""
+def state(directory: Path) -> list:
+    """What tells whether a model directory is still the one it was: name, place, size and times of the files in it."""
+    found = []
+    for folder in (directory, directory / Path(checkpoint.MANIFEST).parent):
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                status = entry.stat()
+                if stat.S_ISREG(status.st_mode):
+                    found.append([entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return sorted(found)
 
 
-def _no_place(folder: Path, error: Exception) -> None:
-    warnings.warn(f"the packed model is not kept in {folder}: {error}; set SPARSEBERT_CACHE", stacklevel=4)
+def private(encoders: Encoders) -> Encoders:
+    """The same in memory of its own: a mapped model file that another program cuts short would end the process."""
+    arrays: dict[int, tuple[str, np.ndarray]] = {}
+    tree = _flattened(encoders, arrays)
+    return _restored(tree, {name: array.copy() if is_mapped(array) else array for name, array in arrays.values()})
+
+
+def distinct(encoders: Encoders) -> list[PackedEncoder]:
+    """Those that are not the same arrays and numbers as an earlier one."""
+    arrays: dict[int, tuple[str, np.ndarray]] = {}
+    return list({json.dumps(_flattened(encoder, arrays)): encoder for encoder in encoders}.values())
+
+
+def entries() -> list[dict]:
+    """Every packed model in the cache, last used first: path, model (the directory it was made of), dtype, bytes, and
+    used, in seconds since the epoch.
+    """
+    folder = _folder(create=False)
+    found = []
+    for path in () if folder is None else folder.glob("*.safetensors"):
+        with suppress(OSError, SafetensorError):  # one that is removed meanwhile, or damaged, has no name
+            status = path.stat()
+            row = {"path": str(path), "model": "", "dtype": "", "bytes": status.st_size, "used": status.st_mtime}
+            found.append(row)
+            with safe_open(path, framework="np") as file:
+                row |= {name: (file.metadata() or {}).get(name, "") for name in ("model", "dtype")}
+    return sorted(found, key=lambda row: -row["used"])
+
+
+def prune(limit: int = 0, keep: Path | None = None) -> list[dict]:
+    """Removes the packed models used longest ago until the others take at most `limit` bytes; `keep` stays. Returns
+    those removed. Engines that run from them go on. Files that killed processes left are removed as well.
+    """
+    folder = _folder(create=False)
+    if folder is None:
+        return []
+    for path in folder.glob("*.tmp"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > LEFT_BEHIND:
+                path.unlink()
+    removed, total = [], 0
+    for row in entries():
+        total += row["bytes"]
+        if total > limit and row["path"] != str(keep):
+            with suppress(FileNotFoundError):
+                os.unlink(row["path"])
+            removed.append(row)
+            total -= row["bytes"]
+    if not limit:
+        for path in folder.glob("*.json"):  # what is noted of model directories
+            path.unlink(missing_ok=True)
+    return removed
+
+
+def _folder(*, create: bool = True) -> Path | None:
+    """Where packed models are, nobody else having a say there; else None, which is said where `create`."""
+    cache = environment.cache_dir()
+    if cache is None:
+        if create:
+            _no_place("the user's cache", "there is no HOME, and no user of this number")
+        return None
+    folder = cache / "packed"
+    try:
+        if create:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+        elif not folder.is_dir():
+            return None
+        found = {cache: cache.stat(), folder: folder.lstat()}
+    except OSError as error:
+        if create:
+            _no_place(folder, error)
+        return None
+    for path, status in found.items():
+        why = None
+        if not stat.S_ISDIR(status.st_mode):
+            why = f"{path} is a link or no folder"
+        elif status.st_uid not in (_ROOT, os.geteuid()):
+            why = f"{path} belongs to user {status.st_uid}"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+            why = f"others may write to {path}: chmod go-w it"
+        if why:
+            if create:
+                _no_place(folder, why)
+            return None
+    return folder
+
+
+def _no_place(folder: Path | str, why: object) -> None:
+    warnings.warn(f"the packed model is not kept in {folder}: {why}; set SPARSEBERT_CACHE", stacklevel=4)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among processes; the lock goes with its holder, however that ends."""
+    """Alone among processes, on file systems that have locks: two that pack the same model then do it once. The lock
+    goes with its holder, however that ends.
+    """
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise _NoPlace(error) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)
 
 
-def _stored(path: Path, key: str, encoders: Encoders) -> Encoders | None:
-    """The same, written and mapped; None, with a warning, where it cannot be written."""
+def _stored(path: Path, key: str, encoders: Encoders, facts: dict[str, str]) -> Encoders | None:
+    """The same, written and mapped; None where it cannot be kept, with a warning unless the user wants none kept."""
+    limit = environment.cache_mb() * 10**6
+    if not limit:
+        return None
     arrays: dict[int, tuple[str, np.ndarray]] = {}
-    tree = _flattened(encoders, arrays)
+    tree = json.dumps(_flattened(encoders, arrays))
     named = {name: np.ascontiguousarray(array) for name, array in arrays.values()}
-    sums = {name: zlib.crc32(array) for name, array in named.items()}
-    temporary = path.with_suffix(".tmp")  # of whoever holds the lock; one that was killed left it behind
+    size = sum(array.nbytes for array in named.values())
+    if size > limit:
+        _no_place(path.parent, f"it takes {size / 1e6:.0f} MB, SPARSEBERT_CACHE_MB is {limit / 1e6:.0f}")
+        return None
+    temporary = None
     try:
-        save_file(named, temporary, {"key": key, "tree": json.dumps(tree), "crc32": json.dumps(sums)})
-        temporary.replace(path)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        save_file(named, temporary, {"key": key, "tree": tree, "sum": _sum(key, tree, named)} | facts)
+        os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # a full disk comes as either
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
         _no_place(path.parent, error)
         return None
+    prune(limit, keep=path)
     return _read(path, key)
 
 
@@ -113,14 +232,27 @@ def _read(path: Path, key: str) -> Encoders | None:
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-        if metadata.get("key") != key:
+        tree, arrays = metadata["tree"], checkpoint.mapped_arrays(path)
+        if metadata["key"] != key or metadata["sum"] != _sum(key, tree, arrays):
             return None
-        arrays, sums = checkpoint.mapped_arrays(path), json.loads(metadata["crc32"])
-        if any(zlib.crc32(array) != sums[name] for name, array in arrays.items()):
-            return None
-        return _restored(json.loads(metadata["tree"]), arrays)
+        with suppress(OSError):  # used now: the others are older; no matter on a read-only place
+            os.utime(path)
+        return _restored(json.loads(tree), arrays)
     except (OSError, SafetensorError, SparsebertError, ValueError, KeyError, TypeError):
         return None
+
+
+def _sum(key: str, tree: str, arrays: Weights) -> str:
+    """Of all that an entry says: its key, its tree, and every array's name, dtype, shape and bytes."""
+    sums = [[name, str(array.dtype), array.shape, zlib.crc32(array)] for name, array in sorted(arrays.items())]
+    return _sha256(json.dumps([key, tree, sums]))
+
+
+def _layout() -> list[int]:
+    """What the core lays packed forms out by."""
+    core = _dispatch.core()
+    return [core.GROUP_ROWS, core.GROUP_TILE, core.SLICE_ROWS, core.BLOCK_ROWS, core.SLAB_COLS, core.TILE_ROWS,
+            core.TILE_COLS]  # fmt: skip
 
 
 _CLASSES = {c.__name__: c for c in (PackedEncoder, EncoderLayer, Linear, PackedRows, PackedGroups, PackedTiles)}
@@ -147,33 +279,32 @@ def _restored(tree: Any, arrays: Weights) -> Any:
     return _CLASSES[tree["class"]](**parts)
 
 
-def _verified(folder: Path, directory: Path) -> str | None:
+def _verified(folder: Path, directory: Path, seen: list) -> str | None:
     """The content hash of a directory's weights, if their file is the one that was last held against its manifest."""
     try:
         noted = json.loads(_note_of(folder, directory).read_text(encoding="utf-8"))
-        if noted["file"] != _state(directory):
+        if noted["file"] != _weights_of(seen):
             return None
+        content = noted["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     manifest = checkpoint.read_manifest(directory)
-    return noted.get("sha256") if manifest is None or noted.get("sha256") == manifest["weights_sha256"] else None
+    known = isinstance(content, str) and (manifest is None or content == manifest["weights_sha256"])
+    return content if known else None
 
 
-def _note(folder: Path, directory: Path, content: str) -> None:
-    try:
-        jobs.write(_note_of(folder, directory), json.dumps({"file": _state(directory), "sha256": content}))
-    except OutputError:  # the next load verifies again
-        return
+def _note(folder: Path, directory: Path, content: str, seen: list) -> None:
+    with suppress(OutputError):  # the next load verifies again
+        jobs.write(_note_of(folder, directory), json.dumps({"file": _weights_of(seen), "sha256": content}))
 
 
 def _note_of(folder: Path, directory: Path) -> Path:
     return folder / f"{_sha256(str(directory.resolve()))}.json"
 
 
-def _state(directory: Path) -> list[int]:
-    status = (directory / checkpoint.WEIGHTS).stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+def _weights_of(seen: list) -> list:
+    return [row for row in seen if row[0].endswith(".safetensors")]
 
 
 def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()

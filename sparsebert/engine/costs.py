@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,6 +14,7 @@ import numpy as np
 
 from sparsebert import environment, jobs, machine
 from sparsebert.engine.measure import interleave
+from sparsebert.errors import OutputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, sparse_matmul
 
@@ -20,6 +23,7 @@ TOKENS = (8, 32, 128)
 BOUNDS = (16, 64)
 LONG = len(TOKENS) - 1
 VERSION = 2  # of the measurement, and of the kernels it is of
+LONGEST = 1 << 20  # characters of the file; of a longer one nothing is believed
 
 
 @dataclass(frozen=True)
@@ -46,33 +50,45 @@ def costs(isa: str) -> Costs:
     """
     isa = _dispatch.float32_isa(isa)
     try:
-        stored = json.loads(_path().read_text(encoding="utf-8"))[_machine(isa)]
+        stored = _stored()[_machine(isa)]
         parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups")}
-    except (OSError, ValueError, KeyError, TypeError):  # none, of another machine, or damaged
+    except (ValueError, KeyError, TypeError):  # none, of another machine, or damaged
         return SHIPPED[isa]
-    sound = all(len(part) == len(TOKENS) and min(part) > 0 for part in parts.values())
+    sound = all(len(part) == len(TOKENS) and all(0 < cost < math.inf for cost in part) for part in parts.values())
     return Costs(**parts) if sound else SHIPPED[isa]
 
 
 def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Costs]:
-    """Times both forms on every instruction set allowed here, a few seconds, and stores what they cost."""
+    """Times both forms on every instruction set allowed here, a few seconds, and stores what they cost. Raises
+    OutputError where there is no place for it.
+    """
+    path = _path()
+    if path is None:
+        raise OutputError("there is no home to keep the costs in", fix="set SPARSEBERT_CACHE to a folder")
     isas = _dispatch.float32_isas()
     found = {}
     for done, isa in enumerate(isas):
         progress(done, len(isas))
         found[isa] = _measured(isa)
     progress(len(isas), len(isas))
-    try:
-        stored = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = {}
-    stored |= {_machine(isa): asdict(cost) for isa, cost in found.items()}
-    jobs.write(_path(), json.dumps(stored, indent=1))
+    jobs.write(path, json.dumps(_stored() | {_machine(isa): asdict(cost) for isa, cost in found.items()}, indent=1))
     return found
 
 
-def _path() -> Path:
-    return environment.cache_dir() / "costs.json"
+def _stored() -> dict:
+    """What earlier calls of `measure` found; nothing where the file is missing or damaged."""
+    path = _path()
+    try:
+        with open(path or os.devnull, encoding="utf-8") as file:
+            stored = json.loads(file.read(LONGEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+def _path() -> Path | None:
+    folder = environment.cache_dir()
+    return None if folder is None else folder / "costs.json"
 
 
 def _machine(isa: str) -> str:

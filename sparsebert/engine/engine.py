@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from sparsebert import checkpoint, environment
-from sparsebert.data import require_texts
-from sparsebert.engine import architectures, cache
+from sparsebert import checkpoint, environment, heads
+from sparsebert.engine import architectures, cache, inputs
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import CheckpointError, InputError
+from sparsebert.errors import CheckpointError, InputError, SparsebertError, shown
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 from sparsebert.ops.sparse_matmul import (
@@ -37,26 +36,44 @@ DTYPES = ("auto", "fp32", "bf16")
 # What bf16 may differ from the golden logits by, as a share of the largest of them.
 BF16_TOLERANCE = 0.05
 
-Text = str | tuple[str, str] | Sequence[int]
+Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
 
 
 class Engine:
-    """A sequence classifier (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA), read-only after loading; several threads may
-    call `logits`.
+    """A sequence classifier (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA), read-only after loading: any number of threads
+    may call `logits` at once, and so may a signal handler and the children of a fork. Pickled, it is its directory and
+    settings, and is loaded anew where it arrives.
 
     >>> engine = Engine.load("sst2-s875")
     >>> engine.logits(["a gripping film", ("a premise", "its hypothesis")])      # float32 [texts, labels]
     """
 
     def __init__(
-        self, encoders: tuple[PackedEncoder, ...], config: dict, tokenizer: Tokenizer, dtype: str, threads: int
+        self,
+        directory: Path,
+        settings: dict,
+        encoders: tuple[PackedEncoder, ...],
+        config: dict,
+        tokenizer: Tokenizer,
+        dtype: str,
     ):
-        self.config, self.threads, self._tokenizer, self._lock = config, threads, tokenizer, threading.Lock()
-        self.dtype, self.isa = dtype, _dispatch.isa()
+        self.directory, self._settings, self.config, self._tokenizer = directory, settings, config, tokenizer
+        self.threads, self.dtype, self.isa = _dispatch.threads(settings["threads"]), dtype, _dispatch.isa()
         self._encoders = encoders  # for batches of every kind of TOKENS, or one for all
-        labels = self.encoder.classifier.weight.n_out
-        names = config.get("id2label", {})  # transformers leaves the default names of two labels out
-        self.labels = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
+        self.problem, self.labels = heads.problem_of(config), list(heads.label_names(config))
+        if len(self.labels) != self.encoder.classifier.weight.n_out:
+            raise CheckpointError(
+                f"{directory}: config.json names {len(self.labels)} labels, the classifier has "
+                f"{self.encoder.classifier.weight.n_out}",
+                fix="correct id2label",
+            )
+
+    def __repr__(self) -> str:
+        kind = f"{self.config['model_type']}, {len(self.labels)} labels, {self.dtype}, {self.threads} threads"
+        return f"<Engine {shown(str(self.directory))}: {kind}>"
+
+    def __reduce__(self):
+        return partial(Engine.load, **self._settings), (self.directory,)
 
     @classmethod
     def load(
@@ -68,24 +85,49 @@ class Engine:
         batch_invariant: bool = False,
         cached: bool = True,
     ) -> Engine:
-        """Loads and verifies a model directory: every tensor against the manifest, then the golden logits. The packed
-        form is kept in the user's cache, from where later loads map it, unless `cached` is false.
+        """Loads and verifies a model directory: every tensor against the manifest, then the golden logits, by all that
+        the engine may run batches with. The packed form is kept in the user's cache, from where later loads map it,
+        unless `cached` is false. A directory that is replaced meanwhile is loaded once more.
 
-        dtype: what weights and states are, fp32 or bf16; sums are fp32. auto: bf16 where the processor multiplies it in
-        tiles (amx), where alone it is fast. threads: None for the cores this process may use. batch_invariant: one form
-        of every linear for all batches, so that a text's logits are the same bits alone and in any; else short batches
-        may take another form than long ones where that is faster. Raises CheckpointError for a damaged directory and
-        UnsupportedError for a model that the engine does not run.
+        dtype: what weights and states are, fp32 or bf16; sums are fp32. auto: what the checkpoint declares: bf16 where
+        `dtype` of config.json is bfloat16 and the processor multiplies it in tiles (amx), where alone it is fast; else
+        fp32. threads: None for the cores this process may use. batch_invariant: one form of every linear for all
+        batches, so that a text's logits are the same bits alone and in any; else short batches may take another form
+        than long ones where that is faster. Raises CheckpointError for a damaged directory and UnsupportedError for a
+        model that the engine does not run.
         """
         if dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}", fix="pass one of these")
-        if dtype == "auto":
-            dtype = "bf16" if _dispatch.isa() == "amx" else "fp32"
-        threads = _dispatch.threads(threads)
-        directory = checkpoint.resolve(directory)
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}", fix="pass one of these")
+        settings = {
+            "dtype": dtype,
+            "threads": None if threads is None else _dispatch.threads(threads),
+            "batch_invariant": batch_invariant,
+            "cached": cached,
+        }
+        directory = checkpoint.resolve(directory).absolute()
+        for _ in range(2):
+            seen, engine, fault = cache.state(directory), None, None
+            try:
+                engine = cls._load(directory, settings, seen)
+            except SparsebertError as error:
+                fault = error
+            if cache.state(directory) == seen:
+                break
+        else:
+            raise CheckpointError(
+                f"{directory} changed twice while it was loaded", fix="load it when what writes there is done"
+            )
+        if engine is None:
+            raise fault
+        _warn_of_portable_path(engine.dtype)
+        return engine
+
+    @classmethod
+    def _load(cls, directory: Path, settings: dict, seen: list) -> Engine:
+        """`load` of a directory that does not change meanwhile, which `seen` tells."""
         config = checkpoint.read_config(directory)
+        dtype = dtype_of(config, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
         table = costs(_dispatch.isa())
-        settings = {"dtype": dtype} | ({} if dtype == "bf16" else {"costs": asdict(table)})
 
         def forms(weight: np.ndarray) -> tuple[Packed, ...]:
             return (pack_tiles(weight),) if dtype == "bf16" else pack_cheapest(weight, table)
@@ -93,7 +135,13 @@ class Engine:
         def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
             return architectures.build(weights, config, forms)
 
-        encoders = cache.packed(directory, settings, make) if cached else make(checkpoint.read_weights(directory))
+        def packed(anew: bool) -> tuple[PackedEncoder, ...]:
+            if not settings["cached"]:
+                return cache.private(make(checkpoint.read_weights(directory)))
+            key = {"dtype": dtype} | ({} if dtype == "bf16" else {"costs": asdict(table)})
+            return cache.packed(directory, key, make, seen=seen, anew=anew)
+
+        encoders = packed(False)
         try:
             tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -101,19 +149,29 @@ class Engine:
                 f"{directory}/tokenizer.json must be a tokenizer: {error}", fix="restore the file"
             ) from error
         tokenizer.no_padding()
-        if environment.isa_cap() is None and (
-            _dispatch.isa() == "scalar" or (dtype == "bf16" and _dispatch.isa() not in environment.BF16_ISAS)
-        ):
-            lacking = "AVX2" if dtype == "fp32" else "AMX and no AVX-512 BF16"
-            warnings.warn(
-                f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
-                stacklevel=2,
-            )
-        engine = cls(encoders[-1:] if batch_invariant else encoders, config, tokenizer, dtype, threads)
-        relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
-        # Cut at full length, as the golden logits were made.
-        checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, truncate=True), relative=relative)
+        tokenizer.no_truncation()
+        used = slice(-1 if settings["batch_invariant"] else 0, None)
+        engine = cls(directory, settings, encoders[used], config, tokenizer, dtype)
+        try:
+            engine._verify()
+        except CheckpointError:
+            if not settings["cached"]:
+                raise
+            engine._encoders = packed(True)[used]  # a packed form that is wrong is made once more
+            engine._verify()
         return engine
+
+    def _verify(self) -> None:
+        """Holds the golden logits against what each encoder makes of the golden texts."""
+        relative = BF16_TOLERANCE if self.dtype == "bf16" else 0.0
+
+        def logits(encoder: PackedEncoder, texts: list[str]) -> np.ndarray:
+            rows = inputs.read(texts, len(encoder.words))
+            # Cut at full length, as the golden logits were made.
+            return self._run(encoder, *self._encode(rows, encoder.max_length))
+
+        for encoder in cache.distinct(self._encoders):
+            checkpoint.verify_golden(self.directory, partial(logits, encoder), relative=relative)
 
     @property
     def encoder(self) -> PackedEncoder:
@@ -160,59 +218,109 @@ class Engine:
                 rows.append(row)
         return rows
 
-    def logits(self, texts: Sequence[Text], *, max_length: int | None = None, truncate: bool = False) -> np.ndarray:
-        """float32 [texts, labels]. A text is a string, a (text, text_b) pair, or the list of its token ids, special
-        tokens included.
+    def logits(self, texts: Iterable[Text], *, max_length: int | None = None, truncate: bool = False) -> np.ndarray:
+        """float32 [texts, labels]. A text is a string, a pair of strings (text, text_b), as a tuple or a list, or the
+        ids of its tokens, special ones included; one call may hold all three. texts: a list, a generator, a 2-d array
+        or tensor of ids; no mapping and no set.
 
         max_length: tokens that a text may have; None for as many as the model has positions. truncate: cut longer
-        texts; without it they are an error. Raises InputError for what is no list of texts, an empty text, one that is
-        too long, ids out of the vocabulary, and a length the model cannot take.
+        texts, of a pair the longer first, as transformers does, and ids where they reach it; without it they are an
+        error. Raises InputError for what is no list of texts, naming the text: an empty one, one that is too long, ids
+        out of the vocabulary; and for a length the model cannot take.
         """
-        if isinstance(texts, str) or not all(
-            len(text) == 2 for text in texts if isinstance(text, tuple) and not _are_ids(text)
-        ):
-            raise InputError("texts must be a list of strings or (text, text_b) pairs", fix="put them in a list")
         limit = self.encoder.max_length
-        max_length = limit if max_length is None else max_length
-        if not 3 <= max_length <= limit:
-            raise InputError(f"max_length must be 3 to {limit}, got {max_length}", fix="choose a length in that range")
-        if len(texts) == 0:
-            return np.empty((0, len(self.labels)), dtype=np.float32)
-        if all(_are_ids(text) for text in texts):
-            ids = [[int(i) for i in text] for text in texts]
-            ids = [row[:max_length] for row in ids] if truncate else ids
-            types = [[0] * len(row) for row in ids]
-        else:
-            require_texts([part for text in texts for part in (text if isinstance(text, tuple) else (text,))])
-            with self._lock:  # the tokenizer keeps the length between the two calls
-                if truncate:
-                    self._tokenizer.enable_truncation(max_length)
-                else:
-                    self._tokenizer.no_truncation()
-                encoded = self._tokenizer.encode_batch(list(texts))
-            ids, types = [row.ids for row in encoded], [row.type_ids for row in encoded]
-        longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-        if len(ids[longest]) > max_length:
+        if max_length is None:
+            max_length = limit
+        elif not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= limit:
             raise InputError(
-                f"texts must have at most {max_length} tokens, texts[{longest}] has {len(ids[longest])}",
-                fix="pass truncate=True to cut them, or shorten it",
+                f"max_length must be 3 to {limit}, an integer, got {shown(max_length)}",
+                fix="choose a length in that range, or None",
             )
+        if not isinstance(truncate, (bool, np.bool_)):
+            raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
+        rows = inputs.read(texts, len(self.encoder.words))
+        if not rows:
+            return np.empty((0, len(self.labels)), dtype=np.float32)
+        ids, types = self._encode(rows, int(max_length) if truncate else None)
+        for i, row in enumerate(ids):
+            if len(row) > max_length:
+                raise InputError(
+                    f"texts must have at most {max_length} tokens, texts[{i}] has {len(row)}",
+                    fix="pass truncate=True to cut them, or shorten it",
+                )
         return self.forward(ids, types)
 
-    def forward(self, ids: list[list[int]], type_ids: list[list[int]]) -> np.ndarray:
-        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long."""
+    def _encode(self, rows: list[inputs.Row], length: int | None) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and token types of each row, cut to `length` where that is given."""
+        texts = [row for row in rows if type(row) is not list]
+        encoded = iter(self._tokenizer.encode_batch(texts)) if texts else iter(())
+        ids, types = [], []
+        for row in rows:
+            if type(row) is list:
+                ids.append(row[:length])
+                types.append([0] * len(ids[-1]))
+                continue
+            found = next(encoded)
+            if length is not None and len(found) > length:
+                found = self._cut(row, length)
+            ids.append(found.ids)
+            types.append(found.type_ids)
+        return ids, types
+
+    def _cut(self, text: str | tuple[str, str], length: int) -> Encoding:
+        """A text cut to so many tokens. The tokenizer, which all threads share, keeps no length for it."""
+        pair = isinstance(text, tuple)
+        parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in (text if pair else (text,))]
+        room = length - self._tokenizer.num_special_tokens_to_add(pair)
+        keep = [room]
+        if pair:  # the longer part first; of two long ones each gets half, the second what is odd
+            short, long = sorted(len(part) for part in parts)
+            long = long if short > room else max(short, room - short)
+            if short + long > room:
+                short, long = room // 2, room // 2 + room % 2
+            keep = [short, long] if len(parts[0]) <= len(parts[1]) else [long, short]
+        for part, tokens in zip(parts, keep, strict=True):
+            part.truncate(max(0, tokens))
+        return self._tokenizer.post_process(*parts)
+
+    def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long. Raises
+        CheckpointError where one is not finite: the weights overflow.
+        """
+        kind = kind_of(sum(map(len, ids)))
+        return self._run(self._encoders[min(kind, len(self._encoders) - 1)], ids, type_ids)
+
+    def _run(
+        self, encoder: PackedEncoder, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]]
+    ) -> np.ndarray:
         starts = np.cumsum([0, *map(len, ids)])
-        flat_ids = np.fromiter((i for row in ids for i in row), np.int32, count=starts[-1])
+        flat_ids = np.fromiter(chain.from_iterable(ids), np.int32, count=starts[-1])
         flat_types = np.zeros_like(flat_ids)
-        if len(self.encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says
-            flat_types = np.fromiter((i for row in type_ids for i in row), np.int32, count=starts[-1])
-        encoder = self._encoders[min(kind_of(len(flat_ids)), len(self._encoders) - 1)]
-        return sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
+        if len(encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says
+            flat_types = np.fromiter(chain.from_iterable(type_ids), np.int32, count=starts[-1])
+        logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
+        if not np.isfinite(logits).all():
+            row = int(np.argmin(np.isfinite(logits).all(1)))
+            raise CheckpointError(
+                f"{self.directory}: logits must be finite, those of texts[{row}] are {shown(logits[row].tolist())}",
+                fix="restore the weights from a good copy",
+            )
+        return logits
 
 
-def _are_ids(text: Text) -> bool:
-    sized = isinstance(text, (list, tuple, np.ndarray))
-    return sized and len(text) > 0 and all(isinstance(i, Integral) for i in text)
+def _warn_of_portable_path(dtype: str) -> None:
+    isa = _dispatch.isa()
+    if environment.isa_cap() is None and (isa == "scalar" or (dtype == "bf16" and isa not in environment.BF16_ISAS)):
+        lacking = "AVX2" if dtype == "fp32" else "AMX and no AVX-512 BF16"
+        warnings.warn(
+            f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`", stacklevel=3
+        )
+
+
+def dtype_of(config: dict, isa: str) -> str:
+    """What "auto" is: never less precise than the checkpoint declares, and bf16 only where it is fast."""
+    declared = config.get("dtype") or config.get("torch_dtype")
+    return "bf16" if declared == "bfloat16" and isa == "amx" else "fp32"
 
 
 def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:

@@ -48,6 +48,7 @@ def attention(
             f"keep must be bool {list(q.shape[:2])} on the CPU, got {keep.dtype} {list(keep.shape)} on {keep.device}",
             fix="convert it first",
         )
+    keep = None if keep is None else _dispatch.clean(keep)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     how = scale, seed, limit_of(dropout, seed), _dispatch.isa(isa), _dispatch.threads(threads)
     return _Attention.apply(q, k, v, keep, how)

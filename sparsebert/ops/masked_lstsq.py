@@ -38,6 +38,7 @@ def masked_lstsq(
     definite on a support, naming row and pivot.
     """
     _check(target, h, mask, row_metric)
+    mask = _dispatch.clean(mask)
     keep = mask.numpy()
     first, group_of = _distinct(keep)
     kept, sizes = keep[first].sum(1), np.bincount(group_of)

@@ -18,6 +18,8 @@ from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.topk_mask import topk_mask_ref
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, Unstructured, kept_in, require_fits, zeros_in
 
+LARGEST = 1e150  # of a weight in units of its score: squares of it are added up in float64
+
 
 def obs_prune(
     weight: torch.Tensor,
@@ -222,17 +224,18 @@ def obs_sweep(
         )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise InputError(f"block must be an integer of at least 1, got {block!r}", fix="use the default, 128")
+    u = _inverse_factor(h)
+    # Squared, and summed over a group, that is a score: what overflows would be compared as equal, or not at all.
+    largest = float(weight.abs().max() / u.diagonal().min())
+    if not largest < LARGEST:
+        raise InputError(
+            f"weight over the square root of h's inverse must stay below {LARGEST:g}, got {largest:g}",
+            fix="scale weight or h down",
+        )
     if weight.is_cuda:
-        return _sweep_on_gpu(weight, _inverse_factor(h), pattern, sparsity, block)
-    return _sweep(
-        weight,
-        _inverse_factor(h),
-        pattern,
-        sparsity,
-        block,
-        threads=_dispatch.threads(threads),
-        isa=_dispatch.isa(isa),
-    )
+        return _sweep_on_gpu(weight, u, pattern, sparsity, block)
+    how = {"threads": _dispatch.threads(threads), "isa": _dispatch.isa(isa)}
+    return _sweep(weight, u, pattern, sparsity, block, **how)
 
 
 def _sweep(

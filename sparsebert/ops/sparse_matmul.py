@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -499,12 +500,20 @@ def _freeze(packed: object, name: str, dtype: type, size: int, ndim: int = 1) ->
     _check_array(name, array, dtype, ndim)
     if array.size != size:
         raise InputError(f"{name} must have {size} entries, got {array.size}", fix="use pack(weight)")
-    # The kernel trusts the indices, so nobody may change them after the check. What is read-only already (a mapped
-    # file) stays where it is.
-    if array.flags.writeable:
+    # The kernel trusts the indices, so nobody may change them after the check. What nobody can write to stays where it
+    # is: a file mapped for reading, and an array that is read-only and no view of another.
+    if array.flags.writeable or not (array.flags.owndata or is_mapped(array)):
         array = array.copy()
         array.setflags(write=False)
     object.__setattr__(packed, name, array)
+
+
+def is_mapped(array: np.ndarray) -> bool:
+    """Whether an array lies in a mapped file."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, mmap.mmap)
 
 
 def _check_array(name: str, array: object, dtype: type, ndim: int) -> None:
