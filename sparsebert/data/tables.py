@@ -50,13 +50,9 @@ def read(path: Path) -> Table:
     Raises DataError for what is no such file, is not UTF-8, has no rows, repeats or lacks a column name, has a row of
     another width, and for a quoted text of .csv that has swallowed the rows behind it.
     """
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "absent"
-        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
+    _require_file(path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(SUFFIXES)}", fix="convert or rename it")
-    if path.stat().st_size > LARGEST:
-        raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
     try:
         table = _parquet(path) if path.suffix == ".parquet" else _lines(path)
     except OSError as error:
@@ -66,7 +62,28 @@ def read(path: Path) -> Table:
     return table
 
 
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "absent"
+        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
+    _require_file(path)
+    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
+    if not found:
+        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
+    return found
+
+
 def _lines(path: Path) -> Table:
+    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path))
+
+
+def _decoded(path: Path) -> str:
     raw = path.read_bytes()
     try:
         text = raw.decode("utf-8").removeprefix("\ufeff")
@@ -78,7 +95,7 @@ def _lines(path: Path) -> Table:
         ) from error
     if "\0" in text:
         raise DataError(f"{path} must be text, has a NUL character", fix="save the file as UTF-8")
-    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, text)
+    return text
 
 
 def _csv(path: Path, text: str) -> Table:
