@@ -331,5 +331,5 @@ def _flat(inputs: dict, before: str = "") -> dict:
 
 def _shown(value: Any) -> str:
     """A value for people: hashes and long texts are cut."""
-    text = str(value)
+    text = "the default" if value is None else str(value) or "none"
     return f"{text[:8]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text[:60]
