@@ -278,6 +278,17 @@ def test_what_a_job_keeps_is_there_for_the_next_run_of_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_kill_cut_short_is_removed(tmp_path):
+    partial = unfinished(tmp_path / "out")
+    (partial / ".layer.2.safetensors.tmp-0123").write_bytes(b"half")
+    (partial / "layer.1.next.safetensors").write_bytes(b"whole, and not noted yet")
+    with made(tmp_path / "out") as job:
+        assert job.kept("layer.1")[1] == {"n": 2}
+    assert {path.name for path in partial.iterdir()} == {
+        "job.json", "lock", "layer.0.safetensors", "layer.1.safetensors",
+    }  # fmt: skip
+
+
 def test_a_job_that_kept_nothing_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), made(tmp_path / "a" / "b" / "out"):
         assert (tmp_path / "a" / "b" / "out.partial").is_dir()

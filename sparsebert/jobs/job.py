@@ -239,10 +239,11 @@ class Job:
             state = None
         taken = sum(path.stat().st_size for path in self.partial.iterdir())
         require_space(self.output.parent, self.space - taken)
+        noted = {_LOCK} if state is None else {_LOCK, _STATE, *(file["file"] for file in state["files"].values())}
+        for path in self.partial.iterdir():
+            if path.name not in noted:  # of other work, or cut short by a kill
+                path.unlink()
         if state is None:
-            for path in self.partial.iterdir():
-                if path.name != _LOCK:
-                    path.unlink()
             self._state = {"key": self.key, "job": self.record, "files": {}, "values": {}, "last": ""}
             self._commit("")
         else:

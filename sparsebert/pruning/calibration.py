@@ -64,7 +64,7 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Content hash: the data part of a ledger key."""
+        """Content hash: the data part of a key."""
         return self.texts.sha256 + self.held_out.sha256
 
 
