@@ -19,6 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 # Parts that decide no result: what they choose is in the inputs, or they only say and keep things.
 _NO_RESULT = {"config", "environment", "errors", "jobs", "machine"}
 _STATE, _LOCK = "job.json", "lock"
+_FORMAT = 1  # of the state
 _KEPT: dict[Path, str] = {}  # by place, what this process has left there
 
 
@@ -244,7 +245,14 @@ class Job:
             if path.name not in noted:  # of other work, or cut short by a kill
                 path.unlink()
         if state is None:
-            self._state = {"key": self.key, "job": self.record, "files": {}, "values": {}, "last": ""}
+            self._state = {
+                "format": _FORMAT,
+                "key": self.key,
+                "job": self.record,
+                "files": {},
+                "values": {},
+                "last": "",
+            }
             self._commit("")
         else:
             self._state = state
@@ -254,7 +262,7 @@ class Job:
         try:
             state = json.loads((self.partial / _STATE).read_text(encoding="utf-8"))
             sha256 = state.pop("sha256")
-            return state if sha256 == digest(state) else {}
+            return state if sha256 == digest(state) and state["format"] == _FORMAT else {}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
