@@ -131,7 +131,7 @@ def prune_checkpoint(
         job = trained.job
     else:
         inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
-        inputs["settings"] = config.model_dump() | {"precision": "bf16" if bf16_is_fast() else "fp32"}
+        inputs |= {"settings": config.model_dump(), "precision": "bf16" if bf16_is_fast() else "fp32"}
         if METHODS[config.method].looks_at_data:
             if spec.train is None:
                 raise InputError(
