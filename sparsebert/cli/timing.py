@@ -56,7 +56,7 @@ def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
         # The first tokens of a vocabulary are special ones.
         words = np.random.default_rng(config.seed).integers(stock.vocab_size // 2, stock.vocab_size, (config.n, length))
         return [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in words]
-    spec = data.get_task(config.task, config.max_length)
+    spec = data.get_task(config.task, config.max_length, labelled=False)
     require_length(stock, config.max_length)
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)

@@ -120,7 +120,7 @@ def prune_checkpoint(
     config = config or PruneConfig()
     subnet = subnet or SubnetConfig()
     check(config, subnet)
-    spec = data.get_task(task, config.max_length)
+    spec = data.get_task(task, config.max_length, labelled=config.method in TRAINED)
     source = checkpoint.resolve(source)
     read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
@@ -136,7 +136,7 @@ def prune_checkpoint(
                 raise InputError(
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
-            examples = data.load(spec, spec.train, labelled=False)
+            examples = data.load(spec, spec.train)
             inputs["data"] = examples.sha256
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
         job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)

@@ -56,8 +56,9 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
     """
     from sparsebert.pruning import TRAINED, check
 
-    spec, subnet = data.get_task(task, config.max_length), subnet or SubnetConfig()
+    subnet = subnet or SubnetConfig()
     check(config, subnet)
+    spec = data.get_task(task, config.max_length, labelled=config.method in TRAINED)
     directory = checkpoint.resolve(source)
     model = checkpoint.shapes(directory)
     if config.method in TRAINED:
