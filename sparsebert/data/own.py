@@ -153,7 +153,8 @@ def _understood(path: Path, found: dict[str, Table]) -> tuple[str, tuple[str, ..
 
 def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     """One label per text: integers, names, booleans, or numbers of a regression."""
-    read_as = [_value(value) for _, _, value in cells]
+    words = {value: _value(value) for value in {value for _, _, value in cells if isinstance(value, str)}}
+    read_as = [words[value] if isinstance(value, str) else _value(value) for _, _, value in cells]
     kinds = Counter(type(value) for value in read_as)
     if type(None) in kinds:
         _refuse(*cells[[value is None for value in read_as].index(True)], "a class or a number")
@@ -181,7 +182,8 @@ def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
         )
     _require_different(path, names)
     _require_two(path, names)
-    return "single_label", tuple(names), np.array([names.index(value) for value in read_as], dtype=np.int64)
+    at = {name: i for i, name in enumerate(names)}
+    return "single_label", tuple(names), np.array([at[value] for value in read_as], dtype=np.int64)
 
 
 def _require_different(path: Path, names: list[str]) -> None:

@@ -220,32 +220,34 @@ def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> No
 
 
 def _jsonl(path: Path, text: str) -> Table:
-    rows, at = [], []
-    for i, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_object(path, i, line))
-            at.append(f"line {i}")
+    rows, at, number = [], [], 0
+
+    def unique(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            _require_names(f"{path}, line {number}:", [name for name, _ in pairs])
+        return found
+
+    decode = json.JSONDecoder(object_pairs_hook=unique).decode
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = decode(line)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+            raise DataError(
+                f"{path}, line {number}: must be one JSON object: {reason}", fix="write one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number}: must be one JSON object, is {type(row).__name__}",
+                fix="write one object a line",
+            )
+        rows.append(row)
+        at.append(f"line {number}")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Table(path, {name: [row.get(name) for row in rows] for name in names}, at, tuple(names))
-
-
-def _object(path: Path, number: int, line: str) -> dict:
-    def unique(pairs: list[tuple]) -> dict:
-        _require_names(f"{path}, line {number}:", [name for name, _ in pairs])
-        return dict(pairs)
-
-    try:
-        found = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
-        raise DataError(
-            f"{path}, line {number}: must be one JSON object: {reason}", fix="write one object a line"
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(
-            f"{path}, line {number}: must be one JSON object, is {type(found).__name__}", fix="write one object a line"
-        )
-    return found
 
 
 def _parquet(path: Path, also: tuple[str, ...]) -> Table:
