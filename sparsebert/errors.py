@@ -71,3 +71,7 @@ class UnsupportedError(SparsebertError):
 
 class OutputError(SparsebertError):
     """A place results were to be written to and cannot be."""
+
+
+class SparsebertWarning(UserWarning):
+    """What the user should know and need not mend; the command line prints it as one line."""

@@ -345,6 +345,29 @@ def test_an_unknown_instruction_set(capsys, dense, monkeypatch):
     assert "scalar, avx2, avx512, avx512_bf16, amx" in refused(capsys, "bench", dense)
 
 
+def test_a_warning_is_one_line(tmp_path, capsys):
+    source = saved(tmp_path / "emotions", labels=("joy", "anger"))
+    code, _, err = run(
+        capsys,
+        "train",
+        source,
+        "--task",
+        "mr",
+        "--steps",
+        1,
+        "--batch-size",
+        2,
+        "--n",
+        8,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    )
+    assert code == 0
+    (line,) = [line for line in err.splitlines() if "new head" in line]
+    assert line.startswith(f"warning: {source} has the labels joy, anger") and "lesson.py" not in err
+
+
 def test_models_of_another_task(dense, tmp_path, capsys):
     folder = tmp_path / "three"
     folder.mkdir()

@@ -8,12 +8,13 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from sparsebert import environment
-from sparsebert.errors import LONGEST, SparsebertError, cut
+from sparsebert.errors import LONGEST, SparsebertError, SparsebertWarning, cut
 from sparsebert.ops import _dispatch
 
 INTERRUPTED = 130
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] != ["bench"]:  # there torch is timed as it comes
         environment.calm_openmp(_dispatch.granted())
     try:
-        with interrupts_at_safe_moments():
+        with interrupts_at_safe_moments(), warnings_of_one_line():
             code = _run(arguments or ["--help"])
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -69,6 +70,23 @@ def interrupts_at_safe_moments() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def warnings_of_one_line() -> Iterator[None]:
+    """While it lasts, what the package warns of is said once, without the place in the code."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+        warnings.simplefilter("once", SparsebertWarning)
+
+        def show(message, category, *where, **more) -> None:
+            if issubclass(category, SparsebertWarning):
+                print(f"warning: {cut(str(message))}", file=sys.stderr)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _give_up_stdout() -> None:

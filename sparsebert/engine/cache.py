@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsebert import __version__, checkpoint, environment, jobs
-from sparsebert.errors import OutputError, SparsebertError
+from sparsebert.errors import OutputError, SparsebertError, SparsebertWarning
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles, is_mapped
@@ -183,7 +183,8 @@ def _folder(*, create: bool = True) -> Path | None:
 
 
 def _no_place(folder: Path | str, why: object) -> None:
-    warnings.warn(f"the packed model is not kept in {folder}: {why}; set SPARSEBERT_CACHE", stacklevel=4)
+    message = f"the packed model is not kept in {folder}: {why}; set SPARSEBERT_CACHE"
+    warnings.warn(message, SparsebertWarning, stacklevel=4)
 
 
 @contextmanager

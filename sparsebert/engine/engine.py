@@ -17,7 +17,7 @@ from sparsebert import checkpoint, environment, heads
 from sparsebert.engine import architectures, cache, inputs
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import CheckpointError, InputError, SparsebertError, shown
+from sparsebert.errors import CheckpointError, InputError, SparsebertError, SparsebertWarning, shown
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 from sparsebert.ops.sparse_matmul import (
@@ -313,7 +313,9 @@ def _warn_of_portable_path(dtype: str) -> None:
     if environment.isa_cap() is None and (isa == "scalar" or (dtype == "bf16" and isa not in environment.BF16_ISAS)):
         lacking = "AVX2" if dtype == "fp32" else "AMX and no AVX-512 BF16"
         warnings.warn(
-            f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`", stacklevel=3
+            f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
+            SparsebertWarning,
+            stacklevel=3,
         )
 
 

@@ -26,7 +26,7 @@ from sparsebert.encoders import (
     tokenize,
 )
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import InputError, SparsebertWarning, UnsupportedError
 from sparsebert.jobs import Job
 from sparsebert.training import bias
 from sparsebert.training.loop import STEPS_PER_SNAPSHOT, Hook, Run, plan, precision_of, seed_of, step_count
@@ -260,7 +260,7 @@ def _head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
     except (InputError, UnsupportedError) as error:
         if own_head:
             raise
-        warnings.warn(f"{error.problem}: a new head is drawn", stacklevel=3)
+        warnings.warn(f"{error.problem}: a new head is drawn", SparsebertWarning, stacklevel=3)
         return None
 
 
