@@ -24,17 +24,13 @@ TEST_SHARE = 0.2  # of one file
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
 
 
-def get_task(name: str, max_length: int | None = None, *, labelled: bool = True) -> Task:
-    """The task called `name`, or the folder or file `name` as a task of the user's own. max_length: tokens kept of a
-    text, in place of what the task needs. labelled: whether labels are needed; if not, they are not looked at.
-
-    Raises InputError for a name that is none, DataError for files that are not understood.
+def get_task(name: str, *, labelled: bool = True) -> Task:
+    """The task called `name`, or the folder or file `name` as a task of the user's own. labelled: whether labels are
+    needed; if not, they are not looked at. Raises InputError for a name that is none, DataError for files that are not
+    understood.
     """
-    task = replace(TASKS[name], labelled=labelled) if name in TASKS else _of_users(name, labelled)
-    return task if max_length is None else replace(task, max_length=max_length)
-
-
-def _of_users(name: str, labelled: bool) -> Task:
+    if name in TASKS:
+        return replace(TASKS[name], labelled=labelled)
     path = Path(name)
     try:
         if path.is_dir():
