@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from sparsebert.checkpoint import ARCHITECTURES
-from sparsebert.data import Examples
+from sparsebert.data import Examples, Task
 from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.machine import bf16_is_fast
 
@@ -118,11 +119,14 @@ def token_limit(config, wanted: int | None) -> int:
     return positions if wanted is None else min(wanted, positions)
 
 
-def require_length(config, asked: int | None) -> None:
-    """InputError where a model of this transformers config cannot take the length that the user asked for."""
+def limited(task: Task, config, asked: int | None) -> Task:
+    """The task with the tokens that are kept of its texts for a model of this transformers config: `asked`, else what
+    the task needs, at most what the model takes. InputError where it cannot take what was asked for.
+    """
     positions = token_limit(config, None)
     if asked is not None and not 3 <= asked <= positions:
         raise InputError(f"max_length must be 3 to {positions}, got {asked}", fix="choose a length in that range")
+    return replace(task, max_length=token_limit(config, task.max_length if asked is None else asked))
 
 
 def tokenize(tokenizer, examples: Examples, max_length: int) -> list[dict]:
@@ -131,16 +135,14 @@ def tokenize(tokenizer, examples: Examples, max_length: int) -> list[dict]:
     return [{name: column[i] for name, column in encoded.items()} for i in range(len(examples))]
 
 
-def cut_share(tokenizer, examples: Examples, max_length: int) -> float:
-    """Share of the examples that have more than max_length tokens."""
-    pairs = zip(examples.texts, examples.texts_b or [""] * len(examples), strict=True)
-    # A token takes a byte at least, but for the special ones and what marks the beginning of a word.
-    long = examples.take([i for i, (a, b) in enumerate(pairs) if len(a.encode()) + len(b.encode()) > max_length - 8])
-    if not len(long):
+def cut_share(tokenizer, examples: Examples, encoded: list[dict], max_length: int) -> float:
+    """Share of the examples that have more than max_length tokens. encoded: of `tokenize`, cut to that."""
+    full = examples.take([i for i, row in enumerate(encoded) if len(row["input_ids"]) == max_length])
+    if not len(full):
         return 0.0
-    # Batches of its own make no warning of what is too long for the model.
-    lengths = tokenizer(long.texts, long.texts_b, truncation=False, return_length=True, verbose=False)["length"]
-    return sum(length > max_length for length in lengths) / len(examples)
+    # No warning of what is too long for the model.
+    whole = tokenizer(full.texts, full.texts_b, truncation=False, verbose=False)["input_ids"]
+    return sum(len(ids) > max_length for ids in whole) / len(examples)
 
 
 def collate(tokenizer, encoded: list[dict], rows) -> dict[str, torch.Tensor]:

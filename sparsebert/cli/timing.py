@@ -44,11 +44,13 @@ def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
     """Token id lists: `config.n` of the task's test texts, or of random words of one length."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from sparsebert.encoders import require_length, token_limit, tokenize
+    from sparsebert.encoders import limited, token_limit, tokenize
 
     directory = checkpoint.resolve(directory)
     stock = AutoConfig.from_pretrained(directory, local_files_only=True)
     if config.seq != "mix":
+        if config.max_length is not None:
+            raise InputError(f"--max-length belongs to --seq mix, got --seq {config.seq}", fix="leave it out")
         length = int(config.seq)
         if token_limit(stock, length) < length:
             limit = token_limit(stock, length)
@@ -56,8 +58,7 @@ def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
         # The first tokens of a vocabulary are special ones.
         words = np.random.default_rng(config.seed).integers(stock.vocab_size // 2, stock.vocab_size, (config.n, length))
         return [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in words]
-    spec = data.get_task(config.task, config.max_length)
-    require_length(stock, config.max_length)
+    spec = limited(data.get_task(config.task, labelled=False), stock, config.max_length)
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenize(tokenizer, examples, token_limit(stock, spec.max_length))
+    return tokenize(tokenizer, examples, spec.max_length)

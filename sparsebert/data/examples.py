@@ -22,7 +22,7 @@ from sparsebert.heads import Problem
 @dataclass(frozen=True)
 class Examples:
     """Texts in file order. texts_b is None for a single-sentence task. labels: int64 [n]; of several labels per text
-    float32 [n, labels] of 0 and 1; of one logit float32 [n]; None where a file of unlabelled texts was read. groups:
+    float32 [n, labels] of 0 and 1; of one logit float32 [n]; None where no labels were asked for. groups:
     what kind each is, for a task that has such.
     """
 
@@ -38,7 +38,7 @@ class Examples:
 
     @property
     def sha256(self) -> str:
-        """Content hash over texts and labels: the data part of every ledger key."""
+        """Content hash over texts and labels: the data part of every key."""
         digest = hashlib.sha256()
         for column in (self.texts, self.texts_b or []):
             for text in column:
@@ -64,28 +64,30 @@ class Examples:
         return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
 
 
-def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0, labelled: bool = True) -> Examples:
+def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0) -> Examples:
     """All examples of a split, or a seeded random subset of `limit` of them, in file order.
 
     Looks among the task's own examples, else in SPARSEBERT_DATA/<task>/<split>.parquet, else among the packaged files,
-    else asks `datasets`. labelled: whether labels are needed. Raises DataError for a missing or unreadable file, text
-    that is empty or not UTF-8, and labels outside the task's.
+    else asks `datasets`. Raises DataError for a missing or unreadable file, text that is empty or not UTF-8, and labels
+    outside the task's.
     """
     if limit is not None and limit < 1:
         raise InputError(f"n must be at least 1, got {limit}", fix="ask for at least one example")
     if task.own is not None:
-        examples = _own(task, split, labelled)
+        examples = _own(task, split)
     else:
         path = _find(task, split)
-        examples = _check(task, split, tables.read(path) if path else _read_hub(task, split))
+        also = (task.groups,) if task.groups else ()
+        examples = _check(task, split, tables.read(path, also) if path else _read_hub(task, split))
     return examples.sample(limit, seed)
 
 
-def _own(task: Task, split: str, labelled: bool) -> Examples:
+def _own(task: Task, split: str) -> Examples:
     if split not in task.own:
-        raise DataError(f"task {task.folder} has no {split} file", fix=f"add {split}.csv, or any of the other kinds")
-    if labelled and not task.labelled:
-        raise DataError(f"task {task.folder} has no column 'label', and labels are needed here", fix="add one")
+        raise DataError(
+            f"task {task.folder} has no {split} file",
+            fix=f"add {split}.csv, or any of the other kinds, or name one file as the task, which is split",
+        )
     return task.own[split]
 
 
@@ -173,18 +175,21 @@ def _read_hub(task: Task, split: str) -> tables.Table:
     for ours, theirs in zip(("text", "text_b"), task.hub.columns, strict=False):
         column = list(table[theirs])
         columns[ours] = [column[i] for i in keep]
-    return tables.Table(Path(f"datasets:{task.hub.path}"), columns, [f"row {i + 1}" for i in keep])
+    return tables.Table(Path(f"datasets:{task.hub.path}"), columns, [f"row {i + 1}" for i in keep], tuple(columns))
 
 
 def _check(task: Task, split: str, table: tables.Table) -> Examples:
     """The examples of a table whose columns and labels are those of the task."""
     texts = [tables.texts_of(table, name) for name in (("text", "text_b") if task.pair else ("text",))]
     groups = tables.texts_of(table, task.groups) if task.groups else None
-    labels = table.column("label")
-    for row, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label < len(task.labels):
-            raise DataError(
-                f"{table.where(row)}: label must be 0 to {len(task.labels) - 1}, got {label!r}", fix="correct the label"
-            )
-    labels = np.asarray(labels, dtype=np.int64)
+    labels = None
+    if task.labelled:
+        labels = table.column("label")
+        for row, label in enumerate(labels):
+            if type(label) is not int or not 0 <= label < len(task.labels):
+                raise DataError(
+                    f"{table.where(row)}: label must be 0 to {len(task.labels) - 1}, got {tables.shown(label)}",
+                    fix="correct the label",
+                )
+        labels = np.asarray(labels, dtype=np.int64)
     return Examples(task.name, split, texts[0], texts[1] if task.pair else None, labels, groups)

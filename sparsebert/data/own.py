@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,36 +12,36 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert.data.examples import Examples, normalised
-from sparsebert.data.tables import SUFFIXES, Table, read, text_columns, texts_of
+from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, shown, text_columns, texts_of
 from sparsebert.data.tasks import TASKS, Task
 from sparsebert.errors import DataError, InputError
 from sparsebert.heads import fold
 
 MAX_CLASSES = 1000  # above it the column is no label
+LARGEST_VALUE = 1e15  # of a label
 TEST_SHARE = 0.2  # of one file
-_SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "dev")}  # names of files, the first the usual
+# Names of the files of a split; of the second ones, one is taken if none of the first is there.
+_SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
 
 
-def get_task(name: str, max_length: int | None = None) -> Task:
-    """The task called `name`, or the folder or file `name` as a task of the user's own. max_length: tokens kept of a
-    text, in place of what the task needs.
+def get_task(name: str, *, labelled: bool = True) -> Task:
+    """The task called `name`, or the folder or file `name` as a task of the user's own. labelled: whether labels are
+    needed; if not, they are not looked at. Raises InputError for a name that is none, DataError for files that are not
+    understood.
     """
-    task = TASKS[name] if name in TASKS else _of_users(name)
-    return task if max_length is None else replace(task, max_length=max_length)
-
-
-def _of_users(name: str) -> Task:
+    if name in TASKS:
+        return replace(TASKS[name], labelled=labelled)
     path = Path(name)
     try:
-        folder, there = path.is_dir(), path.exists()
+        if path.is_dir():
+            return _of_tables(path, _in_folder(path), labelled)
+        wanted = os.path.lexists(path) or (path.suffix in SUFFIXES and not path.exists() and "\0" not in name)
     except (OSError, ValueError):  # no path at all
-        folder = there = False
-    if folder:
-        return _of_tables(path, _in_folder(path))
-    if there or path.suffix in SUFFIXES:
-        return _of_tables(path, {"": read(path)})
+        wanted = False
+    if wanted:
+        return _of_tables(path, {"": read(path)}, labelled)
     raise InputError(
-        f"task must be one of {', '.join(TASKS)}, a folder or a file, got {name[:200]!r}", fix="choose one of these"
+        f"task must be one of {', '.join(TASKS)}, a folder or a file, got {shown(name, 200)}", fix="choose one of these"
     )
 
 
@@ -55,33 +55,33 @@ def rows_read(task: Task) -> dict | None:
 
 def _in_folder(folder: Path) -> dict[str, Table]:
     found = {}
-    for split, stems in _SPLITS.items():
-        paths = [p for stem in stems for suffix in SUFFIXES if (p := folder / f"{stem}{suffix}").exists()]
-        if len(paths) > 1:
-            names = " and ".join(path.name for path in paths)
-            raise DataError(f"{folder} has several files of its {split} split: {names}", fix="keep one of them")
-        if paths:
-            found[split] = read(paths[0])
+    for split, choices in _SPLITS.items():
+        for stems in choices:
+            paths = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+            paths = [path for path in paths if os.path.lexists(path)]
+            if len(paths) > 1:
+                names = " and ".join(path.name for path in paths)
+                raise DataError(f"{folder} has several files of its {split} split: {names}", fix="keep one of them")
+            if paths:
+                found[split] = read(paths[0])
+                break
     if not found:
+        others = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
         raise DataError(
             f"task folder {folder} must hold train and test as one of {', '.join(SUFFIXES)}, found neither",
-            fix="add them",
+            fix=f"name one file, which is split: --task {folder / others[0]}" if others else "add them",
         )
     return found
 
 
-def _of_tables(path: Path, found: dict[str, Table]) -> Task:
+def _of_tables(path: Path, found: dict[str, Table], labelled: bool) -> Task:
     """The task that the tables of its splits are; "" for one that is still to be split."""
     columns = {split: text_columns(table) for split, table in found.items()}
     if len({len(names) for names in columns.values()}) > 1:
         said = ", ".join(f"{found[split].path.name} has {' and '.join(names)}" for split, names in columns.items())
         raise DataError(f"{path}: all splits must be of single texts, or all of pairs: {said}", fix="make them alike")
-    labelled = {split: "label" in table.columns for split, table in found.items()}
-    if any(labelled.values()) and not all(labelled.values()):
-        without = next(split for split, has in labelled.items() if not has)
-        found[without].column("label")
     problem, names, labels = "single_label", (), dict.fromkeys(found)
-    if all(labelled.values()):
+    if labelled:
         problem, names, labels = _understood(path, found)
     own = {}
     for split, table in found.items():
@@ -94,7 +94,7 @@ def _of_tables(path: Path, found: dict[str, Table]) -> Task:
     _require_learnable(path, problem, names, own)
     return Task(
         path.name, names, "train", "test", pair=own[next(iter(own))].texts_b is not None, max_length=None,
-        problem=problem, folder=path.resolve(), own=own, labelled=all(labelled.values()), by_hash="" in found,
+        problem=problem, folder=path.resolve(), own=own, labelled=labelled, by_hash="" in found,
     )  # fmt: skip
 
 
@@ -116,9 +116,12 @@ def _by_hash(path: Path, examples: Examples) -> dict[str, Examples]:
 
 def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: dict[str, Examples]) -> None:
     """DataError for a class that is in the test split and not in the other."""
-    if problem != "single_label" or not names or len(own) < 2:
+    if not names or len(own) < 2:
         return
-    missing = sorted(set(own["test"].labels.tolist()) - set(own["train"].labels.tolist()))
+    # Of single labels their numbers, of several the columns that have a 1.
+    seen = {split: examples.labels if problem == "single_label" else np.nonzero(examples.labels)[1]
+            for split, examples in own.items()}  # fmt: skip
+    missing = sorted(set(seen["test"].tolist()) - set(seen["train"].tolist()))
     if missing:
         raise DataError(
             f"{path}: label {names[missing[0]]!r} is in the test split only, no model can learn it",
@@ -132,11 +135,11 @@ def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: di
 def _understood(path: Path, found: dict[str, Table]) -> tuple[str, tuple[str, ...], dict[str, np.ndarray]]:
     """(problem type, names of the labels, labels by split) of the label columns, read alike in all of them."""
     cells = [(table, row, value) for table in found.values() for row, value in enumerate(table.column("label"))]
-    several = [isinstance(value, list | tuple) for _, _, value in cells]
+    several = [isinstance(value, list) for _, _, value in cells]
     if any(several):
         if not all(several):
             _refuse(*cells[several.index(False)], "a list, as in other rows")
-        problem, names, labels = _several(cells)
+        problem, names, labels = _several(path, cells)
     else:
         problem, names, labels = _one(path, cells)
     ends = np.cumsum([0, *map(len, found.values())])
@@ -146,10 +149,15 @@ def _understood(path: Path, found: dict[str, Table]) -> tuple[str, tuple[str, ..
 
 def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     """One label per text: integers, names, booleans, or numbers of a regression."""
-    read_as = [_value(value) for _, _, value in cells]
+    words = {value: _value(value) for value in {value for _, _, value in cells if isinstance(value, str)}}
+    read_as = [words[value] if isinstance(value, str) else _value(value) for _, _, value in cells]
     kinds = Counter(type(value) for value in read_as)
     if type(None) in kinds:
         _refuse(*cells[[value is None for value in read_as].index(True)], "a class or a number")
+    if bool in kinds and str in kinds:  # among names, the words true and false are such, too
+        read_as = [value.strip() if isinstance(value, str) else new
+                   for (_, _, value), new in zip(cells, read_as, strict=True)]  # fmt: skip
+        kinds = Counter(type(value) for value in read_as)
     if kinds.keys() <= {int, float}:
         if float in kinds:
             return "one_logit", (), np.array(read_as, dtype=np.float32)
@@ -168,12 +176,18 @@ def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
             f"{path}: column 'label' has {len(names)} different values in {len(cells)} rows, too many for classes",
             fix="name the column of the classes 'label'",
         )
-    folded = Counter(map(fold, names))
-    twice = [name for name in names if folded[fold(name)] > 1]
-    if twice:
-        raise DataError(f"{path}: labels {twice[0]!r} and {twice[1]!r} are one name", fix="write it alike in all rows")
+    _require_different(path, names)
     _require_two(path, names)
-    return "single_label", tuple(names), np.array([names.index(value) for value in read_as], dtype=np.int64)
+    at = {name: i for i, name in enumerate(names)}
+    return "single_label", tuple(names), np.array([at[value] for value in read_as], dtype=np.int64)
+
+
+def _require_different(path: Path, names: list[str]) -> None:
+    """DataError for two spellings of one name."""
+    folded: dict[str, str] = {}
+    for name in names:
+        if (other := folded.setdefault(fold(name), name)) != name:
+            raise DataError(f"{path}: labels {other!r} and {name!r} are one name", fix="write it alike in all rows")
 
 
 def _value(value):
@@ -182,18 +196,15 @@ def _value(value):
         text = value.strip()
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        try:
-            value = float(text)
-        except ValueError:
+        # LABEL_3 is how transformers calls class 3 of a model that does not name its classes.
+        bare = text[6:] if text[:6].lower() == "label_" and text[6:].isdecimal() else text
+        if not NUMBER.fullmatch(bare):
             return text or None
-        if text.lstrip("+-")[:1].isalpha():  # "nan", "inf": names, if anything
-            return text
-    if isinstance(value, bool | np.bool_):
-        return bool(value)
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating) and math.isfinite(value):
-        return int(value) if float(value).is_integer() else float(value)
+        value = float(bare)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, int | float) and abs(value) <= LARGEST_VALUE:  # which NaN is not, either
+        return int(value) if float(value).is_integer() else value
     return None
 
 
@@ -217,31 +228,33 @@ def _require_two(path: Path, classes: list) -> None:
         raise DataError(f"{path}: labels must be of at least two classes, all are {classes[0]!r}", fix="add the others")
 
 
-def _several(cells) -> tuple[str, tuple[str, ...], np.ndarray]:
-    """Several labels per text: lists of names, lists of ids, or rows of 0 and 1."""
-    lengths = {len(value) for _, _, value in cells}
-    flat = [part for _, _, value in cells for part in value]
-    for cell in cells:
-        if not all((isinstance(part, str) and part.strip()) or type(part) is int for part in cell[2]):
-            _refuse(*cell, "a list of names, or of numbers")
-    kinds = {type(part) for part in flat}
-    if len(kinds) > 1 or not kinds:
-        _refuse(*cells[0], "a list of names in all rows, or of numbers")
-    if kinds == {int} and len(lengths) == 1 and set(flat) <= {0, 1} and lengths != {1}:
+def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
+    """Several labels per text: lists of names, lists of ids, or a 0 or 1 per label, which may be floats or booleans."""
+    width, kinds = len(cells[0][2]), set()
+    flags = all(len(value) == width > 1 and all(part in (0, 1) for part in value) for _, _, value in cells)
+    if flags:
         rows = np.array([value for _, _, value in cells], dtype=np.float32)
-        return "multi_label", tuple(f"LABEL_{i}" for i in range(rows.shape[1])), rows
-    names = sorted(set(flat))
+        return "multi_label", tuple(f"LABEL_{i}" for i in range(width)), rows
+    for cell in cells:
+        kinds |= {type(part) for part in cell[2]}
+        if kinds - {int} and (kinds - {str} or not all(part.strip() for part in cell[2])):
+            _refuse(*cell, "a list of names or of ids as in the rows before it, or a 0 or 1 per label in all rows")
+    seen = {part for _, _, value in cells for part in value}
+    if not seen:
+        raise DataError(f"{path}: no row has a label, all lists are empty", fix="add labels")
     if kinds == {int}:
-        if names[0] < 0 or names[-1] >= MAX_CLASSES:
-            bad = next(cell for cell in cells if any(not 0 <= part < MAX_CLASSES for part in cell[2]))
+        bad = next((cell for cell in cells if any(not 0 <= part < MAX_CLASSES for part in cell[2])), None)
+        if bad is not None:
             _refuse(*bad, f"classes from 0 to {MAX_CLASSES - 1}")
-        names = list(range(names[-1] + 1))
-    rows = np.zeros((len(cells), len(names)), dtype=np.float32)
-    at = {name: i for i, name in enumerate(names)}
+        seen = range(max(seen) + 1)
+    at = {part: i for i, part in enumerate(sorted(seen))}
+    names = [part if isinstance(part, str) else f"LABEL_{part}" for part in at]
+    _require_different(path, names)
+    rows = np.zeros((len(cells), len(at)), dtype=np.float32)
     for row, (_, _, value) in enumerate(cells):
         rows[row, [at[part] for part in value]] = 1
-    return "multi_label", tuple(n if isinstance(n, str) else f"LABEL_{n}" for n in names), rows
+    return "multi_label", tuple(names), rows
 
 
 def _refuse(table: Table, row: int, value, wanted: str):
-    raise DataError(f"{table.where(row)}: label must be {wanted}, got {str(value)[:60]!r}", fix="correct the label")
+    raise DataError(f"{table.where(row)}: label must be {wanted}, got {shown(value)}", fix="correct the label")

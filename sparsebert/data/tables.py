@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import json
+import os
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,212 +15,10 @@ from sparsebert.errors import DataError, first_line
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 LARGEST = 1 << 31  # bytes of a file: more is no calibration or test set
-FIELD = 1 << 27  # characters of one field
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns by name, all of one length. at: where each row stands, for messages: "line 7", "row 7"."""
-
-    path: Path
-    columns: dict[str, list]
-    at: list[str]
-
-    def __len__(self) -> int:
-        return len(self.at)
-
-    def where(self, row: int) -> str:
-        """The file and the place of a row in it."""
-        return f"{self.path}, {self.at[row]}"
-
-    def column(self, name: str) -> list:
-        """DataError, listing the columns that there are, where this one is not."""
-        if name not in self.columns:
-            near = difflib.get_close_matches(name, self.columns, n=1)
-            hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r}"
-            found = ", ".join(map(repr, self.columns))
-            raise DataError(f"{self.path} must have a column {name!r}, has {found}", fix=hint)
-        return self.columns[name]
-
-
-def read(path: Path) -> Table:
-    """The table in a file; its kind is told by its suffix. In .csv a field may be quoted, in .tsv a quote is a
-    character like any other; both need a header. Values of .csv and .tsv are strings.
-
-    Raises DataError for what is no such file, is not UTF-8, has no rows, repeats or lacks a column name, has a row of
-    another width, and for a quoted text of .csv that has swallowed the rows behind it.
-    """
-    _require_file(path)
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path} must end in {', '.join(SUFFIXES)}", fix="convert or rename it")
-    try:
-        table = _parquet(path) if path.suffix == ".parquet" else _lines(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {first_line(error)}", fix="repair or replace it") from error
-    if not len(table):
-        raise DataError(f"{path} must hold at least one row, holds none", fix="add rows")
-    return table
-
-
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        what = "a folder" if path.is_dir() else "no regular file" if path.exists() else "absent"
-        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
-    if path.stat().st_size > LARGEST:
-        raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
-
-
-def lines_of(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
-    _require_file(path)
-    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
-    if not found:
-        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
-    return found
-
-
-def _lines(path: Path) -> Table:
-    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path))
-
-
-def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}, line {line}: must be UTF-8, has byte 0x{raw[error.start]:02x}",
-            fix="save the file as UTF-8",
-        ) from error
-    if "\0" in text:
-        raise DataError(f"{path} must be text, has a NUL character", fix="save the file as UTF-8")
-    return text
-
-
-def _csv(path: Path, text: str) -> Table:
-    rows, at, start = [], [], 1
-    limit = csv.field_size_limit(FIELD)
-    try:
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        for row in reader:
-            if row:
-                rows.append(row)
-                at.append(f"line {start}" if reader.line_num == start else f"lines {start} to {reader.line_num}")
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, from line {start}: no CSV: {error}",
-            fix="put texts with quotes in quotes, their quotes doubled, or save it as .tsv or .jsonl",
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    table = _headed(path, rows, at)
-    _require_no_swallowed(table)
-    return table
-
-
-def _tsv(path: Path, text: str) -> Table:
-    lines = text.replace("\r\n", "\n").split("\n")
-    kept = [(line.split("\t"), f"line {i}") for i, line in enumerate(lines, start=1) if line]
-    return _headed(path, [row for row, _ in kept], [place for _, place in kept])
-
-
-def _headed(path: Path, rows: list[list[str]], at: list[str]) -> Table:
-    """The table of rows whose first one names the columns."""
-    if not rows:
-        raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
-    names = [name.strip() for name in rows[0]]
-    _require_names(path, names)
-    for row, place in zip(rows[1:], at[1:], strict=True):
-        if len(row) != len(names):
-            raise DataError(
-                f"{path}, {place}: must have {len(names)} fields ({', '.join(names)}), has {len(row)}",
-                fix="quote a text that holds the separator, or save the file as .jsonl",
-            )
-    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(names)}
-    return Table(path, columns, at[1:])
-
-
-def _require_names(path: Path, names: list[str]) -> None:
-    twice = [name for name, count in Counter(names).items() if count > 1]
-    if twice:
-        raise DataError(f"{path} must name every column once, has {twice[0]!r} twice", fix="rename one of them")
-
-
-def _require_no_swallowed(table: Table) -> None:
-    """DataError for a field of several lines of which one, by itself, would be a row: a quote that was opened and never
-    meant to be. By a label that such a line has at the right place, else by its number of fields.
-    """
-    names = list(table.columns)
-    if len(names) < 2:
-        return
-    place = names.index("label") if "label" in names else None
-    labels = set() if place is None else {value.strip() for value in table.columns["label"]}
-    numbers = any(value.isdecimal() for value in labels)
-    for column in table.columns.values():
-        for row, text in enumerate(column):
-            for line in text.splitlines()[1:] if "\n" in text else ():
-                fields = [field.strip().strip('"') for field in line.split(",")]
-                if place is None:
-                    looks = len(fields) == len(names)
-                elif len(fields) < len(names):
-                    looks = False
-                else:
-                    found = fields[place if place == 0 else place - len(names)]
-                    looks = found in labels or (numbers and found.isdecimal())
-                if looks:
-                    raise DataError(
-                        f"{table.where(row)}: a quoted text holds what looks like another row, {line[:60]!r}: its "
-                        "quote was perhaps never closed",
-                        fix="close or double the quote, or save the file as .tsv or .jsonl",
-                    )
-
-
-def _jsonl(path: Path, text: str) -> Table:
-    rows, at = [], []
-    for i, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            rows.append(_object(path, i, line))
-            at.append(f"line {i}")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(path, {name: [row.get(name) for row in rows] for name in names}, at)
-
-
-def _object(path: Path, number: int, line: str) -> dict:
-    def unique(pairs: list[tuple]) -> dict:
-        _require_names(path, [name for name, _ in pairs])
-        return dict(pairs)
-
-    try:
-        found = json.loads(line, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
-        raise DataError(
-            f"{path}, line {number}: must be one JSON object: {reason}", fix="write one object a line"
-        ) from error
-    if not isinstance(found, dict):
-        raise DataError(
-            f"{path}, line {number}: must be one JSON object, is {type(found).__name__}", fix="write one object a line"
-        )
-    return found
-
-
-def _parquet(path: Path) -> Table:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-        _require_names(path, table.column_names)
-        columns = table.to_pydict()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path} must be readable parquet, its texts UTF-8: {first_line(error)}", fix="repair or replace it"
-        ) from error
-    return Table(path, columns, [f"row {i}" for i in range(1, table.num_rows + 1)])
-
-
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+# A quoted field, in which quotes are doubled, or a bare one, and what ends it. The csv module would do, were its limit
+# on the length of a field not one for the whole process.
+_FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n][^,\r\n]*+|))(,|\r?\n)')
 # Columns of texts under the names that public data sets give them, most usual first.
 _TEXT_COLUMNS = (
     ("text", "text_b"),
@@ -232,6 +30,263 @@ _TEXT_COLUMNS = (
     ("query", "passage"),
     ("sentence",),
 )
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns by name, all of one length; of .parquet those that mean something here. at: where each row stands, for
+    messages: "line 7", "row 7". names: of all columns of the file.
+    """
+
+    path: Path
+    columns: dict[str, list]
+    at: list[str]
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.at)
+
+    def where(self, row: int) -> str:
+        """The file and the place of a row in it."""
+        return f"{self.path}, {self.at[row]}"
+
+    def column(self, name: str) -> list:
+        """DataError, listing the columns that there are, where this one is not."""
+        if name not in self.columns:
+            found, near = ", ".join(map(shown, self.names[:20])), difflib.get_close_matches(name, self.names, n=1)
+            hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line"
+            if len(self.names) == 1 and re.search("[,;\t|]", self.names[0]):
+                hint = "separate columns by commas in .csv, by tabs in .tsv"
+            elif any(other.startswith('"') for other in self.names):
+                hint = "write .tsv without quotes, or save it as .csv"
+            raise DataError(f"{self.path} must have a column {name!r}, has {found}", fix=hint)
+        return self.columns[name]
+
+
+def shown(value: object, most: int = 60) -> str:
+    """`repr`, cut to a readable length."""
+    text = repr(value[: 2 * most] if isinstance(value, str | bytes | list) else value)
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def read(path: Path, also: tuple[str, ...] = ()) -> Table:
+    """The table in a file; its kind is told by its suffix. In .csv a field may be quoted, in .tsv a quote is a
+    character like any other; both need a header. Values of .csv and .tsv are strings. also: columns wanted beside texts
+    and labels.
+
+    Raises DataError for what is no such file, is not UTF-8, has no rows, repeats or lacks a column name, has a row of
+    another width, and for a quoted text of .csv that has swallowed the rows behind it.
+    """
+    _require_file(path)
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} must end in {', '.join(SUFFIXES)}", fix="convert or rename it")
+    try:
+        table = _parquet(path, also) if path.suffix == ".parquet" else _lines(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}", fix="repair or replace it") from error
+    if not len(table):
+        raise DataError(f"{path} must hold at least one row, holds none", fix="add rows")
+    return table
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
+    _require_file(path)
+    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
+    if not found:
+        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
+    return found
+
+
+def _require_file(path: Path) -> None:
+    mode = path.stat().st_mode if path.exists() else 0
+    if not stat.S_ISREG(mode):
+        kinds = {0: "absent", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        what = "a broken link" if not mode and os.path.islink(path) else kinds.get(stat.S_IFMT(mode), "a device")
+        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
+
+
+def _lines(path: Path) -> Table:
+    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path))
+
+
+def _decoded(path: Path) -> str:
+    raw = path.read_bytes()
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{path} must be UTF-8, is UTF-16", fix="save the file as UTF-8")
+    try:
+        text = raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}: must be UTF-8, has byte 0x{raw[error.start]:02x}",
+            fix="save the file as UTF-8",
+        ) from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise DataError(f"{path}, line {line}: must be text, has a NUL character", fix="save the file as UTF-8")
+    if "\r" in text and "\n" not in text:
+        raise DataError(f"{path}: lines must end with a line feed, end with carriage returns", fix="convert them")
+    return text
+
+
+def _csv(path: Path, text: str) -> Table:
+    text = text if text.endswith("\n") else text + "\n"
+    rows, at, long = [], [], []  # long: the fields of several lines
+    row, position, line, start = [], 0, 1, 1
+    while position < len(text):
+        field = _FIELD.match(text, position)
+        if field is None:
+            raise DataError(
+                f"{path}, line {line}: {_fault(text, position)}",
+                fix="put texts with quotes in quotes, their quotes doubled, or save it as .tsv or .jsonl",
+            )
+        quoted, bare, end = field.groups()
+        row.append(bare if quoted is None else quoted.replace('""', '"'))
+        if quoted is not None and "\n" in quoted:
+            long.append((len(rows), len(row) - 1, line))
+            line += quoted.count("\n")
+        position = field.end()
+        if end != ",":
+            if row != [""] or quoted is not None:
+                rows.append(row)
+                at.append(f"line {start}" if line == start else f"lines {start} to {line}")
+            line += 1
+            row, start = [], line
+    table = _headed(path, rows, at, "quote texts that hold commas, or save the file as .jsonl")
+    for i, column, line in long:
+        if i:
+            _require_no_swallowed(table, i - 1, column, line)
+    return table
+
+
+def _fault(text: str, position: int) -> str:
+    """Why no field of CSV begins there."""
+    if text[position] != '"':
+        return "a field outside quotes has a carriage return"
+    field = re.compile(r'"[^"]*+(?:""[^"]*+)*+"').match(text, position)
+    if field is None:
+        return "a quote is opened and never closed"
+    return f"a quoted field is followed by {shown(text[field.end() : field.end() + 20])}, not by a comma"
+
+
+def _tsv(path: Path, text: str) -> Table:
+    lines = text.replace("\r\n", "\n").split("\n")
+    kept = [(line.split("\t"), i) for i, line in enumerate(lines, start=1) if line]
+    for row, i in kept[1:]:
+        if '""' in lines[i - 1] and any(map(_is_quoted, row)):
+            raise DataError(
+                f"{path}, line {i}: is quoted as in .csv, and .tsv is read without quoting: {shown(lines[i - 1])}",
+                fix="save the file as .csv, or write it without quoting",
+            )
+    rows, at = [row for row, _ in kept], [f"line {i}" for _, i in kept]
+    return _headed(path, rows, at, "replace tabs and line ends within texts by spaces, or save the file as .jsonl")
+
+
+def _is_quoted(field: str) -> bool:
+    """Whether a field is in quotes and has others, all of them doubled."""
+    inner = field[1:-1]
+    return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
+
+
+def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Table:
+    """The table of rows whose first one names the columns. cure: for a row of another width."""
+    if not rows:
+        raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
+    names = [name.strip() for name in rows[0]]
+    _require_names(path, names)
+    for row, place in zip(rows[1:], at[1:], strict=True):
+        if len(row) != len(names):
+            raise DataError(
+                f"{path}, {place}: must have {len(names)} fields ({shown(', '.join(names))}), has {len(row)}", fix=cure
+            )
+    columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(names)}
+    return Table(path, columns, at[1:], tuple(names))
+
+
+def _require_names(where: Path | str, names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where} must name every column once, has {shown(twice[0])} twice", fix="rename one of them")
+
+
+def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> None:
+    """DataError where a line of a field of several lines, by itself, is what is left of a row, with a label where
+    labels are: its quote was opened and never meant to be. first: the field's first line in the file.
+    """
+    if "label" not in table.columns:
+        return
+    place, labels = table.names.index("label"), set(table.columns["label"])
+    numbers = any(map(NUMBER.fullmatch, labels))
+    lines = table.columns[table.names[column]][row].split("\n")
+    for i, line in enumerate(lines):
+        fields = line.rstrip("\r").split(",")
+        before = 0 if i else column  # fields of the same row that stand before this line, and behind it
+        behind = 0 if i < len(lines) - 1 else len(table.names) - 1 - column
+        if len(fields) != len(table.names) - before - behind or not 0 <= place - before < len(fields):
+            continue
+        found = fields[place - before]
+        if found in labels or (numbers and NUMBER.fullmatch(found)):
+            raise DataError(
+                f"{table.path}, line {first + i}: {shown(line)} looks like a row, and is inside a text that a quote on "
+                f"line {first} begins",
+                fix="double that quote, or save the file as .tsv or .jsonl",
+            )
+
+
+def _jsonl(path: Path, text: str) -> Table:
+    rows, at, number = [], [], 0
+
+    def unique(pairs: list[tuple]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            _require_names(f"{path}, line {number}:", [name for name, _ in pairs])
+        return found
+
+    decode = json.JSONDecoder(object_pairs_hook=unique).decode
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = decode(line)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
+            raise DataError(
+                f"{path}, line {number}: must be one JSON object: {reason}", fix="write one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}, line {number}: must be one JSON object, is {type(row).__name__}",
+                fix="write one object a line",
+            )
+        rows.append(row)
+        at.append(f"line {number}")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Table(path, {name: [row.get(name) for row in rows] for name in names}, at, tuple(names))
+
+
+def _parquet(path: Path, also: tuple[str, ...]) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+
+    known = {"label", *also, *(name for names in _TEXT_COLUMNS for name in names)}
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:  # which, other than read_table, takes no columns from the path
+            names = file.schema_arrow.names
+            _require_names(path, names)
+            found = file.read(columns=[name for name in names if name in known])
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} must be readable parquet: {first_line(error)}", fix="repair or replace it") from error
+    columns = {name: [] for name in found.column_names}
+    for name, values in columns.items():
+        for row, value in enumerate(found[name], start=1):
+            try:
+                values.append(value.as_py())
+            except ValueError as error:  # of which one is UnicodeDecodeError
+                raise DataError(f"{path}, row {row}: {name} must be UTF-8: {error}", fix="save it as UTF-8") from error
+    return Table(path, columns, [f"row {i}" for i in range(1, found.num_rows + 1)], tuple(names))
 
 
 def text_columns(table: Table) -> tuple[str, ...]:
@@ -257,12 +312,12 @@ def texts_of(table: Table, name: str) -> list[str]:
     texts = table.column(name)
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            shown = repr(text)[:60]
-            raise DataError(
-                f"{table.where(row)}: {name} must be a non-empty string, got {shown}", fix="remove or fill the row"
-            )
-        if _SURROGATE.search(text):
-            raise DataError(f"{table.where(row)}: {name} has half a surrogate pair", fix="decode the file as UTF-8")
+            cure = "remove or fill the row" if text is None or isinstance(text, str) else "write it as a string"
+            raise DataError(f"{table.where(row)}: {name} must be a non-empty string, got {shown(text)}", fix=cure)
+        if not text.isascii() and _SURROGATE.search(text):
+            raise DataError(f"{table.where(row)}: {name} has half a surrogate pair", fix="remove it")
+        if "\0" in text:
+            raise DataError(f"{table.where(row)}: {name} has a NUL character", fix="remove it")
     return texts
 
 

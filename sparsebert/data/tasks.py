@@ -37,10 +37,11 @@ class Task:
     special ones included; None for as many as the model takes. ood: tasks that a model of this one is tested on out of
     distribution. ood_train: (task, split, times) of training examples for an upper bound there. bias: the bias model
     that debiased losses take by default (training.bias). groups: the column that names what kind of example each is,
-    where figures are wanted by it. problem: the name of the problem type, of heads.PROBLEMS.
+    where figures are wanted by it. problem: the name of the problem type, of heads.PROBLEMS. labelled: whether labels
+    were asked for; else its examples have none.
 
-    Of a task of the user's own: folder: its folder or file. own: its examples by split. labelled: whether they have
-    labels. by_hash: whether one file was split by a hash of its texts.
+    Of a task of the user's own: folder: its folder or file. own: its examples by split. by_hash: whether one file was
+    split by a hash of its texts.
     """
 
     name: str

@@ -121,23 +121,25 @@ def prune_checkpoint(
     config = config or PruneConfig()
     subnet = subnet or SubnetConfig()
     check(config, subnet)
-    spec = data.get_task(task, config.max_length)
+    spec = data.get_task(task, labelled=config.method in TRAINED)
     source = checkpoint.resolve(source)
     read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
     trained = Subnet(source, task, target, config, subnet, overwrite) if config.method in TRAINED else None
     examples = None
     if trained is not None:
-        job = trained.job
+        job, spec = trained.job, trained.lesson.spec
     else:
+        spec = encoders.limited(spec, checkpoint.shapes(source).config, config.max_length)
         inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
-        inputs |= {"settings": config.model_dump(), "precision": "bf16" if bf16_is_fast() else "fp32"}
+        inputs["settings"] = config.model_dump(exclude={"max_length"})
+        inputs["precision"] = "bf16" if bf16_is_fast() else "fp32"
         if METHODS[config.method].looks_at_data:
             if spec.train is None:
                 raise InputError(
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
-            examples = data.load(spec, spec.train, labelled=False)
+            examples = data.load(spec, spec.train)
             inputs["data"] = examples.sha256
             beside = () if config.as_published else others(config.calibration)
             inputs["settings"]["calibration"] = digest(beside)  # in place of paths, what is there
@@ -157,14 +159,14 @@ def prune_checkpoint(
             recipe |= {"data_sha256": trained.lesson.inputs["data"], **trained.lesson.config.model_dump()}
         else:
             model, tokenizer = checkpoint.load(source)
-            encoders.require_length(model.config, config.max_length)
             texts = None
             if examples is not None:
                 longest = config.max_length if beside else spec.max_length
                 texts = draw(model, tokenizer, examples, config.calibration_tokens, longest, config.seed, others=beside)
             result = prune(model, texts, config, run=Run(progress, job))
             if texts is not None:
-                cut = encoders.cut_share(tokenizer, texts.texts, texts.max_length)
+                encoded = encoders.tokenize(tokenizer, texts.texts, texts.max_length)
+                cut = encoders.cut_share(tokenizer, texts.texts, encoded, texts.max_length)
                 result = replace(
                     result, max_length=texts.max_length, cut=cut, rows=data.rows_read(spec), calibration=texts.parts
                 )

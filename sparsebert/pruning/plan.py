@@ -10,7 +10,7 @@ import torch
 
 from sparsebert import checkpoint, data
 from sparsebert.config import PruneConfig, SubnetConfig
-from sparsebert.encoders import encoder_linears, token_limit, tokenize
+from sparsebert.encoders import encoder_linears, limited, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, sparsity_of
@@ -56,10 +56,12 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
     """
     from sparsebert.pruning import TRAINED, check
 
-    spec, subnet = data.get_task(task, config.max_length), subnet or SubnetConfig()
+    subnet = subnet or SubnetConfig()
     check(config, subnet)
+    spec = data.get_task(task, labelled=config.method in TRAINED)
     directory = checkpoint.resolve(source)
     model = checkpoint.shapes(directory)
+    spec = limited(spec, model.config, config.max_length)
     if config.method in TRAINED:
         return _plan_training(model, directory, spec, config, subnet)
     return plan_model(model, config)
@@ -94,7 +96,7 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
     weights = budget["weights"]
     examples, held_out = examples_of(spec, subnet)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    some = tokenize(tokenizer, examples.sample(SAMPLE, 0), token_limit(model.config, spec.max_length))
+    some = tokenize(tokenizer, examples.sample(SAMPLE, 0), spec.max_length)
     lengths = [len(row["input_ids"]) for row in some]
     mean, optimizer_steps = sum(lengths) / len(lengths), step_count(len(examples), subnet)
     tokens = round(optimizer_steps * min(subnet.batch_size, len(examples)) * mean)

@@ -41,12 +41,12 @@ class Subnet:
         self.config = config
         self.pattern = parse(config.pattern)
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
-        self.spec = data.get_task(task, config.max_length)
+        self.spec = data.get_task(task)
         self.start = _weights(subnet.start, source)
         self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
         if config.method == "imp-rw" and self.rewind is None:
             self.rewind = self.start
-        chosen = {"seed": config.seed}
+        chosen = {"seed": config.seed, "max_length": config.max_length}
         if config.method == "mask" and subnet.gradual is None and isinstance(self.pattern, Grouped):
             # Fixed, a mask of 32x1 over frozen weights ended 14 points lower on MNLI (bench/results/srnets.md).
             chosen["gradual"] = 0.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from sparsebert import data, heads
 from sparsebert.data import Task
-from sparsebert.encoders import Progress, cut_share, no_progress, require_length, token_limit
+from sparsebert.encoders import Progress, cut_share, limited, no_progress, tokenize
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError
 from sparsebert.robustness import ood as out_of_distribution
@@ -32,17 +32,17 @@ def evaluate(
     given.
 
     ood: names of the task's OOD tests, with commas, or "all": they are evaluated likewise. n: a seeded random subset of
-    that many examples, of every set. max_length: tokens kept of a text, as `data.get_task` takes it. Logits are
+    that many examples, of every set. max_length: tokens kept of a text, in place of what each task needs. Logits are
     float32, of whatever Classifier.load takes; labels are matched by name.
     Raises InputError where a model's labels are not the task's or a test is none of the task's, and DataError for a
     set that is not there, before any model is loaded.
     """
-    spec = data.get_task(task, max_length)
+    spec = data.get_task(task)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
     classifiers = [Classifier.load(directory) for directory in (model, vs) if directory is not None]
-    for classifier in classifiers:
-        require_length(classifier.config, max_length)
+    for classifier in classifiers[::-1]:
+        sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
     sets = [data.as_values(of, examples, classifiers[0].problem) for of, examples in sets]
     orders = [[order_for(of, classifier) for classifier in classifiers] for of, _ in sets]
     logits: list[list[np.ndarray]] = [[] for _ in sets]  # of each set, one of every classifier, in the task's order
@@ -54,10 +54,12 @@ def evaluate(
     figures = {
         of.name: compare_ood(of, examples, *got) for (of, examples), got in zip(sets[1:], logits[1:], strict=True)
     }
-    limit = token_limit(classifiers[0].config, spec.max_length)
+    of, examples = sets[0]
+    encoded = tokenize(classifiers[0].tokenizer, examples, of.max_length)
+    cut = cut_share(classifiers[0].tokenizer, examples, encoded, of.max_length)
     return replace(
-        compare(*sets[0], *logits[0]), engine=classifiers[0].engine, ood=figures or None, max_length=limit,
-        cut=cut_share(classifiers[0].tokenizer, sets[0][1], limit), rows=data.rows_read(spec),
+        compare(*sets[0], *logits[0]), engine=classifiers[0].engine, ood=figures or None, max_length=of.max_length,
+        cut=cut, rows=data.rows_read(spec),
     )  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def train(
     """
     start = time.perf_counter()
     config = config or TrainConfig()
-    spec = data.get_task(task, config.max_length)
+    spec = data.get_task(task)
     source = checkpoint.resolve(model)
     read = read_by(spec, source, config.bias, config.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
@@ -87,7 +87,7 @@ def train(
             "data_sha256": lesson.inputs["data"], **config.model_dump(),
         }  # fmt: skip
         # A pruned model says so in its config, and still is one afterwards.
-        summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": spec.max_length}
+        summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": lesson.spec.max_length}
         pruned = "sparsity" in summary
 
         def save(directory: Path, figures: dict) -> str:

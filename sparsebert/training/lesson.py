@@ -19,8 +19,8 @@ from sparsebert.encoders import (
     collate,
     cut_share,
     head_linears,
+    limited,
     predict,
-    require_length,
     set_labels,
     token_limit,
     tokenize,
@@ -67,6 +67,7 @@ class Lesson:
         Raises InputError for what is missing or does not match.
         """
         needs = LOSSES[config.loss]
+        spec = limited(spec, checkpoint.shapes(source).config, config.max_length)
         examples, held_out = examples_of(spec, config)
         if checkpoint.has_head(source):
             problem = heads.problem_of(checkpoint.read_config(source))
@@ -76,6 +77,7 @@ class Lesson:
         start = origin(source) if needs.bias or needs.teacher else source
         # In place of paths, what is there.
         settings = {**config.model_dump(), "precision": precision_of(config), **(settings or {})}
+        del settings["max_length"]  # which the task has, where it is the default, too
         inputs = {
             "model": checkpoint.source_sha256(source),
             "data": examples.sha256,
@@ -112,9 +114,7 @@ class Lesson:
         teacher that is not given is trained first by `train`, into <output>.teacher.
         """
         config = self.config
-        require_length(model.config, config.max_length)
-        limit = token_limit(model.config, self.spec.max_length)
-        encoded = tokenize(tokenizer, self.examples, limit)
+        encoded = tokenize(tokenizer, self.examples, self.spec.max_length)
         teacher = self.teacher
         if teacher is None and LOSSES[config.loss].teacher:
             teacher = self._train_teacher(job, train, progress)
@@ -127,8 +127,13 @@ class Lesson:
             return heads.PROBLEMS[self.spec.problem].metric(logits, self.held_out.labels)
 
         run = Run(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
-        figures |= {"max_length": limit, "cut": cut_share(tokenizer, self.examples, limit)}
-        figures |= {"rows": data.rows_read(self.spec), "resumed_from": run.step}
+        cut = cut_share(tokenizer, self.examples, encoded, self.spec.max_length)
+        figures |= {
+            "max_length": self.spec.max_length,
+            "cut": cut,
+            "rows": data.rows_read(self.spec),
+            "resumed_from": run.step,
+        }
         for step in range(run.step, len(steps)):
             rows = steps[step]
             torch.manual_seed(seed_of(config.seed, step))

@@ -12,7 +12,7 @@ import torch
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.data import Examples
-from sparsebert.encoders import Progress, batches, no_progress, predict, require_length, token_limit, tokenize
+from sparsebert.encoders import Progress, batches, limited, no_progress, predict, tokenize
 from sparsebert.errors import InputError
 from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.jobs import Job
@@ -45,7 +45,7 @@ def perturbed(model, tokenizer, examples: Examples, max_length: int, problem: Pr
     """Minus the mean loss when each text's word embeddings have been moved against the model, by the steps FreeLB
     takes.
     """
-    encoded = tokenize(tokenizer, examples, token_limit(model.config, max_length))
+    encoded = tokenize(tokenizer, examples, max_length)
     targets = Targets(torch.from_numpy(examples.labels), problem=problem)
     model.eval().requires_grad_(False)
     total = 0.0
@@ -79,8 +79,9 @@ def soup(
     """
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
-    spec = data.get_task(task, max_length)
+    spec = data.get_task(task)
     sources = [checkpoint.resolve(directory) for directory in directories]
+    spec = limited(spec, checkpoint.shapes(sources[0]).config, max_length)
     shared = _shared(sources, task_name(spec))
     target = checkpoint.check_output(output, sources=read_by(spec, *sources), overwrite=overwrite)
     _, examples = data.hold_out(data.load(spec, spec.train), shared["hold_out"])
@@ -96,7 +97,6 @@ def soup(
         return SoupResult(**figures)
 
     model, tokenizer = own_classifier(sources[0], spec)
-    require_length(model.config, max_length)
     states = []
     for source in sources:
         state = own_classifier(source, spec)[0].state_dict()
