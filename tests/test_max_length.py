@@ -68,7 +68,9 @@ def test_of_two_models_the_shorter_one_decides(tmp_path, folder):
     assert (found.max_length, found.cut) == (64, 0.5)
 
 
-@pytest.mark.parametrize("settings", [{"tier": 0, "calibration_tokens": 2000}, TRAINED], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"tier": 0, "calibration_tokens": 2000, "calibration": ("none",)}, TRAINED], ids=str
+)
 def test_a_pruning_tells_the_length_the_share_cut_and_the_rows(tmp_path, folder, settings):
     config = PruneConfig(sparsity=0.5, max_length=100, **settings)
     subnet = SubnetConfig(**TINY) if config.method == "mask" else None
