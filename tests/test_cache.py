@@ -194,8 +194,8 @@ def test_each_encoder_of_an_engine_is_held_against_the_golden_logits(directory, 
         return right(ids, types, starts, encoder, **options) * np.float32(1.01 if encoder is wrong else 1)
 
     monkeypatch.setattr(engine, "sparse_encoder", sparse_encoder)
-    _, middling, long = Engine.load(directory, dtype="fp32")._encoders
-    assert run == [middling, long]  # the two that differ: short is what middling is
+    short, middling, long = Engine.load(directory, dtype="fp32")._encoders
+    assert run == [short, long] and middling is short  # one for what is the same
     # A packed form that is wrong, though its sum is right, is packed once more; then the fault is not in it.
     monkeypatch.setattr(
         cache, "_restored", lambda tree, arrays, restore=cache._restored: remember(restore(tree, arrays))
@@ -206,11 +206,11 @@ def test_each_encoder_of_an_engine_is_held_against_the_golden_logits(directory, 
         nonlocal wrong
         if isinstance(value, tuple) and isinstance(value[0], type(long)):
             made.append(value)
-            wrong = made[0][1]
+            wrong = made[0][0]
         return value
 
     loaded = Engine.load(directory, dtype="fp32")
-    assert len(made) == 2 and loaded._encoders[1] is made[1][1]
+    assert len(made) == 2 and loaded._encoders[0] is made[1][0]
 
 
 def test_a_directory_replaced_during_a_load_is_loaded_once_more(directory, fresh_cache, tmp_path, monkeypatch):

@@ -101,10 +101,11 @@ def private(encoders: Encoders) -> Encoders:
     return _restored(tree, {name: array.copy() if is_mapped(array) else array for name, array in arrays.values()})
 
 
-def distinct(encoders: Encoders) -> list[PackedEncoder]:
-    """Those that are not the same arrays and numbers as an earlier one."""
+def shared(encoders: Encoders) -> Encoders:
+    """The same, those of equal arrays and numbers being one."""
     arrays: dict[int, tuple[str, np.ndarray]] = {}
-    return list({json.dumps(_flattened(encoder, arrays)): encoder for encoder in encoders}.values())
+    first: dict[str, PackedEncoder] = {}
+    return tuple(first.setdefault(json.dumps(_flattened(encoder, arrays)), encoder) for encoder in encoders)
 
 
 def entries() -> list[dict]:

@@ -59,7 +59,7 @@ class Engine:
     ):
         self.directory, self._settings, self.config, self._tokenizer = directory, settings, config, tokenizer
         self.threads, self.dtype, self.isa = _dispatch.threads(settings["threads"]), dtype, _dispatch.isa()
-        self._encoders = encoders  # for batches of every kind of TOKENS, or one for all
+        self._encoders = cache.shared(encoders)  # for batches of every kind of TOKENS, or one for all
         labels = self.encoder.classifier.weight.n_out
         names = config.get("id2label", {})  # transformers leaves the default names of two labels out
         self.labels = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
@@ -153,7 +153,7 @@ class Engine:
         except CheckpointError:
             if not settings["cached"]:
                 raise
-            engine._encoders = packed(True)[used]  # a packed form that is wrong is made once more
+            engine._encoders = cache.shared(packed(True)[used])  # a packed form that is wrong is made once more
             engine._verify()
         return engine
 
@@ -166,7 +166,8 @@ class Engine:
             # Cut at full length, as the golden logits were made.
             return self._run(encoder, *self._encode(rows, encoder.max_length))
 
-        for encoder in cache.distinct(self._encoders):
+        for encoder in dict.fromkeys(self._encoders):
+            _ = encoder.core  # made now: it is made under a lock, which a fork would copy
             checkpoint.verify_golden(self.directory, partial(logits, encoder), relative=relative)
 
     @property
