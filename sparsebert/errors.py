@@ -3,6 +3,33 @@
 The command line prints one as a single line and exits with code 2; nothing else in the package catches them.
 """
 
+import reprlib
+
+LONGEST = 500  # characters of a problem, or of its cure, that a message shows
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """The text on one line, its middle left out where it is longer: a path of 5,000 characters keeps both ends."""
+    text = " ".join(text.split())
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} … {text[-half:]}"
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:  # Python writes none of more than 4,300 digits
+        return super().repr_int(x, level) if x.bit_length() < 1000 else f"<an integer of {x.bit_length()} bits>"
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: its repr, cut, whatever the value is; a repr that fails gives the type's name."""
+    return cut(_short.repr(value), 200)
+
 
 def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's name where it has none."""
@@ -23,7 +50,7 @@ class SparsebertError(Exception):
         self.fix = fix
 
     def __str__(self) -> str:
-        return " ".join(f"{self.problem}; {self.fix}".split())
+        return f"{cut(self.problem)}; {cut(self.fix)}"
 
 
 class InputError(SparsebertError):

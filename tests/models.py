@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -48,6 +50,15 @@ def classifier(kind: str = "bert", labels: int = 2, seed: int = 0, **changes):
                 if "LayerNorm" not in name and "layer_norm" not in name:
                     parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.1))
     return model.eval()
+
+
+def stock(directory: Path) -> Path:
+    """The directory as transformers would have written it: without its seal."""
+    shutil.rmtree(directory / "sparsebert")
+    config = json.loads((directory / "config.json").read_text())
+    del config["sparsebert"]
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
 
 
 def saved(directory: Path, model=None, **changes) -> Path:

@@ -11,6 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -332,8 +333,7 @@ def test_rivals_are_held_to_the_same_instructions(monkeypatch):
 
 
 def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
-    stock = shutil.copytree(directory, tmp_path / "stock")
-    shutil.rmtree(stock / "sparsebert")  # no golden logits to catch it first
+    stock = models.stock(shutil.copytree(directory, tmp_path / "stock"))  # no golden logits to catch it first
     right = engine.sparse_encoder
     for factor in (1.5, np.nan):
         monkeypatch.setattr(engine, "sparse_encoder", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
@@ -342,8 +342,7 @@ def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
 
 
 def test_missing_fields_of_config_take_the_architectures_defaults(directory, texts, tmp_path):
-    stock = shutil.copytree(directory, tmp_path / "stock")
-    shutil.rmtree(stock / "sparsebert")
+    stock = models.stock(shutil.copytree(directory, tmp_path / "stock"))
     config = json.loads((stock / "config.json").read_text())
     for name in ("hidden_act", "layer_norm_eps", "max_position_embeddings"):
         config.pop(name)

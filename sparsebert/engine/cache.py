@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsebert import __version__, checkpoint, environment
+from sparsebert.checkpoint import Files
 from sparsebert.errors import SparsebertError
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
@@ -28,7 +29,7 @@ Encoders = tuple[PackedEncoder, ...]
 Weights = dict[str, np.ndarray]
 
 
-def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders]) -> Encoders:
+def packed(files: Files, settings: dict, make: Callable[[Weights], Encoders]) -> Encoders:
     """What `make` makes of a model directory's weights, in mapped memory: from the cache, or made and put there.
 
     settings: all that decides what `make` returns beside weights and config.json; JSON.
@@ -38,19 +39,12 @@ def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders])
     directory.
     """
     folder = environment.cache_dir() / "packed"
-    content, weights = _verified(folder, directory), None
-
-    def fresh() -> Encoders:
-        return make(weights if weights is not None else checkpoint.read_weights(directory))
-
+    content = _verified(folder, files)
     if content is None:
-        weights = checkpoint.read_weights(directory)
-        manifest = checkpoint.read_manifest(directory)
-        content = manifest["weights_sha256"] if manifest else checkpoint.weights_sha256(directory)
-        _note(folder, directory, content)
-    else:
-        checkpoint.verify_files(directory)
-    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+        _ = files.weights  # verified by reading them
+        content = files.weights_sha256
+        _note(folder, files, content)
+    config = hashlib.sha256(files.contents["config.json"]).hexdigest()
     key = _sha256(json.dumps([FORMAT_VERSION, __version__, content, config, settings], sort_keys=True))
     path = folder / f"{key}.safetensors"
     made = _read(path, key)
@@ -60,12 +54,12 @@ def packed(directory: Path, settings: dict, make: Callable[[Weights], Encoders])
         with _locked(folder):
             made = _read(path, key)  # another process may have packed it meanwhile
             if made is None:
-                unmapped = fresh()
+                unmapped = make(files.weights)
                 made = _stored(path, key, unmapped) or unmapped
             return made
     except _NoPlace as error:
         _no_place(folder, error)
-        return fresh()
+        return make(files.weights)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -155,32 +149,27 @@ def _restored(tree: Any, arrays: Weights) -> Any:
     return _CLASSES[tree["class"]](**parts)
 
 
-def _verified(folder: Path, directory: Path) -> str | None:
-    """The content hash of a directory's weights, if their file is the one that was last held against its manifest."""
+def _verified(folder: Path, files: Files) -> str | None:
+    """The content hash of a directory's weights, if their files are those that were last held against its manifest."""
     try:
-        noted = json.loads(_note_of(folder, directory).read_text(encoding="utf-8"))
-        if noted["file"] != _state(directory):
+        noted = json.loads(_note_of(folder, files).read_text(encoding="utf-8"))
+        if noted["file"] != files.state:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    manifest = checkpoint.read_manifest(directory)
+    manifest = files.manifest
     return noted.get("sha256") if manifest is None or noted.get("sha256") == manifest["weights_sha256"] else None
 
 
-def _note(folder: Path, directory: Path, content: str) -> None:
+def _note(folder: Path, files: Files, content: str) -> None:
     try:
-        write_whole(_note_of(folder, directory), json.dumps({"file": _state(directory), "sha256": content}))
+        write_whole(_note_of(folder, files), json.dumps({"file": files.state, "sha256": content}))
     except OSError:  # the next load verifies again
         return
 
 
-def _note_of(folder: Path, directory: Path) -> Path:
-    return folder / f"{_sha256(str(directory.resolve()))}.json"
-
-
-def _state(directory: Path) -> list[int]:
-    status = (directory / checkpoint.WEIGHTS).stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+def _note_of(folder: Path, files: Files) -> Path:
+    return folder / f"{_sha256(str(files.directory.resolve()))}.json"
 
 
 def _sha256(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,14 +10,14 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from sparsebert import checkpoint, environment
+from sparsebert.checkpoint import Files
 from sparsebert.data import require_texts
 from sparsebert.engine import architectures, cache
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import CheckpointError, InputError
+from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 from sparsebert.ops.sparse_matmul import (
@@ -48,14 +47,13 @@ class Engine:
     >>> engine.logits(["a gripping film", ("a premise", "its hypothesis")])      # float32 [texts, labels]
     """
 
-    def __init__(
-        self, encoders: tuple[PackedEncoder, ...], config: dict, tokenizer: Tokenizer, dtype: str, threads: int
-    ):
-        self.config, self.threads, self._tokenizer, self._lock = config, threads, tokenizer, threading.Lock()
+    def __init__(self, encoders: tuple[PackedEncoder, ...], files: Files, dtype: str, threads: int):
+        self.directory, self.config, self.threads = files.directory, files.config, threads
+        self._tokenizer, self._facts = files.tokenizer, files.facts
         self.dtype, self.isa = dtype, _dispatch.isa()
         self._encoders = encoders  # for batches of every kind of TOKENS, or one for all
         labels = self.encoder.classifier.weight.n_out
-        names = config.get("id2label", {})  # transformers leaves the default names of two labels out
+        names = files.config.get("id2label") or {}  # transformers leaves the default names of two labels out
         self.labels = [names.get(str(i), f"LABEL_{i}") for i in range(labels)]
 
     @classmethod
@@ -82,8 +80,8 @@ class Engine:
         if dtype == "auto":
             dtype = "bf16" if _dispatch.isa() == "amx" else "fp32"
         threads = _dispatch.threads(threads)
-        directory = checkpoint.resolve(directory)
-        config = checkpoint.read_config(directory)
+        files = checkpoint.read(directory)
+        files.warn_unsealed()
         table = costs(_dispatch.isa())
         settings = {"dtype": dtype} | ({} if dtype == "bf16" else {"costs": asdict(table)})
 
@@ -91,16 +89,9 @@ class Engine:
             return (pack_tiles(weight),) if dtype == "bf16" else pack_cheapest(weight, table)
 
         def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
-            return architectures.build(weights, config, forms)
+            return architectures.build(weights, files.facts, forms)
 
-        encoders = cache.packed(directory, settings, make) if cached else make(checkpoint.read_weights(directory))
-        try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise CheckpointError(
-                f"{directory}/tokenizer.json must be a tokenizer: {error}", fix="restore the file"
-            ) from error
-        tokenizer.no_padding()
+        encoders = cache.packed(files, settings, make) if cached else make(files.weights)
         if environment.isa_cap() is None and (
             _dispatch.isa() == "scalar" or (dtype == "bf16" and _dispatch.isa() not in environment.BF16_ISAS)
         ):
@@ -109,10 +100,9 @@ class Engine:
                 f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
                 stacklevel=2,
             )
-        engine = cls(encoders[-1:] if batch_invariant else encoders, config, tokenizer, dtype, threads)
-        relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
-        # Cut at full length, as the golden logits were made.
-        checkpoint.verify_golden(directory, lambda texts: engine.logits(texts, truncate=True), relative=relative)
+        files.require_same()
+        engine = cls(encoders[-1:] if batch_invariant else encoders, files, dtype, threads)
+        files.verify_golden(engine.forward, relative=BF16_TOLERANCE if dtype == "bf16" else 0.0)
         return engine
 
     @property
@@ -184,13 +174,7 @@ class Engine:
             types = [[0] * len(row) for row in ids]
         else:
             require_texts([part for text in texts for part in (text if isinstance(text, tuple) else (text,))])
-            with self._lock:  # the tokenizer keeps the length between the two calls
-                if truncate:
-                    self._tokenizer.enable_truncation(max_length)
-                else:
-                    self._tokenizer.no_truncation()
-                encoded = self._tokenizer.encode_batch(list(texts))
-            ids, types = [row.ids for row in encoded], [row.type_ids for row in encoded]
+            ids, types = self._tokenizer.encode(list(texts), max_length=max_length, truncate=truncate)
         longest = max(range(len(ids)), key=lambda i: len(ids[i]))
         if len(ids[longest]) > max_length:
             raise InputError(
@@ -200,14 +184,25 @@ class Engine:
         return self.forward(ids, types)
 
     def forward(self, ids: list[list[int]], type_ids: list[list[int]]) -> np.ndarray:
-        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long."""
+        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long. Raises
+        CheckpointError where one is not finite.
+        """
         starts = np.cumsum([0, *map(len, ids)])
         flat_ids = np.fromiter((i for row in ids for i in row), np.int32, count=starts[-1])
         flat_types = np.zeros_like(flat_ids)
         if len(self.encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says
             flat_types = np.fromiter((i for row in type_ids for i in row), np.int32, count=starts[-1])
         encoder = self._encoders[min(kind_of(len(flat_ids)), len(self._encoders) - 1)]
-        return sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
+        if self._facts.position_offset and (flat_ids == self._facts.padding).any():
+            row = int(np.searchsorted(starts, np.argmax(flat_ids == self._facts.padding), side="right")) - 1
+            raise UnsupportedError(
+                f"texts[{row}] holds the padding token, id {self._facts.padding}, which {self.config['model_type']} "
+                "gives no position of its own",
+                fix="take it out of the text",
+            )
+        logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
+        checkpoint.require_finite(logits, self.directory)
+        return logits
 
 
 def _are_ids(text: Text) -> bool:
