@@ -2,49 +2,57 @@
 
 A directory is a stock `transformers` one (dense safetensors with explicit zeros, so
 `AutoModelForSequenceClassification` loads it unchanged) plus `sparsebert/manifest.json` (sha256, shape and non-zeros of
-every tensor, sha256 of the other files, four golden inputs with their logits) and `sparsebert/recipe.yaml` (the
-arguments that made it). Importing this package needs neither torch nor transformers.
+every tensor, sha256 of the other files, golden inputs with their token ids and logits) and `sparsebert/recipe.yaml`
+(the arguments that made it). `read` opens one, for all that reads one. Importing this package needs neither torch nor
+transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load, shapes
+from sparsebert.checkpoint.classifier import golden_logits, load, require_model, shapes
+from sparsebert.checkpoint.files import Changed
+from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
 from sparsebert.checkpoint.reading import (
-    ARCHITECTURES,
-    MANIFEST,
     WEIGHTS,
+    Files,
     finished,
-    mapped_arrays,
+    has_head,
+    read,
     read_config,
     read_manifest,
     read_recipe,
     read_weights,
+    require_finite,
     resolve,
     source_sha256,
-    verify_files,
-    verify_golden,
     weights_sha256,
 )
-from sparsebert.checkpoint.writing import GOLDEN_TOLERANCE, check_output, require_place, save
+from sparsebert.checkpoint.tensors import mapped_arrays
+from sparsebert.checkpoint.tokenizer import TextEncoder
+from sparsebert.checkpoint.writing import check_output, require_place, save
 
 __all__ = [
-    "ARCHITECTURES",
     "GOLDEN_TOLERANCE",
     "MANIFEST",
     "WEIGHTS",
+    "Changed",
+    "Files",
+    "TextEncoder",
     "check_output",
     "finished",
     "golden_logits",
+    "has_head",
     "load",
     "mapped_arrays",
+    "read",
     "read_config",
     "read_manifest",
     "read_recipe",
     "read_weights",
+    "require_finite",
+    "require_model",
     "require_place",
     "resolve",
     "save",
     "shapes",
     "source_sha256",
-    "verify_files",
-    "verify_golden",
     "weights_sha256",
 ]

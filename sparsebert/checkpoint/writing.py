@@ -14,26 +14,10 @@ import time
 from pathlib import Path
 
 import sparsebert
-from sparsebert.checkpoint.classifier import golden_logits, quiet_transformers
-from sparsebert.checkpoint.reading import (
-    FORMAT_VERSION,
-    MANIFEST,
-    RECIPE,
-    WEIGHTS,
-    content_sha256,
-    tensor_table,
-)
+from sparsebert.checkpoint.classifier import golden, quiet_transformers, require_model
+from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
+from sparsebert.checkpoint.reading import RECIPE, Files
 from sparsebert.errors import InputError, OutputError
-
-GOLDEN_TEXTS = (
-    "a gripping , quietly devastating film .",
-    "the plot makes no sense and the jokes land with a thud .",
-    "stocks fell on tuesday as traders weighed the bank's warning about slower growth .",
-    "ok",
-)
-# Largest |logit difference| a correct fp32 kernel may show. Another order of sums moves a MiniLM's logits by 2e-6;
-# deeper models and lower ISAs get two orders of magnitude of room. tests/test_checkpoint.py shows a fault is far above.
-GOLDEN_TOLERANCE = 5e-4
 
 
 def save(
@@ -51,6 +35,7 @@ def save(
     import yaml
     from safetensors import SafetensorError
 
+    require_model(model)
     target = check_output(directory)
     was_training = model.training
     model.eval()
@@ -65,15 +50,15 @@ def save(
             (staging / "sparsebert").mkdir()
             model.save_pretrained(staging, safe_serialization=True)
             tokenizer.save_pretrained(staging)
-        table = tensor_table(staging / WEIGHTS)
         _require_finite(model)
-        sha256 = content_sha256(table)
+        written = Files(staging)
+        sha256 = written.weights_sha256
         model.config.sparsebert = {"format_version": FORMAT_VERSION, **(summary or {}), "weights_sha256": sha256}
         model.config.save_pretrained(staging)
         files = {
             path.name: hashlib.sha256(path.read_bytes()).hexdigest()
             for path in sorted(staging.iterdir())
-            if path.is_file() and path.name != WEIGHTS
+            if path.is_file() and path.name not in written.weight_files
         }
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -85,13 +70,9 @@ def save(
             "key": key,
             "figures": figures,
             "weights_sha256": sha256,
-            "tensors": table,
+            "tensors": written.tensors,
             "files": files,
-            "golden": {
-                "texts": list(GOLDEN_TEXTS),
-                "logits": golden_logits(model, tokenizer, GOLDEN_TEXTS).tolist(),
-                "tolerance": GOLDEN_TOLERANCE,
-            },
+            "golden": golden(written, model, tokenizer),
         }
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         (staging / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
