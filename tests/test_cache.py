@@ -262,6 +262,8 @@ def test_a_cache_that_others_may_write_is_not_used_and_said(directory, fresh_cac
     with pytest.warns(UserWarning, match=f"not kept in .*{says}.*; set SPARSEBERT_CACHE"):
         assert np.array_equal(Engine.load(directory).logits(["a text"]), want)
     assert {path.name: path.stat().st_mtime_ns for path in fresh_cache.iterdir()} == before
+    with pytest.warns(UserWarning, match=says):  # nor is it taken for empty
+        assert cache.entries() == []
     assert not list(elsewhere.iterdir())
 
 

@@ -244,6 +244,15 @@ def test_an_engine_describes_itself(loaded, directory):
     assert len(repr(loaded)) < 300
 
 
+def test_a_padding_token_inside_a_text_has_no_position_in_roberta(tmp_path):
+    engine = Engine.load(saved(tmp_path / "m", kind="roberta"), dtype="fp32")
+    for text in ("a <pad> film", [0, 5, 1, 2]):
+        with pytest.raises(
+            InputError, match=r"texts\[1\] holds the padding token, id 1, which roberta gives no position"
+        ):
+            engine.logits(["a film", text])
+
+
 def test_logits_that_are_not_finite_are_refused_by_their_place(tmp_path):
     model = classifier()
     with torch.no_grad():  # one word alone makes the norm's sum of squares overflow

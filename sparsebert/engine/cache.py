@@ -133,23 +133,23 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _folder(*, create: bool = True) -> Path | None:
-    """Where packed models are, nobody else having a say there; else None, which is said where `create`."""
+    """Where packed models are, nobody else having a say there; else None, and why is said. create: make it where it is
+    not there; without it None, in silence.
+    """
     cache = environment.cache_dir()
     if cache is None:
-        if create:
-            _no_place("the user's cache", "there is no HOME, and no user of this number")
+        _no_place("the user's cache", "there is no HOME, and no user of this number")
         return None
     folder = cache / "packed"
     try:
         if create:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-        elif not folder.is_dir():
+        elif not folder.exists():
             return None
         found = {cache: cache.stat(), folder: folder.lstat()}
     except OSError as error:
-        if create:
-            _no_place(folder, error)
+        _no_place(folder, error)
         return None
     for path, status in found.items():
         why = None
@@ -160,8 +160,7 @@ def _folder(*, create: bool = True) -> Path | None:
         elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
             why = f"others may write to {path}: chmod go-w it"
         if why:
-            if create:
-                _no_place(folder, why)
+            _no_place(folder, why)
             return None
     return folder
 
