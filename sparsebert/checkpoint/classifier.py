@@ -58,11 +58,11 @@ def logits_function(files: Files, model) -> Callable[[list[list[int]], list[list
     return lambda ids, types: logits_of(model, ids, types if files.facts.types else None)
 
 
-def _config(files: Files, **changes):
+def _config(files: Files):
     from transformers import AutoConfig
 
     config = {name: value for name, value in files.config.items() if name not in ("model_type", "dtype", "torch_dtype")}
-    return AutoConfig.for_model(files.config["model_type"]).from_dict(config | changes)
+    return AutoConfig.for_model(files.config["model_type"]).from_dict(config | {"return_dict": True})
 
 
 def _model(files: Files, num_labels: int | None):
