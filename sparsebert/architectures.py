@@ -214,7 +214,7 @@ def _is_off(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or value == {}
+    return value is None or value == {} or (isinstance(value, dict) and all(part == [] for part in value.values()))
 
 
 # Fields that change the logits unless they have these values: what is allowed, and what helps where it is not so.

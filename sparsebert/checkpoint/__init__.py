@@ -25,6 +25,7 @@ from sparsebert.checkpoint.reading import (
     source_sha256,
     weights_sha256,
 )
+from sparsebert.checkpoint.sealing import reseal, seal
 from sparsebert.checkpoint.tensors import mapped_arrays
 from sparsebert.checkpoint.tokenizer import TextEncoder
 from sparsebert.checkpoint.writing import check_output, require_place, save
@@ -50,8 +51,10 @@ __all__ = [
     "require_finite",
     "require_model",
     "require_place",
+    "reseal",
     "resolve",
     "save",
+    "seal",
     "shapes",
     "source_sha256",
     "weights_sha256",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,19 +40,29 @@ def load(directory: str | Path, *, num_labels: int | None = None):
     holds an encoder alone (or a head of another size); every tensor of the encoder must be present all the same.
     """
     files = read(directory, head=num_labels is None)
-    tokenizer = _tokenizer(files)
-    model = _model(files, num_labels)
+    model, tokenizer = build(files, num_labels)
     files.require_same()
     if num_labels is None:
-        files.verify_golden(lambda ids, types: logits_of(model, ids, types if files.facts.types else None))
+        files.verify_golden(logits_function(files, model))
     return model, tokenizer
 
 
-def _config(files: Files, **changes):
+def build(files: Files, num_labels: int | None = None):
+    """The same of a directory that was read, its golden logits left alone."""
+    tokenizer = _tokenizer(files)
+    return _model(files, num_labels), tokenizer
+
+
+def logits_function(files: Files, model) -> Callable[[list[list[int]], list[list[int]]], np.ndarray]:
+    """Logits of token ids and token types, as `Files.verify_golden` asks for them."""
+    return lambda ids, types: logits_of(model, ids, types if files.facts.types else None)
+
+
+def _config(files: Files):
     from transformers import AutoConfig
 
     config = {name: value for name, value in files.config.items() if name not in ("model_type", "dtype", "torch_dtype")}
-    return AutoConfig.for_model(files.config["model_type"]).from_dict(config | changes)
+    return AutoConfig.for_model(files.config["model_type"]).from_dict(config | {"return_dict": True})
 
 
 def _model(files: Files, num_labels: int | None):

@@ -148,9 +148,13 @@ def verify_tensors(manifest: dict, files: Sequence[tuple[TensorFile, np.ndarray]
         raise CheckpointError(f"{files[0][0].path} lacks tensor {name} {expected[name]['shape']}", fix=REBUILD)
 
 
-def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | None]) -> None:
-    """Holds what a directory has beside its weights against the manifest. contents: what was read of it already."""
+def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | None], *, but: str | None = None) -> None:
+    """Holds what a directory has beside its weights against the manifest. contents: what was read of it already. but:
+    the file that may differ.
+    """
     for name, sha256 in manifest["files"].items():
+        if name == but:
+            continue
         data = contents[name] if name in contents else folder.read(name, 2048 * MIB)
         if data is None:
             raise CheckpointError(f"{folder.path} lacks {name}", fix=REBUILD)

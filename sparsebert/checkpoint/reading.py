@@ -93,37 +93,39 @@ class Files:
     and checked; the weights are read when they are first asked for, from the files that were opened then. So all of it
     belongs together, whatever is put in the directory's place meanwhile.
 
-    directory: its path. config: config.json. facts: what that says of the forward pass. manifest: None where it is not
-    sealed. contents: name -> bytes of config.json and the tokenizer's files, None for what is not there.
+    directory: its path. folder: what reads it. config: config.json. facts: what that says of the forward pass.
+    manifest: None where it is not sealed. contents: name -> bytes of config.json and the tokenizer's files, None for
+    what is not there.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, changed: str | None = None):
+        """changed: a file that may differ from the manifest."""
         self.directory = directory
-        self._folder = Folder(directory)
-        contents = {name: self._folder.read(name, 512 * MIB) for name in tokenizer.FILES}
-        contents = {"config.json": self._folder.read("config.json", 16 * MIB)} | contents
+        self.folder = Folder(directory)
+        contents = {name: self.folder.read(name, 512 * MIB) for name in tokenizer.FILES}
+        contents = {"config.json": self.folder.read("config.json", 16 * MIB)} | contents
         self.contents: dict[str, bytes | None] = contents
-        self.config = _config(self._folder, contents["config.json"])
+        self.config = _config(self.folder, contents["config.json"])
         self.facts: Facts = architectures.facts(self.config, directory / "config.json")
-        self.manifest = manifests.read(self._folder)
+        self.manifest = manifests.read(self.folder)
         self._files = self._open_weights()
         if self.manifest is not None:
-            manifests.verify_files(self.manifest, self._folder, contents)
+            manifests.verify_files(self.manifest, self.folder, contents, but=changed)
         self._entries = self._placed()
 
     def _open_weights(self) -> list[TensorFile]:
-        file = self._folder.open(WEIGHTS)
+        file = self.folder.open(WEIGHTS)
         if file is not None:
             return [TensorFile(file, self.directory / WEIGHTS)]
-        index = self._folder.read_json(INDEX, 64 * MIB)
+        index = self.folder.read_json(INDEX, 64 * MIB)
         if index is None:
-            _no_weights(self.directory, self._folder.names())
+            _no_weights(self.directory, self.folder.names())
         where = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(where, dict) or not all(isinstance(f, str) and f == Path(f).name for f in where.values()):
             raise CheckpointError(f"{self.directory / INDEX} must hold weight_map, tensor -> file", fix=REBUILD)
         opened = []
         for name in sorted(set(where.values())):
-            file = self._folder.open(name)
+            file = self.folder.open(name)
             if file is None:
                 raise CheckpointError(f"{self.directory} lacks {name}, which {INDEX} names", fix=REBUILD)
             opened.append(TensorFile(file, self.directory / name))
@@ -245,7 +247,7 @@ class Files:
     @property
     def state(self) -> list[list[int]]:
         """Sizes, times and places of the weights' files: the same numbers as long as nobody wrote them."""
-        return self._folder.state(self.weight_files)
+        return self.folder.state(self.weight_files)
 
     @cached_property
     def tokenizer(self) -> TextEncoder:
@@ -262,7 +264,7 @@ class Files:
 
     def require_same(self) -> None:
         """CheckpointError where a file is not any more what was read."""
-        self._folder.require_same()
+        self.folder.require_same()
 
     def require_seal(self) -> None:
         """CheckpointError for a directory that was sealed, as its config.json says, and has lost its manifest."""

@@ -204,6 +204,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer, *, types: bool, left: bool, max_length: int, pieces: re.Pattern | None):
         self._tokenizer, self._types, self._left, self._pieces = tokenizer, types, left, pieces
+        self._templates = _templates(tokenizer)
         self.max_length = max_length
         added = tokenizer.get_added_tokens_decoder()
         self.vocabulary = max([tokenizer.get_vocab_size(with_added_tokens=False), *(i + 1 for i in added)])
@@ -290,10 +291,11 @@ class TextEncoder:
             if found is None or (max_length is not None and len(found) > max_length):
                 if not truncate:
                     self._refuse_long(text, found, max_length, i if numbers is None else numbers[i])
-                if found is None or truncate:
-                    found = self._cut(text, max_length)
-            ids.append(found.ids)
-            types.append(found.type_ids if self._types else [0] * len(found))
+                row, kinds = self._cut(text, max_length)
+            else:
+                row, kinds = found.ids, found.type_ids
+            ids.append(row)
+            types.append(kinds if self._types else [0] * len(row))
         return ids, types
 
     def _refuse_long(self, text: Text, found: Encoding | None, most: int, number: int) -> None:
@@ -301,7 +303,7 @@ class TextEncoder:
         if found is not None:
             has = str(len(found))
         else:
-            count = self._tokenizer.num_special_tokens_to_add(isinstance(text, tuple))
+            count = self._special(text)
             for part in _parts(text):
                 stream = _Stream(self._tokenizer, part, self._pieces, left=False)
                 stream.fetch(most + 1 - count)
@@ -314,9 +316,14 @@ class TextEncoder:
             fix="pass truncate=True to cut them, or shorten it",
         )
 
-    def _cut(self, text: Text, most: int) -> Encoding:
+    def _special(self, text: Text) -> int:
+        """Special tokens that are put around a text or pair."""
+        return sum(part is None for _, _, part in self._templates[len(_parts(text))])
+
+    def _cut(self, text: Text, most: int) -> tuple[list[int], list[int]]:
+        """Token ids and token types of a text or pair that has at least so many, cut to so many."""
         parts = _parts(text)
-        room = most - self._tokenizer.num_special_tokens_to_add(len(parts) == 2)
+        room = most - self._special(text)
         if room < len(parts):
             raise InputError(
                 f"max_length must leave room for {len(parts)} tokens beside the special ones, got {most}",
@@ -335,8 +342,12 @@ class TextEncoder:
                 stream = longer if shorter.done else shorter
                 stream.fetch(stream.count + 1)
             keep = shares(a.count, b.count, room)
-        kept = [stream.encoding(tokens, room + 1) for stream, tokens in zip(streams, keep, strict=True)]
-        return self._tokenizer.post_process(*kept)
+        ids, types = [], []
+        for token, kind, part in self._templates[len(parts)]:
+            row = [token] if part is None else streams[part].kept(keep[part])
+            ids += row
+            types += [kind] * len(row)
+        return ids, types
 
 
 class _Stream:
@@ -345,7 +356,7 @@ class _Stream:
     def __init__(self, tokenizer: Tokenizer, text: str, pieces: re.Pattern | None, left: bool):
         self._tokenizer, self._left = tokenizer, left
         self._rest = _split(text, pieces, left)
-        self._found: list[Encoding] = []
+        self._found: list[int] = []
         self.count, self.done = 0, False
 
     def fetch(self, count: int) -> None:
@@ -355,20 +366,13 @@ class _Stream:
             if piece is None:
                 self.done = True
             else:
-                found = self._tokenizer.encode(piece, add_special_tokens=False)
+                found = self._tokenizer.encode(piece, add_special_tokens=False).ids
                 self.count += len(found)
-                self._found.append(found)
+                self._found = found + self._found if self._left else self._found + found
 
-    def encoding(self, tokens: int, enough: int) -> Encoding:
+    def kept(self, tokens: int) -> list[int]:
         """The first, or last, so many of them."""
-        some, count = [], 0
-        for found in self._found:
-            if count < enough:
-                some.append(found)
-                count += len(found)
-        whole = Encoding.merge(some[::-1] if self._left else some) if len(some) != 1 else some[0]
-        whole.truncate(tokens, direction="left" if self._left else "right")
-        return whole
+        return self._found[-tokens:] if self._left else self._found[:tokens]
 
 
 def _split(text: str, pieces: re.Pattern | None, left: bool) -> Iterator[str]:
@@ -523,7 +527,7 @@ def _as_class(
         if of.model is not _UNIGRAM or _spaces(tokenizer.pre_tokenizer) is None:
             _require_same("pre_tokenizer", _open(_state(tokenizer.pre_tokenizer)), _open(_state(pre_tokenizer)), path)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
-    before = None if whole else _template(tokenizer)
+    before = None if whole else _templates(tokenizer)
 
     def id_of(token: str) -> int:
         found = tokenizer.token_to_id(token)
@@ -533,7 +537,7 @@ def _as_class(
 
     tokenizer.post_processor = of.post(tokens, id_of)
     if before is not None:
-        _require_same("post_processor", before, _template(tokenizer), path)
+        _require_same("post_processor", before, _templates(tokenizer), path)
 
 
 def _open(state: Any) -> Any:
@@ -577,13 +581,24 @@ def _spaces(pre_tokenizer: Any) -> Any:
     return pre_tokenizer if isinstance(pre_tokenizer, pre_tokenizers.Metaspace) else None
 
 
-def _template(tokenizer: Tokenizer) -> list:
-    """What the post-processor puts around a text and a pair, and the token types."""
-    word = Encoding.merge([])
-    found = [tokenizer.post_process(word), tokenizer.post_process(word, word)]
-    probe = tokenizer.encode("a", add_special_tokens=False)
-    found += [tokenizer.post_process(probe), tokenizer.post_process(probe, probe)]
-    return [(encoding.ids, encoding.type_ids) for encoding in found]
+def _template(tokenizer: Tokenizer, parts: int) -> list[tuple[int, int, int | None]]:
+    """How the post-processor arranges a text or a pair: the id and type of a special token and None, or 0, the type of
+    a part's tokens and its number.
+    """
+    probes = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b")[:parts]]
+    for probe in probes:
+        probe.truncate(1)
+    made = tokenizer.post_process(*probes)
+    numbers = iter(range(parts))  # every post-processor keeps the order of the parts
+    whole = zip(made.ids, made.type_ids, made.special_tokens_mask, strict=True)
+    found = [(token, kind, None) if special else (0, kind, next(numbers, None)) for token, kind, special in whole]
+    if [part for _, _, part in found if part is not None] != list(range(parts)):
+        raise UnsupportedError("tokenizer must have one or more tokens for the texts 'a' and 'b'", fix=REBUILD)
+    return found
+
+
+def _templates(tokenizer: Tokenizer) -> dict[int, list]:
+    return {parts: _template(tokenizer, parts) for parts in (1, 2)}
 
 
 def _require_same(part: str, given: Any, made: Any, path: Path) -> None:

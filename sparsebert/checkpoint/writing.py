@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import sparsebert
-from sparsebert.checkpoint.classifier import golden, quiet_transformers, require_model
+from sparsebert.checkpoint.classifier import quiet_transformers, require_model
 from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
 from sparsebert.checkpoint.reading import RECIPE, Files
+from sparsebert.checkpoint.sealing import manifest_of
 from sparsebert.errors import InputError, OutputError
 
 
@@ -30,8 +30,6 @@ def save(
     summary: method, pattern and sparsity, for config.json["sparsebert"]. An older directory written by this package is
     replaced in one step; anything else at that place is an OutputError.
     """
-    import torch
-    import transformers
     import yaml
     from safetensors import SafetensorError
 
@@ -60,20 +58,7 @@ def save(
             for path in sorted(staging.iterdir())
             if path.is_file() and path.name not in written.weight_files
         }
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "versions": {
-                "sparsebert": sparsebert.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "key": key,
-            "figures": figures,
-            "weights_sha256": sha256,
-            "tensors": written.tensors,
-            "files": files,
-            "golden": golden(written, model, tokenizer),
-        }
+        manifest = manifest_of(written, model, tokenizer, files, key=key, figures=figures)
         (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         (staging / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
         _settle(staging)
