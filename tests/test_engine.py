@@ -440,7 +440,7 @@ def fresh_cache(tmp_path, monkeypatch):
 def test_the_packed_form_is_kept_and_mapped(directory, fresh_cache, monkeypatch, dtype):
     first = Engine.load(directory, dtype=dtype)
     (entry,) = fresh_cache.glob("*.safetensors")
-    monkeypatch.setattr(checkpoint, "read_weights", None)  # not needed again
+    monkeypatch.setattr(checkpoint.Files, "weights", None)  # not needed again
     monkeypatch.setattr(engine.architectures, "build", None)
     again = Engine.load(directory, dtype=dtype)
     assert np.array_equal(first.logits(["a text"]), again.logits(["a text"]))

@@ -63,6 +63,9 @@ class TensorFile:
         if at != self._size:
             self._fail(f"its tensors have {at} bytes, it has {self._size}")
 
+    def __del__(self):
+        self._file.close()
+
     def _entry(self, name: str, found: object) -> Entry:
         try:
             dtype, shape, (start, end) = found["dtype"], found["shape"], found["data_offsets"]
