@@ -154,16 +154,18 @@ class Engine:
         """float32 [texts, labels]. A text is a string, a (text, text_b) pair, or the list of its token ids, special
         tokens included.
 
-        max_length: tokens that a text may have; None for as many as the model has positions. truncate: cut longer
-        texts; without it they are an error. Raises InputError for what is no list of texts, an empty text, one that is
-        too long, ids out of the vocabulary, and a length the model cannot take.
+        max_length: tokens that a text may have; None for as many as the model has positions, or, with `truncate`, as
+        the tokenizer's model_max_length says. truncate: cut longer texts; without it they are an error. Raises
+        InputError for what is no list of texts, an empty text, one that is too long, ids out of the vocabulary, and a
+        length the model cannot take.
         """
         if isinstance(texts, str) or not all(
             len(text) == 2 for text in texts if isinstance(text, tuple) and not _are_ids(text)
         ):
             raise InputError("texts must be a list of strings or (text, text_b) pairs", fix="put them in a list")
         limit = self.encoder.max_length
-        max_length = limit if max_length is None else max_length
+        if max_length is None:
+            max_length = self._tokenizer.max_length if truncate else limit
         if not 3 <= max_length <= limit:
             raise InputError(f"max_length must be 3 to {limit}, got {max_length}", fix="choose a length in that range")
         if len(texts) == 0:
