@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sparsebert import checkpoint
-from sparsebert.checkpoint import tokenizer
-from sparsebert.checkpoint.tokenizer import shares
+from sparsebert.checkpoint import encoding
+from sparsebert.checkpoint.encoding import shares
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 
 KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
@@ -254,8 +254,8 @@ CACHE: dict = {}
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_long_texts_are_read_in_pieces_to_the_same_ids(directories, tmp_path, monkeypatch, kind, side):
-    monkeypatch.setattr(tokenizer, "PIECE", 300)  # transformers needs memory for the square of a long pair
-    monkeypatch.setattr(tokenizer, "LONG", 0)
+    monkeypatch.setattr(encoding, "PIECE", 300)  # transformers needs memory for the square of a long pair
+    monkeypatch.setattr(encoding, "LONG", 0)
     made = variant(directories[kind], tmp_path, {"truncation_side": side})
     rng = random.Random(0)
     parts = ["word", "Other", "naïve", "3.5", "it's", "中文字", "x" * 120, "\n\n", "e\u0301", "[SEP]", "<mask>", "  "]
@@ -263,7 +263,7 @@ def test_long_texts_are_read_in_pieces_to_the_same_ids(directories, tmp_path, mo
     odd = " ".join(rng.choice(parts) for _ in range(405))
     texts = [long[0], (long[0], long[1]), (long[0], "short"), ("short one", long[1]), (long[0], odd), (odd, long[0])]
     encoder = checkpoint.read(made).tokenizer
-    assert len(long[0]) > 5 * tokenizer.PIECE
+    assert len(long[0]) > 5 * encoding.PIECE
     for limit in (9, 127, 255, 256):
         some = texts if limit > 9 else texts[:1]
         got = encoder.encode(some, max_length=limit, truncate=True)

@@ -8,10 +8,11 @@ transformers.
 """
 
 from sparsebert.checkpoint.classifier import golden_logits, load, require_model, shapes
+from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import Changed
 from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
+from sparsebert.checkpoint.missing import WEIGHTS, resolve
 from sparsebert.checkpoint.reading import (
-    WEIGHTS,
     Files,
     finished,
     has_head,
@@ -21,13 +22,11 @@ from sparsebert.checkpoint.reading import (
     read_recipe,
     read_weights,
     require_finite,
-    resolve,
     source_sha256,
     weights_sha256,
 )
 from sparsebert.checkpoint.sealing import reseal, seal
 from sparsebert.checkpoint.tensors import mapped_arrays
-from sparsebert.checkpoint.tokenizer import TextEncoder
 from sparsebert.checkpoint.writing import check_output, require_place, save
 
 __all__ = [

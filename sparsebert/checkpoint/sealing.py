@@ -14,7 +14,8 @@ import sparsebert
 from sparsebert.checkpoint.classifier import build, logits_function
 from sparsebert.checkpoint.classifier import golden as golden_of
 from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
-from sparsebert.checkpoint.reading import INDEX, RECIPE, Files, resolve
+from sparsebert.checkpoint.missing import resolve
+from sparsebert.checkpoint.reading import INDEX, RECIPE, Files
 from sparsebert.errors import CheckpointError, InputError, OutputError, shown
 
 
