@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsebert.checkpoint import ARCHITECTURES
+from sparsebert import architectures
+from sparsebert.checkpoint import require_finite, require_model
 from sparsebert.data import Examples, Task
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import InputError
 from sparsebert.machine import bf16_is_fast
 
 
@@ -33,12 +34,8 @@ def no_progress(done: int, total: int, what: str = "") -> None:
 
 def encoder_layers(model) -> nn.ModuleList:
     """The encoder's layers, first to last."""
-    kind = model.config.model_type
-    if kind not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"architecture must be one of {', '.join(ARCHITECTURES)}, got {kind!r}", fix="use one of these"
-        )
-    return model.base_model.get_submodule(ARCHITECTURES[kind])
+    require_model(model)
+    return model.base_model.get_submodule(architectures.of(model.config.model_type).layers)
 
 
 def head_linears(model, *, classifier: bool = True) -> dict[str, nn.Linear]:
@@ -113,9 +110,7 @@ def autocast(bf16: bool | None = None, device: torch.device | None = None) -> to
 
 def token_limit(config, wanted: int | None) -> int:
     """`wanted` tokens a text, or as many as a model of this transformers config has positions for."""
-    # RoBERTa numbers its positions from the padding token's id onward.
-    offset = config.pad_token_id + 1 if config.model_type in {"roberta", "xlm-roberta"} else 0
-    positions = config.max_position_embeddings - offset
+    positions = architectures.max_length(config)
     return positions if wanted is None else min(wanted, positions)
 
 
@@ -194,4 +189,5 @@ def predict(
             logits[rows] = model(**batch).logits.float().cpu().numpy()
             done += len(rows)
             progress(done, len(examples))
+    require_finite(logits, model.name_or_path or type(model).__name__)
     return logits

@@ -177,7 +177,7 @@ def problem_of(config: dict) -> Problem:
 def label_count(config: dict) -> int:
     """Labels of a config.json: of id2label, else num_labels, else transformers' default, 2."""
     names = config.get("id2label")
-    return len(names) if names else int(config.get("num_labels", 2))
+    return len(names) if names else config.get("num_labels") or 2
 
 
 def label_names(config: dict) -> tuple[str, ...]:

@@ -1,12 +1,16 @@
-"""Small models for tests: stock architectures with random weights and the packaged encoder's tokenizer."""
+"""Small models for tests: stock architectures with random weights, and tokenizers of their own kinds."""
 
 from __future__ import annotations
 
+import functools
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from sparsebert import checkpoint, data
 
@@ -19,7 +23,29 @@ SIZES = {
 }
 
 
-def tokenizer():
+@functools.cache
+def tokenizer(kind: str = "bert"):
+    """A tokenizer of the architecture's own kind: word pieces, byte-level BPE, or a unigram model of sentencepiece."""
+    words = sorted(data.word_neighbors())[::7]
+    specials = ["<s>", "<pad>", "</s>", "<unk>"]
+    if kind == "roberta":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=1500, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        )
+        made.train_from_iterator(words, trainer)
+        model = json.loads(made.to_str())["model"]
+        return transformers.RobertaTokenizer(vocab=model["vocab"], merges=[tuple(m) for m in model["merges"]])
+    if kind == "xlm-roberta":
+        made = Tokenizer(models.Unigram())
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            vocab_size=1500, special_tokens=specials, unk_token="<unk>", show_progress=False
+        )
+        made.train_from_iterator(words, trainer)
+        return transformers.XLMRobertaTokenizer(vocab=list(map(tuple, json.loads(made.to_str())["model"]["vocab"])))
     return transformers.AutoTokenizer.from_pretrained(checkpoint.resolve("minilm"), local_files_only=True)
 
 
@@ -37,6 +63,8 @@ def classifier(kind: str = "bert", labels: int | Sequence[str] = 2, seed: int = 
         "distilbert": "DistilBert",
     }
     sizes = {**SIZES, **changes}
+    if kind in {"roberta", "xlm-roberta"}:  # their positions begin behind the padding token's id, which is not 0
+        sizes = {**SIZES, "vocab_size": len(tokenizer(kind)), "max_position_embeddings": 514, **changes}
     if kind == "electra":
         sizes.setdefault("embedding_size", sizes["hidden_size"])
     if kind == "distilbert":
@@ -44,7 +72,7 @@ def classifier(kind: str = "bert", labels: int | Sequence[str] = 2, seed: int = 
             "vocab_size": sizes["vocab_size"], "dim": sizes["hidden_size"], "n_layers": sizes["num_hidden_layers"],
             "n_heads": sizes["num_attention_heads"], "hidden_dim": sizes["intermediate_size"],
         }  # fmt: skip
-    config = getattr(transformers, f"{names[kind]}Config")(num_labels=labels, pad_token_id=0, **sizes)
+    config = getattr(transformers, f"{names[kind]}Config")(num_labels=labels, **sizes)
     if named is not None:
         config.id2label, config.label2id = dict(enumerate(named)), {name: i for i, name in enumerate(named)}
     with torch.random.fork_rng(devices=[]):
@@ -57,7 +85,17 @@ def classifier(kind: str = "bert", labels: int | Sequence[str] = 2, seed: int = 
     return model.eval()
 
 
+def stock(directory: Path) -> Path:
+    """The directory as transformers would have written it: without its seal."""
+    shutil.rmtree(directory / "sparsebert")
+    config = json.loads((directory / "config.json").read_text())
+    del config["sparsebert"]
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def saved(directory: Path, model=None, **changes) -> Path:
     """A model directory as the package writes it."""
-    checkpoint.save(model or classifier(**changes), tokenizer(), directory, recipe={"command": "test"}, figures={})
+    model = model or classifier(**changes)
+    checkpoint.save(model, tokenizer(model.config.model_type), directory, recipe={"command": "test"}, figures={})
     return directory

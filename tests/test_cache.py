@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import classifier, saved
+from models import classifier, saved, stock
 
 from sparsebert import checkpoint
 from sparsebert.cli import main
 from sparsebert.config import PruneConfig
-from sparsebert.engine import Engine, cache, costs, engine
+from sparsebert.engine import Engine, architectures, cache, costs, engine
 from sparsebert.errors import CheckpointError, InputError
 from sparsebert.ops import _dispatch
 from sparsebert.pruning import prune
@@ -46,7 +46,7 @@ def fresh_cache(tmp_path, monkeypatch):
 def test_the_packed_form_is_kept_and_mapped(directory, fresh_cache, monkeypatch, dtype):
     first = Engine.load(directory, dtype=dtype)
     (entry,) = fresh_cache.glob("*.safetensors")
-    monkeypatch.setattr(checkpoint, "read_weights", None)  # not needed again
+    monkeypatch.setattr(checkpoint.Files, "weights", None)  # not needed again
     monkeypatch.setattr(engine.architectures, "build", None)
     again = Engine.load(directory, dtype=dtype)
     assert np.array_equal(first.logits(["a text"]), again.logits(["a text"]))
@@ -194,8 +194,8 @@ def test_each_encoder_of_an_engine_is_held_against_the_golden_logits(directory, 
         return right(ids, types, starts, encoder, **options) * np.float32(1.01 if encoder is wrong else 1)
 
     monkeypatch.setattr(engine, "sparse_encoder", sparse_encoder)
-    _, middling, long = Engine.load(directory, dtype="fp32")._encoders
-    assert run == [middling, long]  # the two that differ: short is what middling is
+    short, middling, long = Engine.load(directory, dtype="fp32")._encoders
+    assert run == [short, long] and middling is short  # one for what is the same
     # A packed form that is wrong, though its sum is right, is packed once more; then the fault is not in it.
     monkeypatch.setattr(
         cache, "_restored", lambda tree, arrays, restore=cache._restored: remember(restore(tree, arrays))
@@ -206,41 +206,40 @@ def test_each_encoder_of_an_engine_is_held_against_the_golden_logits(directory, 
         nonlocal wrong
         if isinstance(value, tuple) and isinstance(value[0], type(long)):
             made.append(value)
-            wrong = made[0][1]
+            wrong = made[0][0]
         return value
 
     loaded = Engine.load(directory, dtype="fp32")
-    assert len(made) == 2 and loaded._encoders[1] is made[1][1]
+    assert len(made) == 2 and loaded._encoders[0] is made[1][0]
 
 
+@pytest.mark.filterwarnings("ignore:.*is unsealed")
 def test_a_directory_replaced_during_a_load_is_loaded_once_more(directory, fresh_cache, tmp_path, monkeypatch):
+    read = architectures.build
     for sealed in (True, False):
         other = saved(tmp_path / f"other {sealed}", classifier(labels=3, seed=5, hidden_size=48, num_attention_heads=3))
         place = shutil.copytree(directory, tmp_path / f"place {sealed}")
         if not sealed:
-            for stock in (other, place):
-                shutil.rmtree(stock / "sparsebert")
+            stock(other), stock(place)
         want = Engine.load(other, cached=False).logits(["a text"])
-        inner = checkpoint.read_weights
 
-        def replace(at, place=place, other=other, inner=inner):
-            weights = inner(at)
-            monkeypatch.setattr(checkpoint, "read_weights", inner)
+        def replace(*args, place=place, other=other):
+            monkeypatch.setattr(architectures, "build", read)
             place.rename(f"{place} before")
             other.rename(place)
-            return weights
+            return read(*args)
 
-        monkeypatch.setattr(checkpoint, "read_weights", replace)
+        monkeypatch.setattr(architectures, "build", replace)
         assert np.array_equal(Engine.load(place).logits(["a text"]), want)
         assert np.array_equal(Engine.load(place).logits(["a text"]), want)  # and nothing of the old is kept as the new
 
 
 def test_a_directory_that_never_rests_is_refused(directory, fresh_cache, tmp_path, monkeypatch):
     place = shutil.copytree(directory, tmp_path / "place")
-    inner = checkpoint.read_config
-    monkeypatch.setattr(checkpoint, "read_config", lambda at: (os.utime(place / "config.json"), inner(at))[1])
-    with pytest.raises(CheckpointError, match="place changed twice while it was loaded"):
-        Engine.load(place)
+    inner = architectures.build
+    monkeypatch.setattr(architectures, "build", lambda *args: (os.utime(place / "config.json"), inner(*args))[1])
+    with pytest.raises(CheckpointError, match=r"config\.json changed while it was read"):
+        Engine.load(place, cached=False)
 
 
 @pytest.mark.parametrize("fault", ["writable folder", "writable parent", "link", "another's"])
@@ -263,6 +262,8 @@ def test_a_cache_that_others_may_write_is_not_used_and_said(directory, fresh_cac
     with pytest.warns(UserWarning, match=f"not kept in .*{says}.*; set SPARSEBERT_CACHE"):
         assert np.array_equal(Engine.load(directory).logits(["a text"]), want)
     assert {path.name: path.stat().st_mtime_ns for path in fresh_cache.iterdir()} == before
+    with pytest.warns(UserWarning, match=says):  # nor is it taken for empty
+        assert cache.entries() == []
     assert not list(elsewhere.iterdir())
 
 

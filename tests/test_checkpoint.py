@@ -14,12 +14,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from models import classifier, saved, tokenizer
+from models import classifier, saved, stock, tokenizer
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from sparsebert import checkpoint
-from sparsebert.checkpoint import writing
+from sparsebert.checkpoint import manifest
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from sparsebert.jobs import Job, files
 
@@ -63,7 +63,7 @@ def test_manifest_counts_and_hashes_every_tensor(directory):
     for name, array in tensors.items():
         assert manifest["tensors"][name]["nnz"] == np.count_nonzero(array)
         assert manifest["tensors"][name]["shape"] == list(array.shape)
-    assert len(manifest["golden"]["logits"]) == len(manifest["golden"]["texts"]) == 4
+    assert len(manifest["golden"]["logits"]) == len(manifest["golden"]["texts"]) == 6
     assert (
         json.loads((directory / "config.json").read_text())["sparsebert"]["weights_sha256"]
         == manifest["weights_sha256"]
@@ -71,6 +71,7 @@ def test_manifest_counts_and_hashes_every_tensor(directory):
 
 
 def test_weights_hash_follows_content_not_layout(directory, tmp_path):
+    stock(directory)
     before = checkpoint.weights_sha256(directory)
     tensors = load_file(directory / checkpoint.WEIGHTS)
     save_file(
@@ -130,7 +131,7 @@ def test_a_truncated_file_is_refused(directory, keep):
 def test_damaged_tensors_are_named_with_and_without_a_manifest(directory, change, message, with_manifest):
     rewrite(directory, change)
     if not with_manifest:
-        shutil.rmtree(directory / "sparsebert")
+        stock(directory)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(directory)
 
@@ -142,14 +143,18 @@ def test_another_file_of_the_directory_changed_is_refused(directory):
 
 
 def test_golden_logits_catch_a_wrong_forward_pass(directory):
-    good = json.loads((directory / checkpoint.MANIFEST).read_text())["golden"]
-    checkpoint.verify_golden(directory, lambda texts: np.array(good["logits"]) + 0.9 * good["tolerance"])
-    for wrong in (1.1 * good["tolerance"], np.nan):
+    files = checkpoint.read(directory)
+    want = np.array(files.manifest["golden"]["logits"])
+    allowed = files.manifest["golden"]["tolerance"] * np.abs(want).max()
+    assert np.abs(want).max() > 1
+    files.verify_golden(lambda ids, types: want + 0.9 * allowed)
+    for wrong in (1.1 * allowed, np.nan):
         with pytest.raises(CheckpointError, match="golden logits"):
-            checkpoint.verify_golden(directory, lambda texts, wrong=wrong: np.array(good["logits"]) + wrong)
+            files.verify_golden(lambda ids, types, wrong=wrong: want + wrong)
 
 
 def test_no_weights_and_pickled_weights_are_told_apart(directory):
+    stock(directory)
     (directory / checkpoint.WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="has no weights"):
         checkpoint.load(directory)
@@ -191,14 +196,16 @@ def test_the_golden_tolerance_is_far_above_rounding_and_far_below_a_fault(tmp_pa
     model, tok = checkpoint.load("minilm", num_labels=2)
     with torch.no_grad():
         model.classifier.weight.mul_(100)  # logits of a trained model's size
-    golden = checkpoint.golden_logits(model, tok, writing.GOLDEN_TEXTS)
-    rounded = checkpoint.golden_logits(model.double(), tok, writing.GOLDEN_TEXTS)
+    texts = manifest.golden_texts(512)
+    _, golden = checkpoint.golden_logits(model, tok, texts)
+    _, rounded = checkpoint.golden_logits(model.double(), tok, texts)
+    allowed = checkpoint.GOLDEN_TOLERANCE * max(1, np.abs(golden).max())
     assert np.abs(golden).max() > 0.5
-    assert np.abs(golden - rounded).max() < writing.GOLDEN_TOLERANCE / 20
+    assert np.abs(golden - rounded).max() < allowed / 20
     with torch.no_grad():
         model.bert.encoder.layer[2].output.dense.weight[:, 100] = 0
-    wrong = checkpoint.golden_logits(model.float(), tok, writing.GOLDEN_TEXTS)
-    assert np.abs(golden - wrong).max() > writing.GOLDEN_TOLERANCE
+    _, wrong = checkpoint.golden_logits(model.float(), tok, texts)
+    assert np.abs(golden - wrong).max() > allowed
 
 
 def test_bfloat16_weights_are_read_exactly(tmp_path):
@@ -380,12 +387,6 @@ def test_a_model_that_is_not_finite_is_never_saved(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def stock(directory):
-    """The directory without this package's metadata."""
-    shutil.rmtree(directory / "sparsebert")
-    return directory
-
-
 def test_a_directory_without_tokenizer_is_refused(directory):
     stock(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -433,6 +434,7 @@ def test_a_manifest_that_cannot_be_is_one_error(directory, change):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_the_source_hash_sees_every_file_that_matters(directory, name):
+    stock(directory)
     before = checkpoint.source_sha256(directory)
     if name == "model.safetensors":
         rewrite(directory, lambda t: t["classifier.bias"].__setitem__(0, 9.0))

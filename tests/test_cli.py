@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
-from models import saved
+from models import saved, stock
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -597,3 +597,14 @@ def test_the_demo_refuses_an_output_it_cannot_write(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     refused(capsys, "demo", "-o", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_stock_directory_is_sealed_and_its_labels_are_named(dense, capsys, tmp_path):
+    directory = stock(shutil.copytree(dense, tmp_path / "m"))
+    code, out, _ = run(capsys, "seal", directory)
+    assert code == 0 and document(out)["weights_sha256"] == checkpoint.weights_sha256(directory)
+    assert "sealed already" in refused(capsys, "seal", directory)
+    code, out, _ = run(capsys, "reseal", directory, "--labels", "bad, good", "--json")
+    assert code == 0 and document(out) == {"directory": str(directory), "labels": ["bad", "good"], "changed": True}
+    assert "names 3" in refused(capsys, "reseal", directory, "--labels", "a,b,c")
+    assert json.loads((directory / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}

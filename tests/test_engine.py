@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -69,9 +70,9 @@ def test_bf16_logits_are_near_transformers(directory, texts, tile_isa, monkeypat
     assert {row["kernel"] for row in loaded.explain()} == {f"{tile_isa} bf16"}
 
 
+@pytest.mark.filterwarnings("ignore:.*is unsealed")
 def test_auto_is_bf16_only_for_a_checkpoint_made_for_it(directory, tmp_path):
-    stock = shutil.copytree(directory, tmp_path / "stock")
-    shutil.rmtree(stock / "sparsebert")
+    stock = models.stock(shutil.copytree(directory, tmp_path / "stock"))
     config = json.loads((stock / "config.json").read_text())
     for name in ("dtype", "torch_dtype"):
         for declared in ("float32", "float16", "bfloat16", None):
@@ -316,9 +317,9 @@ def test_rivals_are_held_to_the_same_instructions(monkeypatch):
     assert [os.environ[name] for name in environment._RIVAL_VARIABLES] == ["AVX2", "avx2", "SSE4_2"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is unsealed")
 def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
-    stock = shutil.copytree(directory, tmp_path / "stock")
-    shutil.rmtree(stock / "sparsebert")  # no golden logits to catch it first
+    stock = models.stock(shutil.copytree(directory, tmp_path / "stock"))  # no golden logits to catch it first
     right = engine.sparse_encoder
     for factor, says in ((1.5, "must be torch.s"), (np.nan, "logits must be finite")):
         monkeypatch.setattr(engine, "sparse_encoder", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
@@ -326,9 +327,9 @@ def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
             compare(stock, *encoded(stock, rounds=1))
 
 
+@pytest.mark.filterwarnings("ignore:.*is unsealed")
 def test_missing_fields_of_config_take_the_architectures_defaults(directory, texts, tmp_path):
-    stock = shutil.copytree(directory, tmp_path / "stock")
-    shutil.rmtree(stock / "sparsebert")
+    stock = models.stock(shutil.copytree(directory, tmp_path / "stock"))
     config = json.loads((stock / "config.json").read_text())
     for name in ("hidden_act", "layer_norm_eps", "max_position_embeddings"):
         config.pop(name)

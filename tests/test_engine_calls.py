@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import array
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import classifier, saved, tokenizer
+from models import classifier, saved, stock, tokenizer
 
 from sparsebert import data
 from sparsebert.config import PruneConfig
@@ -159,13 +161,43 @@ def test_a_text_that_is_too_long_is_cut_only_on_request(loaded):
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(1, 40), st.integers(0, 40), st.integers(3, 40))
+@given(st.integers(1, 40), st.integers(0, 40), st.integers(5, 40))
 def test_texts_are_cut_as_transformers_cuts_them(loaded, first, second, length):
     words = "the film is a gripping tale of two towns and what they lost to the sea".split()
     parts = [" ".join((words * 3)[:n]) for n in (first, second) if n]
     want = tokenizer()(*parts, truncation=True, max_length=length)
-    ids, types = loaded._encode([parts[0] if len(parts) == 1 else tuple(parts)], length)
-    assert ids == [want["input_ids"]] and types == [want["token_type_ids"]]
+    ids, types = loaded._encode([parts[0] if len(parts) == 1 else tuple(parts), IDS], length, True)
+    assert ids == [want["input_ids"], IDS] and types == [want["token_type_ids"], [0, 0, 0]]
+
+
+def test_texts_are_cut_to_what_the_tokenizer_says_where_nothing_else_is(directory, loaded, tmp_path):
+    short = stock(shutil.copytree(directory, tmp_path / "short"))
+    settings = json.loads((short / "tokenizer_config.json").read_text())
+    (short / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 20}))
+    with pytest.warns(UserWarning, match="unsealed"):
+        engine = Engine.load(short, dtype="fp32", threads=1, batch_invariant=True)
+    long = ["good " * 60]
+    assert np.array_equal(engine.logits(long, truncate=True), loaded.logits(long, max_length=20, truncate=True))
+    assert np.array_equal(engine.logits(long), loaded.logits(long))  # not cut: the model has positions for it
+
+
+def test_a_long_text_is_bounded_before_it_is_tokenized(loaded, monkeypatch):
+    # 10 MB, of which some thousand characters matter.
+    pieces, encode = [], type(loaded._tokenizer._tokenizer).encode
+
+    class Counting:
+        def __getattr__(self, name, inner=loaded._tokenizer._tokenizer):
+            if name == "encode":
+                return lambda text, **options: pieces.append(len(text)) or encode(inner, text, **options)
+            return getattr(inner, name)
+
+    monkeypatch.setattr(loaded._tokenizer, "_tokenizer", Counting())
+    text = "a gripping film " * 650_000
+    cut_at_16 = loaded.logits([text, text[:1000]], max_length=16, truncate=True)
+    assert np.array_equal(cut_at_16[0], cut_at_16[1])
+    with pytest.raises(InputError, match=r"at most 512 tokens, texts\[1\] has more than 512"):
+        loaded.logits(["ok", text])
+    assert sum(pieces) < 100_000
 
 
 # Anything a caller may pass: sound rows, rows with a fault, and what is no row.
@@ -210,6 +242,15 @@ def test_sound_calls_are_answered_a_text_at_a_time(loaded, rows):
 def test_an_engine_describes_itself(loaded, directory):
     assert repr(loaded) == f"<Engine {shown(str(directory))}: bert, 3 labels, fp32, 1 threads>"
     assert len(repr(loaded)) < 300
+
+
+def test_a_padding_token_inside_a_text_has_no_position_in_roberta(tmp_path):
+    engine = Engine.load(saved(tmp_path / "m", kind="roberta"), dtype="fp32")
+    for text in ("a <pad> film", [0, 5, 1, 2]):
+        with pytest.raises(
+            InputError, match=r"texts\[1\] holds the padding token, id 1, which roberta gives no position"
+        ):
+            engine.logits(["a film", text])
 
 
 def test_logits_that_are_not_finite_are_refused_by_their_place(tmp_path):

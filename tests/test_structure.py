@@ -19,7 +19,7 @@ RANKS = {
     "cli": 10, "study": 9, "serving": 8, "pruning": 8, "training": 7, "robustness": 6, "engine": 5, "encoders": 4,
     "checkpoint": 3, "data": 2, "jobs": 2, "machine": 2, "ops": 1, "kernels": 0, "_C": 0,
 }  # fmt: skip
-LEAVES = {"config", "environment", "errors", "heads", "patterns"}
+LEAVES = {"architectures", "config", "environment", "errors", "heads", "patterns"}
 SOURCES = sorted((ROOT / "sparsebert").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))
 
 

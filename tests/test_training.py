@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from models import classifier, saved, tokenizer
+from models import classifier, saved, stock, tokenizer
 
 from sparsebert import checkpoint, config, data, encoders, jobs
 from sparsebert.errors import CheckpointError, InputError, OutputError
@@ -162,8 +162,7 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(start, tmp_path):
 
 def test_another_config_or_tokenizer_of_the_start_is_another_run(start, tmp_path):
     first = train(start, "mr", tmp_path / "m", SETTINGS)
-    other = shutil.copytree(start, tmp_path / "other")
-    shutil.rmtree(other / "sparsebert")
+    other = stock(shutil.copytree(start, tmp_path / "other"))
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
     with pytest.raises(OutputError, match=r"was made with model [0-9a-f]{8}…, not [0-9a-f]{8}…"):

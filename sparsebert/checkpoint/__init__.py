@@ -2,35 +2,40 @@
 
 A directory is a stock `transformers` one (dense safetensors with explicit zeros, so
 `AutoModelForSequenceClassification` loads it unchanged) plus `sparsebert/manifest.json` (sha256, shape and non-zeros of
-every tensor, sha256 of the other files, four golden inputs with their logits) and `sparsebert/recipe.yaml` (the
-arguments that made it). Importing this package needs neither torch nor transformers.
+every tensor, sha256 of the other files, golden inputs with their token ids and logits) and `sparsebert/recipe.yaml`
+(the arguments that made it). `read` opens one, for all that reads one. Importing this package needs neither torch nor
+transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load, shapes
+from sparsebert.checkpoint.classifier import golden_logits, load, require_model, shapes
+from sparsebert.checkpoint.encoding import TextEncoder
+from sparsebert.checkpoint.files import Changed
+from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
+from sparsebert.checkpoint.missing import WEIGHTS, resolve
 from sparsebert.checkpoint.provenance import ancestors, made_from
 from sparsebert.checkpoint.reading import (
-    ARCHITECTURES,
-    MANIFEST,
-    WEIGHTS,
+    Files,
     has_head,
-    mapped_arrays,
+    read,
     read_config,
     read_manifest,
     read_recipe,
     read_weights,
-    resolve,
+    require_finite,
     source_sha256,
-    verify_files,
-    verify_golden,
     weights_sha256,
 )
-from sparsebert.checkpoint.writing import GOLDEN_TOLERANCE, check_output, finished, save
+from sparsebert.checkpoint.sealing import reseal, seal
+from sparsebert.checkpoint.tensors import mapped_arrays
+from sparsebert.checkpoint.writing import check_output, finished, save
 
 __all__ = [
-    "ARCHITECTURES",
     "GOLDEN_TOLERANCE",
     "MANIFEST",
     "WEIGHTS",
+    "Changed",
+    "Files",
+    "TextEncoder",
     "ancestors",
     "check_output",
     "finished",
@@ -39,15 +44,18 @@ __all__ = [
     "load",
     "made_from",
     "mapped_arrays",
+    "read",
     "read_config",
     "read_manifest",
     "read_recipe",
     "read_weights",
+    "require_finite",
+    "require_model",
+    "reseal",
     "resolve",
     "save",
+    "seal",
     "shapes",
     "source_sha256",
-    "verify_files",
-    "verify_golden",
     "weights_sha256",
 ]

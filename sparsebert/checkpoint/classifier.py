@@ -1,24 +1,19 @@
-"""A model directory as a stock `transformers` classifier in float32."""
+"""A model directory as a stock `transformers` classifier in float32, made of the tensors that the engine reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from sparsebert.checkpoint.reading import (
-    ARCHITECTURES,
-    REBUILD,
-    TOKENIZER_FILES,
-    WEIGHTS,
-    read_config,
-    read_weights,
-    resolve,
-    verify_golden,
-)
-from sparsebert.errors import CheckpointError, first_line
+from sparsebert import architectures
+from sparsebert.checkpoint.encoding import Text
+from sparsebert.checkpoint.files import REBUILD
+from sparsebert.checkpoint.manifest import golden_entry, golden_texts
+from sparsebert.checkpoint.reading import Files, read, require_ids
+from sparsebert.errors import CheckpointError, InputError, first_line
 
 # What transformers was seen to raise for a config.json with wrong contents.
 FAULTS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError)
@@ -27,17 +22,15 @@ FAULTS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeEr
 def shapes(directory: str | Path):
     """The classifier that a model directory's config.json describes, without weights: its tensors have shapes only."""
     import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    directory = resolve(directory)
-    read_config(directory)
+    files = read(directory, head=False)
     try:
         with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
-            return AutoModelForSequenceClassification.from_config(config)
+            return AutoModelForSequenceClassification.from_config(_config(files))
     except FAULTS as error:
         raise CheckpointError(
-            f"{directory}/config.json must describe a model: {first_line(error)}", fix=REBUILD
+            f"{files.directory}/config.json must describe a model: {first_line(error)}", fix=REBUILD
         ) from error
 
 
@@ -47,72 +40,152 @@ def load(directory: str | Path, *, num_labels: int | None = None):
     num_labels: None requires a whole classifier. A number is how many labels a fresh head may get where the directory
     holds an encoder alone (or a head of another size); every tensor of the encoder must be present all the same.
     """
-    directory = resolve(directory)
-    config = read_config(directory)
-    read_weights(directory)
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would make up a vocabulary in which every word is unknown.
-        raise CheckpointError(f"{directory} has no tokenizer ({TOKENIZER_FILES[0]})", fix=REBUILD)
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    kwargs = {} if num_labels is None else {"num_labels": num_labels}
-    try:
-        with quiet_transformers():
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                directory,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                local_files_only=True,
-                dtype="float32",
-                **kwargs,
-            )
-            tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (*FAULTS, StrictDataclassError) as error:
-        raise CheckpointError(
-            f"{directory} must load in transformers as {config['model_type']}: {first_line(error)}", fix=REBUILD
-        ) from error
-    _verify_complete(directory, model, info, whole=num_labels is None)
-    if len(tokenizer) > model.config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}", fix=REBUILD
-        )
-    model.eval()
+    files = read(directory, head=num_labels is None)
+    model, tokenizer = build(files, num_labels)
+    files.require_same()
     if num_labels is None:
-        verify_golden(directory, lambda texts: golden_logits(model, tokenizer, texts))
+        files.verify_golden(logits_function(files, model))
     return model, tokenizer
 
 
-def _verify_complete(directory: Path, model, info: dict, *, whole: bool) -> None:
-    prefix = model.base_model_prefix + "."
-    layers = ARCHITECTURES[model.config.model_type] + "."
-    absent = {name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name}
-    mismatched = {entry[0] for entry in info["mismatched_keys"] if whole or entry[0].startswith(prefix)}
-    if absent or mismatched:
-        name = sorted(absent | mismatched)[0]
-        what = "lacks" if name in absent else "has another shape for"
-        shape = tuple(model.state_dict()[name].shape)
-        raise CheckpointError(f"{directory / WEIGHTS} {what} tensor {name}, {shape} expected", fix=REBUILD)
-    surplus = sorted(name for name in info["unexpected_keys"] if layers in name)
-    if surplus:
-        raise CheckpointError(
-            f"{directory / WEIGHTS} has tensor {surplus[0]}, for which config.json has no place", fix=REBUILD
-        )
-    if whole and info["missing_keys"]:
-        names = ", ".join(sorted(info["missing_keys"]))
-        raise CheckpointError(
-            f"{directory} is no whole classifier: lacks {names}",
-            fix=f"fine-tune it first: sparsebert train {directory}",
-        )
+def build(files: Files, num_labels: int | None = None):
+    """The same of a directory that was read, its golden logits left alone."""
+    tokenizer = _tokenizer(files)
+    return _model(files, num_labels), tokenizer
 
 
-def golden_logits(model, tokenizer, texts) -> np.ndarray:
-    """float32 logits [n, labels], each text alone and uncut, so that no padding can enter."""
+def logits_function(files: Files, model) -> Callable[[list[list[int]], list[list[int]]], np.ndarray]:
+    """Logits of token ids and token types, as `Files.verify_golden` asks for them."""
+    return lambda ids, types: logits_of(model, ids, types if files.facts.types else None)
+
+
+def _config(files: Files):
+    from transformers import AutoConfig
+
+    config = {name: value for name, value in files.config.items() if name not in ("model_type", "dtype", "torch_dtype")}
+    return AutoConfig.for_model(files.config["model_type"]).from_dict(config | {"return_dict": True})
+
+
+def _model(files: Files, num_labels: int | None):
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForSequenceClassification
+
+    weights = files.weights
+    try:
+        with quiet_transformers():
+            config = _config(files)
+            if num_labels is not None and num_labels != config.num_labels:
+                config.num_labels = num_labels
+            kind = AutoModelForSequenceClassification._model_mapping[type(config)]
+            shapes = {**dict(files.facts.encoder_tensors()), **_head_shapes(files, config.num_labels)}
+            tensors = {n: torch.from_numpy(a) for n, a in weights.items() if shapes.get(n) == a.shape}
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=tensors, output_loading_info=True, dtype=torch.float32
+            )
+    except (*FAULTS, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{files.directory} must load in transformers as {files.config['model_type']}: {first_line(error)}",
+            fix=REBUILD,
+        ) from error
+    head = _head_shapes(files, config.num_labels).keys() if num_labels is not None else ()
+    odd = sorted(
+        (set(info["missing_keys"]) - set(head)) | set(info["unexpected_keys"]) | set(map(str, info["mismatched_keys"]))
+    )
+    if odd:
+        raise CheckpointError(
+            f"{files.directory}: transformers must place every tensor as the engine does, not {odd[0]}",
+            fix="install a version of transformers that this package names",
+        )
+    return model.eval()
+
+
+def _head_shapes(files: Files, labels: int) -> dict[str, tuple[int, ...]]:
+    from dataclasses import replace
+
+    return replace(files.facts, labels=labels).head_tensors()
+
+
+def _tokenizer(files: Files):
+    """The tokenizer of transformers, after it was seen to give the ids that `Files.tokenizer` gives."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoTokenizer
+
+    ours = files.tokenizer
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(files.directory, local_files_only=True)
+    except (*FAULTS, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{files.directory} must have a tokenizer that transformers loads: {first_line(error)}", fix=REBUILD
+        ) from error
+    tokenizer.padding_side = "right"  # padding on the left would move BERT's positions
+    texts = golden_texts(files.facts.max_length)
+    for limit in (files.facts.max_length, min(16, files.facts.max_length)):
+        ids, types = ours.encode(texts, max_length=limit, truncate=True)
+        theirs = [_encoded(tokenizer, text, limit) for text in texts]
+        require_ids(texts, ids, [row["input_ids"] for row in theirs], files.directory)
+        if files.facts.types > 1:
+            require_ids(
+                texts,
+                types,
+                [row.get("token_type_ids", [0] * len(row["input_ids"])) for row in theirs],
+                files.directory,
+            )
+    return tokenizer
+
+
+def _encoded(tokenizer, text: Text, limit: int) -> dict[str, list[int]]:
+    pair = text if isinstance(text, tuple) else (text,)
+    return dict(tokenizer(*pair, truncation=True, max_length=limit))
+
+
+def golden_logits(model, tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], np.ndarray]:
+    """(token ids of the texts, their float32 logits [n, labels]), each text alone, so that no padding can enter."""
+    limit = architectures.max_length(model.config)
+    rows = [_encoded(tokenizer, text, limit) for text in texts]
+    ids = [row["input_ids"] for row in rows]
+    types = [row["token_type_ids"] for row in rows] if "token_type_ids" in rows[0] else None
+    return ids, logits_of(model, ids, types)
+
+
+def golden(files: Files, model, tokenizer) -> dict:
+    """The manifest's entry of golden texts, after the engine's tokenizer was seen to give the same ids."""
+    texts = golden_texts(files.facts.max_length)
+    ids, logits = golden_logits(model, tokenizer, texts)
+    ours, _ = files.tokenizer.encode(texts, max_length=files.facts.max_length, truncate=True)
+    require_ids(texts, ours, ids, files.directory)
+    return golden_entry(texts, ids, logits)
+
+
+def logits_of(model, ids: list[list[int]], types: list[list[int]] | None) -> np.ndarray:
+    """float32 logits [texts, labels] of token ids, each text alone."""
     import torch
 
+    found = []
     with torch.inference_mode():
-        rows = [model(**tokenizer(text, return_tensors="pt")).logits[0] for text in texts]
-    return torch.stack(rows).float().numpy()
+        for i, row in enumerate(ids):
+            more = {} if types is None else {"token_type_ids": torch.tensor([types[i]])}
+            found.append(model(input_ids=torch.tensor([row]), **more).logits[0])
+    return torch.stack(found).float().numpy()
+
+
+def require_model(model) -> None:
+    """InputError for what is no stock classifier: a path, a wrapped or compiled module, an adapter."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    what, fix = f"a {type(model).__name__}", "pass the model inside of it"
+    if isinstance(model, (str, Path)):
+        what, fix = f"the path {model}", "load it first: model, tokenizer = sparsebert.checkpoint.load(path)"
+    elif hasattr(model, "_orig_mod"):
+        fix = "pass model._orig_mod"
+    elif hasattr(model, "merge_and_unload"):
+        fix = "pass model.merge_and_unload()"
+    elif hasattr(model, "module"):
+        fix = "pass model.module"
+    raise InputError(f"model must be a classifier of transformers, got {what}", fix=fix)
 
 
 @contextmanager

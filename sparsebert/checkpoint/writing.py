@@ -7,30 +7,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-import sparsebert
-from sparsebert.checkpoint.classifier import golden_logits, quiet_transformers
-from sparsebert.checkpoint.reading import (
-    FORMAT_VERSION,
-    MANIFEST,
-    RECIPE,
-    WEIGHTS,
-    content_sha256,
-    read_manifest,
-    read_weights,
-    tensor_table,
-)
-from sparsebert.errors import CheckpointError, InputError, OutputError
+from sparsebert.checkpoint.classifier import quiet_transformers, require_model
+from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
+from sparsebert.checkpoint.reading import RECIPE, Files, read_manifest, read_weights
+from sparsebert.checkpoint.sealing import manifest_of
+from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from sparsebert.jobs import Job, place, replacing, require_place, require_writable
-
-GOLDEN_TEXTS = (
-    "a gripping , quietly devastating film .",
-    "the plot makes no sense and the jokes land with a thud .",
-    "stocks fell on tuesday as traders weighed the bank's warning about slower growth .",
-    "ok",
-)
-# Largest |logit difference| a correct fp32 kernel may show. Another order of sums moves a MiniLM's logits by 2e-6;
-# deeper models and lower ISAs get two orders of magnitude of room. tests/test_checkpoint.py shows a fault is far above.
-GOLDEN_TOLERANCE = 5e-4
 
 
 def save(
@@ -51,10 +33,9 @@ def save(
     this package is replaced in one step; anything else at that place is an OutputError, unless `overwrite` or the job
     says so.
     """
-    import torch
-    import transformers
     import yaml
 
+    require_model(model)
     target = check_output(directory, overwrite=overwrite or (job is not None and job.overwrite))
     _require_finite(model)
     was_training = model.training
@@ -67,34 +48,16 @@ def save(
                 # Once by ourselves: its own writer raises a bare Exception where the disk is full.
                 (staging / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
             tokenizer.save_pretrained(staging)
-            table = tensor_table(staging / WEIGHTS)
-            sha256 = content_sha256(table)
+            written = Files(staging)
+            sha256 = written.weights_sha256
             model.config.sparsebert = {"format_version": FORMAT_VERSION, **(summary or {}), "weights_sha256": sha256}
             model.config.save_pretrained(staging)
             files = {
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest()
                 for path in sorted(staging.iterdir())
-                if path.is_file() and path.name != WEIGHTS
+                if path.is_file() and path.name not in written.weight_files
             }
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "versions": {
-                    "sparsebert": sparsebert.__version__,
-                    "torch": torch.__version__,
-                    "transformers": transformers.__version__,
-                },
-                "key": "" if job is None else job.key,
-                "job": None if job is None else job.record,
-                "figures": figures,
-                "weights_sha256": sha256,
-                "tensors": table,
-                "files": files,
-                "golden": {
-                    "texts": list(GOLDEN_TEXTS),
-                    "logits": golden_logits(model, tokenizer, GOLDEN_TEXTS).tolist(),
-                    "tolerance": GOLDEN_TOLERANCE,
-                },
-            }
+            manifest = manifest_of(written, model, tokenizer, files, job=job, figures=figures)
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             (staging / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     finally:
@@ -144,7 +107,7 @@ def finished(job: Job, directory: Path | None = None) -> dict | None:
             if directory is None:
                 job.finish()
             return {**manifest["figures"], "weights_sha256": manifest["weights_sha256"]}
-    except CheckpointError as error:
+    except (CheckpointError, UnsupportedError) as error:
         if not job.overwrite:
             raise OutputError(error.problem, fix="choose another -o, or give --overwrite to make it anew") from error
         return None

@@ -204,6 +204,36 @@ def evaluate(
 
 
 @app.command()
+def seal(directory: Directory, *, json: Json = False) -> None:
+    """Make a stock model directory verifiable: write its manifest, with the hash of every tensor and golden logits."""
+    from sparsebert.checkpoint import seal as run
+
+    sealed = run(directory)
+    if not json:
+        table(f"{directory} is sealed", ["", ""], [[name, str(value)] for name, value in sealed.items()])
+    emit(sealed)
+
+
+@app.command()
+def reseal(
+    directory: Directory,
+    *,
+    labels: Annotated[
+        str | None, typer.Option(metavar="A,B,…", help="also write these label names, in the order of the outputs")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Accept corrected label names in config.json of a sealed directory; weights and tokenizer must be unchanged."""
+    from sparsebert.checkpoint import reseal as run
+
+    names = None if labels is None else [name.strip() for name in labels.split(",")]
+    sealed = run(directory, labels=names)
+    if not json:
+        table(f"{directory} is sealed", ["output", "label"], [[str(i), n] for i, n in enumerate(sealed["labels"])])
+    emit(sealed)
+
+
+@app.command()
 @flags(BenchConfig)
 def bench(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="model directory")] = None,

@@ -26,10 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sparsebert import __version__, checkpoint, environment, jobs
+from sparsebert.checkpoint import Files
 from sparsebert.errors import OutputError, SparsebertError, SparsebertWarning
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
-from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles, is_mapped
+from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
 
 FORMAT_VERSION = 4  # of the files, and of the packed forms in them
 _ROOT = 0  # the user who may write anywhere
@@ -38,73 +39,43 @@ Encoders = tuple[PackedEncoder, ...]
 Weights = dict[str, np.ndarray]
 
 
-def packed(
-    directory: Path, settings: dict, make: Callable[[Weights], Encoders], *, seen: list, anew: bool = False
-) -> Encoders:
+def packed(files: Files, settings: dict, make: Callable[[Weights], Encoders], *, anew: bool = False) -> Encoders:
     """What `make` makes of a model directory's weights, in mapped memory: from the cache, or made and put there.
 
-    settings: all that decides what `make` returns beside weights and config.json; JSON. seen: `state` of the directory,
-    taken before anything was read from it: what is made of a directory that has changed since is not kept. anew: make
-    it, whatever the cache holds.
-    The weights are held against the manifest whenever their file is not the one that was last: then its size, time and
-    place are still those noted here. A cached file that is not whole, or of other content, is made anew. Where there is
-    no place for one that nobody else may write to, that is said once and the packed form stays in memory. Raises
-    CheckpointError for a damaged directory.
+    settings: all that decides what `make` returns beside weights and config.json; JSON. anew: make it, whatever the
+    cache holds.
+    The weights are read, and held against the manifest, whenever their files are not those that were last: then their
+    sizes, times and places are still those noted here. A cached file that is not whole, or of other content, is made
+    anew. Where there is no place for one that nobody else may write to, that is said once and the packed form stays in
+    memory. Raises CheckpointError for a damaged directory.
     """
     folder = _folder()
-    content, weights = (None if folder is None else _verified(folder, directory, seen)), None
-
-    def fresh() -> Encoders:
-        return make(weights if weights is not None else checkpoint.read_weights(directory))
-
+    if folder is None:
+        return make(files.weights)
+    content = _verified(folder, files)
     if content is None:
-        weights = checkpoint.read_weights(directory)
-        if folder is None:
-            return private(fresh())
-        manifest = checkpoint.read_manifest(directory)
-        content = manifest["weights_sha256"] if manifest else checkpoint.weights_sha256(directory)
-        if state(directory) == seen:
-            _note(folder, directory, content, seen)
-    else:
-        checkpoint.verify_files(directory)
-    config = hashlib.sha256((directory / "config.json").read_bytes()).hexdigest()
+        _ = files.weights  # verified by reading them
+        content = files.weights_sha256
+        _note(folder, files, content)
+    config = hashlib.sha256(files.contents["config.json"]).hexdigest()
     key = _sha256(json.dumps([FORMAT_VERSION, __version__, _layout(), content, config, settings], sort_keys=True))
     path = folder / f"{key}.safetensors"
     if not anew and (made := _read(path, key)) is not None:
         return made
     with _locked(folder):
         made = None if anew else _read(path, key)  # another process may have packed it meanwhile
-        if made is not None:
-            return made
-        unmapped = fresh()
-        if state(directory) == seen:
-            made = _stored(path, key, unmapped, {"model": str(directory.resolve()), "dtype": settings["dtype"]})
-        return private(unmapped) if made is None else made
+        if made is None:
+            facts = {"model": str(files.directory.resolve()), "dtype": settings["dtype"]}
+            unmapped = make(files.weights)
+            made = _stored(path, key, unmapped, facts) or unmapped
+        return made
 
 
-def state(directory: Path) -> list:
-    """What tells whether a model directory is still the one it was: name, place, size and times of the files in it."""
-    found = []
-    for folder in (directory, directory / Path(checkpoint.MANIFEST).parent):
-        with suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                status = entry.stat()
-                if stat.S_ISREG(status.st_mode):
-                    found.append([entry.name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
-    return sorted(found)
-
-
-def private(encoders: Encoders) -> Encoders:
-    """The same in memory of its own: a mapped model file that another program cuts short would end the process."""
+def shared(encoders: Encoders) -> Encoders:
+    """The same, those of equal arrays and numbers being one."""
     arrays: dict[int, tuple[str, np.ndarray]] = {}
-    tree = _flattened(encoders, arrays)
-    return _restored(tree, {name: array.copy() if is_mapped(array) else array for name, array in arrays.values()})
-
-
-def distinct(encoders: Encoders) -> list[PackedEncoder]:
-    """Those that are not the same arrays and numbers as an earlier one."""
-    arrays: dict[int, tuple[str, np.ndarray]] = {}
-    return list({json.dumps(_flattened(encoder, arrays)): encoder for encoder in encoders}.values())
+    first: dict[str, PackedEncoder] = {}
+    return tuple(first.setdefault(json.dumps(_flattened(encoder, arrays)), encoder) for encoder in encoders)
 
 
 def entries() -> list[dict]:
@@ -149,23 +120,23 @@ def prune(limit: int = 0, keep: Path | None = None) -> list[dict]:
 
 
 def _folder(*, create: bool = True) -> Path | None:
-    """Where packed models are, nobody else having a say there; else None, which is said where `create`."""
+    """Where packed models are, nobody else having a say there; else None, and why is said. create: make it where it is
+    not there; without it None, in silence.
+    """
     cache = environment.cache_dir()
     if cache is None:
-        if create:
-            _no_place("the user's cache", "there is no HOME, and no user of this number")
+        _no_place("the user's cache", "there is no HOME, and no user of this number")
         return None
     folder = cache / "packed"
     try:
         if create:
             cache.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
-        elif not folder.is_dir():
+        elif not folder.exists():
             return None
         found = {cache: cache.stat(), folder: folder.lstat()}
     except OSError as error:
-        if create:
-            _no_place(folder, error)
+        _no_place(folder, error)
         return None
     for path, status in found.items():
         why = None
@@ -176,8 +147,7 @@ def _folder(*, create: bool = True) -> Path | None:
         elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
             why = f"others may write to {path}: chmod go-w it"
         if why:
-            if create:
-                _no_place(folder, why)
+            _no_place(folder, why)
             return None
     return folder
 
@@ -280,31 +250,26 @@ def _restored(tree: Any, arrays: Weights) -> Any:
     return _CLASSES[tree["class"]](**parts)
 
 
-def _verified(folder: Path, directory: Path, seen: list) -> str | None:
-    """The content hash of a directory's weights, if their file is the one that was last held against its manifest."""
+def _verified(folder: Path, files: Files) -> str | None:
+    """The content hash of a directory's weights, if their files are those that were last held against its manifest."""
     try:
-        noted = json.loads(_note_of(folder, directory).read_text(encoding="utf-8"))
-        if noted["file"] != _weights_of(seen):
+        noted = json.loads(_note_of(folder, files).read_text(encoding="utf-8"))
+        if noted["file"] != files.state:
             return None
         content = noted["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    manifest = checkpoint.read_manifest(directory)
-    known = isinstance(content, str) and (manifest is None or content == manifest["weights_sha256"])
+    known = isinstance(content, str) and (files.manifest is None or content == files.manifest["weights_sha256"])
     return content if known else None
 
 
-def _note(folder: Path, directory: Path, content: str, seen: list) -> None:
+def _note(folder: Path, files: Files, content: str) -> None:
     with suppress(OutputError):  # the next load verifies again
-        jobs.write(_note_of(folder, directory), json.dumps({"file": _weights_of(seen), "sha256": content}))
+        jobs.write(_note_of(folder, files), json.dumps({"file": files.state, "sha256": content}))
 
 
-def _note_of(folder: Path, directory: Path) -> Path:
-    return folder / f"{_sha256(str(directory.resolve()))}.json"
-
-
-def _weights_of(seen: list) -> list:
-    return [row for row in seen if row[0].endswith(".safetensors")]
+def _note_of(folder: Path, files: Files) -> Path:
+    return folder / f"{_sha256(str(files.directory.resolve()))}.json"
 
 
 def _sha256(text: str) -> str:

@@ -67,7 +67,7 @@ class Classifier:
 
 def _engine(directory: Path) -> Engine | None:
     """The engine in float32; None where it does not run such a model, or on its portable path, slower than torch."""
-    if _dispatch.isa() == "scalar" or not (directory / "tokenizer.json").is_file():
+    if _dispatch.isa() == "scalar":
         return None
     try:
         return Engine.load(directory, dtype="fp32", batch_invariant=True, cached=False)

@@ -11,13 +11,13 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
 
 from sparsebert import checkpoint, environment, heads
+from sparsebert.checkpoint import Changed, Files
 from sparsebert.engine import architectures, cache, inputs
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import CheckpointError, InputError, SparsebertError, SparsebertWarning, shown
+from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, shown
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 from sparsebert.ops.sparse_matmul import (
@@ -48,25 +48,12 @@ class Engine:
     >>> engine.logits(["a gripping film", ("a premise", "its hypothesis")])      # float32 [texts, labels]
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        settings: dict,
-        encoders: tuple[PackedEncoder, ...],
-        config: dict,
-        tokenizer: Tokenizer,
-        dtype: str,
-    ):
-        self.directory, self._settings, self.config, self._tokenizer = directory, settings, config, tokenizer
+    def __init__(self, encoders: tuple[PackedEncoder, ...], files: Files, settings: dict, dtype: str):
+        self.directory, self.config, self._settings = files.directory, files.config, settings
+        self._tokenizer, self._facts = files.tokenizer, files.facts
         self.threads, self.dtype, self.isa = _dispatch.threads(settings["threads"]), dtype, _dispatch.isa()
-        self._encoders = encoders  # for batches of every kind of TOKENS, or one for all
-        self.problem, self.labels = heads.problem_of(config), list(heads.label_names(config))
-        if len(self.labels) != self.encoder.classifier.weight.n_out:
-            raise CheckpointError(
-                f"{directory}: config.json names {len(self.labels)} labels, the classifier has "
-                f"{self.encoder.classifier.weight.n_out}",
-                fix="correct id2label",
-            )
+        self._encoders = cache.shared(encoders)  # for batches of every kind of TOKENS, or one for all
+        self.problem, self.labels = heads.problem_of(self.config), list(heads.label_names(self.config))
 
     def __repr__(self) -> str:
         kind = f"{self.config['model_type']}, {len(self.labels)} labels, {self.dtype}, {self.threads} threads"
@@ -104,74 +91,50 @@ class Engine:
             "batch_invariant": batch_invariant,
             "cached": cached,
         }
-        directory = checkpoint.resolve(directory).absolute()
-        for _ in range(2):
-            seen, engine, fault = cache.state(directory), None, None
-            try:
-                engine = cls._load(directory, settings, seen)
-            except SparsebertError as error:
-                fault = error
-            if cache.state(directory) == seen:
-                break
-        else:
-            raise CheckpointError(
-                f"{directory} changed twice while it was loaded", fix="load it when what writes there is done"
-            )
-        if engine is None:
-            raise fault
+        try:
+            engine = cls._load(checkpoint.read(directory), settings)
+        except Changed:  # by what replaces a model: that is done now
+            engine = cls._load(checkpoint.read(directory), settings)
         _warn_of_portable_path(engine.dtype)
         return engine
 
     @classmethod
-    def _load(cls, directory: Path, settings: dict, seen: list) -> Engine:
-        """`load` of a directory that does not change meanwhile, which `seen` tells."""
-        config = checkpoint.read_config(directory)
-        dtype = dtype_of(config, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
+    def _load(cls, files: Files, settings: dict) -> Engine:
+        """`load` of files that are open. Raises Changed where they are not any more those of the directory."""
+        files.warn_unsealed()
+        dtype = dtype_of(files.config, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
         table = costs(_dispatch.isa())
 
         def forms(weight: np.ndarray) -> tuple[Packed, ...]:
             return (pack_tiles(weight),) if dtype == "bf16" else pack_cheapest(weight, table)
 
         def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
-            return architectures.build(weights, config, forms)
+            return architectures.build(weights, files.facts, forms)
 
         def packed(anew: bool) -> tuple[PackedEncoder, ...]:
             if not settings["cached"]:
-                return cache.private(make(checkpoint.read_weights(directory)))
+                return make(files.weights)
             key = {"dtype": dtype} | ({} if dtype == "bf16" else {"costs": asdict(table)})
-            return cache.packed(directory, key, make, seen=seen, anew=anew)
+            return cache.packed(files, key, make, anew=anew)
 
-        encoders = packed(False)
+        def verified(encoders: tuple[PackedEncoder, ...]) -> Engine:
+            engine = cls(encoders[-1:] if settings["batch_invariant"] else encoders, files, settings, dtype)
+            for encoder in dict.fromkeys(engine._encoders):
+                _ = encoder.core  # made now: it is made under a lock, which a fork would copy
+                relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
+                files.verify_golden(partial(engine._run, encoder), relative=relative)
+            return engine
+
         try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises nothing narrower
-            raise CheckpointError(
-                f"{directory}/tokenizer.json must be a tokenizer: {error}", fix="restore the file"
-            ) from error
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        used = slice(-1 if settings["batch_invariant"] else 0, None)
-        engine = cls(directory, settings, encoders[used], config, tokenizer, dtype)
-        try:
-            engine._verify()
-        except CheckpointError:
-            if not settings["cached"]:
-                raise
-            engine._encoders = packed(True)[used]  # a packed form that is wrong is made once more
-            engine._verify()
-        return engine
-
-    def _verify(self) -> None:
-        """Holds the golden logits against what each encoder makes of the golden texts."""
-        relative = BF16_TOLERANCE if self.dtype == "bf16" else 0.0
-
-        def logits(encoder: PackedEncoder, texts: list[str]) -> np.ndarray:
-            rows = inputs.read(texts, len(encoder.words))
-            # Cut at full length, as the golden logits were made.
-            return self._run(encoder, *self._encode(rows, encoder.max_length))
-
-        for encoder in cache.distinct(self._encoders):
-            checkpoint.verify_golden(self.directory, partial(logits, encoder), relative=relative)
+            encoders = packed(False)
+            try:
+                return verified(encoders)
+            except CheckpointError:
+                if not settings["cached"]:
+                    raise
+                return verified(packed(True))  # a packed form that is wrong is made once more
+        finally:
+            files.require_same()
 
     @property
     def encoder(self) -> PackedEncoder:
@@ -224,64 +187,44 @@ class Engine:
         or tensor of ids; no mapping and no set.
 
         max_length: tokens that a text may have; None for as many as the model has positions. truncate: cut longer
-        texts, of a pair the longer first, as transformers does, and ids where they reach it; without it they are an
-        error. Raises InputError for what is no list of texts, naming the text: an empty one, one that is too long, ids
-        out of the vocabulary; and for a length the model cannot take.
+        texts as transformers does, of a pair the longer part first, and ids where they reach it; None is then what the
+        tokenizer says, where that is less. Without it they are an error. Raises InputError for what is no list of
+        texts, naming the text: an empty one, one that is too long, ids out of the vocabulary; and for a length the
+        model cannot take.
         """
+        if not isinstance(truncate, (bool, np.bool_)):
+            raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
         limit = self.encoder.max_length
         if max_length is None:
-            max_length = limit
+            max_length = self._tokenizer.max_length if truncate else limit
         elif not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= limit:
             raise InputError(
                 f"max_length must be 3 to {limit}, an integer, got {shown(max_length)}",
                 fix="choose a length in that range, or None",
             )
-        if not isinstance(truncate, (bool, np.bool_)):
-            raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
         rows = inputs.read(texts, len(self.encoder.words))
         if not rows:
             return np.empty((0, len(self.labels)), dtype=np.float32)
-        ids, types = self._encode(rows, int(max_length) if truncate else None)
-        for i, row in enumerate(ids):
-            if len(row) > max_length:
+        return self.forward(*self._encode(rows, int(max_length), bool(truncate)))
+
+    def _encode(self, rows: list[inputs.Row], most: int, truncate: bool) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids and token types of each row."""
+        at = [i for i, row in enumerate(rows) if type(row) is not list]
+        encoded = self._tokenizer.encode([rows[i] for i in at], max_length=most, truncate=truncate, numbers=at)
+        if len(at) == len(rows):
+            return encoded
+        found = dict(zip(at, zip(*encoded, strict=True), strict=True))
+        ids, types = [], []
+        for i, row in enumerate(rows):
+            if i not in found and len(row) > most and not truncate:
                 raise InputError(
-                    f"texts must have at most {max_length} tokens, texts[{i}] has {len(row)}",
+                    f"texts must have at most {most} tokens, texts[{i}] has {len(row)}",
                     fix="pass truncate=True to cut them, or shorten it",
                 )
-        return self.forward(ids, types)
-
-    def _encode(self, rows: list[inputs.Row], length: int | None) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and token types of each row, cut to `length` where that is given."""
-        texts = [row for row in rows if type(row) is not list]
-        encoded = iter(self._tokenizer.encode_batch(texts)) if texts else iter(())
-        ids, types = [], []
-        for row in rows:
-            if type(row) is list:
-                ids.append(row[:length])
-                types.append([0] * len(ids[-1]))
-                continue
-            found = next(encoded)
-            if length is not None and len(found) > length:
-                found = self._cut(row, length)
-            ids.append(found.ids)
-            types.append(found.type_ids)
+            row_ids, row_types = found.get(i) or (row[:most], [0] * min(most, len(row)))
+            ids.append(row_ids)
+            types.append(row_types)
         return ids, types
-
-    def _cut(self, text: str | tuple[str, str], length: int) -> Encoding:
-        """A text cut to so many tokens. The tokenizer, which all threads share, keeps no length for it."""
-        pair = isinstance(text, tuple)
-        parts = [self._tokenizer.encode(part, add_special_tokens=False) for part in (text if pair else (text,))]
-        room = length - self._tokenizer.num_special_tokens_to_add(pair)
-        keep = [room]
-        if pair:  # the longer part first; of two long ones each gets half, the second what is odd
-            short, long = sorted(len(part) for part in parts)
-            long = long if short > room else max(short, room - short)
-            if short + long > room:
-                short, long = room // 2, room // 2 + room % 2
-            keep = [short, long] if len(parts[0]) <= len(parts[1]) else [long, short]
-        for part, tokens in zip(parts, keep, strict=True):
-            part.truncate(max(0, tokens))
-        return self._tokenizer.post_process(*parts)
 
     def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]]) -> np.ndarray:
         """float32 logits [sequences, labels] of token id lists; every sequence at least one token long. Raises
@@ -298,13 +241,15 @@ class Engine:
         flat_types = np.zeros_like(flat_ids)
         if len(encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says
             flat_types = np.fromiter(chain.from_iterable(type_ids), np.int32, count=starts[-1])
-        logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
-        if not np.isfinite(logits).all():
-            row = int(np.argmin(np.isfinite(logits).all(1)))
-            raise CheckpointError(
-                f"{self.directory}: logits must be finite, those of texts[{row}] are {shown(logits[row].tolist())}",
-                fix="restore the weights from a good copy",
+        if self._facts.position_offset and (padding := flat_ids == self._facts.padding).any():
+            row = int(np.searchsorted(starts, np.argmax(padding), side="right")) - 1
+            raise InputError(
+                f"texts[{row}] holds the padding token, id {self._facts.padding}, which {self.config['model_type']} "
+                "gives no position of its own",
+                fix="take it out of the text",
             )
+        logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
+        checkpoint.require_finite(logits, self.directory)
         return logits
 
 

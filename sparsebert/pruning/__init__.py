@@ -70,6 +70,7 @@ def prune(
     config = config or PruneConfig()
     check(config)
     start = time.perf_counter()
+    checkpoint.require_model(model)
     model.eval()
     linears = encoder_linears(model)
     pattern = parse(config.pattern)

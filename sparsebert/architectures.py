@@ -1,0 +1,328 @@
+"""What is known of BERT, RoBERTa, XLM-RoBERTa, DistilBERT and ELECTRA classifiers: where their tensors are, and what
+each field of config.json means. One table, asked by reading, the engine, training and pruning. A leaf.
+
+A field of config.json is one of four: a size or a setting that is honoured (SIZES and `Facts`), one that must have a
+value because the others change the logits (REFUSED), one that no forward pass of these classifiers reads (NEUTRAL), or
+one that stock `transformers` does not know. The last are let be: tests/test_architectures.py shows that its model code
+reads no field that is not named here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsebert.errors import CheckpointError, UnsupportedError, shown
+from sparsebert.heads import label_count
+
+RESTORE = "restore config.json from its source"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `model_type`. Tensors are named without `.weight` and `.bias`; those of a layer follow `layers` and its
+    number.
+
+    base: the attribute of the classifier that holds the encoder. layers: below it. pooler, pooler_activation and
+    classifier: the head. counted_from_padding: positions are numbered from the padding token's id onward.
+    fields: our name of a setting -> the name in config.json and transformers' default, which need not be written.
+    """
+
+    kind: str
+    base: str
+    layers: str
+    attention: tuple[str, str, str]
+    attention_out: str
+    attention_norm: str
+    up: str
+    down: str
+    norm: str
+    pooler: str
+    pooler_activation: str
+    classifier: str
+    counted_from_padding: bool
+    fields: dict[str, tuple[str, Any]]
+
+    @property
+    def embeddings(self) -> str:
+        return f"{self.base}.embeddings"
+
+    def layer(self, i: int | str) -> str:
+        """What the names of a layer's tensors begin with."""
+        return f"{self.base}.{self.layers}.{i}."
+
+
+_BERT_FIELDS = {
+    "vocabulary": ("vocab_size", 30522), "hidden": ("hidden_size", 768), "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12), "intermediate": ("intermediate_size", 3072),
+    "activation": ("hidden_act", "gelu"), "positions": ("max_position_embeddings", 512),
+    "types": ("type_vocab_size", 2), "eps": ("layer_norm_eps", 1e-12), "padding": ("pad_token_id", 0),
+}  # fmt: skip
+
+
+def _bert(kind: str, base: str, pooler: str, pooler_activation: str, classifier: str, **changes) -> Architecture:
+    fields = _BERT_FIELDS | {name: (_BERT_FIELDS.get(name, (name,))[0], value) for name, value in changes.items()}
+    if "embedding" in changes:
+        fields["embedding"] = ("embedding_size", changes["embedding"])
+    return Architecture(
+        kind=kind,
+        base=base,
+        layers="encoder.layer",
+        attention=("attention.self.query", "attention.self.key", "attention.self.value"),
+        attention_out="attention.output.dense",
+        attention_norm="attention.output.LayerNorm",
+        up="intermediate.dense",
+        down="output.dense",
+        norm="output.LayerNorm",
+        pooler=pooler,
+        pooler_activation=pooler_activation,
+        classifier=classifier,
+        counted_from_padding=base == "roberta",
+        fields=fields,
+    )
+
+
+_ELECTRA_SIZES = {"embedding": 128, "hidden": 256, "heads": 4, "intermediate": 1024}
+ARCHITECTURES = {
+    found.kind: found
+    for found in (
+        _bert("bert", "bert", "bert.pooler.dense", "tanh", "classifier"),
+        _bert("roberta", "roberta", "classifier.dense", "tanh", "classifier.out_proj", vocabulary=50265, padding=1),
+        _bert("xlm-roberta", "roberta", "classifier.dense", "tanh", "classifier.out_proj", padding=1),
+        _bert("electra", "electra", "classifier.dense", "gelu", "classifier.out_proj", **_ELECTRA_SIZES),
+        Architecture(
+            kind="distilbert",
+            base="distilbert",
+            layers="transformer.layer",
+            attention=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+            attention_out="attention.out_lin",
+            attention_norm="sa_layer_norm",
+            up="ffn.lin1",
+            down="ffn.lin2",
+            norm="output_layer_norm",
+            pooler="pre_classifier",
+            pooler_activation="relu",
+            classifier="classifier",
+            counted_from_padding=False,
+            fields={
+                "vocabulary": ("vocab_size", 30522), "hidden": ("dim", 768), "layers": ("n_layers", 6),
+                "heads": ("n_heads", 12), "intermediate": ("hidden_dim", 3072), "activation": ("activation", "gelu"),
+                "positions": ("max_position_embeddings", 512), "padding": ("pad_token_id", 0),
+            },
+        ),
+    )
+}  # fmt: skip
+
+
+def of(kind: object, where: str = "") -> Architecture:
+    """The architecture of a `model_type`. UnsupportedError for one that is not here, beginning with `where`."""
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise UnsupportedError(
+            f"{where}model_type must be one of {', '.join(ARCHITECTURES)}, got {shown(kind)}",
+            fix="use one of these architectures",
+        )
+    return ARCHITECTURES[kind]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What config.json says of the forward pass. embedding: width of the word vectors. types: token types, 0 where the
+    architecture has none. padding: the padding token's id, or None. labels: outputs of the classifier.
+    """
+
+    architecture: Architecture
+    vocabulary: int
+    embedding: int
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    positions: int
+    types: int
+    padding: int | None
+    activation: str
+    eps: float
+    labels: int
+
+    @property
+    def position_offset(self) -> int:
+        """The position of a text's first token."""
+        return self.padding + 1 if self.architecture.counted_from_padding else 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a text may have."""
+        return self.positions - self.position_offset
+
+    def encoder_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every tensor of the encoder, layer by layer."""
+        names, at = self.architecture, self.architecture.embeddings
+        yield f"{at}.word_embeddings.weight", (self.vocabulary, self.embedding)
+        yield f"{at}.position_embeddings.weight", (self.positions, self.embedding)
+        if self.types:
+            yield f"{at}.token_type_embeddings.weight", (self.types, self.embedding)
+        yield from _norm(f"{at}.LayerNorm", self.embedding)
+        if self.embedding != self.hidden:
+            yield from _linear(f"{names.base}.embeddings_project", self.hidden, self.embedding)
+        for i in range(self.layers):
+            at = names.layer(i)
+            for name in (*names.attention, names.attention_out):
+                yield from _linear(at + name, self.hidden, self.hidden)
+            yield from _norm(at + names.attention_norm, self.hidden)
+            yield from _linear(at + names.up, self.intermediate, self.hidden)
+            yield from _linear(at + names.down, self.hidden, self.intermediate)
+            yield from _norm(at + names.norm, self.hidden)
+
+    def head_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of what classifies a text by the encoder's first output."""
+        names = self.architecture
+        return dict(
+            [*_linear(names.pooler, self.hidden, self.hidden), *_linear(names.classifier, self.labels, self.hidden)]
+        )
+
+
+def _linear(name: str, rows: int, cols: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (rows, cols)
+    yield f"{name}.bias", (rows,)
+
+
+def _norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (size,)
+    yield f"{name}.bias", (size,)
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+# Setting -> what its value has to be, beside what the weights say of it.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **{
+        name: (_count, "a whole number of at least 1")
+        for name in ("vocabulary", "embedding", "hidden", "layers", "heads", "intermediate", "positions", "types")
+    },
+    "padding": (lambda v: v is None or (type(v) is int and v >= 0), "null or a token's id"),
+    "activation": (lambda v: isinstance(v, str), "an activation's name"),
+    "eps": (lambda v: type(v) in (int, float) and math.isfinite(v) and 0 < v < 1, "a number above 0 and below 1"),
+}
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == {} or (isinstance(value, dict) and all(part == [] for part in value.values()))
+
+
+# Fields that change the logits unless they have these values: what is allowed, and what helps where it is not so.
+REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "is_decoder": (_is_off, "false: a decoder's attention sees no later tokens", "train it as an encoder"),
+    "add_cross_attention": (_is_off, "false", "train it as an encoder"),
+    "is_encoder_decoder": (_is_off, "false", "save its encoder alone, and train a classifier on that"),
+    "position_embedding_type": (
+        lambda v: v in (None, "absolute"), "absolute: relative positions are not computed", "train with absolute ones",
+    ),
+    "pruned_heads": (
+        _is_empty, "empty: layers whose heads were cut out have other shapes",
+        "prune the model as it was before prune_heads; zeros are skipped all the same",
+    ),
+    "quantization_config": (_is_empty, "absent: quantized weights are not read", "save the model in float32"),
+    "auto_map": (
+        _is_empty, "absent: code that comes with a model is not run",
+        "if the model is a stock one, remove the field",
+    ),
+    "problem_type": (
+        lambda v: v in (None, "regression", "single_label_classification", "multi_label_classification"),
+        "regression, single_label_classification, multi_label_classification or null", RESTORE,
+    ),
+    "chunk_size_feed_forward": (lambda v: v is None or (type(v) is int and v >= 0), "a number of tokens", RESTORE),
+    "id2label": (lambda v: v is None or isinstance(v, dict), "an object", RESTORE),
+    "label2id": (lambda v: v is None or isinstance(v, dict), "an object", RESTORE),
+    "num_labels": (lambda v: v is None or _count(v), "a whole number of at least 1", RESTORE),
+    "sparsebert": (lambda v: v is None or isinstance(v, dict), "an object", RESTORE),
+    "dtype": (lambda v: v is None or v in DTYPES, "float32, float16, bfloat16 or float64", RESTORE),
+    "torch_dtype": (lambda v: v is None or v in DTYPES, "float32, float16, bfloat16 or float64", RESTORE),
+}  # fmt: skip
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # what the weights are stored in; they are read as float32
+
+# Fields that no forward pass of these classifiers reads in evaluation, whatever their value.
+NEUTRAL = frozenset({
+    "_attn_implementation", "_attn_implementation_internal", "_name_or_path", "architectures",
+    "attention_dropout", "attention_probs_dropout_prob", "attn_implementation", "bos_token_id", "classifier_dropout",
+    "cross_attention_hidden_size", "decoder_start_token_id", "dropout", "eos_token_id", "finetuning_task",
+    "gradient_checkpointing", "hidden_dropout_prob", "initializer_range", "model_type", "output_attentions",
+    "output_hidden_states", "output_past", "prefix", "qa_dropout", "return_dict", "sep_token_id",
+    "seq_classif_dropout", "sinusoidal_pos_embds", "summary_activation", "summary_first_dropout",
+    "summary_last_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "tf_legacy_loss", "tie_encoder_decoder", "tie_weights_", "tie_word_embeddings", "tokenizer_class", "torchscript",
+    "transformers_version", "use_bfloat16", "use_cache",
+})  # fmt: skip
+MOST_LABELS = 100_000
+
+
+def facts(config: dict, path: Path) -> Facts:
+    """What config.json at `path` says of the forward pass, every field held against its rule.
+
+    Raises UnsupportedError for what is not computed here and CheckpointError for what no model can have, naming the
+    field.
+    """
+    architecture = of(config.get("model_type"), f"{path}: ")
+    found: dict[str, Any] = {"types": 0, "eps": 1e-12}  # DistilBERT's, which it does not write
+    for ours, (name, default) in architecture.fields.items():
+        value = config.get(name, default)
+        holds, rule = _RULES[ours]
+        if not holds(value):
+            raise CheckpointError(f"{path}: {name} must be {rule}, got {shown(value)}", fix=RESTORE)
+        found[ours] = value
+    for name in sorted(REFUSED.keys() & config.keys()):
+        holds, rule, fix = REFUSED[name]
+        if not holds(config[name]):
+            kind = CheckpointError if fix is RESTORE else UnsupportedError
+            raise kind(f"{path}: {name} must be {rule}, got {shown(config[name])}", fix=fix)
+    found.setdefault("embedding", found["hidden"])
+    found["eps"] = float(found["eps"])
+    facts = Facts(architecture=architecture, labels=_labels(config, path), **found)
+    if facts.hidden % facts.heads:
+        names = [architecture.fields[ours][0] for ours in ("hidden", "heads")]
+        raise CheckpointError(
+            f"{path}: {names[0]} must be a multiple of {names[1]}, got {facts.hidden} and {facts.heads}", fix=RESTORE
+        )
+    if facts.padding is None and architecture.counted_from_padding:
+        raise CheckpointError(f"{path}: pad_token_id must be a token's id, positions follow it, got null", fix=RESTORE)
+    if facts.padding is not None and facts.padding >= facts.vocabulary:
+        raise CheckpointError(
+            f"{path}: pad_token_id must be below vocab_size {facts.vocabulary}, got {facts.padding}", fix=RESTORE
+        )
+    if facts.max_length < 3:  # room for one token between its special ones
+        raise CheckpointError(
+            f"{path}: max_position_embeddings must leave positions for 3 tokens, got {facts.positions}", fix=RESTORE
+        )
+    return facts
+
+
+def max_length(config) -> int:
+    """Tokens that a text may have, by a config object of transformers."""
+    offset = config.pad_token_id + 1 if of(config.model_type).counted_from_padding else 0
+    return config.max_position_embeddings - offset
+
+
+def _labels(config: dict, path: Path) -> int:
+    """As transformers counts: the names, else the number, else two."""
+    names, number = config.get("id2label"), config.get("num_labels")
+    labels = label_count(config)
+    if labels > MOST_LABELS:
+        raise CheckpointError(f"{path}: id2label must name at most {MOST_LABELS} labels, has {labels}", fix=RESTORE)
+    if names and number and len(names) != number:
+        raise CheckpointError(f"{path}: id2label names {len(names)} labels, num_labels is {number}", fix=RESTORE)
+    if names and sorted(names) != sorted(map(str, range(labels))):
+        raise CheckpointError(
+            f"{path}: id2label must have the keys 0 to {labels - 1}, has {shown(list(names))}", fix=RESTORE
+        )
+    for name in (names or {}).values():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path}: id2label must hold strings, has {shown(name)}", fix=RESTORE)
+    return labels

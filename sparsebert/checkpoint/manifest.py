@@ -1,0 +1,181 @@
+"""sparsebert/manifest.json: what a model directory held when it was sealed, and what it then answered.
+
+`tensors`: dtype, shape, non-zeros and sha256 of each. `files`: sha256 of the others that decide what it computes.
+`golden`: texts and pairs, their token ids (from format 2 on) and their logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert.checkpoint.encoding import Text
+from sparsebert.checkpoint.files import MIB, REBUILD, Folder
+from sparsebert.checkpoint.tensors import TensorFile, sha256_of
+from sparsebert.errors import CheckpointError
+
+MANIFEST = "sparsebert/manifest.json"
+FORMAT_VERSION = 2
+_READ = (1, 2)
+LONGEST_GOLDEN = 20_000  # characters of a golden text
+MOST_GOLDEN = 64
+
+# Casing, accents, other scripts, a pair; `golden_texts` adds one as long as the model takes.
+_GOLDEN: tuple[Text, ...] = (
+    "a gripping , quietly devastating film .",
+    "The Plot makes NO sense: Éloïse's naïve café jokes land with a thud!",
+    "你好，世界。 Привет, мир! مرحبا بالعالم",
+    ("Stocks FELL on Tuesday as traders weighed the bank's warning.", "growth may be slower than expected"),
+    "ok",
+)
+_WORDS = (
+    "it is not often that a story this long keeps the thread of what was said at its beginning until the end ,".split()
+)
+MOST_GOLDEN_TOKENS = 512
+# |logit difference| a correct fp32 kernel may show, as a share of the largest logit if that is above 1. Another order
+# of sums moves a MiniLM's logits by 2e-6; deeper models and lower ISAs get two orders of magnitude of room.
+# tests/test_checkpoint.py shows that a fault is far above.
+GOLDEN_TOLERANCE = 5e-4
+
+
+def golden_texts(max_length: int) -> list[Text]:
+    """Those of a model that takes so many tokens: the last is cut by it, or has about MOST_GOLDEN_TOKENS."""
+    count = min(max_length, MOST_GOLDEN_TOKENS)
+    return [*_GOLDEN, " ".join(_WORDS[i % len(_WORDS)] for i in range(count))]
+
+
+def golden_entry(texts: Sequence[Text], ids: Sequence[Sequence[int]], logits: np.ndarray) -> dict:
+    """The manifest's entry for these texts."""
+    return {
+        "texts": [text if isinstance(text, str) else list(text) for text in texts],
+        "ids": [list(row) for row in ids],
+        "logits": logits.tolist(),
+        "tolerance": GOLDEN_TOLERANCE,
+    }
+
+
+def read(folder: Folder) -> dict | None:
+    """The manifest of a directory, checked; None where it has none. Its pairs are tuples."""
+    path = folder.path / MANIFEST
+    manifest = folder.read_json(MANIFEST, 64 * MIB)
+    if manifest is None:
+        return None
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version not in _READ:
+        raise CheckpointError(
+            f"{path}: format_version must be {' or '.join(map(str, _READ))}, got {str(version)[:40]!r}",
+            fix="update this package, or make it anew",
+        )
+    fault = _fault(manifest)
+    if fault is not None:
+        raise CheckpointError(
+            f"{path} must hold tensors, files, golden, key and weights_sha256 whole: {fault}", fix=REBUILD
+        )
+    found = manifest["golden"]
+    found["texts"] = [text if isinstance(text, str) else tuple(text) for text in found["texts"]]
+    return manifest
+
+
+def _fault(manifest: dict) -> str | None:
+    """What is wrong with a manifest's form; None for nothing."""
+    for name, kind in {
+        "tensors": dict,
+        "files": dict,
+        "golden": dict,
+        "figures": dict,
+        "key": str,
+        "weights_sha256": str,
+    }.items():
+        if not isinstance(manifest.get(name), kind):
+            return name
+    fields = {"dtype": str, "shape": list, "nnz": int, "sha256": str}
+    for name, tensor in manifest["tensors"].items():
+        if not isinstance(tensor, dict) or not all(isinstance(tensor.get(f), kind) for f, kind in fields.items()):
+            return f"tensor {name}"
+    for name, sha256 in manifest["files"].items():
+        if not isinstance(sha256, str) or name != Path(name).name:
+            return f"file {name}"
+    return _golden_fault(manifest["golden"], manifest["format_version"])
+
+
+def _golden_fault(found: dict, version: int) -> str | None:
+    texts, logits, tolerance = found.get("texts"), found.get("logits"), found.get("tolerance")
+    if not (isinstance(texts, list) and 1 <= len(texts) <= MOST_GOLDEN):
+        return "golden texts"
+    for text in texts:
+        parts = [text] if isinstance(text, str) else text
+        pair = isinstance(parts, list) and (parts is not text or len(parts) == 2)
+        if not pair or not all(isinstance(part, str) for part in parts):
+            return "golden texts"
+        for part in parts:
+            if not part.strip() or len(part) > LONGEST_GOLDEN or any("\ud800" <= c <= "\udfff" for c in part):
+                return f"a golden text must be 1 to {LONGEST_GOLDEN} characters of valid Unicode"
+    rows = isinstance(logits, list) and all(isinstance(row, list) and row for row in logits)
+    if not rows or len(logits) != len(texts) or len({len(row) for row in logits}) != 1:
+        return "golden logits"
+    if not all(type(value) is float and math.isfinite(value) for row in logits for value in [*row, tolerance]):
+        return "golden logits and tolerance must be finite numbers"
+    if version >= 2:
+        ids = found.get("ids")
+        if not (isinstance(ids, list) and len(ids) == len(texts) and all(isinstance(row, list) for row in ids)):
+            return "golden ids"
+    return None
+
+
+def verify_tensors(manifest: dict, files: Sequence[tuple[TensorFile, np.ndarray]]) -> None:
+    """CheckpointError, naming the tensor, unless the files hold just what the manifest says."""
+    expected = dict(manifest["tensors"])
+    for file, data in files:
+        for name, entry in file.entries.items():
+            want = expected.pop(name, None)
+            if want is None:
+                raise CheckpointError(f"{file.path} has tensor {name}, which its manifest does not name", fix=REBUILD)
+            if (entry.dtype, list(entry.shape)) != (want["dtype"], want["shape"]):
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} must be {want['dtype']} {want['shape']}, "
+                    f"is {entry.dtype} {list(entry.shape)}",
+                    fix=REBUILD,
+                )
+            if sha256_of(entry, data) != want["sha256"]:
+                raise CheckpointError(
+                    f"{file.path}: tensor {name} differs from its manifest (sha256), the file is corrupt", fix=REBUILD
+                )
+    for name in sorted(expected):
+        raise CheckpointError(f"{files[0][0].path} lacks tensor {name} {expected[name]['shape']}", fix=REBUILD)
+
+
+def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | None], *, but: str | None = None) -> None:
+    """Holds what a directory has beside its weights against the manifest. contents: what was read of it already. but:
+    the file that may differ.
+    """
+    for name, sha256 in manifest["files"].items():
+        if name == but:
+            continue
+        data = contents[name] if name in contents else folder.read(name, 2048 * MIB)
+        if data is None:
+            raise CheckpointError(f"{folder.path} lacks {name}", fix=REBUILD)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            fix = REBUILD
+            if name == "config.json":
+                fix = f"restore it, or, if only label names were changed: sparsebert reseal {folder.path}"
+            raise CheckpointError(f"{folder.path / name} differs from its manifest (sha256)", fix=fix)
+
+
+def verify_logits(manifest: dict, got: np.ndarray, path: Path, *, relative: float = 0.0) -> None:
+    """CheckpointError unless the logits of the golden texts are the manifest's. relative: what an arithmetic less exact
+    than float32 may differ by besides, as a share of the largest.
+    """
+    found = manifest["golden"]
+    want = np.asarray(found["logits"], dtype=np.float32)
+    largest = float(np.abs(want).max())
+    error = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
+    allowed = found["tolerance"] * max(1.0, largest) + relative * largest
+    if not error <= allowed:
+        raise CheckpointError(
+            f"{path}: golden logits must agree within {allowed:g}, differ by {error:g}",
+            fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
+        )

@@ -1,0 +1,340 @@
+"""The tokenizer of a model directory as stock `transformers` makes it: of tokenizer.json and what tokenizer_config.json
+says beside.
+
+FIELDS and tokenizer_classes.py say what is understood: a field or a part of tokenizer.json that would change ids in one
+version of transformers and not in another is refused by name. Needs numpy and tokenizers only.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+from sparsebert.architectures import Facts
+from sparsebert.checkpoint.encoding import TextEncoder, templates
+from sparsebert.checkpoint.files import REBUILD, parse_json
+from sparsebert.checkpoint.tokenizer_classes import CLASSES, DEFAULT_CLASS, UNIGRAM, WORDPIECE, Settings, TokenizerClass
+from sparsebert.errors import CheckpointError, UnsupportedError, first_line, shown
+
+CONFIG, DOCUMENT, SPECIAL, ADDED = (
+    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+VOCABULARIES = (DOCUMENT, "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
+FILES = (CONFIG, SPECIAL, ADDED, "merges.txt", *VOCABULARIES)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _unset(value: Any) -> bool:
+    return value in (None, False, [], {}, ())
+
+
+# Fields of tokenizer_config.json that change ids or token types, and the values that are understood. What
+# is not here sets nothing in the tokenizers of CLASSES: paths, templates, padding, decoding, remarks.
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "tokenizer_class": (lambda v: v is None or isinstance(v, str), "a class's name"),
+    "do_lower_case": (_is_bool, "true or false"),
+    "strip_accents": (lambda v: v is None or _is_bool(v), "true, false or null"),
+    "tokenize_chinese_chars": (_is_bool, "true or false"),
+    "add_prefix_space": (_is_bool, "true or false"),
+    "truncation_side": (lambda v: v in ("left", "right"), "left or right"),
+    "model_input_names": (
+        lambda v: isinstance(v, list) and {"input_ids", "attention_mask"} <= set(v) <= _INPUTS and v[0] == "input_ids",
+        "input_ids, attention_mask and token_type_ids or not",
+    ),
+    "model_max_length": (lambda v: v is None or (type(v) in (int, float) and v > 0), "a number of tokens"),
+    "max_len": (lambda v: v is None or (type(v) in (int, float) and v > 0), "a number of tokens"),
+    "added_tokens_decoder": (lambda v: isinstance(v, dict), "an object"),
+    "additional_special_tokens": (lambda v: v is None or isinstance(v, list), "a list"),
+    "extra_special_tokens": (lambda v: v is None or isinstance(v, (list, dict)), "a list"),
+    "do_basic_tokenize": (lambda v: v is None or v is True, "true: words are split before their pieces"),
+    "split_special_tokens": (_unset, "false"),
+    "add_bos_token": (_unset, "false: special tokens are those of the class"),
+    "add_eos_token": (_unset, "false: special tokens are those of the class"),
+    "never_split": (lambda v: v is None or isinstance(v, list), "a list"),
+    "sp_model_kwargs": (_unset, "empty: pieces are not drawn at random"),
+    "init_inputs": (_unset, "empty"),
+    "auto_map": (_unset, "absent: code that comes with a model is not run"),
+    "fix_mistral_regex": (_unset, "absent"),
+}
+_INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Where a text may be cut in two whose tokens, one behind the other, are those of the whole.
+_BETWEEN_WORDS = re.compile(r"(?<=[0-9A-Za-z])(?= [0-9A-Za-z])")
+_BETWEEN_WORDS_OR_CHINESE = re.compile(_BETWEEN_WORDS.pattern + "|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])")
+
+
+_AS_IT_IS = "if tokenizer.json is what the model was trained with, set tokenizer_class to PreTrainedTokenizerFast in it"
+
+
+def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path: Path) -> TextEncoder:
+    """The tokenizer of a model directory. contents: name -> bytes of FILES, None for what is not there. config:
+    config.json. Raises CheckpointError and UnsupportedError, naming file and field.
+    """
+    settings = _settings(contents, path)
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    kind = facts.architecture.kind
+    name = (name or DEFAULT_CLASS[kind]).removesuffix("Fast") if name != "PreTrainedTokenizerFast" else name
+    if name not in CLASSES:
+        raise UnsupportedError(
+            f"{path / CONFIG}: tokenizer_class must be one of {', '.join(CLASSES)}, got {shown(name)}",
+            fix=_AS_IT_IS,
+        )
+    of = CLASSES[name]
+    document = contents.get(DOCUMENT)
+    if document is None and (of is None or all(contents.get(n) is None for n in VOCABULARIES)):
+        raise CheckpointError(
+            f"{path} has no tokenizer ({DOCUMENT})",
+            fix="copy tokenizer.json and tokenizer_config.json there from the model that it was trained from",
+        )
+    tokens = {k: _content(settings[k]) for k in _NAMED if settings.get(k)}
+    if of is not None:
+        tokens = of.tokens | tokens
+    try:
+        tokenizer = of.empty(contents, tokens) if document is None else Tokenizer.from_buffer(document)
+    except Exception as error:  # tokenizers raises nothing narrower
+        where = path / (DOCUMENT if document is not None else "vocab.txt")
+        raise CheckpointError(f"{where} must be a tokenizer: {first_line(error)}", fix=REBUILD) from error
+    if tokenizer is None:
+        raise UnsupportedError(
+            f"{path} has no {DOCUMENT}, nor a vocabulary of {name}",
+            fix=f"write one: AutoTokenizer.from_pretrained({str(path)!r}).save_pretrained({str(path)!r})",
+        )
+    side = (tokenizer.truncation or {}).get("direction", "right")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    if document is not None:
+        _require_one_list_of_added_tokens(tokenizer, settings, contents, path)
+    _add_special_tokens(tokenizer, settings, tokens)
+    if of is not None:
+        _as_class(tokenizer, of, settings, tokens, path, whole=document is None)
+    elif "add_prefix_space" in settings:
+        _require_prefix_space(tokenizer, settings["add_prefix_space"], path)
+    inputs = settings.get("model_input_names", ["token_type_ids"] if of is not None and of.types else [])
+    longest = settings.get("model_max_length") or settings.get("max_len") or facts.max_length
+    found = TextEncoder(
+        tokenizer,
+        types="token_type_ids" in inputs,
+        left=settings.get("truncation_side", side) == "left",
+        max_length=max(3, min(int(min(longest, 2**31)), facts.max_length)),
+        pieces=_pieces(tokenizer),
+    )
+    if found.vocabulary > facts.vocabulary:
+        raise CheckpointError(
+            f"{path}: tokenizer has {found.vocabulary} tokens, the model {facts.vocabulary}",
+            fix="save the tokenizer that the model was trained with, or resize the model's embeddings",
+        )
+    return found
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _settings(contents: Mapping[str, bytes | None], path: Path) -> Settings:
+    """tokenizer_config.json, checked, with the special tokens of special_tokens_map.json where it names none itself."""
+    found: list[dict] = []
+    for name in (CONFIG, SPECIAL):
+        data = contents.get(name)
+        document = {} if data is None else parse_json(data, path / name)
+        if not isinstance(document, dict):
+            raise CheckpointError(f"{path / name} must hold an object, got {shown(document)}", fix=REBUILD)
+        found.append(document)
+    settings, special = found
+    for field in sorted(FIELDS.keys() & settings.keys()):
+        holds, rule = FIELDS[field]
+        if not holds(settings[field]):
+            raise UnsupportedError(
+                f"{path / CONFIG}: {field} must be {rule}, got {shown(settings[field])}",
+                fix="save the tokenizer with a value that is understood",
+            )
+    if "added_tokens_decoder" not in settings:  # as transformers: else that file is not read
+        settings = settings | special
+    for field in _NAMED:
+        token = settings.get(field)
+        if token is not None and not isinstance(token if not isinstance(token, dict) else token.get("content"), str):
+            raise CheckpointError(f"{path / CONFIG}: {field} must be a token, got {shown(token)}", fix=REBUILD)
+    return {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True} | settings
+
+
+def _added(token: Any) -> AddedToken:
+    """A special token as a file has it: a string, or an object with how it is found in a text."""
+    if not isinstance(token, dict):
+        return AddedToken(str(token), special=True, normalized=False)
+    flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+    return AddedToken(token["content"], special=True, **flags)
+
+
+def _add_special_tokens(tokenizer: Tokenizer, settings: Settings, tokens: dict[str, str]) -> None:
+    """Those that the tokenizer does not find in a text yet."""
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    listed = [settings.get(name) or token for name, token in tokens.items()]
+    listed += list(extra.values()) if isinstance(extra, dict) else extra
+    new: dict[str, AddedToken] = {}
+    for token in listed:
+        if _content(token) not in known:
+            new.setdefault(_content(token), _added(token))
+    if new:
+        tokenizer.add_tokens(list(new.values()))
+
+
+def _require_one_list_of_added_tokens(
+    tokenizer: Tokenizer, settings: Settings, contents: Mapping[str, bytes | None], path: Path
+) -> None:
+    """The added tokens of the other files must be those of tokenizer.json: versions of transformers differ in whom
+    they believe.
+    """
+    held = {i: _flags(token) for i, token in tokenizer.get_added_tokens_decoder().items()}
+    said: dict[int, Any] = {}
+    where = CONFIG
+    if "added_tokens_decoder" in settings:
+        for number, token in settings["added_tokens_decoder"].items():
+            said[int(number)] = _flags(_with_flags(token))
+    elif contents.get(ADDED) is not None:
+        where = ADDED
+        said = {i: (content,) for content, i in parse_json(contents[ADDED], path / ADDED).items()}
+        held = {i: flags[:1] for i, flags in held.items() if i in said}
+    else:
+        return
+    different = sorted(i for i in said.keys() | held.keys() if said.get(i) != held.get(i))
+    if different:
+        i = different[0]
+        raise UnsupportedError(
+            f"{path / where}: added token {i} must be {DOCUMENT}'s {shown(held.get(i))}, is {shown(said.get(i))}",
+            fix="save the tokenizer anew with save_pretrained",
+        )
+
+
+def _flags(token: AddedToken) -> tuple:
+    return token.content, token.special, token.single_word, token.lstrip, token.rstrip, token.normalized
+
+
+def _with_flags(token: dict) -> AddedToken:
+    return AddedToken(**{name: token[name] for name in token if not name.startswith("__")})
+
+
+def _state(part: Any) -> Any:
+    """A part of a tokenizer as tokenizer.json has it."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _as_class(
+    tokenizer: Tokenizer, of: TokenizerClass, settings: Settings, tokens: dict[str, str], path: Path, *, whole: bool
+) -> None:
+    """Gives a tokenizer the parts that its class makes, after what tokenizer.json has instead was seen to be the same
+    but for what the settings say. whole: whether it is new, without parts.
+    """
+    settings = {"add_prefix_space": of.model is UNIGRAM} | settings
+    normalizer, pre_tokenizer = of.parts(settings, tokenizer.normalizer)
+    if not whole:
+        made = of.model | ({"unk_token": tokens["unk_token"]} if of.model is WORDPIECE else {})
+        model = {name: value for name, value in _state(tokenizer.model).items() if name in made}
+        _require_same(f"model of {of.name}", model, made, path)
+        given, made = _state(tokenizer.normalizer), _state(normalizer)
+        if of.model is UNIGRAM:
+            given = _without_space_rules(given)
+        _require_same("normalizer", _open(given), _open(made), path)
+        # A newer conversion splits at spaces alone, of which its normalizer leaves the same.
+        if not (of.model is UNIGRAM and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace)):
+            _require_same("pre_tokenizer", _open(_state(tokenizer.pre_tokenizer)), _open(_state(pre_tokenizer)), path)
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    before = None if whole else templates(tokenizer)
+
+    def id_of(token: str) -> int:
+        found = tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(f"{path}: special token {token} must be in the vocabulary", fix=REBUILD)
+        return found
+
+    tokenizer.post_processor = of.post(tokens, id_of)
+    if before is not None:
+        _require_same("post_processor", before, templates(tokenizer), path)
+
+
+def _open(state: Any) -> Any:
+    """A normalizer's or pre-tokenizer's state without what the settings decide."""
+    decided = (
+        "lowercase",
+        "strip_accents",
+        "handle_chinese_chars",
+        "add_prefix_space",
+        "prepend_scheme",
+        "trim_offsets",
+    )
+    if isinstance(state, dict):
+        parts = {name: _open(value) for name, value in state.items() if name not in decided}
+        return (
+            parts["normalizers"][0]
+            if parts.get("type") == "Sequence" and len(parts.get("normalizers", ())) == 1
+            else parts
+        )
+    return [_open(part) for part in state] if isinstance(state, list) else state
+
+
+def _without_space_rules(state: Any) -> Any:
+    """The normalizer of a converted sentencepiece model without what it does to spaces, which words are split at."""
+    if not isinstance(state, dict) or state.get("type") != "Sequence":
+        return state
+    rules = [
+        part for part in state["normalizers"] if part["type"] not in ("Strip", "Replace") or not _only_spaces(part)
+    ]
+    return state | {"normalizers": rules} if rules else None
+
+
+def _only_spaces(part: dict) -> bool:
+    if part["type"] == "Strip":
+        return True
+    return part.get("pattern") in ({"Regex": " {2,}"}, {"String": "  "}) and part.get("content") in (" ", "▁")
+
+
+def _require_same(part: str, given: Any, made: Any, path: Path) -> None:
+    if given != made:
+        raise UnsupportedError(f"{path / DOCUMENT}: {part} must be {shown(made)}, is {shown(given)}", fix=_AS_IT_IS)
+
+
+def _require_prefix_space(tokenizer: Tokenizer, wanted: bool, path: Path) -> None:
+    state = _state(tokenizer.pre_tokenizer)
+    if isinstance(state, dict) and state.get("add_prefix_space", wanted) != wanted:
+        raise UnsupportedError(
+            f"{path / CONFIG}: add_prefix_space must be {not wanted}, as in {DOCUMENT}, got {wanted}",
+            fix="correct one of them",
+        )
+
+
+def _pieces(tokenizer: Tokenizer) -> re.Pattern | None:
+    """Where long texts may be cut, None for nowhere: unknown ways of splitting, added tokens that hold spaces."""
+    for token in tokenizer.get_added_tokens_decoder().values():
+        bare = token.content.strip()
+        if _BETWEEN_WORDS_OR_CHINESE.search(token.content) or bare != token.content:
+            return None
+        if (token.lstrip or token.rstrip) and re.search(r"^[0-9A-Za-z]|[0-9A-Za-z]$", bare):
+            return None
+    normalizer, splits = _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)
+    if (
+        splits == {"type": "BertPreTokenizer"}
+        and isinstance(normalizer, dict)
+        and normalizer["type"] == "BertNormalizer"
+    ):
+        return _BETWEEN_WORDS_OR_CHINESE if normalizer["handle_chinese_chars"] else _BETWEEN_WORDS
+    if (
+        normalizer is None
+        and isinstance(splits, dict)
+        and splits["type"] == "ByteLevel"
+        and splits.get("use_regex", True)
+    ):
+        return _BETWEEN_WORDS
+    if isinstance(splits, dict) and splits["type"] == "Sequence":
+        return (
+            _BETWEEN_WORDS
+            if [part["type"] for part in splits["pretokenizers"]] == ["WhitespaceSplit", "Metaspace"]
+            else None
+        )
+    return None

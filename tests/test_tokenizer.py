@@ -1,0 +1,323 @@
+"""`TextEncoder` gives the ids and token types of stock transformers, or refuses by name."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import threading
+import time
+
+import models
+import pytest
+import transformers
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from sparsebert import checkpoint
+from sparsebert.checkpoint import encoding
+from sparsebert.checkpoint.encoding import shares
+from sparsebert.errors import CheckpointError, InputError, UnsupportedError
+
+KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
+TEXTS = [
+    "Stocks FELL today, by 3.5 %!", "café naïve déjà vu ÅNGSTRÖM ﬁ ½", "你好，世界 hello 日本語テキスト",
+    "مرحبا بالعالم שלום", "tabs\tand\nnew  lines   and    spaces ", " leading", "a1b2c3 1234567", "x" * 150,
+    "[SEP] [MASK] <s> </s> <pad> <mask> [PAD]", "it's we'll I'D don't", "\u0130stanbul ſ Ω", "A" * 90 + "b" * 30,
+    "e\u0301 combining \u200b zero width \u00a0 hard space \u3000", "😀 emoji 👩\u200d👩\u200d👧 ok",
+    "control \x01\x02 chars \ufffd", "ok",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    """A stock directory of each kind; kept whole, and copied with other settings by `variant`."""
+    root = tmp_path_factory.mktemp("tokenizers")
+    return {kind: models.stock(models.saved(root / kind, kind=kind, num_hidden_layers=1)) for kind in KINDS}
+
+
+def variant(directory, tmp_path, config=None, document=None, **files):
+    """A copy of a directory with other fields in tokenizer_config.json, `document` applied to tokenizer.json."""
+    copy = shutil.copytree(directory, tmp_path / f"variant-{len(list(tmp_path.iterdir()))}")
+    for name, change in (("tokenizer_config.json", config), ("tokenizer.json", document)):
+        held = json.loads((copy / name).read_text())
+        held = change(held) or held if callable(change) else held | (change or {})
+        (copy / name).write_text(json.dumps({k: v for k, v in held.items() if v is not REMOVED}))
+    for name, text in files.items():
+        path = copy / name.replace("__", ".")
+        path.write_text(text) if text is not None else path.unlink()
+    return copy
+
+
+REMOVED = object()
+
+
+def theirs(directory, texts, limit=None):
+    stock = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    rows = []
+    for text in texts:
+        pair = text if isinstance(text, tuple) else (text,)
+        cut = {} if limit is None else {"truncation": True, "max_length": limit}
+        rows.append(stock(*pair, **cut))
+    ids = [row["input_ids"] for row in rows]
+    return ids, [row.get("token_type_ids", [0] * len(row["input_ids"])) for row in rows]
+
+
+def everything():
+    pairs = [(a, b) for a, b in zip(TEXTS, [*TEXTS[3:], *TEXTS[:3]], strict=True)]
+    return [
+        *TEXTS,
+        *pairs,
+        " ".join(TEXTS),
+        (" ".join(TEXTS), "short"),
+        ("short", " ".join(TEXTS)),
+        (" ".join(TEXTS),) * 2,
+    ]
+
+
+def check(directory, limits=(None, 4, 5, 16, 33, 64)):
+    ours, texts = checkpoint.read(directory).tokenizer, everything()
+    for limit in limits:
+        some = [t for t in texts if limit is None or limit > 4 or isinstance(t, str)]
+        if limit is not None and limit < 7:
+            some = [t for t in some if isinstance(t, str)]
+        got = ours.encode(some, max_length=limit, truncate=True)
+        want = theirs(directory, some, limit)
+        assert list(map(list, got[0])) == want[0] and list(map(list, got[1])) == want[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_types_are_those_of_transformers(directories, kind):
+    check(directories[kind])
+
+
+HONOURED = {
+    "types for the fast base class": ("bert", {"tokenizer_class": "PreTrainedTokenizerFast"}),
+    "fast base class with types": (
+        "bert",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        },
+    ),
+    "fast name": ("bert", {"tokenizer_class": "BertTokenizerFast"}),
+    "no class": ("bert", {"tokenizer_class": REMOVED}),
+    "no class, roberta": ("roberta", {"tokenizer_class": REMOVED}),
+    "no class, xlm-roberta": ("xlm-roberta", {"tokenizer_class": REMOVED}),
+    "electra class": ("electra", {"tokenizer_class": "ElectraTokenizerFast"}),
+    "distilbert class": ("distilbert", {"tokenizer_class": "DistilBertTokenizer"}),
+    "bert without types": ("bert", {"model_input_names": ["input_ids", "attention_mask"]}),
+    "left": ("bert", {"truncation_side": "left"}),
+    "left, roberta": ("roberta", {"truncation_side": "left"}),
+    "padding left": ("bert", {"padding_side": "left"}),
+    "cased": ("bert", {"do_lower_case": False}),
+    "cased and stripped": ("bert", {"do_lower_case": False, "strip_accents": True}),
+    "accents kept": ("bert", {"strip_accents": False}),
+    "chinese kept": ("bert", {"tokenize_chinese_chars": False}),
+    "prefix space": ("roberta", {"add_prefix_space": True}),
+    "no prefix space": ("xlm-roberta", {"add_prefix_space": False}),
+    "short model": ("bert", {"model_max_length": 20}),
+    "extra special": ("bert", {"extra_special_tokens": ["stocks", "[NEW]"], "config_of_mine": 3}),
+    "additional special": ("bert", {"additional_special_tokens": ["hello"]}),
+    "basic": ("bert", {"do_basic_tokenize": True, "never_split": None, "name_or_path": "x", "use_fast": False}),
+}
+
+
+@pytest.mark.parametrize("name", HONOURED)
+def test_settings_are_honoured_as_transformers_does(directories, tmp_path, name):
+    kind, changes = HONOURED[name]
+    if name in ("extra special", "additional special"):  # one more row for [NEW]
+        directories = {
+            kind: models.stock(models.saved(tmp_path / "m", kind=kind, vocab_size=30530, num_hidden_layers=1))
+        }
+    check(variant(directories[kind], tmp_path, changes))
+
+
+def edit(part, **changes):
+    def change(document):
+        document[part] = (document[part] or {}) | changes
+
+    return change
+
+
+REFUSED = {
+    "another class": ("bert", {"tokenizer_class": "BertJapaneseTokenizer"}, None, "tokenizer_class must be one of"),
+    "no basic": ("bert", {"do_basic_tokenize": False}, None, "do_basic_tokenize must be true"),
+    "split special": ("bert", {"split_special_tokens": True}, None, "split_special_tokens must be false"),
+    "odd inputs": ("bert", {"model_input_names": ["input_ids", "bbox"]}, None, "model_input_names must be"),
+    "custom code": ("bert", {"auto_map": {"AutoTokenizer": ["a.B", None]}}, None, "auto_map must be absent"),
+    "sampling": ("xlm-roberta", {"sp_model_kwargs": {"enable_sampling": True}}, None, "sp_model_kwargs must be empty"),
+    "side": ("bert", {"truncation_side": "top"}, None, "truncation_side must be left or right, got 'top'"),
+    "lower": ("bert", {"do_lower_case": "yes"}, None, "do_lower_case must be true or false"),
+    "control characters kept": ("bert", {}, edit("normalizer", clean_text=False), "normalizer must be"),
+    "another normalizer": ("bert", {}, lambda d: d | {"normalizer": {"type": "NFC"}}, "normalizer must be"),
+    "another splitting": ("bert", {}, lambda d: d | {"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer must be"),
+    "longer words": ("bert", {}, edit("model", max_input_chars_per_word=200), "model of BertTokenizer must be"),
+    "another prefix": ("bert", {}, edit("model", continuing_subword_prefix="@@"), "model of BertTokenizer must be"),
+    "no special tokens": ("bert", {}, lambda d: d | {"post_processor": None}, "post_processor must be"),
+    "dropout": ("roberta", {}, edit("model", dropout=0.1), "model of RobertaTokenizer must be"),
+    "other unknown": ("xlm-roberta", {}, edit("model", unk_id=0), "model of XLMRobertaTokenizer must be"),
+    "two lists of added tokens": (
+        "bert", {"added_tokens_decoder": {"100": {"content": "[UNK]", "special": True}}}, None, "added token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_are_not_understood_are_refused_by_name(directories, tmp_path, name):
+    kind, config, document, message = REFUSED[name]
+    made = variant(directories[kind], tmp_path, config, document)
+    with pytest.raises(UnsupportedError, match=message) as raised:
+        _ = checkpoint.read(made).tokenizer
+    assert str(made) in str(raised.value)
+
+
+def test_a_refused_document_may_be_taken_as_it_is(directories, tmp_path):
+    made = variant(directories["bert"], tmp_path, {}, REFUSED["longer words"][2])
+    with pytest.raises(UnsupportedError, match="set tokenizer_class to PreTrainedTokenizerFast"):
+        _ = checkpoint.read(made).tokenizer
+    check(variant(made, tmp_path, {"tokenizer_class": "PreTrainedTokenizerFast"}))
+
+
+def test_a_vocabulary_alone_is_enough(directories, tmp_path):
+    vocabulary = models.tokenizer().get_vocab()
+    text = "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get))
+    for config in ({}, {"do_lower_case": False}):
+        check(variant(directories["bert"], tmp_path, config, vocab__txt=text, tokenizer__json=None))
+
+
+def test_byte_level_vocabulary_and_merges_alone_are_enough(directories, tmp_path):
+    model = json.loads((directories["roberta"] / "tokenizer.json").read_text())["model"]
+    merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"])
+    made = variant(
+        directories["roberta"],
+        tmp_path,
+        {},
+        vocab__json=json.dumps(model["vocab"]),
+        merges__txt=merges,
+        tokenizer__json=None,
+    )
+    check(made)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"model": 3}', ""])
+def test_damaged_tokenizer_files_are_one_line(directories, tmp_path, text):
+    for name in ("tokenizer__json", "tokenizer_config__json"):
+        made = variant(directories["bert"], tmp_path, **{name: text})
+        if text == '{"model": 3}' and name.startswith("tokenizer_c"):
+            continue  # a field that means nothing
+        with pytest.raises(CheckpointError, match=name.replace("__", r"\.")):
+            _ = checkpoint.read(made).tokenizer
+
+
+def test_more_tokens_than_rows_are_refused(tmp_path):
+    made = models.stock(models.saved(tmp_path / "m", num_hidden_layers=1))
+    made = variant(made, tmp_path, {"extra_special_tokens": ["[NEW]"]})
+    with pytest.raises(CheckpointError, match="tokenizer has 30523 tokens, the model 30522"):
+        _ = checkpoint.read(made).tokenizer
+
+
+alphabet = st.text(st.characters(codec="utf-8") | st.sampled_from("  abcXYZ012.,'你好é\u0301"), min_size=1, max_size=60)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    texts=st.lists(alphabet | st.tuples(alphabet, alphabet), min_size=1, max_size=3),
+    limit=st.none() | st.integers(8, 40),
+)
+@example(texts=[("a " * 30, "b " * 31)], limit=8)
+@example(texts=[("a " * 31, "b " * 30)], limit=8)
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_any_text_gets_the_ids_of_transformers(directories, kind, texts, limit):
+    for side in ("left", "right"):
+        key = kind, side
+        if key not in CACHE:
+            directory = directories[kind]
+            stock = transformers.AutoTokenizer.from_pretrained(directory)
+            stock.truncation_side = side
+            encoder = checkpoint.read(directory).tokenizer
+            encoder._left = side == "left"
+            CACHE[key] = encoder, stock
+        encoder, stock = CACHE[key]
+        ids, types = encoder.encode(texts, max_length=limit, truncate=True)
+        for i, text in enumerate(texts):
+            pair = text if isinstance(text, tuple) else (text,)
+            cut = {} if limit is None else {"truncation": True, "max_length": limit}
+            want = stock(*pair, **cut)
+            assert list(ids[i]) == want["input_ids"]
+            assert list(types[i]) == want.get("token_type_ids", [0] * len(ids[i]))
+
+
+CACHE: dict = {}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_long_texts_are_read_in_pieces_to_the_same_ids(directories, tmp_path, monkeypatch, kind, side):
+    monkeypatch.setattr(encoding, "PIECE", 300)  # transformers needs memory for the square of a long pair
+    monkeypatch.setattr(encoding, "LONG", 0)
+    made = variant(directories[kind], tmp_path, {"truncation_side": side})
+    rng = random.Random(0)
+    parts = ["word", "Other", "naïve", "3.5", "it's", "中文字", "x" * 120, "\n\n", "e\u0301", "[SEP]", "<mask>", "  "]
+    long = [" ".join(rng.choice(parts) for _ in range(400)) for _ in range(2)]
+    odd = " ".join(rng.choice(parts) for _ in range(405))
+    texts = [long[0], (long[0], long[1]), (long[0], "short"), ("short one", long[1]), (long[0], odd), (odd, long[0])]
+    encoder = checkpoint.read(made).tokenizer
+    assert len(long[0]) > 5 * encoding.PIECE
+    for limit in (9, 127, 255, 256):
+        some = texts if limit > 9 else texts[:1]
+        got = encoder.encode(some, max_length=limit, truncate=True)
+        want = theirs(made, some, limit)
+        assert list(map(list, got[0])) == want[0] and list(map(list, got[1])) == want[1]
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_ten_megabytes_are_cut_or_refused_quickly(directories, kind):
+    encoder = checkpoint.read(directories[kind]).tokenizer
+    text = "a b " * 2_500_000
+    start = time.perf_counter()
+    ids, _ = encoder.encode([text], max_length=512, truncate=True)
+    with pytest.raises(InputError, match=r"at most 512 tokens, texts\[7\] has more than 512; pass truncate=True"):
+        encoder.encode([text], max_length=512, numbers=[7])
+    assert time.perf_counter() - start < 1 and len(ids[0]) == 512
+
+
+def test_a_text_too_long_is_refused_with_its_length(directories):
+    encoder = checkpoint.read(directories["bert"]).tokenizer
+    with pytest.raises(InputError, match=r"at most 16 tokens, texts\[1\] has 42"):
+        encoder.encode(["short", "good " * 40], max_length=16)
+    with pytest.raises(InputError, match="max_length must leave room for 2 tokens"):
+        encoder.encode([("good " * 40, "b")], max_length=4, truncate=True)
+
+
+def test_the_longer_part_is_cut_first():
+    assert shares(10, 3, 9) == [6, 3] and shares(3, 10, 9) == [3, 6]
+    assert shares(10, 11, 9) == [4, 5] and shares(11, 10, 9) == [5, 4] and shares(10, 10, 9) == [4, 5]
+    assert shares(2, 3, 9) == [2, 7]
+
+
+def test_the_default_length_is_the_models_or_what_the_tokenizer_says(directories, tmp_path):
+    assert checkpoint.read(directories["roberta"]).tokenizer.max_length == 512  # of 514 positions, from 2 on
+    for said, want in ((20, 20), (1e30, 512), (4096, 512)):
+        made = variant(directories["bert"], tmp_path, {"model_max_length": said})
+        assert checkpoint.read(made).tokenizer.max_length == want
+
+
+def test_many_threads_encode_at_once(directories):
+    encoder = checkpoint.read(directories["bert"]).tokenizer
+    texts = ["good " * n for n in range(1, 60)]
+    want = [encoder.encode([text], max_length=20, truncate=True) for text in texts]
+    wrong = []
+
+    def run(limit):
+        for text, row in zip(texts, want, strict=True):
+            got = encoder.encode([text], max_length=limit, truncate=limit is not None)
+            if limit == 20 and got != row:
+                wrong.append(text)
+
+    threads = [threading.Thread(target=run, args=(limit,)) for limit in (20, 30, None, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
