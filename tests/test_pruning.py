@@ -23,7 +23,8 @@ CONFIGS = [{"method": method} for method in METHODS] + [
 
 
 def calibration(tokens=1500, seed=0, model=None):
-    return draw(model or classifier(), tokenizer(), MR, tokens, 128, seed)
+    model = model or classifier()
+    return draw(model, tokenizer(model.config.model_type), MR, tokens, 128, seed)
 
 
 def zeros(model) -> dict[str, int]:

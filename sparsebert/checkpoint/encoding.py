@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from tokenizers import Encoding, Tokenizer
 
@@ -16,6 +17,27 @@ PIECE = 8192  # characters of such a piece
 Text = str | tuple[str, str]
 
 
+@dataclass(frozen=True)
+class Pieces:
+    """How long texts may be read piece by piece. between: where a text may be cut in two whose tokens, one behind the
+    other, are those of the whole. word_pieces: spaces are nothing, and a word of over 100 letters is one unknown token.
+    """
+
+    between: re.Pattern
+    word_pieces: bool
+
+    def shortened(self, text: str) -> str:
+        """The text with its longest words and spaces shorter, to the same tokens."""
+        if not self.word_pieces:
+            return text
+        text = _LONG_WORD.sub(lambda found: found[0][:500] + found[0][-500:], text)
+        return _LONG_SPACE.sub(" ", text)
+
+
+_LONG_WORD = re.compile("[0-9A-Za-z]{1001,}")
+_LONG_SPACE = re.compile("[ \\t\\r\\n]{1001,}")
+
+
 class TextEncoder:
     """Token ids and token types of texts and pairs. It keeps no state between calls and takes no lock: threads, signal
     handlers and forked children may call it at once.
@@ -24,7 +46,7 @@ class TextEncoder:
     tokenizer_config.json where that is less. vocabulary: ids are below it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, types: bool, left: bool, max_length: int, pieces: re.Pattern | None):
+    def __init__(self, tokenizer: Tokenizer, *, types: bool, left: bool, max_length: int, pieces: Pieces | None):
         self._tokenizer, self._types, self._left, self._pieces = tokenizer, types, left, pieces
         self._templates = templates(tokenizer)
         self.max_length = max_length
@@ -118,8 +140,8 @@ class TextEncoder:
 class _Stream:
     """The tokens of one text without special ones, read piece by piece from its beginning or, `left`, from its end."""
 
-    def __init__(self, tokenizer: Tokenizer, text: str, pieces: re.Pattern | None, left: bool):
-        self._tokenizer, self._left = tokenizer, left
+    def __init__(self, tokenizer: Tokenizer, text: str, pieces: Pieces | None, left: bool):
+        self._tokenizer, self._pieces, self._left = tokenizer, pieces, left
         self._rest = _split(text, pieces, left)
         self._found: list[int] = []
         self.count, self.done = 0, False
@@ -131,6 +153,8 @@ class _Stream:
             if piece is None:
                 self.done = True
             else:
+                if len(piece) > 2 * PIECE and self._pieces is not None:
+                    piece = self._pieces.shortened(piece)
                 found = self._tokenizer.encode(piece, add_special_tokens=False).ids
                 self.count += len(found)
                 self._found = found + self._found if self._left else self._found + found
@@ -140,14 +164,15 @@ class _Stream:
         return self._found[-tokens:] if self._left else self._found[:tokens]
 
 
-def _split(text: str, pieces: re.Pattern | None, left: bool) -> Iterator[str]:
+def _split(text: str, pieces: Pieces | None, left: bool) -> Iterator[str]:
     if pieces is None or len(text) <= PIECE:
         yield text
         return
+    between = pieces.between
     if not left:
         start = 0
         while start < len(text):
-            found = pieces.search(text, start + PIECE)
+            found = between.search(text, start + PIECE)
             end = found.start() if found else len(text)
             yield text[start:end]
             start = end
@@ -157,7 +182,7 @@ def _split(text: str, pieces: re.Pattern | None, left: bool) -> Iterator[str]:
         begin, window = 0, PIECE
         while end - PIECE > 0:
             low = max(0, end - PIECE - window)
-            places = [m.start() for m in pieces.finditer(text, low, end - PIECE + 2) if m.start() > low]
+            places = [m.start() for m in between.finditer(text, low, end - PIECE + 2) if m.start() > low]
             if places or low == 0:
                 begin = places[-1] if places else 0
                 break

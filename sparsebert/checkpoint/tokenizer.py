@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 
 from sparsebert.architectures import Facts
-from sparsebert.checkpoint.encoding import TextEncoder, templates
+from sparsebert.checkpoint.encoding import Pieces, TextEncoder, templates
 from sparsebert.checkpoint.files import REBUILD, parse_json
 from sparsebert.checkpoint.tokenizer_classes import CLASSES, DEFAULT_CLASS, UNIGRAM, WORDPIECE, Settings, TokenizerClass
 from sparsebert.errors import CheckpointError, UnsupportedError, first_line, shown
@@ -67,10 +67,9 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Where a text may be cut in two whose tokens, one behind the other, are those of the whole.
-_BETWEEN_WORDS = re.compile(r"(?<=[0-9A-Za-z])(?= [0-9A-Za-z])")
+_AT_SPACES = re.compile("(?<=[0-9A-Za-z])(?= [0-9A-Za-z])")
+_BETWEEN_WORDS = re.compile("(?<=[0-9A-Za-z])(?=[ \\t\\r\\n][0-9A-Za-z])")
 _BETWEEN_WORDS_OR_CHINESE = re.compile(_BETWEEN_WORDS.pattern + "|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])")
-
-
 _AS_IT_IS = "if tokenizer.json is what the model was trained with, set tokenizer_class to PreTrainedTokenizerFast in it"
 
 
@@ -309,32 +308,25 @@ def _require_prefix_space(tokenizer: Tokenizer, wanted: bool, path: Path) -> Non
         )
 
 
-def _pieces(tokenizer: Tokenizer) -> re.Pattern | None:
-    """Where long texts may be cut, None for nowhere: unknown ways of splitting, added tokens that hold spaces."""
-    for token in tokenizer.get_added_tokens_decoder().values():
+def _pieces(tokenizer: Tokenizer) -> Pieces | None:
+    """How long texts may be read; None for as a whole: unknown ways of splitting, added tokens that hold spaces."""
+    added = tokenizer.get_added_tokens_decoder().values()
+    for token in added:
         bare = token.content.strip()
         if _BETWEEN_WORDS_OR_CHINESE.search(token.content) or bare != token.content:
             return None
         if (token.lstrip or token.rstrip) and re.search(r"^[0-9A-Za-z]|[0-9A-Za-z]$", bare):
             return None
-    normalizer, splits = _state(tokenizer.normalizer), _state(tokenizer.pre_tokenizer)
-    if (
-        splits == {"type": "BertPreTokenizer"}
-        and isinstance(normalizer, dict)
-        and normalizer["type"] == "BertNormalizer"
-    ):
-        return _BETWEEN_WORDS_OR_CHINESE if normalizer["handle_chinese_chars"] else _BETWEEN_WORDS
-    if (
-        normalizer is None
-        and isinstance(splits, dict)
-        and splits["type"] == "ByteLevel"
-        and splits.get("use_regex", True)
-    ):
-        return _BETWEEN_WORDS
-    if isinstance(splits, dict) and splits["type"] == "Sequence":
-        return (
-            _BETWEEN_WORDS
-            if [part["type"] for part in splits["pretokenizers"]] == ["WhitespaceSplit", "Metaspace"]
-            else None
-        )
+    normalizer, splits = _state(tokenizer.normalizer) or {}, _state(tokenizer.pre_tokenizer) or {}
+    kinds = [part["type"] for part in splits.get("pretokenizers", [splits]) if part]
+    if kinds == ["BertPreTokenizer"] and normalizer.get("type") == "BertNormalizer":
+        between = _BETWEEN_WORDS_OR_CHINESE if normalizer["handle_chinese_chars"] else _BETWEEN_WORDS
+        bounded = getattr(tokenizer.model, "max_input_chars_per_word", 10**9) <= 1000
+        inside_words = any(re.fullmatch("[0-9A-Za-z]+", token.content) for token in added)
+        return Pieces(between, word_pieces=bounded and not inside_words)
+    if kinds == ["WhitespaceSplit", "Metaspace"]:
+        return Pieces(_BETWEEN_WORDS, word_pieces=False)
+    if kinds == ["ByteLevel"] and not normalizer and splits.get("use_regex", True):
+        # A space would be put before a line's end, but not before a space.
+        return Pieces(_AT_SPACES if splits["add_prefix_space"] else _BETWEEN_WORDS, word_pieces=False)
     return None
