@@ -32,7 +32,7 @@ def shapes(directory: str | Path):
     directory = resolve(directory)
     read_config(directory)
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
             return AutoModelForSequenceClassification.from_config(config)
     except FAULTS as error:
