@@ -155,7 +155,12 @@ class PruneConfig(BaseModel):
         description="share of zeros in the encoder linears, 0 <= s < 1 [default: 0.875, or the pattern's]",
     )
     pattern: str = Field("unstructured", description="where zeros may be: unstructured, 2:4, 32x1, 32x1/32, 64:2:16, …")
-    calibration_tokens: Count = Field(150_000, description="tokens of unlabelled training texts to calibrate on")
+    calibration: tuple[str, ...] = Field(
+        (),
+        description="texts to calibrate on beside the task's, so that the model is kept on others too: files (.txt, "
+        ".csv, .tsv, .jsonl, .parquet; the flag may be repeated), general (packaged) or none [default: general]",
+    )
+    calibration_tokens: Count = Field(250_000, description="tokens of unlabelled texts to calibrate on")
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
     damping: Positive | None = Field(
         None,

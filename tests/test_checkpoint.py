@@ -288,6 +288,28 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_one_line(tmp_path):
+    code = (
+        "import resource, signal, sys; sys.path[:0] = sys.argv[2:3]\n"
+        "from models import saved, classifier; from pathlib import Path\n"
+        "from sparsebert.errors import OutputError\n"
+        "model = classifier(hidden_size=2, num_attention_heads=1, intermediate_size=4)\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))  # the weights fit, the tokenizer does not\n"
+        "try: saved(Path(sys.argv[1]), model)\n"
+        "except OutputError as error: print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "m"), os.path.dirname(__file__)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout
+        == f"{tmp_path}/m cannot be written: File too large; free space or choose another output directory\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_finished_needs_the_same_job_and_whole_weights(tmp_path):
     model, made = classifier(), partial(Job, "test", code="sparsebert.patterns", output=tmp_path / "m")
     job = made(inputs={"settings": {"seed": 0}})

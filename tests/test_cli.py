@@ -388,6 +388,60 @@ def test_output_over_the_source_and_refused_inputs_make_no_folder(dense, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "prune"])
+@pytest.mark.parametrize(
+    "kind", ["fifo", "device", "loop of links", "5,000 characters", "no room beside", "file", "cwd"]
+)
+def test_an_output_that_cannot_be_is_one_line_at_once(dense, tmp_path, capsys, monkeypatch, command, kind):
+    output = tmp_path / "out"
+    if kind == "fifo":
+        os.mkfifo(output)
+    elif kind == "device":
+        output = Path("/dev/null")
+    elif kind == "loop of links":
+        output.symlink_to(output)
+    elif kind == "5,000 characters":
+        output = tmp_path / ("x" * 5000)
+    elif kind == "no room beside":
+        output = tmp_path / ("x" * 250)
+    elif kind == "file":
+        output.write_text("mine")
+    else:
+        output.mkdir()
+        monkeypatch.chdir(output)
+    before = sorted(tmp_path.rglob("*"))
+    for extra in ([], ["--overwrite"]):
+        begun = time.monotonic()
+        line = refused(capsys, command, dense, "--task", "mr", "-o", output, *extra)
+        assert "-o" in line and len(line) < 400 and time.monotonic() - begun < 5
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_task_folder_is_not_replaced_by_a_model_of_it(dense, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text("text,label\na,0\nb,1\n")
+    for output in (folder, tmp_path):
+        line = refused(capsys, "train", dense, "--task", folder, "-o", output, "--overwrite")
+        assert "is or holds what it starts from" in line
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_other_settings_at_the_same_output_are_refused_unless_overwrite(dense, tmp_path, capsys):
+    settings = ["--method", "magnitude", "--json", "-o", tmp_path / "out"]
+    prune = ["prune", dense, "--task", "mr", *settings]
+    run(capsys, *prune, "--sparsity", 0.9)
+    before = checkpoint.weights_sha256(tmp_path / "out")
+    line = refused(capsys, *prune)
+    assert "out was made with --sparsity 0.9, not the default; repeat those settings, choose another -o" in line
+    assert checkpoint.weights_sha256(tmp_path / "out") == before
+    code, out, _ = run(capsys, *prune, "--overwrite")
+    assert code == 0 and document(out)["sparsity"] == 0.875
+    train = ["train", dense, "--task", "mr", "--steps", 1, "--n", 8, "-o", tmp_path / "out"]
+    assert "out was made with prune, not train" in refused(capsys, *train)
+
+
 def test_a_reader_that_leaves_is_no_traceback(dense):
     process = start("doctor")
     process.stdout.close()
@@ -471,9 +525,36 @@ def test_ctrl_c_exits_130_with_nothing_half_written(dense, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == "" and err.splitlines()[-1].startswith("interrupted: ") and "Traceback" not in err
-    assert not (tmp_path / "out").exists()
-    assert {path.name for path in tmp_path.iterdir()} <= {"out.partial.safetensors"}, "only the snapshot to resume from"
+    assert out == "" and "Traceback" not in err
+    kept = [path.name for path in tmp_path.iterdir()]
+    if kept:
+        assert kept == ["out.partial"], "only what to resume from"
+        assert re.search(r"interrupted: kept: .*/out\.partial \(up to step \d+00 of \d+\), nothing is half-", err)
+    else:
+        assert "interrupted: nothing was finished yet, nothing is half-written" in err
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_ctrl_c_says_what_is_kept(dense, tmp_path, capsys, monkeypatch, kept):
+    from sparsebert.jobs import job as job_module
+    from sparsebert.pruning.run import Run
+
+    monkeypatch.setattr(job_module, "_KEPT", {})
+    saved_before, save = [], Run._save
+
+    def interrupted(self, linears):
+        if len(saved_before) == kept:
+            raise KeyboardInterrupt
+        saved_before.append(save(self, linears))
+
+    monkeypatch.setattr(Run, "_save", interrupted)
+    monkeypatch.setattr("sparsebert.checkpoint.save", lambda *args, **kwargs: interrupted(None, None))
+    settings = ["--method", "wanda", "--calibration-tokens", 800, "-o", tmp_path / "out"]
+    code, out, err = run(capsys, "prune", dense, "--task", "mr", *settings)
+    says = f"kept: {tmp_path}/out.partial (up to bert.encoder.layer.1)" if kept else "nothing was finished yet"
+    assert code == 130 and out == ""
+    assert err == f"interrupted: {says}, nothing is half-written; run the same command again\n"
+    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if kept else [])
 
 
 def demo(output: Path, **environment) -> subprocess.Popen:

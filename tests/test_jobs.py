@@ -278,6 +278,17 @@ def test_what_a_job_keeps_is_there_for_the_next_run_of_it(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_kill_cut_short_is_removed(tmp_path):
+    partial = unfinished(tmp_path / "out")
+    (partial / ".layer.2.safetensors.tmp-0123").write_bytes(b"half")
+    (partial / "layer.1.next.safetensors").write_bytes(b"whole, and not noted yet")
+    with made(tmp_path / "out") as job:
+        assert job.kept("layer.1")[1] == {"n": 2}
+    assert {path.name for path in partial.iterdir()} == {
+        "job.json", "lock", "layer.0.safetensors", "layer.1.safetensors",
+    }  # fmt: skip
+
+
 def test_a_job_that_kept_nothing_leaves_nothing(tmp_path):
     with pytest.raises(ZeroDivisionError), made(tmp_path / "a" / "b" / "out"):
         assert (tmp_path / "a" / "b" / "out.partial").is_dir()
@@ -298,7 +309,7 @@ def unfinished(output: Path, **settings) -> Path:
     [
         ({"sparsity": 0.875, "batch_size": 8}, "--sparsity 0.9, not 0.875;"),
         ({"sparsity": 0.9, "batch_size": 16}, "--batch-size 8, not 16;"),
-        ({"sparsity": 0.9}, "--batch-size 8, not None;"),
+        ({"sparsity": 0.9}, "--batch-size 8, not the default;"),
         ({"sparsity": 0.1, "batch_size": 9}, "--batch-size 8, not 9; --sparsity 0.9, not 0.1;"),
     ],
 )
@@ -330,7 +341,10 @@ def test_changed_code_and_machines_are_said(tmp_path, monkeypatch, part, name):
 def test_a_model_and_many_differences_are_cut_short(tmp_path):
     unfinished(tmp_path / "out", a=1, b=1, c=1, d=1, e=1)
     other = Job("other", {"model": "cd" * 32, "settings": {}}, CODE, tmp_path / "out")
-    with pytest.raises(OutputError, match=r"test, not other; --a 1, not None; .* and 3 more; repeat those"), other:
+    with (
+        pytest.raises(OutputError, match=r"test, not other; --a 1, not the default; .* and 3 more; repeat"),
+        other,
+    ):
         raise AssertionError("was begun")
 
 

@@ -305,7 +305,7 @@ def test_an_output_that_other_hands_have_made_is_replaced_by_overwrite_alone(sta
 def test_models_kept_on_the_way_replace_no_others(start, tmp_path):
     settings = SETTINGS.model_copy(update={"keep": "0.5"})
     other = train(start, "mr", tmp_path / "m-at-0.5", SETTINGS).weights_sha256
-    with pytest.raises(OutputError, match=r"m-at-0\.5 was made with --keep , not 0\.5"):
+    with pytest.raises(OutputError, match=r"m-at-0\.5 was made with --keep none, not 0\.5"):
         train(start, "mr", tmp_path / "m", settings)
     assert checkpoint.weights_sha256(tmp_path / "m-at-0.5") == other and not (tmp_path / "m").exists()
 

@@ -255,8 +255,8 @@ def weights_sha256(directory: Path) -> str:
 
 
 def source_sha256(directory: Path) -> str:
-    """Content hash of all that decides what a model computes from a text: weights, config.json, tokenizer. For ledger
-    keys.
+    """Content hash of all that decides what a model computes from a text: weights, config.json, tokenizer. For keys of
+    jobs.
     """
     digest = hashlib.sha256(weights_sha256(directory).encode())
     for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "merges.txt", *TOKENIZER_FILES):

@@ -41,7 +41,7 @@ def flags(config_class: type[BaseModel], **more: type[BaseModel]) -> Callable:
             names = (field.json_schema_extra or {}).get("flags", ())
             annotation = Annotated[_plain(field.annotation), typer.Option(*names, help=field.description)]
             parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
             )
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -51,8 +51,16 @@ def flags(config_class: type[BaseModel], **more: type[BaseModel]) -> Callable:
     return decorate
 
 
+def _default(field: FieldInfo):
+    return list(field.default) if isinstance(field.default, tuple) else field.default
+
+
 def _plain(annotation):
-    """The type without what pydantic checks of it, which `validated` does: `Positive | None` as `float | None`."""
+    """The type without what pydantic checks of it, which `validated` does: `Positive | None` as `float | None`. A tuple
+    is a flag that may be repeated.
+    """
+    if get_origin(annotation) is tuple:
+        return list[get_args(annotation)[0]]
     if get_origin(annotation) in (Union, UnionType):
         return functools.reduce(operator.or_, map(_plain, get_args(annotation)))
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation

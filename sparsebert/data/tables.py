@@ -77,15 +77,9 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     Raises DataError for what is no such file, is not UTF-8, has no rows, repeats or lacks a column name, has a row of
     another width, and for a quoted text of .csv that has swallowed the rows behind it.
     """
-    mode = path.stat().st_mode if path.exists() else 0
-    if not stat.S_ISREG(mode):
-        kinds = {0: "absent", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
-        what = "a broken link" if not mode and os.path.islink(path) else kinds.get(stat.S_IFMT(mode), "a device")
-        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
+    _require_file(path)
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(SUFFIXES)}", fix="convert or rename it")
-    if path.stat().st_size > LARGEST:
-        raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
     try:
         table = _parquet(path, also) if path.suffix == ".parquet" else _lines(path)
     except OSError as error:
@@ -95,7 +89,30 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     return table
 
 
+def _require_file(path: Path) -> None:
+    mode = path.stat().st_mode if path.exists() else 0
+    if not stat.S_ISREG(mode):
+        kinds = {0: "absent", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        what = "a broken link" if not mode and os.path.islink(path) else kinds.get(stat.S_IFMT(mode), "a device")
+        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
+    if path.stat().st_size > LARGEST:
+        raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
+    _require_file(path)
+    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
+    if not found:
+        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
+    return found
+
+
 def _lines(path: Path) -> Table:
+    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path))
+
+
+def _decoded(path: Path) -> str:
     raw = path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} must be UTF-8, is UTF-16", fix="save the file as UTF-8")
@@ -112,7 +129,7 @@ def _lines(path: Path) -> Table:
         raise DataError(f"{path}, line {line}: must be text, has a NUL character", fix="save the file as UTF-8")
     if "\r" in text and "\n" not in text:
         raise DataError(f"{path}: lines must end with a line feed, end with carriage returns", fix="convert them")
-    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, text)
+    return text
 
 
 def _csv(path: Path, text: str) -> Table:

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 
 from sparsebert.errors import OutputError, first_line
 
-# What file systems answer that have no locks (Lustre without flock, some FUSE), no modes, or no fsync of directories.
-_LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EPERM}
+# What file systems answer that have no locks (Lustre without flock, some FUSE; NFS for what is open for reading), no
+# modes, or no fsync of directories.
+_LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EPERM, errno.EBADF}
 _YOUNG = 60.0  # seconds; a folder of that age may belong to a process that has not come to its lock yet
 
 

@@ -19,6 +19,7 @@ _PACKAGE = Path(__file__).parents[1]
 # Parts that decide no result: what they choose is in the inputs, or they only say and keep things.
 _NO_RESULT = {"config", "environment", "errors", "jobs", "machine"}
 _STATE, _LOCK = "job.json", "lock"
+_FORMAT = 1  # of the state
 _KEPT: dict[Path, str] = {}  # by place, what this process has left there
 
 
@@ -239,11 +240,19 @@ class Job:
             state = None
         taken = sum(path.stat().st_size for path in self.partial.iterdir())
         require_space(self.output.parent, self.space - taken)
+        noted = {_LOCK} if state is None else {_LOCK, _STATE, *(file["file"] for file in state["files"].values())}
+        for path in self.partial.iterdir():
+            if path.name not in noted:  # of other work, or cut short by a kill
+                path.unlink()
         if state is None:
-            for path in self.partial.iterdir():
-                if path.name != _LOCK:
-                    path.unlink()
-            self._state = {"key": self.key, "job": self.record, "files": {}, "values": {}, "last": ""}
+            self._state = {
+                "format": _FORMAT,
+                "key": self.key,
+                "job": self.record,
+                "files": {},
+                "values": {},
+                "last": "",
+            }
             self._commit("")
         else:
             self._state = state
@@ -253,7 +262,7 @@ class Job:
         try:
             state = json.loads((self.partial / _STATE).read_text(encoding="utf-8"))
             sha256 = state.pop("sha256")
-            return state if sha256 == digest(state) else {}
+            return state if sha256 == digest(state) and state["format"] == _FORMAT else {}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
@@ -331,5 +340,5 @@ def _flat(inputs: dict, before: str = "") -> dict:
 
 def _shown(value: Any) -> str:
     """A value for people: hashes and long texts are cut."""
-    text = str(value)
+    text = "the default" if value is None else str(value) or "none"
     return f"{text[:8]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text[:60]

@@ -11,11 +11,11 @@ from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig, SubnetConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
-from sparsebert.jobs import Job
+from sparsebert.jobs import Job, digest
 from sparsebert.machine import bf16_is_fast
 from sparsebert.patterns import parse, require_fits, sparsity_of
 from sparsebert.pruning import knowledge, subnets
-from sparsebert.pruning.calibration import Calibration, draw
+from sparsebert.pruning.calibration import Calibration, draw, others
 from sparsebert.pruning.methods import METHODS
 from sparsebert.pruning.run import Run
 from sparsebert.pruning.subnets import TRAINED, Subnet
@@ -29,7 +29,7 @@ class PruneResult:
     """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
     on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
     method trains. max_length: tokens kept of a calibration text; cut: the share of them that have more. rows: read of
-    own files (data.rows_read).
+    own files (data.rows_read). calibration: tokens of each part of the set.
     """
 
     method: str
@@ -43,6 +43,7 @@ class PruneResult:
     max_length: int | None = None
     cut: float | None = None
     rows: dict | None = None
+    calibration: dict[str, int] | None = None
 
     def as_json(self) -> dict:
         fields = asdict(self)
@@ -129,11 +130,11 @@ def prune_checkpoint(
     if trained is not None:
         job, spec = trained.job, trained.lesson.spec
     else:
-        spec = encoders.limited(spec, checkpoint.shapes(source).config, config.max_length)
+        stock = checkpoint.shapes(source).config
+        spec = encoders.limited(spec, stock, config.max_length)
         inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
-        inputs["settings"] = config.model_dump(exclude={"max_length"}) | {
-            "precision": "bf16" if bf16_is_fast() else "fp32"
-        }
+        inputs["settings"] = config.model_dump(exclude={"max_length"})
+        inputs["precision"] = "bf16" if bf16_is_fast() else "fp32"
         if METHODS[config.method].looks_at_data:
             if spec.train is None:
                 raise InputError(
@@ -141,6 +142,10 @@ def prune_checkpoint(
                 )
             examples = data.load(spec, spec.train)
             inputs["data"] = examples.sha256
+            beside = () if config.as_published else others(config.calibration)
+            inputs["settings"]["calibration"] = digest(beside)  # in place of paths, what is there
+            if beside:  # of which some are long
+                inputs["max_length"] = encoders.token_limit(stock, config.max_length)
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
         job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)
     if (figures := checkpoint.finished(job)) is not None:
@@ -159,12 +164,15 @@ def prune_checkpoint(
             model, tokenizer = checkpoint.load(source)
             texts = None
             if examples is not None:
-                texts = draw(model, tokenizer, examples, config.calibration_tokens, spec.max_length, config.seed)
+                longest = inputs["max_length"]
+                texts = draw(model, tokenizer, examples, config.calibration_tokens, longest, config.seed, others=beside)
             result = prune(model, texts, config, run=Run(progress, job))
             if texts is not None:
                 encoded = encoders.tokenize(tokenizer, texts.texts, texts.max_length)
                 cut = encoders.cut_share(tokenizer, texts.texts, encoded, texts.max_length)
-                result = replace(result, max_length=texts.max_length, cut=cut, rows=data.rows_read(spec))
+                result = replace(
+                    result, max_length=texts.max_length, cut=cut, rows=data.rows_read(spec), calibration=texts.parts
+                )
         recipe |= config.model_dump()
         summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
         summary["max_length"] = spec.max_length
@@ -190,6 +198,9 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
                 f"--{others[0].replace('_', '-')} belongs to methods {', '.join(TRAINED)}, got {config.method}",
                 fix="leave it out",
             )
+    if config.calibration and (config.as_published or not METHODS[config.method].looks_at_data):
+        who = "--as-published" if config.as_published else f"method {config.method}"
+        raise InputError(f"{who} looks at no texts beside the task's, got --calibration", fix="leave it out")
     for flag, method in (("tier", "knowledge"), ("without", "knowledge"), ("as_published", "adaptive")):
         if getattr(config, flag) not in (None, "", False) and config.method != method:
             raise InputError(

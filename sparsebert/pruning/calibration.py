@@ -1,33 +1,47 @@
-"""The unlabelled texts a pruning method may look at."""
+"""The unlabelled texts a pruning method may look at: the task's own, and others, so that what the model does elsewhere
+is kept as well.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import gzip
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from sparsebert import data
+from sparsebert.data import Examples
+from sparsebert.data.tables import lines_of, read, text_columns, texts_of
 from sparsebert.encoders import collate, token_limit, tokenize
 from sparsebert.errors import InputError
 
 Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each, a batch's sequences all of one length
 TOKENS_PER_BATCH = 4096
 HELD_OUT = 256  # texts for choices within a method, at most a tenth of all: never calibrated on
+# Parts of a calibration set and their shares of its tokens, where there are other texts than the task's: its texts as
+# they are and joined to longer ones, the others likewise. Chosen on tasks that are not reported (study_calibration).
+SHARES = {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}
+SHORTEST_JOINED = 48  # tokens
+NONE, GENERAL = "none", "general"
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Texts in a seeded order: `texts` to calibrate on, `held_out` for choices within a method.
 
-    max_length: tokens kept of a text, at most the model's positions.
+    max_length: tokens kept of a text, at most the model's positions. parts: tokens of each part of the set.
     """
 
-    texts: data.Examples
-    held_out: data.Examples
+    texts: Examples
+    held_out: Examples
     tokenizer: object
     max_length: int
+    parts: dict[str, int] = field(default_factory=dict)
 
     @cached_property
     def batches(self) -> Batches:
@@ -64,25 +78,122 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Content hash: the data part of a ledger key."""
+        """Content hash: the data part of a job's key."""
         return self.texts.sha256 + self.held_out.sha256
 
 
-def draw(model, tokenizer, examples: data.Examples, tokens: int, max_length: int, seed: int) -> Calibration:
-    """Texts of `examples` in a seeded random order: the first ones held out, then as many as have `tokens` tokens."""
-    max_length = token_limit(model.config, max_length)
-    order = np.random.default_rng(seed).permutation(len(examples))
-    held_out, order = np.split(order, [min(HELD_OUT, len(order) // 10)])
-    chosen, counted = [], 0
-    for start in range(0, len(order), 1024):
-        rows = order[start : start + 1024]
-        lengths = np.array([len(e["input_ids"]) for e in tokenize(tokenizer, examples.take(rows), max_length)])
-        within = counted + np.cumsum(lengths) - lengths < tokens  # the text that crosses the line is in
-        chosen.append(rows[within])
-        counted += int(lengths[within].sum())
-        if not within.all():
-            break
-    return Calibration(examples.take(np.concatenate(chosen)), examples.take(held_out), tokenizer, max_length)
+def others(named: list[str]) -> list[str]:
+    """The texts that `--calibration` names, in order: of files (.txt: a text a line; .csv, .tsv, .jsonl, .parquet: the
+    columns of texts), of the packaged set "general", which is the default, or "none".
+    """
+    named = named or [GENERAL]
+    if NONE in named and len(named) > 1:
+        raise InputError(f"calibration must be {NONE} or texts, got both", fix=f"leave {NONE} out")
+    found: list[str] = []
+    for name in named:
+        if name == GENERAL:
+            found += general()
+        elif name != NONE:
+            path = Path(name)
+            if path.suffix == ".txt":
+                found += lines_of(path)
+            else:
+                table = read(path)
+                found += [text for column in text_columns(table) for text in texts_of(table, column)]
+    return found
+
+
+@functools.cache
+def general() -> tuple[str, ...]:
+    """The packaged general texts: sentences of a dictionary."""
+    packed = resources.files("sparsebert") / "assets" / "general" / "texts.txt.gz"
+    return tuple(gzip.decompress(packed.read_bytes()).decode().splitlines())
+
+
+def draw(
+    model, tokenizer, examples: Examples, tokens: int, max_length: int | None, seed: int, *, others: Sequence[str] = ()
+) -> Calibration:
+    """Texts of `examples`, and of `others` where there are some, in a seeded random order: some held out, and of the
+    rest about `tokens` tokens, each part of SHARES its share of them. Where a part has too few texts the set is
+    smaller; joined texts are joined anew. max_length: tokens kept of a text, None for the model's positions.
+
+    Pair tasks: two texts of `others` are a pair; texts are joined to texts of their side.
+    """
+    limit = token_limit(model.config, max_length)
+    rng = np.random.default_rng(seed)
+    own = _Pool(examples.texts, examples.texts_b)
+    pools = {"task": own}
+    if others:
+        half = len(others) // 2
+        paired = None if examples.texts_b is None else others[half : 2 * half]
+        pools["others"] = _Pool(others if paired is None else others[:half], paired)
+    shares = SHARES if others else {"task": 1.0}
+    held, rest = {}, {}
+    for name, pool in pools.items():
+        order = rng.permutation(len(pool.texts))
+        held[name], rest[name] = np.split(order, [min(HELD_OUT, len(order) // 10)])
+
+    def composed(rows: dict[str, np.ndarray], budget: float) -> tuple[Examples, dict[str, int]]:
+        texts, texts_b, parts = [], [], {}
+        for part, share in shares.items():
+            name, joined = part.removesuffix(_JOINED), part.endswith(_JOINED)
+            counted = 0
+            for a, b, length in pools[name].drawn(tokenizer, rows[name], limit, rng if joined else None):
+                if counted >= share * budget:
+                    break
+                texts.append(a)
+                texts_b.append(b)
+                counted += length
+            parts[part] = counted
+        order = rng.permutation(len(texts)) if others else np.arange(len(texts))
+        made = Examples(examples.task, examples.split, texts, texts_b if own.texts_b is not None else None, None)
+        return made.take(order), parts
+
+    # The same mixture to choose on, of about as many texts.
+    small = sum(length for *_, length in own.drawn(tokenizer, held["task"], limit)) / shares["task"]
+    held_out, _ = composed(held, small)
+    texts, parts = composed(rest, tokens)
+    return Calibration(texts, held_out, tokenizer, limit, parts)
+
+
+_JOINED = ", joined"
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Texts that a part of a calibration set is drawn from; texts_b of pairs, else None."""
+
+    texts: Sequence[str]
+    texts_b: Sequence[str] | None
+
+    def drawn(
+        self, tokenizer, rows: np.ndarray, limit: int, rng: np.random.Generator | None = None
+    ) -> Iterator[tuple[str, str | None, int]]:
+        """(text, text_b, tokens kept of both) of these rows in their order. rng: joined at random to any number of
+        tokens from SHORTEST_JOINED to `limit`, without end, in another order each time the rows are through.
+        """
+        if rng is None:
+            yield from self._counted(tokenizer, rows, limit)
+            return
+        several: list[tuple[str, str | None]] = []
+        special = tokenizer.num_special_tokens_to_add(pair=self.texts_b is not None)
+        length, wanted = special, rng.uniform(min(SHORTEST_JOINED, limit), limit)
+        while len(rows):
+            for a, b, own in self._counted(tokenizer, rng.permutation(rows), limit):
+                several.append((a, b))
+                length += own - special
+                if length >= wanted:
+                    texts, texts_b = zip(*several, strict=True)
+                    yield " ".join(texts), None if b is None else " ".join(texts_b), min(length, limit)
+                    several, length, wanted = [], special, rng.uniform(min(SHORTEST_JOINED, limit), limit)
+
+    def _counted(self, tokenizer, rows: np.ndarray, limit: int) -> Iterator[tuple[str, str | None, int]]:
+        for start in range(0, len(rows), 1024):
+            texts = [self.texts[i] for i in rows[start : start + 1024]]
+            texts_b = None if self.texts_b is None else [self.texts_b[i] for i in rows[start : start + 1024]]
+            encoded = tokenize(tokenizer, Examples("", "", texts, texts_b, None), limit)
+            for a, b, row in zip(texts, texts_b or [None] * len(texts), encoded, strict=True):
+                yield a, b, len(row["input_ids"])
 
 
 def unpadded(tokenizer, encoded: list[dict], tokens: int = TOKENS_PER_BATCH) -> Batches:

@@ -95,8 +95,8 @@ class Subnet:
 
 def check(config: PruneConfig, subnet: SubnetConfig) -> None:
     """InputError for settings that no run can have, before anything is read."""
-    for flag in ("tier", "without", "as_published", "damping"):
-        if getattr(config, flag) not in (None, "", False):
+    for flag in ("tier", "without", "as_published", "damping", "calibration"):
+        if getattr(config, flag) not in (None, "", False, ()):
             raise InputError(f"--{flag.replace('_', '-')} does not belong to {config.method}", fix="leave it out")
     for flag, methods in OF_SOME.items():
         if getattr(subnet, flag) is not None and config.method not in methods:

@@ -1,0 +1,142 @@
+"""The texts that pruning calibrates on: which, how many, how long; files of the user's own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from models import classifier, saved, tokenizer
+
+from sparsebert import checkpoint, config, data
+from sparsebert.errors import DataError, InputError
+from sparsebert.pruning import draw, prune_checkpoint
+from sparsebert.pruning.calibration import HELD_OUT, SHARES, general, others
+
+MR = data.load(data.get_task("mr"), "train")
+PAIRS = data.Examples("nli", "train", MR.texts[:400], MR.texts[400:800], None)
+
+
+def drawn(tokens=20_000, seed=0, beside=None, examples=MR, max_length=None):
+    return draw(
+        classifier(), tokenizer(), examples, tokens, max_length, seed, others=general() if beside is None else beside
+    )
+
+
+def test_the_general_set_is_packaged_and_of_sentences():
+    texts = general()
+    assert len(texts) == len(set(texts)) == 13_999
+    assert all(5 <= len(text.split()) <= 40 and text == text.strip() for text in texts)
+
+
+def test_each_part_has_its_share_of_the_tokens():
+    found = drawn()
+    assert found.parts.keys() == SHARES.keys()
+    for part, share in SHARES.items():
+        assert share * 20_000 <= found.parts[part] < share * 20_000 + 512, part  # the text that crosses the line is in
+    assert found.tokens == sum(found.parts.values())
+
+
+def test_joined_texts_reach_the_models_last_position_and_no_text_has_more():
+    lengths = np.array([batch["input_ids"].shape[1] for batch in drawn(60_000).batches])
+    assert lengths.max() > 480 and lengths.max() <= 512
+    short = drawn(60_000, max_length=64)
+    assert max(batch["input_ids"].shape[1] for batch in short.batches) == 64 == short.max_length
+
+
+def test_the_same_seed_draws_the_same_texts_and_another_others():
+    assert drawn().sha256 == drawn().sha256 != drawn(seed=1).sha256
+
+
+def test_without_other_texts_the_tasks_own_are_taken_as_they_are():
+    found = drawn(beside=())
+    assert set(found.texts.texts) <= set(MR.texts) and found.parts.keys() == {"task"}
+    assert len(found.held_out) == HELD_OUT and not set(found.held_out.texts) & set(found.texts.texts)
+
+
+def test_nothing_held_out_is_calibrated_on():
+    few = tuple(f"general sentence number {i} of many" for i in range(900))
+    found = drawn(60_000, beside=few, examples=MR.take(range(1500)))
+    calibrated, held = " | ".join(found.texts.texts), found.held_out.texts
+    assert held and not any(text in calibrated for text in held)
+    assert any(len(text.split()) > 60 for text in held), "joined ones are chosen on as well"
+
+
+def test_pairs_stay_pairs_and_are_joined_side_by_side():
+    found = drawn(examples=PAIRS)
+    assert found.texts.texts_b is not None and len(found.texts.texts_b) == len(found.texts.texts)
+    own = set(zip(PAIRS.texts, PAIRS.texts_b, strict=True))
+    assert sum(pair in own for pair in zip(found.texts.texts, found.texts.texts_b, strict=True)) > 100
+    assert any(len(b.split()) > 60 for b in found.texts.texts_b)
+
+
+def test_few_texts_are_no_endless_loop():
+    found = drawn(20_000, examples=MR.take(range(30)))
+    assert found.parts["task"] < 1500 and found.parts["task, joined"] >= 0.15 * 20_000
+
+
+FILES = {
+    "a.txt": "first text\n\nsecond text \n",
+    "b.csv": "text,other\nthird text,1\n",
+    "c.tsv": 'sentence\n"fourth text\n',
+    "d.jsonl": '{"premise": "fifth text", "hypothesis": "sixth text"}\n',
+}
+
+
+def test_files_of_every_kind_are_read_in_order(tmp_path):
+    for name, body in FILES.items():
+        (tmp_path / name).write_text(body)
+    found = others([str(tmp_path / name) for name in FILES])
+    assert found == ["first text", "second text", "third text", '"fourth text', "fifth text", "sixth text"]
+    assert others([]) == list(general()) and others(["none"]) == []
+    assert others([str(tmp_path / "a.txt"), "general"])[2:] == list(general())
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "says"),
+    [
+        ("empty.txt", b"\n \n", "must hold at least one line"),
+        ("latin.txt", "caf\xe9".encode("latin-1"), "line 1: must be UTF-8"),
+        ("x.csv", b"review\nfine\n", "must have a column 'text', has 'review'"),
+        ("x.docx", b"PK", "must end in"),
+    ],
+)
+def test_a_file_that_cannot_be_calibrated_on_is_named(tmp_path, name, body, says):
+    (tmp_path / name).write_bytes(body)
+    with pytest.raises(DataError, match=says) as caught:
+        others([str(tmp_path / name)])
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "absent.csv"])
+def test_an_absent_file_is_named(tmp_path, name):
+    with pytest.raises(DataError, match="absent"):
+        others([str(tmp_path / name)])
+
+
+def test_none_goes_alone():
+    with pytest.raises(InputError, match="calibration must be none or texts"):
+        others(["none", "general"])
+
+
+def test_what_was_calibrated_on_is_in_the_result_and_decides_whether_it_is_the_same_run(tmp_path):
+    source = saved(tmp_path / "dense")
+    settings = {"method": "wanda", "sparsity": 0.5, "calibration_tokens": 4000}
+    first = prune_checkpoint(source, "mr", tmp_path / "out", config.PruneConfig(**settings))
+    assert first.calibration.keys() == SHARES.keys() and first.max_length == 512
+    (tmp_path / "own.txt").write_text("\n".join(MR.texts[:200]))
+    other = config.PruneConfig(**settings, calibration=(str(tmp_path / "own.txt"),))
+    with pytest.raises(Exception, match="calibration"):
+        prune_checkpoint(source, "mr", tmp_path / "out", other)
+    prune_checkpoint(source, "mr", tmp_path / "other", other)
+    assert checkpoint.read_recipe(tmp_path / "other")["calibration"] == [str(tmp_path / "own.txt")]
+    weights = [checkpoint.weights_sha256(tmp_path / name) for name in ("out", "other")]
+    assert weights[0] != weights[1]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"method": "magnitude"}, {"method": "adaptive", "as_published": True}, {"method": "mask"}]
+)
+def test_methods_that_look_at_no_other_texts_refuse_them(tmp_path, wrong):
+    with pytest.raises(InputError, match="calibration"):
+        prune_checkpoint(
+            saved(tmp_path / "m"), "mr", tmp_path / "o", config.PruneConfig(calibration=("general",), **wrong)
+        )
