@@ -23,13 +23,15 @@ from sparsebert.training.lesson import read_by, task_name
 
 __all__ = ["METHODS", "TRAINED", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
 
+CUT_SAMPLE = 4096  # training texts of which the share that is cut is told, at most
+
 
 @dataclass(frozen=True)
 class PruneResult:
     """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
     on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
-    method trains. max_length: tokens kept of a calibration text; cut: the share of them that have more. rows: read of
-    own files (data.rows_read). calibration: tokens of each part of the set.
+    method trains. max_length: tokens kept of a calibration text; cut: the share of the task's training texts that have
+    more. rows: read of own files (data.rows_read). calibration: tokens of each part of the set.
     """
 
     method: str
@@ -168,8 +170,10 @@ def prune_checkpoint(
                 texts = draw(model, tokenizer, examples, config.calibration_tokens, longest, config.seed, others=beside)
             result = prune(model, texts, config, run=Run(progress, job))
             if texts is not None:
-                encoded = encoders.tokenize(tokenizer, texts.texts, texts.max_length)
-                cut = encoders.cut_share(tokenizer, texts.texts, encoded, texts.max_length)
+                some = examples.sample(CUT_SAMPLE, 0)  # the task's own: joined ones are cut on purpose
+                cut = encoders.cut_share(
+                    tokenizer, some, encoders.tokenize(tokenizer, some, texts.max_length), texts.max_length
+                )
                 result = replace(
                     result, max_length=texts.max_length, cut=cut, rows=data.rows_read(spec), calibration=texts.parts
                 )
