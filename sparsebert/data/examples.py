@@ -38,7 +38,7 @@ class Examples:
 
     @property
     def sha256(self) -> str:
-        """Content hash over texts and labels: the data part of every ledger key."""
+        """Content hash over texts and labels: the data part of every key."""
         digest = hashlib.sha256()
         for column in (self.texts, self.texts_b or []):
             for text in column:

@@ -89,6 +89,15 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     return table
 
 
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
+    _require_file(path)
+    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
+    if not found:
+        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
+    return found
+
+
 def _require_file(path: Path) -> None:
     mode = path.stat().st_mode if path.exists() else 0
     if not stat.S_ISREG(mode):
@@ -97,15 +106,6 @@ def _require_file(path: Path) -> None:
         raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
     if path.stat().st_size > LARGEST:
         raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
-
-
-def lines_of(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
-    _require_file(path)
-    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
-    if not found:
-        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
-    return found
 
 
 def _lines(path: Path) -> Table:

@@ -111,11 +111,20 @@ def general() -> tuple[str, ...]:
 
 
 def draw(
-    model, tokenizer, examples: Examples, tokens: int, max_length: int | None, seed: int, *, others: Sequence[str] = ()
+    model,
+    tokenizer,
+    examples: Examples,
+    tokens: int,
+    max_length: int | None,
+    seed: int,
+    *,
+    others: Sequence[str] = (),
+    shares: dict[str, float] | None = None,
 ) -> Calibration:
     """Texts of `examples`, and of `others` where there are some, in a seeded random order: some held out, and of the
-    rest about `tokens` tokens, each part of SHARES its share of them. Where a part has too few texts the set is
-    smaller; joined texts are joined anew. max_length: tokens kept of a text, None for the model's positions.
+    rest about `tokens` tokens, each part its share of them (`shares`; None: SHARES, or the task's alone). Where a part
+    has too few texts the set is smaller; joined texts are joined anew. max_length: tokens kept of a text, None for the
+    model's positions.
 
     Pair tasks: two texts of `others` are a pair; texts are joined to texts of their side.
     """
@@ -127,7 +136,7 @@ def draw(
         half = len(others) // 2
         paired = None if examples.texts_b is None else others[half : 2 * half]
         pools["others"] = _Pool(others if paired is None else others[:half], paired)
-    shares = SHARES if others else {"task": 1.0}
+    shares = shares or (SHARES if others else {"task": 1.0})
     held, rest = {}, {}
     for name, pool in pools.items():
         order = rng.permutation(len(pool.texts))

@@ -1,0 +1,262 @@
+"""What pruning keeps of a model inside and outside the domain of its calibration texts.
+
+python -m bench.study_calibration choose --dense agnews=DIR qnli=DIR                      # shares of the mixture
+python -m bench.study_calibration report --dense mr=DIR mr=DIR mr=DIR --outside FOLDER    # old against new
+
+The dense models: `sparsebert train minilm --task agnews --n 6000 --epochs 1`, `… --task qnli --n 6000 --epochs 1`, and
+of MR `… --task mr --epochs 2 --seed 0` (1, 2).
+
+`choose` compares mixtures by the default method on held-out training texts: of the task itself, of other tasks, and of
+these joined to long ones. None of its tasks is reported. `report` compares the task's texts alone with the default
+mixture, method by method, on the task's test split, on the long reviews of IMDB, and on every file in FOLDER (.csv with
+`text` and `label`: public review sets that are not ours to ship). No text of a reported set is in a mixture.
+
+A finished cell is a line of the cells file, which is never computed again. Figures outside are of at most 400 seeded
+texts of a set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from bench import harness
+from sparsebert import checkpoint, data
+from sparsebert.config import PruneConfig
+from sparsebert.data import Examples
+from sparsebert.encoders import no_progress
+from sparsebert.engine.classifier import Classifier
+from sparsebert.jobs import Ledger, code_of
+from sparsebert.pruning import draw, prune
+from sparsebert.pruning.calibration import SHARES, general
+from sparsebert.robustness.evaluation import divergences
+
+KIND, CODE = "calibration cell", "sparsebert.pruning"
+MOST = 400  # texts of a set
+OLD, NEW = "task", "mixture"
+# Name -> (tokens in all, shares); the same 150,000 tokens of the task's own texts wherever they are most of the set.
+MIXTURES = {
+    OLD: (150_000, {"task": 1.0}),
+    "task, longer": (250_000, {"task": 0.6, "task, joined": 0.4}),
+    "general": (250_000, {"task": 0.6, "others": 0.4}),
+    "general, longer": (250_000, {"task": 0.6, "others": 0.1, "others, joined": 0.3}),
+    "all": (250_000, {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}),
+    "all, fewer own": (250_000, {"task": 0.4, "task, joined": 0.2, "others": 0.15, "others, joined": 0.25}),
+    "all, as many": (150_000, {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}),
+    NEW: (PruneConfig().calibration_tokens, SHARES),
+}
+METHODS = {
+    "tier 0": {"tier": 0},
+    "tier 1": {"tier": 1},
+    "tier 2": {"tier": 2},
+    "adaptive": {"method": "adaptive"},
+    "sparsegpt": {"method": "sparsegpt"},
+}
+
+
+def joined(examples: Examples, words: int, seed: int = 0) -> Examples:
+    """Texts of at least so many words made of consecutive ones."""
+    texts, several = [], []
+    for text in (examples.texts[i] for i in np.random.default_rng(seed).permutation(len(examples))):
+        several.append(text)
+        if sum(len(part.split()) for part in several) >= words:
+            texts.append(" ".join(several))
+            several = []
+    return Examples(examples.task, examples.split, texts, None, None)
+
+
+def without_labels(examples: Examples, paired: bool) -> Examples:
+    """The texts alone, paired or not as a model takes them."""
+    texts, texts_b = examples.texts, examples.texts_b
+    if paired and texts_b is None:
+        half = len(texts) // 2
+        texts, texts_b = texts[:half], texts[half : 2 * half]
+    return Examples(examples.task, examples.split, texts, texts_b if paired else None, None)
+
+
+def sets_to_choose_on(task: str) -> dict[str, Examples]:
+    """Held-out training texts of the task, and training texts of others, without labels."""
+    spec = data.get_task(task)
+    _, own = data.hold_out(data.load(spec, spec.train), 1000)
+    found = {"in domain": own}
+    for other in ("agnews", "qnli", "mnli", "qqp"):
+        if other != task:
+            texts = data.load(data.get_task(other), "train", limit=2 * MOST, seed=1)
+            found[f"outside: {other}"] = without_labels(texts, spec.pair)
+            if not spec.pair:
+                found[f"outside: {other}, 150 words"] = joined(data.load(data.get_task(other), "train"), 150)
+    found["outside: own texts, 150 words"] = without_labels(joined(own, 150), spec.pair)
+    return found
+
+
+def sets_to_report(task: str, folder: Path | None) -> dict[str, Examples]:
+    """The test split whole; reviews of other domains and lengths."""
+    spec = data.get_task(task)
+    found = {"in domain": data.load(spec, spec.test)}
+    imdb = data.load(data.get_task("imdb"), "test")
+    long = [i for i, text in enumerate(imdb.texts) if len(text.split()) >= 200]
+    found["outside: imdb, 200 words"] = imdb.take(long)
+    for path in sorted(folder.glob("*.csv")) if folder else ():
+        own = data.get_task(str(path)).own
+        both = [own["train"], own["test"]]
+        found[f"outside: {path.stem}"] = Examples(
+            path.stem, "all", [*both[0].texts, *both[1].texts], None, np.concatenate([part.labels for part in both])
+        )
+    return found
+
+
+@functools.cache
+def _sets(which: str, task: str, folder: str) -> dict[str, Examples]:
+    return sets_to_choose_on(task) if which == "choose" else sets_to_report(task, Path(folder) if folder else None)
+
+
+def sets_of(which: str, task: str, folder: str) -> dict[str, Examples]:
+    """The sets of a table, those outside cut to MOST texts."""
+    return {
+        name: examples if name == "in domain" else examples.sample(MOST, 0)
+        for name, examples in _sets(which, task, folder).items()
+    }
+
+
+def logits(classifier: Classifier, examples: Examples) -> np.ndarray:
+    return classifier.predict(examples, max_length=None, progress=no_progress)
+
+
+def cell(which: str, task: str, directory: Path, mixture: str, method: dict, folder: str, dense: dict) -> dict:
+    """One model pruned: KL, agreement and points from dense on every set."""
+    tokens, shares = MIXTURES[mixture]
+    config = PruneConfig(calibration_tokens=tokens, **method)
+    spec = data.get_task(task)
+    examples = data.load(spec, spec.train)
+    if which == "choose":
+        examples, _ = data.hold_out(examples, 1000)
+    model, tokenizer = checkpoint.load(directory)
+    longest = spec.max_length if shares.keys() == {"task"} else None
+    texts = draw(model, tokenizer, examples, tokens, longest, 0, others=general(), shares=shares)
+    result = prune(model, texts, config)
+    found: dict = {"seconds": result.seconds, "parts": texts.parts}
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint.save(model, tokenizer, Path(place) / "m", recipe={"command": "study"}, figures={})
+        classifier = Classifier.load(Path(place) / "m")
+        for name, examples in sets_of(which, task, folder).items():
+            want, got = dense[name], logits(classifier, examples)
+            found[name] = {
+                "n": len(examples),
+                "kl": float(divergences(classifier.problem, want, got).mean()),
+                "agreement": float((want.argmax(1) == got.argmax(1)).mean()),
+            }
+            if examples.labels is not None:
+                right = [float((each.argmax(1) == examples.labels).mean()) for each in (want, got)]
+                found[name] |= {"dense": right[0], "points": right[1] - right[0]}
+    return found
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """(mean, low, high): the 95 % t interval over dense models, of no width for fewer than two."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, mean, mean
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    return mean, mean - half, mean + half
+
+
+def summary(cells: list[tuple[dict, dict]]) -> list[harness.Row]:
+    """One row a (task, method, mixture, set): means over dense models, and KL over that of the task's texts alone."""
+    rows: list[harness.Row] = []
+    grouped: dict[tuple, dict[str, dict]] = {}
+    for inputs, figures in cells:
+        for name, found in figures.items():
+            if isinstance(found, dict) and "kl" in found:
+                key = (inputs["task"], inputs["method"], name, inputs["mixture"])
+                grouped.setdefault(key, {})[inputs["dense"]] = found
+    for (task, method, name, mixture), found in grouped.items():
+        base = grouped.get((task, method, name, OLD), {})
+        both = [dense for dense in found if dense in base]
+        logs = [np.log(found[dense]["kl"] / base[dense]["kl"]) for dense in both]
+        ratio = tuple(float(np.exp(part)) for part in interval(logs)) if logs else (None, None, None)
+        points = [each["points"] for each in found.values() if "points" in each]
+        rows.append({
+            "task": task, "method": method, "set": name, "calibrated on": mixture, "models": len(found),
+            "n": next(iter(found.values()))["n"],
+            "points": 100 * float(np.mean(points)) if points else None,
+            "agreement": 100 * float(np.mean([each["agreement"] for each in found.values()])),
+            "kl": float(np.mean([each["kl"] for each in found.values()])),
+            "ratio": ratio[0], "low": ratio[1], "high": ratio[2],
+        })  # fmt: skip
+    return sorted(
+        rows, key=lambda row: (row["task"], row["method"], row["set"], list(MIXTURES).index(row["calibrated on"]))
+    )
+
+
+COLUMNS = {
+    "task": "", "method": "", "set": "", "calibrated on": "", "models": "d", "n": "d", "points": "+.2f",
+    "agreement": ".1f", "kl": ".4f", "ratio": ".2f", "low": ".2f", "high": ".2f",
+}  # fmt: skip
+NOTES = (
+    "87.5 % unstructured. `points` of accuracy from the same dense model and `agreement` with it in percent, `kl` the "
+    "mean KL(dense ‖ pruned) in nats: means over dense models. `ratio` is the geometric mean over dense models of `kl` "
+    "over that of the same model calibrated on the task's texts alone, `low` and `high` its 95 % interval (t, over "
+    "dense models, from two on). Sets outside are seeded subsets of at most 400 texts."
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", choices=["choose", "report"])
+    parser.add_argument("--dense", nargs="*", default=[], metavar="TASK=DIR", help="dense models")
+    parser.add_argument("--outside", type=Path, help="folder of .csv files with text and label")
+    parser.add_argument("--only", nargs="+", default=[], help="names of methods (report) or mixtures (choose)")
+    parser.add_argument("--cells", type=Path, help="finished cells (default: bench/results/calibration_WHICH.jsonl)")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    args = parser.parse_args()
+    path = args.cells or Path(f"bench/results/calibration_{args.which}.jsonl")
+    book = Ledger(path.with_suffix(".sqlite"))
+    if path.exists():
+        book.take_over(path)
+    code = code_of(CODE)[:12]
+    folder = str(args.outside or "")
+    for entry in args.dense:
+        task, _, directory = entry.partition("=")
+        weights = checkpoint.weights_sha256(Path(directory))[:12]
+        dense: dict[str, np.ndarray] = {}
+        if args.which == "choose":
+            wanted = [("tier 1", mixture) for mixture in MIXTURES if mixture != NEW]
+        else:
+            wanted = [(method, mixture) for method in METHODS for mixture in (OLD, NEW)]
+        for method, mixture in wanted:
+            if args.only and method not in args.only and mixture not in args.only:
+                continue
+            inputs = {
+                "task": task, "dense": weights, "method": method, "mixture": mixture, "tokens": MIXTURES[mixture][0],
+                "shares": MIXTURES[mixture][1], "sets": sorted(sets_of(args.which, task, folder)),
+            }  # fmt: skip
+
+            def compute(task=task, directory=directory, method=method, mixture=mixture, dense=dense) -> dict:
+                if not dense:
+                    classifier = Classifier.load(directory)
+                    found = sets_of(args.which, task, folder)
+                    dense.update({name: logits(classifier, examples) for name, examples in found.items()})
+                place = Path(directory)
+                return {"code": code, **cell(args.which, task, place, mixture, METHODS[method], folder, dense)}
+
+            found = book.once(KIND, inputs, compute)
+            book.export(path)
+            shown = ", ".join(f"{n}: {v['kl']:.4f}" for n, v in found.items() if isinstance(v, dict) and "kl" in v)
+            print(f"{directory} {method} {mixture}: {found['seconds']:.0f} s; {shown}", file=sys.stderr, flush=True)
+    cells = book.results(KIND)
+    codes = sorted({figures["code"] for _, figures in cells})
+    harness.report(
+        f"Calibration texts: {args.which}", summary(cells), COLUMNS, f"{NOTES} Code of the cells: {', '.join(codes)}.",
+        args.markdown,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
