@@ -69,7 +69,9 @@ def test_of_two_models_the_shorter_one_decides(tmp_path, folder):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"tier": 0, "calibration_tokens": 2000, "calibration": ("none",)}, TRAINED], ids=str
+    "settings",
+    [{"tier": 0, "calibration_tokens": 2000}, {"tier": 0, "calibration_tokens": 500, "calibration": ["none"]}, TRAINED],
+    ids=str,
 )
 def test_a_pruning_tells_the_length_the_share_cut_and_the_rows(tmp_path, folder, settings):
     config = PruneConfig(sparsity=0.5, max_length=100, **settings)
@@ -80,6 +82,15 @@ def test_a_pruning_tells_the_length_the_share_cut_and_the_rows(tmp_path, folder,
     assert told["rows"] == {"train": 40, "test": 40, "split": "files"}
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["sparsebert"]
     assert stored["max_length"] == 100
+
+
+def test_a_pruning_on_longer_texts_than_the_tasks_is_another_one(tmp_path):
+    model, settings = saved(tmp_path / "model"), {"tier": 0, "sparsity": 0.5, "calibration_tokens": 2000}
+    whole = prune_checkpoint(model, "mr", tmp_path / "out", PruneConfig(**settings))
+    assert whole.max_length == 512 and whole.cut == 0.0
+    with pytest.raises(OutputError, match="max_length"):
+        prune_checkpoint(model, "mr", tmp_path / "out", PruneConfig(**settings, max_length=128))
+    assert prune_checkpoint(model, "mr", tmp_path / "out", PruneConfig(**settings, max_length=512)) == whole
 
 
 def test_training_tells_it_too_and_the_default_said_aloud_is_the_same_run(tmp_path, folder):

@@ -26,7 +26,7 @@ def shapes(directory: str | Path):
 
     files = read(directory, head=False)
     try:
-        with quiet_transformers(), torch.device("meta"):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(_config(files))
     except FAULTS as error:
         raise CheckpointError(

@@ -23,13 +23,15 @@ from sparsebert.training.lesson import read_by, task_name
 
 __all__ = ["METHODS", "TRAINED", "Calibration", "PruneResult", "draw", "prune", "prune_checkpoint"]
 
+CUT_SAMPLE = 4096  # training texts of which the share that is cut is told, at most
+
 
 @dataclass(frozen=True)
 class PruneResult:
     """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
     on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
-    method trains. max_length: tokens kept of a calibration text; cut: the share of them that have more. rows: read of
-    own files (data.rows_read). calibration: tokens of each part of the set.
+    method trains. max_length: tokens kept of a calibration text; cut: the share of the task's training texts that have
+    more. rows: read of own files (data.rows_read). calibration: tokens of each part of the set.
     """
 
     method: str
@@ -131,7 +133,8 @@ def prune_checkpoint(
     if trained is not None:
         job, spec = trained.job, trained.lesson.spec
     else:
-        spec = encoders.limited(spec, checkpoint.shapes(source).config, config.max_length)
+        stock = checkpoint.shapes(source).config
+        spec = encoders.limited(spec, stock, config.max_length)
         inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
         inputs["settings"] = config.model_dump(exclude={"max_length"})
         inputs["precision"] = "bf16" if bf16_is_fast() else "fp32"
@@ -144,6 +147,8 @@ def prune_checkpoint(
             inputs["data"] = examples.sha256
             beside = () if config.as_published else others(config.calibration)
             inputs["settings"]["calibration"] = digest(beside)  # in place of paths, what is there
+            if beside:  # of which some are long
+                inputs["max_length"] = encoders.token_limit(stock, config.max_length)
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
         job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)
     if (figures := checkpoint.finished(job)) is not None:
@@ -162,12 +167,14 @@ def prune_checkpoint(
             model, tokenizer = checkpoint.load(source)
             texts = None
             if examples is not None:
-                longest = config.max_length if beside else spec.max_length
+                longest = inputs["max_length"]
                 texts = draw(model, tokenizer, examples, config.calibration_tokens, longest, config.seed, others=beside)
             result = prune(model, texts, config, run=Run(progress, job))
             if texts is not None:
-                encoded = encoders.tokenize(tokenizer, texts.texts, texts.max_length)
-                cut = encoders.cut_share(tokenizer, texts.texts, encoded, texts.max_length)
+                some = examples.sample(CUT_SAMPLE, 0)  # the task's own: joined ones are cut on purpose
+                cut = encoders.cut_share(
+                    tokenizer, some, encoders.tokenize(tokenizer, some, texts.max_length), texts.max_length
+                )
                 result = replace(
                     result, max_length=texts.max_length, cut=cut, rows=data.rows_read(spec), calibration=texts.parts
                 )
