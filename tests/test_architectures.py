@@ -16,7 +16,7 @@ import transformers
 
 from sparsebert import architectures, checkpoint
 from sparsebert.engine import Engine
-from sparsebert.errors import CheckpointError, UnsupportedError
+from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 
 KINDS = sorted(architectures.ARCHITECTURES)
 PATH = Path("config.json")
