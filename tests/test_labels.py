@@ -185,3 +185,40 @@ def test_a_model_of_another_problem_type_is_refused(tmp_path):
     with pytest.raises(InputError, match="is a one_logit model, the labels of 'mr' are single_label"):
         evaluate(directory, "mr", n=10)
     assert json.loads((directory / "config.json").read_text())["problem_type"] == "regression"
+
+
+def own_file(tmp_path, problem: str):
+    """A file of 120 texts, labelled by which words they have, or by how often one occurs."""
+    rows = []
+    for i in range(120):
+        text = f"{'film ' * (i % 4)}{'the ' * (i % 3)}number {i}"
+        label = [word for word in ("film", "the") if word in text] if problem == "multi_label" else 0.5 + i % 4
+        rows.append(json.dumps({"text": text, "label": label}) + "\n")
+    path = tmp_path / f"{problem}.jsonl"
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
+def test_other_heads_are_trained_evaluated_and_pruned_from_a_file(tmp_path, problem):
+    path = own_file(tmp_path, problem)
+    settings = config.TrainConfig(steps=150, batch_size=16, lr=2e-3, precision="fp32", hold_out=20, select="best")
+    found = train(saved(tmp_path / "start", labels=3), str(path), tmp_path / "model", settings)
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    kind = heads.PROBLEMS[problem]
+    assert stored["problem_type"] == kind.config_name
+    assert list(heads.label_names(stored)) == (["film", "the"] if problem == "multi_label" else ["LABEL_0"])
+    result = evaluate(tmp_path / "model", str(path))
+    assert result.metric == kind.metric_name and result.score > 0.7 and found.held_out > 0.7
+    pruned = prune_checkpoint(
+        tmp_path / "model", str(path), tmp_path / "pruned",
+        config.PruneConfig(sparsity=0.3, calibration_tokens=6000, tier=0),
+    )  # fmt: skip
+    again = evaluate(tmp_path / "pruned", str(path), vs=tmp_path / "model")
+    assert pruned.sparsity == pytest.approx(0.3, abs=0.01) and again.agreement > 0.5 and again.kl_to_dense > 0
+
+
+def test_debiased_losses_are_for_one_label_per_text(tmp_path):
+    settings = config.TrainConfig(loss="poe", bias="weak", **TINY)
+    with pytest.raises(InputError, match="loss poe is for one label per text"):
+        train(saved(tmp_path / "start"), str(own_file(tmp_path, "one_logit")), tmp_path / "model", settings)

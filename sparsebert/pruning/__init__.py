@@ -82,7 +82,7 @@ def prune(
     if METHODS[config.method].looks_at_data:
         batches = calibration.padded_batches if config.as_published else calibration.batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        _require_tokens(tokens, linears)
+        _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text is many tokens
     METHODS[config.method].prune(model, calibration, config, run or Run(progress))
     return _result(model, config, start, tokens)
 
