@@ -8,8 +8,9 @@ of MR `… --task mr --epochs 2 --seed 0` (1, 2).
 
 `choose` compares mixtures by the default method on held-out training texts: of the task itself, of other tasks, and of
 these joined to long ones. None of its tasks is reported. `report` compares the task's texts alone with the default
-mixture, method by method, on the task's test split, on the long reviews of IMDB, and on every file in FOLDER (.csv with
-`text` and `label`: public review sets that are not ours to ship). No text of a reported set is in a mixture.
+mixture, method by method: on the task's test split, on longer texts made of it, on reviews (IMDB by length, and every
+file in FOLDER: bench.make_outside makes it, as these texts are not ours to ship), and on texts that are no reviews at
+all, where only the distance from the dense model means anything. A reported set has no text that is in a mixture.
 
 A finished cell is a line of the cells file, which is never computed again. Figures outside are of at most 400 seeded
 texts of a set.
@@ -19,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +35,7 @@ from sparsebert.config import PruneConfig
 from sparsebert.data import Examples
 from sparsebert.encoders import no_progress
 from sparsebert.engine.classifier import Classifier
-from sparsebert.jobs import Ledger, code_of
+from sparsebert.jobs import Ledger, code_of, digest
 from sparsebert.pruning import draw, prune
 from sparsebert.pruning.calibration import SHARES, general
 from sparsebert.robustness.evaluation import divergences
@@ -40,6 +43,7 @@ from sparsebert.robustness.evaluation import divergences
 KIND, CODE = "calibration cell", "sparsebert.pruning"
 MOST = 400  # texts of a set
 OLD, NEW = "task", "mixture"
+REVIEWS = "reviews:"
 # Name -> (tokens in all, shares); the same 150,000 tokens of the task's own texts wherever they are most of the set.
 MIXTURES = {
     OLD: (150_000, {"task": 1.0}),
@@ -96,19 +100,30 @@ def sets_to_choose_on(task: str) -> dict[str, Examples]:
 
 
 def sets_to_report(task: str, folder: Path | None) -> dict[str, Examples]:
-    """The test split whole; reviews of other domains and lengths."""
+    """The test split whole, and joined; reviews of other domains and lengths; texts that are no reviews."""
     spec = data.get_task(task)
-    found = {"in domain": data.load(spec, spec.test)}
+    test = data.load(spec, spec.test)
+    found = {"in domain": test, "longer: own texts, 150 words": joined(test, 150)}
     imdb = data.load(data.get_task("imdb"), "test")
-    long = [i for i, text in enumerate(imdb.texts) if len(text.split()) >= 200]
-    found["outside: imdb, 200 words"] = imdb.take(long)
+    words = np.array([len(text.split()) for text in imdb.texts])
+    found[f"{REVIEWS} imdb, 100 to 199 words"] = imdb.take(np.flatnonzero((words >= 100) & (words < 200)))
+    found[f"{REVIEWS} imdb, 200 words"] = imdb.take(np.flatnonzero(words >= 200))
     for path in sorted(folder.glob("*.csv")) if folder else ():
         own = data.get_task(str(path)).own
         both = [own["train"], own["test"]]
-        found[f"outside: {path.stem}"] = Examples(
+        found[f"{REVIEWS} {path.stem.replace('_', ' ')}"] = Examples(
             path.stem, "all", [*both[0].texts, *both[1].texts], None, np.concatenate([part.labels for part in both])
         )
-    return found
+    for other, split in (("agnews", "test"), ("mnli", "dev_matched"), ("qqp", "dev_heldout")):
+        texts = data.load(data.get_task(other), split).texts
+        found[f"foreign: {other}"] = Examples(other, split, list(dict.fromkeys(texts)), None, None)
+    seen = {data.normalised(text) for text in (*data.load(spec, spec.train).texts, *general())}
+    return {name: without(examples, seen) for name, examples in found.items()}
+
+
+def without(examples: Examples, seen: set[str]) -> Examples:
+    """Those whose text is not among `seen`."""
+    return examples.take([i for i, text in enumerate(examples.texts) if data.normalised(text) not in seen])
 
 
 @functools.cache
@@ -139,8 +154,9 @@ def cell(which: str, task: str, directory: Path, mixture: str, method: dict, fol
     model, tokenizer = checkpoint.load(directory)
     longest = spec.max_length if shares.keys() == {"task"} else None
     texts = draw(model, tokenizer, examples, tokens, longest, 0, others=general(), shares=shares)
+    before = time.process_time()
     result = prune(model, texts, config)
-    found: dict = {"seconds": result.seconds, "parts": texts.parts}
+    found: dict = {"seconds": result.seconds, "cpu_seconds": time.process_time() - before, "parts": texts.parts}
     with tempfile.TemporaryDirectory() as place:
         checkpoint.save(model, tokenizer, Path(place) / "m", recipe={"command": "study"}, figures={})
         classifier = Classifier.load(Path(place) / "m")
@@ -157,52 +173,82 @@ def cell(which: str, task: str, directory: Path, mixture: str, method: dict, fol
     return found
 
 
-def interval(values: list[float]) -> tuple[float, float, float]:
-    """(mean, low, high): the 95 % t interval over dense models, of no width for fewer than two."""
+def interval(values: list[float]) -> tuple[float, float, float] | tuple[None, None, None]:
+    """(mean, low, high): the 95 % t interval over dense models, the mean alone for fewer than two."""
+    if not values:
+        return None, None, None
     mean = float(np.mean(values))
     if len(values) < 2:
-        return mean, mean, mean
+        return mean, None, None
     half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
     return mean, mean - half, mean + half
 
 
 def summary(cells: list[tuple[dict, dict]]) -> list[harness.Row]:
-    """One row a (task, method, mixture, set): means over dense models, and KL over that of the task's texts alone."""
-    rows: list[harness.Row] = []
+    """One row a (task, method, mixture, set): means over dense models, and the distances from the same models
+    calibrated on the task's texts alone. `reviews: all` are the sets of reviews outside together, each counting alike.
+    """
     grouped: dict[tuple, dict[str, dict]] = {}
+    seconds: dict[tuple, list[float]] = {}
     for inputs, figures in cells:
-        for name, found in figures.items():
-            if isinstance(found, dict) and "kl" in found:
-                key = (inputs["task"], inputs["method"], name, inputs["mixture"])
-                grouped.setdefault(key, {})[inputs["dense"]] = found
+        sets = {name: found for name, found in figures.items() if isinstance(found, dict) and "kl" in found}
+        if reviews := [found for name, found in sets.items() if name.startswith(REVIEWS)]:
+            sets[f"{REVIEWS} all"] = together(reviews)
+        cell = (inputs["task"], inputs["method"], inputs["mixture"])
+        seconds.setdefault(cell, []).append(figures["cpu_seconds"])
+        for name, found in sets.items():
+            key = (inputs["task"], inputs["method"], name, inputs["mixture"])
+            grouped.setdefault(key, {})[inputs["dense"]] = found
+    rows: list[harness.Row] = []
     for (task, method, name, mixture), found in grouped.items():
         base = grouped.get((task, method, name, OLD), {})
-        both = [dense for dense in found if dense in base]
-        logs = [np.log(found[dense]["kl"] / base[dense]["kl"]) for dense in both]
-        ratio = tuple(float(np.exp(part)) for part in interval(logs)) if logs else (None, None, None)
-        points = [each["points"] for each in found.values() if "points" in each]
+        pairs = [(found[dense], base[dense]) for dense in found if dense in base]
+        logs = interval([log_kl(a) - log_kl(b) for a, b in pairs])
+        ratio = [None if part is None else float(np.exp(part)) for part in logs]
+        points = [100 * each["points"] for each in found.values() if "points" in each]
+        gained = [100 * (a["points"] - b["points"]) for a, b in pairs if "points" in a] if mixture != OLD else []
+        gain = interval(gained)
         rows.append({
             "task": task, "method": method, "set": name, "calibrated on": mixture, "models": len(found),
-            "n": next(iter(found.values()))["n"],
-            "points": 100 * float(np.mean(points)) if points else None,
+            "n": next(iter(found.values()))["n"], "points": float(np.mean(points)) if points else None,
+            "gain": gain[0], "gain low": gain[1], "gain high": gain[2],
             "agreement": 100 * float(np.mean([each["agreement"] for each in found.values()])),
-            "kl": float(np.mean([each["kl"] for each in found.values()])),
+            "kl": float(np.exp(np.mean([log_kl(each) for each in found.values()]))),
             "ratio": ratio[0], "low": ratio[1], "high": ratio[2],
+            "cpu s": float(np.mean(seconds[task, method, mixture])),
         })  # fmt: skip
+    methods = list(METHODS)
     return sorted(
-        rows, key=lambda row: (row["task"], row["method"], row["set"], list(MIXTURES).index(row["calibrated on"]))
-    )
+        rows,
+        key=lambda row: (
+            row["task"], methods.index(row["method"]), row["set"], list(MIXTURES).index(row["calibrated on"])
+        ),
+    )  # fmt: skip
+
+
+def log_kl(found: dict) -> float:
+    """log KL: of several sets the mean of theirs."""
+    return float(np.mean(np.log(found["kl"])))
+
+
+def together(sets: list[dict]) -> dict:
+    """Means over sets, the KL of each kept."""
+    means = {name: float(np.mean([each[name] for each in sets])) for name in ("agreement", "dense", "points")}
+    return {"n": sum(each["n"] for each in sets), "kl": [each["kl"] for each in sets], **means}
 
 
 COLUMNS = {
     "task": "", "method": "", "set": "", "calibrated on": "", "models": "d", "n": "d", "points": "+.2f",
-    "agreement": ".1f", "kl": ".4f", "ratio": ".2f", "low": ".2f", "high": ".2f",
+    "gain": "+.2f", "gain low": "+.2f", "gain high": "+.2f", "agreement": ".1f", "kl": ".4f", "ratio": ".2f",
+    "low": ".2f", "high": ".2f", "cpu s": ".0f",
 }  # fmt: skip
 NOTES = (
-    "87.5 % unstructured. `points` of accuracy from the same dense model and `agreement` with it in percent, `kl` the "
-    "mean KL(dense ‖ pruned) in nats: means over dense models. `ratio` is the geometric mean over dense models of `kl` "
-    "over that of the same model calibrated on the task's texts alone, `low` and `high` its 95 % interval (t, over "
-    "dense models, from two on). Sets outside are seeded subsets of at most 400 texts."
+    "87.5 % unstructured. `points` of accuracy from the same dense model and `agreement` with it in percent, means "
+    "over dense models; `gain`: the points won over the same model calibrated on the task's texts alone (`task`). `kl` "
+    "is KL(dense ‖ pruned) in nats, the mean over texts, then geometric over dense models, and for `reviews: all` over "
+    "the sets; `ratio` is `kl` over that of `task`, within a dense model. Intervals are 95 % (t, over dense models, "
+    "from two on). Sets outside are seeded subsets of at most 400 texts; `foreign` ones are no reviews, so that only "
+    "the distance from the dense model counts. `cpu s`: processor seconds of the pruning, all threads."
 )
 
 
@@ -211,7 +257,8 @@ def main() -> int:
     parser.add_argument("which", choices=["choose", "report"])
     parser.add_argument("--dense", nargs="*", default=[], metavar="TASK=DIR", help="dense models")
     parser.add_argument("--outside", type=Path, help="folder of .csv files with text and label")
-    parser.add_argument("--only", nargs="+", default=[], help="names of methods (report) or mixtures (choose)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of report (default: all)")
+    parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="texts to calibrate on (default: the table's)")
     parser.add_argument("--cells", type=Path, help="finished cells (default: bench/results/calibration_WHICH.jsonl)")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
@@ -220,22 +267,20 @@ def main() -> int:
     if path.exists():
         book.take_over(path)
     code = code_of(CODE)[:12]
+    methods = ["tier 1"] if args.which == "choose" else args.methods
+    mixtures = args.mixtures or ([OLD, NEW] if args.which == "report" else [name for name in MIXTURES if name != NEW])
     folder = str(args.outside or "")
     for entry in args.dense:
         task, _, directory = entry.partition("=")
         weights = checkpoint.weights_sha256(Path(directory))[:12]
         dense: dict[str, np.ndarray] = {}
-        if args.which == "choose":
-            wanted = [("tier 1", mixture) for mixture in MIXTURES if mixture != NEW]
-        else:
-            wanted = [(method, mixture) for method in METHODS for mixture in (OLD, NEW)]
-        for method, mixture in wanted:
-            if args.only and method not in args.only and mixture not in args.only:
-                continue
+        for method, mixture in itertools.product(methods, mixtures):
             inputs = {
                 "task": task, "dense": weights, "method": method, "mixture": mixture, "tokens": MIXTURES[mixture][0],
                 "shares": MIXTURES[mixture][1], "sets": sorted(sets_of(args.which, task, folder)),
             }  # fmt: skip
+            if folder:
+                inputs["outside"] = digest([each.sha256 for each in sets_of(args.which, task, folder).values()])
 
             def compute(task=task, directory=directory, method=method, mixture=mixture, dense=dense) -> dict:
                 if not dense:

@@ -362,8 +362,61 @@ def test_a_singular_hessian_names_pivot_and_damping():
     singular = torch.diag(torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64))
     with pytest.raises(InputError, match=r"pivot 3 of 4 is not, with damping 0\.001.*--damping"):
         Quadratic(singular, 0.001).minimum(singular)
-    with pytest.raises(InputError, match="must have some variance"):
-        Quadratic(torch.zeros(3, 3, dtype=torch.float64), 0.01).minimum(singular)
+
+
+DEAD = {
+    "nothing goes up": lambda model: model.bert.encoder.layer[1].intermediate.dense.weight,
+    "no input of a layer varies": lambda model: model.bert.encoder.layer[0].output.LayerNorm.weight,
+    "the encoder's output does not vary": lambda model: model.bert.encoder.layer[1].output.LayerNorm.weight,
+    "nothing is pooled": lambda model: model.bert.pooler.dense.weight,
+    "nothing is classified": lambda model: model.classifier.weight,
+}
+LOOKING = [{"method": "sparsegpt"}, {"method": "obs"}, {"method": "adaptive"}, {"method": "wanda"}] + [
+    {"method": "knowledge", "tier": tier} for tier in (0, 1, 2)
+]
+
+
+@pytest.mark.parametrize("config", LOOKING, ids=lambda c: " ".join(map(str, c.values())))
+@pytest.mark.parametrize("part", DEAD)
+def test_a_model_with_a_part_that_is_dead_is_pruned(part, config):
+    model = classifier()
+    with torch.no_grad():
+        DEAD[part](model).zero_()
+    result = prune(model, calibration(), PruneConfig(sparsity=0.5, **config))
+    assert result.sparsity >= 0.5 and all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "config", [{"method": "adaptive"}, {"method": "knowledge", "tier": 0}], ids=lambda c: c["method"]
+)
+def test_what_a_linear_gives_is_kept_where_its_input_never_varies(config):
+    model = classifier()
+    block = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        block.intermediate.dense.weight.zero_()
+    x = block.intermediate.intermediate_act_fn(block.intermediate.dense.bias).detach()
+    before, weight = block.output.dense(x).detach(), block.output.dense.weight.detach().clone()
+    prune(model, calibration(), PruneConfig(sparsity=0.5, **config))
+    x = block.intermediate.intermediate_act_fn(block.intermediate.dense.bias)
+    torch.testing.assert_close(block.output.dense(x), before, atol=1e-5, rtol=1e-5)
+    kept = block.output.dense.weight != 0
+    torch.testing.assert_close(block.output.dense.weight[kept], weight[kept])
+
+
+def test_without_any_variance_the_smallest_weights_go():
+    q = Quadratic(torch.zeros(3, 3, dtype=torch.float64), 0.01)
+    torch.testing.assert_close(q.h, 0.01 * torch.eye(3, dtype=torch.float64))
+    weight = torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(q.minimum(q.ridge * weight), weight)
+
+
+def test_calibration_texts_that_are_all_the_same_are_refused():
+    same = data.Examples("mr", "train", ["the one and only text of them"] * 400, None, None)
+    model = classifier()
+    texts = draw(model, tokenizer(), same, 1500, 128, 0)
+    for config in LOOKING:
+        with pytest.raises(InputError, match=r"texts must differ, all .* are 'the one and only text of them'"):
+            prune(model, texts, PruneConfig(sparsity=0.5, **config))
 
 
 def test_prune_checkpoint_is_reused_and_another_is_refused(tmp_path):

@@ -83,6 +83,7 @@ def prune(
         batches = calibration.padded_batches if config.as_published else calibration.batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text is many tokens
+        _require_different(calibration.texts)
     METHODS[config.method].prune(model, calibration, config, run or Run(progress))
     return _result(model, config, start, tokens)
 
@@ -220,6 +221,15 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
     if not isinstance(pattern, patterns.Unstructured) and (config.scope == "global" or config.as_published):
         raise InputError(
             f"--scope global and --as-published prune unstructured only, got {pattern}", fix="leave it out"
+        )
+
+
+def _require_different(texts: data.Examples) -> None:
+    """InputError for texts that are all the same: what the head sees of them does not vary."""
+    first = texts.texts[0], texts.texts_b and texts.texts_b[0]
+    if all(pair == first for pair in zip(texts.texts, texts.texts_b or [None] * len(texts), strict=True)):
+        raise InputError(
+            f"calibration texts must differ, all {len(texts)} are {first[0][:60]!r}", fix="give texts that differ"
         )
 
 

@@ -37,7 +37,8 @@ def cls_weights(model, batches: Batches) -> TokenWeights:
 def output_metrics(model, batches: Batches, seed: int, progress: Progress = no_progress) -> dict[str, torch.Tensor]:
     """How the errors of two outputs of each linear count together in what they cost the logits: FLOOR I + (1 - FLOOR) E
     g gᵀ / mean E g², float32 [n_out, n_out], g the gradients of `gradient_pass`, the means over tokens. [Martens &
-    Grosse 2015: the factor of a layer's Gauss-Newton matrix beside the inputs' second moments.]
+    Grosse 2015: the factor of a layer's Gauss-Newton matrix beside the inputs' second moments.] I where the logits do
+    not depend on the linear at all.
     """
     metrics: dict[str, torch.Tensor] = {}
 
@@ -50,8 +51,10 @@ def output_metrics(model, batches: Batches, seed: int, progress: Progress = no_p
 
     gradient_pass(model, batches, see, seed, progress)
     for metric in metrics.values():
-        metric *= (1 - FLOOR) / metric.diagonal().mean()
-        metric.diagonal().add_(FLOOR)
+        mean = metric.diagonal().mean()
+        if mean > 0:
+            metric *= (1 - FLOOR) / mean
+        metric.diagonal().add_(FLOOR if mean > 0 else 1.0)
     return metrics
 
 

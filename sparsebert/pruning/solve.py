@@ -25,9 +25,10 @@ HEAD_RIDGE = 1e-4  # on the squared distance from the least squares solution, be
 class Quadratic:
     """H = gram + λI with λ = damping times the mean diagonal of gram, [n_in, n_in] float64.
 
-    Raises InputError for a gram without any variance, and, when it is factored, for one that damping does not make
-    positive definite, naming the pivot and the damping tried. The weight of an input that never varied (a dead column)
-    is worth nothing under H: it is the first to go, or stays as it is.
+    The weight of an input that never varied (a dead column) is worth nothing under H: it is the first to go, or stays
+    as it is. Where none varied, because what comes before is pruned away, H is damping times I: the smallest weights
+    go, and as long as the bias takes up the mean of what they gave, the function is the same. Raises InputError, when H
+    is factored, for one that is not positive definite, naming the pivot and the damping tried.
     """
 
     gram: torch.Tensor
@@ -36,13 +37,7 @@ class Quadratic:
     @cached_property
     def ridge(self) -> float:
         """λ."""
-        mean = self.gram.diagonal().mean().item()
-        if not mean > 0:
-            raise InputError(
-                f"moments must have some variance, the mean diagonal of the Gram matrix is {mean:g}",
-                fix="give calibration texts that differ",
-            )
-        return self.damping * mean
+        return self.damping * (self.gram.diagonal().mean().item() or 1.0)
 
     @cached_property
     def h(self) -> torch.Tensor:
