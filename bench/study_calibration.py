@@ -37,8 +37,8 @@ from sparsebert.encoders import no_progress
 from sparsebert.engine.classifier import Classifier
 from sparsebert.jobs import Ledger, code_of, digest
 from sparsebert.pruning import draw, prune
-from sparsebert.pruning.calibration import SHARES, general
-from sparsebert.robustness.evaluation import divergences
+from sparsebert.pruning.calibration import SHARES
+from sparsebert.robustness.drift import drift, joined
 
 KIND, CODE = "calibration cell", "sparsebert.pruning"
 MOST = 400  # texts of a set
@@ -62,17 +62,6 @@ METHODS = {
     "adaptive": {"method": "adaptive"},
     "sparsegpt": {"method": "sparsegpt"},
 }
-
-
-def joined(examples: Examples, words: int, seed: int = 0) -> Examples:
-    """Texts of at least so many words made of consecutive ones."""
-    texts, several = [], []
-    for text in (examples.texts[i] for i in np.random.default_rng(seed).permutation(len(examples))):
-        several.append(text)
-        if sum(len(part.split()) for part in several) >= words:
-            texts.append(" ".join(several))
-            several = []
-    return Examples(examples.task, examples.split, texts, None, None)
 
 
 def without_labels(examples: Examples, paired: bool) -> Examples:
@@ -117,7 +106,7 @@ def sets_to_report(task: str, folder: Path | None) -> dict[str, Examples]:
     for other, split in (("agnews", "test"), ("mnli", "dev_matched"), ("qqp", "dev_heldout")):
         texts = data.load(data.get_task(other), split).texts
         found[f"foreign: {other}"] = Examples(other, split, list(dict.fromkeys(texts)), None, None)
-    seen = {data.normalised(text) for text in (*data.load(spec, spec.train).texts, *general())}
+    seen = {data.normalised(text) for text in (*data.load(spec, spec.train).texts, *data.general_texts())}
     return {name: without(examples, seen) for name, examples in found.items()}
 
 
@@ -153,7 +142,7 @@ def cell(which: str, task: str, directory: Path, mixture: str, method: dict, fol
         examples, _ = data.hold_out(examples, 1000)
     model, tokenizer = checkpoint.load(directory)
     longest = spec.max_length if shares.keys() == {"task"} else None
-    texts = draw(model, tokenizer, examples, tokens, longest, 0, others=general(), shares=shares)
+    texts = draw(model, tokenizer, examples, tokens, longest, 0, others=data.general_texts(), shares=shares)
     before = time.process_time()
     result = prune(model, texts, config)
     found: dict = {"seconds": result.seconds, "cpu_seconds": time.process_time() - before, "parts": texts.parts}
@@ -162,11 +151,7 @@ def cell(which: str, task: str, directory: Path, mixture: str, method: dict, fol
         classifier = Classifier.load(Path(place) / "m")
         for name, examples in sets_of(which, task, folder).items():
             want, got = dense[name], logits(classifier, examples)
-            found[name] = {
-                "n": len(examples),
-                "kl": float(divergences(classifier.problem, want, got).mean()),
-                "agreement": float((want.argmax(1) == got.argmax(1)).mean()),
-            }
+            found[name] = drift(classifier.problem, want, got)
             if examples.labels is not None:
                 right = [float((each.argmax(1) == examples.labels).mean()) for each in (want, got)]
                 found[name] |= {"dense": right[0], "points": right[1] - right[0]}

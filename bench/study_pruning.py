@@ -28,13 +28,14 @@ import numpy as np
 from scipy import stats
 
 from bench import harness
-from sparsebert import checkpoint, data, encoders
+from sparsebert import checkpoint, data, encoders, heads
 from sparsebert.config import PruneConfig
 from sparsebert.jobs import Job, Ledger, code_of
 from sparsebert.pruning import METHODS, draw, prune
 from sparsebert.pruning.knowledge import STEPS, steps_of
 from sparsebert.pruning.recover import distill
 from sparsebert.pruning.run import Run
+from sparsebert.robustness.drift import OUTSIDE, drift, unlike
 from sparsebert.robustness.evaluation import compare
 
 BASE = "adaptive"
@@ -135,7 +136,13 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
     spec = data.get_task(identity["task"])
     model, tokenizer = checkpoint.load(dense)
     examples = data.load(spec, spec.test)
-    wanted = encoders.predict(model, tokenizer, examples, max_length=spec.max_length)
+    outside = unlike(examples)
+
+    def logits_of(model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        far = {name: encoders.predict(model, tokenizer, texts, max_length=None) for name, texts in outside.items()}
+        return encoders.predict(model, tokenizer, examples, max_length=spec.max_length), far
+
+    wanted, wanted_far = logits_of(model)
     fields = dict(identity["config"])
     distilled = fields.pop("distilled", False)
     config = PruneConfig(seed=identity["draw"], calibration_tokens=identity["tokens"], **fields)
@@ -146,11 +153,16 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
         result = prune(model, texts, config, run=Run(job=job))
     if teacher is not None:
         distill(model, teacher, texts, perturb=True, seed=config.seed)
-    logits = encoders.predict(model, tokenizer, examples, max_length=spec.max_length)
+    logits, far = logits_of(model)
     dense_accuracy = float((wanted.argmax(1) == examples.labels).mean())
     found = asdict(compare(spec, examples, logits, wanted))
     kept = ("split", "n", "accuracy", "kl_to_dense", "agreement", "difference")
-    return {name: found[name] for name in kept} | {"dense_accuracy": dense_accuracy, "sparsity": result.sparsity}
+    problem = heads.PROBLEMS[spec.problem]
+    return {name: found[name] for name in kept} | {
+        "dense_accuracy": dense_accuracy,
+        "sparsity": result.sparsity,
+        "outside": {name: drift(problem, wanted_far[name], logits) for name, logits in far.items()},
+    }
 
 
 def _of_layers(identity: dict, config: PruneConfig) -> dict:
@@ -183,6 +195,8 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
             "agreement": 100 * float(np.mean([c["agreement"] for c in found])),
             "kl": float(np.mean([c["kl_to_dense"] for c in found])),
         }
+        if far := [c["outside"] for c in found if "outside" in c]:
+            row |= {f"kl {texts}": float(np.mean([each[texts]["kl"] for each in far])) for texts in OUTSIDE}
         if pairs:
             # Draws of one dense model are no independent cells: the interval is over dense models.
             logs: dict[str, list[float]] = {}
@@ -200,12 +214,15 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
 COLUMNS = {
     "space": "", "method": "", "cells": "d", "sparsity": ".4f", "accuracy": ".2f", "change": "+.2f",
     "agreement": ".2f", "kl": ".4f", "ratio": ".3f", "low": ".3f", "high": ".3f",
+    **{f"kl {texts}": ".4f" for texts in OUTSIDE},
 }  # fmt: skip
 NOTES = (
     "`accuracy`, its `change` from the same dense model, and `agreement` with it in percent; `kl` is the mean "
     "KL(dense ‖ pruned) in nats; all are means over cells (a dense model and a draw of calibration texts). `ratio` is "
     f"the geometric mean over draws, then dense models, of `kl` over that of `{BASE}` in the same cell, `low` and "
-    "`high` its 95 % interval (t, over dense models, from three on). The machine is the one that made the table."
+    "`high` its 95 % interval (t, over dense models, from three on). On the right `kl` on texts unlike the task's "
+    "(sparsebert.robustness.drift): its test texts joined to at least 150 words, and sentences of a dictionary; empty "
+    "where no cell measured it. The machine is the one that made the table."
 )
 
 

@@ -7,9 +7,10 @@ import pytest
 from models import classifier, saved, tokenizer
 
 from sparsebert import checkpoint, config, data
+from sparsebert.data import general_texts
 from sparsebert.errors import DataError, InputError
 from sparsebert.pruning import draw, prune_checkpoint
-from sparsebert.pruning.calibration import HELD_OUT, SHARES, general, others
+from sparsebert.pruning.calibration import HELD_OUT, SHARES, others
 
 MR = data.load(data.get_task("mr"), "train")
 PAIRS = data.Examples("nli", "train", MR.texts[:400], MR.texts[400:800], None)
@@ -17,13 +18,20 @@ PAIRS = data.Examples("nli", "train", MR.texts[:400], MR.texts[400:800], None)
 
 def drawn(tokens=20_000, seed=0, beside=None, examples=MR, max_length=None):
     return draw(
-        classifier(), tokenizer(), examples, tokens, max_length, seed, others=general() if beside is None else beside
+        classifier(),
+        tokenizer(),
+        examples,
+        tokens,
+        max_length,
+        seed,
+        others=general_texts() if beside is None else beside,
     )
 
 
 def test_the_general_set_is_packaged_and_of_sentences():
-    texts = general()
-    assert len(texts) == len(set(texts)) == 13_999
+    seen, unseen = general_texts(), general_texts(unseen=True)
+    texts = {*seen, *unseen}
+    assert len(seen) == 13_499 and len(unseen) == 500 and len(texts) == 13_999
     assert all(5 <= len(text.split()) <= 40 and text == text.strip() for text in texts)
 
 
@@ -86,8 +94,8 @@ def test_files_of_every_kind_are_read_in_order(tmp_path):
         (tmp_path / name).write_text(body)
     found = others([str(tmp_path / name) for name in FILES])
     assert found == ["first text", "second text", "third text", '"fourth text', "fifth text", "sixth text"]
-    assert others([]) == list(general()) and others(["none"]) == []
-    assert others([str(tmp_path / "a.txt"), "general"])[2:] == list(general())
+    assert others([]) == list(general_texts()) and others(["none"]) == []
+    assert others([str(tmp_path / "a.txt"), "general"])[2:] == list(general_texts())
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,13 @@ the next run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from pathlib import Path
 
-from sparsebert import checkpoint, data
+import numpy as np
+
+from sparsebert import checkpoint, data, heads
 from sparsebert.cli.output import progress, table
 from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
@@ -19,6 +22,7 @@ from sparsebert.engine.rivals import compare as race
 from sparsebert.jobs import Ledger, code_of, place, require_place
 from sparsebert.pruning import PruneResult, prune_checkpoint
 from sparsebert.robustness import Evaluation, compare
+from sparsebert.robustness.drift import OUTSIDE, drift, unlike
 from sparsebert.robustness.report import write_report
 from sparsebert.training import train
 
@@ -70,6 +74,7 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool, overwrite: bool =
                 "difference_ci": evaluations[method].difference_ci,
                 "kl_to_dense": evaluations[method].kl_to_dense,
                 "agreement": evaluations[method].agreement,
+                "outside": evaluations[method].outside,
                 "sparsity": pruned[method].sparsity,
             }
             for method in METHODS
@@ -88,40 +93,41 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool, overwrite: bool =
 
 
 def _evaluate(output: Path, config: DemoConfig, overwrite: bool) -> dict[str, Evaluation]:
-    """Dense and pruned models on the test sentences, the pruned ones paired with dense. One ledger unit a model."""
+    """Dense and pruned models on the test sentences, the pruned ones paired with dense, there and on texts unlike them.
+    One ledger unit a model.
+    """
     task = data.get_task(TASK)
     examples = data.load(task, task.test, limit=config.test_n, seed=config.seed)
     names = ("dense", *METHODS)
     weights = {name: checkpoint.weights_sha256(output / name) for name in names}
     book = Ledger(output / "units.sqlite", overwrite=overwrite)
-    found, dense_logits = {}, None
+    outside = unlike(examples)
+    found = {}
 
-    def logits_of(name: str):
+    @functools.cache
+    def logits_of(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         model, tokenizer = checkpoint.load(output / name)
         with progress(f"3/5 evaluate ({name})") as update:
-            return predict(model, tokenizer, examples, max_length=task.max_length, progress=update)
+            inside = predict(model, tokenizer, examples, max_length=task.max_length, progress=update)
+        return inside, {name: predict(model, tokenizer, texts, max_length=None) for name, texts in outside.items()}
 
     def evaluate(name: str) -> dict:
-        nonlocal dense_logits
-        if dense_logits is None:
-            dense_logits = logits_of("dense")
-        return dataclasses.asdict(
-            compare(
-                task,
-                examples,
-                dense_logits if name == "dense" else logits_of(name),
-                None if name == "dense" else dense_logits,
-            )
-        )
+        (dense, dense_outside), (own, own_outside) = logits_of("dense"), logits_of(name)
+        if name == "dense":
+            return dataclasses.asdict(compare(task, examples, dense))
+        problem = heads.PROBLEMS[task.problem]
+        far = {texts: drift(problem, dense_outside[texts], logits) for texts, logits in own_outside.items()}
+        return dataclasses.asdict(dataclasses.replace(compare(task, examples, own, dense), outside=far))
 
     for name in names:
         inputs = {
             "weights": weights[name],
             "dense": weights["dense"],
             "data": examples.sha256,
+            "outside": [texts.sha256 for texts in outside.values()],
             "max_length": task.max_length,
         }
-        code = code_of("sparsebert.robustness.run")
+        code = code_of("sparsebert.robustness.run") + code_of("sparsebert.robustness.drift")
         found[name] = Evaluation(**book.once("evaluate", inputs, lambda name=name: evaluate(name), code))
     book.close()
     return found
@@ -168,10 +174,11 @@ def _show(
                 f"{result.kl_to_dense:.4f}",
                 f"{result.agreement:.1%}",
             ]
-        rows.append(row + [""] * (6 - len(row)))
+            row += [f"{part['kl']:.4f}, {part['agreement']:.1%}" for part in result.outside.values()]
+        rows.append(row + [""] * (6 + len(OUTSIDE) - len(row)))
     table(
         f"MiniLM-L6 on MR, {evaluations['dense'].n} test sentences, 95 % intervals",
-        ["model", "zeros", "accuracy", "points from dense (paired)", "KL to dense", "same label"],
+        ["model", "zeros", "accuracy", "points from dense (paired)", "KL to dense", "same label", *OUTSIDE],
         rows,
     )
     rows = []

@@ -139,6 +139,19 @@ def word_neighbors() -> dict[str, list[str]]:
     return {word: near for word, near in json.loads(gzip.decompress(packed.read_bytes())).items() if near}
 
 
+UNSEEN = 500  # of the packaged general texts
+
+
+@functools.cache
+def general_texts(*, unseen: bool = False) -> tuple[str, ...]:
+    """The packaged general texts, sentences of a dictionary in an order without meaning. unseen: the last UNSEEN of
+    them, which nothing calibrates on, so that reports can measure on them; else the others.
+    """
+    packed = resources.files("sparsebert") / "assets" / "general" / "texts.txt.gz"
+    texts = tuple(gzip.decompress(packed.read_bytes()).decode().splitlines())
+    return texts[-UNSEEN:] if unseen else texts[:-UNSEEN]
+
+
 def normalised(text: str) -> str:
     """The text without case and with single spaces: what makes two examples the same."""
     return " ".join(text.casefold().split())

@@ -4,18 +4,15 @@ is kept as well.
 
 from __future__ import annotations
 
-import functools
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from sparsebert.data import Examples
+from sparsebert.data import Examples, general_texts
 from sparsebert.data.tables import lines_of, read, text_columns, texts_of
 from sparsebert.encoders import collate, token_limit, tokenize
 from sparsebert.errors import InputError
@@ -92,7 +89,7 @@ def others(named: list[str]) -> list[str]:
     found: list[str] = []
     for name in named:
         if name == GENERAL:
-            found += general()
+            found += general_texts()
         elif name != NONE:
             path = Path(name)
             if path.suffix == ".txt":
@@ -101,13 +98,6 @@ def others(named: list[str]) -> list[str]:
                 table = read(path)
                 found += [text for column in text_columns(table) for text in texts_of(table, column)]
     return found
-
-
-@functools.cache
-def general() -> tuple[str, ...]:
-    """The packaged general texts: sentences of a dictionary."""
-    packed = resources.files("sparsebert") / "assets" / "general" / "texts.txt.gz"
-    return tuple(gzip.decompress(packed.read_bytes()).decode().splitlines())
 
 
 def draw(

@@ -30,7 +30,8 @@ class Evaluation:
     difference: score minus the dense model's, paired. These and what follows from them are None without a dense model.
     engine: what computed the logits, "sparsebert" or "torch", where `evaluate` did. max_length: tokens kept of a text;
     cut: the share of the texts that have more. rows: read of own files (data.rows_read).
-    ood: the figures of `compare_ood` by the name of the test, where any was asked for.
+    ood: the figures of `compare_ood` by the name of the test, where any was asked for. outside: those of `drift` by the
+    name of the texts, likewise.
     """
 
     task: str
@@ -57,6 +58,7 @@ class Evaluation:
     cut: float | None = None
     rows: dict | None = None
     ood: dict[str, dict] | None = None
+    outside: dict[str, dict] | None = None
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
@@ -96,11 +98,14 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
 def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dense_predicted) -> dict:
     """The figures beside the dense model's, of logits and of predictions."""
     divergence = divergences(problem, dense, logits)
-    figures = {"kl_to_dense": float(divergence.mean()), "kl_ci": statistics.bootstrap_mean(divergence)}
+    figures = {
+        "kl_to_dense": float(divergence.mean()),
+        "kl_ci": statistics.bootstrap_mean(divergence),
+        "agreement": agreement(problem, predicted, dense_predicted),
+    }
     if problem is heads.SINGLE_LABEL:
         correct, dense_correct = predicted == examples.labels, dense_predicted == examples.labels
         return figures | {
-            "agreement": float((predicted == dense_predicted).mean()),
             "difference": float((correct.astype(np.float64) - dense_correct).mean()),
             "difference_ci": statistics.paired_difference(correct, dense_correct),
             "mcnemar_p": statistics.mcnemar(correct, dense_correct),
@@ -110,16 +115,18 @@ def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dens
         labels = examples.labels[rows]
         return problem.metric(logits[rows], labels) - problem.metric(dense[rows], labels)
 
-    if problem is heads.ONE_LOGIT:
-        agreement = heads.rank_correlation(predicted, dense_predicted)
-    else:
-        agreement = float((predicted == dense_predicted).all(axis=1).mean())
     everything = np.arange(len(examples))
     return figures | {
-        "agreement": agreement,
         "difference": difference(everything),
         "difference_ci": statistics.bootstrap(difference, len(examples)),
     }
+
+
+def agreement(problem: Problem, predicted: np.ndarray, dense_predicted: np.ndarray) -> float:
+    """Share of equal predictions; of one logit the rank correlation of the two."""
+    if problem is heads.ONE_LOGIT:
+        return heads.rank_correlation(predicted, dense_predicted)
+    return float((predicted == dense_predicted).reshape(len(predicted), -1).all(axis=1).mean())
 
 
 def divergences(problem: Problem, dense: np.ndarray, logits: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsebert import jobs
 from sparsebert.engine.measure import ratio_text
 from sparsebert.errors import UnsupportedError
+from sparsebert.robustness.drift import LONG, OUTSIDE
 from sparsebert.robustness.evaluation import Evaluation
 
 _COLOURS = {
@@ -78,7 +79,7 @@ def write_report(
         "<h1>MiniLM-L6, pruned and checked</h1>"
         f"<p>Task {html.escape(dense.task)}, {dense.n} {html.escape(dense.split)} sentences. The encoder is "
         "all-MiniLM-L6-v2, a sentence-embedding model, fine-tuned; embeddings, pooler and classifier stay dense.</p>"
-        f"{_quality_table(evaluations, density)}{_speed_table(timings)}<div class='charts'>{charts}</div>"
+        f"{_quality_table(evaluations)}{_speed_table(timings)}<div class='charts'>{charts}</div>"
         f"<h2>Settings</h2><p><code>{html.escape(shown)}</code></p>"
     )
     write_page(path, "sparsebert demo", body)
@@ -176,23 +177,29 @@ def _latency(go, timings: list[dict]):
     return figure
 
 
-def _quality_table(evaluations: dict[str, Evaluation], density: dict[str, dict[str, float]]) -> str:
+def _quality_table(evaluations: dict[str, Evaluation]) -> str:
     rows = ""
     for name, result in evaluations.items():
         low, high = result.accuracy_ci
         cells = [f"{result.accuracy:.1%} [{low:.1%}, {high:.1%}]"]
         if result.difference_ci is None:
-            cells += ["", "", ""]
+            cells += [""] * (3 + len(OUTSIDE))
         else:
             low, high = result.difference_ci
             cells += [
                 f"{100 * result.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
                 f"{result.kl_to_dense:.4f}",
                 f"{result.agreement:.1%}",
+                *(f"{result.outside[texts]['kl']:.4f}, {result.outside[texts]['agreement']:.1%}" for texts in OUTSIDE),
             ]
         rows += f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-    heads = ("model", "accuracy, 95 % interval", "points from dense, paired", "KL to dense", "same label")
-    return "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{rows}</table>"
+    heads = ("model", "accuracy, 95 % interval", "points from dense, paired", "KL to dense", "same label", *OUTSIDE)
+    note = (
+        f"On the right KL and same label away from the task: {OUTSIDE[0]} are the sentences joined to at least {LONG} "
+        f"words, {OUTSIDE[1]} are of a dictionary; none was calibrated on, but others of both kinds were."
+    )
+    table = "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{rows}</table>"
+    return f"{table}<p>{html.escape(note)}</p>"
 
 
 def _speed_table(timings: list[dict]) -> str:
