@@ -58,7 +58,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {
         "restaurants_and_shops_100": (restaurants_and_shops(textfooler), 100),
-        "product_reviews": (products(corpora), 1),
+        "product_reviews": (products(corpora), 3),
         "film_reviews_200": (films(corpora), 200),
     }
     for name, (rows, words) in sets.items():
