@@ -4,7 +4,7 @@ python -m bench.make_outside TEXTFOOLER NLTK_DATA FOLDER
 
 TEXTFOOLER: a checkout of github.com/jind11/TextFooler (data/yelp: 1,000 reviews of restaurants and shops). NLTK_DATA:
 one of github.com/nltk/nltk_data (packages/corpora: the customer reviews of Hu & Liu 2004 and Ding et al. 2008, the film
-reviews of Pang & Lee 2004). Sentences of product reviews by the sum of their opinions' strengths, reviews of
+reviews of Pang & Lee 2004). Sentences of product reviews of at least 4 words by the sum of their opinions, reviews of
 restaurants and shops of at least 100 words, film reviews of at least 200.
 """
 
@@ -46,7 +46,7 @@ def films(corpora: Path) -> Iterator[Row]:
 
 def _files(archive: Path) -> Iterator[tuple[str, str]]:
     with zipfile.ZipFile(archive) as files:
-        for name in sorted(files.namelist()):
+        for name in files.namelist():
             if not name.endswith("/"):
                 yield name, files.read(name).decode(errors="replace")
 
@@ -58,7 +58,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     sets = {
         "restaurants_and_shops_100": (restaurants_and_shops(textfooler), 100),
-        "product_reviews": (products(corpora), 3),
+        "product_reviews": (products(corpora), 4),
         "film_reviews_200": (films(corpora), 200),
     }
     for name, (rows, words) in sets.items():

@@ -581,10 +581,15 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_
     assert result["methods"].keys() == {"magnitude", "adaptive", "knowledge"}
     assert all(method["sparsity"] == 0.875 for method in result["methods"].values())
     assert all(0 < method["kl_to_dense"] < 1 for method in result["methods"].values())  # ten steps: nothing to compare
+    for method in result["methods"].values():
+        assert method["outside"].keys() == {"longer texts", "general texts"}
+        assert all(0 < texts["kl"] < 1 and texts["n"] > 1 for texts in method["outside"].values())
     assert result["latency_ms"].keys() == {"torch", "sparsebert"} and result["max_logit_error"] < 1e-4
 
     page = Path(result["report"]).read_text()
-    assert "plotly" in page and not re.search(r"<(script|link|img)[^>]*(src|href)=", page), "opens without network"
+    assert "longer texts" in page and "plotly" in page and not re.search(r"<(script|link|img)[^>]*(src|href)=", page), (
+        "opens without network"
+    )
 
     process = demo(output)
     out, err = process.communicate(timeout=120)

@@ -65,6 +65,14 @@ def test_ratios_are_taken_within_a_cell_and_weigh_dense_models_alike():
     assert rows[1]["low"] < rows[1]["ratio"] < rows[1]["high"]
 
 
+def test_drift_away_from_the_task_is_of_the_cells_that_measured_it():
+    far = {"longer texts": {"kl": 0.4}, "general texts": {"kl": 0.1}}
+    cells = [{**identity(draw=draw), **FIGURES} for draw in (0, 1)]
+    assert "kl longer texts" not in summary({("s", "obs"): cells})[0]
+    row = summary({("s", "obs"): [*cells, {**cells[0], "outside": far}]})[0]
+    assert (row["kl longer texts"], row["kl general texts"], row["cells"]) == (0.4, 0.1, 3)
+
+
 def test_rungs_are_of_the_same_cells_and_each_setting_has_one():
     cells = {name: [identity(weights=w, draw=d) for w, d in places] for name, places in {
         "whole": [("v", 0), ("v", 1), ("w", 0)], "some": [("w", 0), ("v", 0)], "few": [("v", 0), ("x", 0)],
