@@ -30,6 +30,7 @@ from scipy import stats
 from bench import harness
 from sparsebert import checkpoint, data, encoders, heads
 from sparsebert.config import PruneConfig
+from sparsebert.errors import InputError
 from sparsebert.jobs import Job, Ledger, code_of
 from sparsebert.pruning import METHODS, draw, prune
 from sparsebert.pruning.knowledge import STEPS, steps_of
@@ -120,7 +121,12 @@ class Cells:
         return identity | figures
 
     def _take_over(self) -> None:
-        lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        except ValueError as error:
+            raise InputError(
+                f"{self.path} must hold finished cells, one JSON object a line: {error}", fix="restore it, or delete it"
+            ) from error
         if all("key" in line for line in lines):
             return self.book.take_over(self.path)
         for line in lines:  # of a version that wrote identity and figures side by side

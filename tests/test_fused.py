@@ -15,7 +15,7 @@ LABELS = torch.tensor([0, 1, 1])
 
 
 def batch(mask: str = "padded") -> dict[str, torch.Tensor]:
-    ids = torch.randint(1000, 3000, (3, 11), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(100, 1000, (3, 11), generator=torch.Generator().manual_seed(0))
     keep = torch.ones_like(ids)
     if mask == "padded":
         keep[1, 4:] = keep[2, 9:] = 0

@@ -163,7 +163,7 @@ def without_types(batches):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_stages_follow_execution_and_share_inputs(kind):
-    batches = without_types(calibration().batches)
+    batches = without_types(calibration(model=classifier(kind)).batches)
     found = list(stages(classifier(kind), batches, heads=True))
     named = [" ".join(name.rpartition(".")[2] for name in stage.linears) for stage in found]
     assert named == 2 * STAGES[kind] + HEADS[kind]
@@ -199,7 +199,11 @@ def direct_moments(dense, sparse, batches, name, weights=None):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", STAGES)
 def test_moments_come_from_sparse_predecessors_and_dense_targets(kind, weighted):
-    dense, model, batches = classifier(kind), classifier(kind), without_types(calibration(700).batches)
+    dense, model, batches = (
+        classifier(kind),
+        classifier(kind),
+        without_types(calibration(700, model=classifier(kind)).batches),
+    )
     names = list(encoders.encoder_linears(model))
     weights = {}
     if weighted:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from bench import study_pruning
 from bench.study_pruning import Cells, shared, summary
 from sparsebert.config import PruneConfig
+from sparsebert.errors import InputError
 
 FIGURES = {"kl_to_dense": 0.2, "accuracy": 0.9, "difference": 0.0, "agreement": 1.0, "sparsity": 0.5}
 
@@ -42,13 +44,16 @@ def test_settings_share_layers_where_only_what_follows_them_differs():
     assert layers(method="adaptive") != layers(method="adaptive", as_published=True)
 
 
-def test_a_torn_line_costs_its_own_cell_alone(tmp_path):
+def test_a_torn_file_of_cells_is_refused_and_its_ledger_has_them_all(tmp_path):
     path = tmp_path / "c.jsonl"
     for draw in (0, 1):
         Cells(path).once(identity(draw=draw), lambda: dict(FIGURES))
     path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"c\.jsonl must hold finished cells, one JSON object a line"):
+        Cells(path)
+    path.unlink()
     Cells(path).once(identity(draw=2), lambda: dict(FIGURES))
-    assert [cell["draw"] for cell in Cells(path).of(task="mr")] == [0, 2]
+    assert [cell["draw"] for cell in Cells(path).of(task="mr")] == [0, 1, 2]
 
 
 def test_ratios_are_taken_within_a_cell_and_weigh_dense_models_alike():
