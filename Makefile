@@ -25,6 +25,13 @@ clean:
 	$(BIN)/python -m pip install -c constraints.txt -e '.[demo,dev]'
 	@touch $@
 
+# Hours: goes on where it was stopped. Python 3.11.
+.PHONY: mutants
+mutants: .venv/installed
+	$(BIN)/python -m pip install -q 'mutmut>=3.8,<4'
+	$(BIN)/mutmut run --max-children 2
+	$(BIN)/python -m tests.mutants --markdown bench/results/mutants.md
+
 # The kernels and packers under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED := build/sanitized
 .PHONY: sanitize
