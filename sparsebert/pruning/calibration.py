@@ -21,7 +21,8 @@ Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each, a bat
 TOKENS_PER_BATCH = 4096
 HELD_OUT = 256  # texts for choices within a method, at most a tenth of all: never calibrated on
 # Parts of a calibration set and their shares of its tokens, where there are other texts than the task's: its texts as
-# they are and joined to longer ones, the others likewise. Chosen on tasks that are not reported (study_calibration).
+# they are and joined to longer ones, the others likewise. Set by hand; `study_calibration choose` compares them with
+# other shares, on tasks that are not reported.
 SHARES = {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}
 SHORTEST_JOINED = 48  # tokens
 NONE, GENERAL = "none", "general"
