@@ -66,11 +66,10 @@ METHODS = {
 
 def without_labels(examples: Examples, paired: bool) -> Examples:
     """The texts alone, paired or not as a model takes them."""
-    texts, texts_b = examples.texts, examples.texts_b
-    if paired and texts_b is None:
-        half = len(texts) // 2
-        texts, texts_b = texts[:half], texts[half : 2 * half]
-    return Examples(examples.task, examples.split, texts, texts_b if paired else None, None)
+    both = examples.texts, examples.texts_b
+    if not paired or examples.texts_b is None:
+        both = data.in_pairs(examples.texts, paired)
+    return Examples(examples.task, examples.split, *both, None)
 
 
 def sets_to_choose_on(task: str) -> dict[str, Examples]:

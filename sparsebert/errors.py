@@ -19,7 +19,7 @@ def cut(text: str, longest: int = LONGEST) -> str:
 
 class _Short(reprlib.Repr):
     def repr_int(self, x: int, level: int) -> str:  # Python writes none of more than 4,300 digits
-        return super().repr_int(x, level) if x.bit_length() < 1000 else f"<an integer of {x.bit_length()} bits>"
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"<an integer of {x.bit_length()} bits>"
 
 
 _short = _Short()

@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from sparsebert import environment, heads
 from sparsebert.data import tables
 from sparsebert.data.tasks import NLI, TASKS, Task
-from sparsebert.errors import DataError, InputError, first_line
+from sparsebert.errors import DataError, InputError, first_line, shown
 from sparsebert.heads import Problem
 
 
@@ -152,6 +153,14 @@ def general_texts(*, unseen: bool = False) -> tuple[str, ...]:
     return texts[-UNSEEN:] if unseen else texts[:-UNSEEN]
 
 
+def in_pairs(texts: Sequence[str], paired: bool) -> tuple[list[str], list[str] | None]:
+    """Single texts as (texts, texts_b) of a task: for a paired one its first half beside its second, an odd one out."""
+    if not paired:
+        return list(texts), None
+    half = len(texts) // 2
+    return list(texts[:half]), list(texts[half : 2 * half])
+
+
 def normalised(text: str) -> str:
     """The text without case and with single spaces: what makes two examples the same."""
     return " ".join(text.casefold().split())
@@ -201,7 +210,7 @@ def _check(task: Task, split: str, table: tables.Table) -> Examples:
         for row, label in enumerate(labels):
             if type(label) is not int or not 0 <= label < len(task.labels):
                 raise DataError(
-                    f"{table.where(row)}: label must be 0 to {len(task.labels) - 1}, got {tables.shown(label)}",
+                    f"{table.where(row)}: label must be 0 to {len(task.labels) - 1}, got {shown(label)}",
                     fix="correct the label",
                 )
         labels = np.asarray(labels, dtype=np.int64)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert.data.examples import Examples, normalised
-from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, shown, text_columns, texts_of
+from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, text_columns, texts_of
 from sparsebert.data.tasks import TASKS, Task
-from sparsebert.errors import DataError, InputError
+from sparsebert.errors import DataError, InputError, shown
 from sparsebert.heads import fold
 
 MAX_CLASSES = 1000  # above it the column is no label
@@ -41,7 +41,7 @@ def get_task(name: str, *, labelled: bool = True) -> Task:
     if wanted:
         return _of_tables(path, {"": read(path)}, labelled)
     raise InputError(
-        f"task must be one of {', '.join(TASKS)}, a folder or a file, got {shown(name, 200)}", fix="choose one of these"
+        f"task must be one of {', '.join(TASKS)}, a folder or a file, got {shown(name)}", fix="choose one of these"
     )
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsebert.errors import DataError, first_line
+from sparsebert.errors import DataError, first_line, shown
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 LARGEST = 1 << 31  # bytes of a file: more is no calibration or test set
@@ -61,12 +61,6 @@ class Table:
                 hint = "write .tsv without quotes, or save it as .csv"
             raise DataError(f"{self.path} must have a column {name!r}, has {found}", fix=hint)
         return self.columns[name]
-
-
-def shown(value: object, most: int = 60) -> str:
-    """`repr`, cut to a readable length."""
-    text = repr(value[: 2 * most] if isinstance(value, str | bytes | list) else value)
-    return text if len(text) <= most else text[:most] + "…"
 
 
 def read(path: Path, also: tuple[str, ...] = ()) -> Table:

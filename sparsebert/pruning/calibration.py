@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsebert.data import Examples, general_texts
+from sparsebert.data import Examples, general_texts, in_pairs
 from sparsebert.data.tables import lines_of, read, text_columns, texts_of
 from sparsebert.encoders import collate, token_limit, tokenize
 from sparsebert.errors import InputError
@@ -124,9 +124,7 @@ def draw(
     own = _Pool(examples.texts, examples.texts_b)
     pools = {"task": own}
     if others:
-        half = len(others) // 2
-        paired = None if examples.texts_b is None else others[half : 2 * half]
-        pools["others"] = _Pool(others if paired is None else others[:half], paired)
+        pools["others"] = _Pool(*in_pairs(others, examples.texts_b is not None))
     shares = shares or (SHARES if others else {"task": 1.0})
     held, rest = {}, {}
     for name, pool in pools.items():

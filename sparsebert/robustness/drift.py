@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsebert.data import Examples, general_texts
+from sparsebert.data import Examples, general_texts, in_pairs
 from sparsebert.heads import Problem
 from sparsebert.robustness import statistics
 from sparsebert.robustness.evaluation import agreement, divergences
@@ -17,11 +17,8 @@ def unlike(examples: Examples) -> dict[str, Examples]:
     """Texts unlike `examples`, packaged all: "longer texts", made of them, and "general texts", sentences of a
     dictionary that nothing calibrates on (data.general_texts); without labels, pairs if these are.
     """
-    texts, texts_b = list(general_texts(unseen=True)), None
-    if examples.texts_b is not None:
-        half = len(texts) // 2
-        texts, texts_b = texts[:half], texts[half:]
-    general = Examples("general", "unseen", texts, texts_b, None)
+    pairs = in_pairs(general_texts(unseen=True), examples.texts_b is not None)
+    general = Examples("general", "unseen", *pairs, None)
     return {LONGER: joined(examples, LONG).sample(MOST, 0), GENERAL: general}
 
 
