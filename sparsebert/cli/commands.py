@@ -9,8 +9,9 @@ import typer
 
 from sparsebert.cli.options import flags
 from sparsebert.cli.output import emit, progress, say_what_was_read, table
-from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, SubnetConfig, TrainConfig
+from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
 from sparsebert.errors import InputError
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
 app = typer.Typer(
     name="sparsebert",
@@ -95,7 +96,7 @@ def train(
     emit({"task": task, "seed": config.seed, **result.as_json()})
 
 
-@app.command()
+@app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
 @flags(PruneConfig, subnet=SubnetConfig)
 def prune(
     directory: Directory,
@@ -108,9 +109,6 @@ def prune(
     config: PruneConfig,
     subnet: SubnetConfig,
 ) -> None:
-    """Prune the classifier in DIR: without labels, or by training with them (methods mask, imp, imp-rw,
-    soft-movement).
-    """
     from sparsebert.pruning import prune_checkpoint
 
     if dry_run:

@@ -11,6 +11,8 @@ from sparsebert.data.examples import (
     load,
     mix_ood,
     normalised,
+    sameness,
+    training,
     word_neighbors,
 )
 from sparsebert.data.own import get_task, rows_read
@@ -32,5 +34,7 @@ __all__ = [
     "mix_ood",
     "normalised",
     "rows_read",
+    "sameness",
+    "training",
     "word_neighbors",
 ]

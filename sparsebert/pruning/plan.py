@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import PruneConfig, SubnetConfig
+from sparsebert.config import PruneConfig
 from sparsebert.encoders import encoder_linears, token_limit, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
@@ -17,8 +17,11 @@ from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, 
 from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
+from sparsebert.pruning.entry import check
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
+from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.recover import BATCH, SPARSE_BELOW, STEPS
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.training.lesson import examples_of
 from sparsebert.training.loop import CHECKS, step_count
 
@@ -54,8 +57,6 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
     """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. Raises InputError as `prune`
     would for a pattern that does not fit.
     """
-    from sparsebert.pruning import TRAINED, check
-
     spec, subnet = data.get_task(task, config.max_length), subnet or SubnetConfig()
     check(config, subnet)
     directory = checkpoint.resolve(source)
@@ -67,13 +68,11 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
 
 def plan_model(model, config: PruneConfig) -> Plan:
     """The plan of `prune`, from shapes alone; its guess of the time from the speed of one matrix product here."""
-    from sparsebert.pruning import METHODS, check
-
     check(config)
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
-    looks = METHODS[config.method].looks_at_data
+    looks = LABEL_FREE[config.method].looks_at_data
     tokens = config.calibration_tokens if looks else 0
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
     return Plan(
@@ -109,14 +108,14 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
     mib = 1 / 2**20
     parameters = sum(p.numel() for p in model.parameters())
     scores = weights // (pattern.rows if isinstance(pattern, Grouped) else 1)
-    trained = {"mask": scores, "soft-movement": scores + parameters}.get(config.method, parameters)
+    beside, learning = TRAINED[config.method].floats(scores, parameters)
     widths = sum(m.in_features + m.out_features for m in linears.values())
     memory = {  # fitted to the peaks of MiniLM on MNLI
         "python_and_torch": 700.0,
         "examples": 170 * mean * len(examples) * mib,
-        "model": 4 * (parameters + {"imp": 0, "imp-rw": parameters}.get(config.method, scores)) * mib,
-        "gradients_and_moments": 12 * trained * mib,
-        "best": 4 * trained * mib if subnet.select == "best" else 0.0,
+        "model": 4 * (parameters + beside) * mib,
+        "gradients_and_moments": 12 * learning * mib,
+        "best": 4 * learning * mib if subnet.select == "best" else 0.0,
         # What the backward pass reads again, as in _memory; autocast leaves much of it float32.
         "backward": 1.5 * 4 * subnet.batch_size * max(lengths) * widths * mib,
     }

@@ -128,7 +128,8 @@ class Lesson:
 
         run = Run(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
         figures |= {"max_length": limit, "cut": cut_share(tokenizer, self.examples, limit)}
-        figures |= {"rows": data.rows_read(self.spec), "resumed_from": run.step}
+        figures |= {"rows": data.rows_read(self.spec), "left_out": self.examples.left_out}
+        figures["resumed_from"] = run.step
         for step in range(run.step, len(steps)):
             rows = steps[step]
             torch.manual_seed(seed_of(config.seed, step))
@@ -215,7 +216,7 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
             f"loss {config.loss} needs a bias model, and task {spec.name!r} has none of its own",
             fix="name one: --bias weak",
         )
-    examples, held_out = data.hold_out(data.load(spec, spec.train), config.hold_out)
+    examples, held_out = data.hold_out(data.training(spec), config.hold_out)
     examples = examples.sample(config.n, config.seed)
     return data.mix_ood(spec, examples) if config.mix_ood else examples, held_out
 
