@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import local_data
 from models import classifier, saved, tokenizer
 
 from sparsebert import config, data

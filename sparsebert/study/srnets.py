@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparsebert import checkpoint, data
 from sparsebert.encoders import Progress, no_progress
+from sparsebert.environment import that_matter
 from sparsebert.errors import InputError
 from sparsebert.jobs import Ledger, code_of, digest, place, require_place
 from sparsebert.machine import card
@@ -83,7 +84,13 @@ def run_grid(
             def compute(cell=cell) -> dict:
                 begin = time.perf_counter()
                 figures = run_cell(grid, cell, output / "models", progress, overwrite=overwrite)
-                return {**figures, "seconds": time.perf_counter() - begin, "code": CODE, "machine": card()["cpu"]}
+                return {
+                    **figures,
+                    "seconds": time.perf_counter() - begin,
+                    "code": CODE,
+                    "machine": card()["cpu"],
+                    "environment": that_matter(),
+                }
 
             stored = book.once(KIND, inputs, compute)
             took.setdefault(_kind(cell), []).append(stored["seconds"])
