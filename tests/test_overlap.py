@@ -71,6 +71,8 @@ def test_what_the_task_and_its_ood_tests_report_is_left_out_and_counted(sets):
     assert examples.left_out == 2 and len(data.load(spec, "train")) == 10
     mixed = data.mix_ood(spec, examples)
     assert mixed.texts[8:] == ["alone", "x"] * 10 and mixed.left_out == 4, "both counted once, not ten times"
+    foreign = Examples("other", "train", ["Claim 3", "new"], ["evidence 3"] * 2, None)
+    assert data.unreported(spec, foreign).texts == ["new"] and data.unreported(spec, foreign).left_out == 1
     assert data.hold_out(examples, 3)[1].left_out == 2 and examples.sample(2, 0).left_out == 2
 
 

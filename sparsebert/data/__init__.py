@@ -13,6 +13,7 @@ from sparsebert.data.examples import (
     normalised,
     sameness,
     training,
+    unreported,
     word_neighbors,
 )
 from sparsebert.data.own import get_task, rows_read
@@ -36,5 +37,6 @@ __all__ = [
     "rows_read",
     "sameness",
     "training",
+    "unreported",
     "word_neighbors",
 ]

@@ -97,14 +97,18 @@ def training(task: Task, *, labelled: bool = True) -> Examples:
     are at hand here, compared by `sameness`. Whatever learns, calibrates or chooses on a task takes these. DataError
     where nothing is left; else as `load`.
     """
-    whole = load(task, task.train, labelled=labelled)
-    left = _without(whole, _reported(task))
+    left = unreported(task, load(task, task.train, labelled=labelled))
     if not len(left):
         raise DataError(
             f"task {task.name!r}: every training example is also in its {task.test} split, none is left to learn from",
             fix="give other training examples",
         )
     return left
+
+
+def unreported(task: Task, examples: Examples) -> Examples:
+    """The examples without those that are reported of the task, wherever they come from; how many is counted."""
+    return _without(examples, _reported(task))
 
 
 def sameness(examples: Examples) -> list[tuple[str, ...]]:
