@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint tables clean
 demo: .venv/installed
 	$(BIN)/sparsebert demo --overwrite  # of what an older version of the code has left
 
@@ -13,6 +13,9 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+tables: .venv/installed  # which machine, command and environment made each of bench/results
+	@$(BIN)/python -m bench.tables
 
 clean:
 	rm -rf .venv build sparsebert-demo *.egg-info sparsebert/*.so

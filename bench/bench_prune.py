@@ -59,7 +59,7 @@ def one(name: str, dense: Path | None, config: dict) -> dict:
     from sparsebert.pruning.plan import plan_model
 
     case = CASES[name]
-    examples = data.load(data.get_task("mr"), "train")
+    examples = data.training(data.get_task("mr"))
     if case.words:  # the same sentences, end to end
         words = " ".join(examples.texts).split()
         texts = [" ".join(words[i : i + case.words]) for i in range(0, len(words), case.words)]

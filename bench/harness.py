@@ -107,12 +107,12 @@ def report(
 
 
 def markdown(title: str, rows: Sequence[Row], columns: dict[str, str], notes: str) -> str:
-    """The same table as a page for bench/results: machine and command first."""
+    """The same table as a page for bench/results: machine, command and environment variables first."""
     card = machine.card()
     lines = [f"# {title}", ""]
     lines.append(f"Machine: {card['cpu']}, {card['cores']} cores, {', '.join(card['isas'])}; {card['os']}, Python")
     lines[-1] += f" {card['python']}, numpy {card['numpy']}, torch {card['torch']}.  "
-    lines += [f"Command: `{command()}`", "", notes, ""]
+    lines += [f"Command: `{command()}`  ", f"Environment: {machine.setting(card['environment'])}.", "", notes, ""]
     lines.append("| " + " | ".join(columns) + " |")
     lines.append("|" + "---|" * len(columns))
     for row in rows:

@@ -1,8 +1,10 @@
 """What a really pruned classifier costs and keeps: latency of `Engine.logits` against KL to dense and accuracy.
 
 python -m bench.study_frontier DENSE MODEL… [--task sst2] [--threads N] [--plot FILE] [--json] [--markdown FILE]
+python -m bench.study_frontier DENSE --prune FOLDER …
 
-DENSE and MODELs are model directories, pruned by `sparsebert prune` from DENSE. Texts go in and logits come out, so
+DENSE and MODELs are model directories, pruned by `sparsebert prune` from DENSE; `--prune` makes those of the committed
+table, FOLDER/PATTERN-SPARSITY, where they are not finished. Texts go in and logits come out, so
 tokenizing is inside all timings, of ours and of torch's.
 """
 
@@ -19,10 +21,12 @@ import numpy as np
 
 from bench import harness
 from sparsebert import checkpoint, data
+from sparsebert.config import PruneConfig
 from sparsebert.engine import Engine
 from sparsebert.engine.measure import interleave
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
+from sparsebert.pruning import prune_checkpoint
 from sparsebert.robustness.evaluation import compare
 
 COLUMNS = {
@@ -38,9 +42,20 @@ NOTES = (
     "threads, {dtype}. "
     "`kernels`: what the {linears} linears run as. One dense model, one draw of calibration texts."
 )
+FRONTIER = [("unstructured", 0.75), ("unstructured", 0.875), ("unstructured", 0.95)]
+FRONTIER += [(pattern, sparsity) for pattern in ("16x1", "32x1") for sparsity in (0.75, 0.875)]
 TIMED = 64
 CALLS = (1, 32)  # sentences
 COLOURS = {"dense": "black", "unstructured": "tab:blue", "16x1": "tab:orange", "32x1": "tab:green", "2:4": "tab:red"}
+
+
+def pruned(dense: Path, task: str, folder: Path) -> list[Path]:
+    """The directories of FRONTIER in `folder`, pruned where they are not finished."""
+    directories = []
+    for pattern, sparsity in FRONTIER:
+        directories.append(folder / f"{pattern}-{sparsity:g}")
+        prune_checkpoint(dense, task, directories[-1], PruneConfig(pattern=pattern, sparsity=sparsity))
+    return directories
 
 
 def torch_call(directory: Path, texts: list[str], size: int) -> Callable[[], None]:
@@ -130,7 +145,8 @@ def plot(rows: list[harness.Row], facts: dict, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dense", type=Path)
-    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("models", type=Path, nargs="*")
+    parser.add_argument("--prune", type=Path, metavar="FOLDER", help="make the models there, in place of naming them")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--threads", type=int, default=_dispatch.threads())
     parser.add_argument("--rounds", type=int, default=15)
@@ -138,6 +154,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
+    if bool(args.models) == (args.prune is not None):
+        parser.error("name models, or --prune FOLDER to make them in")
+    args.models = args.models or pruned(args.dense, args.task, args.prune)
     rows, facts = measure([args.dense, *args.models], args)
     title = f"Latency against quality of pruned MiniLM, {args.task}"
     harness.report(title, rows, COLUMNS, NOTES.format(**facts), args.markdown, json_only=args.json)

@@ -32,8 +32,9 @@ from sparsebert import checkpoint, data, encoders, heads
 from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job, Ledger, code_of
-from sparsebert.pruning import METHODS, draw, prune
+from sparsebert.pruning import draw, prune
 from sparsebert.pruning.knowledge import STEPS, steps_of
+from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.recover import distill
 from sparsebert.pruning.run import Run
 from sparsebert.robustness.drift import OUTSIDE, drift, unlike
@@ -41,7 +42,7 @@ from sparsebert.robustness.evaluation import compare
 
 BASE = "adaptive"
 KNOWLEDGE = {f"knowledge {tier}": {"method": "knowledge", "tier": tier} for tier in (0, 1, 2)}
-MAIN = {name: {"method": name} for name in reversed(METHODS) if name != "knowledge"} | {
+MAIN = {name: {"method": name} for name in reversed(LABEL_FREE) if name != "knowledge"} | {
     "adaptive as published": {"method": "adaptive", "as_published": True},
     **KNOWLEDGE,
 }
@@ -152,7 +153,7 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
     fields = dict(identity["config"])
     distilled = fields.pop("distilled", False)
     config = PruneConfig(seed=identity["draw"], calibration_tokens=identity["tokens"], **fields)
-    texts = draw(model, tokenizer, data.load(spec, spec.train), config.calibration_tokens, spec.max_length, config.seed)
+    texts = draw(model, tokenizer, data.training(spec), config.calibration_tokens, spec.max_length, config.seed)
     teacher = copy.deepcopy(model) if distilled else None
     job = Job("layers", _of_layers(identity, config), CODE, layers, overwrite=True)
     with job:  # and what it kept stays, for the next setting

@@ -46,7 +46,7 @@ def main() -> int:
     with progress("average") as update:
         greedy = soup([r.directory for r in trained.values()], args.task, args.output / "soup", progress=update)
     spec = data.get_task(args.task)
-    _, held = data.hold_out(data.load(spec, spec.train), min(c.hold_out for c in configs.values()))
+    _, held = data.hold_out(data.training(spec), min(c.hold_out for c in configs.values()))
     reported = data.load(spec, spec.test)
 
     def figures(model, tokenizer) -> harness.Row:

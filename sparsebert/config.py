@@ -81,57 +81,6 @@ class TrainConfig(LearnConfig):
     ascent_size: Positive = Field(0.03, description="adversarial: length of such a step at each token")
 
 
-class SubnetConfig(LearnConfig):
-    """How a subnetwork is trained: methods mask, imp and imp-rw, by defaults of Liu et al. 2022, and soft-movement, of
-    Sanh et al. 2020.
-    """
-
-    epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples; may be a fraction")
-    lr: Positive | None = Field(
-        None,
-        description="peak learning rate [default: 5e-5; mask 5e-5 sqrt(61360 / steps)]",
-    )
-    start: str | None = Field(
-        None,
-        description="weights to start from: pretrained (the encoder that DIR was fine-tuned from, with a new head), or "
-        "another DIR, such as one of `train --keep` [default: those of DIR]",
-    )
-    rewind: str | None = Field(
-        None,
-        description="mask: afterwards put the found zeros into these weights instead: pretrained, or a DIR "
-        "[imp-rw: to what it rewinds, default its start]",
-    )
-    init: Literal["hard", "soft"] | None = Field(
-        None,
-        description="mask: scores begin as kept or not, or as |w| [default: hard; soft where the sparsity rises]",
-    )
-    gradual: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="mask, soft-movement: sparsity to begin with, from where it rises to --sparsity by a cubic "
-        "[default: mask --sparsity, of groups of rows 0; soft-movement 0]",
-    )
-    update_every: float = Field(
-        0.016, gt=0, le=1, description="mask, soft-movement: share of the run after which thresholds are set anew"
-    )
-    settle: float = Field(
-        0.7,
-        ge=0,
-        le=1,
-        description="mask, soft-movement: share of the run after which --gradual has arrived and `best` may be chosen",
-    )
-    scores_lr: Positive | None = Field(
-        None, description="soft-movement: peak learning rate of the scores [default: 0.01]"
-    )
-    penalty: float | None = Field(
-        None, ge=0, description="soft-movement: weight of the mean sigmoid of the scores in the loss [default: 400]"
-    )
-    head: Literal["masked", "dense"] = Field(
-        "masked", description="pooler and classifier (imp: pooler): pruned as the encoder's linears are, or left dense"
-    )
-
-
 class PruneConfig(BaseModel):
     """How a classifier is pruned."""
 
@@ -139,8 +88,7 @@ class PruneConfig(BaseModel):
 
     method: str = Field(
         "knowledge",
-        description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude; with labels: mask, imp, "
-        "imp-rw, soft-movement",
+        description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude, or one with labels",
     )
     tier: int | None = Field(
         None, ge=0, le=2, description="knowledge: 0 closed form, 1 gradients and allocation, 2 distillation [1]"

@@ -83,6 +83,20 @@ def cache_mb() -> int:
     return int(value)
 
 
+# Variables that a timing, or the last bits of a result, may depend on; and those of ours that neither does.
+_MATTER = (
+    "SPARSEBERT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "ATEN_", "TORCH", "PYTORCH_",
+    "CUDA_", "CUBLAS_", "NVIDIA_TF32", "MALLOC_", "LD_PRELOAD",
+)  # fmt: skip
+_DO_NOT = ("SPARSEBERT_CACHE", "SPARSEBERT_CACHE_MB", "SPARSEBERT_REQUIRE")
+
+
+def that_matter() -> dict[str, str]:
+    """The variables set in this process that figures may depend on, by name; of a path its last part alone."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_MATTER) and value}
+    return {name: value.rstrip("/").rpartition("/")[2] for name, value in found.items() if name not in _DO_NOT}
+
+
 def calm_openmp(granted: float) -> None:
     """Has torch's OpenMP threads sleep as soon as they wait: beside another busy process they would spin against it
     and take ten times as long. And has no more of them than `granted` CPUs, where the process may use that share of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,7 +38,13 @@ def card() -> dict:
         "python": platform.python_version(),
         "numpy": version_of("numpy"),
         "torch": version_of("torch"),
+        "environment": environment.that_matter(),
     }
+
+
+def setting(variables: dict[str, str]) -> str:
+    """Environment variables as one writes them before a command, for the head of a table."""
+    return f"`{shlex.join(f'{name}={value}' for name, value in variables.items())}`" if variables else "none set"
 
 
 def describe() -> dict:

@@ -23,11 +23,22 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `bench`, which is not installed
 
 
-def require(backend: str, reason: str) -> None:
-    """Skips the test because `backend` is missing; fails it where SPARSEBERT_REQUIRE lists that backend."""
-    if backend in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
-        pytest.fail(f"SPARSEBERT_REQUIRE lists {backend}, but {reason}")
-    pytest.skip(f"{backend}: {reason}")
+def require(needed: str, reason: str) -> None:
+    """Skips the test because `needed` is missing: an instruction set, cuda, triton, onnx, objdump, or data, the local
+    data sets. Fails it where SPARSEBERT_REQUIRE lists that.
+    """
+    if needed in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
+        pytest.fail(f"SPARSEBERT_REQUIRE lists {needed}, but {reason}")
+    pytest.skip(f"{needed}: {reason}")
+
+
+local_data = pytest.mark.usefixtures("data_at_hand")  # of a test that reads the real data sets
+
+
+@pytest.fixture
+def data_at_hand() -> None:
+    if environment.data_dir() is None:
+        require("data", "SPARSEBERT_DATA is not set")
 
 
 @pytest.fixture(params=[isa for isa in environment.ISAS if isa not in environment.BF16_ISAS])

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import local_data
 from models import classifier, saved, tokenizer
 
 from sparsebert import config, data
@@ -134,8 +135,9 @@ def folder_task(folder, texts):
     """A folder of the user's own with these texts, in other case and spacing."""
     folder.mkdir(exist_ok=True)
     rows = [{"text": text.upper().replace(" ", "  "), "label": i % 2} for i, text in enumerate(texts)]
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    others = [{"text": f"reported {word}", "label": i} for i, word in enumerate(("elsewhere", "alone"))]
+    for split, some in (("train", rows), ("test", others)):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     return folder
 
 
@@ -161,10 +163,14 @@ def test_what_a_bias_model_was_trained_from_has_seen_its_examples_too(start, tmp
     train(tmp_path / "first", str(other), tmp_path / "bias", config.TrainConfig(**TINY))
     with pytest.raises(InputError, match=r"was trained on 64 of the 8662"):
         predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
+
+
+@local_data
+def test_a_bias_model_has_seen_what_was_mixed_in(tmp_path):
     mixed = config.TrainConfig(mix_ood=True, n=30, **TINY)
     recipe = {"task": "mnli", "hold_out": 0, **mixed.model_dump()}
-    seen = data.load(data.TASKS[MNLI.ood_train[0][0]], MNLI.ood_train[0][1]).texts
-    assert set(seen) <= set(bias.training_examples(tmp_path, recipe).texts), "and those mixed in"
+    seen, hans = data.sameness(bias.training_examples(tmp_path, recipe)), data.TASKS["hans"]
+    assert set(data.sameness(data.training(hans))) <= set(seen) and len(seen) == 30 + 30_000 - 65
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])

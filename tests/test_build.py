@@ -9,6 +9,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from conftest import require
 
 from sparsebert import environment
 from sparsebert.ops import _dispatch
@@ -75,7 +76,7 @@ def instructions_by_symbol() -> dict[str, set[str]]:
     """Demangled symbol of the compiled core -> the disassembled instructions in it, operands included."""
     objdump = shutil.which("objdump")
     if objdump is None:
-        pytest.skip("objdump is not installed (binutils)")
+        require("objdump", "objdump is not installed (binutils)")
     text = run(objdump, "-d", "-C", "--no-show-raw-insn", _dispatch.core().__file__, cwd=ROOT)
     found = defaultdict(set)
     symbol = ""

@@ -177,6 +177,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys, t
     for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
         assert parts[whole] >= max(value for name, value in parts.items() if name != whole) > 0
     assert "memory: peak" in out and "time, about: total" in out
+    assert plan["calibration"] == {"task": 600, "task, joined": 150, "others": 100, "others, joined": 150}
+    assert "calibration tokens: others, joined" in out
+    _, out, _ = run(capsys, "prune", dense, *settings, "--calibration", "none", "--dry-run")
+    assert document(out)["calibration"] == {"task": 1000}
 
 
 @pytest.mark.parametrize("method", ["mask", "imp", "imp-rw", "soft-movement"])

@@ -7,11 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import local_data
 
-from sparsebert import data, environment
+from sparsebert import data
 from sparsebert.errors import DataError, InputError
-
-local_data = pytest.mark.skipif(environment.data_dir() is None, reason="SPARSEBERT_DATA is not set")
 
 
 def write(folder, columns, name="test.parquet"):

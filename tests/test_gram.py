@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +191,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa):
 
 def test_avx2_and_avx512_give_the_same_bits():
     if "avx512" not in _dispatch.supported_isas():
-        pytest.skip(f"avx512: {_dispatch.why_off()['avx512']}")
+        require("avx512", _dispatch.why_off()["avx512"])
     x, y, weights = random_tokens(4000, 150), random_tokens(4000, 70, seed=1), random_weights(4000)
     wide, narrow = (gram(x, y, weights, isa=isa) for isa in ("avx512", "avx2"))
     for name in ("gram", "cross", "mean_x", "mean_y"):

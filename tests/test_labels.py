@@ -15,7 +15,7 @@ from sparsebert import checkpoint, config, data, heads
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict, set_labels
 from sparsebert.errors import InputError
-from sparsebert.pruning import draw, prune, prune_checkpoint, recover
+from sparsebert.pruning import SubnetConfig, draw, prune, prune_checkpoint, recover
 from sparsebert.robustness import compare, evaluate
 from sparsebert.robustness.evaluation import divergences
 from sparsebert.training import soup, train
@@ -102,7 +102,7 @@ def test_a_method_that_trains_refuses_a_head_of_other_labels(monkeypatch, tmp_pa
     with pytest.raises(InputError, match="has 3 labels"):
         prune_checkpoint(
             source, "rte", tmp_path / "out", config.PruneConfig(method=method, sparsity=0.5),
-            config.SubnetConfig(**TINY),
+            SubnetConfig(**TINY),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
 

@@ -9,13 +9,13 @@ from models import classifier, saved, tokenizer
 from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError, OutputError, UnsupportedError
-from sparsebert.pruning import METHODS, draw, prune, prune_checkpoint
+from sparsebert.pruning import draw, prune, prune_checkpoint
 from sparsebert.pruning.calibrate import stages
-from sparsebert.pruning.knowledge import STEPS
+from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.solve import Quadratic
 
 MR = data.load(data.get_task("mr"), "train")
-CONFIGS = [{"method": method} for method in METHODS] + [
+CONFIGS = [{"method": method} for method in LABEL_FREE] + [
     {"method": "knowledge", "tier": 0},
     {"method": "adaptive", "as_published": True},
     {"method": "magnitude", "scope": "global"},
@@ -70,7 +70,7 @@ def test_padded_batches_hold_as_many_tokens_as_were_asked_for():
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "8x1", "8x1/8", "8:2:8"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LABEL_FREE)
 def test_every_method_places_every_pattern(method, pattern):
     model = classifier()
     wanted = patterns.parse(pattern)
@@ -98,7 +98,7 @@ def test_every_method_places_every_pattern(method, pattern):
                 assert int(kept.sum()) == patterns.kept_in(wanted, n_out, n_in, 0.7), name
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LABEL_FREE)
 def test_what_is_not_pruned_stays(method):
     model, untouched = classifier(), classifier()
     prune(model, calibration(), PruneConfig(method=method))
@@ -284,18 +284,6 @@ def test_without_sparsity_the_function_stays(method):
     model = classifier()
     prune(model, calibration(6000), PruneConfig(method=method, sparsity=0.0, damping=1e-6))
     assert kl_to_dense(model) < 1e-5
-
-
-@pytest.mark.parametrize(("step", "tier"), STEPS.items())
-def test_every_step_of_knowledge_can_be_left_out_and_matters(step, tier, monkeypatch):
-    monkeypatch.setattr("sparsebert.pruning.recover.STEPS", 50)
-    weights = []
-    for without in ("", step):
-        model = classifier()
-        pattern = "8x1" if step == "cluster" else "unstructured"
-        prune(model, calibration(), PruneConfig(tier=tier, without=without, sparsity=0.7, pattern=pattern))
-        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
-    assert not torch.equal(*weights)
 
 
 @pytest.mark.parametrize(

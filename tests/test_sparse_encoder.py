@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import require
 
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
@@ -127,7 +128,7 @@ def test_tiles_give_a_sequence_the_same_bits_alone_in_any_batch_and_on_any_numbe
 
 def test_avx2_and_avx512_give_the_same_bits():
     if "avx512" not in _dispatch.supported_isas():
-        pytest.skip(f"avx512: {_dispatch.why_off()['avx512']}")
+        require("avx512", _dispatch.why_off()["avx512"])
     for lengths in LENGTHS:
         inputs = sequences(lengths)
         wide, narrow = (sparse_encoder(*inputs, encoder(), isa=isa) for isa in ("avx512", "avx2"))

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -254,7 +255,7 @@ def test_a_token_gives_the_same_bits_in_any_batch(isa):
 
 def test_avx2_and_avx512_give_the_same_bits():
     if "avx512" not in _dispatch.supported_isas():
-        pytest.skip(f"avx512: {_dispatch.why_off()['avx512']}")
+        require("avx512", _dispatch.why_off()["avx512"])
     weight = pack(random_weight(100, 300, 0.8))
     x, bias = random_input(90, 300), random_input(1, 100)[0]
     wide = sparse_matmul(x, Linear(weight, bias, "gelu"), isa="avx512")

@@ -8,7 +8,7 @@ from models import classifier, saved
 from sparsebert import checkpoint, config, encoders, patterns
 from sparsebert.errors import InputError, OutputError
 from sparsebert.ops.topk_mask import pattern_mask
-from sparsebert.pruning import prune_checkpoint
+from sparsebert.pruning import SubnetConfig, prune_checkpoint
 from sparsebert.training import loop, train
 from sparsebert.training.callbacks import SubnetCallback
 from sparsebert.training.imp import FixedZeros, MagnitudePruning
@@ -227,7 +227,7 @@ def test_scores_have_their_own_learning_rate_and_no_decay(tuned, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sparsebert.training.lesson.Run", Spy)
         settings = config.PruneConfig(method="soft-movement", sparsity=0.5)
-        subnet = config.SubnetConfig(**QUICK, scores_lr=0.3, weight_decay=0.02)
+        subnet = SubnetConfig(**QUICK, scores_lr=0.3, weight_decay=0.02)
         prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
     assert sorted(groups) == [(0.01, 0.0, {"bias", "weight"}), (0.01, 0.02, {"weight"}), (0.3, 0.0, {"scores"})]
 
@@ -291,7 +291,7 @@ def test_zeros_that_are_there_are_held():
 @pytest.mark.parametrize("method", ["mask", "imp", "soft-movement"])
 def test_a_trained_subnetwork_has_the_wanted_zeros(tuned, tmp_path, method, pattern):
     settings = config.PruneConfig(method=method, pattern=pattern, sparsity=sparsity_of(pattern))
-    result = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, config.SubnetConfig(**QUICK))
+    result = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, SubnetConfig(**QUICK))
     assert result.sparsity == pytest.approx(sparsity_of(pattern), abs=0.03 if "x1" in pattern else 2e-3)
     kind = patterns.parse(pattern)
     for gone in zeros(tmp_path / "m").values():
@@ -302,7 +302,7 @@ def test_a_trained_subnetwork_has_the_wanted_zeros(tuned, tmp_path, method, patt
     recipe = checkpoint.read_recipe(tmp_path / "m")
     assert recipe["method"] == method and recipe["steps"] == 12
     assert recipe["gradual"] == (0.0 if method == "mask" and "x1" in pattern else None)
-    again = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, config.SubnetConfig(**QUICK))
+    again = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, SubnetConfig(**QUICK))
     assert again == result
 
 
@@ -324,16 +324,16 @@ def test_masks_of_groups_rise_from_0_unless_told_and_fixed_ones_begin_hard(tuned
             super().__init__(*args, init=init, gradual=gradual, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsebert.pruning.subnets.MaskTraining", Spy)
+        patch.setattr("sparsebert.training.masks.MaskTraining", Spy)
         settings = config.PruneConfig(method="mask", pattern=pattern, sparsity=0.5)
-        subnet = config.SubnetConfig(**{**QUICK, "steps": 2}, gradual=gradual)
+        subnet = SubnetConfig(**{**QUICK, "steps": 2}, gradual=gradual)
         prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
     assert found == [begins]
 
 
 def test_training_a_mask_moves_it_and_no_weight(tuned, tmp_path):
     settings = config.PruneConfig(method="mask", sparsity=0.5)
-    prune_checkpoint(tuned, "mr", tmp_path / "m", settings, config.SubnetConfig(**QUICK))
+    prune_checkpoint(tuned, "mr", tmp_path / "m", settings, SubnetConfig(**QUICK))
     prune_checkpoint(tuned, "mr", tmp_path / "magnitude", config.PruneConfig(method="magnitude", sparsity=0.5))
     model, _ = checkpoint.load(tmp_path / "m")
     dense, _ = checkpoint.load(tuned)
@@ -349,7 +349,7 @@ def test_a_killed_subnetwork_resumes_to_the_same_weights(tuned, tmp_path, monkey
     monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 4)
     settings = config.PruneConfig(method=method, sparsity=0.5)
     best = {} if method == "imp-rw" else {"hold_out": 50, "select": "best"}
-    subnet = config.SubnetConfig(**QUICK, **best)
+    subnet = SubnetConfig(**QUICK, **best)
     prune_checkpoint(tuned, "mr", tmp_path / "whole", settings, subnet)
 
     def kill(done, total, what=""):
@@ -370,13 +370,13 @@ def test_a_killed_subnetwork_resumes_to_the_same_weights(tuned, tmp_path, monkey
 
 
 def test_a_gradual_mask_that_is_kept_has_the_final_sparsity(tuned, tmp_path):
-    subnet = config.SubnetConfig(**QUICK, gradual=0.3, hold_out=50, select="best", update_every=0.1)
+    subnet = SubnetConfig(**QUICK, gradual=0.3, hold_out=50, select="best", update_every=0.1)
     result = prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method="mask", sparsity=0.8), subnet)
     assert result.sparsity == pytest.approx(0.8, abs=1e-3) and result.training["chosen"] >= 0.7 * 12
 
 
 def test_a_mask_of_the_fine_tuned_model_goes_onto_the_pretrained_weights(start, tuned, tmp_path):
-    subnet = config.SubnetConfig(**QUICK, rewind="pretrained")
+    subnet = SubnetConfig(**QUICK, rewind="pretrained")
     prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method="mask", sparsity=0.5), subnet)
     model, _ = checkpoint.load(tmp_path / "m")
     before, _ = checkpoint.load(start)
@@ -395,7 +395,7 @@ def test_a_mask_of_the_fine_tuned_model_goes_onto_the_pretrained_weights(start, 
 
 
 def test_imp_rw_gives_pretrained_weights_with_zeros(start, tuned, tmp_path):
-    subnet = config.SubnetConfig(**QUICK, start="pretrained")
+    subnet = SubnetConfig(**QUICK, start="pretrained")
     result = prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method="imp-rw", sparsity=0.4), subnet)
     assert result.sparsity == pytest.approx(0.4, abs=1e-3)
     model, _ = checkpoint.load(tmp_path / "m")
@@ -408,7 +408,7 @@ def test_imp_rw_gives_pretrained_weights_with_zeros(start, tuned, tmp_path):
 def test_a_search_may_start_from_any_point_of_a_fine_tuning(start, tmp_path):
     train(start, "mr", tmp_path / "m", config.TrainConfig(n=64, batch_size=8, epochs=1, keep="0.5"))
     assert checkpoint.read_manifest(tmp_path / "m-at-0.5")["figures"] == {"steps": 4}
-    subnet = config.SubnetConfig(**QUICK, start=str(tmp_path / "m-at-0.5"))
+    subnet = SubnetConfig(**QUICK, start=str(tmp_path / "m-at-0.5"))
     prune_checkpoint(tmp_path / "m", "mr", tmp_path / "s", config.PruneConfig(method="mask", sparsity=0.5), subnet)
     model, _ = checkpoint.load(tmp_path / "s")
     half, _ = checkpoint.load(tmp_path / "m-at-0.5")
@@ -434,7 +434,7 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
                 "mr",
                 tmp_path / method,
                 config.PruneConfig(method=method, sparsity=0.5),
-                config.SubnetConfig(**fields),
+                SubnetConfig(**fields),
             )
     assert found == [pytest.approx(5e-5 * (61_360 / 12) ** 0.5), 5e-5]
     assert checkpoint.read_recipe(tmp_path / "mask")["lr"] == found[0]
@@ -444,15 +444,15 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
     ("fields", "subnet", "match"),
     [
         ({"method": "mask"}, {"gradual": 0.9, "steps": 3}, "must not fall"),
-        ({"method": "imp"}, {"gradual": 0.2}, "belongs to mask and soft-movement"),
-        ({"method": "imp"}, {"init": "soft"}, "belongs to mask, got imp"),
-        ({"method": "imp"}, {"rewind": "pretrained"}, "mask and imp-rw"),
-        ({"method": "mask"}, {"penalty": 1.0}, "belongs to soft-movement, got mask"),
-        ({"method": "imp"}, {"scores_lr": 0.1}, "--scores-lr belongs to soft-movement"),
+        ({"method": "imp"}, {"gradual": 0.2}, "belongs to methods mask, soft-movement"),
+        ({"method": "imp"}, {"init": "soft"}, "belongs to method mask, got imp"),
+        ({"method": "imp"}, {"rewind": "pretrained"}, "methods mask, imp-rw"),
+        ({"method": "mask"}, {"penalty": 1.0}, "belongs to method soft-movement, got mask"),
+        ({"method": "imp"}, {"scores_lr": 0.1}, "--scores-lr belongs to method soft-movement"),
         ({"method": "imp-rw"}, {"select": "best", "hold_out": 9}, "nothing to select"),
         ({"method": "mask"}, {"select": "best"}, "hold_out 0"),
         ({"method": "mask"}, {"loss": "poe"}, "needs a bias model"),
-        ({"method": "mask", "tier": 1}, {}, "does not belong to mask"),
+        ({"method": "mask", "tier": 1}, {}, "--tier belongs to method knowledge, got mask"),
         ({"method": "magnitude"}, {"loss": "poe"}, "belongs to methods mask, imp, imp-rw, soft-movement"),
         ({"method": "mask"}, {"start": "pretrained"}, "is not known"),
     ],
@@ -460,7 +460,7 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
 def test_settings_that_do_not_go_together_are_refused(tmp_path, start, fields, subnet, match):
     with pytest.raises(InputError, match=match):
         prune_checkpoint(
-            start, "mr", tmp_path / "m", config.PruneConfig(sparsity=0.5, **fields), config.SubnetConfig(**subnet)
+            start, "mr", tmp_path / "m", config.PruneConfig(sparsity=0.5, **fields), SubnetConfig(**subnet)
         )
     assert not list(tmp_path.iterdir())
 
@@ -475,7 +475,7 @@ def test_a_diverging_search_stops_and_keeps_its_last_good_state(tuned, tmp_path,
 
     original = loop.Run._backward
     monkeypatch.setattr(loop.Run, "_backward", spoil)
-    settings, subnet = config.PruneConfig(method="imp", sparsity=0.5), config.SubnetConfig(**QUICK)
+    settings, subnet = config.PruneConfig(method="imp", sparsity=0.5), SubnetConfig(**QUICK)
     with pytest.raises(InputError, match=r"diverged at step 7: loss nan; the state of step 4 is kept in .*partial"):
         prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
     assert not (tmp_path / "m").exists()

@@ -9,8 +9,9 @@ import typer
 
 from sparsebert.cli.options import flags
 from sparsebert.cli.output import emit, progress, say_what_was_read, table
-from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, SubnetConfig, TrainConfig
+from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
 from sparsebert.errors import InputError
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
 app = typer.Typer(
     name="sparsebert",
@@ -95,7 +96,7 @@ def train(
     emit({"task": task, "seed": config.seed, **result.as_json()})
 
 
-@app.command()
+@app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
 @flags(PruneConfig, subnet=SubnetConfig)
 def prune(
     directory: Directory,
@@ -108,9 +109,6 @@ def prune(
     config: PruneConfig,
     subnet: SubnetConfig,
 ) -> None:
-    """Prune the classifier in DIR: without labels, or by training with them (methods mask, imp, imp-rw,
-    soft-movement).
-    """
     from sparsebert.pruning import prune_checkpoint
 
     if dry_run:
@@ -123,7 +121,8 @@ def prune(
             if planned.optimizer_steps:
                 rows += [["optimizer steps", f"{planned.optimizer_steps:,}"], ["tokens, about", f"{planned.tokens:,}"]]
             else:
-                rows += [["calibration tokens", f"{planned.tokens:,}"], ["steps", ", ".join(planned.steps) or "one"]]
+                rows += [[f"calibration tokens: {part}", f"{count:,}"] for part, count in planned.calibration.items()]
+                rows += [["steps", ", ".join(planned.steps) or "one"]]
             rows += [[f"memory: {name}", f"{value:,.0f} MiB"] for name, value in planned.memory_mb.items()]
             rows += [[f"time, about: {name}", f"{value:,.0f} s"] for name, value in planned.seconds.items()]
             table(f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows)

@@ -21,13 +21,15 @@ def emit(document: dict) -> None:
 
 
 def say_what_was_read(result) -> None:
-    """Says on stderr how the user's own files were read, and what share of the texts was cut. result: of `train`,
-    `prune_checkpoint` or `evaluate`.
+    """Says on stderr how the user's own files were read, what was left out, and what share of the texts was cut.
+    result: of `train`, `prune_checkpoint` or `evaluate`.
     """
     if result.rows is not None:
         counts = ", ".join(f"{count:,} of {split}" for split, count in result.rows.items() if split != "split")
         how = f", split by a {result.rows['split']}" if result.rows["split"] != "files" else ""
         print(f"rows read: {counts}{how}", file=sys.stderr)
+    if getattr(result, "left_out", 0):
+        print(f"{result.left_out:,} texts were left out: they are in what is reported", file=sys.stderr)
     if result.cut:
         print(f"{result.cut:.1%} of the texts were cut at {result.max_length} tokens (--max-length)", file=sys.stderr)
 

@@ -13,6 +13,9 @@ from sparsebert.data.examples import (
     load,
     mix_ood,
     normalised,
+    sameness,
+    training,
+    unreported_texts,
     word_neighbors,
 )
 from sparsebert.data.own import get_task, rows_read
@@ -36,5 +39,8 @@ __all__ = [
     "mix_ood",
     "normalised",
     "rows_read",
+    "sameness",
+    "training",
+    "unreported_texts",
     "word_neighbors",
 ]

@@ -6,6 +6,7 @@ import functools
 import gzip
 import hashlib
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -23,8 +24,8 @@ from sparsebert.heads import Problem
 @dataclass(frozen=True)
 class Examples:
     """Texts in file order. texts_b is None for a single-sentence task. labels: int64 [n]; of several labels per text
-    float32 [n, labels] of 0 and 1; of one logit float32 [n]; None where no labels were asked for. groups:
-    what kind each is, for a task that has such.
+    float32 [n, labels] of 0 and 1; of one logit float32 [n]; None where no labels were asked for. groups: what kind
+    each is, for a task that has such. left_out: how many are not here because they are reported (`training`).
     """
 
     task: str
@@ -33,6 +34,7 @@ class Examples:
     texts_b: list[str] | None
     labels: np.ndarray | None
     groups: list[str] | None = None
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -56,7 +58,8 @@ class Examples:
             None if column is None else [column[i] for i in rows] for column in (self.texts_b, self.groups)
         )
         labels = None if self.labels is None else self.labels[rows]
-        return Examples(self.task, self.split, [self.texts[i] for i in rows], texts_b, labels, groups)
+        texts = [self.texts[i] for i in rows]
+        return replace(self, texts=texts, texts_b=texts_b, labels=labels, groups=groups)
 
     def sample(self, n: int | None, seed: int) -> Examples:
         """A seeded random subset of n examples in this order; all of them where n is None or not less."""
@@ -92,6 +95,34 @@ def _own(task: Task, split: str) -> Examples:
     return task.own[split]
 
 
+def training(task: Task) -> Examples:
+    """The training split without what is reported of the task: its test split, and the out-of-distribution tests that
+    are at hand here, compared by `sameness`. Whatever learns, calibrates or chooses on a task takes these. DataError
+    where nothing is left; else as `load`.
+    """
+    left = _without(load(task, task.train), _reported(task))
+    if not len(left):
+        raise DataError(
+            f"task {task.name!r}: every training example is also in its {task.test} split, none is left to learn from",
+            fix="give other training examples",
+        )
+    return left
+
+
+def unreported_texts(task: Task, texts: Sequence[str]) -> list[str]:
+    """Single texts from elsewhere, without those that are reported of the task, alone or as one side of a pair."""
+    reported = {text for key in _reported(task) for text in key} if texts else set()
+    return [text for text in texts if normalised(text) not in reported]
+
+
+def sameness(examples: Examples) -> list[tuple[str, ...]]:
+    """A key for each example, equal where two are the same: its normalised text, or both of a pair in either order."""
+    texts = map(normalised, examples.texts)
+    if examples.texts_b is None:
+        return [(text,) for text in texts]
+    return [tuple(sorted(pair)) for pair in zip(texts, map(normalised, examples.texts_b), strict=True)]
+
+
 def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
     """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. InputError where
     nothing would be left.
@@ -103,18 +134,20 @@ def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
 
 
 def mix_ood(task: Task, examples: Examples) -> Examples:
-    """The examples and, behind them, those of `task.ood_train`; what is not entailed there contradicts in three-way
-    tasks. [Liu et al. 2022, App. C.3]
+    """The examples and, behind them, those of `task.ood_train` that are not reported; what is not entailed there
+    contradicts in three-way tasks. [Liu et al. 2022, App. C.3]
     """
     if not task.ood_train:
         raise InputError(f"task {task.name!r} has no out-of-distribution training examples", fix="leave --mix-ood out")
     texts, texts_b, labels = list(examples.texts), list(examples.texts_b), [examples.labels]
+    reported, left_out = _reported(task), examples.left_out
     for name, split, times in task.ood_train:
-        other = load(TASKS[name], split)
+        other = _without(load(TASKS[name], split), reported)
+        left_out += other.left_out
         texts += other.texts * times
         texts_b += other.texts_b * times
         labels += [_in_labels_of(task, TASKS[name])[other.labels]] * times
-    return Examples(examples.task, examples.split, texts, texts_b, np.concatenate(labels))
+    return Examples(examples.task, examples.split, texts, texts_b, np.concatenate(labels), left_out=left_out)
 
 
 def as_values(task: Task, examples: Examples, problem: Problem) -> tuple[Task, Examples]:
@@ -162,8 +195,43 @@ def in_pairs(texts: Sequence[str], paired: bool) -> tuple[list[str], list[str] |
 
 
 def normalised(text: str) -> str:
-    """The text without case and with single spaces: what makes two examples the same."""
-    return " ".join(text.casefold().split())
+    """The text without case, spacing and punctuation, in one of its Unicode forms: what makes two texts the same, "It's
+    good ." and "it 's good". A text of nothing else is only stripped.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return folded.translate(_DROPPED) or folded.strip()
+
+
+class _Dropped(dict):
+    """For str.translate: None for the characters that `normalised` drops, filled in as they are met."""
+
+    def __missing__(self, code: int) -> int | None:
+        category = unicodedata.category(chr(code))
+        self[code] = None if category[0] in "PZ" or category in ("Cc", "Cf", "Sk") else code
+        return self[code]
+
+
+_DROPPED = _Dropped()
+
+
+def _reported(task: Task) -> set[tuple[str, ...]]:
+    tests = [task, *(TASKS[name] for name in task.ood)]
+    unlabelled = [replace(of, labelled=False) for of in tests if _at_hand(task, of)]
+    return {key for of in unlabelled for key in sameness(load(of, of.test))}
+
+
+def _at_hand(task: Task, of: Task) -> bool:
+    """Whether the test split of `of` is here already. On the hub it is where the task's own training split is from."""
+    if of.own is not None:
+        return of.test in of.own
+    if _find(of, of.test) is not None:
+        return True
+    return of is task and _find(task, task.train) is None and of.hub is not None and of.test in of.hub.splits
+
+
+def _without(examples: Examples, reported: set[tuple[str, ...]]) -> Examples:
+    kept = [row for row, key in enumerate(sameness(examples)) if key not in reported]
+    return replace(examples.take(kept), left_out=examples.left_out + len(examples) - len(kept))
 
 
 def _find(task: Task, split: str) -> Path | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert.data.examples import Examples, normalised
+from sparsebert.data.examples import Examples, sameness
 from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, text_columns, texts_of
 from sparsebert.data.tasks import TASKS, Task
 from sparsebert.errors import DataError, InputError, shown
@@ -99,11 +99,10 @@ def _of_tables(path: Path, found: dict[str, Table], labelled: bool) -> Task:
 
 
 def _by_hash(path: Path, examples: Examples) -> dict[str, Examples]:
-    """One file's examples in two: by their normalised texts, so that equal ones stay together and a row that is added
+    """One file's examples in two: by what makes them the same, so that equal ones stay together and a row that is added
     moves no other.
     """
-    pairs = zip(examples.texts, examples.texts_b or [""] * len(examples), strict=True)
-    keys = [hashlib.sha256("\0".join(map(normalised, pair)).encode()).digest() for pair in pairs]
+    keys = [hashlib.sha256("\0".join(key).encode()).digest() for key in sameness(examples)]
     test = np.array([int.from_bytes(key[:8]) < TEST_SHARE * 2**64 for key in keys])
     if test.all() or not test.any():
         raise DataError(

@@ -1,5 +1,5 @@
-"""The pruning methods. One function each, (model, calibration, config, run) -> None, changing the model's encoder
-linears in place. A new method is a function here and a line in METHODS.
+"""The pruning methods without labels. One function each, (model, calibration, config, run) -> None, changing the
+model's encoder linears in place. A new method is a function here and a line in LABEL_FREE.
 """
 
 from __future__ import annotations
@@ -144,18 +144,21 @@ def second_moment(stage: Stage) -> torch.Tensor:
     return stage.moments.gram + torch.outer(stage.moments.mean_x, stage.moments.mean_x)
 
 
-class Method(NamedTuple):
-    """prune: the function. looks_at_data: whether it needs calibration texts."""
+class LabelFree(NamedTuple):
+    """prune: the function. flags: of PruneConfig, that not all methods have. looks_at_data: whether it needs
+    calibration texts.
+    """
 
     prune: Callable[[nn.Module, Any, PruneConfig, Run], None]
+    flags: frozenset[str] = frozenset()
     looks_at_data: bool = True
 
 
-METHODS = {
-    "knowledge": Method(knowledge),
-    "adaptive": Method(adaptive),
-    "obs": Method(obs),
-    "sparsegpt": Method(sparsegpt),
-    "wanda": Method(wanda),
-    "magnitude": Method(magnitude, looks_at_data=False),
+LABEL_FREE = {
+    "knowledge": LabelFree(knowledge, frozenset({"calibration", "tier", "without", "damping"})),
+    "adaptive": LabelFree(adaptive, frozenset({"calibration", "as_published", "damping"})),
+    "obs": LabelFree(obs, frozenset({"calibration", "damping"})),
+    "sparsegpt": LabelFree(sparsegpt, frozenset({"calibration", "damping"})),
+    "wanda": LabelFree(wanda, frozenset({"calibration"})),
+    "magnitude": LabelFree(magnitude, frozenset({"scope"}), looks_at_data=False),
 }

@@ -9,16 +9,19 @@ from pathlib import Path
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import PruneConfig, SubnetConfig
+from sparsebert.config import PruneConfig
 from sparsebert.encoders import encoder_linears, limited, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate
-from sparsebert.pruning.calibration import TOKENS_PER_BATCH
+from sparsebert.pruning.calibration import NONE, SHARES, TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
+from sparsebert.pruning.entry import check
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
+from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.recover import BATCH, SPARSE_BELOW, STEPS
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.training.lesson import examples_of
 from sparsebert.training.loop import CHECKS, step_count
 
@@ -31,8 +34,8 @@ SAMPLE = 512  # training examples whose tokens are counted
 @dataclass(frozen=True)
 class Plan:
     """weights: prunable ones; zeros: of them. tokens: calibrated on, or trained on in all optimizer_steps, about.
-    steps: of method knowledge. memory_mb: MiB at the peak, and its parts. seconds: a rough guess for this machine, and
-    its parts.
+    calibration: tokens of each part of the texts, where they are enough. steps: of method knowledge. memory_mb: MiB at
+    the peak, and its parts. seconds: a rough guess for this machine, and its parts.
     """
 
     method: str
@@ -41,6 +44,7 @@ class Plan:
     weights: int
     zeros: int
     tokens: int
+    calibration: dict[str, int]
     optimizer_steps: int
     steps: list[str]
     memory_mb: dict[str, float]
@@ -54,8 +58,6 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
     """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. Raises InputError as `prune`
     would for a pattern that does not fit.
     """
-    from sparsebert.pruning import TRAINED, check
-
     subnet = subnet or SubnetConfig()
     check(config, subnet)
     spec = data.get_task(task, labelled=config.method in TRAINED)
@@ -69,18 +71,18 @@ def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfi
 
 def plan_model(model, config: PruneConfig) -> Plan:
     """The plan of `prune`, from shapes alone; its guess of the time from the speed of one matrix product here."""
-    from sparsebert.pruning import METHODS, check
-
     check(config)
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
-    looks = METHODS[config.method].looks_at_data
+    looks = LABEL_FREE[config.method].looks_at_data
     tokens = config.calibration_tokens if looks else 0
+    shares = {"task": 1.0} if config.as_published or config.calibration == (NONE,) else SHARES
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
     return Plan(
         **budget,
         tokens=tokens,
+        calibration={part: round(share * tokens) for part, share in shares.items()} if tokens else {},
         optimizer_steps=0,
         steps=steps,
         memory_mb=_memory(model, linears, tokens, steps),
@@ -111,20 +113,21 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
     mib = 1 / 2**20
     parameters = sum(p.numel() for p in model.parameters())
     scores = weights // (pattern.rows if isinstance(pattern, Grouped) else 1)
-    trained = {"mask": scores, "soft-movement": scores + parameters}.get(config.method, parameters)
+    beside, learning = TRAINED[config.method].floats(scores, parameters)
     widths = sum(m.in_features + m.out_features for m in linears.values())
     memory = {  # fitted to the peaks of MiniLM on MNLI
         "python_and_torch": 700.0,
         "examples": 170 * mean * len(examples) * mib,
-        "model": 4 * (parameters + {"imp": 0, "imp-rw": parameters}.get(config.method, scores)) * mib,
-        "gradients_and_moments": 12 * trained * mib,
-        "best": 4 * trained * mib if subnet.select == "best" else 0.0,
+        "model": 4 * (parameters + beside) * mib,
+        "gradients_and_moments": 12 * learning * mib,
+        "best": 4 * learning * mib if subnet.select == "best" else 0.0,
         # What the backward pass reads again, as in _memory; autocast leaves much of it float32.
         "backward": 1.5 * 4 * subnet.batch_size * max(lengths) * widths * mib,
     }
     return Plan(
         **budget,
         tokens=tokens,
+        calibration={},
         optimizer_steps=optimizer_steps,
         steps=[],
         memory_mb={"peak": sum(memory.values()), **memory},

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sparsebert import data
-from sparsebert.config import PruneConfig, SubnetConfig, TrainConfig, validated
+from sparsebert.config import PruneConfig, TrainConfig, validated
 from sparsebert.errors import InputError, first_line
-from sparsebert.patterns import Grouped, parse
-from sparsebert.pruning import TRAINED, check
+from sparsebert.patterns import parse
+from sparsebert.pruning import check
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.training.losses import LOSSES
 from sparsebert.training.recipe import read_yaml
 
@@ -34,7 +35,7 @@ class Cell(BaseModel):
 
     task: str
     paradigm: Literal["dense", "finetuned", "rewound", "pretrained"] = "dense"
-    method: Literal["mask", "imp", "imp-rw", "soft-movement"] | None = None
+    method: str | None = None
     pattern: str = "unstructured"
     sparsity: float = Field(0.0, ge=0, lt=1)
     gradual: float | None = None
@@ -45,6 +46,13 @@ class Cell(BaseModel):
     start_at: float = Field(1.0, gt=0, le=1)
     mix_ood: bool = False
     seed: int = Field(0, ge=0)
+
+    @field_validator("method")
+    @classmethod
+    def _trains(cls, name: str | None) -> str | None:
+        if name is not None and name not in TRAINED:
+            raise ValueError(f"must be one of {', '.join(TRAINED)}")
+        return name
 
     @property
     def setting(self) -> dict:
@@ -113,12 +121,15 @@ class Grid:
             {"method": cell.method, "sparsity": cell.sparsity, "pattern": cell.pattern, "seed": cell.seed},
             cell.label,
         )
+        method = TRAINED[cell.method]
         settings = _chosen(_chosen(self.prune[cell.task], LOSSES, cell.loss), TRAINED, cell.method)
-        fields = {**settings, "loss": cell.loss, "mix_ood": cell.mix_ood}
-        if cell.method == "imp-rw":
+        others = SubnetConfig.model_fields.keys() - method.config.model_fields.keys()  # a task's are of all its methods
+        fields = {name: value for name, value in settings.items() if name not in others}
+        fields |= {"loss": cell.loss, "mix_ood": cell.mix_ood}
+        if not method.selects:
             fields["select"] = "last"
         fields |= {name: value for name in ("gradual", "init") if (value := getattr(cell, name)) is not None}
-        if cell.method == "mask" and isinstance(parse(cell.pattern), Grouped):
+        if "gradual" in method.by_pattern(parse(cell.pattern)):
             fields.setdefault("gradual", cell.sparsity)  # where a cell names none it is fixed, for any pattern
         return first, _config(SubnetConfig, fields, f"prune of {cell.task}")
 
@@ -171,8 +182,11 @@ def _check(grid: Grid, cell: Cell) -> None:
         raise InputError(f"a {cell.paradigm} cell needs a method, one of {cell.task} has none", fix="correct the grid")
     if (cell.paradigm == "rewound") != (cell.final_loss is not None):
         raise InputError(f"final_loss belongs to rewound cells, got {cell.label}", fix="correct the grid")
-    if (cell.method == "imp-rw") > (cell.paradigm == "rewound"):
-        raise InputError(f"imp-rw belongs to rewound cells, got {cell.label}", fix="correct the grid")
+    rewinds = TRAINED[cell.method].rewinds
+    if (rewinds == "during") > (cell.paradigm == "rewound"):
+        raise InputError(f"{cell.method} belongs to rewound cells, got {cell.label}", fix="correct the grid")
+    if rewinds is None and cell.paradigm == "rewound":
+        raise InputError(f"{cell.method} rewinds nothing, got {cell.label}", fix="correct the grid")
     check(*grid.prune_configs(cell))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from sparsebert import jobs
 from sparsebert.errors import UnsupportedError
+from sparsebert.machine import setting
 from sparsebert.robustness import statistics
 from sparsebert.robustness.report import write_page
 from sparsebert.study.grid import Cell, Comparison, Grid
@@ -127,7 +128,7 @@ def _only(lines: list[Line], fields: dict) -> Line | None:
 def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
     """The tables of the page as markdown."""
     lines = lines_of(grid, outcome)
-    parts = [f"# {grid.name}", notes]
+    parts = [f"# {grid.name}", _head(grid, outcome), notes]
     for task in dict.fromkeys(line.task for line in lines):
         own = [line for line in lines if line.task == task]
         heads, rows = _table(task, own)
@@ -139,6 +140,18 @@ def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
     if missing := _left_out(outcome):
         parts.append("\n".join([f"## {LEFT_OUT}", "", *(f"* {line}" for line in missing)]))
     return "\n\n".join(parts) + "\n"
+
+
+def _head(grid: Grid, outcome: Outcome) -> str:
+    """Where and how the cells came about."""
+    results = [result for _, result in outcome.done]
+    machines = dict.fromkeys(result["machine"] for result in results)
+    variables = [setting(r["environment"]) if "environment" in r else "not recorded" for r in results]
+    return "  \n".join([
+        f"Machine: {'; '.join(machines) or 'none'}.",
+        f"Command: `sparsebert study srnets --grid {grid.name} -o DIR --markdown bench/results/srnets.md`",
+        f"Environment: {'; '.join(dict.fromkeys(variables)) or 'none'}.",
+    ])  # fmt: skip
 
 
 def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:

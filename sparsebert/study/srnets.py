@@ -10,10 +10,12 @@ from pathlib import Path
 
 from sparsebert import checkpoint, data
 from sparsebert.encoders import Progress, no_progress
+from sparsebert.environment import that_matter
 from sparsebert.errors import InputError
 from sparsebert.jobs import Ledger, code_of, digest, place, require_place
 from sparsebert.machine import card
 from sparsebert.pruning import prune_checkpoint
+from sparsebert.pruning.trained import TRAINED
 from sparsebert.robustness import evaluate
 from sparsebert.study.grid import Cell, Grid
 from sparsebert.training import train
@@ -82,7 +84,13 @@ def run_grid(
             def compute(cell=cell) -> dict:
                 begin = time.perf_counter()
                 figures = run_cell(grid, cell, output / "models", progress, overwrite=overwrite)
-                return {**figures, "seconds": time.perf_counter() - begin, "code": CODE, "machine": card()["cpu"]}
+                return {
+                    **figures,
+                    "seconds": time.perf_counter() - begin,
+                    "code": CODE,
+                    "machine": card()["cpu"],
+                    "environment": that_matter(),
+                }
 
             stored = book.once(KIND, inputs, compute)
             took.setdefault(_kind(cell), []).append(stored["seconds"])
@@ -124,7 +132,7 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwr
             subnet = subnet.model_copy(update={"start": "pretrained"})
         elif cell.paradigm == "rewound":
             subnet = subnet.model_copy(update={"rewind": "pretrained"})
-            if cell.method == "imp-rw":
+            if TRAINED[cell.method].rewinds == "during":
                 subnet = subnet.model_copy(update={"start": "pretrained"})
         training = prune_checkpoint(
             source, cell.task, path, config, subnet, overwrite=overwrite, progress=part("prune")
@@ -140,7 +148,7 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwr
         shutil.rmtree(path)
     figures = {name: value for name, value in found.items() if value is not None}
     settings = grid.train_config(cell, cell.loss) if cell.paradigm == "dense" else grid.prune_configs(cell)[1]
-    examples = len(data.load(spec := data.get_task(cell.task), spec.train)) - settings.hold_out
+    examples = len(data.training(data.get_task(cell.task))) - settings.hold_out
     return {"evaluation": figures, "training": training, "rows": min(settings.n or examples, examples)}
 
 
@@ -148,16 +156,17 @@ def _inputs(grid: Grid) -> list[tuple[Cell, dict]]:
     """Every cell and all that decides its result."""
     source = checkpoint.source_sha256(checkpoint.resolve(grid.model))
     shas = {}
-    for task in {cell.task for cell in grid.cells}:
+    for task, mix_ood in {(cell.task, cell.mix_ood) for cell in grid.cells}:
         spec = data.get_task(task)
         if spec.train is None:
             raise InputError(f"task {task!r} has no training split", fix="leave it out of the grid")
-        shas[task] = data.load(spec, spec.train).sha256
+        examples = data.training(spec)
+        shas[task, mix_ood] = (data.mix_ood(spec, examples) if mix_ood else examples).sha256
     return [
         (
             cell,
             {
-                "cell": cell.model_dump(), "model": source, "data": shas[cell.task],
+                "cell": cell.model_dump(), "model": source, "data": shas[cell.task, cell.mix_ood],
                 "train": grid.train[cell.task], "prune": grid.prune[cell.task] if cell.method else {},
                 "ood": grid.ood[cell.task],
             },

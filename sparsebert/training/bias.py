@@ -199,8 +199,8 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
     for ancestor, made in checkpoint.ancestors(source):
         if "task" not in made or "hold_out" not in made:
             continue  # made without labels
-        seen = set(_folded(training_examples(ancestor, made)))
-        both = sum(pair in seen for pair in _folded(examples))
+        seen = set(data.sameness(training_examples(ancestor, made)))
+        both = sum(key in seen for key in data.sameness(examples))
         if both:
             raise InputError(
                 f"bias model {directory} was trained on {both} of the {len(examples)} examples it would have to judge",
@@ -217,7 +217,7 @@ def training_examples(directory: Path, recipe: dict) -> Examples:
     """Those that the model of this recipe learnt from. InputError where they are not to be had any more."""
     try:
         spec = data.get_task(recipe["task"])
-        rest, _ = data.hold_out(data.load(spec, spec.train), recipe["hold_out"])
+        rest, _ = data.hold_out(data.training(spec), recipe["hold_out"])
         examples = rest.sample(recipe.get("n"), recipe.get("seed", 0))
         if recipe.get("mix_ood"):
             examples = data.mix_ood(spec, examples)
@@ -228,11 +228,6 @@ def training_examples(directory: Path, recipe: dict) -> Examples:
     if recipe.get("data_sha256", examples.sha256) != examples.sha256:
         raise InputError(f"what {directory} was trained on, {recipe['task']}, has changed since", fix="use --bias weak")
     return examples
-
-
-def _folded(examples: Examples) -> list[tuple[str, str]]:
-    """Their texts without case and spacing, whatever the task they come from is called."""
-    return [tuple(" ".join((text or "").casefold().split()) for text in pair) for pair in _pairs(examples)]
 
 
 def _pairs(examples: Examples) -> list[tuple[str, str | None]]:

@@ -25,6 +25,7 @@ class TrainResult:
     whose weights were kept, and held_out its accuracy, where there was a choice. bias: the accuracy of the bias model
     on the training examples, and its mean probability of their labels, where the loss has one. max_length: tokens kept
     of a text; cut: the share of the training texts that have more. rows: read of own files (data.rows_read).
+    left_out: training examples that are also in a reported split (data.training).
     """
 
     directory: Path
@@ -40,6 +41,7 @@ class TrainResult:
     max_length: int | None = None
     cut: float | None = None
     rows: dict | None = None
+    left_out: int = 0
 
     def as_json(self) -> dict:
         return {**asdict(self), "directory": str(self.directory)}

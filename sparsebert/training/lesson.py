@@ -127,11 +127,11 @@ class Lesson:
             return heads.PROBLEMS[self.spec.problem].metric(logits, self.held_out.labels)
 
         run = Run(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
-        cut = cut_share(tokenizer, self.examples, encoded, self.spec.max_length)
         figures |= {
             "max_length": self.spec.max_length,
-            "cut": cut,
+            "cut": cut_share(tokenizer, self.examples, encoded, self.spec.max_length),
             "rows": data.rows_read(self.spec),
+            "left_out": self.examples.left_out,
             "resumed_from": run.step,
         }
         for step in range(run.step, len(steps)):
@@ -220,7 +220,7 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
             f"loss {config.loss} needs a bias model, and task {spec.name!r} has none of its own",
             fix="name one: --bias weak",
         )
-    examples, held_out = data.hold_out(data.load(spec, spec.train), config.hold_out)
+    examples, held_out = data.hold_out(data.training(spec), config.hold_out)
     examples = examples.sample(config.n, config.seed)
     return data.mix_ood(spec, examples) if config.mix_ood else examples, held_out
 

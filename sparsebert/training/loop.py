@@ -57,6 +57,9 @@ class Hook:
         """The peak learning rate of a parameter that has its own, and then no weight decay; None: that of the run."""
         return None
 
+    def fold(self) -> object:
+        """When all is done: leaves the model a stock one, with the zeros in its weights."""
+
     def state(self) -> dict[str, torch.Tensor]:
         """What a snapshot must hold beside the trained parameters."""
         return {}

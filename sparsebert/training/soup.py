@@ -11,10 +11,10 @@ import torch
 
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
-from sparsebert.data import Examples
+from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, batches, limited, no_progress, predict, tokenize
 from sparsebert.errors import InputError
-from sparsebert.heads import PROBLEMS, Problem
+from sparsebert.heads import PROBLEMS, Problem, problem_of
 from sparsebert.jobs import Job
 from sparsebert.training import adversarial
 from sparsebert.training.lesson import own_classifier, read_by, task_name
@@ -84,7 +84,8 @@ def soup(
     spec = limited(spec, checkpoint.shapes(sources[0]).config, max_length)
     shared = _shared(sources, task_name(spec))
     target = checkpoint.check_output(output, sources=read_by(spec, *sources), overwrite=overwrite)
-    _, examples = data.hold_out(data.load(spec, spec.train), shared["hold_out"])
+    rest, examples = data.hold_out(data.training(spec), shared["hold_out"])
+    _require_untrained(sources, spec, rest)
     inputs = {
         "models": [checkpoint.source_sha256(source) for source in sources],
         "data": examples.sha256,
@@ -156,6 +157,22 @@ def _shared(sources: list[Path], task: str) -> dict:
         shown = sorted({(recipe["hold_out"], recipe["model"]) for recipe in found})
         raise InputError(f"models must share their start and hold_out, got {shown}", fix="train them from one start")
     return found[0]
+
+
+def _require_untrained(sources: list[Path], spec: Task, rest: Examples) -> None:
+    """InputError where a model's recipe says that it learnt from other examples than the task has now beside those held
+    out: these could be among them.
+    """
+    for source in sources:
+        recipe = checkpoint.read_recipe(source)
+        learnt = rest.sample(recipe.get("n"), recipe.get("seed", 0))
+        learnt = data.mix_ood(spec, learnt) if recipe.get("mix_ood") else learnt
+        _, learnt = data.as_values(spec, learnt, problem_of(checkpoint.read_config(source)))
+        if recipe.get("data_sha256") != learnt.sha256:
+            raise InputError(
+                f"{source} learnt from other examples of {spec.name} than are there now, perhaps from those held out",
+                fix="train it again",
+            )
 
 
 def mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

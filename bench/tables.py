@@ -1,0 +1,56 @@
+"""What makes every table of bench/results: its machine, its command, its environment variables.
+
+python -m bench.tables
+
+Read from the heads of the tables themselves; `MADE_OF` says what DIR, MODEL and PATH in a command stand for.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+HEAD = re.compile(r"^Machine: (.+)\.  \nCommand: `(.+)`  \nEnvironment: (.+)\.(?:  )?$", re.M)
+DENSE = "sparsebert train minilm --task sst2 --recipe bench/recipes/three-dense.yaml -o DENSE"
+CELLS = "; its cells by the same with --dense DENSE/plain-"
+CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
+# Table -> how what its command names, or takes from a file of cells, is made.
+MADE_OF = {
+    "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; with which settings is not recorded",
+    "end_to_end": "PATH: the python of an environment with deepsparse 1.8.0",
+    "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
+    "frontier": f"{DENSE} && python -m bench.study_frontier DENSE/plain-0 --prune FOLDER. `dense` was right on as many "
+    "sentences as plain-0; its weights are not recorded",
+    "obs_prune": CHECKOUTS,
+    "obs_sweep": CHECKOUTS,
+    "obs_sweep_avx2": CHECKOUTS,
+    "obs_sweep_cuda": CHECKOUTS,
+    "prune": "DIR: MiniLM fine-tuned on a task; which is not recorded, and changes no time",
+    "prune_avx2": "DIR: MiniLM fine-tuned on a task; which is not recorded, and changes no time",
+    "pruning_ladder": f"{DENSE}{CELLS}0",
+    "pruning_main": f"{DENSE}{CELLS}0 DENSE/plain-1 DENSE/plain-2 --draws 0 1",
+    "pruning_patterns": f"{DENSE}{CELLS}0 DENSE/plain-1",
+    "srnets_hans": "DIR: the folder of the command of srnets",
+}
+
+
+def head(page: str) -> dict[str, str] | None:
+    """Machine, command and environment of a table; None where its head lacks one of them."""
+    found = HEAD.search(page)
+    return None if found is None else dict(zip(("machine", "command", "environment"), found.groups(), strict=True))
+
+
+def main() -> int:
+    for path in sorted(RESULTS.glob("*.md")):
+        facts = head(path.read_text(encoding="utf-8"))
+        if facts is None:
+            raise SystemExit(f"{path} must begin with its machine, command and environment")
+        made = [f"made of: {MADE_OF[path.stem]}"] if path.stem in MADE_OF else []
+        print("\n  ".join([path.stem, *(f"{name}: {value}" for name, value in facts.items()), *made]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

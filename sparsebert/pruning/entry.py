@@ -1,0 +1,244 @@
+"""The two calls of pruning, and the table of all methods."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from sparsebert import checkpoint, data, encoders, patterns
+from sparsebert.config import PruneConfig
+from sparsebert.encoders import Progress, encoder_linears, no_progress
+from sparsebert.errors import InputError
+from sparsebert.jobs import Job, digest
+from sparsebert.machine import bf16_is_fast
+from sparsebert.patterns import parse, require_fits, sparsity_of
+from sparsebert.pruning import knowledge
+from sparsebert.pruning.calibration import Calibration, draw, others
+from sparsebert.pruning.methods import LABEL_FREE, LabelFree
+from sparsebert.pruning.run import Run
+from sparsebert.pruning.subnets import Subnet, own
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
+from sparsebert.pruning.trained.method import Trained
+from sparsebert.training.lesson import read_by, task_name
+
+METHODS: dict[str, LabelFree | Trained] = {**LABEL_FREE, **TRAINED}
+CUT_SAMPLE = 4096  # training texts of which the share that is cut is told, at most
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
+    on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
+    method trains. max_length: tokens kept of a calibration text; cut: the share of the task's training texts that have
+    more. rows: read of own files (data.rows_read). left_out: training examples, and texts of --calibration, that are
+    also in a reported split (data.training). calibration: tokens of each part of the set.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    density: dict[str, float]
+    tokens: int
+    seconds: float
+    peak_rss_mb: float
+    training: dict | None = None
+    max_length: int | None = None
+    cut: float | None = None
+    rows: dict | None = None
+    left_out: int = 0
+    calibration: dict[str, int] | None = None
+
+    def as_json(self) -> dict:
+        fields = asdict(self)
+        layers = [{"name": name, "density": density} for name, density in fields.pop("density").items()]
+        return {**fields, "layers": layers}
+
+
+def prune(
+    model,
+    calibration: Calibration | None,
+    config: PruneConfig | None = None,
+    *,
+    progress: Progress = no_progress,
+    run: Run | None = None,
+) -> PruneResult:
+    """Prunes the encoder's linears of a stock `transformers` classifier in place; embeddings stay as they are, and so
+    do pooler and classifier but for the methods that solve for them again.
+
+    calibration: texts to look at, from `draw`; None for a method that looks at none. A linear of n weights gets
+    floor(sparsity * n) zeros exactly, or what its pattern or its allotment makes of that. run: where finished layers
+    are kept. Raises InputError for an unknown method or pattern, one that does not fit the model, too few calibration
+    tokens, and moments that cannot be solved.
+    """
+    config = config or PruneConfig()
+    check(config)
+    start = time.perf_counter()
+    checkpoint.require_model(model)
+    model.eval()
+    linears = encoder_linears(model)
+    pattern = parse(config.pattern)
+    for name, module in linears.items():
+        require_fits(pattern, *module.weight.shape, sparsity_of(pattern, config.sparsity), name)
+    tokens = 0
+    if LABEL_FREE[config.method].looks_at_data:
+        batches = calibration.padded_batches if config.as_published else calibration.batches
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text is many tokens
+        _require_different(calibration.texts)
+    LABEL_FREE[config.method].prune(model, calibration, config, run or Run(progress))
+    return _result(model, config, start, tokens)
+
+
+def _result(model, config: PruneConfig, start: float, tokens: int, training: dict | None = None) -> PruneResult:
+    linears = encoder_linears(model)
+    nnz = {name: int(module.weight.count_nonzero()) for name, module in linears.items()}
+    size = {name: module.weight.numel() for name, module in linears.items()}
+    return PruneResult(
+        method=config.method,
+        pattern=config.pattern,
+        sparsity=1 - sum(nnz.values()) / sum(size.values()),
+        density={name: nnz[name] / size[name] for name in linears},
+        tokens=tokens,
+        seconds=time.perf_counter() - start,
+        peak_rss_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        training=training,
+    )
+
+
+def prune_checkpoint(
+    source: str | Path,
+    task: str,
+    output: str | Path,
+    config: PruneConfig | None = None,
+    subnet: SubnetConfig | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> PruneResult:
+    """Prunes the classifier in the directory `source` on training texts of `task`, and saves it in `output`. subnet:
+    for the methods that train with labels; the seed is that of `config`.
+
+    The same call again returns at once where `output` is finished, else goes on after the last finished layer, or from
+    the last snapshot, in `<output>.partial`; what other weights, data, settings or code have left at either place is
+    refused, unless `overwrite`.
+    """
+    start = time.perf_counter()
+    config = config or PruneConfig()
+    subnet = subnet or SubnetConfig()
+    check(config, subnet)
+    spec = data.get_task(task, labelled=config.method in TRAINED)
+    source = checkpoint.resolve(source)
+    read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
+    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
+    trained = Subnet(source, task, target, config, subnet, overwrite) if config.method in TRAINED else None
+    examples = None
+    if trained is not None:
+        job, spec = trained.job, trained.lesson.spec
+    else:
+        stock = checkpoint.shapes(source).config
+        spec = encoders.limited(spec, stock, config.max_length)
+        inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
+        inputs["settings"] = config.model_dump(exclude={"max_length"})
+        inputs["precision"] = "bf16" if bf16_is_fast() else "fp32"
+        if METHODS[config.method].looks_at_data:
+            if spec.train is None:
+                raise InputError(
+                    f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
+                )
+            examples = data.training(spec)
+            inputs["data"] = examples.sha256
+            given = () if config.as_published else others(config.calibration)
+            beside = data.unreported_texts(spec, given)
+            inputs["settings"]["calibration"] = digest(beside)  # in place of paths, what is there
+            if beside:  # of which some are long
+                inputs["max_length"] = encoders.token_limit(stock, config.max_length)
+        space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
+        job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)
+    if (figures := checkpoint.finished(job)) is not None:
+        figures.pop("weights_sha256")
+        return PruneResult(**figures)
+
+    recipe = {"command": "prune", **checkpoint.made_from(source, checkpoint.source_sha256(source))}
+    recipe["task"] = task_name(spec)
+    with job:
+        if trained is not None:
+            model, tokenizer, training = trained.find(progress)
+            result = _result(model, config, start, 0, training)
+            # With the learning rate it was run at.
+            recipe |= {"data_sha256": trained.lesson.inputs["data"], **trained.lesson.config.model_dump()}
+        else:
+            model, tokenizer = checkpoint.load(source)
+            texts = None
+            if examples is not None:
+                longest = inputs["max_length"]
+                texts = draw(model, tokenizer, examples, config.calibration_tokens, longest, config.seed, others=beside)
+            result = prune(model, texts, config, run=Run(progress, job))
+            if texts is not None:
+                some = examples.sample(CUT_SAMPLE, 0)  # the task's own: joined ones are cut on purpose
+                encoded = encoders.tokenize(tokenizer, some, texts.max_length)
+                result = replace(
+                    result,
+                    max_length=texts.max_length,
+                    cut=encoders.cut_share(tokenizer, some, encoded, texts.max_length),
+                    rows=data.rows_read(spec),
+                    left_out=examples.left_out + len(given) - len(beside),
+                    calibration=texts.parts,
+                )
+        recipe |= config.model_dump()
+        summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
+        summary["max_length"] = spec.max_length
+        checkpoint.save(model, tokenizer, target, recipe=recipe, job=job, figures=asdict(result), summary=summary)
+        job.finish()
+    return result
+
+
+def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
+    """InputError or UnsupportedError for a config no method can carry out, before anything is read. subnet: None where
+    no method that trains will do.
+    """
+    known = METHODS if subnet is not None else LABEL_FREE
+    if config.method not in known:
+        raise InputError(f"method must be one of {', '.join(known)}, got {config.method!r}", fix="choose one of these")
+    for given in (config, subnet) if subnet is not None else (config,):
+        _require_own_flags(given, config.method)
+    pattern = parse(config.pattern)
+    sparsity = sparsity_of(pattern, config.sparsity)
+    if config.method in TRAINED:
+        TRAINED[config.method].check(own(config.method, subnet), sparsity)
+    if config.method == "knowledge":
+        knowledge.steps_of(config)
+    if config.as_published and config.calibration:
+        raise InputError("--as-published looks at no texts beside the task's, got --calibration", fix="leave it out")
+    if not isinstance(pattern, patterns.Unstructured) and (config.scope == "global" or config.as_published):
+        raise InputError(
+            f"--scope global and --as-published prune unstructured only, got {pattern}", fix="leave it out"
+        )
+
+
+def _require_own_flags(given: PruneConfig | SubnetConfig, method: str) -> None:
+    """InputError for a flag that is set and belongs to other methods."""
+    for name, field in type(given).model_fields.items():
+        owners = [other for other in METHODS if name in METHODS[other].flags]
+        if owners and method not in owners and getattr(given, name) != field.default:
+            flag, them = name.replace("_", "-"), f"method{'s'[: len(owners) > 1]} {', '.join(owners)}"
+            raise InputError(f"--{flag} belongs to {them}, got {method}", fix="leave it out")
+
+
+def _require_different(texts: data.Examples) -> None:
+    """InputError for texts that are all the same: what the head sees of them does not vary."""
+    first = texts.texts[0], texts.texts_b and texts.texts_b[0]
+    if all(pair == first for pair in zip(texts.texts, texts.texts_b or [None] * len(texts), strict=True)):
+        raise InputError(
+            f"calibration texts must differ, all {len(texts)} are {first[0][:60]!r}", fix="give texts that differ"
+        )
+
+
+def _require_tokens(tokens: int, linears) -> None:
+    name, widest = max(linears.items(), key=lambda item: item[1].in_features)
+    if tokens < widest.in_features:
+        raise InputError(
+            f"calibration must have at least as many tokens as {name} has inputs, {widest.in_features}, got {tokens}",
+            fix="raise --calibration-tokens",
+        )

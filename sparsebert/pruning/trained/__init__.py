@@ -1,0 +1,37 @@
+"""The methods that train with labels. A new one is a file here, and its line in this one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from pydantic import create_model
+
+from sparsebert.pruning.trained import imp, mask, soft_movement
+from sparsebert.pruning.trained.method import Trained, TrainedConfig
+
+__all__ = ["TRAINED", "SubnetConfig"]
+
+TRAINED = {method.name: method for method in (mask.METHOD, imp.METHOD, imp.REWOUND, soft_movement.METHOD)}
+
+
+def flat(methods: Iterable[Trained]) -> type[TrainedConfig]:
+    """One class with the flags of all methods, each described with the names of those that have it; what several have
+    is one flag, of one type and default.
+    """
+    fields: dict[str, tuple] = {}
+    said: dict[str, dict[str, list[str]]] = {}
+    for method in methods:
+        for name, field in method.config.model_fields.items():
+            if name in TrainedConfig.model_fields:
+                continue
+            of_first = fields.setdefault(name, (field.annotation, copy.copy(field)))[1]
+            if (of_first.annotation, of_first.default) != (field.annotation, field.default):
+                raise TypeError(f"{name} of {method.name} must be of the type and default that other methods have")
+            said.setdefault(name, {}).setdefault(field.description, []).append(method.name)
+    for name, (_, field) in fields.items():
+        field.description = "; ".join(f"{', '.join(names)}: {text}" for text, names in said[name].items())
+    return create_model("SubnetConfig", __base__=TrainedConfig, __module__=__name__, **fields)
+
+
+SubnetConfig = flat(TRAINED.values())

@@ -1,0 +1,40 @@
+"""Iterative magnitude pruning, without and with rewinding. [Liu et al. 2022, Alg. 1; Frankle & Carbin 2019]"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from sparsebert.errors import InputError
+from sparsebert.pruning.trained.method import Floats, Start, Trained, TrainedConfig
+
+
+class RewoundConfig(TrainedConfig):
+    """The flags of magnitude pruning that rewinds."""
+
+    rewind: str | None = Field(None, description="to what it rewinds: pretrained, or a DIR [default: its start]")
+
+
+def _hook(start: Start, rewound=None):
+    from sparsebert.training.imp import MagnitudePruning
+
+    head, warmup = start.config.head == "masked", start.config.warmup
+    return MagnitudePruning(
+        start.model, start.pattern, start.sparsity, rewind_to=rewound, head=head, warmup=warmup
+    )  # fmt: skip
+
+
+def _require_last(config: RewoundConfig, sparsity: float) -> None:
+    if config.select == "best":
+        raise InputError("imp-rw ends with weights that were not trained: nothing to select", fix="leave --select out")
+
+
+METHOD = Trained("imp", TrainedConfig, _hook, floats=lambda scores, parameters: Floats(beside=0, learning=parameters))
+REWOUND = Trained(
+    "imp-rw",
+    RewoundConfig,
+    lambda start: _hook(start, start.rewound()),
+    floats=lambda scores, parameters: Floats(beside=parameters, learning=parameters),
+    check=_require_last,
+    rewinds="during",
+    selects=False,
+)
