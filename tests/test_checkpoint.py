@@ -224,7 +224,17 @@ def test_saved_files_can_be_read_by_the_group_the_umask_allows(directory):
 
 
 @pytest.mark.parametrize(
-    "place", ["read-only parent", "read-only target", "foreign folder", "a file", "no such device"]
+    "place",
+    [
+        "read-only parent",
+        "read-only target",
+        "read-only ancestor",
+        "foreign folder",
+        "a file",
+        "below a file",
+        "working directory",
+        "no such device",
+    ],
 )
 def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch, place):
     target = tmp_path / "parent" / "out"

@@ -16,7 +16,10 @@ from models import classifier, saved, stock, tokenizer
 
 from sparsebert import data
 from sparsebert.config import PruneConfig
+from sparsebert.data import Examples
+from sparsebert.encoders import no_progress
 from sparsebert.engine import Engine
+from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import LONGEST, CheckpointError, InputError, cut, shown
 from sparsebert.pruning import prune
 
@@ -260,6 +263,11 @@ def test_logits_that_are_not_finite_are_refused_by_their_place(tmp_path):
     broken = Engine.load(saved(tmp_path / "m", model), dtype="fp32")
     with pytest.raises(CheckpointError, match=r"logits must be finite, those of texts\[1\] are \[nan, nan\]"):
         broken.logits([[101, 5, 102], IDS])
+    texts = ["a film"] * 100 + ["good"]  # id 2204; of several calls of the engine it is in the last
+    with pytest.raises(CheckpointError, match=r"those of texts\[100\] are"):
+        Classifier.load(tmp_path / "m").predict(
+            Examples("t", "s", texts, None, None), max_length=16, progress=no_progress
+        )
 
 
 class Mute:

@@ -6,7 +6,7 @@ import pytest
 from sparsebert import heads
 from sparsebert.data import Examples, get_task
 from sparsebert.engine.measure import Timings
-from sparsebert.errors import InputError
+from sparsebert.errors import CheckpointError, InputError
 from sparsebert.robustness import compare, evaluation, statistics
 
 
@@ -170,3 +170,13 @@ def test_the_interval_of_a_mean_over_seeds():
 def test_seeds_that_make_no_pairs_are_refused(a, b, message):
     with pytest.raises(InputError, match=message):
         statistics.paired_over_seeds(a, b)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_logits_that_are_not_finite_have_no_figures(bad):
+    good = np.zeros((3, 2), np.float32)
+    broken = good.copy()
+    broken[1, 0] = bad
+    for pair in ((broken, None), (good, broken)):
+        with pytest.raises(CheckpointError, match=r"mr: logits must be finite, those of texts\[1\]"):
+            compare(get_task("mr"), examples([0, 1, 1]), *pair)

@@ -7,7 +7,7 @@ every tensor, sha256 of the other files, golden inputs with their token ids and 
 transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load, require_model, shapes
+from sparsebert.checkpoint.classifier import golden_logits, load, load_tokenizer, require_model, shapes
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import Changed
 from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
@@ -42,6 +42,7 @@ __all__ = [
     "golden_logits",
     "has_head",
     "load",
+    "load_tokenizer",
     "made_from",
     "mapped_arrays",
     "read",

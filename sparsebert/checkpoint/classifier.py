@@ -48,6 +48,11 @@ def load(directory: str | Path, *, num_labels: int | None = None):
     return model, tokenizer
 
 
+def load_tokenizer(directory: str | Path):
+    """The tokenizer of a model directory alone, seen to give the token ids that the engine gives."""
+    return _tokenizer(read(directory, head=False))
+
+
 def build(files: Files, num_labels: int | None = None):
     """The same of a directory that was read, its golden logits left alone."""
     tokenizer = _tokenizer(files)

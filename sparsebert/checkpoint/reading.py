@@ -230,14 +230,16 @@ class Files:
         manifests.verify_logits(self.manifest, logits(ids, types), self.directory, relative=relative)
 
 
-def require_finite(logits: np.ndarray, directory: str | Path) -> None:
-    """CheckpointError, naming the text, where a model's logits [texts, labels] are not all finite numbers."""
+def require_finite(logits: np.ndarray, directory: str | Path, first: int = 0) -> None:
+    """CheckpointError, naming the text, where a model's logits [texts, labels] are not all finite numbers. first: the
+    number of the first text.
+    """
     finite = np.isfinite(logits).all(1)
     if not finite.all():
         row = int(np.argmin(finite))
         raise CheckpointError(
-            f"{directory}: logits must be finite, those of texts[{row}] are {shown(logits[row].tolist())}: the weights "
-            "overflow float32",
+            f"{directory}: logits must be finite, those of texts[{first + row}] are {shown(logits[row].tolist())}: "
+            "the weights overflow float32",
             fix="restore the weights and config.json from a good copy",
         )
 

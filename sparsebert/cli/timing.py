@@ -35,19 +35,16 @@ def random_model(config: BenchConfig, folder: Path) -> Path:
         model = getattr(transformers, f"{name}ForSequenceClassification")(made).eval()
     if config.sparsity != 0:
         prune(model, [], PruneConfig(method="magnitude", pattern=config.pattern, sparsity=config.sparsity))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint.resolve("minilm"), local_files_only=True)
+    tokenizer = checkpoint.load_tokenizer(checkpoint.resolve("minilm"))
     checkpoint.save(model, tokenizer, folder / config.random, recipe={"command": "bench"}, figures={})
     return folder / config.random
 
 
 def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
     """Token id lists: `config.n` of the task's test texts, or of random words of one length."""
-    from transformers import AutoConfig, AutoTokenizer
-
     from sparsebert.encoders import limited, token_limit, tokenize
 
-    directory = checkpoint.resolve(directory)
-    stock = AutoConfig.from_pretrained(directory, local_files_only=True)
+    stock = checkpoint.shapes(directory).config
     if config.seq != "mix":
         if config.max_length is not None:
             raise InputError(f"--max-length belongs to --seq mix, got --seq {config.seq}", fix="leave it out")
@@ -60,5 +57,4 @@ def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
         return [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in words]
     spec = limited(data.get_task(config.task, labelled=False), stock, config.max_length)
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    return tokenize(tokenizer, examples, spec.max_length)
+    return tokenize(checkpoint.load_tokenizer(directory), examples, spec.max_length)

@@ -58,7 +58,7 @@ class Classifier:
                 batch = encoded[start : start + BATCH]
                 ids = [row["input_ids"] for row in batch]
                 types = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in batch]
-                logits[start : start + BATCH] = engine.forward(ids, types)
+                logits[start : start + BATCH] = engine.forward(ids, types, first=start)
                 progress(start + len(batch), len(encoded))
             return logits
 

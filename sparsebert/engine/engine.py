@@ -226,15 +226,16 @@ class Engine:
             types.append(row_types)
         return ids, types
 
-    def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long. Raises
-        CheckpointError where one is not finite: the weights overflow.
+    def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], *, first: int = 0) -> np.ndarray:
+        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long. first: the
+        number of the first sequence, in errors. Raises CheckpointError where a logit is not finite: the weights
+        overflow.
         """
         kind = kind_of(sum(map(len, ids)))
-        return self._run(self._encoders[min(kind, len(self._encoders) - 1)], ids, type_ids)
+        return self._run(self._encoders[min(kind, len(self._encoders) - 1)], ids, type_ids, first)
 
     def _run(
-        self, encoder: PackedEncoder, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]]
+        self, encoder: PackedEncoder, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], first: int = 0
     ) -> np.ndarray:
         starts = np.cumsum([0, *map(len, ids)])
         flat_ids = np.fromiter(chain.from_iterable(ids), np.int32, count=starts[-1])
@@ -244,12 +245,12 @@ class Engine:
         if self._facts.position_offset and (padding := flat_ids == self._facts.padding).any():
             row = int(np.searchsorted(starts, np.argmax(padding), side="right")) - 1
             raise InputError(
-                f"texts[{row}] holds the padding token, id {self._facts.padding}, which {self.config['model_type']} "
-                "gives no position of its own",
+                f"texts[{first + row}] holds the padding token, id {self._facts.padding}, which "
+                f"{self.config['model_type']} gives no position of its own",
                 fix="take it out of the text",
             )
         logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
-        checkpoint.require_finite(logits, self.directory)
+        checkpoint.require_finite(logits, self.directory, first)
         return logits
 
 

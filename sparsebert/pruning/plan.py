@@ -91,13 +91,11 @@ def plan_model(model, config: PruneConfig) -> Plan:
 
 
 def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig, subnet: SubnetConfig) -> Plan:
-    from transformers import AutoTokenizer
-
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
     examples, held_out = examples_of(spec, subnet)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = checkpoint.load_tokenizer(directory)
     some = tokenize(tokenizer, examples.sample(SAMPLE, 0), spec.max_length)
     lengths = [len(row["input_ids"]) for row in some]
     mean, optimizer_steps = sum(lengths) / len(lengths), step_count(len(examples), subnet)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsebert import heads
+from sparsebert.checkpoint import require_finite
 from sparsebert.data import Examples, Task
 from sparsebert.errors import InputError
 from sparsebert.heads import Problem
@@ -63,11 +64,13 @@ class Evaluation:
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
     """The figures of `logits` [n, labels] on `examples`, paired with those of the dense model where given, both in the
-    order of the task's labels (heads.columns). Raises InputError where their number does not fit the task, they are
-    not finite, or are not the dense model's labels.
+    order of the task's labels (heads.columns). Raises InputError where their number does not fit the task, or
+    is not that of the dense model's labels, CheckpointError where one is not finite.
     """
     problem = heads.PROBLEMS[task.problem]
-    require_finite(examples, logits)
+    for each in (logits, dense):
+        if each is not None:
+            require_finite(each, task.name)
     predicted = predictions(task, logits)
     n = len(examples)
     figures: dict = {"metric": problem.metric_name}
@@ -90,7 +93,6 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
                 f"both models must have the same labels, got {logits.shape[1]} and {dense.shape[1]}",
                 fix="compare models of one task",
             )
-        require_finite(examples, dense)
         figures |= _paired(problem, examples, logits, dense, predicted, predictions(task, dense))
     return Evaluation(task.name, examples.split, n, **figures)
 
@@ -149,14 +151,3 @@ def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
         )
     predicted = heads.PROBLEMS[task.problem].predict(logits)
     return np.minimum(predicted, 1) if task.three_way and labels == 3 else predicted
-
-
-def require_finite(examples: Examples, logits: np.ndarray) -> None:
-    """InputError, naming the first text, where a logit is not finite: no figure of such a model means anything."""
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if len(bad):
-        raise InputError(
-            f"logits must be finite, those of {len(bad)} of {len(examples)} texts are not, first of text {bad[0]} "
-            f"({examples.texts[bad[0]][:60]!r})",
-            fix="restore the model's weights from a good copy, or train it again with a lower --lr",
-        )
