@@ -124,74 +124,100 @@ def prune_checkpoint(
     the last snapshot, in `<output>.partial`; what other weights, data, settings or code have left at either place is
     refused, unless `overwrite`.
     """
-    start = time.perf_counter()
-    config = config or PruneConfig()
-    subnet = subnet or SubnetConfig()
+    config, subnet = config or PruneConfig(), subnet or SubnetConfig()
     check(config, subnet)
     spec = data.get_task(task, labelled=config.method in TRAINED)
     source = checkpoint.resolve(source)
     read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
-    trained = Subnet(source, task, target, config, subnet, overwrite) if config.method in TRAINED else None
-    examples = None
-    if trained is not None:
-        job, spec = trained.job, trained.lesson.spec
+    if config.method in TRAINED:
+        run = _Trained(source, spec, target, config, subnet, overwrite)
     else:
-        stock = checkpoint.shapes(source).config
-        spec = encoders.limited(spec, stock, config.max_length)
-        inputs = {"model": checkpoint.source_sha256(source), "max_length": spec.max_length}
-        inputs["settings"] = config.model_dump(exclude={"max_length"})
-        inputs["precision"] = "bf16" if bf16_is_fast() else "fp32"
-        if METHODS[config.method].looks_at_data:
+        run = _Calibrated(source, spec, target, config, overwrite)
+    if (figures := checkpoint.finished(run.job)) is not None:
+        figures.pop("weights_sha256")
+        return PruneResult(**figures)
+
+    with run.job:
+        model, tokenizer, result = run.find(progress)
+        recipe = {"command": "prune", **checkpoint.made_from(source, checkpoint.source_sha256(source))}
+        recipe |= {"task": task_name(run.spec), **run.recipe, **config.model_dump()}
+        summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
+        summary["max_length"] = run.spec.max_length
+        checkpoint.save(model, tokenizer, target, recipe=recipe, job=run.job, figures=asdict(result), summary=summary)
+        run.job.finish()
+    return result
+
+
+class _Trained:
+    """One run of a method that trains: `job` is all that decides its result, `recipe` what is kept of that."""
+
+    def __init__(
+        self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite
+    ):
+        self.config, self.subnet = config, Subnet(source, spec, target, config, subnet, overwrite)
+        lesson = self.subnet.lesson
+        self.job, self.spec = self.subnet.job, lesson.spec
+        # With the learning rate it is run at.
+        self.recipe = {"data_sha256": lesson.inputs["data"], **lesson.config.model_dump()}
+
+    def find(self, progress: Progress):
+        """(model, tokenizer, result)."""
+        start = time.perf_counter()
+        model, tokenizer, training = self.subnet.find(progress)
+        return model, tokenizer, _result(model, self.config, start, 0, training)
+
+
+class _Calibrated:
+    """The same of a method without labels, and the texts that it looks at: examples (None: at none), and others."""
+
+    def __init__(self, source: Path, spec: data.Task, target: Path, config: PruneConfig, overwrite: bool):
+        method, stock = LABEL_FREE[config.method], checkpoint.shapes(source).config
+        self.source, self.config = source, config
+        self.spec = encoders.limited(spec, stock, config.max_length)
+        self.max_length, self.examples, self.recipe = self.spec.max_length, None, {}
+        settings = config.model_dump(exclude={"max_length"})
+        if method.looks_at_data:
             if spec.train is None:
                 raise InputError(
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
-            examples = data.training(spec)
-            inputs["data"] = examples.sha256
+            self.examples = data.training(spec)
             given = () if config.as_published else others(config.calibration)
-            beside = data.unreported_texts(spec, given)
-            inputs["settings"]["calibration"] = digest(beside)  # in place of paths, what is there
-            if beside:  # of which some are long
-                inputs["max_length"] = encoders.token_limit(stock, config.max_length)
+            self.others = data.unreported_texts(spec, given)
+            self.left_out = self.examples.left_out + len(given) - len(self.others)
+            settings["calibration"] = digest(self.others)  # in place of paths, what is there
+            if self.others:  # of which some are long
+                self.max_length = encoders.token_limit(stock, config.max_length)
+            self.recipe = {"data_sha256": self.examples.sha256}
+        inputs = {
+            "model": checkpoint.source_sha256(source),
+            "max_length": self.max_length,
+            "settings": settings,
+            "precision": "bf16" if bf16_is_fast() else "fp32",
+            "data": self.recipe.get("data_sha256"),
+        }
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
-        job = Job("prune", inputs, METHODS[config.method].prune.__module__, target, overwrite=overwrite, space=space)
-    if (figures := checkpoint.finished(job)) is not None:
-        figures.pop("weights_sha256")
-        return PruneResult(**figures)
+        self.job = Job("prune", inputs, method.prune.__module__, target, overwrite=overwrite, space=space)
 
-    recipe = {"command": "prune", **checkpoint.made_from(source, checkpoint.source_sha256(source))}
-    recipe["task"] = task_name(spec)
-    with job:
-        if trained is not None:
-            model, tokenizer, training = trained.find(progress)
-            result = _result(model, config, start, 0, training)
-            # With the learning rate it was run at.
-            recipe |= {"data_sha256": trained.lesson.inputs["data"], **trained.lesson.config.model_dump()}
-        else:
-            model, tokenizer = checkpoint.load(source)
-            texts = None
-            if examples is not None:
-                longest = inputs["max_length"]
-                texts = draw(model, tokenizer, examples, config.calibration_tokens, longest, config.seed, others=beside)
-            result = prune(model, texts, config, run=Run(progress, job))
-            if texts is not None:
-                some = examples.sample(CUT_SAMPLE, 0)  # the task's own: joined ones are cut on purpose
-                encoded = encoders.tokenize(tokenizer, some, texts.max_length)
-                result = replace(
-                    result,
-                    max_length=texts.max_length,
-                    cut=encoders.cut_share(tokenizer, some, encoded, texts.max_length),
-                    rows=data.rows_read(spec),
-                    left_out=examples.left_out + len(given) - len(beside),
-                    calibration=texts.parts,
-                )
-        recipe |= config.model_dump()
-        summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
-        summary["max_length"] = spec.max_length
-        checkpoint.save(model, tokenizer, target, recipe=recipe, job=job, figures=asdict(result), summary=summary)
-        job.finish()
-    return result
+    def find(self, progress: Progress):
+        """(model, tokenizer, result)."""
+        model, tokenizer = checkpoint.load(self.source)
+        if self.examples is None:
+            return model, tokenizer, prune(model, None, self.config, run=Run(progress, self.job))
+        tokens, seed = self.config.calibration_tokens, self.config.seed
+        texts = draw(model, tokenizer, self.examples, tokens, self.max_length, seed, others=self.others)
+        result = prune(model, texts, self.config, run=Run(progress, self.job))
+        some = self.examples.sample(CUT_SAMPLE, 0)  # the task's own: joined ones are cut on purpose
+        encoded = encoders.tokenize(tokenizer, some, texts.max_length)
+        told = {
+            "max_length": texts.max_length,
+            "cut": encoders.cut_share(tokenizer, some, encoded, texts.max_length),
+            "rows": data.rows_read(self.spec),
+            "left_out": self.left_out,
+            "calibration": texts.parts,
+        }
+        return model, tokenizer, replace(result, **told)
 
 
 def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:

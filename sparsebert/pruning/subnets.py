@@ -22,12 +22,11 @@ class Subnet:
     """One run: what it starts from and goes back to, and all that decides its result (`job`)."""
 
     def __init__(
-        self, source: Path, task: str, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
+        self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
     ):
         self.method = TRAINED[config.method]
         self.pattern = parse(config.pattern)
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
-        self.spec = data.get_task(task)
         self.start = _weights(subnet.start, source)
         self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
         if self.method.rewinds == "during" and self.rewind is None:
@@ -37,7 +36,7 @@ class Subnet:
         self.settings = subnet.model_copy(update=chosen)
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
         others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the model of the lesson
-        self.lesson = Lesson.of(self.spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
+        self.lesson = Lesson.of(spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
         self.job = Job("prune", self.lesson.inputs, __name__, target, overwrite=overwrite, space=self.lesson.space)
 
     def find(self, progress: Progress):
