@@ -98,12 +98,7 @@ def soup(
         return SoupResult(**figures)
 
     model, tokenizer = own_classifier(sources[0], spec)
-    states = []
-    for source in sources:
-        state = own_classifier(source, spec)[0].state_dict()
-        if {n: t.shape for n, t in state.items()} != {n: t.shape for n, t in model.state_dict().items()}:
-            raise InputError(f"{source} must have the tensors of {sources[0]}", fix="average models of one kind")
-        states.append(state)
+    states = _states(sources, spec)
     done = 0
 
     def scored(*members: int) -> float:
@@ -118,14 +113,7 @@ def soup(
         return value
 
     with job:
-        alone = [scored(i) for i in range(len(states))]
-        best, *rest = np.argsort([-value for value in alone], kind="stable").tolist()
-        accepted, highest = [best], alone[best]
-        for candidate in rest:
-            value = scored(*accepted, candidate)
-            if value >= highest:
-                accepted.append(candidate)
-                highest = value
+        accepted, highest, alone = greedy(scored, len(states))
         model.load_state_dict(mean([states[i] for i in accepted]))
         result = SoupResult(
             members=[str(directories[i]) for i in accepted],
@@ -138,6 +126,30 @@ def soup(
         sha256 = checkpoint.save(model, tokenizer, target, recipe=recipe, job=job, figures=figures, summary=summary)
         job.finish()
     return SoupResult(weights_sha256=sha256, **figures)
+
+
+def greedy(scored: Callable[..., float], n: int) -> tuple[list[int], float, list[float]]:
+    """(members, their score, scores of all n candidates alone): in falling order of their score, each is accepted where
+    all with it score no worse.
+    """
+    alone = [scored(i) for i in range(n)]
+    best, *rest = np.argsort([-value for value in alone], kind="stable").tolist()
+    accepted, highest = [best], alone[best]
+    for candidate in rest:
+        value = scored(*accepted, candidate)
+        if value >= highest:
+            accepted.append(candidate)
+            highest = value
+    return accepted, highest, alone
+
+
+def _states(sources: list[Path], spec: Task) -> list[dict[str, torch.Tensor]]:
+    states = [own_classifier(source, spec)[0].state_dict() for source in sources]
+    shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
+    for source, each in zip(sources, shapes, strict=True):
+        if each != shapes[0]:
+            raise InputError(f"{source} must have the tensors of {sources[0]}", fix="average models of one kind")
+    return states
 
 
 def _shared(sources: list[Path], task: str) -> dict:
