@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 from models import classifier, saved, tokenizer
 
 from sparsebert import Engine, checkpoint, data, encoders
+from sparsebert.checkpoint import encoding
 from sparsebert.cli import main
 from sparsebert.cli.timing import texts_of
-from sparsebert.config import BenchConfig, PruneConfig, SubnetConfig, TrainConfig
+from sparsebert.config import BenchConfig, PruneConfig, TrainConfig
 from sparsebert.errors import InputError, OutputError
-from sparsebert.pruning import prune_checkpoint
+from sparsebert.pruning import SubnetConfig, prune_checkpoint
 from sparsebert.robustness import evaluate
 from sparsebert.training import soup, train
 
@@ -59,6 +61,30 @@ def test_the_share_of_texts_cut_is_that_of_longer_ones(tmp_path, folder):
     assert (found.max_length, found.cut) == (100, 0.5)
     other = evaluate(model, str(folder), max_length=100, vs=saved(tmp_path / "short", max_position_embeddings=100))
     assert (other.max_length, other.cut) == (100, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_long_texts_get_the_tokens_of_transformers(kind, side, monkeypatch):
+    monkeypatch.setattr(encoders, "LONG_TEXT", 2000)  # of long pairs transformers fills the memory
+    made = copy.deepcopy(tokenizer(kind))
+    made.truncation_side = side
+    long = " ".join(f"word {i} of a long text, 它" for i in range(400))
+    assert len(long) > encoding.PIECE
+    texts, other = [long, "short", " " * len(long) + "good", "a" + long], ["short", "b", "end", long[::-1]]
+    for examples in (data.Examples("t", "s", texts, None, None), data.Examples("t", "s", texts, other, None)):
+        want = made(examples.texts, examples.texts_b, truncation=True, max_length=100)
+        got = encoders.tokenize(made, examples, 100)
+        assert got == [{name: want[name][i] for name in want} for i in range(4)]
+        share = sum(len(ids) > 100 for ids in made(examples.texts, examples.texts_b, verbose=False)["input_ids"]) / 4
+        assert encoders.cut_share(made, examples, got, 100) == share
+
+
+def test_of_a_long_text_little_is_read(monkeypatch):
+    made = copy.deepcopy(tokenizer())
+    monkeypatch.setattr(type(made), "__call__", lambda *args, **kwargs: pytest.fail("read whole"))
+    (row,) = encoders.tokenize(made, data.Examples("t", "s", ["a film . " * 10**6], None, None), 16)
+    assert row["input_ids"] == [101, *[1037, 2143, 1012] * 4, 1037, 2143, 102]
 
 
 def test_of_two_models_the_shorter_one_decides(tmp_path, folder):

@@ -27,6 +27,7 @@ from sparsebert.checkpoint.reading import (
 )
 from sparsebert.checkpoint.sealing import reseal, seal
 from sparsebert.checkpoint.tensors import mapped_arrays
+from sparsebert.checkpoint.tokenizer import piecewise
 from sparsebert.checkpoint.writing import check_output, finished, save
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "load_tokenizer",
     "made_from",
     "mapped_arrays",
+    "piecewise",
     "read",
     "read_config",
     "read_manifest",

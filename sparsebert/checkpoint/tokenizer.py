@@ -308,6 +308,21 @@ def _require_prefix_space(tokenizer: Tokenizer, wanted: bool, path: Path) -> Non
         )
 
 
+def piecewise(tokenizer) -> TextEncoder | None:
+    """What cuts long texts as a fast tokenizer of transformers does, without reading them to their end; None for one
+    that has to.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    pieces = _pieces(backend)
+    if pieces is None:
+        return None
+    types = "token_type_ids" in tokenizer.model_input_names
+    left = tokenizer.truncation_side == "left"
+    return TextEncoder(backend, types=types, left=left, max_length=2**31, pieces=pieces)
+
+
 def _pieces(tokenizer: Tokenizer) -> Pieces | None:
     """How long texts may be read; None for as a whole: unknown ways of splitting, added tokens that hold spaces."""
     added = tokenizer.get_added_tokens_decoder().values()
