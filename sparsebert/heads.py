@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -268,3 +268,28 @@ def columns(names: Sequence[str], wanted: Sequence[str], whose: str = "the model
 def _listed(names: Sequence[str], most: int = 6) -> str:
     shown = ", ".join(name[:40] for name in names[:most])
     return shown + (", …" if len(names) > most else "")
+
+
+class Answer(NamedTuple):
+    """What a model says of one text. scores: of every label, its probability, or of one logit that logit. predicted:
+    those of them that it predicts: the likeliest label, of several labels per text all above one half, or the logit.
+    """
+
+    scores: dict[str, float]
+    predicted: dict[str, float]
+
+
+def answers(problem: Problem, names: Sequence[str], logits: np.ndarray) -> list[Answer]:
+    """An answer per text. names: of the labels, in the order of the logits [texts, labels]."""
+    predicted = problem.predict(logits)
+    found = []
+    for row, said in zip(problem.link(logits).tolist(), predicted, strict=True):
+        scores = dict(zip(names, row, strict=True))
+        if problem is SINGLE_LABEL:
+            chosen = [names[said]]
+        elif problem is MULTI_LABEL:
+            chosen = [name for name, yes in zip(names, said, strict=True) if yes]
+        else:
+            chosen = list(names)
+        found.append(Answer(scores, {name: scores[name] for name in chosen}))
+    return found

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from sparsebert.cli.options import flags
-from sparsebert.cli.output import emit, progress, say_what_was_read, table
+from sparsebert.cli.options import flags, option
+from sparsebert.cli.output import emit, progress, say_what_was_read, table, then
 from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
-from sparsebert.errors import InputError
+from sparsebert.errors import InputError, cut
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
 app = typer.Typer(
@@ -20,26 +21,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from sparsebert import __version__
+
+        print(f"sparsebert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def command(
+    version: Annotated[
+        bool, option("--version", callback=_say_version, is_eager=True, help="print the version and stop")
+    ] = False,
+) -> None:
+    pass
+
+
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="model directory")]
-Output = Annotated[Path, typer.Option("--output", "-o", help="model directory to write")]
+Output = Annotated[Path, option("--output", "-o", help="model directory to write")]
 TaskName = Annotated[
     str,
-    typer.Option(help="task name, or a file of your own (.csv, .tsv, .jsonl, .parquet), or a folder of train and test"),
+    option(help="task name, or a file of your own (.csv, .tsv, .jsonl, .parquet), or a folder of train and test"),
 ]
 Overwrite = Annotated[
     bool,
-    typer.Option("--overwrite", help="replace what other settings or code left at the output, finished or not"),
+    option("--overwrite", help="replace what other settings or code left at the output, finished or not"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="print the JSON document alone")]
+Json = Annotated[bool, option("--json", help="print the JSON document alone")]
 
 
 @app.command()
 @flags(DemoConfig)
 def demo(
     *,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for models and report")] = Path(
-        "sparsebert-demo"
-    ),
+    output: Annotated[Path, option("--output", "-o", help="folder for models and report")] = Path("sparsebert-demo"),
     overwrite: Overwrite = False,
     json: Json = False,
     config: DemoConfig,
@@ -51,7 +68,7 @@ def demo(
 
 
 @app.command()
-@flags(TrainConfig)
+@flags(TrainConfig, basic=("epochs", "lr", "batch_size", "n", "max_length", "seed"))
 def train(
     model: Annotated[str, typer.Argument(help="model directory, or `minilm` for the packaged encoder")],
     *,
@@ -59,7 +76,7 @@ def train(
     output: Output,
     recipe: Annotated[
         str | None,
-        typer.Option(
+        option(
             metavar="FILE",
             help="fine-tune every model of a recipe into OUTPUT/<name>; packaged: quick-soup, emnlp2023-soup",
         ),
@@ -97,14 +114,15 @@ def train(
 
 
 @app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
-@flags(PruneConfig, subnet=SubnetConfig)
+@flags(PruneConfig, basic=("method", "tier", "sparsity", "pattern", "calibration"), subnet=SubnetConfig)
 def prune(
     directory: Directory,
     *,
     task: TaskName,
     output: Output,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan, its memory and time, and stop")] = False,
+    dry_run: Annotated[bool, option("--dry-run", help="print the plan, its memory and time, and stop")] = False,
     overwrite: Overwrite = False,
+    verbose: Annotated[bool, option("--verbose", help="also show the density of every linear")] = False,
     json: Json = False,
     config: PruneConfig,
     subnet: SubnetConfig,
@@ -131,14 +149,37 @@ def prune(
     with progress(f"prune ({config.method})") as update:
         result = prune_checkpoint(directory, task, output, config, subnet, overwrite=overwrite, progress=update)
     say_what_was_read(result)
+    held_out = _kept(output, directory, task, config.max_length)
     if not json:
-        rows = [[name, f"{density:.4f}"] for name, density in result.density.items()]
-        table(
-            f"{config.method}, {config.pattern}: {result.sparsity:.2%} zeros, {result.seconds:.1f} s",
-            ["linear", "density"],
-            rows,
-        )
-    emit(result.as_json())
+        rows = [[name, f"{density:.4f}"] for name, density in result.density.items()] if verbose else []
+        rows += [["zeros in the encoder's linears", f"{result.sparsity:.2%}"]]
+        if held_out is not None:
+            of = f"of {held_out['n']:,} held-out texts"
+            interval = held_out["agreement_ci"]
+            told = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
+            what = "rank correlation with dense" if interval is None else "same label as dense"
+            rows += [[f"{what}, {of}", f"{held_out['agreement']:.1%}{told}"]]
+            rows += [["KL to the dense model, nats", f"{held_out['kl']:.4f}"]]
+        rows += [["saved in", str(output)]]
+        table(f"{config.method}, {config.pattern}: pruned in {result.seconds:.0f} s", ["", ""], rows)
+        then(f"sparsebert eval {output} --task {task} --vs {directory}")
+    emit({**result.as_json(), "held_out": held_out})
+
+
+def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict | None:
+    """How near a pruned model is to the dense one; None, and why on stderr, where that cannot be said."""
+    from sparsebert import checkpoint
+    from sparsebert.errors import DataError
+    from sparsebert.robustness import kept
+
+    if not checkpoint.has_head(checkpoint.resolve(dense)):
+        return None
+    try:
+        with progress("compare with dense") as update:
+            return kept(pruned, dense, task, max_length=max_length, progress=update)
+    except (DataError, InputError) as error:
+        print(f"not compared with dense: {error}", file=sys.stderr)
+        return None
 
 
 @app.command()
@@ -147,9 +188,9 @@ def soup(
     *,
     task: TaskName,
     output: Output,
-    max_length: Annotated[int | None, typer.Option(min=3, help=MAX_LENGTH)] = None,
+    max_length: Annotated[int | None, option(min=3, help=MAX_LENGTH)] = None,
     score: Annotated[
-        str, typer.Option(help="what decides, on held-out examples: accuracy, or perturbed (loss when embeddings move)")
+        str, option(help="what decides, on held-out examples: accuracy, or perturbed (loss when embeddings move)")
     ] = "perturbed",
     overwrite: Overwrite = False,
     json: Json = False,
@@ -175,9 +216,7 @@ def evaluate(
     directory: Directory,
     *,
     task: TaskName,
-    vs: Annotated[
-        Path | None, typer.Option(metavar="DENSE", help="dense model directory to compare with, paired")
-    ] = None,
+    vs: Annotated[Path | None, option(metavar="DENSE", help="dense model directory to compare with, paired")] = None,
     json: Json = False,
     config: EvalConfig,
 ) -> None:
@@ -203,6 +242,32 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    directory: Directory,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT…", help="texts to classify, or - for the lines of stdin")],
+    *,
+    json: Json = False,
+) -> None:
+    """Classify texts: a line per text, with its label and that label's probability. Texts that are too long are cut.
+    JSON is printed only if asked for.
+    """
+    from sparsebert.engine import Engine
+    from sparsebert.heads import answers
+
+    if texts == ["-"]:
+        texts = [line.rstrip("\r\n") for line in sys.stdin]
+    engine = Engine.load(directory)
+    found = answers(engine.problem, engine.labels, engine.logits(texts, truncate=True))
+    if json:
+        rows = [{"text": text, **answer._asdict()} for text, answer in zip(texts, found, strict=True)]
+        emit({"problem": engine.problem.name, "texts": rows})
+        return
+    for text, answer in zip(texts, found, strict=True):
+        said = ", ".join(f"{label} {score:.3f}" for label, score in answer.predicted.items())
+        print(f"{said or 'no label'}\t{cut(text, 200)}")
+
+
+@app.command()
 def seal(directory: Directory, *, json: Json = False) -> None:
     """Make a stock model directory verifiable: write its manifest, with the hash of every tensor and golden logits."""
     from sparsebert.checkpoint import seal as run
@@ -218,7 +283,7 @@ def reseal(
     directory: Directory,
     *,
     labels: Annotated[
-        str | None, typer.Option(metavar="A,B,…", help="also write these label names, in the order of the outputs")
+        str | None, option(metavar="A,B,…", help="also write these label names, in the order of the outputs")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -237,7 +302,7 @@ def reseal(
 def bench(
     directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="model directory")] = None,
     *,
-    explain: Annotated[bool, typer.Option("--explain", help="also show what each linear runs as, and why")] = False,
+    explain: Annotated[bool, option("--explain", help="also show what each linear runs as, and why")] = False,
     json: Json = False,
     config: BenchConfig,
 ) -> None:
@@ -296,19 +361,19 @@ def bench(
 def study(
     which: Annotated[Literal["srnets"], typer.Argument(help="srnets: sparse and robust subnetworks, Liu et al. 2022")],
     *,
-    grid: Annotated[str, typer.Option(help="YAML file of cells, or a packaged one: srnets-small, srnets-paper")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder for ledger, models and report")],
+    grid: Annotated[str, option(help="YAML file of cells, or a packaged one: srnets-small, srnets-paper")],
+    output: Annotated[Path, option("--output", "-o", help="folder for ledger, models and report")],
     hours: Annotated[
-        float | None, typer.Option(min=0, help="begin no cell that would probably end later [default: no limit]")
+        float | None, option(min=0, help="begin no cell that would probably end later [default: no limit]")
     ] = None,
     shard: Annotated[
         str,
-        typer.Option(metavar="I/N", help="run part I of 0 to N - 1; cells that share a task and seed stay together"),
+        option(metavar="I/N", help="run part I of 0 to N - 1; cells that share a task and seed stay together"),
     ] = "0/1",
     take: Annotated[
-        list[Path] | None, typer.Option(metavar="CELLS", help="cells.jsonl of other runs, whose cells are taken over")
+        list[Path] | None, option(metavar="CELLS", help="cells.jsonl of other runs, whose cells are taken over")
     ] = None,
-    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="also write the tables to this file")] = None,
+    markdown: Annotated[Path | None, option(metavar="FILE", help="also write the tables to this file")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -331,7 +396,7 @@ def study(
 def doctor(
     *,
     tune: Annotated[
-        bool, typer.Option("--tune", help="time the engine's forms here, some seconds, and choose by that from now on")
+        bool, option("--tune", help="time the engine's forms here, some seconds, and choose by that from now on")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -359,7 +424,7 @@ def doctor(
 @app.command()
 def cache(
     *,
-    prune: Annotated[bool, typer.Option("--prune", help="remove all of them; running engines go on")] = False,
+    prune: Annotated[bool, option("--prune", help="remove all of them; running engines go on")] = False,
     json: Json = False,
 ) -> None:
     """List the packed models that are kept to load fast, or remove them: they are made anew when needed."""

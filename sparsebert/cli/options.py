@@ -12,14 +12,24 @@ from typing import Annotated, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
+from rich.markup import escape
 
 from sparsebert.config import validated
 
+EXPERT, LABELLED = "Expert options", "Options of the methods that train with labels"
 
-def flags(config_class: type[BaseModel], **more: type[BaseModel]) -> Callable:
-    """Decorates a command that takes `config`: its flags are the fields of `config_class` instead, validated
-    together. more: the same of further arguments by their names; a field that two classes have is one flag, described
-    by the first.
+
+def option(*names: str, help: str, panel: str | None = None, **more):
+    """A flag whose help is plain text: "[default: …]" would else be markup of rich, and vanish."""
+    return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
+
+
+def flags(config_class: type[BaseModel], basic: tuple[str, ...] | None = None, **more: type[BaseModel]) -> Callable:
+    """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
+
+    basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.
+    more: further config classes by the names of their arguments, listed as options of the methods that train with
+    labels. A field that two classes have is one flag, described by the first.
     """
     classes = {"config": config_class, **more}
 
@@ -39,7 +49,9 @@ def flags(config_class: type[BaseModel], **more: type[BaseModel]) -> Callable:
         parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in classes]
         for name, field in fields.items():
             names = (field.json_schema_extra or {}).get("flags", ())
-            annotation = Annotated[_plain(field.annotation), typer.Option(*names, help=field.description)]
+            own = name in config_class.model_fields
+            panel = (None if basic is None or name in basic else EXPERT) if own else LABELLED
+            annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=panel)]
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
             )

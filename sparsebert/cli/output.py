@@ -34,6 +34,11 @@ def say_what_was_read(result) -> None:
         print(f"{result.cut:.1%} of the texts were cut at {result.max_length} tokens (--max-length)", file=sys.stderr)
 
 
+def then(command: str) -> None:
+    """Names the command that people would type next."""
+    print(f"next: {command}", file=sys.stderr)
+
+
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Prints a table on stdout; columns after the first are right-aligned."""
     from rich import box

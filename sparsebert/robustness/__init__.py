@@ -2,6 +2,6 @@
 
 from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood
-from sparsebert.robustness.run import evaluate
+from sparsebert.robustness.run import evaluate, kept
 
-__all__ = ["Evaluation", "compare", "compare_ood", "evaluate"]
+__all__ = ["Evaluation", "compare", "compare_ood", "evaluate", "kept"]

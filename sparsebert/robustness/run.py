@@ -13,8 +13,10 @@ from sparsebert.encoders import Progress, cut_share, limited, no_progress, token
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError
 from sparsebert.robustness import ood as out_of_distribution
+from sparsebert.robustness.drift import drift
 from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood
+from sparsebert.robustness.statistics import wilson
 
 
 def evaluate(
@@ -61,6 +63,36 @@ def evaluate(
         compare(*sets[0], *logits[0]), engine=classifiers[0].engine, ood=figures or None, max_length=of.max_length,
         cut=cut, rows=data.rows_read(spec),
     )  # fmt: skip
+
+
+def kept(
+    pruned: str | Path,
+    dense: str | Path,
+    task: str,
+    *,
+    n: int = 500,
+    max_length: int | None = None,
+    progress: Progress = no_progress,
+) -> dict:
+    """How near the classifier in `pruned` is to the one that it was pruned from, on at most `n` texts of the task's
+    reported split; labels are not looked at: the figures of `drift`, and agreement_ci (95 %; None for one logit).
+
+    Raises InputError where the two have other labels, and DataError where the texts are not there.
+    """
+    spec = data.get_task(task, labelled=False)
+    examples = data.load(spec, spec.test, limit=n)
+    both = [Classifier.load(directory) for directory in (dense, pruned)]
+    for classifier in both:
+        spec = limited(spec, classifier.config, max_length)
+    order = heads.columns(both[1].names, both[0].names, str(both[1].directory))
+    want, got = (
+        classifier.predict(examples, max_length=spec.max_length, progress=_part(progress, what))
+        for classifier, what in zip(both, ("dense", "pruned"), strict=True)
+    )
+    problem = both[0].problem
+    figures = drift(problem, want, got[:, order])
+    same = None if problem is heads.ONE_LOGIT else round(figures["agreement"] * len(examples))
+    return figures | {"agreement_ci": None if same is None else wilson(same, len(examples))}
 
 
 def order_for(task: Task, classifier: Classifier) -> np.ndarray:
