@@ -20,4 +20,11 @@ __all__ = ["Engine", "__version__", "evaluate", "pipeline", "prune", "soup", "tr
 def __getattr__(name: str):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sparsebert' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        from sparsebert.errors import without_extra
+
+        if (told := without_extra(f"sparsebert.{name}", error)) is None:
+            raise
+        raise told from error

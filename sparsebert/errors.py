@@ -75,3 +75,20 @@ class OutputError(SparsebertError):
 
 class SparsebertWarning(UserWarning):
     """What the user should know and need not mend; the command line prints it as one line."""
+
+
+# Module -> the extra of this package that installs it.
+_EXTRAS = {
+    **dict.fromkeys(("greenlet", "pyarrow", "scipy", "sklearn", "torch", "transformers"), "prune"),
+    **dict.fromkeys(("plotly", "sentence_transformers"), "demo"),
+    "datasets": "hub",
+    "matplotlib": "bench",
+}
+
+
+def without_extra(what: str, error: ModuleNotFoundError) -> UnsupportedError | None:
+    """The error of `what`, which needs a module that is not installed; None where no extra brings it."""
+    module = (error.name or "").partition(".")[0]
+    if module not in _EXTRAS:
+        return None
+    return UnsupportedError(f"{what} needs {module}", fix=f"pip install 'sparsebert[{_EXTRAS[module]}]'")

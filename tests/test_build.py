@@ -1,5 +1,8 @@
 """The wheel as a user gets it, and what machine code is where in the compiled core."""
 
+import importlib.metadata
+import json
+import os
 import platform
 import re
 import shutil
@@ -10,10 +13,14 @@ from pathlib import Path
 
 import pytest
 from conftest import require
+from models import classifier, saved
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
-from sparsebert import environment
+from sparsebert import Engine, data, environment
 from sparsebert.ops import _dispatch
 
+BARE = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 ROOT = Path(__file__).resolve().parent.parent
 # What the wheel is built from. A plain list, so that the test also runs from an unpacked source archive.
 SOURCES = ("pyproject.toml", "setup.py", "README.md", "LICENSE", "csrc", "kernels", "sparsebert")
@@ -70,6 +77,73 @@ def test_the_wheel_holds_kernels_and_demo_data_and_no_sources(installed):
     assert data
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top - {"bin"} == {"sparsebert"}
+
+
+@pytest.fixture(scope="module")
+def without_torch(installed, tmp_path_factory) -> Path:
+    """A folder of what `pip install sparsebert` brings, linked: the wheel, and what it requires without extras."""
+    folder = tmp_path_factory.mktemp("base")
+    (info,) = installed.glob("sparsebert-*.dist-info")
+    wanted = importlib.metadata.PathDistribution(info).requires
+    done: set[str] = set()
+    while wanted:
+        requirement = Requirement(wanted.pop())
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if not applies or canonicalize_name(requirement.name) in done:
+            continue
+        done.add(canonicalize_name(requirement.name))
+        distribution = importlib.metadata.distribution(requirement.name)
+        wanted += distribution.requires or []
+        for top in {path.parts[0] for path in distribution.files if path.parts[0] != ".."} - {"__pycache__"}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(distribution.locate_file(top))
+    for path in installed.iterdir():
+        if path.name != "bin":
+            (folder / path.name).symlink_to(path)
+    return folder
+
+
+def alone(folder: Path, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess:
+    """The command line with these packages only."""
+    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sparsebert.cli import main; sys.exit(main())"
+    command = [sys.executable, "-I", "-S", "-c", program, folder, *arguments]
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=BARE, cwd=folder)
+    assert result.returncode == code, result.stderr[-4000:]
+    return result
+
+
+def test_a_model_is_run_without_torch(without_torch, tmp_path):
+    assert not (without_torch / "torch").exists() and not (without_torch / "transformers").exists()
+    model = saved(tmp_path / "m", classifier())
+    said = alone(without_torch, "predict", model, "a gripping film", "a dull one").stdout.splitlines()
+    want = Engine.load(model).logits(["a gripping film", "a dull one"]).argmax(1)
+    assert [line.split()[0] for line in said] == [data.SENTIMENT[i] for i in want]
+    assert "sparsebert 0." in alone(without_torch, "--version").stdout
+    assert "[default: 0.875" in alone(without_torch, "prune", "--help").stdout
+    for command in ("doctor", "cache"):
+        json.loads(alone(without_torch, command).stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("prune", "DIR", "--task", "mr", "-o", "p"), ("train", "minilm", "--task", "mr", "-o", "m"), ("demo",),
+     ("eval", "DIR", "--task", "mr"), ("bench", "DIR"), ("soup", "DIR", "--task", "mr", "-o", "s"), ("seal", "DIR"),
+     ("study", "srnets", "--grid", "srnets-small", "-o", "g")],
+)  # fmt: skip
+def test_a_command_that_needs_more_names_the_extra(without_torch, tmp_path, arguments):
+    model = saved(tmp_path / "m", classifier())
+    given = [str(model) if part == "DIR" else part for part in arguments]
+    said = alone(without_torch, *given, code=2).stderr
+    assert re.fullmatch(r"error: this command needs \w+; pip install 'sparsebert\[prune\]'\n", said), said
+
+
+def test_what_runs_a_model_takes_no_more_than_150_mb(without_torch):
+    size = sum(path.stat().st_size for top in without_torch.iterdir() for path in files_of(top))
+    assert size < 150e6
+
+
+def files_of(top: Path) -> list[Path]:
+    return [path for path in (top.rglob("*") if top.is_dir() else [top]) if path.is_file()]
 
 
 def instructions_by_symbol() -> dict[str, set[str]]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from sparsebert import environment
-from sparsebert.errors import LONGEST, SparsebertError, SparsebertWarning, cut
+from sparsebert.errors import LONGEST, SparsebertError, SparsebertWarning, cut, without_extra
 from sparsebert.ops import _dispatch
 
 INTERRUPTED = 130
@@ -33,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         code = INTERRUPTED
     except SparsebertError as error:
         code = _refuse(str(error))
+    except ModuleNotFoundError as error:
+        if (told := without_extra("this command", error)) is None:
+            raise
+        code = _refuse(str(told))
     except OSError as error:  # a path no file system takes, a standard output that is full
         where = f"{cut(str(error.filename))}: " if error.filename else ""
         code = _refuse(f"{where}{error.strerror or error}; correct the path or free space")
