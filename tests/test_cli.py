@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import resource
@@ -333,9 +336,23 @@ def test_a_full_disk(dense, tmp_path, command):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     small = ["--n", 32, "--epochs", 1] if command == "train" else ["--method", "magnitude"]
-    process = start(command, dense, "--task", "mr", *small, "-o", tmp_path / "out", preexec_fn=no_file_above_100_kb)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and out == ""
+    line = [command, dense, "--task", "mr", *small, "-o", tmp_path / "out"]
+    context = multiprocessing.get_context("fork")  # a limit on files cannot be lifted, and a fork has torch already
+    said = context.SimpleQueue()
+
+    def refuse():
+        no_file_above_100_kb()
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in line])
+        said.put((code, out.getvalue(), err.getvalue()))
+
+    process = context.Process(target=refuse)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and not said.empty()
+    code, out, err = said.get()
+    assert code == 2 and out == ""
     assert err.splitlines()[-1].startswith("error: ") and "cannot be written" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
