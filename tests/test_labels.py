@@ -140,7 +140,8 @@ def headed(problem: str, seed: int = 0):
 @pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
 @pytest.mark.parametrize("settings", [{"tier": 1}, {"tier": 2}, {"method": "adaptive"}], ids=str)
 def test_other_heads_are_pruned_towards_the_dense_models_outputs(problem, settings, monkeypatch):
-    monkeypatch.setattr(recover, "STEPS", 40)
+    monkeypatch.setattr(recover, "STEPS", 50)  # so that the held-out texts are asked once
+    monkeypatch.setattr(recover, "BATCH", 32)
     dense, model, tok = headed(problem), headed(problem), tokenizer()
     calibration = draw(model, tok, MR, 4000, 64, 0)
     prune(model, calibration, config.PruneConfig(sparsity=0.5, **settings))
