@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, require
 from models import saved, stock
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
@@ -198,6 +199,45 @@ def test_a_dry_run_of_a_method_that_trains(dense, tmp_path, capsys, method):
     for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
         assert parts[whole] == pytest.approx(sum(value for name, value in parts.items() if name != whole))
     assert ("held_out" in plan["seconds"]) == (method != "imp-rw") and "optimizer steps" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--calibration", "nosuch.txt"], "nosuch.txt must be a file, is absent"),
+        (["--calibration", "none", "--calibration", "general"], "calibration must be none or texts, got both"),
+        (["--task", "paws_qqp"], "has no training split"),
+        (["-o", "DENSE"], "is or holds what it starts from"),
+        (["-o", "/proc/x"], "/proc"),
+        (["--calibration-tokens", "10"], "calibration must have at least as many tokens"),
+        (["--method", "mask", "--task", "rte", "--sparsity", "0.5"], "labels"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_before_its_work(dense, tmp_path, capsys, flags, says):
+    given = ["--task", "mr", "-o", tmp_path / "p", *[dense if flag == "DENSE" else flag for flag in flags]]
+    if "rte" in flags or "paws_qqp" in flags:
+        if environment.data_dir() is None:
+            require("data", "SPARSEBERT_DATA is not set")
+    lines = [refused(capsys, "prune", dense, *given, *dry) for dry in (["--dry-run"], [])]
+    assert lines[0] == lines[1] and says in lines[0] and not (tmp_path / "p").exists()
+
+
+def test_a_dry_run_counts_the_texts_that_are_there(dense, tmp_path, capsys):
+    (tmp_path / "own.txt.csv").write_text("text\n" + "".join(f"a film number {i}\n" for i in range(300)))
+    out = run(capsys, "prune", dense, "--task", tmp_path / "own.txt.csv", "-o", tmp_path / "p", "--dry-run")[1]
+    parts = document(out)["calibration"]
+    assert 200 * 6 < parts["task"] < 300 * 9 and parts["others"] == 25_000
+
+
+@pytest.mark.parametrize("broken", ["stdout", "working directory"])
+def test_surroundings_that_no_command_can_work_in_are_named(tmp_path, broken):
+    command = f"{shlex.quote(sys.executable)} -c 'from sparsebert.cli import main; import sys; sys.exit(main())' cache"
+    gone = tmp_path / "gone"
+    shell = f"{command} >&-" if broken == "stdout" else f"mkdir {gone} && cd {gone} && rmdir {gone} && {command}"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    says = {"stdout": "standard output is closed", "working directory": "the working directory is not there any more"}
+    assert told.returncode == 2 and re.fullmatch(rf"error: {says[broken]}; [^\n]+\n", told.stderr), told.stderr
 
 
 def test_a_dry_run_refuses_what_the_run_would(dense, tmp_path, capsys):
