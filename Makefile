@@ -9,7 +9,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile  # tests of a file share its models, so one worker runs them
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -7,13 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from sparsebert import architectures
+from sparsebert import architectures, checkpoint, data, heads
 from sparsebert.checkpoint import piecewise, require_finite, require_model
 from sparsebert.data import Examples, Task
 from sparsebert.errors import InputError
@@ -106,6 +107,14 @@ def autocast(bf16: bool | None = None, device: torch.device | None = None) -> to
     """
     kind = "cpu" if device is None else device.type
     return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
+
+
+def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
+    """The task called `name` as the model in directory `source` is asked it: to one of one logit, a file's numbers are
+    values, not ids of classes.
+    """
+    values = checkpoint.has_head(source) and heads.problem_of(checkpoint.read_config(source)) is heads.ONE_LOGIT
+    return data.get_task(name, labelled=labelled, values=values)
 
 
 def token_limit(config, wanted: int | None) -> int:

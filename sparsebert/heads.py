@@ -6,6 +6,8 @@ embeddings have no entry in PROBLEMS yet, and are refused by name.
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -194,10 +196,16 @@ def label_names(config: dict) -> tuple[str, ...]:
             f"config.json: id2label must name the labels 0 to {count - 1} by strings, got {shown}",
             fix="correct it",
         )
+    for name, i in (config.get("label2id") or {}).items():
+        if name in found and found.index(name) != i:
+            raise InputError(
+                f"config.json: label2id says that {name!r} is {i}, id2label that it is {found.index(name)}",
+                fix="correct one of them: sparsebert reseal DIR --labels NAME,… writes both",
+            )
     return found
 
 
-# A folded name -> what it also is called. Folding drops case and all that is neither a letter nor a digit.
+# A name as `_bare` gives it -> what it also is called.
 ALIASES = {
     "neg": "negative",
     "pos": "positive",
@@ -225,15 +233,26 @@ ALIASES = {
 }
 
 
+# Between letters and digits these only separate: not-entailment, Sci/Tech. Elsewhere a name has them for a reason:
+# A-, C++, >5.
+_SEPARATORS = re.compile(r"(?<=\w)[-/.&]+(?=\w)|[\s_'\"`’“”().,:;!?]+")
+
+
 def fold(name: str) -> str:
-    """The label name without case and punctuation, under the one of its names that stands for all."""
-    bare = "".join(c for c in name.casefold() if c.isalnum())
+    """The label name without case, separators and Unicode forms, under the one of its names that stands for all."""
+    bare = _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())
     return ALIASES.get(bare, bare) or name
 
 
+def _number(name: str) -> int | None:
+    """The number that a label's name is: of LABEL_1, or of 1; None for a proper name."""
+    found = re.fullmatch(r"(?:label[_ ]?)?([+-]?[0-9]+)", name.strip().casefold())
+    return None if found is None else int(found[1])
+
+
 def are_anonymous(names: Sequence[str]) -> bool:
-    """Whether the names are no more than numbers: LABEL_0, LABEL_1, …, or 0, 1, …"""
-    return [fold(name).removeprefix("label") for name in names] == [str(i) for i in range(len(names))]
+    """Whether the names are no more than the ids of the labels: LABEL_0, LABEL_1, …, or 0, 1, …"""
+    return [_number(name) for name in names] == list(range(len(names)))
 
 
 def columns(names: Sequence[str], wanted: Sequence[str], whose: str = "the model") -> np.ndarray:
@@ -241,15 +260,25 @@ def columns(names: Sequence[str], wanted: Sequence[str], whose: str = "the model
     `logits[:, columns]` are in the wanted order.
 
     Names are compared folded, never by position. Labels that a file gives as numbers (`wanted` anonymous) are the
-    model's own ids. Raises InputError where the two do not name the same labels; whose: the model, for that message.
+    model's own ids, or its names where these are numbers. Raises InputError where the two do not name the same labels;
+    whose: the model, for that message.
     """
-    if are_anonymous(wanted) and len(wanted) == len(names):
-        return np.arange(len(wanted))
     if len(names) != len(wanted):
         raise InputError(
             f"{whose} has {len(names)} labels ({_listed(names)}), {len(wanted)} are wanted ({_listed(wanted)})",
             fix="choose a model trained for these labels",
         )
+    numbers = [_number(name) for name in names]
+    if are_anonymous(wanted):
+        if None in numbers:
+            return np.arange(len(wanted))
+        if sorted(numbers) != list(range(len(wanted))):
+            raise InputError(
+                f"{whose} calls its labels {_listed(names)}, wanted are {_listed(wanted)}: which is which cannot be "
+                "known",
+                fix="give the labels the same names in both: sparsebert reseal DIR --labels NAME,…",
+            )
+        return np.array([numbers.index(i) for i in range(len(wanted))])
     if are_anonymous(names):
         raise InputError(
             f"{whose} does not name its labels ({_listed(names)}), and {_listed(wanted)} are wanted: in which order "

@@ -67,10 +67,7 @@ def describe() -> dict:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "isa": isa,
         "isa_off": off,
-        "bf16_training": "on"
-        if bf16_is_fast()
-        else "off: the CPU has no bf16 multiply, emulating it is slower than fp32",
-        "gpu": _gpu(),
+        **_of_torch(),
         "data": str(data),
         "cache": str(environment.cache_dir() or "none: the user has no home, and SPARSEBERT_CACHE is not set"),
         "versions": {name: version_of(name) for name in PACKAGES},
@@ -95,6 +92,15 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _of_torch() -> dict[str, str]:
+    """What training and pruning can use."""
+    if version_of("torch") == "not installed":
+        off = "off: torch is not installed, pip install 'sparsebert[prune]'"
+        return {"bf16_training": off, "gpu": off}
+    slow = "off: the CPU has no bf16 multiply, emulating it is slower than fp32"
+    return {"bf16_training": "on" if bf16_is_fast() else slow, "gpu": _gpu()}
 
 
 def _gpu() -> str:

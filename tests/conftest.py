@@ -23,6 +23,18 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `bench`, which is not installed
 
 
+@pytest.hookimpl(optionalhook=True)  # a run by hand needs no pytest-xdist
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: one per core this process may use, if each has 2 GiB (one that has run many files holds 1.5
+    and its subprocesses 0.5); at most 8, since more would only wait for the longest file.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
+    if limit.exists() and limit.read_text().strip().isdecimal():
+        memory = min(memory, int(limit.read_text()))
+    return max(1, min(_dispatch.cores(), memory // 2**31, 8))
+
+
 def require(needed: str, reason: str) -> None:
     """Skips the test because `needed` is missing: an instruction set, cuda, triton, onnx, objdump, or data, the local
     data sets. Fails it where SPARSEBERT_REQUIRE lists that.

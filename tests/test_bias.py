@@ -68,9 +68,38 @@ def many():
     return labels, np.stack([signal, rng.normal(size=600)], 1)
 
 
+def labelled(labels, texts=None):
+    """MNLI examples with these labels, all different unless texts are given."""
+    texts = texts or [f"text {i}" for i in range(len(labels))]
+    return data.Examples("mnli", "train", texts, ["it"] * len(labels), np.asarray(labels))
+
+
+def test_an_example_is_not_judged_by_a_model_that_saw_the_same_text():
+    """Each text stands ten times, with one label, and features tell the texts apart and nothing else."""
+    rng = np.random.default_rng(0)
+    labels, features = rng.integers(0, 2, 30).repeat(10), np.eye(30).repeat(10, axis=0)
+    texts = [f"text {i}" for i in range(30) for _ in range(10)]
+    by_row = bias.out_of_fold(features, labelled(labels), MNLI, 0)
+    by_text = bias.out_of_fold(features, labelled(labels, texts), MNLI, 0)
+    right = [((found[:, 0] > np.log(0.5)) == (labels == 0)).mean() for found in (by_row, by_text)]
+    assert right[0] == 1 and right[1] < 0.7
+
+
+def test_halves_of_the_weak_learner_share_no_text():
+    texts, asked = ["a", "A ", "b", "B!", "c", "C?"] * 4, []
+    examples = data.Examples("mr", "train", texts, None, np.arange(24) % 2)
+
+    def weak(own, number):
+        asked.append(set(data.sameness(own)))
+        return classifier()
+
+    bias.weak_learner(MR, examples, tokenizer(), weak, 0)
+    assert not asked[0] & asked[1] and len(asked[0] | asked[1]) == 3
+
+
 def test_the_rest_of_the_probability_is_shared_equally(many):
     labels, features = many
-    log_probs = bias.out_of_fold(features, labels, MNLI, 0)
+    log_probs = bias.out_of_fold(features, labelled(labels), MNLI, 0)
     assert np.exp(log_probs).sum(1) == pytest.approx(1, abs=1e-5)
     np.testing.assert_array_equal(log_probs[:, 1], log_probs[:, 2])
     assert ((log_probs.argmax(1) == 0) == (labels == 0)).mean() > 0.8
@@ -80,7 +109,7 @@ def test_no_example_is_judged_by_a_model_that_saw_it(many):
     """Labels that features cannot tell are guessed no better than by chance; a model fitted to them would do better."""
     labels = np.random.default_rng(1).integers(0, 3, 120)
     features = np.random.default_rng(2).normal(size=(120, 100))
-    log_probs = bias.out_of_fold(features, labels, MNLI, 0)
+    log_probs = bias.out_of_fold(features, labelled(labels), MNLI, 0)
     right = (log_probs[:, 0] > np.log(0.5)) == (labels == 0)
     assert right.mean() < 0.7
 
@@ -89,7 +118,10 @@ def test_the_claim_alone_is_looked_at():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 60)
     claims = [f"{rng.choice(['he', 'she'])} did {'not' if label else 'win'}" for label in labels]
-    seen, blind = (data.Examples("fever", "train", [text] * 60, claims, labels) for text in ("she won", "nothing"))
+    seen, blind = (
+        data.Examples("fever", "train", [f"{text} {i}" for i in range(60)], claims, labels)
+        for text in ("she won", "nothing")
+    )
     log_probs = predict("auto", FEVER, seen)
     np.testing.assert_array_equal(log_probs, predict("auto", FEVER, blind))
     assert (log_probs.argmax(1) == labels).all()
@@ -169,7 +201,8 @@ def test_what_a_bias_model_was_trained_from_has_seen_its_examples_too(start, tmp
 def test_a_bias_model_has_seen_what_was_mixed_in(tmp_path):
     mixed = config.TrainConfig(mix_ood=True, n=30, **TINY)
     recipe = {"task": "mnli", "hold_out": 0, **mixed.model_dump()}
-    seen, hans = data.sameness(bias.training_examples(tmp_path, recipe)), data.TASKS["hans"]
+    model = saved(tmp_path / "m", labels=3)
+    seen, hans = data.sameness(bias.training_examples(model, recipe)), data.TASKS["hans"]
     assert set(data.sameness(data.training(hans))) <= set(seen) and len(seen) == 30 + 30_000 - 65
 
 

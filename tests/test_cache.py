@@ -93,7 +93,7 @@ def test_a_flipped_byte_in_the_checkpoint_is_refused_though_it_is_packed(directo
 
 
 def test_two_processes_pack_once(directory, fresh_cache):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")  # both begin at once, and neither imports torch first
     queue = context.Queue()
     children = [context.Process(target=_classify, args=(directory, queue)) for _ in range(2)]
     for child in children:

@@ -104,7 +104,6 @@ def test_files_of_every_kind_are_read_in_order(tmp_path):
         ("empty.txt", b"\n \n", "must hold at least one line"),
         ("latin.txt", "caf\xe9".encode("latin-1"), "line 1: must be UTF-8"),
         ("x.csv", b"review\nfine\n", "must have a column 'text', has 'review'"),
-        ("x.docx", b"PK", "must end in"),
     ],
 )
 def test_a_file_that_cannot_be_calibrated_on_is_named(tmp_path, name, body, says):
@@ -148,3 +147,22 @@ def test_methods_that_look_at_no_other_texts_refuse_them(tmp_path, wrong):
         prune_checkpoint(
             saved(tmp_path / "m"), "mr", tmp_path / "o", config.PruneConfig(calibration=("general",), **wrong)
         )
+
+
+def test_another_kind_of_file_and_one_text_for_pairs_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"files that end in \.txt, \.parquet, .*, got .*x\.docx"):
+        others([str(tmp_path / "x.docx")])
+    pairs = data.Examples("t", "train", ["a b"] * 40, ["c d"] * 40, None)
+    with pytest.raises(InputError, match="pairs needs two other texts or more, got 1"):
+        draw(classifier(), tokenizer(), pairs, 100, 32, 0, others=["alone"])
+
+
+def test_held_out_texts_are_not_calibrated_on_even_where_they_repeat():
+    texts = [f"film number {i:02d}" for i in range(40)] * 5
+    for beside in ((), tuple(f"sentence {i} of another kind" for i in range(40)) * 5):
+        found = draw(
+            classifier(), tokenizer(), data.Examples("t", "train", texts, None, None), 2000, 64, 0, others=beside
+        )
+        assert found.texts.texts and found.held_out.texts
+        whole = [text for text in found.held_out.texts if text in texts]
+        assert whole and not any(text in calibrated for text in whole for calibrated in found.texts.texts)

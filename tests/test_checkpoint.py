@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import random
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 
@@ -268,22 +268,25 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatc
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
     directory = saved(tmp_path / "m", seed=0)
     old = checkpoint.weights_sha256(directory)
-    code = (
-        "import sys; sys.path[:0] = sys.argv[2:3]\n"
-        "from models import saved, classifier; from pathlib import Path\n"
-        "model = classifier(seed=1); print('go', flush=True)\n"
-        "while True: saved(Path(sys.argv[1]), model)\n"
-    )
+    context = multiprocessing.get_context("fork")  # a fresh interpreter imports torch for seconds
+    begun = context.Event()
+
+    def save_again_and_again(model):
+        begun.set()
+        while True:
+            saved(directory, model)
+
     new = None
     rng = random.Random(0)
     for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, str(directory), os.path.dirname(__file__)], stdout=subprocess.PIPE
-        )
-        process.stdout.readline()
+        begun.clear()
+        process = context.Process(target=save_again_and_again, args=(classifier(seed=1),))
+        process.start()
+        assert begun.wait(60)
         time.sleep(rng.uniform(0.0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         checkpoint.load(directory)  # whole and verified, golden logits included
         sha256 = checkpoint.weights_sha256(directory)
         assert sha256 == old or new is None or sha256 == new
@@ -306,24 +309,24 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_full_when_the_tokenizer_is_saved_is_one_line(tmp_path):
-    code = (
-        "import resource, signal, sys; sys.path[:0] = sys.argv[2:3]\n"
-        "from models import saved, classifier; from pathlib import Path\n"
-        "from sparsebert.errors import OutputError\n"
-        "model = classifier(hidden_size=2, num_attention_heads=1, intermediate_size=4)\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))  # the weights fit, the tokenizer does not\n"
-        "try: saved(Path(sys.argv[1]), model)\n"
-        "except OutputError as error: print(error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "m"), os.path.dirname(__file__)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        done.stdout
-        == f"{tmp_path}/m cannot be written: File too large; free space or choose another output directory\n"
-    )
+    context = multiprocessing.get_context("fork")
+    said = context.SimpleQueue()
+    model = classifier(hidden_size=2, num_attention_heads=1, intermediate_size=4)
+
+    def save_on_a_full_disk():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))  # the weights fit, the tokenizer does not
+        try:
+            saved(tmp_path / "m", model)
+        except OutputError as error:
+            said.put(str(error))
+
+    process = context.Process(target=save_on_a_full_disk)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0 and not said.empty()
+    full = f"{tmp_path}/m cannot be written: File too large; free space or choose another output directory"
+    assert said.get() == full
     assert not list(tmp_path.iterdir())
 
 

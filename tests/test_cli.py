@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, require
 from models import saved, stock
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from sparsebert import checkpoint, cli, environment
-from sparsebert.cli import main
+from sparsebert.cli import demo, main
 
 SMALL_DEMO = [
     "--train-n",
@@ -67,8 +71,8 @@ def refused(capsys, *arguments) -> str:
 STARTED: list[subprocess.Popen] = []
 
 
-def start(*arguments, **kwargs) -> subprocess.Popen:
-    command = [sys.executable, "-m", "sparsebert", *map(str, arguments)]
+def start(*arguments, program: tuple[str, ...] = ("-m", "sparsebert"), **kwargs) -> subprocess.Popen:
+    command = [sys.executable, *program, *map(str, arguments)]
     # A shell starts background jobs with SIGINT ignored, and that is inherited.
     kwargs.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     pipe = subprocess.PIPE
@@ -195,6 +199,45 @@ def test_a_dry_run_of_a_method_that_trains(dense, tmp_path, capsys, method):
     for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
         assert parts[whole] == pytest.approx(sum(value for name, value in parts.items() if name != whole))
     assert ("held_out" in plan["seconds"]) == (method != "imp-rw") and "optimizer steps" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--calibration", "nosuch.txt"], "nosuch.txt must be a file, is absent"),
+        (["--calibration", "none", "--calibration", "general"], "calibration must be none or texts, got both"),
+        (["--task", "paws_qqp"], "has no training split"),
+        (["-o", "DENSE"], "is or holds what it starts from"),
+        (["-o", "/proc/x"], "/proc"),
+        (["--calibration-tokens", "10"], "calibration must have at least as many tokens"),
+        (["--method", "mask", "--task", "rte", "--sparsity", "0.5"], "labels"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_before_its_work(dense, tmp_path, capsys, flags, says):
+    given = ["--task", "mr", "-o", tmp_path / "p", *[dense if flag == "DENSE" else flag for flag in flags]]
+    if "rte" in flags or "paws_qqp" in flags:
+        if environment.data_dir() is None:
+            require("data", "SPARSEBERT_DATA is not set")
+    lines = [refused(capsys, "prune", dense, *given, *dry) for dry in (["--dry-run"], [])]
+    assert lines[0] == lines[1] and says in lines[0] and not (tmp_path / "p").exists()
+
+
+def test_a_dry_run_counts_the_texts_that_are_there(dense, tmp_path, capsys):
+    (tmp_path / "own.txt.csv").write_text("text\n" + "".join(f"a film number {i}\n" for i in range(300)))
+    out = run(capsys, "prune", dense, "--task", tmp_path / "own.txt.csv", "-o", tmp_path / "p", "--dry-run")[1]
+    parts = document(out)["calibration"]
+    assert 200 * 6 < parts["task"] < 300 * 9 and parts["others"] == 25_000
+
+
+@pytest.mark.parametrize("broken", ["stdout", "working directory"])
+def test_surroundings_that_no_command_can_work_in_are_named(tmp_path, broken):
+    command = f"{shlex.quote(sys.executable)} -c 'from sparsebert.cli import main; import sys; sys.exit(main())' cache"
+    gone = tmp_path / "gone"
+    shell = f"{command} >&-" if broken == "stdout" else f"mkdir {gone} && cd {gone} && rmdir {gone} && {command}"
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    told = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    says = {"stdout": "standard output is closed", "working directory": "the working directory is not there any more"}
+    assert told.returncode == 2 and re.fullmatch(rf"error: {says[broken]}; [^\n]+\n", told.stderr), told.stderr
 
 
 def test_a_dry_run_refuses_what_the_run_would(dense, tmp_path, capsys):
@@ -337,9 +380,23 @@ def test_a_full_disk(dense, tmp_path, command):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     small = ["--n", 32, "--epochs", 1] if command == "train" else ["--method", "magnitude"]
-    process = start(command, dense, "--task", "mr", *small, "-o", tmp_path / "out", preexec_fn=no_file_above_100_kb)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and out == ""
+    line = [command, dense, "--task", "mr", *small, "-o", tmp_path / "out"]
+    context = multiprocessing.get_context("fork")  # a limit on files cannot be lifted, and a fork has torch already
+    said = context.SimpleQueue()
+
+    def refuse():
+        no_file_above_100_kb()
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(argument) for argument in line])
+        said.put((code, out.getvalue(), err.getvalue()))
+
+    process = context.Process(target=refuse)
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0 and not said.empty()
+    code, out, err = said.get()
+    assert code == 2 and out == ""
     assert err.splitlines()[-1].startswith("error: ") and "cannot be written" in err and "Traceback" not in err
     assert not list(tmp_path.iterdir())
 
@@ -561,26 +618,34 @@ def test_ctrl_c_says_what_is_kept(dense, tmp_path, capsys, monkeypatch, kept):
     assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if kept else [])
 
 
-def demo(output: Path, **environment) -> subprocess.Popen:
-    return start("demo", *SMALL_DEMO, "--json", "-o", output, env={**os.environ, **environment})
+DEMO = """
+import sys
+from sparsebert.cli import demo, main
+
+demo.MODEL = sys.argv.pop(1)
+sys.exit(main(sys.argv[1:]))
+"""
 
 
-def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_path):
+def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(dense, tmp_path, capsys, monkeypatch):
+    assert demo.MODEL == "minilm"  # tests/test_training.py trains it, and pruning takes minutes
+    monkeypatch.setattr(demo, "MODEL", str(dense))
     output = tmp_path / "demo"
-    killed = demo(output)
+    command = ["demo", *SMALL_DEMO, "--json", "-o", output]
+    killed = start(dense, *command, program=("-c", DEMO))
     while killed.poll() is None and not (output / "magnitude").exists():
         time.sleep(0.05)
     killed.kill()  # while the adaptive method is at work
     killed.wait()
-    dense = checkpoint.weights_sha256(output / "dense")
+    trained = checkpoint.weights_sha256(output / "dense")
     assert not (output / "adaptive").exists()
 
-    process = demo(output)
+    process = start(dense, *command, program=("-c", DEMO))
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     result = json.loads(out)
     assert "1/5" not in err, "the finished fine-tuning was reused"
-    assert checkpoint.weights_sha256(output / "dense") == dense
+    assert checkpoint.weights_sha256(output / "dense") == trained
     assert result.keys() >= {"task", "dense_accuracy", "methods", "latency_ms", "max_logit_error", "report", "seconds"}
     assert result["methods"].keys() == {"magnitude", "adaptive", "knowledge"}
     assert all(method["sparsity"] == 0.875 for method in result["methods"].values())
@@ -595,10 +660,9 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(tmp_
         "opens without network"
     )
 
-    process = demo(output)
-    out, err = process.communicate(timeout=120)
+    code, out, err = run(capsys, *command)
     again = json.loads(out)
-    assert process.returncode == 0 and "prune" not in err and "evaluate" not in err
+    assert code == 0 and "prune" not in err and "evaluate" not in err
     assert again["methods"] == result["methods"] and again["dense_accuracy"] == result["dense_accuracy"]
 
 

@@ -161,12 +161,10 @@ def test_a_folder_is_a_task(tmp_path, suffix):
     ("body", "message"),
     [
         ("text,label\n", "at least one row"),
-        ("text,label\na,x\n", "at least two"),
-        ("text,label\na,1000000000000\n", "line 2: label must be a class from 0 to 999"),
+        ("text,label\na,1000000000000\n", "line 2: label must be the id of a class, 0 to 999"),
         ("text,label\na,1\nb,good\nc,bad\n", "line 2: label must be a class name, as in most rows, got '1'"),
         ("text,label\na,1\nb,\n", "line 3: label must be a class or a number"),
-        ("text,label\na,0\nb,3\n", "without gaps"),
-        ("text,label\na,0\nb,0\n", "at least two"),
+        ("text,label\na,0\nb,-1\n", "line 3: label must be the id of a class, 0 to 999, or its name"),
     ],
 )
 def test_a_folder_with_labels_that_are_none_is_named(tmp_path, body, message):

@@ -207,7 +207,7 @@ def test_a_long_text_is_bounded_before_it_is_tokenized(loaded, monkeypatch):
 sound = st.one_of(
     st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and text.isprintable()),
     st.tuples(st.sampled_from(["a", "film"]), st.sampled_from(["b", "play"])),
-    st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=9),
+    st.lists(st.integers(1, VOCABULARY - 1), min_size=1, max_size=9),
 )
 odd = st.recursive(
     st.one_of(
@@ -284,3 +284,21 @@ def test_messages_show_any_value_in_a_few_words():
     long = cut("a" * 4000 + "z" * 4000)
     assert len(long) < LONGEST + 10 and long.startswith("aaa") and long.endswith("zzz")
     assert len(str(InputError("p" * 9999, fix="f" * 9999))) < 2 * LONGEST + 20
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_padding_at_the_end_of_ids_is_dropped(tmp_path, kind):
+    made = Engine.load(saved(tmp_path / "m", kind=kind))
+    texts = ["a film", "a much longer film is here"]
+    padded = tokenizer(kind)(texts, padding=True, return_tensors="pt")["input_ids"]
+    assert len(set(map(len, tokenizer(kind)(texts)["input_ids"]))) == 2
+    for form in (padded, padded.numpy(), padded.tolist()):
+        np.testing.assert_array_equal(made.logits(form), made.logits(tokenizer(kind)(texts)["input_ids"]))
+    padding = int(padded[0, -1])
+    with pytest.raises(InputError, match=r"texts\[1\] must have a token that is no padding"):
+        made.logits([[101, 5], [padding, padding]])
+
+
+def test_types_of_another_number_are_refused(loaded):
+    with pytest.raises(InputError, match="type_ids must have the lengths of ids, 3 in all, have 2"):
+        loaded.forward([[101, 5, 102]], [[0, 0]])

@@ -7,14 +7,16 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from models import classifier, saved, tokenizer
 
-from sparsebert import checkpoint, config, data, heads
+from sparsebert import Engine, checkpoint, config, data, encoders, heads
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict, set_labels
-from sparsebert.errors import InputError
+from sparsebert.errors import DataError, InputError
 from sparsebert.pruning import SubnetConfig, draw, prune, prune_checkpoint, recover
 from sparsebert.robustness import compare, evaluate
 from sparsebert.robustness.evaluation import divergences
@@ -140,7 +142,8 @@ def headed(problem: str, seed: int = 0):
 @pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
 @pytest.mark.parametrize("settings", [{"tier": 1}, {"tier": 2}, {"method": "adaptive"}], ids=str)
 def test_other_heads_are_pruned_towards_the_dense_models_outputs(problem, settings, monkeypatch):
-    monkeypatch.setattr(recover, "STEPS", 40)
+    monkeypatch.setattr(recover, "STEPS", 50)  # so that the held-out texts are asked once
+    monkeypatch.setattr(recover, "BATCH", 32)
     dense, model, tok = headed(problem), headed(problem), tokenizer()
     calibration = draw(model, tok, MR, 4000, 64, 0)
     prune(model, calibration, config.PruneConfig(sparsity=0.5, **settings))
@@ -171,13 +174,69 @@ def test_figures_of_other_heads(problem):
     assert same.kl_to_dense == 0 and same.agreement == pytest.approx(1) and same.difference == 0
 
 
-def test_class_numbers_of_a_file_are_values_for_one_logit_and_names_are_not():
-    task = Task("own", ("LABEL_0", "LABEL_1"), "train", "test")
-    examples = Examples("own", "test", ["a", "b"], None, np.array([0, 1]))
-    asked, values = data.as_values(task, examples, heads.ONE_LOGIT)
-    assert asked.problem == "one_logit" and values.labels.dtype == np.float32 and values.labels.tolist() == [0, 1]
-    for problem, of in ((heads.SINGLE_LABEL, task), (heads.ONE_LOGIT, data.TASKS["mr"])):
-        assert data.as_values(of, examples, problem) == (of, examples)
+def test_class_numbers_of_a_file_are_values_for_one_logit_and_names_are_not(tmp_path):
+    path = tmp_path / "mine.csv"
+    for numbers in ((0, 1), (-1, 3), (10, 50)):
+        path.write_text("text,label\n" + "".join(f"text {i},{numbers[i % 2]}\n" for i in range(20)))
+        asked = encoders.task_for(str(path), saved(tmp_path / "reranker", headed("one_logit")))
+        labels = np.concatenate([asked.own[split].labels for split in ("train", "test")])
+        assert asked.problem == "one_logit" and labels.dtype == np.float32 and set(labels.tolist()) == set(numbers)
+    path.write_text("text,label\n" + "".join(f"text {i},{i % 2}\n" for i in range(20)))
+    assert encoders.task_for(str(path), saved(tmp_path / "classes")).problem == "single_label"
+    assert encoders.task_for("mr", tmp_path / "reranker").problem == "single_label"
+
+
+def test_a_file_that_shows_some_of_a_models_labels_is_evaluated(tmp_path):
+    model = saved(tmp_path / "nli", labels=3)
+    pairs = [(f"a man walks {i}", f"he moves {i}") for i in range(40)]
+    logits = Engine.load(model).logits(pairs)
+    for name, shown in (("names", ["neutral", "entailment"]), ("ids", [0, 1]), ("one", ["contradiction"])):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"text": a, "text_b": b, "label": shown[i % len(shown)]} for i, (a, b) in enumerate(pairs)]
+        (folder / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        ids = [row["label"] if name == "ids" else data.NLI.index(row["label"]) for row in rows]
+        assert evaluate(model, str(folder)).accuracy == (logits.argmax(1) == ids).mean()
+        with pytest.raises(DataError, match="has no train file"):
+            train(model, str(folder), tmp_path / "t")
+
+
+@pytest.mark.parametrize("shown", [["0", "2"], ["x", "x"]])
+def test_a_class_without_examples_is_not_trained_on(tmp_path, shown):
+    (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"text {i},{shown[i % 2]}\n" for i in range(40)))
+    with pytest.raises(DataError, match=r"two classes or more, and of each: (none is LABEL_1|all are x)"):
+        train("minilm", str(tmp_path / "mine.csv"), tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("1", "0"), [1, 0]), (("LABEL_1", "LABEL_0"), [1, 0]), (("0", "1"), [0, 1]), (("neg", "pos"), [0, 1]),
+     (("1", "2"), None), (("-1", "1"), None)],
+)  # fmt: skip
+def test_numbers_of_a_file_are_the_names_of_a_model_that_has_numbers_for_names(names, expected):
+    if expected is None:
+        with pytest.raises(InputError, match="which is which cannot be known"):
+            heads.columns(names, ("LABEL_0", "LABEL_1"))
+    else:
+        assert heads.columns(names, ("LABEL_0", "LABEL_1")).tolist() == expected
+
+
+def test_the_names_that_datasets_stores_beside_ids_are_read(tmp_path):
+    """As `Dataset.to_parquet` writes a ClassLabel, here in another order than the model's."""
+    info = {"info": {"features": {"label": {"names": ["pos", "neg"], "_type": "ClassLabel"}}}}
+    model = saved(tmp_path / "m")
+    texts = [f"a film {i}" for i in range(20)]
+    for labels, several in (([i % 2 for i in range(20)], False), ([[i % 2] for i in range(20)], True)):
+        table = pa.table({"text": texts, "label": labels})
+        if several:
+            info["info"]["features"]["label"] = {"feature": info["info"]["features"]["label"], "_type": "List"}
+        (tmp_path / str(several)).mkdir()
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        pq.write_table(table, tmp_path / str(several) / "test.parquet")
+        found = data.get_task(str(tmp_path / str(several)))
+        assert found.labels == ("neg", "pos") and found.problem == ("multi_label" if several else "single_label")
+    right = (Engine.load(model).logits(texts).argmax(1) == [1 - i % 2 for i in range(20)]).mean()
+    assert evaluate(model, str(tmp_path / "False")).accuracy == right
 
 
 def test_a_model_of_another_problem_type_is_refused(tmp_path):

@@ -156,7 +156,11 @@ def test_pairs_are_found_under_their_usual_names(tmp_path, names):
         ([1.0, 0.0, 1.0], "single_label", ("LABEL_0", "LABEL_1"), [1, 0, 1]),
         (["1", "0", "1"], "single_label", ("LABEL_0", "LABEL_1"), [1, 0, 1]),
         (["LABEL_1", "LABEL_0", "LABEL_2"], "single_label", ("LABEL_0", "LABEL_1", "LABEL_2"), [1, 0, 2]),
-        (["1_0", "nan", "x"], "single_label", ("1_0", "nan", "x"), [0, 1, 2]),
+        (["1_0", "none", "x"], "single_label", ("1_0", "none", "x"), [0, 1, 2]),
+        (["C", "C++", "C#"], "single_label", ("C", "C#", "C++"), [0, 2, 1]),
+        (["A-", "A", "A+"], "single_label", ("A", "A+", "A-"), [2, 0, 1]),
+        (["दिन", "दान"], "single_label", ("दान", "दिन"), [1, 0]),
+        ([["1", "0"], ["0", "1"]], "multi_label", ("LABEL_0", "LABEL_1"), [[1, 0], [0, 1]]),
         ([0.5, 2, -1.25], "one_logit", (), [0.5, 2, -1.25]),
         ([["a"], ["b", "a"], []], "multi_label", ("a", "b"), [[1, 0], [1, 1], [0, 0]]),
         ([[0], [2, 1], []], "multi_label", ("LABEL_0", "LABEL_1", "LABEL_2"), [[1, 0, 0], [0, 1, 1], [0, 0, 0]]),
@@ -232,7 +236,7 @@ REFUSED = {
     "two readings": (
         "train.csv",
         as_csv([("a", "b", "c", "d", 0)], ("premise", "hypothesis", "sentence1", "sentence2", "label")),
-        "as premise with hypothesis or as sentence1 with sentence2; name the columns 'text' and 'text_b'",
+        "as premise with hypothesis or as sentence1 with sentence2; keep the columns of one reading",
         ("train.csv", as_csv([("a", "b", 0), ("c", "d", 1)], ("text", "text_b", "label"))),
     ),
     "column twice": (
@@ -403,13 +407,34 @@ REFUSED = {
         "line 1: label must be a list, as in",
         None,
     ),
-    "gaps": (
+    "another pair beside a text": (
         "train.csv",
-        "text,label\na,1\nb,2\n",
-        "without gaps, found 1, 2; number the classes from 0, or write their",
-        ("train.csv", "text,label\na,one\nb,two\n"),
+        as_csv([("a", "b", "c", 0)], ("text", "premise", "hypothesis", "label")),
+        "may be read as text or as premise with hypothesis; keep the columns of one",
+        ("train.csv", as_csv([("b", "c", 0), ("d", "e", 1)], ("premise", "hypothesis", "label"))),
     ),
-    "one class": ("train.csv", "text,label\na,x\nb,x\n", "at least two classes, all are 'x'; add", ("train.csv", GOOD)),
+    "the second text alone": (
+        "train.csv",
+        as_csv([("b", 0)], ("text_b", "label")),
+        "must have a column 'text', has 'text_b', 'label'; name a column 'text'",
+        ("train.csv", GOOD),
+    ),
+    "a list in csv": ("train.csv", "text,label\na,\"['x', 'y']\"\nb,[]\n", "line 2: label must be one class", None),
+    "decimal comma": ("train.csv", 'text,label\na,"0,5"\nb,1.5\n', "a number with a decimal point", None),
+    "percent": ("train.csv", "text,label\na,50%\nb,x\n", "a number with a decimal point, or a class name", None),
+    "a missing value": (
+        "train.csv",
+        "text,label\na,x\nb,NaN\n",
+        "line 3: label must be a class or a number, not a",
+        None,
+    ),
+    "one short row of flags": (
+        "train.jsonl",
+        "".join(json.dumps({"text": str(i), "label": [0, 0, 1] if i != 4 else [0, 1]}) + "\n" for i in range(9)),
+        r"line 5: label must be a 0 or 1 for each of 3 labels, as in most rows, or ids or names once, got \[0, 1\]",
+        None,
+    ),
+    "a name in two Unicode forms": ("train.csv", "text,label\na,caf\u00e9\nb,cafe\u0301\n", "are one name", None),
     "two spellings": (
         "train.csv",
         "text,label\na,Good\nb,good\nc,bad\n",
@@ -449,7 +474,7 @@ REFUSED = {
     "flags of another length": (
         "train.jsonl",
         '{"text": "a", "label": [0.0, 1.0]}\n{"text": "b", "label": [0.0]}\n',
-        "line 1: label must be a list of names or of ids",
+        r"line 2: label must be a 0 or 1 for each of 2 labels, as in most rows, or ids or names once, got \[0.0\]",
         None,
     ),
     "no parquet": (

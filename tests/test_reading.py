@@ -409,3 +409,33 @@ def test_logits_that_are_not_finite_are_refused_by_both(directory, name):
     examples = data.Examples("mine", "test", ["a gripping film"], None, np.zeros(1, np.int64), None)
     with pytest.raises(CheckpointError, match="logits must be finite"):
         encoders.predict(model, tokenizer, examples, max_length=32)
+
+
+def test_an_adapter_beside_whole_weights_is_refused(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(b"")
+    for load in (Engine.load, checkpoint.load):
+        with pytest.raises(UnsupportedError, match=r"holds an adapter .* beside whole weights; merge it"):
+            load(directory)
+
+
+def test_a_head_that_an_adapter_keeps_is_to_be_merged(directory):
+    prefix = "base_model.model."
+    old, new = f"{prefix}classifier", f"{prefix}classifier.modules_to_save.default"
+    rewrite(directory, lambda t: [t.update({f"{prefix}{name}".replace(old, new): t.pop(name)}) for name in list(t)])
+    for load in (Engine.load, lambda d: checkpoint.load(d, num_labels=2), checkpoint.has_head):
+        with pytest.raises(UnsupportedError, match=r"modules_to_save.*merge the adapter first"):
+            load(directory)
+
+
+@pytest.mark.filterwarnings("ignore:.*is unsealed")
+def test_chunks_of_a_forward_pass_change_nothing(directory):
+    want = Engine.load(directory).logits(["a gripping film"])
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chunk_size_feed_forward": 7}))
+    model, tokenizer = checkpoint.load(directory)
+    examples = data.Examples("mine", "test", ["a gripping film"], None, None)
+    got = encoders.predict(model, tokenizer, examples, max_length=32)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    checkpoint.seal(directory)
+    np.testing.assert_array_equal(Engine.load(directory).logits(["a gripping film"]), want)

@@ -91,6 +91,15 @@ def test_corrected_names_break_the_seal_and_following_the_advice_mends_it(direct
     assert not checkpoint.reseal(directory)["changed"]
 
 
+def test_two_lists_of_names_that_contradict_each_other_are_refused(directory):
+    configured(directory, id2label={"0": "positive", "1": "negative"}, label2id={"negative": 0, "positive": 1})
+    for read in (checkpoint.reseal, Engine.load):
+        with pytest.raises((InputError, CheckpointError), match=r"label2id says that 'negative' is 0|reseal"):
+            read(directory)
+    assert checkpoint.reseal(directory, labels=["positive", "negative"])["changed"]
+    assert Engine.load(directory).labels == ["positive", "negative"]
+
+
 def test_names_are_written_by_reseal(directory):
     before = json.loads((directory / "config.json").read_text())
     assert checkpoint.reseal(directory, labels=["negativ", "größer"])["labels"] == ["negativ", "größer"]
@@ -103,7 +112,14 @@ def test_names_are_written_by_reseal(directory):
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [(["a"], "names 1"), (["a", "b", "c"], "names 3"), (["a", "a"], "different"), (["a", " "], "different")],
+    [
+        (["a"], "names 1"),
+        (["a", "b", "c"], "names 3"),
+        (["a", "a"], "different"),
+        (["a", " "], "different"),
+        (["a", "A"], "different"),
+        (["NEG", "neg!"], "different"),
+    ],
 )
 def test_names_that_do_not_fit_are_refused(directory, labels, message):
     before = (directory / "config.json").read_bytes()
@@ -119,6 +135,7 @@ def test_names_that_do_not_fit_are_refused(directory, labels, message):
         ({"hidden_act": "relu"}, "activation was 'gelu'"),
         ({"problem_type": "multi_label_classification"}, "problem_type was None"),
         ({"pad_token_id": 3}, "padding was 0"),
+        ({"dtype": "bfloat16"}, "dtype was 'float32'"),
         ({"num_attention_heads": 4}, "heads was 2"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from models import classifier, saved, tokenizer
@@ -117,6 +118,11 @@ def test_held_out_examples_are_the_same_for_every_seed_and_never_trained_on():
     assert len(held) == 100 and len(rest) + len(held) == len(examples)
     assert sorted(rest.texts + held.texts) == sorted(examples.texts)
     assert data.hold_out(examples, 100)[1].texts == held.texts
+    again = data.Examples("t", "train", ["A film!", "a film", *"bcdefgh"] * 5, None, np.zeros(45, np.int64))
+    rest, held = data.hold_out(again, 5)
+    assert len(held) == 5 and rest.texts and not set(data.sameness(rest)) & set(data.sameness(held))
+    with pytest.raises(InputError, match="all of the 45 are the same as one of the 40"):
+        data.hold_out(again, 40)
     with pytest.raises(InputError, match="hold_out must be below the 8662"):
         data.hold_out(examples, 8662)
 

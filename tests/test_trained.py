@@ -107,7 +107,7 @@ def test_a_new_method_is_one_record(tmp_path, monkeypatch):
     dense = saved(tmp_path / "dense")
     result = prune_checkpoint(dense, "mr", tmp_path / "p", settings, subnet)
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
-    planned = plan(dense, "mr", settings, subnet)
+    planned = plan(dense, "mr", dense.with_name("out"), settings, subnet)
     assert planned.optimizer_steps == 2 and planned.memory_mb["model"] > 0
     assert Cell(task="mr", paradigm="finetuned", method="chance", sparsity=0.5).label == "chance, ce, of ce model"
     with pytest.raises(InputError, match="--chance-seed belongs to method chance, got mask"):

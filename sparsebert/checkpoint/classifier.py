@@ -67,7 +67,13 @@ def logits_function(files: Files, model) -> Callable[[list[list[int]], list[list
 def _config(files: Files):
     from transformers import AutoConfig
 
-    config = {name: value for name, value in files.config.items() if name not in ("model_type", "dtype", "torch_dtype")}
+    left = (
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "chunk_size_feed_forward",
+    )  # the last saves memory, and refuses lengths
+    config = {name: value for name, value in files.config.items() if name not in left}
     return AutoConfig.for_model(files.config["model_type"]).from_dict(config | {"return_dict": True})
 
 

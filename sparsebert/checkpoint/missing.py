@@ -85,6 +85,15 @@ def config(folder: Folder) -> NoReturn:
     )
 
 
+def no_adapter(folder: Folder) -> None:
+    """UnsupportedError for an adapter beside whole weights: transformers would apply it, if peft is installed."""
+    if "adapter_config.json" in folder.names():
+        raise UnsupportedError(
+            f"{folder.path} holds an adapter (adapter_config.json) beside whole weights",
+            fix="merge it: model.merge_and_unload().save_pretrained(OUT), or remove its files if it is not meant",
+        )
+
+
 def weights(folder: Folder) -> NoReturn:
     """The error for a folder without safetensors, by what it has instead."""
     directory, there = folder.path, folder.names()

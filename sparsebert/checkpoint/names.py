@@ -15,7 +15,10 @@ _OLD_NORMS = re.compile(r"((?:LayerNorm|layer_norm))\.(gamma|beta)$")  # BERT ch
 _BUFFERS = {"position_ids", "token_type_ids"}  # written by old versions; they hold 0, 1, 2, …
 # What a name inside a layer ends with where a tool has not finished its work, and how it is finished.
 _UNFINISHED = (
-    (re.compile(r"lora_|base_layer|adapter"), "merge the adapter first: model.merge_and_unload().save_pretrained(DIR)"),
+    (
+        re.compile(r"lora_|base_layer|adapter|modules_to_save"),
+        "merge the adapter first: model.merge_and_unload().save_pretrained(DIR)",
+    ),
     (re.compile(r"parametrizations"), "call torch.nn.utils.parametrize.remove_parametrizations, then save the model"),
     (re.compile(r"distance_embedding"), "use a model of absolute positions"),
     (re.compile(r"crossattention"), "train it as an encoder, without cross attention"),
@@ -79,7 +82,8 @@ def require_places(names: Iterable[str], facts: Facts, path: Path) -> None:
     architecture = facts.architecture
     base, layers = f"{architecture.base}.", f"{architecture.base}.{architecture.layers}."
     field = architecture.fields["layers"][0]
-    inside = [name for name in names if name.startswith(base)]
+    names = list(names)
+    inside = [name for name in names if name.startswith(base) or ".modules_to_save." in name]
     numbers = {
         int(n) for name in inside if name.startswith(layers) and (n := name[len(layers) :].split(".")[0]).isdigit()
     }

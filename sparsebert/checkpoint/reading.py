@@ -47,6 +47,7 @@ class Files:
         self.facts: Facts = architectures.facts(self.config, directory / "config.json")
         self.manifest = manifests.read(self.folder)
         self._files = self._open_weights()
+        missing.no_adapter(self.folder)
         if self.manifest is not None:
             manifests.verify_files(self.manifest, self.folder, contents, but=changed)
         self._entries = self._placed()

@@ -121,7 +121,9 @@ def _require_names(labels: Sequence[str], files: Files) -> None:
         raise InputError(
             f"--labels must name {files.facts.labels} labels, names {len(labels)}", fix="name one per output, in order"
         )
-    if len(set(labels)) != len(labels) or not all(isinstance(name, str) and name.strip() for name in labels):
+    if not all(isinstance(name, str) and name.strip() for name in labels) or len(set(map(heads.fold, labels))) < len(
+        labels
+    ):
         raise InputError(f"--labels must be different names, got {shown(list(labels))}", fix="name each output once")
 
 
@@ -129,4 +131,5 @@ def _meaning(files: Files) -> dict:
     """What config.json says that decides the logits, or what they are."""
     facts = asdict(files.facts)
     facts["architecture"] = files.facts.architecture.kind
-    return facts | {"problem_type": files.config.get("problem_type")}
+    declared = files.config.get("dtype") or files.config.get("torch_dtype")  # which decides what "auto" runs in
+    return facts | {"problem_type": files.config.get("problem_type"), "dtype": declared}

@@ -24,6 +24,12 @@ RETRY = 0.05  # seconds after which an interrupt that came at a bad moment is tr
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command line and returns the exit code: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if sys.stdout is None:
+        return _refuse("standard output is closed; open it, or send it to a file")
+    try:
+        os.getcwd()
+    except OSError:  # of which torch's libraries would abort
+        return _refuse("the working directory is not there any more; go to another one")
     if arguments[:1] != ["bench"]:  # there torch is timed as it comes
         environment.calm_openmp(_dispatch.granted())
     try:

@@ -132,7 +132,7 @@ def prune(
     if dry_run:
         from sparsebert.pruning.plan import plan
 
-        planned = plan(directory, task, config, subnet)
+        planned = plan(directory, task, output, config, subnet, overwrite=overwrite)
         if not json:
             rows = [["prunable weights", f"{planned.weights:,} in {planned.linears} linears"]]
             rows += [["zeros", f"{planned.zeros:,} ({planned.zeros / planned.weights:.2%})"]]

@@ -18,7 +18,6 @@ from sparsebert import environment, heads
 from sparsebert.data import tables
 from sparsebert.data.tasks import NLI, TASKS, Task
 from sparsebert.errors import DataError, InputError, first_line, shown
-from sparsebert.heads import Problem
 
 
 @dataclass(frozen=True)
@@ -123,14 +122,30 @@ def sameness(examples: Examples) -> list[tuple[str, ...]]:
     return [tuple(sorted(pair)) for pair in zip(texts, map(normalised, examples.texts_b), strict=True)]
 
 
+def same_groups(examples: Examples) -> np.ndarray:
+    """int64 [examples]: equal numbers for those that are the same (`sameness`), from 0."""
+    numbers: dict[tuple[str, ...], int] = {}
+    return np.array([numbers.setdefault(key, len(numbers)) for key in sameness(examples)], dtype=np.int64)
+
+
 def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
-    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. InputError where
-    nothing would be left.
+    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. The rest has none that
+    is the same as one of the n (`sameness`). InputError where nothing would be left.
     """
     if n >= len(examples):
         raise InputError(f"hold_out must be below the {len(examples)} training examples, got {n}", fix="hold out fewer")
     order = np.random.default_rng(0x5EED).permutation(len(examples))
-    return examples.take(np.sort(order[n:])), examples.take(np.sort(order[:n]))
+    held = examples.take(np.sort(order[:n]))
+    rest = examples.take(np.sort(order[n:]))
+    if n:
+        kept = set(sameness(held))
+        rest = rest.take([row for row, key in enumerate(sameness(rest)) if key not in kept])
+    if not len(rest):
+        raise InputError(
+            f"hold_out must leave examples: all of the {len(examples)} are the same as one of the {n} held out",
+            fix="hold out fewer",
+        )
+    return rest, held
 
 
 def mix_ood(task: Task, examples: Examples) -> Examples:
@@ -150,12 +165,25 @@ def mix_ood(task: Task, examples: Examples) -> Examples:
     return Examples(examples.task, examples.split, texts, texts_b, np.concatenate(labels), left_out=left_out)
 
 
-def as_values(task: Task, examples: Examples, problem: Problem) -> tuple[Task, Examples]:
-    """The same as a question for a model of that problem type: for one logit, class numbers of a file are values."""
-    if problem is heads.ONE_LOGIT and task.problem == "single_label" and heads.are_anonymous(task.labels):
-        task = replace(task, problem="one_logit", labels=())
-        examples = replace(examples, labels=examples.labels.astype(np.float32))
-    return task, examples
+def among(task: Task, examples: Examples, names: Sequence[str]) -> tuple[Task, Examples]:
+    """The same for a model with these labels, of which a file of the user's own may show only some. Where it shows
+    others, nothing changes.
+    """
+    if task.own is None or task.problem == "one_logit" or len(task.labels) >= len(names):
+        return task, examples
+    if heads.are_anonymous(task.labels):
+        labels, at = tuple(f"LABEL_{i}" for i in range(len(names))), list(range(len(task.labels)))
+    else:
+        folded = [heads.fold(name) for name in names]
+        if not {heads.fold(name) for name in task.labels} <= set(folded):
+            return task, examples
+        labels, at = tuple(names), [folded.index(heads.fold(name)) for name in task.labels]
+    if task.problem == "single_label":
+        found = np.array(at)[examples.labels]
+    else:
+        found = np.zeros((len(examples), len(names)), np.float32)
+        found[:, at] = examples.labels
+    return replace(task, labels=labels), replace(examples, labels=found)
 
 
 def _in_labels_of(task: Task, other: Task) -> np.ndarray:
@@ -274,7 +302,8 @@ def _check(task: Task, split: str, table: tables.Table) -> Examples:
     groups = tables.texts_of(table, task.groups) if task.groups else None
     labels = None
     if task.labelled:
-        labels = table.column("label")
+        by_name = {heads.fold(name): i for i, name in enumerate(task.labels)}
+        labels = [by_name.get(heads.fold(x), x) if isinstance(x, str) else x for x in table.column("label")]
         for row, label in enumerate(labels):
             if type(label) is not int or not 0 <= label < len(task.labels):
                 raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +25,22 @@ TEST_SHARE = 0.2  # of one file
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
 
 
-def get_task(name: str, *, labelled: bool = True) -> Task:
+def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
     """The task called `name`, or the folder or file `name` as a task of the user's own. labelled: whether labels are
-    needed; if not, they are not looked at. Raises InputError for a name that is none, DataError for files that are not
-    understood.
+    needed; if not, they are not looked at. values: whether numbers of a file are values, as of a regression, not ids of
+    classes. Raises InputError for a name that is none, DataError for files that are not understood.
     """
     if name in TASKS:
         return replace(TASKS[name], labelled=labelled)
     path = Path(name)
     try:
         if path.is_dir():
-            return _of_tables(path, _in_folder(path), labelled)
+            return _of_tables(path, _in_folder(path), labelled, values)
         wanted = os.path.lexists(path) or (path.suffix in SUFFIXES and not path.exists() and "\0" not in name)
     except (OSError, ValueError):  # no path at all
         wanted = False
     if wanted:
-        return _of_tables(path, {"": read(path)}, labelled)
+        return _of_tables(path, {"": read(path)}, labelled, values)
     raise InputError(
         f"task must be one of {', '.join(TASKS)}, a folder or a file, got {shown(name)}", fix="choose one of these"
     )
@@ -74,7 +75,7 @@ def _in_folder(folder: Path) -> dict[str, Table]:
     return found
 
 
-def _of_tables(path: Path, found: dict[str, Table], labelled: bool) -> Task:
+def _of_tables(path: Path, found: dict[str, Table], labelled: bool, values: bool) -> Task:
     """The task that the tables of its splits are; "" for one that is still to be split."""
     columns = {split: text_columns(table) for split, table in found.items()}
     if len({len(names) for names in columns.values()}) > 1:
@@ -82,7 +83,7 @@ def _of_tables(path: Path, found: dict[str, Table], labelled: bool) -> Task:
         raise DataError(f"{path}: all splits must be of single texts, or all of pairs: {said}", fix="make them alike")
     problem, names, labels = "single_label", (), dict.fromkeys(found)
     if labelled:
-        problem, names, labels = _understood(path, found)
+        problem, names, labels = _understood(path, found, values)
     own = {}
     for split, table in found.items():
         texts = [texts_of(table, name) for name in columns[split]]
@@ -131,7 +132,9 @@ def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: di
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
-def _understood(path: Path, found: dict[str, Table]) -> tuple[str, tuple[str, ...], dict[str, np.ndarray]]:
+def _understood(
+    path: Path, found: dict[str, Table], values: bool
+) -> tuple[str, tuple[str, ...], dict[str, np.ndarray]]:
     """(problem type, names of the labels, labels by split) of the label columns, read alike in all of them."""
     cells = [(table, row, value) for table in found.values() for row, value in enumerate(table.column("label"))]
     several = [isinstance(value, list) for _, _, value in cells]
@@ -140,14 +143,17 @@ def _understood(path: Path, found: dict[str, Table]) -> tuple[str, tuple[str, ..
             _refuse(*cells[several.index(False)], "a list, as in other rows")
         problem, names, labels = _several(path, cells)
     else:
-        problem, names, labels = _one(path, cells)
+        problem, names, labels = _one(path, cells, values)
     ends = np.cumsum([0, *map(len, found.values())])
     parts = [labels[a:b] for a, b in itertools.pairwise(ends)]
     return problem, names, dict(zip(found, parts, strict=True))
 
 
-def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
+def _one(path: Path, cells, values: bool) -> tuple[str, tuple[str, ...], np.ndarray]:
     """One label per text: integers, names, booleans, or numbers of a regression."""
+    for cell in cells:
+        if isinstance(cell[2], str) and (wanted := _meant(cell[2].strip())):
+            _refuse(*cell, wanted)
     words = {value: _value(value) for value in {value for _, _, value in cells if isinstance(value, str)}}
     read_as = [words[value] if isinstance(value, str) else _value(value) for _, _, value in cells]
     kinds = Counter(type(value) for value in read_as)
@@ -158,7 +164,7 @@ def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
                    for (_, _, value), new in zip(cells, read_as, strict=True)]  # fmt: skip
         kinds = Counter(type(value) for value in read_as)
     if kinds.keys() <= {int, float}:
-        if float in kinds:
+        if float in kinds or values:
             return "one_logit", (), np.array(read_as, dtype=np.float32)
         return "single_label", _numbered(path, cells, read_as), np.array(read_as, dtype=np.int64)
     if len(kinds) > 1:
@@ -166,7 +172,8 @@ def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
         usual = max(kinds, key=kinds.get)
         at = [type(value) for value in read_as].index(rare)
         what = {int: "a number", float: "a number", bool: "true or false", str: "a class name"}[usual]
-        _refuse(*cells[at], f"{what}, as in most rows")
+        share = "most rows" if kinds[usual] > kinds[rare] else "other rows"
+        _refuse(*cells[at], f"{what}, as in {share}")
     if bool in kinds:
         return "single_label", ("false", "true"), np.array(read_as, dtype=np.int64)
     names = sorted(set(read_as))
@@ -176,7 +183,6 @@ def _one(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
             fix="name the column of the classes 'label'",
         )
     _require_different(path, names)
-    _require_two(path, names)
     at = {name: i for i, name in enumerate(names)}
     return "single_label", tuple(names), np.array([at[value] for value in read_as], dtype=np.int64)
 
@@ -186,7 +192,19 @@ def _require_different(path: Path, names: list[str]) -> None:
     folded: dict[str, str] = {}
     for name in names:
         if (other := folded.setdefault(fold(name), name)) != name:
-            raise DataError(f"{path}: labels {other!r} and {name!r} are one name", fix="write it alike in all rows")
+            raise DataError(
+                f"{path}: labels {other!r} and {name!r} are one name",
+                fix="write it alike in all rows, or rename one if they are two classes",
+            )
+
+
+def _meant(word: str) -> str:
+    """What a word that is no label should have been; empty for one that may be one."""
+    if word[:1] + word[-1:] == "[]":
+        return "one class or number (lists of labels: .jsonl or .parquet)"
+    if re.fullmatch(r"[+-]?[0-9]+(,[0-9]+|(\.[0-9]+)?\s?%)", word):
+        return "a number with a decimal point, or a class name"
+    return "a class or a number, not a missing value" if word.lower() in ("nan", "nat", "<na>", "null") else ""
 
 
 def _value(value):
@@ -207,37 +225,34 @@ def _value(value):
     return None
 
 
-def _numbered(path: Path, cells, values: list[int]) -> tuple[str, ...]:
+def _numbered(path: Path, cells, ids: list[int]) -> tuple[str, ...]:
     """Names LABEL_i for classes that a file numbers: they are the model's own ids."""
-    for cell, value in zip(cells, values, strict=True):
+    for cell, value in zip(cells, ids, strict=True):
         if not 0 <= value < MAX_CLASSES:
-            _refuse(*cell, f"a class from 0 to {MAX_CLASSES - 1}")
-    classes = sorted(set(values))
-    if classes != list(range(len(classes))):
-        raise DataError(
-            f"{path}: labels must be 0, 1, … without gaps, found {', '.join(map(str, classes[:9]))}",
-            fix="number the classes from 0, or write their names in place of numbers",
-        )
-    _require_two(path, classes)
-    return tuple(f"LABEL_{i}" for i in classes)
-
-
-def _require_two(path: Path, classes: list) -> None:
-    if len(classes) < 2:
-        raise DataError(f"{path}: labels must be of at least two classes, all are {classes[0]!r}", fix="add the others")
+            _refuse(
+                *cell, f"the id of a class, 0 to {MAX_CLASSES - 1}, or its name (a model of one logit takes any number)"
+            )
+    return tuple(f"LABEL_{i}" for i in range(max(ids) + 1))
 
 
 def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     """Several labels per text: lists of names, lists of ids, or a 0 or 1 per label, which may be floats or booleans."""
-    width, kinds = len(cells[0][2]), set()
-    flags = all(len(value) == width > 1 and all(part in (0, 1) for part in value) for _, _, value in cells)
-    if flags:
+    cells = [(table, row, _numbers(value)) for table, row, value in cells]
+    kinds: set[type] = set()
+    width = Counter(len(value) for _, _, value in cells).most_common(1)[0][0]
+    flags = [len(value) == width > 1 and all(part in (0, 1) for part in value) for _, _, value in cells]
+    if all(flags):
         rows = np.array([value for _, _, value in cells], dtype=np.float32)
         return "multi_label", tuple(f"LABEL_{i}" for i in range(width)), rows
+    # An id stands once in a row, and is neither true nor 1.0: the lists are meant to have a 0 or 1 per label.
+    if any(len(set(value)) < len(value) or {bool, float} & set(map(type, value)) for _, _, value in cells):
+        _refuse(
+            *cells[flags.index(False)], f"a 0 or 1 for each of {width} labels, as in most rows, or ids or names once"
+        )
     for cell in cells:
         kinds |= {type(part) for part in cell[2]}
         if kinds - {int} and (kinds - {str} or not all(part.strip() for part in cell[2])):
-            _refuse(*cell, "a list of names or of ids as in the rows before it, or a 0 or 1 per label in all rows")
+            _refuse(*cell, "a list of names or of ids, as in the rows before it")
     seen = {part for _, _, value in cells for part in value}
     if not seen:
         raise DataError(f"{path}: no row has a label, all lists are empty", fix="add labels")
@@ -253,6 +268,13 @@ def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     for row, (_, _, value) in enumerate(cells):
         rows[row, [at[part] for part in value]] = 1
     return "multi_label", tuple(names), rows
+
+
+def _numbers(parts: list) -> list:
+    """A list with the numbers in it as such, which a file may have written as strings."""
+    if parts and all(isinstance(part, str) and re.fullmatch("[0-9]+", part.strip()) for part in parts):
+        return [int(part) for part in parts]
+    return parts
 
 
 def _refuse(table: Table, row: int, value, wanted: str):

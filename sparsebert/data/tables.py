@@ -22,10 +22,14 @@ _FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n][^,\r\n]*+|))(,|\r?\
 # Columns of texts under the names that public data sets give them, most usual first.
 _TEXT_COLUMNS = (
     ("text", "text_b"),
+    ("text", "text_pair"),
+    ("text_a", "text_b"),
+    ("text1", "text2"),
     ("text",),
     ("premise", "hypothesis"),
     ("sentence1", "sentence2"),
     ("question1", "question2"),
+    ("sentence_a", "sentence_b"),
     ("question", "sentence"),
     ("query", "passage"),
     ("sentence",),
@@ -53,7 +57,9 @@ class Table:
     def column(self, name: str) -> list:
         """DataError, listing the columns that there are, where this one is not."""
         if name not in self.columns:
-            found, near = ", ".join(map(shown, self.names[:20])), difflib.get_close_matches(name, self.names, n=1)
+            found = ", ".join(map(shown, self.names[:20]))
+            second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # of a pair is no first
+            near = difflib.get_close_matches(name, [other for other in self.names if other not in second], n=1)
             hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line"
             if len(self.names) == 1 and re.search("[,;\t|]", self.names[0]):
                 hint = "separate columns by commas in .csv, by tabs in .tsv"
@@ -280,25 +286,41 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
                 values.append(value.as_py())
             except ValueError as error:  # of which one is UnicodeDecodeError
                 raise DataError(f"{path}, row {row}: {name} must be UTF-8: {error}", fix="save it as UTF-8") from error
+    if "label" in columns:
+        columns["label"] = _named_classes(columns["label"], found.schema.metadata or {})
     return Table(path, columns, [f"row {i}" for i in range(1, found.num_rows + 1)], tuple(names))
+
+
+def _named_classes(labels: list, metadata: dict[bytes, bytes]) -> list:
+    """Labels under the names that `datasets` stores beside the ids of a ClassLabel; its -1, for unknown, is None."""
+    try:
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]
+        names = feature.get("names") or feature["feature"]["names"]
+    except (KeyError, TypeError, AttributeError, ValueError):  # of another writer, or no class
+        return labels
+
+    def named(value):
+        if isinstance(value, list):
+            return [named(part) for part in value]
+        return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+    return [named(value) for value in labels]
 
 
 def text_columns(table: Table) -> tuple[str, ...]:
     """The names of the one or two columns of texts: `text` (and `text_b`), else what public data sets call them.
     DataError where there are none, or where two readings are possible.
     """
-    if "text" not in table.columns:
-        found = [names for names in _TEXT_COLUMNS if set(names) <= table.columns.keys()]
-        found = [names for names in found if not any(set(names) < set(other) for other in found)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise DataError(
-                f"{table.path} may be read as {' or as '.join(' with '.join(names) for names in found)}",
-                fix="name the columns 'text' and 'text_b'",
-            )
-        table.column("text")
-    return ("text", "text_b") if "text_b" in table.columns else ("text",)
+    found = [names for names in _TEXT_COLUMNS if set(names) <= table.columns.keys()]
+    found = [names for names in found if not any(set(names) < set(other) for other in found)]
+    if len(found) > 1:
+        raise DataError(
+            f"{table.path} may be read as {' or as '.join(' with '.join(names) for names in found)}",
+            fix="keep the columns of one reading, or rename the others",
+        )
+    if not found:
+        table.column("text")  # which says what there is
+    return found[0]
 
 
 def texts_of(table: Table, name: str) -> list[str]:

@@ -202,7 +202,7 @@ class Engine:
                 f"max_length must be 3 to {limit}, an integer, got {shown(max_length)}",
                 fix="choose a length in that range, or None",
             )
-        rows = inputs.read(texts, len(self.encoder.words))
+        rows = inputs.read(texts, len(self.encoder.words), self._facts.padding)
         if not rows:
             return np.empty((0, len(self.labels)), dtype=np.float32)
         return self.forward(*self._encode(rows, int(max_length), bool(truncate)))
@@ -238,6 +238,11 @@ class Engine:
         self, encoder: PackedEncoder, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], first: int = 0
     ) -> np.ndarray:
         starts = np.cumsum([0, *map(len, ids)])
+        if sum(map(len, type_ids)) != starts[-1]:
+            raise InputError(
+                f"type_ids must have the lengths of ids, {starts[-1]} in all, have {sum(map(len, type_ids))}",
+                fix="give each token its type, 0 or 1",
+            )
         flat_ids = np.fromiter(chain.from_iterable(ids), np.int32, count=starts[-1])
         flat_types = np.zeros_like(flat_ids)
         if len(encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says

@@ -11,11 +11,12 @@ Row = str | tuple[str, str] | list[int]
 _HOW = "pass a list of strings, of (text, text_b) pairs, or of lists of token ids"
 
 
-def read(texts: Iterable, vocabulary: int) -> list[Row]:
+def read(texts: Iterable, vocabulary: int, padding: int | None = None) -> list[Row]:
     """One row a text: a string, a pair of strings as a tuple, or its token ids as a list.
 
     texts: any iterable but a string, a mapping or a set; an array or tensor stands for its rows. A pair may be a tuple
-    or a list. ids: integers from 0 to below `vocabulary`, numpy's among them. Raises InputError that names the text.
+    or a list. ids: integers from 0 to below `vocabulary`, numpy's among them; tokens of `padding` at their end, which
+    rows of a rectangular array need, are dropped. Raises InputError that names the text.
     """
     rows = _listed(texts)
     # A mapping, or a table of columns, would be read as its keys; a set has no order to answer in.
@@ -25,10 +26,10 @@ def read(texts: Iterable, vocabulary: int) -> list[Row]:
         if not isinstance(rows, Iterable):
             raise InputError(f"texts must be a list, got {_named(texts)}", fix=_HOW)
         rows = list(rows)
-    return [_row(i, text, vocabulary) for i, text in enumerate(rows)]
+    return [_row(i, text, vocabulary, padding) for i, text in enumerate(rows)]
 
 
-def _row(i: int, text: object, vocabulary: int) -> Row:
+def _row(i: int, text: object, vocabulary: int, padding: int | None) -> Row:
     if type(text) is str:
         return _checked(text, f"texts[{i}]")
     if isinstance(text, str):  # numpy's among others
@@ -46,7 +47,12 @@ def _row(i: int, text: object, vocabulary: int) -> Row:
                     f"{shown(low if low < 0 else high)}",
                     fix="use the model's tokenizer",
                 )
-            return ids
+            end = len(ids)
+            while end and ids[end - 1] == padding:
+                end -= 1
+            if not end:
+                raise InputError(f"texts[{i}] must have a token that is no padding, has none", fix="leave it out")
+            return ids[:end]
     raise InputError(
         f"texts[{i}] must be a string, a pair of strings, or token ids, got {_named(text)}", fix="correct that text"
     )

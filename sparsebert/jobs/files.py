@@ -12,7 +12,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -118,9 +119,13 @@ def require_place(directory: Path, name: str = "") -> None:
     """
     existing = _existing(directory)
     require_writable(existing)
+    probe = existing / f".probe-{os.getpid()}"
+    remove = partial(shutil.rmtree, probe, ignore_errors=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=".probe-", dir=existing) as probe:
-            Path(probe, directory.relative_to(existing), f".{name}.tmp-12345678").mkdir(parents=True)
+        with ExitStack() as stack:  # twice: Ctrl-C may come in the middle of the first
+            stack.callback(remove)
+            stack.callback(remove)
+            (probe / directory.relative_to(existing) / f".{name}.tmp-12345678").mkdir(parents=True)
     except OSError as error:
         raise OutputError(
             f"nothing can be written in {_short(directory)}: {_reason(error)}", fix="choose another -o"

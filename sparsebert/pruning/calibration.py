@@ -4,7 +4,7 @@ is kept as well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparsebert.data import Examples, general_texts, in_pairs
-from sparsebert.data.tables import lines_of, read, text_columns, texts_of
+from sparsebert.data import Examples, general_texts, in_pairs, sameness
+from sparsebert.data.tables import SUFFIXES, lines_of, read, text_columns, texts_of
 from sparsebert.encoders import collate, token_limit, tokenize
 from sparsebert.errors import InputError
 
@@ -93,6 +93,12 @@ def others(named: list[str]) -> list[str]:
             found += general_texts()
         elif name != NONE:
             path = Path(name)
+            if path.suffix not in (".txt", *SUFFIXES):
+                kinds = ", ".join((".txt", *SUFFIXES))
+                raise InputError(
+                    f"calibration must be {GENERAL}, {NONE} or files that end in {kinds}, got {name}",
+                    fix="convert or rename it",
+                )
             if path.suffix == ".txt":
                 found += lines_of(path)
             else:
@@ -125,18 +131,24 @@ def draw(
     pools = {"task": own}
     if others:
         pools["others"] = _Pool(*in_pairs(others, examples.texts_b is not None))
+        if not pools["others"].texts:
+            raise InputError("calibration on pairs needs two other texts or more, got 1", fix="give more texts")
     shares = shares or (SHARES if others else {"task": 1.0})
-    held, rest = {}, {}
+    held, rest, apart = {}, {}, {}
     for name, pool in pools.items():
         order = rng.permutation(len(pool.texts))
         held[name], rest[name] = np.split(order, [min(HELD_OUT, len(order) // 10)])
+        apart[name] = set(sameness(pool.taken(held[name])))
 
-    def composed(rows: dict[str, np.ndarray], budget: float) -> tuple[Examples, dict[str, int]]:
+    def composed(
+        rows: dict[str, np.ndarray], budget: float, apart: dict[str, set] | None = None
+    ) -> tuple[Examples, dict[str, int]]:
         texts, texts_b, parts = [], [], {}
         for part, share in shares.items():
             name, joined = part.removesuffix(_JOINED), part.endswith(_JOINED)
             counted = 0
-            for a, b, length in pools[name].drawn(tokenizer, rows[name], limit, rng if joined else None):
+            but = apart[name] if apart else frozenset()
+            for a, b, length in pools[name].drawn(tokenizer, rows[name], limit, rng if joined else None, but=but):
                 if counted >= share * budget:
                     break
                 texts.append(a)
@@ -150,7 +162,7 @@ def draw(
     # The same mixture to choose on, of about as many texts.
     small = sum(length for *_, length in own.drawn(tokenizer, held["task"], limit)) / shares["task"]
     held_out, _ = composed(held, small)
-    texts, parts = composed(rest, tokens)
+    texts, parts = composed(rest, tokens, apart)
     return Calibration(texts, held_out, tokenizer, limit, parts)
 
 
@@ -164,20 +176,33 @@ class _Pool:
     texts: Sequence[str]
     texts_b: Sequence[str] | None
 
+    def taken(self, rows: np.ndarray) -> Examples:
+        """The texts at `rows`."""
+        return Examples("", "", self.texts, self.texts_b, None).take(rows)
+
     def drawn(
-        self, tokenizer, rows: np.ndarray, limit: int, rng: np.random.Generator | None = None
+        self,
+        tokenizer,
+        rows: np.ndarray,
+        limit: int,
+        rng: np.random.Generator | None = None,
+        but: Container[tuple[str, ...]] = frozenset(),
     ) -> Iterator[tuple[str, str | None, int]]:
         """(text, text_b, tokens kept of both) of these rows in their order. rng: joined at random to any number of
-        tokens from SHORTEST_JOINED to `limit`, without end, in another order each time the rows are through.
+        tokens from SHORTEST_JOINED to `limit`, without end, in another order each time the rows are through. but:
+        those that are left out, as `sameness` says.
         """
         if rng is None:
-            yield from self._counted(tokenizer, rows, limit)
+            yield from self._counted(tokenizer, rows, limit, but)
             return
         several: list[tuple[str, str | None]] = []
         special = tokenizer.num_special_tokens_to_add(pair=self.texts_b is not None)
         length, wanted = special, rng.uniform(min(SHORTEST_JOINED, limit), limit)
-        while len(rows):
-            for a, b, own in self._counted(tokenizer, rng.permutation(rows), limit):
+        found = True
+        while found:
+            found = False
+            for a, b, own in self._counted(tokenizer, rng.permutation(rows), limit, but):
+                found = True
                 several.append((a, b))
                 length += own - special
                 if length >= wanted:
@@ -185,13 +210,15 @@ class _Pool:
                     yield " ".join(texts), None if b is None else " ".join(texts_b), min(length, limit)
                     several, length, wanted = [], special, rng.uniform(min(SHORTEST_JOINED, limit), limit)
 
-    def _counted(self, tokenizer, rows: np.ndarray, limit: int) -> Iterator[tuple[str, str | None, int]]:
+    def _counted(
+        self, tokenizer, rows: np.ndarray, limit: int, but: Container[tuple[str, ...]]
+    ) -> Iterator[tuple[str, str | None, int]]:
         for start in range(0, len(rows), 1024):
-            texts = [self.texts[i] for i in rows[start : start + 1024]]
-            texts_b = None if self.texts_b is None else [self.texts_b[i] for i in rows[start : start + 1024]]
-            encoded = tokenize(tokenizer, Examples("", "", texts, texts_b, None), limit)
-            for a, b, row in zip(texts, texts_b or [None] * len(texts), encoded, strict=True):
-                yield a, b, len(row["input_ids"])
+            some = self.taken(rows[start : start + 1024])
+            keys, encoded = sameness(some), tokenize(tokenizer, some, limit)
+            for a, b, key, row in zip(some.texts, some.texts_b or [None] * len(some), keys, encoded, strict=True):
+                if key not in but:
+                    yield a, b, len(row["input_ids"])
 
 
 def unpadded(tokenizer, encoded: list[dict], tokens: int = TOKENS_PER_BATCH) -> Batches:

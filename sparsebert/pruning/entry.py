@@ -124,19 +124,12 @@ def prune_checkpoint(
     the last snapshot, in `<output>.partial`; what other weights, data, settings or code have left at either place is
     refused, unless `overwrite`.
     """
-    config, subnet = config or PruneConfig(), subnet or SubnetConfig()
-    check(config, subnet)
-    spec = data.get_task(task, labelled=config.method in TRAINED)
-    source = checkpoint.resolve(source)
-    read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
-    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
-    if config.method in TRAINED:
-        run = _Trained(source, spec, target, config, subnet, overwrite)
-    else:
-        run = _Calibrated(source, spec, target, config, overwrite)
+    source, config = checkpoint.resolve(source), config or PruneConfig()
+    run = run_of(source, task, output, config, subnet or SubnetConfig(), overwrite)
+    target = run.job.output
     if (figures := checkpoint.finished(run.job)) is not None:
         figures.pop("weights_sha256")
-        return PruneResult(**figures)
+        return PruneResult(**figures | run.read)
 
     with run.job:
         model, tokenizer, result = run.find(progress)
@@ -149,33 +142,49 @@ def prune_checkpoint(
     return result
 
 
+def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool):
+    """The run that `prune_checkpoint` makes, before its first work: whatever can be refused by now is."""
+    check(config, subnet)
+    spec = encoders.task_for(task, source, labelled=config.method in TRAINED)
+    read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
+    target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
+    if config.method in TRAINED:
+        return _Trained(source, spec, target, config, subnet, overwrite)
+    return _Calibrated(source, spec, target, config, overwrite)
+
+
 class _Trained:
-    """One run of a method that trains: `job` is all that decides its result, `recipe` what is kept of that."""
+    """One run of a method that trains: `job` is all that decides its result, `recipe` what is kept of that, `read`
+    what is told of the user's files.
+    """
 
     def __init__(
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite
     ):
         self.config, self.subnet = config, Subnet(source, spec, target, config, subnet, overwrite)
-        lesson = self.subnet.lesson
+        lesson = self.lesson = self.subnet.lesson
         self.job, self.spec = self.subnet.job, lesson.spec
         # With the learning rate it is run at.
         self.recipe = {"data_sha256": lesson.inputs["data"], **lesson.config.model_dump()}
+        self.read = {"rows": data.rows_read(lesson.spec), "left_out": lesson.examples.left_out}
 
     def find(self, progress: Progress):
         """(model, tokenizer, result)."""
         start = time.perf_counter()
         model, tokenizer, training = self.subnet.find(progress)
-        return model, tokenizer, _result(model, self.config, start, 0, training)
+        result = _result(model, self.config, start, 0, training)
+        return model, tokenizer, replace(result, max_length=training["max_length"], cut=training["cut"], **self.read)
 
 
 class _Calibrated:
     """The same of a method without labels, and the texts that it looks at: examples (None: at none), and others."""
 
     def __init__(self, source: Path, spec: data.Task, target: Path, config: PruneConfig, overwrite: bool):
-        method, stock = LABEL_FREE[config.method], checkpoint.shapes(source).config
+        method, model = LABEL_FREE[config.method], checkpoint.shapes(source)
+        stock = model.config
         self.source, self.config = source, config
         self.spec = encoders.limited(spec, stock, config.max_length)
-        self.max_length, self.examples, self.recipe = self.spec.max_length, None, {}
+        self.max_length, self.examples, self.recipe, self.read = self.spec.max_length, None, {}, {}
         settings = config.model_dump(exclude={"max_length"})
         if method.looks_at_data:
             if spec.train is None:
@@ -183,10 +192,13 @@ class _Calibrated:
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
             self.examples = data.training(spec)
+            _require_tokens(config.calibration_tokens, encoder_linears(model))
             given = () if config.as_published else others(config.calibration)
             self.others = data.unreported_texts(spec, given)
-            self.left_out = self.examples.left_out + len(given) - len(self.others)
-            settings["calibration"] = digest(self.others)  # in place of paths, what is there
+            left_out = self.examples.left_out + len(given) - len(self.others)
+            self.read = {"rows": data.rows_read(spec), "left_out": left_out}
+            # In place of paths, what is there.
+            settings["calibration"] = f"{len(self.others)} texts, sha256 {digest(self.others)}"
             if self.others:  # of which some are long
                 self.max_length = encoders.token_limit(stock, config.max_length)
             self.recipe = {"data_sha256": self.examples.sha256}
@@ -213,9 +225,8 @@ class _Calibrated:
         told = {
             "max_length": texts.max_length,
             "cut": encoders.cut_share(tokenizer, some, encoded, texts.max_length),
-            "rows": data.rows_read(self.spec),
-            "left_out": self.left_out,
             "calibration": texts.parts,
+            **self.read,
         }
         return model, tokenizer, replace(result, **told)
 
@@ -262,6 +273,7 @@ def _require_different(texts: data.Examples) -> None:
 
 
 def _require_tokens(tokens: int, linears) -> None:
+    """InputError for fewer tokens than the widest linear has inputs: no moments of full rank can be made of them."""
     name, widest = max(linears.items(), key=lambda item: item[1].in_features)
     if tokens < widest.in_features:
         raise InputError(

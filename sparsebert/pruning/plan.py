@@ -10,19 +10,19 @@ import torch
 
 from sparsebert import checkpoint, data
 from sparsebert.config import PruneConfig
-from sparsebert.encoders import encoder_linears, limited, tokenize
+from sparsebert.encoders import encoder_linears, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, sparsity_of
 from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import NONE, SHARES, TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
-from sparsebert.pruning.entry import check
+from sparsebert.pruning.entry import check, run_of
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.recover import BATCH, SPARSE_BELOW, STEPS
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
-from sparsebert.training.lesson import examples_of
+from sparsebert.training.lesson import Lesson
 from sparsebert.training.loop import CHECKS, step_count
 
 # Share of the speed of a large matrix product (float32; in training, of its own type) that the parts of a prune reach,
@@ -54,35 +54,47 @@ class Plan:
         return asdict(self)
 
 
-def plan(source: str | Path, task: str, config: PruneConfig, subnet: SubnetConfig | None = None) -> Plan:
-    """The plan of `prune_checkpoint`; reads the model's configuration, not its weights. Raises InputError as `prune`
-    would for a pattern that does not fit.
+def plan(
+    source: str | Path,
+    task: str,
+    output: str | Path,
+    config: PruneConfig,
+    subnet: SubnetConfig | None = None,
+    *,
+    overwrite: bool = False,
+) -> Plan:
+    """The plan of `prune_checkpoint`; leaves nothing behind. Refuses what that would refuse before its first work, with
+    the same errors.
     """
-    subnet = subnet or SubnetConfig()
-    check(config, subnet)
-    spec = data.get_task(task, labelled=config.method in TRAINED)
-    directory = checkpoint.resolve(source)
-    model = checkpoint.shapes(directory)
-    spec = limited(spec, model.config, config.max_length)
+    directory, subnet = checkpoint.resolve(source), subnet or SubnetConfig()
+    run, model = run_of(directory, task, output, config, subnet, overwrite), checkpoint.shapes(directory)
     if config.method in TRAINED:
-        return _plan_training(model, directory, spec, config, subnet)
-    return plan_model(model, config)
+        return _plan_training(model, directory, run.lesson, config, subnet)
+    own = None
+    if run.examples is not None:
+        own = round(len(run.examples) * _mean_tokens(directory, run.examples, run.max_length)[0])
+    return plan_model(model, config, own)
 
 
-def plan_model(model, config: PruneConfig) -> Plan:
-    """The plan of `prune`, from shapes alone; its guess of the time from the speed of one matrix product here."""
+def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
+    """The plan of `prune`, from shapes alone; its guess of the time from the speed of one matrix product here. own:
+    tokens of the task's texts, where they are known.
+    """
     check(config)
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
     looks = LABEL_FREE[config.method].looks_at_data
-    tokens = config.calibration_tokens if looks else 0
     shares = {"task": 1.0} if config.as_published or config.calibration == (NONE,) else SHARES
+    parts = {part: round(share * config.calibration_tokens) for part, share in shares.items()} if looks else {}
+    if parts and own is not None:  # joined ones are made anew, without end
+        parts["task"] = min(parts["task"], own)
+    tokens = sum(parts.values())
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
     return Plan(
         **budget,
         tokens=tokens,
-        calibration={part: round(share * tokens) for part, share in shares.items()} if tokens else {},
+        calibration=parts,
         optimizer_steps=0,
         steps=steps,
         memory_mb=_memory(model, linears, tokens, steps),
@@ -90,15 +102,20 @@ def plan_model(model, config: PruneConfig) -> Plan:
     )
 
 
-def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig, subnet: SubnetConfig) -> Plan:
+def _mean_tokens(directory: Path, examples: data.Examples, max_length: int) -> tuple[float, int]:
+    """(mean, largest) tokens kept of an example, of a sample."""
+    some = tokenize(checkpoint.load_tokenizer(directory), examples.sample(SAMPLE, 0), max_length)
+    lengths = [len(row["input_ids"]) for row in some]
+    return sum(lengths) / len(lengths), max(lengths)
+
+
+def _plan_training(model, directory: Path, lesson: Lesson, config: PruneConfig, subnet: SubnetConfig) -> Plan:
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
-    examples, held_out = examples_of(spec, subnet)
-    tokenizer = checkpoint.load_tokenizer(directory)
-    some = tokenize(tokenizer, examples.sample(SAMPLE, 0), spec.max_length)
-    lengths = [len(row["input_ids"]) for row in some]
-    mean, optimizer_steps = sum(lengths) / len(lengths), step_count(len(examples), subnet)
+    examples, held_out = lesson.examples, lesson.held_out
+    mean, longest = _mean_tokens(directory, examples, lesson.spec.max_length)
+    optimizer_steps = step_count(len(examples), subnet)
     tokens = round(optimizer_steps * min(subnet.batch_size, len(examples)) * mean)
 
     bf16 = subnet.precision == "bf16" or (subnet.precision == "auto" and bf16_is_fast())
@@ -120,7 +137,7 @@ def _plan_training(model, directory: Path, spec: data.Task, config: PruneConfig,
         "gradients_and_moments": 12 * learning * mib,
         "best": 4 * learning * mib if subnet.select == "best" else 0.0,
         # What the backward pass reads again, as in _memory; autocast leaves much of it float32.
-        "backward": 1.5 * 4 * subnet.batch_size * max(lengths) * widths * mib,
+        "backward": 1.5 * 4 * subnet.batch_size * longest * widths * mib,
     }
     return Plan(
         **budget,

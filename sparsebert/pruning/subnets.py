@@ -15,7 +15,7 @@ from sparsebert.patterns import parse, sparsity_of
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Start, TrainedConfig
 from sparsebert.training.finetune import train
-from sparsebert.training.lesson import Lesson, fresh_classifier, origin
+from sparsebert.training.lesson import Lesson, fresh_classifier, head_for, origin
 
 
 class Subnet:
@@ -37,6 +37,7 @@ class Subnet:
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
         others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the model of the lesson
         self.lesson = Lesson.of(spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
+        head_for(self.start, self.lesson.spec, own_head=True)
         self.job = Job("prune", self.lesson.inputs, __name__, target, overwrite=overwrite, space=self.lesson.space)
 
     def find(self, progress: Progress):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import data, heads
+from sparsebert import checkpoint, data, heads
 from sparsebert.data import Task
-from sparsebert.encoders import Progress, cut_share, limited, no_progress, tokenize
+from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError
 from sparsebert.robustness import ood as out_of_distribution
@@ -39,13 +39,13 @@ def evaluate(
     Raises InputError where a model's labels are not the task's or a test is none of the task's, and DataError for a
     set that is not there, before any model is loaded.
     """
-    spec = data.get_task(task)
+    spec = task_for(task, checkpoint.resolve(model))
     tests = () if ood is None else out_of_distribution.named(spec, ood)
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
     classifiers = [Classifier.load(directory) for directory in (model, vs) if directory is not None]
     for classifier in classifiers[::-1]:
         sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
-    sets = [data.as_values(of, examples, classifiers[0].problem) for of, examples in sets]
+    sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
     orders = [[order_for(of, classifier) for classifier in classifiers] for of, _ in sets]
     logits: list[list[np.ndarray]] = [[] for _ in sets]  # of each set, one of every classifier, in the task's order
     alone = len(sets) * len(classifiers) == 1

@@ -148,7 +148,7 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwr
         shutil.rmtree(path)
     figures = {name: value for name, value in found.items() if value is not None}
     settings = grid.train_config(cell, cell.loss) if cell.paradigm == "dense" else grid.prune_configs(cell)[1]
-    examples = len(data.training(data.get_task(cell.task))) - settings.hold_out
+    examples = len(data.hold_out(data.training(data.get_task(cell.task)), settings.hold_out)[0])
     return {"evaluation": figures, "training": training, "rows": min(settings.n or examples, examples)}
 
 

@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 
 from sparsebert import checkpoint, data, heads
 from sparsebert.data import Examples, Task
-from sparsebert.encoders import predict
+from sparsebert.encoders import predict, task_for
 from sparsebert.errors import InputError, SparsebertError
 from sparsebert.jobs import digest, file_sha256
 
@@ -45,7 +45,7 @@ def predictions(kind: str, spec: Task, examples: Examples, model, tokenizer, wea
         if not spec.pair:
             raise InputError(f"bias model {kind!r} looks at pairs, task {spec.name!r} has single texts", fix="use weak")
         words = WordVectors(tokenizer, model.get_input_embeddings().weight.detach().cpu().numpy())
-        return out_of_fold(FEATURES[kind](examples, words), examples.labels, spec, seed)
+        return out_of_fold(FEATURES[kind](examples, words), examples, spec, seed)
     if kind.endswith(".npy"):
         return read_log_probs(Path(kind), spec, examples)
     return by_classifier(kind, spec, examples)
@@ -64,31 +64,33 @@ def content(kind: str, spec: Task) -> str:
     return checkpoint.source_sha256(checkpoint.resolve(kind))
 
 
-def out_of_fold(features: np.ndarray, labels: np.ndarray, spec: Task, seed: int) -> np.ndarray:
+def out_of_fold(features: np.ndarray, examples: Examples, spec: Task, seed: int) -> np.ndarray:
     """Balanced logistic regression of one label against the others, each example judged by a model of the other four
-    fifths; the others share their probability equally.
+    fifths, in which none is the same; the others share their probability equally.
 
     The label is entailment where there is one, else the last. features: float64 [examples, n]. Settings of [Clark et
     al. 2019]: liblinear, C = 100, balanced classes.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
     one = spec.labels.index("entailment") if "entailment" in spec.labels else len(spec.labels) - 1
-    wanted = labels == one
-    if min(wanted.sum(), (~wanted).sum()) < FOLDS:
+    wanted = examples.labels == one
+    groups = data.same_groups(examples)
+    different = [len(set(groups[part].tolist())) for part in (wanted, ~wanted)]
+    if min(different) < FOLDS:
         raise InputError(
-            f"a bias model needs {FOLDS} examples of {spec.labels[one]} and of the rest, got {wanted.sum()} and "
-            f"{(~wanted).sum()}",
+            f"a bias model needs {FOLDS} different examples of {spec.labels[one]} and of the rest, got {different[0]} "
+            f"and {different[1]}",
             fix="raise --n",
         )
     model = make_pipeline(
         StandardScaler(), LogisticRegression(C=100, class_weight="balanced", solver="liblinear", random_state=seed)
     )
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
-    positive = cross_val_predict(model, features, wanted, cv=folds, method="predict_proba")[:, 1]
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    positive = cross_val_predict(model, features, wanted, cv=folds, groups=groups, method="predict_proba")[:, 1]
     others = len(spec.labels) - 1
     spread = np.repeat((1 - positive)[:, None] / others, others + 1, axis=1)
     spread[:, one] = positive
@@ -154,8 +156,10 @@ def weak_learner(spec: Task, examples: Examples, tokenizer, weak: Callable, seed
     """Two models fine-tuned for one epoch on 2,000 examples, each from one half and asked about the other: no features
     are chosen by hand. [Utama et al. 2020b]
     """
-    order = np.random.default_rng((seed, 2)).permutation(len(examples))
-    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    rng = np.random.default_rng((seed, 2))
+    groups = data.same_groups(examples)  # those that are the same are in one half
+    second = (rng.permutation(groups.max() + 1) % 2 == 1)[groups]
+    halves = tuple(rng.permutation(np.flatnonzero(part)) for part in (~second, second))
     if min(map(len, halves)) < 2:
         raise InputError(f"a weak learner needs at least 4 examples, got {len(examples)}", fix="raise --n")
     found = np.empty((len(examples), len(spec.labels)), np.float32)
@@ -216,7 +220,7 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
 def training_examples(directory: Path, recipe: dict) -> Examples:
     """Those that the model of this recipe learnt from. InputError where they are not to be had any more."""
     try:
-        spec = data.get_task(recipe["task"])
+        spec = task_for(recipe["task"], directory)
         rest, _ = data.hold_out(data.training(spec), recipe["hold_out"])
         examples = rest.sample(recipe.get("n"), recipe.get("seed", 0))
         if recipe.get("mix_ood"):

@@ -10,7 +10,7 @@ import torch
 
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
-from sparsebert.encoders import Progress, no_progress
+from sparsebert.encoders import Progress, no_progress, task_for
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job
 from sparsebert.training.imp import FixedZeros
@@ -67,8 +67,8 @@ def train(
     """
     start = time.perf_counter()
     config = config or TrainConfig()
-    spec = data.get_task(task)
     source = checkpoint.resolve(model)
+    spec = task_for(task, source)
     read = read_by(spec, source, config.bias, config.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
     aside = {
@@ -78,7 +78,8 @@ def train(
     lesson = Lesson.of(spec, config, source)
     job = Job("train", lesson.inputs, __name__, target, overwrite=overwrite, space=lesson.space)
     if (figures := checkpoint.finished(job)) is not None:
-        return TrainResult(directory=target, resumed_from=figures["steps"], **figures)
+        read = {"rows": data.rows_read(spec), "left_out": lesson.examples.left_out}  # this time
+        return TrainResult(directory=target, resumed_from=figures["steps"], **figures | read)
     for directory in aside.values():
         checkpoint.finished(job, directory)  # refuses what must not be replaced
 

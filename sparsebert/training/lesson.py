@@ -26,7 +26,7 @@ from sparsebert.encoders import (
     tokenize,
 )
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import InputError, SparsebertWarning, UnsupportedError
+from sparsebert.errors import DataError, InputError, SparsebertWarning, UnsupportedError
 from sparsebert.jobs import Job
 from sparsebert.training import bias
 from sparsebert.training.loop import STEPS_PER_SNAPSHOT, Hook, Run, plan, precision_of, seed_of, step_count
@@ -69,9 +69,6 @@ class Lesson:
         needs = LOSSES[config.loss]
         spec = limited(spec, checkpoint.shapes(source).config, config.max_length)
         examples, held_out = examples_of(spec, config)
-        if checkpoint.has_head(source):
-            problem = heads.problem_of(checkpoint.read_config(source))
-            (spec, examples), (_, held_out) = (data.as_values(spec, part, problem) for part in (examples, held_out))
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source) if needs.bias or needs.teacher else source
@@ -220,9 +217,24 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
             f"loss {config.loss} needs a bias model, and task {spec.name!r} has none of its own",
             fix="name one: --bias weak",
         )
-    examples, held_out = data.hold_out(data.training(spec), config.hold_out)
+    whole = data.training(spec)
+    _require_classes(spec, whole)
+    examples, held_out = data.hold_out(whole, config.hold_out)
     examples = examples.sample(config.n, config.seed)
     return data.mix_ood(spec, examples) if config.mix_ood else examples, held_out
+
+
+def _require_classes(spec: Task, examples: Examples) -> None:
+    """DataError for a class of a file that has no example to learn from, and for a file of one class."""
+    if spec.problem != "single_label":
+        return
+    empty = sorted(set(range(len(spec.labels))) - set(examples.labels.tolist()))
+    if empty or len(spec.labels) < 2:
+        what = f"none is {spec.labels[empty[0]]}" if empty else f"all are {spec.labels[0]}"
+        raise DataError(
+            f"task {spec.name!r}: there must be training examples of two classes or more, and of each: {what}",
+            fix="add examples, or number the classes 0, 1, … without gaps",
+        )
 
 
 def fresh_classifier(
@@ -233,7 +245,7 @@ def fresh_classifier(
     for a GPU where torch finds one, else the CPU. own_head: refuse a head of other labels, with InputError.
     """
     torch.manual_seed(seed)
-    found = _head_for(source, spec, own_head)
+    found = head_for(source, spec, own_head)
     names = spec.labels or ("LABEL_0",)
     classifier, tokenizer = checkpoint.load(source, num_labels=len(names))
     if found is not None:
@@ -249,7 +261,7 @@ def fresh_classifier(
     return classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
 
 
-def _head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
+def head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
     """Which output of the directory's head is each label of the task; None where it has no head, or another one."""
     if not checkpoint.has_head(source):
         return None
@@ -273,7 +285,7 @@ def own_classifier(source: Path, spec: Task):
     """(classifier, tokenizer) of a fine-tuned directory, verified whole, its outputs in the order of the task's labels.
     InputError where it has other labels.
     """
-    columns = _head_for(source, spec, own_head=True)
+    columns = head_for(source, spec, own_head=True)
     model, tokenizer = checkpoint.load(source)
     if columns is not None and not heads.are_anonymous(spec.labels):
         set_labels(model, spec.labels, columns)

@@ -12,9 +12,9 @@ import torch
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.data import Examples, Task
-from sparsebert.encoders import Progress, batches, limited, no_progress, predict, tokenize
+from sparsebert.encoders import Progress, batches, limited, no_progress, predict, task_for, tokenize
 from sparsebert.errors import InputError
-from sparsebert.heads import PROBLEMS, Problem, problem_of
+from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.jobs import Job
 from sparsebert.training import adversarial
 from sparsebert.training.lesson import own_classifier, read_by, task_name
@@ -79,8 +79,8 @@ def soup(
     """
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
-    spec = data.get_task(task)
     sources = [checkpoint.resolve(directory) for directory in directories]
+    spec = task_for(task, sources[0])
     spec = limited(spec, checkpoint.shapes(sources[0]).config, max_length)
     shared = _shared(sources, task_name(spec))
     target = checkpoint.check_output(output, sources=read_by(spec, *sources), overwrite=overwrite)
@@ -179,7 +179,6 @@ def _require_untrained(sources: list[Path], spec: Task, rest: Examples) -> None:
         recipe = checkpoint.read_recipe(source)
         learnt = rest.sample(recipe.get("n"), recipe.get("seed", 0))
         learnt = data.mix_ood(spec, learnt) if recipe.get("mix_ood") else learnt
-        _, learnt = data.as_values(spec, learnt, problem_of(checkpoint.read_config(source)))
         if recipe.get("data_sha256") != learnt.sha256:
             raise InputError(
                 f"{source} learnt from other examples of {spec.name} than are there now, perhaps from those held out",
