@@ -19,6 +19,8 @@ CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 # Table -> how what its command names, or takes from a file of cells, is made.
 MADE_OF = {
     "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; with which settings is not recorded",
+    "calibration": "mr-0, mr-1: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1); outside: by "
+    "`python -m bench.make_outside`",
     "end_to_end": "PATH: the python of an environment with deepsparse 1.8.0",
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": f"{DENSE} && python -m bench.study_frontier DENSE/plain-0 --prune FOLDER. `dense` was right on as many "

@@ -4,6 +4,7 @@ logits.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -111,8 +112,11 @@ def autocast(bf16: bool | None = None, device: torch.device | None = None) -> to
 
 def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
     """The task called `name` as the model in directory `source` is asked it: to one of one logit, a file's numbers are
-    values, not ids of classes.
+    values, not ids of classes. A name that is no task is refused before the model is looked for.
     """
+    if name in data.TASKS or not os.path.lexists(name):
+        return data.get_task(name, labelled=labelled)
+    source = checkpoint.resolve(source)
     values = checkpoint.has_head(source) and heads.problem_of(checkpoint.read_config(source)) is heads.ONE_LOGIT
     return data.get_task(name, labelled=labelled, values=values)
 

@@ -44,7 +44,7 @@ def pruned(seed: int, tier: int, pattern: str, without: str):
         patch.setattr(recover, "STEPS", 50)
         model = classifier(seed=seed)
         config = PruneConfig(tier=tier, without=without, sparsity=0.7, pattern=pattern)
-        prune(model, calibration({0: 30_000, 1: 3000, 2: 6000}[tier], model), config)
+        prune(model, calibration({0: 30_000, 1: 3000, 2: 6000}[tier]), config)
     return model
 
 

@@ -26,9 +26,9 @@ TRAINED = {"method": "mask"}
 @pytest.fixture
 def folder(tmp_path):
     """A task of long texts and short ones, half of each; what decides stands at the end."""
-    rows = [(f"on monday . {'and so on ' * (60 if i % 2 else 1)} {'good' if i % 4 < 2 else 'bad'}", i % 4 < 2)
-            for i in range(40)]  # fmt: skip
-    for split in ("train", "test"):
+    for day, split in (("monday", "train"), ("friday", "test")):
+        rows = [(f"on {day} {i} . {'and so on ' * (60 if i % 2 else 1)} {'good' if i % 4 < 2 else 'bad'}", i % 4 < 2)
+                for i in range(10, 50)]  # fmt: skip
         lines = (json.dumps({"text": text, "label": "positive" if good else "negative"}) for text, good in rows)
         (tmp_path / "own" / f"{split}.jsonl").parent.mkdir(exist_ok=True)
         (tmp_path / "own" / f"{split}.jsonl").write_text("\n".join(lines))

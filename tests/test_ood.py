@@ -15,7 +15,7 @@ from sparsebert import checkpoint, data, encoders
 from sparsebert.cli import main
 from sparsebert.data import Examples
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import InputError
+from sparsebert.errors import CheckpointError, InputError
 from sparsebert.ops import _dispatch
 from sparsebert.robustness import compare, compare_ood, evaluate, ood, statistics
 
@@ -60,7 +60,7 @@ def test_the_area_under_the_curve_ignores_what_a_model_prefers_to_answer():
 def test_logits_that_are_not_finite_are_refused_naming_the_text(value, which):
     broken = [THREE_WAY.copy(), THREE_WAY.copy()]
     broken[which][5, 0] = value
-    with pytest.raises(InputError, match="those of 1 of 6 texts are not, first of text 5"):
+    with pytest.raises(CheckpointError, match=r"hans: logits must be finite, those of texts\[5\]"):
         of_hans(*broken)
 
 

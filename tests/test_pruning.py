@@ -414,11 +414,9 @@ def test_without_any_variance_the_smallest_weights_go():
 
 def test_calibration_texts_that_are_all_the_same_are_refused():
     same = data.Examples("mr", "train", ["the one and only text of them"] * 400, None, None)
-    model = classifier()
-    texts = draw(model, tokenizer(), same, 1500, 128, 0)
-    for config in LOOKING:
+    for few in (same, same.take(range(5))):  # which are too few to hold any out
         with pytest.raises(InputError, match=r"texts must differ, all .* are 'the one and only text of them'"):
-            prune(model, texts, PruneConfig(sparsity=0.5, **config))
+            draw(classifier(), tokenizer(), few, 1500, 128, 0)
 
 
 def test_prune_checkpoint_is_reused_and_another_is_refused(tmp_path):

@@ -422,7 +422,7 @@ def test_an_adapter_beside_whole_weights_is_refused(directory):
 def test_a_head_that_an_adapter_keeps_is_to_be_merged(directory):
     prefix = "base_model.model."
     old, new = f"{prefix}classifier", f"{prefix}classifier.modules_to_save.default"
-    rewrite(directory, lambda t: [t.update({f"{prefix}{name}".replace(old, new): t.pop(name)}) for name in list(t)])
+    rewrite(directory, lambda t: {f"{prefix}{name}".replace(old, new): tensor for name, tensor in t.items()})
     for load in (Engine.load, lambda d: checkpoint.load(d, num_labels=2), checkpoint.has_head):
         with pytest.raises(UnsupportedError, match=r"modules_to_save.*merge the adapter first"):
             load(directory)

@@ -119,7 +119,7 @@ def require_place(directory: Path, name: str = "") -> None:
     """
     existing = _existing(directory)
     require_writable(existing)
-    probe = existing / f".probe-{os.getpid()}"
+    probe = existing / f".{name}.tmp-probe-{os.getpid()}"  # which the next `replacing` removes if this is killed
     remove = partial(shutil.rmtree, probe, ignore_errors=True)
     try:
         with ExitStack() as stack:  # twice: Ctrl-C may come in the middle of the first

@@ -163,6 +163,11 @@ def draw(
     small = sum(length for *_, length in own.drawn(tokenizer, held["task"], limit)) / shares["task"]
     held_out, _ = composed(held, small)
     texts, parts = composed(rest, tokens, apart)
+    if not len(texts) or (len(texts) > 1 and len(set(sameness(texts))) == 1):  # what the head sees would not vary
+        raise InputError(
+            f"calibration texts must differ, all {len(examples)} are {examples.texts[0][:60]!r}",
+            fix="give texts that differ",
+        )
     return Calibration(texts, held_out, tokenizer, limit, parts)
 
 

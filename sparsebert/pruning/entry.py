@@ -86,7 +86,6 @@ def prune(
         batches = calibration.padded_batches if config.as_published else calibration.batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text is many tokens
-        _require_different(calibration.texts)
     LABEL_FREE[config.method].prune(model, calibration, config, run or Run(progress))
     return _result(model, config, start, tokens)
 
@@ -124,8 +123,10 @@ def prune_checkpoint(
     the last snapshot, in `<output>.partial`; what other weights, data, settings or code have left at either place is
     refused, unless `overwrite`.
     """
-    source, config = checkpoint.resolve(source), config or PruneConfig()
-    run = run_of(source, task, output, config, subnet or SubnetConfig(), overwrite)
+    config, subnet = config or PruneConfig(), subnet or SubnetConfig()
+    check(config, subnet)
+    source = checkpoint.resolve(source)
+    run = run_of(source, task, output, config, subnet, overwrite)
     target = run.job.output
     if (figures := checkpoint.finished(run.job)) is not None:
         figures.pop("weights_sha256")
@@ -143,8 +144,9 @@ def prune_checkpoint(
 
 
 def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool):
-    """The run that `prune_checkpoint` makes, before its first work: whatever can be refused by now is."""
-    check(config, subnet)
+    """The run that `prune_checkpoint` makes of a config that was checked, before its first work: whatever can be
+    refused by now is.
+    """
     spec = encoders.task_for(task, source, labelled=config.method in TRAINED)
     read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
@@ -261,15 +263,6 @@ def _require_own_flags(given: PruneConfig | SubnetConfig, method: str) -> None:
         if owners and method not in owners and getattr(given, name) != field.default:
             flag, them = name.replace("_", "-"), f"method{'s'[: len(owners) > 1]} {', '.join(owners)}"
             raise InputError(f"--{flag} belongs to {them}, got {method}", fix="leave it out")
-
-
-def _require_different(texts: data.Examples) -> None:
-    """InputError for texts that are all the same: what the head sees of them does not vary."""
-    first = texts.texts[0], texts.texts_b and texts.texts_b[0]
-    if all(pair == first for pair in zip(texts.texts, texts.texts_b or [None] * len(texts), strict=True)):
-        raise InputError(
-            f"calibration texts must differ, all {len(texts)} are {first[0][:60]!r}", fix="give texts that differ"
-        )
 
 
 def _require_tokens(tokens: int, linears) -> None:

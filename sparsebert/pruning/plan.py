@@ -66,7 +66,9 @@ def plan(
     """The plan of `prune_checkpoint`; leaves nothing behind. Refuses what that would refuse before its first work, with
     the same errors.
     """
-    directory, subnet = checkpoint.resolve(source), subnet or SubnetConfig()
+    subnet = subnet or SubnetConfig()
+    check(config, subnet)
+    directory = checkpoint.resolve(source)
     run, model = run_of(directory, task, output, config, subnet, overwrite), checkpoint.shapes(directory)
     if config.method in TRAINED:
         return _plan_training(model, directory, run.lesson, config, subnet)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import checkpoint, data, heads
+from sparsebert import data, heads
 from sparsebert.data import Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
@@ -39,7 +39,7 @@ def evaluate(
     Raises InputError where a model's labels are not the task's or a test is none of the task's, and DataError for a
     set that is not there, before any model is loaded.
     """
-    spec = task_for(task, checkpoint.resolve(model))
+    spec = task_for(task, model)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
     classifiers = [Classifier.load(directory) for directory in (model, vs) if directory is not None]
