@@ -21,13 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 from conftest import ROOT, require
 from models import saved, stock
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from sparsebert import checkpoint, cli, environment
+import sparsebert
+from sparsebert import Engine, checkpoint, cli, data, environment
 from sparsebert.cli import demo, main
+from sparsebert.cli.commands import app
+from sparsebert.heads import MULTI_LABEL, ONE_LOGIT, SINGLE_LABEL, answers, softmax
 
 SMALL_DEMO = [
     "--train-n",
@@ -681,3 +685,82 @@ def test_a_stock_directory_is_sealed_and_its_labels_are_named(dense, capsys, tmp
     assert code == 0 and document(out) == {"directory": str(directory), "labels": ["bad", "good"], "changed": True}
     assert "names 3" in refused(capsys, "reseal", directory, "--labels", "a,b,c")
     assert json.loads((directory / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+
+
+def test_the_version_and_the_defaults_of_flags_are_shown(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(capsys, "--version")[:2] == (0, f"sparsebert {sparsebert.__version__}\n")
+    out = run(capsys, "prune", "--help")[1]
+    for shown in (
+        "[default: 0.875, or the pattern's]",
+        "[default: general]",
+        "[default: knowledge]",
+        "knowledge: 0 closed",
+    ):
+        assert shown in out
+    first, expert, labelled = (out.index(panel) for panel in ("─ Options ", "─ Expert options ", "train with labels ─"))
+    assert first < out.index("--sparsity") < expert < out.index("--damping") < labelled < out.index("--gradual")
+
+
+def test_every_flag_says_what_it_is_for():
+    for name, command in typer.main.get_command(app).commands.items():
+        for parameter in command.params:
+            assert parameter.help, f"{name}: {parameter.name}"
+
+
+def test_texts_are_classified_a_line_each(dense, capsys, monkeypatch):
+    texts = ["a gripping film", "dull"]
+    scores = softmax(Engine.load(dense).logits(texts))
+    code, out, _ = run(capsys, "predict", dense, *texts)
+    lines = [f"{data.SENTIMENT[row.argmax()]} {row.max():.3f}\t{text}" for row, text in zip(scores, texts, strict=True)]
+    assert code == 0 and out.splitlines() == lines
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a gripping film\r\ndull\n"))
+    assert run(capsys, "predict", dense, "-")[1] == out
+    found = document(run(capsys, "predict", dense, *texts, "--json")[1])
+    assert found["problem"] == "single_label" and [row["text"] for row in found["texts"]] == texts
+    assert found["texts"][0]["scores"] == pytest.approx(dict(zip(data.SENTIMENT, scores[0], strict=True)))
+    line = refused(capsys, "predict", dense, "fine", "")
+    assert "texts[1] must be a non-empty string" in line
+
+
+@pytest.mark.parametrize(
+    ("problem", "logits", "predicted"),
+    [
+        (MULTI_LABEL, [[3.0, -1.0], [-2.0, -0.1], [0.5, 2.0]], [["a"], [], ["a", "b"]]),
+        (SINGLE_LABEL, [[3.0, -1.0], [-2.0, -0.1]], [["a"], ["b"]]),
+    ],
+)
+def test_an_answer_names_what_is_predicted(problem, logits, predicted):
+    found = answers(problem, ["a", "b"], np.array(logits, np.float32))
+    assert [list(answer.predicted) for answer in found] == predicted
+    assert all(0 <= score <= 1 for answer in found for score in answer.scores.values())
+
+
+def test_an_answer_of_one_logit_is_that():
+    assert answers(ONE_LOGIT, ["score"], np.array([[2.5]], np.float32))[0] == ({"score": 2.5}, {"score": 2.5})
+
+
+def test_prune_ends_with_what_it_kept_and_the_next_command(dense, tmp_path, capsys):
+    settings = ["--task", "mr", "--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
+    code, out, err = run(capsys, "prune", dense, *settings)
+    found = document(out)["held_out"]
+    texts = data.load(data.get_task("mr"), "test", limit=500).texts
+    want, got = (Engine.load(model).logits(texts) for model in (dense, tmp_path / "p"))
+    assert code == 0 and found["n"] == 500
+    assert found["agreement"] == pytest.approx((want.argmax(1) == got.argmax(1)).mean(), abs=0.003)
+    assert found["agreement_ci"][0] < found["agreement"] <= found["agreement_ci"][1]
+    kl = (softmax(want) * (np.log(softmax(want)) - np.log(softmax(got)))).sum(1).mean()
+    assert found["kl"] == pytest.approx(kl, rel=0.01)
+    assert f"next: sparsebert eval {tmp_path / 'p'} --task mr --vs {dense}" in err
+    assert "same label as dense" in out and "encoder.layer.0" not in out.rpartition("{")[0].partition("{")[0]
+    out = run(capsys, "prune", dense, *settings, "--verbose")[1]
+    assert "bert.encoder.layer.0.attention.self.query" in out.partition("{")[0]
+
+
+def test_what_cannot_be_compared_is_said(dense, tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "train.csv").write_text("text\n" + "".join(f"a film number {i}\n" for i in range(30)))
+    settings = ["--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
+    code, out, err = run(capsys, "prune", dense, "--task", tmp_path / "own", *settings)
+    assert code == 0 and document(out)["held_out"] is None
+    assert "not compared with dense: task" in err and "has no test file" in err
