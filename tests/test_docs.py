@@ -1,4 +1,4 @@
-"""The documentation holds what it promises: it builds, its links lead somewhere, its commands parse, its start runs."""
+"""The documentation: it builds, its links lead somewhere, its commands parse, the quick start runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import typer
@@ -24,7 +23,8 @@ from sparsebert.data import TASKS
 from sparsebert.data.tables import SUFFIXES
 from sparsebert.engine.rivals import named
 from sparsebert.errors import SparsebertError
-from sparsebert.pruning.trained import SubnetConfig
+from sparsebert.pruning.knowledge import STEPS
+from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.robustness import ood
 from sparsebert.training.recipe import read_recipe
 
@@ -106,6 +106,31 @@ TABLES = [
 def test_a_table_is_the_committed_one(page: str, source: str, rows: str):
     committed = [line for line in (ROOT / source).read_text().splitlines() if line.startswith("|")]
     assert rows.splitlines() == committed, f"{page}: copy the table of {source} anew"
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text()
+
+
+def test_every_committed_table_is_in_the_list_of_questions():
+    for table in (ROOT / "bench/results").glob("*.md"):
+        assert f"(../bench/results/{table.name})" in page("benchmarks.md"), f"benchmarks.md lacks {table.name}"
+
+
+def test_every_method_and_step_is_described():
+    for method in pruning.METHODS:
+        where = "subnetworks.md" if method in TRAINED else "methods.md"
+        titles = re.findall(r"^### (.+)$", page(where), re.M)
+        assert any(method in title.split(" and ") for title in titles), f"{where} lacks a heading {method}"
+    for step, tier in STEPS.items():
+        assert f"| `{step}` | {tier} |" in page("methods.md"), f"methods.md lacks the step {step} of tier {tier}"
+
+
+def test_every_task_and_environment_variable_is_named():
+    for task in TASKS:
+        assert f"`{task}`" in page("data.md"), f"data.md lacks {task}"
+    for variable in set(re.findall(r"SPARSEBERT_[A-Z_]*[A-Z]", (ROOT / "sparsebert/environment.py").read_text())):
+        assert f"| `{variable}` |" in page("engine.md"), f"engine.md lacks {variable}"
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -208,28 +233,27 @@ SMALL = {"prune": "--tier 0 --calibration-tokens 200 --calibration none --max-le
 
 
 def test_the_quick_start_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs/quick-start.md").read_text()
+    text = page("quick-start.md")
     monkeypatch.chdir(tmp_path)
     stock(saved(tmp_path / "MODEL", classifier(labels=["LABEL_0", "LABEL_1"])))
-    header, *rows = next(block for block in blocks(page, "text") if block.startswith("text,")).splitlines()
+    header, *rows = next(block for block in blocks(text, "text") if block.startswith("text,")).splitlines()
     shown = list(csv.reader(rows))
     with open("my.csv", "w", newline="") as file:
         file.write(f"{header}\n")
-        csv.writer(file).writerows([f"{text} {number}", label] for number in range(24) for text, label in shown)
-    ran, told = [], SimpleNamespace(next="")
-    for line in "".join(blocks(page, "bash")).splitlines():
+        csv.writer(file).writerows([f"{words} {number}", label] for number in range(24) for words, label in shown)
+    ran, announced = [], ""
+    for line in "".join(blocks(text, "bash")).splitlines():
         if line.startswith(("pip install", "hf download")):
-            continue
+            continue  # they need a network
         name = line.split()[1]
-        if told.next:
-            assert line == told.next, "the command before names another one as the next"
+        assert announced in ("", line), "the command before names another one as the next"
         code = main(shlex.split(f"{line} {SMALL.get(name, '')}")[1:])
         printed = capsys.readouterr()
         assert code == 0, f"{line}: {printed.err}"
         found = re.search(r"^next: (.+)$", printed.err, re.M)
-        told.next = found[1] if found else ""
+        announced = found[1] if found else ""
         ran.append(name)
     assert ran == ["seal", "reseal", "prune", "eval", "bench", "predict"]
-    for code in blocks(page, "python"):
+    for code in blocks(text, "python"):
         exec(code, {})
-    assert set(re.findall(r"negative|positive", capsys.readouterr().out)) <= {"negative", "positive"}
+    assert len(re.findall(r"'(?:negative|positive)'", capsys.readouterr().out)) == 2
