@@ -61,10 +61,8 @@ def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Na
             result = compare(directory, texts_of(directory, config), config)
             for row in result["rows"]:
                 low, high = row.pop("ratio_ci")
-                rows.append(
-                    {"model": model, "pattern": pattern, "sparsity": 1 - result["density"], "low": low, "high": high}
-                    | row
-                )
+                made = {"model": model, "pattern": pattern, "sparsity": 1 - result["density"]}
+                rows.append(row | made | {"low": low, "high": high})
     return rows
 
 

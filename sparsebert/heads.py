@@ -283,7 +283,8 @@ def columns(names: Sequence[str], wanted: Sequence[str], whose: str = "the model
         raise InputError(
             f"{whose} does not name its labels ({_listed(names)}), and {_listed(wanted)} are wanted: in which order "
             "they are cannot be known",
-            fix=f"name them: sparsebert reseal DIR --labels NAME,… (or id2label in config.json), of {_listed(wanted)}",
+            fix=f"name them in their order: id2label in config.json, of a sealed model sparsebert reseal DIR --labels "
+            f"{_listed(wanted).replace(', ', ',')}",
         )
     folded, goal = [fold(name) for name in names], [fold(name) for name in wanted]
     if sorted(folded) != sorted(goal) or len(set(goal)) < len(goal):

@@ -107,7 +107,8 @@ def _gpu() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name(0)} (torch sees it; no GPU kernel is dispatched yet)"
+        name = torch.cuda.get_device_name(0)
+        return f"{name} (torch trains and evaluates on it; no kernel of this package runs there yet)"
     built = torch.version.cuda
     return (
         "none: this torch is a CPU build"

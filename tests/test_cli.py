@@ -743,7 +743,7 @@ def test_an_answer_of_one_logit_is_that():
 def test_prune_ends_with_what_it_kept_and_the_next_command(dense, tmp_path, capsys):
     settings = ["--task", "mr", "--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
     code, out, err = run(capsys, "prune", dense, *settings)
-    found = document(out)["held_out"]
+    found = document(out)["kept"]
     texts = data.load(data.get_task("mr"), "test", limit=500).texts
     want, got = (Engine.load(model).logits(texts) for model in (dense, tmp_path / "p"))
     assert code == 0 and found["n"] == 500
@@ -762,5 +762,5 @@ def test_what_cannot_be_compared_is_said(dense, tmp_path, capsys):
     (tmp_path / "own" / "train.csv").write_text("text\n" + "".join(f"a film number {i}\n" for i in range(30)))
     settings = ["--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
     code, out, err = run(capsys, "prune", dense, "--task", tmp_path / "own", *settings)
-    assert code == 0 and document(out)["held_out"] is None
+    assert code == 0 and document(out)["kept"] is None
     assert "not compared with dense: task" in err and "has no test file" in err

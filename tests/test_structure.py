@@ -122,11 +122,11 @@ def test_environment_variables_are_read_in_one_file():
             assert not re.search(r"os\.(environ|getenv)", path.read_text()), path
 
 
-def tree_of(readme: str) -> dict[Path, bool]:
-    """What the tree in a README names, at any depth of it -> whether that begins an entry of the package."""
+def tree_of(page: str) -> dict[Path, bool]:
+    """What the tree of docs/architecture.md names, at any depth -> whether that begins an entry of the package."""
     found: dict[Path, bool] = {}
     folder = ROOT
-    for line in re.search(r"```text\n(.*?)```", readme, re.S)[1].splitlines():
+    for line in re.search(r"## Where things are\n\n```text\n(.*?)```", page, re.S)[1].splitlines():
         indent, first = len(line) - len(line.lstrip()), line.split()[0]
         if indent == 0:
             folder = ROOT / first
@@ -140,21 +140,21 @@ def tree_of(readme: str) -> dict[Path, bool]:
     return found
 
 
-def test_readme_tree_names_what_exists():
-    found = tree_of((ROOT / "README.md").read_text())
+def test_the_tree_names_what_exists():
+    found = tree_of((ROOT / "docs/architecture.md").read_text())
     assert len(found) > 40
     for path in found:
-        assert path.exists(), f"README's tree names {path.relative_to(ROOT)}"
+        assert path.exists(), f"the tree names {path.relative_to(ROOT)}"
 
 
-def test_readme_tree_names_every_part_of_the_package():
+def test_the_tree_names_every_part_of_the_package():
     package = ROOT / "sparsebert"
-    named = {path for path, entry in tree_of((ROOT / "README.md").read_text()).items() if entry}
+    named = {path for path, entry in tree_of((ROOT / "docs/architecture.md").read_text()).items() if entry}
     parts = {path for path in package.iterdir() if (path / "__init__.py").exists()} | set(package.glob("[!_]*.py"))
-    assert parts <= named, f"README's tree lacks {sorted(str(p.relative_to(package)) for p in parts - named)}"
+    assert parts <= named, f"the tree lacks {sorted(str(p.relative_to(package)) for p in parts - named)}"
 
 
 @pytest.mark.parametrize("line", ["ghost/", "  ghost/   a part", "  ops/  ghost.py: gone", "tests/\n     ghost.py"])
 def test_a_name_of_nothing_is_found_at_any_depth_of_the_tree(line):
-    paths = tree_of(f"```text\n{line}\n```")
+    paths = tree_of(f"## Where things are\n\n```text\n{line}\n```")
     assert [path.name for path in paths if not path.exists()] in (["ghost"], ["ghost.py"])

@@ -110,6 +110,7 @@ def train(
             ["saved in", str(output)],
         ]
         table(f"{model} fine-tuned on {task}", ["", ""], rows)
+        then("sparsebert", "prune", output, "--task", task, "-o", f"{output}-sparse")
     emit({"task": task, "seed": config.seed, **result.as_json()})
 
 
@@ -149,21 +150,21 @@ def prune(
     with progress(f"prune ({config.method})") as update:
         result = prune_checkpoint(directory, task, output, config, subnet, overwrite=overwrite, progress=update)
     say_what_was_read(result)
-    held_out = _kept(output, directory, task, config.max_length)
+    kept = _kept(output, directory, task, config.max_length)
     if not json:
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()] if verbose else []
         rows += [["zeros in the encoder's linears", f"{result.sparsity:.2%}"]]
-        if held_out is not None:
-            of = f"of {held_out['n']:,} held-out texts"
-            interval = held_out["agreement_ci"]
+        if kept is not None:
+            of = f"of {kept['n']:,} test texts"
+            interval = kept["agreement_ci"]
             told = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
             what = "rank correlation with dense" if interval is None else "same label as dense"
-            rows += [[f"{what}, {of}", f"{held_out['agreement']:.1%}{told}"]]
-            rows += [["KL to the dense model, nats", f"{held_out['kl']:.4f}"]]
+            rows += [[f"{what}, {of}", f"{kept['agreement']:.1%}{told}"]]
+            rows += [["KL to the dense model, nats", f"{kept['kl']:.4f}"]]
         rows += [["saved in", str(output)]]
         table(f"{config.method}, {config.pattern}: pruned in {result.seconds:.0f} s", ["", ""], rows)
-        then(f"sparsebert eval {output} --task {task} --vs {directory}")
-    emit({**result.as_json(), "held_out": held_out})
+        then("sparsebert", "eval", output, "--task", task, "--vs", directory)
+    emit({**result.as_json(), "kept": kept})
 
 
 def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict | None:
@@ -238,6 +239,7 @@ def evaluate(
         tests = {task: {name: value for name, value in figures.items() if name != "ood"}} | (result.ood or {})
         for name, found in tests.items():
             table(f"{directory} on {name}", ["figure", "value", "95 % interval"], _with_intervals(found))
+        then("sparsebert", "bench", directory, "--task", task)
     emit(figures)
 
 
@@ -354,6 +356,8 @@ def bench(
                 for row in result["layers"]
             ]
             table("linears", ["layer", "linear", "shape", "kept", "form", "kernel", "Gflop/s", "of peak", "why"], rows)
+        if config.random is None:
+            then("sparsebert", "predict", directory, "a text of yours")
     emit(result)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -34,9 +35,9 @@ def say_what_was_read(result) -> None:
         print(f"{result.cut:.1%} of the texts were cut at {result.max_length} tokens (--max-length)", file=sys.stderr)
 
 
-def then(command: str) -> None:
-    """Names the command that people would type next."""
-    print(f"next: {command}", file=sys.stderr)
+def then(*command: object) -> None:
+    """Names the command that people would type next, as a shell takes it."""
+    print(f"next: {shlex.join(map(str, command))}", file=sys.stderr)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -31,7 +31,7 @@ def pipeline(
 
     >>> classify = sparsebert.pipeline("text-classification", "sst2-s875")
     >>> classify("a gripping film")
-    [{'label': 'LABEL_1', 'score': 0.998…}]
+    [{'label': 'positive', 'score': 0.998…}]
 
     dtype, threads, batch_invariant: as of `Engine.load`. options: of `transformers.pipeline`; batch_size texts are one
     call of the engine, which computes no padding. Raises InputError for another task, else what `Engine.load` does.

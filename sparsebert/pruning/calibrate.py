@@ -118,7 +118,7 @@ def stages(
     Raises InputError for padded batches, and naming the linears for inputs that are not finite.
     """
     if not padding and any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches):
-        raise InputError("calibration batches must have no padding", fix="make them with calibration_batches")
+        raise InputError("calibration batches must have no padding", fix="make them with sparsebert.pruning.draw")
     names = {module: name for name, module in model.named_modules()}
     layers = encoder_layers(model)
     calls = [_first_layer_call(model, layers[0], batch) for batch in batches]
