@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import errno
 import fcntl
 import json
@@ -579,3 +580,51 @@ def test_a_file_that_is_no_database_is_an_output_error(tmp_path):
     (tmp_path / "l.sqlite").write_text("not a database, and long enough to have a header of its own " * 20)
     with pytest.raises(OutputError, match="cannot be opened"):
         Ledger(tmp_path / "l.sqlite")
+
+
+def test_results_come_in_the_order_they_were_finished_and_of_one_kind(tmp_path):
+    book = Ledger(tmp_path / "new" / "folder" / "l.sqlite")
+    for i in (3, 1, 2):
+        book.once("unit", {"i": i}, lambda i=i: {"x": i})
+    book.once("other", {"i": 0}, lambda: {"x": 0})
+    assert book.results("unit") == [({"i": i}, {"x": i}) for i in (3, 1, 2)]
+    assert book.results("none of these") == []
+
+
+def test_an_exported_unit_says_what_when_and_how_long(tmp_path):
+    book = Ledger(tmp_path / "l.sqlite")
+    begun = time.time()
+    book.once("unit", {"b": 1, "a": [2]}, lambda: time.sleep(0.05) or {"x": 1}, "v")
+    book.export(tmp_path / "cells.jsonl")
+    (line,) = (tmp_path / "cells.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["kind"], json.loads(row["inputs"]), row["code"]) == ("unit", {"a": [2], "b": 1}, "v")
+    assert json.loads(row["result"]) == {"x": 1} and 0.05 <= row["seconds"] < 30
+    finished = calendar.timegm(time.strptime(row["finished"], "%Y-%m-%dT%H:%M:%SZ"))
+    assert begun - 2 < finished < time.time() + 2
+
+
+def test_units_that_are_there_already_are_not_taken_over(tmp_path):
+    one, two = Ledger(tmp_path / "a.sqlite"), Ledger(tmp_path / "b.sqlite")
+    for i in (0, 1):
+        one.once("unit", {"i": i}, lambda: {"of": "one"})
+    two.once("unit", {"i": 1}, lambda: {"of": "two"})
+    one.export(tmp_path / "cells.jsonl")
+    two.take_over(tmp_path / "cells.jsonl")
+    assert two.get("unit", {"i": 0}) == {"of": "one"} and two.get("unit", {"i": 1}) == {"of": "two"}
+
+
+def test_a_sound_ledger_is_kept_under_overwrite(tmp_path):
+    book = Ledger(tmp_path / "l.sqlite")
+    book.once("unit", {}, lambda: {"x": 1})
+    book.close()
+    assert Ledger(tmp_path / "l.sqlite", overwrite=True).get("unit", {}) == {"x": 1}
+    assert Ledger(tmp_path / "absent.sqlite", overwrite=True).results("unit") == []
+
+
+def test_a_ledger_tells_how_much_of_this_run_it_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "_KEPT", {})
+    book = Ledger(tmp_path / "l.sqlite")
+    for i in (0, 1, 1):
+        book.once("unit", {"i": i}, lambda: {"x": 1})
+    assert jobs.told() == f"kept: {tmp_path}/l.sqlite (2 results of this run)"
