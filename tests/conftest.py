@@ -32,6 +32,14 @@ def require(needed: str, reason: str) -> None:
     pytest.skip(f"{needed}: {reason}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file side by side, in whatever order they are named (by tests/mutants.py, the fastest first): what
+    they share is then made once.
+    """
+    place = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: place[item.path])
+
+
 local_data = pytest.mark.usefixtures("data_at_hand")  # of a test that reads the real data sets
 
 

@@ -3,10 +3,13 @@
 python -m tests.mutants [--sample N --seed S [--resume]] [--before DIR] [--survivors] [--markdown FILE]
 
 With --sample it makes every mutant of the files that pyproject.toml names, draws N of them and runs the tests that
-reach each; without, it reports the sample that was run last. Every mutant is equally likely to be drawn, but for those
-that change nothing except the words of a message (a string in a `raise` or a warning): tests hold messages by their
-rule and values, not by every word. All others count, those that nothing can tell from the code among them. So does a
-mutant of a function that no test reaches, or that runs at import alone: it is one that was not noticed.
+reach each, of the files that are named there, and no more of them than run in BOUND seconds, the fastest first: the
+share is one from below. Without, it reports the sample that was run last.
+
+Every mutant is equally likely to be drawn, but for those that change nothing except the words of a message (a string in
+a `raise` or a warning): tests hold messages by their rule and values, not by every word. All others count, those that
+nothing can tell from the code among them. So does a mutant of a function that no test reaches, or that runs at import
+alone: it is one that was not noticed.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import ast
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
 from scipy.stats import binomtest
@@ -26,12 +31,17 @@ from scipy.stats import binomtest
 from bench import harness
 
 MUTANTS, SAMPLE = Path("mutants"), "sample.json"
+BOUND = 30.0  # seconds of tests that a mutant is given
 KILLED, SURVIVED, UNTESTED, TIMEOUT = "killed", "survived", "no test", "timeout"
 NOTICED = {KILLED, TIMEOUT}
 COLUMNS = {
     "file": "", "mutants": "d", "drawn": "d", "noticed": ".1%", "low": ".1%", "high": ".1%", "survived": "d",
-    "no test": "d",
+    "no test": "d", "timeout": "d",
 }  # fmt: skip
+NOTES = f"""from all of these files that are no mere wordings of messages. `noticed` is the share that made a test fail,
+or run for much longer (`timeout`); `low` and `high` are its 95 % interval (Wilson). A mutant is given the tests that
+reach it, {BOUND:.0f} s of them, the fastest first. Those that cannot be told from the code, and those on lines that run
+at import alone, count as survived.""".replace("\n", " ")
 
 
 def outcome(exit_code: int | None) -> str | None:
@@ -109,27 +119,43 @@ def without_wordings(folder: Path = MUTANTS) -> dict[str, list[str]]:
     return kept
 
 
-def generate() -> None:
-    """Makes all mutants and runs none, for which mutmut has no command."""
-    code = (
-        "from mutmut import __main__ as m; m.makedirs('mutants', exist_ok=True); "
-        "m.set_mutant_under_test('mutant_generation'); m.copy_src_dir(); m.copy_also_copy_files(); m.create_mutants(1)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+# The first half of `mutmut run`, for which it has no command.
+_PREPARE = """
+from mutmut import __main__ as m
+m.makedirs("mutants", exist_ok=True)
+m.set_mutant_under_test("mutant_generation")
+m.copy_src_dir(), m.copy_also_copy_files(), m.setup_source_paths(), m.create_mutants(1)
+m.collect_or_load_stats(m.get_mutant_runner(1), apply_config_invalidation=True)
+"""
 
 
 def run(size: int, seed: int, resume: bool) -> None:
-    """Draws a sample of all mutants and runs it; `resume` keeps what earlier runs have found of those drawn."""
-    generate()
+    """Draws a sample of all mutants and runs it; `resume` keeps what an earlier run of it has found."""
+    if not resume:
+        shutil.rmtree(MUTANTS, ignore_errors=True)
+    subprocess.run([sys.executable, "-c", _PREPARE], check=True, stdout=subprocess.DEVNULL)
+    _bound_tests()
     kept = without_wordings()
     drawn = sorted(random.Random(seed).sample(sorted(key for keys in kept.values() for key in keys), size))
     counts = {name: len(keys) for name, keys in kept.items()}
     (MUTANTS / SAMPLE).write_text(json.dumps({"seed": seed, "mutants": counts, "drawn": drawn}), encoding="utf-8")
     found = {key: result for results in outcomes().values() for key, result in results.items()}
-    todo = [key for key in drawn if not resume or found[key] is None]
+    todo = [key for key in drawn if found[key] is None]
     if todo:
         mutmut = Path(sys.executable).with_name("mutmut")
         subprocess.run([mutmut, "run", "--max-children", "1", *todo], check=True)
+
+
+def _bound_tests() -> None:
+    """Leaves of the tests that reach a function the fastest, as many as run in BOUND seconds."""
+    path = MUTANTS / "mutmut-stats.json"
+    stats = json.loads(path.read_text(encoding="utf-8"))
+    seconds, reach = stats["duration_by_test"], stats["tests_by_mangled_function_name"]
+    for name, tests in reach.items():
+        tests = sorted(tests, key=lambda test: (seconds[test], test))
+        total = list(accumulate(seconds[test] for test in tests))
+        reach[name] = [test for i, test in enumerate(tests) if i == 0 or total[i] <= BOUND]
+    path.write_text(json.dumps(stats), encoding="utf-8")
 
 
 def rows(folder: Path = MUTANTS) -> tuple[dict, list[dict], list[str]]:
@@ -153,14 +179,16 @@ def row(name: str, mutants: int, counts: Counter) -> dict:
     if total:
         low, high = binomtest(noticed, total).proportion_ci(0.95, method="wilson")
         found |= {"noticed": noticed / total, "low": low, "high": high}
-    return found | {"survived": counts[SURVIVED], "no test": counts[UNTESTED]}
+    return found | {"survived": counts[SURVIVED], "no test": counts[UNTESTED], "timeout": counts[TIMEOUT]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sample", type=int, metavar="N", help="draw and run so many mutants")
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
-    parser.add_argument("--resume", action="store_true", help="keep what earlier runs found of mutants that are drawn")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the last run; code and tests must be the same"
+    )
     parser.add_argument("--before", type=Path, metavar="DIR", help="also report the last sample of this other checkout")
     parser.add_argument("--survivors", action="store_true", help="list those that no test noticed")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
@@ -168,11 +196,7 @@ def main() -> int:
     if args.sample:
         run(args.sample, args.seed, args.resume)
     sample, table, survivors = rows()
-    notes = [
-        f"{len(sample['drawn'])} mutants drawn by seed {sample['seed']} from all of these files that are no mere "
-        "wordings of messages; `noticed` is the share that made a test fail, `low` and `high` are its 95 % interval "
-        "(Wilson). Those that cannot be told from the code count as survived."
-    ]
+    notes = [f"{len(sample['drawn'])} mutants drawn by seed {sample['seed']} {NOTES}"]
     if args.before:
         old, before, _ = rows(args.before / MUTANTS)
         table += [{**r, "file": f"before: {r['file']}"} for r in before]

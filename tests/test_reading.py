@@ -329,7 +329,7 @@ def test_files_that_are_not_what_they_claim_are_one_line_at_once(sealed, tmp_pat
     start = time.perf_counter()
     with pytest.raises((CheckpointError, UnsupportedError), match=Path(name).name.replace(".", r"\.")) as raised:
         Engine.load(copy)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # reading what never ends would take hours
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1200
 
 
@@ -343,7 +343,7 @@ def test_golden_texts_that_cannot_be_are_one_line_at_once(sealed, tmp_path, text
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match="golden text"):
         Engine.load(copy)
-    assert time.perf_counter() - start < 1
+    assert time.perf_counter() - start < 10  # reading what never ends would take hours
 
 
 def test_other_token_ids_than_the_sealed_ones_are_named(sealed, tmp_path):
