@@ -351,8 +351,9 @@ def test_finished_needs_the_same_job_and_whole_weights(tmp_path):
 
 def test_a_model_of_unknown_settings_is_not_replaced(directory):
     job = Job("test", {}, "sparsebert.patterns", directory)
-    with pytest.raises(OutputError, match="by a version of this package that did not note its settings"):
+    with pytest.raises(OutputError, match="by a version of this package that did not note its settings") as caught:
         checkpoint.finished(job)
+    assert caught.value.fix == "choose another -o, or give --overwrite to replace it"
 
 
 def test_checking_an_output_makes_nothing(tmp_path):

@@ -327,3 +327,34 @@ def test_mixing_in_needs_something_to_mix_in():
     task = data.get_task("mr")
     with pytest.raises(InputError, match="task 'mr' has no out-of-distribution training examples; leave --mix-ood out"):
         data.mix_ood(task, data.load(task, "test", limit=3))
+
+
+def test_a_task_of_single_texts_is_read_from_the_hub_and_faults_are_named_there(monkeypatch):
+    table = {"sentence": ["good", "bad"], "label": [1, 0], "idx": [7, 8]}
+    fake = types.SimpleNamespace(load_dataset=lambda path, name, split: table)
+    monkeypatch.delenv("SPARSEBERT_DATA", raising=False)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    examples = data.load(data.get_task("sst2"), "train")
+    assert (examples.texts, examples.texts_b, examples.labels.tolist()) == (["good", "bad"], None, [1, 0])
+    table["label"] = [1, 2]
+    with pytest.raises(DataError, match="datasets:nyu-mll/glue, row 2: label must be 0 to 1, got 2"):
+        data.load(data.get_task("sst2"), "train")
+
+
+def test_lines_of_texts_are_stripped_and_blank_ones_left_out(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\ufeff one \r\n\n  \ntwo\tb\n\u2028three")
+    assert data.tables.lines_of(path) == ["one", "two\tb", "three"]
+    path.write_text(" \n\n")
+    with pytest.raises(DataError, match=r"texts\.txt must hold at least one line of text, holds none; add texts"):
+        data.tables.lines_of(path)
+    with pytest.raises(DataError, match=r"absent\.txt must be a file, is absent"):
+        data.tables.lines_of(tmp_path / "absent.txt")
+
+
+def test_pairs_without_labels_are_found_under_their_usual_names(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("premise,hypothesis\na,b\nc,d\n")
+    task = data.get_task(str(tmp_path), labelled=False)
+    examples = data.load(task, "test")
+    assert task.pair and (examples.texts, examples.texts_b, examples.labels) == (["a", "c"], ["b", "d"], None)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -255,6 +256,10 @@ def test_a_disk_that_clearly_lacks_the_space_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="MiB free"), job:
         raise AssertionError("was begun")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3 << 20))
+    jobs.require_space(tmp_path / "a" / "b", 3 << 20)
+    with pytest.raises(OutputError, match=f"{tmp_path} has 3 MiB free, what is to be written takes about 2,048"):
+        jobs.require_space(tmp_path / "a" / "b", 2 << 30)
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -591,7 +596,9 @@ def test_results_come_in_the_order_they_were_finished_and_of_one_kind(tmp_path):
     assert book.results("none of these") == []
 
 
-def test_an_exported_unit_says_what_when_and_how_long(tmp_path):
+def test_an_exported_unit_says_what_when_and_how_long(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # of which nothing may show: what is noted is UTC
+    time.tzset()
     book = Ledger(tmp_path / "l.sqlite")
     begun = time.time()
     book.once("unit", {"b": 1, "a": [2]}, lambda: time.sleep(0.05) or {"x": 1}, "v")
@@ -600,6 +607,8 @@ def test_an_exported_unit_says_what_when_and_how_long(tmp_path):
     row = json.loads(line)
     assert (row["kind"], json.loads(row["inputs"]), row["code"]) == ("unit", {"a": [2], "b": 1}, "v")
     assert json.loads(row["result"]) == {"x": 1} and 0.05 <= row["seconds"] < 30
+    monkeypatch.undo()
+    time.tzset()
     finished = calendar.timegm(time.strptime(row["finished"], "%Y-%m-%dT%H:%M:%SZ"))
     assert begun - 2 < finished < time.time() + 2
 

@@ -409,3 +409,33 @@ def test_logits_that_are_not_finite_are_refused_by_both(directory, name):
     examples = data.Examples("mine", "test", ["a gripping film"], None, np.zeros(1, np.int64), None)
     with pytest.raises(CheckpointError, match="logits must be finite"):
         encoders.predict(model, tokenizer, examples, max_length=32)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"a: [1", "must be a YAML file in UTF-8: while parsing"),
+        (b"\xff\xfea", "must be a YAML file in UTF-8"),
+        (b"- a\n- b\n", "must hold a mapping, got list"),
+        (b"", "must hold a mapping, got NoneType"),
+        (None, "must hold a mapping, got NoneType"),
+        (
+            b"!!python/object/apply:os.system ['true']",
+            "must be a YAML file in UTF-8: could not determine a constructor",
+        ),
+    ],
+)
+def test_a_recipe_that_is_none_is_named(sealed, tmp_path, text, says):
+    copy = shutil.copytree(sealed, tmp_path / "m")
+    path = copy / "sparsebert" / "recipe.yaml"
+    path.unlink() if text is None else path.write_bytes(text)
+    with pytest.raises(CheckpointError, match=f"{path} {says}"):
+        checkpoint.read_recipe(copy)
+
+
+def test_an_encoder_alone_has_hashes_and_weights_of_its_own():
+    weights = checkpoint.read_weights("minilm")
+    assert "bert.embeddings.word_embeddings.weight" in weights and not any("classifier" in name for name in weights)
+    assert len(checkpoint.weights_sha256("minilm")) == len(checkpoint.source_sha256("minilm")) == 64
+    assert checkpoint.weights_sha256("minilm") != checkpoint.source_sha256("minilm")
+    assert checkpoint.read_config("minilm")["num_hidden_layers"] == 6
