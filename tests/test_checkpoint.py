@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -586,3 +588,21 @@ def test_a_file_that_the_manifest_names_may_not_be_absent(directory):
     (directory / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"m lacks tokenizer_config\.json"):
         checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says", "fix"),
+    [
+        ("a/path", "the path a/path", "load it first: model, tokenizer = sparsebert.checkpoint.load(path)"),
+        (Path("a/path"), "the path a/path", "load it first: model, tokenizer = sparsebert.checkpoint.load(path)"),
+        (types.SimpleNamespace(_orig_mod=1), "a SimpleNamespace", "pass model._orig_mod"),
+        (types.SimpleNamespace(merge_and_unload=1), "a SimpleNamespace", "pass model.merge_and_unload()"),
+        (types.SimpleNamespace(module=1), "a SimpleNamespace", "pass model.module"),
+        (torch.nn.Linear(2, 2), "a Linear", "pass the model inside of it"),
+    ],
+)
+def test_what_is_no_model_is_told_how_to_pass_one(tmp_path, wrong, says, fix):
+    with pytest.raises(InputError) as caught:
+        checkpoint.save(wrong, tokenizer(), tmp_path / "m", recipe={}, figures={})
+    assert caught.value.problem == f"model must be a classifier of transformers, got {says}"
+    assert caught.value.fix == fix and not list(tmp_path.iterdir())

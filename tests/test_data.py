@@ -358,3 +358,40 @@ def test_pairs_without_labels_are_found_under_their_usual_names(tmp_path):
     task = data.get_task(str(tmp_path), labelled=False)
     examples = data.load(task, "test")
     assert task.pair and (examples.texts, examples.texts_b, examples.labels) == (["a", "c"], ["b", "d"], None)
+
+
+def test_a_missing_column_is_told_with_twenty_that_are_there_and_the_nearest(tmp_path):
+    names = ["text", "lable", *(f"c{i}" for i in range(30))]
+    row = ",".join("x" for _ in names)
+    (tmp_path / "train.csv").write_text(f"{','.join(names)}\n{row}\n")
+    with pytest.raises(DataError) as caught:
+        data.get_task(str(tmp_path))
+    assert caught.value.problem.endswith(
+        f"train.csv must have a column 'label', has {', '.join(map(repr, names[:20]))}"
+    )
+    assert caught.value.fix == "rename 'lable' to 'label'"
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "fix"),
+    [
+        ("train.csv", "a\tb\n1\t2\n", "separate columns by commas in .csv, by tabs in .tsv"),
+        ("train.csv", "a;b\n1;2\n", "separate columns by commas in .csv, by tabs in .tsv"),
+        ("train.tsv", "a,b\n1,2\n", "separate columns by commas in .csv, by tabs in .tsv"),
+        ("train.csv", "a,b\n1,2\n", "name a column 'text' on the first line"),
+        ("train.tsv", '"text"\t"label"\n1\t2\n', "write .tsv without quotes, or save it as .csv"),
+    ],
+)
+def test_a_missing_column_is_told_what_the_likely_cause_is(tmp_path, name, body, fix):
+    (tmp_path / name).write_text(body)
+    with pytest.raises(DataError, match="must have a column 'text'") as caught:
+        data.get_task(str(tmp_path))
+    assert caught.value.fix == fix
+
+
+def test_a_file_of_two_gibibytes_is_refused_unread(tmp_path):
+    path = tmp_path / "train.csv"
+    with path.open("wb") as file:
+        file.truncate((1 << 31) + 1)  # of which nothing takes space
+    with pytest.raises(DataError, match=r"train\.csv must be below 2 GiB, has 2147483649; take fewer rows"):
+        data.get_task(str(tmp_path))
