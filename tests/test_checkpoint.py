@@ -20,11 +20,12 @@ import torch
 import transformers
 from models import classifier, saved, stock, tokenizer
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import sparsebert
 from sparsebert import checkpoint
-from sparsebert.checkpoint import manifest
+from sparsebert.checkpoint import manifest, tensors
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from sparsebert.jobs import Job, files
 
@@ -438,6 +439,7 @@ def test_a_config_that_cannot_be_is_one_error(directory, change):
     "change",
     [
         {"tensors": []}, {"tensors": {"x": {}}}, {"files": []}, {"files": {"config.json": 3}}, {"golden": {}},
+        {"files": {"../m/config.json": "0" * 64}}, {"figures": None}, {"weights_sha256": None},
         {"golden": None}, {"golden": {"texts": [], "logits": [], "tolerance": 0.1}},
         {"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": "x"}},
         {"golden": {"texts": ["a"], "logits": [[0.1, 0.2, 0.3]], "tolerance": 0.1}},
@@ -606,3 +608,73 @@ def test_what_is_no_model_is_told_how_to_pass_one(tmp_path, wrong, says, fix):
         checkpoint.save(wrong, tokenizer(), tmp_path / "m", recipe={}, figures={})
     assert caught.value.problem == f"model must be a classifier of transformers, got {says}"
     assert caught.value.fix == fix and not list(tmp_path.iterdir())
+
+
+def test_mapped_tensors_are_those_of_the_file_and_cannot_be_written(tmp_path):
+    path = tmp_path / "some.safetensors"
+    made = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0]).bfloat16(), "c": torch.arange(3)}
+    save_torch({**made, "none": torch.empty(0, 2)}, path)
+    found = tensors.mapped_arrays(path)
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "a": [[0, 1, 2], [3, 4, 5]], "b": [1.5, -2.0], "c": [0, 1, 2], "none": [],
+    }  # fmt: skip
+    assert found["b"].dtype == np.float32 and found["c"].dtype == np.int64 and found["none"].shape == (0, 2)
+    with pytest.raises(ValueError, match="read-only"):
+        found["a"][0, 0] = 1
+    save_torch({"none": torch.empty(0, 2)}, path)
+    assert tensors.mapped_arrays(path)["none"].shape == (0, 2)
+    save_torch(made, path)
+    whole = path.read_bytes()
+    for wrong in (whole[:-1], whole + b"x", whole[:5], b""):
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=r"some\.safetensors must be a whole safetensors file"):
+            tensors.mapped_arrays(path)
+
+
+def header_of(entries: dict) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "says"),
+    [
+        ([], 0, "its header must be an object"),
+        ({"a": 3}, 0, "its header says of tensor 'a': 3"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, r"a F32 \[2\] must have 8 bytes, has 4"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "one begins at 4, not 0"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 8, "its tensors have 4 bytes, it has 8"),
+        (
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
+            4,
+            "one begins at 0, not 4",
+        ),
+    ],
+)
+def test_headers_whose_tensors_do_not_fill_the_file_are_refused(tmp_path, entries, size, says):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(header_of(entries) + bytes(size))
+    with pytest.raises(CheckpointError, match=says):
+        tensors.mapped_arrays(path)
+
+
+def test_a_header_in_another_order_and_with_remarks_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entries = {
+        "z": {"dtype": "U8", "shape": [], "data_offsets": [0, 1]},
+        "__metadata__": {"format": "pt"},
+        "empty": {"dtype": "F32", "shape": [0], "data_offsets": [1, 1]},
+        "a": {"dtype": "BOOL", "shape": [2], "data_offsets": [1, 3]},
+    }
+    path.write_bytes(header_of(entries) + bytes([7, 1, 0]))
+    found = tensors.mapped_arrays(path)
+    assert list(found) == ["a", "empty", "z"] and found["a"].tolist() == [True, False] and found["z"] == 7
+    entries["a"]["dtype"] = "F8_E4M3"
+    path.write_bytes(header_of(entries) + bytes([7, 1, 0]))
+    with pytest.raises(UnsupportedError, match=r"tensor a must have a dtype of F64, .*, has 'F8_E4M3'"):
+        tensors.mapped_arrays(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import transformers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from sparsebert import checkpoint
 from sparsebert.checkpoint import encoding
@@ -397,3 +399,55 @@ def test_many_threads_encode_at_once(directories):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_texts_read_in_small_pieces_are_cut_as_the_whole_is(directories, tmp_path, monkeypatch, kind, side):
+    monkeypatch.setattr(encoding, "PIECE", 40)
+    monkeypatch.setattr(encoding, "LONG", 0)
+    encoder = checkpoint.read(variant(directories[kind], tmp_path, {"truncation_side": side})).tokenizer
+    whole = Tokenizer.from_file(str(directories[kind] / "tokenizer.json"))
+    whole.no_padding()
+    rng = random.Random(1)
+    words = ["word", "Other", "naïve", "3.5", "it's", "中文字", "\n\n", "[SEP]", "  ", "a\nb", "x" * 50]
+    long = [" ".join(rng.choice(words) for _ in range(n)) for n in (14, 15, 31)]
+    rows = [*long, *itertools.product(long, repeat=2), ("short", long[2]), (long[2], "short"), ("so", "short"), "one"]
+    for limit in (8, 21, 22):
+        whole.enable_truncation(limit, direction=side)
+        ids, types = encoder.encode(rows, max_length=limit, truncate=True)
+        want = [whole.encode(*row) if isinstance(row, tuple) else whole.encode(row) for row in rows]
+        assert ids == [row.ids for row in want]
+        assert not encoder._types or types == [row.type_ids for row in want]
+    count = len(encoder.encode([long[0]])[0][0])
+    assert len(encoder.encode([long[0]], max_length=count)[0][0]) == count, "one that just fits is no fault"
+    with pytest.raises(InputError, match=rf"texts\[1\] has more than {count - 1}; pass truncate=True"):
+        encoder.encode(["a", long[0]], max_length=count - 1)
+    pair = sum(len(encoder.encode([text])[0][0]) for text in long[:2])
+    with pytest.raises(InputError, match=rf"at most {pair - 9} tokens, texts\[0\] has more than {pair - 9}"):
+        encoder.encode([(long[0], long[1])], max_length=pair - 9)
+
+
+def test_words_and_spaces_of_thousands_of_characters_are_one_token_however_long(directories):
+    encoder = checkpoint.read(directories["bert"]).tokenizer
+    unknown = 100
+    for text in ("a " + "x" * 30_000 + " b", "a " + "x" * 1000 + " b", "a" + " " * 30_000 + "x" * 101 + " b"):
+        assert encoder.encode([text], max_length=512, truncate=True)[0] == [[101, 1037, unknown, 1038, 102]]
+        assert encoder.encode([text], max_length=5)[0] == [[101, 1037, unknown, 1038, 102]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "says"),
+    [
+        ("bert", {"cls_token": 3}, "cls_token must be a token, got 3"),
+        ("bert", {"sep_token": {"lstrip": True}}, r"sep_token must be a token, got \{'lstrip': True\}"),
+        ("bert", "[]", r"tokenizer_config.json must hold an object, got \[\]"),
+    ],
+)
+def test_special_tokens_that_are_none_are_named(directories, tmp_path, kind, config, says):
+    if isinstance(config, str):
+        made = variant(directories[kind], tmp_path, tokenizer_config__json=config)
+    else:
+        made = variant(directories[kind], tmp_path, config)
+    with pytest.raises(CheckpointError, match=says):
+        _ = checkpoint.read(made).tokenizer
