@@ -439,3 +439,35 @@ def test_an_encoder_alone_has_hashes_and_weights_of_its_own():
     assert len(checkpoint.weights_sha256("minilm")) == len(checkpoint.source_sha256("minilm")) == 64
     assert checkpoint.weights_sha256("minilm") != checkpoint.source_sha256("minilm")
     assert checkpoint.read_config("minilm")["num_hidden_layers"] == 6
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [], {}, {"weight_map": []}, {"weight_map": {"a": 3}}, {"weight_map": {"a": "../model-1.safetensors"}},
+        {"weight_map": {"classifier.bias": "sparsebert/manifest.json"}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_index_that_names_no_files_of_the_folder_is_refused(directory, index):
+    (directory / WEIGHTS).unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json must hold weight_map, tensor -> file"):
+        Engine.load(directory)
+
+
+def test_golden_ids_that_are_more_or_fewer_are_told_from_where_they_end(sealed, tmp_path):
+    copy = shutil.copytree(sealed, tmp_path / "m")
+    path = copy / checkpoint.MANIFEST
+    manifest = json.loads(path.read_text())
+    ids = manifest["golden"]["ids"][0]
+    n = len(ids)
+    for changed, says in (
+        ([*ids, 7], rf"differ from number {n} on: \[\], not \[7\]"),
+        (ids[:-2], rf"differ from number {n - 2} on: \[{ids[-2]}, {ids[-1]}\], not \[\]"),
+        ([*ids[:1], 7, *ids[2:]], rf"differ from number 1 on: \[{', '.join(map(str, ids[1:5]))}\], not \[7, "),
+    ):
+        manifest["golden"]["ids"][0] = changed
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=says):
+            Engine.load(copy)
