@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsebert import environment
+from sparsebert import environment, errors
 from sparsebert.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +73,19 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSEBERT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def errors_say_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which an error of the package is raised without the rule or without its cure."""
+    made = errors.SparsebertError.__init__
+
+    def checked(self, problem: str, *, fix: str) -> None:
+        assert isinstance(problem, str) and problem.strip(), "an error names the rule and the value"
+        assert isinstance(fix, str) and fix.strip(), "an error says what to do next"
+        made(self, problem, fix=fix)
+
+    monkeypatch.setattr(errors.SparsebertError, "__init__", checked)
 
 
 @pytest.fixture(autouse=True)

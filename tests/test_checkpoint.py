@@ -435,23 +435,52 @@ def test_a_config_that_cannot_be_is_one_error(directory, change):
         checkpoint.load(directory)
 
 
+TENSOR = {"dtype": "F32", "shape": [1], "nnz": 1, "sha256": "0" * 64}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "fault"),
     [
-        {"tensors": []}, {"tensors": {"x": {}}}, {"files": []}, {"files": {"config.json": 3}}, {"golden": {}},
-        {"files": {"../m/config.json": "0" * 64}}, {"figures": None}, {"weights_sha256": None},
-        {"golden": None}, {"golden": {"texts": [], "logits": [], "tolerance": 0.1}},
-        {"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": "x"}},
-        {"golden": {"texts": ["a"], "logits": [[0.1, 0.2, 0.3]], "tolerance": 0.1}},
-        {"golden": {"texts": ["a"], "logits": ["ab"], "tolerance": 0.1}}, {"key": 3}, {"format_version": 99},
+        ({"tensors": []}, "tensors"), ({"tensors": {"x": {}}}, "tensor x"), ({"tensors": {"x": 3}}, "tensor x"),
+        *(({"tensors": {"x": TENSOR | {name: None}}}, "tensor x") for name in TENSOR),
+        ({"files": []}, "files"), ({"files": {"config.json": 3}}, "file config.json"), ({"figures": None}, "figures"),
+        ({"files": {"../m/config.json": "0" * 64}}, "file ../m/config.json"), ({"key": 3}, "key"),
+        ({"weights_sha256": None}, "weights_sha256"), ({"golden": None}, "golden"), ({"golden": {}}, "golden texts"),
+        ({"golden": {"texts": [], "logits": [], "tolerance": 0.1}}, "golden texts"),
+        ({"golden": {"texts": ["a"] * 65, "logits": [[0.1]] * 65, "tolerance": 0.1}}, "golden texts"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": "x"}}, "golden logits and tolerance"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 2]], "tolerance": 0.1}}, "golden logits and tolerance"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, np.nan]], "tolerance": 0.1}}, "golden logits and tolerance"),
+        ({"golden": {"texts": ["a"], "logits": ["ab"], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a"], "logits": [[]], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1], [0.2]], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a", "b"], "logits": [[0.1], [0.2, 0.3]], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": 0.1}}, "golden ids"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": 0.1, "ids": []}}, "golden ids"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": 0.1, "ids": [3]}}, "golden ids"),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_manifest_that_cannot_be_is_one_error(directory, change):
+def test_a_manifest_that_cannot_be_is_one_error(directory, change, fault):
     path = directory / checkpoint.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as refused:
         checkpoint.load(directory)
+    assert refused.value.problem.startswith(
+        f"{path} must hold tensors, files, golden, key and weights_sha256 whole: {fault}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest", "got"), [({"format_version": 99}, "'99'"), ({"format_version": "9" * 99}, repr("9" * 40)),
+                          ({}, "'None'"), ([], "'None'")],
+)  # fmt: skip
+def test_a_manifest_of_another_format_is_refused(directory, manifest, got):
+    path = directory / checkpoint.MANIFEST
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(directory)
+    assert refused.value.problem == f"{path}: format_version must be 1 or 2, got {got}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

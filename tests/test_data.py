@@ -395,3 +395,28 @@ def test_a_file_of_two_gibibytes_is_refused_unread(tmp_path):
         file.truncate((1 << 31) + 1)  # of which nothing takes space
     with pytest.raises(DataError, match=r"train\.csv must be below 2 GiB, has 2147483649; take fewer rows"):
         data.get_task(str(tmp_path))
+
+
+def test_what_is_not_entailed_contradicts_where_it_is_mixed_into_a_three_way_task(tmp_path, monkeypatch):
+    def nli(*labels):
+        return {"text": [f"p{i}" for i in labels], "text_b": [f"h{i}" for i in labels], "label": list(labels)}
+
+    write(tmp_path / "mnli", nli(0, 1, 2), "train.parquet")
+    write(tmp_path / "hans", {**nli(1, 0), "heuristic": ["a", "b"]}, "train.parquet")
+    monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path))
+    task = data.get_task("mnli")
+    mixed = data.mix_ood(task, data.load(task, "train"))
+    assert [task.labels[i] for i in mixed.labels[3:]] == ["contradiction", "entailment"]
+    assert mixed.texts == ["p0", "p1", "p2", "p1", "p0"] and mixed.texts_b == ["h0", "h1", "h2", "h1", "h0"]
+
+
+def test_two_double_quotes_in_a_row_of_tsv_are_characters_unless_all_is_quoted(tmp_path):
+    def read(body):
+        (tmp_path / "train.tsv").write_text(f"text\tlabel\n{body}\t1\nb\t0\n")
+        return data.load(data.get_task(str(tmp_path)), "train").texts[0]
+
+    for text in ('he said ""hi"" to me', '""', '"a" and ""b', 'a""', '""a', '"a""b"c"'):
+        assert read(text) == text
+    for text in ('"he said ""hi"" to me"', '"a""b"'):
+        with pytest.raises(DataError, match=r"train\.tsv, line 2: is quoted as in \.csv"):
+            read(text)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import calendar
+import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -23,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sparsebert import jobs
+from sparsebert import environment, jobs
 from sparsebert.errors import InputError, OutputError
 from sparsebert.jobs import Job, Ledger, files
 from sparsebert.jobs import job as job_module
@@ -564,10 +566,16 @@ def test_exported_units_are_taken_over_and_damaged_ones_refused(tmp_path):
     other.take_over(tmp_path / "cells.jsonl")
     assert other.get("unit", {"i": 0}, "v") == {"x": 0.25}
     text = (tmp_path / "cells.jsonl").read_text()
-    for wrong in (text.replace("0.25", "0.75"), text[:-9], "[1]\n", "{}\n", '"x"\n'):
+    key = json.loads(text)["key"]
+    for wrong, says in (
+        (text.replace("0.25", "0.75"), f"unit {key} is not what its checksum says"), (text[:-9], "Unterminated string"),
+        ("[1]\n", "list indices"), ("{}\n", "'result'"), ('"x"\n', "string indices"),
+    ):  # fmt: skip
         (tmp_path / "wrong.jsonl").write_text(wrong)
-        with pytest.raises(InputError, match=r"wrong\.jsonl must hold units exported from a ledger"):
+        with pytest.raises(InputError, match=rf"wrong\.jsonl must hold units exported from a ledger: {says}"):
             other.take_over(tmp_path / "wrong.jsonl")
+    with pytest.raises(InputError, match=r"absent\.jsonl must hold units .*No such file"):
+        other.take_over(tmp_path / "absent.jsonl")
 
 
 def test_cells_of_earlier_versions_are_readable(tmp_path):
@@ -585,6 +593,45 @@ def test_a_file_that_is_no_database_is_an_output_error(tmp_path):
     (tmp_path / "l.sqlite").write_text("not a database, and long enough to have a header of its own " * 20)
     with pytest.raises(OutputError, match="cannot be opened"):
         Ledger(tmp_path / "l.sqlite")
+
+
+def test_keys_stay_those_that_results_are_kept_under(tmp_path):
+    """By another rule of keys, what earlier versions have computed would be computed again."""
+    book = Ledger(tmp_path / "l.sqlite")
+    book.once("unit", {"b": 1, "a": "é"}, lambda: {"x": 1}, "v")
+    book.export(tmp_path / "cells.jsonl")
+    row = json.loads((tmp_path / "cells.jsonl").read_text())
+    said = b'{"code": "v", "inputs": {"a": "\\u00e9", "b": 1}, "kind": "unit"}'
+    assert row["key"] == hashlib.sha256(said).hexdigest()
+    job = made(tmp_path / "out", seed=1)
+    parts = {name: job.record[name] for name in ("code", "core", "inputs", "isa", "kind")}
+    assert job.key == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    assert (parts["kind"], parts["inputs"]) == ("test", {"model": "ab" * 32, "settings": {"seed": 1}})
+    assert parts["isa"] in environment.ISAS and len(parts["code"]) == len(parts["core"]) == 64
+
+
+def test_a_folder_that_is_there_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    if not hasattr(ctypes.CDLL(None), "renameat2"):
+        pytest.skip("no renameat2 in this C library")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr(os, "rename", lambda *paths: pytest.fail("the place was empty for a moment"))
+    with jobs.replacing(tmp_path / "out") as staging:
+        (staging / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize("what", ["read", "written"])
+def test_a_ledger_that_fails_later_is_one_line(tmp_path, what):
+    book = Ledger(tmp_path / "l.sqlite")
+    book.once("unit", {}, lambda: {"x": 1})
+    if what == "read":
+        book.close()
+        with pytest.raises(OutputError, match=f"ledger {tmp_path}/l.sqlite cannot be read: Cannot operate on a closed"):
+            book.results("unit")
+    else:
+        with pytest.raises(OutputError, match=f"ledger {tmp_path}/l.sqlite cannot be written: Cannot operate on"):
+            book.once("unit", {"i": 1}, lambda: book.close() or {"x": 1})
 
 
 def test_results_come_in_the_order_they_were_finished_and_of_one_kind(tmp_path):

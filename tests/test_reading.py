@@ -112,6 +112,8 @@ def test_half_precision_is_read_as_float32(directory, dtype):
         assert weights[name].dtype == np.float32
         assert np.array_equal(weights[name], tensor.to(dtype).float().numpy())
     assert Engine.load(directory, cached=False).logits(["ok"]).shape == (1, 2)
+    model, _ = checkpoint.load(directory)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_shards_are_read_and_a_missing_one_is_named(tmp_path, want):

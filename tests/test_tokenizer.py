@@ -120,14 +120,14 @@ HONOURED = {
     "no prefix space": ("xlm-roberta", {"add_prefix_space": False}),
     "short model": ("bert", {"model_max_length": 20}),
     "extra special": ("bert", {"extra_special_tokens": ["stocks", "[NEW]"], "config_of_mine": 3}),
-    "additional special": ("bert", {"additional_special_tokens": ["hello"]}),
+    "additional special": ("bert", {"additional_special_tokens": ["FELL"]}),
     "additional special, as an object": (
         "bert",
         {
             "additional_special_tokens": [
                 {
                     "__type": "AddedToken",
-                    "content": "hello",
+                    "content": "FELL",
                     "lstrip": True,
                     "rstrip": False,
                     "single_word": True,
@@ -149,7 +149,7 @@ HONOURED = {
 @pytest.mark.parametrize("name", HONOURED)
 def test_settings_are_honoured_as_transformers_does(directories, tmp_path, name):
     kind, changes = HONOURED[name]
-    if name in ("extra special", "additional special"):  # one more row for [NEW]
+    if "special" in name:  # more rows for what is new
         directories = {
             kind: models.stock(models.saved(tmp_path / "m", kind=kind, vocab_size=30530, num_hidden_layers=1))
         }
