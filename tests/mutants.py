@@ -31,7 +31,7 @@ from scipy.stats import binomtest
 from bench import harness
 
 MUTANTS, SAMPLE = Path("mutants"), "sample.json"
-BOUND = 20.0  # seconds of tests that a mutant is given
+BOUND = 60.0  # seconds of tests that a mutant is given
 KILLED, SURVIVED, UNTESTED, TIMEOUT = "killed", "survived", "no test", "timeout"
 NOTICED = {KILLED, TIMEOUT}
 COLUMNS = {

@@ -130,6 +130,12 @@ def test_threads_do_not_change_the_result(directory, texts):
     )
 
 
+def test_an_engine_has_the_threads_that_were_asked_for(directory):
+    assert [Engine.load(directory, threads=n).threads for n in (1, 2, None)] == [1, 2, _dispatch.threads(None)]
+    with pytest.raises(InputError, match="threads must be"):
+        Engine.load(directory, threads=0)
+
+
 def test_concurrent_callers_get_their_own_results(directory, texts):
     loaded = Engine.load(directory)
     want = [loaded.logits([text]) for text in texts]

@@ -633,6 +633,7 @@ def test_a_class_of_any_kind_that_training_lacks_is_refused(tmp_path, train, tes
     [
         ([0, 1, "good"], "line 3: label must be a number, as in most rows, got 'good'"),
         ([0.5, 1.5, "good"], "line 3: label must be a number, as in most rows, got 'good'"),
+        ([True, False, "good"], "line 3: label must be true or false, as in most rows, got 'good'"),
         ([True, False, True, 7], "line 4: label must be true or false, as in most rows, got 7"),
         (["good", "bad", 7], "line 3: label must be a class name, as in most rows, got 7"),
         ([["a"], ["b"], "c"], "line 3: label must be a list, as in other rows, got 'c'"),
