@@ -55,13 +55,13 @@ class Problem:
         return float(values.var()) or 1.0
 
 
-def _softmax_kl(reference: torch.Tensor, logits: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
+def _softmax_kl(reference: torch.Tensor, logits: torch.Tensor, spread: float) -> torch.Tensor:
     """KL(softmax(reference) ‖ softmax(logits))."""
     log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _bernoulli_kl(reference: torch.Tensor, logits: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
+def _bernoulli_kl(reference: torch.Tensor, logits: torch.Tensor, spread: float) -> torch.Tensor:
     """Sum over labels of KL(Bernoulli(σ(reference)) ‖ Bernoulli(σ(logits)))."""
     from torch.nn.functional import logsigmoid
 
@@ -70,7 +70,7 @@ def _bernoulli_kl(reference: torch.Tensor, logits: torch.Tensor, spread: float =
     return (yes + no).sum(-1)
 
 
-def _scaled_square(reference: torch.Tensor, logits: torch.Tensor, spread: float = 1.0) -> torch.Tensor:
+def _scaled_square(reference: torch.Tensor, logits: torch.Tensor, spread: float) -> torch.Tensor:
     """(logits - reference)² / (2 spread): the KL of two normal distributions of variance `spread` with these means."""
     return (logits - reference).square().sum(-1) / (2 * spread)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparsebert import environment
+from sparsebert import environment, errors
 from sparsebert.ops import _dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,6 +42,14 @@ def require(needed: str, reason: str) -> None:
     if needed in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
         pytest.fail(f"SPARSEBERT_REQUIRE lists {needed}, but {reason}")
     pytest.skip(f"{needed}: {reason}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file side by side, in whatever order they are named (by tests/mutants.py, the fastest first): what
+    they share is then made once.
+    """
+    place = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
+    items.sort(key=lambda item: place[item.path])
 
 
 local_data = pytest.mark.usefixtures("data_at_hand")  # of a test that reads the real data sets
@@ -77,6 +85,19 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSEBERT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def errors_say_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a test in which an error of the package is raised without the rule or without its cure."""
+    made = errors.SparsebertError.__init__
+
+    def checked(self, problem: str, *, fix: str) -> None:
+        assert isinstance(problem, str) and problem.strip(), "an error names the rule and the value"
+        assert isinstance(fix, str) and fix.strip(), "an error says what to do next"
+        made(self, problem, fix=fix)
+
+    monkeypatch.setattr(errors.SparsebertError, "__init__", checked)
 
 
 @pytest.fixture(autouse=True)

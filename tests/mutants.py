@@ -1,9 +1,15 @@
-"""What share of small faults in the code the tests notice, by file: `make mutants`, after `mutmut run`.
+"""What share of small faults in the code the tests notice, by file, on a sample of them: `make mutants`.
 
-python -m tests.mutants [--survivors] [--markdown FILE]
+python -m tests.mutants [--sample N --seed S [--resume]] [--before DIR] [--survivors] [--markdown FILE]
 
-A mutant that changes nothing but the words of a message (a string in a `raise` or a warning) is counted apart: tests
-hold messages by their rule and values, not by every word.
+With --sample it makes every mutant of the files that pyproject.toml names, draws N of them and runs the tests that
+reach each, of the files that are named there, and no more of them than run in BOUND seconds, the fastest first: the
+share is one from below. Without, it reports the sample that was run last.
+
+Every mutant is equally likely to be drawn, but for those that change nothing except the words of a message (a string in
+a `raise` or a warning): tests hold messages by their rule and values, not by every word. All others count, those that
+nothing can tell from the code among them. So does a mutant of a function that no test reaches, or that runs at import
+alone: it is one that was not noticed.
 """
 
 from __future__ import annotations
@@ -11,14 +17,31 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import random
 import re
+import shutil
+import subprocess
 import sys
 from collections import Counter
+from itertools import accumulate
 from pathlib import Path
 
-MUTANTS = Path("mutants")
+from scipy.stats import binomtest
+
+from bench import harness
+
+MUTANTS, SAMPLE = Path("mutants"), "sample.json"
+BOUND = 60.0  # seconds of tests that a mutant is given
 KILLED, SURVIVED, UNTESTED, TIMEOUT = "killed", "survived", "no test", "timeout"
 NOTICED = {KILLED, TIMEOUT}
+COLUMNS = {
+    "file": "", "mutants": "d", "drawn": "d", "noticed": ".1%", "low": ".1%", "high": ".1%", "survived": "d",
+    "no test": "d", "timeout": "d",
+}  # fmt: skip
+NOTES = f"""from all of these files that are no mere wordings of messages. `noticed` is the share that made a test fail,
+or run for much longer (`timeout`); `low` and `high` are its 95 % interval (Wilson). A mutant is given the tests that
+reach it, {BOUND:.0f} s of them, the fastest first. Those that cannot be told from the code, and those on lines that run
+at import alone, count as survived.""".replace("\n", " ")
 
 
 def outcome(exit_code: int | None) -> str | None:
@@ -53,11 +76,11 @@ class _Wordless(ast.NodeTransformer):
 
 def functions(path: Path) -> dict[str, ast.AST]:
     """Every function of a mutated file by name."""
-    found = {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
-    return found
+    return {
+        node.name: node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    }
 
 
 def is_wording(mutant: ast.AST, original: ast.AST) -> bool:
@@ -71,58 +94,116 @@ def _shape(function: ast.AST) -> str:
     return ast.dump(bare)
 
 
-def counted(mutants: Path = MUTANTS) -> tuple[dict[str, Counter], dict[str, Counter], list[str]]:
-    """(outcomes by file, the same of wordings, names of survivors that are no wordings)."""
-    real, wordings, survivors = {}, {}, []
-    for meta in sorted(mutants.rglob("*.meta")):
-        source = meta.with_suffix("")
-        known = functions(source)
-        name = str(source.relative_to(mutants))
-        real[name], wordings[name] = Counter(), Counter()
-        for key, code in json.loads(meta.read_text())["exit_code_by_key"].items():
-            result, short = outcome(code), key.rpartition(".")[2]
-            if result is None:
-                continue
-            original = known[re.sub(r"__mutmut_\d+$", "__mutmut_orig", short)]
-            if is_wording(known[short], original):
-                wordings[name][result] += 1
-            else:
-                real[name][result] += 1
-                if result not in NOTICED:
-                    survivors.append(key)
-    return real, wordings, survivors
+def outcomes(folder: Path = MUTANTS) -> dict[str, dict[str, str | None]]:
+    """File -> its mutants -> what became of each, wordings included."""
+    return {
+        str(meta.with_suffix("").relative_to(folder)): {
+            key: outcome(code) for key, code in json.loads(meta.read_text())["exit_code_by_key"].items()
+        }
+        for meta in sorted(folder.rglob("*.meta"))
+    }
 
 
-def share(counts: Counter) -> str:
-    total = sum(counts.values())
-    return f"{sum(counts[name] for name in NOTICED) / total:.1%}" if total else ""
+def without_wordings(folder: Path = MUTANTS) -> dict[str, list[str]]:
+    """File -> its mutants that are no wordings."""
+    kept = {}
+    for name, mutants in outcomes(folder).items():
+        known, shapes = functions(folder / name), {}
+        for key in mutants:
+            short = key.rpartition(".")[2]
+            original = re.sub(r"__mutmut_\d+$", "__mutmut_orig", short)
+            if original not in shapes:
+                shapes[original] = _shape(known[original])
+            if _shape(known[short]) != shapes[original]:
+                kept.setdefault(name, []).append(key)
+    return kept
+
+
+# The first half of `mutmut run`, for which it has no command.
+_PREPARE = """
+from mutmut import __main__ as m
+m.makedirs("mutants", exist_ok=True)
+m.set_mutant_under_test("mutant_generation")
+m.copy_src_dir(), m.copy_also_copy_files(), m.setup_source_paths(), m.create_mutants(1)
+m.collect_or_load_stats(m.get_mutant_runner(1), apply_config_invalidation=True)
+"""
+
+
+def run(size: int, seed: int, resume: bool) -> None:
+    """Draws a sample of all mutants and runs it; `resume` keeps what an earlier run of it has found."""
+    if not resume:
+        shutil.rmtree(MUTANTS, ignore_errors=True)
+    subprocess.run([sys.executable, "-c", _PREPARE], check=True, stdout=subprocess.DEVNULL)
+    _bound_tests()
+    kept = without_wordings()
+    drawn = sorted(random.Random(seed).sample(sorted(key for keys in kept.values() for key in keys), size))
+    counts = {name: len(keys) for name, keys in kept.items()}
+    (MUTANTS / SAMPLE).write_text(json.dumps({"seed": seed, "mutants": counts, "drawn": drawn}), encoding="utf-8")
+    found = {key: result for results in outcomes().values() for key, result in results.items()}
+    todo = [key for key in drawn if found[key] is None]
+    if todo:
+        mutmut = Path(sys.executable).with_name("mutmut")
+        subprocess.run([mutmut, "run", "--max-children", "1", *todo], check=True)
+
+
+def _bound_tests() -> None:
+    """Leaves of the tests that reach a function the fastest, as many as run in BOUND seconds."""
+    path = MUTANTS / "mutmut-stats.json"
+    stats = json.loads(path.read_text(encoding="utf-8"))
+    seconds, reach = stats["duration_by_test"], stats["tests_by_mangled_function_name"]
+    for name, tests in reach.items():
+        tests = sorted(tests, key=lambda test: (seconds[test], test))
+        total = list(accumulate(seconds[test] for test in tests))
+        reach[name] = [test for i, test in enumerate(tests) if i == 0 or total[i] <= BOUND]
+    path.write_text(json.dumps(stats), encoding="utf-8")
+
+
+def rows(folder: Path = MUTANTS) -> tuple[dict, list[dict], list[str]]:
+    """(the sample that was run, its rows by file and in all, the names of what survived)."""
+    sample = json.loads((folder / SAMPLE).read_text(encoding="utf-8"))
+    drawn, tables, survivors, every = set(sample["drawn"]), [], [], Counter()
+    for name, results in outcomes(folder).items():
+        if name in sample["mutants"]:
+            counts = Counter(result for key, result in results.items() if key in drawn)
+            survivors += [key for key, result in results.items() if key in drawn and result not in NOTICED]
+            tables.append(row(name, sample["mutants"][name], counts))
+            every += counts
+    if None in every:
+        raise SystemExit(f"{every[None]} mutants of the sample were not run; run it again with --resume")
+    return sample, [*tables, row("all", sum(sample["mutants"].values()), every)], survivors
+
+
+def row(name: str, mutants: int, counts: Counter) -> dict:
+    total, noticed = sum(counts.values()), sum(counts[result] for result in NOTICED)
+    found = {"file": name, "mutants": mutants, "drawn": total}
+    if total:
+        low, high = binomtest(noticed, total).proportion_ci(0.95, method="wilson")
+        found |= {"noticed": noticed / total, "low": low, "high": high}
+    return found | {"survived": counts[SURVIVED], "no test": counts[UNTESTED], "timeout": counts[TIMEOUT]}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sample", type=int, metavar="N", help="draw and run so many mutants")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the last run; code and tests must be the same"
+    )
+    parser.add_argument("--before", type=Path, metavar="DIR", help="also report the last sample of this other checkout")
     parser.add_argument("--survivors", action="store_true", help="list those that no test noticed")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    real, wordings, survivors = counted()
-    lines = [
-        "| file | mutants | noticed | survived | no test | noticed, wordings of messages included |",
-        "|---|" + "---|" * 5,
-    ]
-    rows = [(name, real[name], real[name] + wordings[name]) for name in real if real[name] + wordings[name]]
-    rows.append(
-        ("all", sum(real.values(), Counter()), sum(real.values(), Counter()) + sum(wordings.values(), Counter()))
-    )
-    for name, counts, every in rows:
-        lines.append(
-            f"| {name} | {sum(counts.values())} | {share(counts)} | {counts[SURVIVED]} | {counts[UNTESTED]} | "
-            f"{share(every)} of {sum(every.values())} |"
-        )
-    table = "\n".join(lines) + "\n"
-    print(table)
+    if args.sample:
+        run(args.sample, args.seed, args.resume)
+    sample, table, survivors = rows()
+    notes = [f"{len(sample['drawn'])} mutants drawn by seed {sample['seed']} {NOTES}"]
+    if args.before:
+        old, before, _ = rows(args.before / MUTANTS)
+        table += [{**r, "file": f"before: {r['file']}"} for r in before]
+        notes.append(f"`before`: {len(old['drawn'])} drawn by seed {old['seed']} from older code with its own tests.")
     if args.survivors:
         print("\n".join(survivors))
-    if args.markdown:
-        args.markdown.write_text(table, encoding="utf-8")
+    harness.report("Mutants", table, COLUMNS, " ".join(notes), args.markdown)
     return 0
 
 

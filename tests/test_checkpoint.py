@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,17 +10,22 @@ import resource
 import shutil
 import signal
 import time
+import types
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import classifier, saved, stock, tokenizer
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import sparsebert
 from sparsebert import checkpoint
-from sparsebert.checkpoint import manifest
+from sparsebert.checkpoint import manifest, tensors
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from sparsebert.jobs import Job, files
 
@@ -224,19 +230,20 @@ def test_saved_files_can_be_read_by_the_group_the_umask_allows(directory):
 
 
 @pytest.mark.parametrize(
-    "place",
+    ("place", "says"),
     [
-        "read-only parent",
-        "read-only target",
-        "read-only ancestor",
-        "foreign folder",
-        "a file",
-        "below a file",
-        "working directory",
-        "no such device",
+        ("read-only parent", "parent is read-only"),
+        ("read-only target", "out is read-only"),
+        ("read-only ancestor", "parent is read-only"),
+        ("foreign folder", "out exists and is no model directory of this package"),
+        ("a file", "out must be a folder"),
+        ("below a file", "out/a cannot be a path: Not a directory"),
+        ("working directory", "out is or holds the working directory"),
+        ("above the working directory", "out is or holds the working directory"),
+        ("no such device", "/proc is read-only"),
     ],
 )
-def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch, place):
+def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatch, place, says):
     target = tmp_path / "parent" / "out"
     target.parent.mkdir()
     if place == "read-only parent":
@@ -257,9 +264,12 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatc
     elif place == "working directory":
         target.mkdir()
         monkeypatch.chdir(target)
+    elif place == "above the working directory":
+        (target / "inside").mkdir(parents=True)
+        monkeypatch.chdir(target / "inside")
     else:
         target = type(target)("/proc/nowhere/out")
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match=says):
         checkpoint.check_output(target)
     if place == "foreign folder":
         assert (target / "thesis.tex").read_text() == "mine"
@@ -347,8 +357,9 @@ def test_finished_needs_the_same_job_and_whole_weights(tmp_path):
 
 def test_a_model_of_unknown_settings_is_not_replaced(directory):
     job = Job("test", {}, "sparsebert.patterns", directory)
-    with pytest.raises(OutputError, match="by a version of this package that did not note its settings"):
+    with pytest.raises(OutputError, match="by a version of this package that did not note its settings") as caught:
         checkpoint.finished(job)
+    assert caught.value.fix == "choose another -o, or give --overwrite to replace it"
 
 
 def test_checking_an_output_makes_nothing(tmp_path):
@@ -427,22 +438,52 @@ def test_a_config_that_cannot_be_is_one_error(directory, change):
         checkpoint.load(directory)
 
 
+TENSOR = {"dtype": "F32", "shape": [1], "nnz": 1, "sha256": "0" * 64}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "fault"),
     [
-        {"tensors": []}, {"tensors": {"x": {}}}, {"files": []}, {"files": {"config.json": 3}}, {"golden": {}},
-        {"golden": None}, {"golden": {"texts": [], "logits": [], "tolerance": 0.1}},
-        {"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": "x"}},
-        {"golden": {"texts": ["a"], "logits": [[0.1, 0.2, 0.3]], "tolerance": 0.1}},
-        {"golden": {"texts": ["a"], "logits": ["ab"], "tolerance": 0.1}}, {"key": 3}, {"format_version": 99},
+        ({"tensors": []}, "tensors"), ({"tensors": {"x": {}}}, "tensor x"), ({"tensors": {"x": 3}}, "tensor x"),
+        *(({"tensors": {"x": TENSOR | {name: None}}}, "tensor x") for name in TENSOR),
+        ({"files": []}, "files"), ({"files": {"config.json": 3}}, "file config.json"), ({"figures": None}, "figures"),
+        ({"files": {"../m/config.json": "0" * 64}}, "file ../m/config.json"), ({"key": 3}, "key"),
+        ({"weights_sha256": None}, "weights_sha256"), ({"golden": None}, "golden"), ({"golden": {}}, "golden texts"),
+        ({"golden": {"texts": [], "logits": [], "tolerance": 0.1}}, "golden texts"),
+        ({"golden": {"texts": ["a"] * 65, "logits": [[0.1]] * 65, "tolerance": 0.1}}, "golden texts"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": "x"}}, "golden logits and tolerance"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 2]], "tolerance": 0.1}}, "golden logits and tolerance"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, np.nan]], "tolerance": 0.1}}, "golden logits and tolerance"),
+        ({"golden": {"texts": ["a"], "logits": ["ab"], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a"], "logits": [[]], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1], [0.2]], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a", "b"], "logits": [[0.1], [0.2, 0.3]], "tolerance": 0.1}}, "golden logits"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": 0.1}}, "golden ids"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": 0.1, "ids": []}}, "golden ids"),
+        ({"golden": {"texts": ["a"], "logits": [[0.1, 0.2]], "tolerance": 0.1, "ids": [3]}}, "golden ids"),
     ],
     ids=str,
 )  # fmt: skip
-def test_a_manifest_that_cannot_be_is_one_error(directory, change):
+def test_a_manifest_that_cannot_be_is_one_error(directory, change, fault):
     path = directory / checkpoint.MANIFEST
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError) as refused:
         checkpoint.load(directory)
+    assert refused.value.problem.startswith(
+        f"{path} must hold tensors, files, golden, key and weights_sha256 whole: {fault}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("manifest", "got"), [({"format_version": 99}, "'99'"), ({"format_version": "9" * 99}, repr("9" * 40)),
+                          ({}, "'None'"), ([], "'None'")],
+)  # fmt: skip
+def test_a_manifest_of_another_format_is_refused(directory, manifest, got):
+    path = directory / checkpoint.MANIFEST
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as refused:
+        checkpoint.load(directory)
+    assert refused.value.problem == f"{path}: format_version must be 1 or 2, got {got}"
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -454,3 +495,218 @@ def test_the_source_hash_sees_every_file_that_matters(directory, name):
     else:
         (directory / name).write_text((directory / name).read_text() + " ")
     assert checkpoint.source_sha256(directory) != before
+
+
+def test_what_overwrite_and_an_empty_folder_allow(directory, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    assert checkpoint.check_output(foreign) == foreign, "nothing is lost there"
+    (foreign / "thesis.tex").write_text("mine")
+    assert checkpoint.check_output(foreign, overwrite=True) == foreign
+    assert checkpoint.check_output(directory) == directory, "a model of this package is replaced"
+    with pytest.raises(OutputError, match="foreign exists and is no model directory"):
+        checkpoint.save(classifier(), tokenizer(), foreign, recipe={}, figures={})
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    checkpoint.save(classifier(), tokenizer(), foreign, recipe={}, figures={}, overwrite=True)
+    assert not (foreign / "thesis.tex").exists() and checkpoint.has_head(foreign)
+
+
+def test_a_saved_model_says_what_made_it(tmp_path):
+    model = classifier().train()
+    job = Job("test", {"settings": {"seed": 0}}, "sparsebert.patterns", tmp_path / "m")
+    recipe, summary = {"command": "test", "z": 1, "a": [2, "é"]}, {"method": "mine", "sparsity": 0.5}
+    sha256 = checkpoint.save(
+        model, tokenizer(), tmp_path / "m", recipe=recipe, figures={"f1": 0.25}, job=job, summary=summary
+    )
+    assert model.training, "the model is left as it was"
+    assert checkpoint.read_recipe(tmp_path / "m") == recipe
+    assert list(checkpoint.read_recipe(tmp_path / "m")) == ["command", "z", "a"], "in the order it was given"
+    written = json.loads((tmp_path / "m" / checkpoint.MANIFEST).read_text())
+    assert written["figures"] == {"f1": 0.25} and written["key"] == job.key and written["job"] == job.record
+    assert written["versions"] == {
+        "sparsebert": sparsebert.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+    }  # fmt: skip
+    assert written["weights_sha256"] == sha256 == checkpoint.weights_sha256(tmp_path / "m")
+    said = checkpoint.read_config(tmp_path / "m")["sparsebert"]
+    assert said == {"format_version": written["format_version"], **summary, "weights_sha256": sha256}
+    for name, digest in written["files"].items():
+        assert hashlib.sha256((tmp_path / "m" / name).read_bytes()).hexdigest() == digest
+    files = {path.name for path in (tmp_path / "m").iterdir() if path.is_file()}
+    assert written["files"].keys() == files - {checkpoint.WEIGHTS}, "each file is in one of the two lists"
+
+
+def test_a_second_directory_of_a_job_ends_no_job(tmp_path):
+    made = partial(Job, "test", {"settings": {}}, "sparsebert.patterns", tmp_path / "m")
+    for name in ("m", "teacher"):
+        checkpoint.save(classifier(), tokenizer(), tmp_path / name, recipe={}, figures={"of": name}, job=made())
+    with made() as job:
+        job.value("step", lambda: 1)
+    assert checkpoint.finished(made(), tmp_path / "teacher")["of"] == "teacher"
+    assert (tmp_path / "m.partial").exists(), "there may be more to do"
+    assert checkpoint.finished(made())["of"] == "m" and not (tmp_path / "m.partial").exists()
+
+
+def test_what_is_damaged_or_no_model_is_made_anew_where_that_is_allowed(directory):
+    made = partial(Job, "test", {}, "sparsebert.patterns", directory)
+    (directory / checkpoint.MANIFEST).write_text("{")
+    with pytest.raises(OutputError, match=r"manifest\.json must be a JSON file") as caught:
+        checkpoint.finished(made())
+    assert "--overwrite to make it anew" in caught.value.fix
+    assert checkpoint.finished(made(overwrite=True)) is None
+    stock(directory)
+    assert checkpoint.finished(made()) is None, "which check_output refuses or allows"
+    shutil.rmtree(directory)
+    assert checkpoint.finished(made()) is None
+    directory.write_text("a file")
+    assert checkpoint.finished(made()) is None
+
+
+def test_transformers_speaks_as_before_after_a_load(directory):
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    try:
+        for level, bars in ((logging.INFO, True), (logging.WARNING, False)):
+            logging.set_verbosity(level)
+            (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+            checkpoint.load(directory)
+            assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
+    finally:
+        logging.set_verbosity(before[0])
+        (logging.enable_progress_bar if before[1] else logging.disable_progress_bar)()
+
+
+def test_a_head_of_another_size_is_made_fresh_and_the_encoder_kept(directory):
+    model, _ = checkpoint.load(directory, num_labels=5)
+    assert model.config.num_labels == 5 and model.classifier.weight.shape == (5, 32) and not model.training
+    weights = checkpoint.read_weights(directory)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert name.startswith("classifier.") or np.array_equal(tensor.numpy(), weights[name])
+    same, _ = checkpoint.load(directory, num_labels=2)
+    assert np.array_equal(same.classifier.weight.detach().numpy(), weights["classifier.weight"]), (
+        "its own, where it fits"
+    )
+
+
+def test_golden_logits_of_another_arithmetic_may_differ_by_a_share_of_the_largest(directory):
+    files = checkpoint.read(directory)
+    want = np.array(files.manifest["golden"]["logits"])
+    allowed = files.manifest["golden"]["tolerance"] * np.abs(want).max() + 0.05 * np.abs(want).max()
+    files.verify_golden(lambda ids, types: want - 0.95 * allowed, relative=0.05)
+    with pytest.raises(CheckpointError, match="golden logits must agree within"):
+        files.verify_golden(lambda ids, types: want - 1.05 * allowed, relative=0.05)
+    with pytest.raises(CheckpointError, match="differ by inf"):
+        files.verify_golden(lambda ids, types: want[:, :1], relative=0.05)
+
+
+def test_a_manifest_lists_its_tensors_and_no_others(directory):
+    path = directory / checkpoint.MANIFEST
+    whole = json.loads(path.read_text())
+    name = "classifier.bias"
+    for change, says in (
+        (lambda t: t.pop(name), "has tensor classifier.bias, which its manifest does not name"),
+        (lambda t: t.update(more=t[name]), r"lacks tensor more \[2\]"),
+        (lambda t: t[name].update(shape=[1, 2]), r"classifier.bias must be F32 \[1, 2\], is F32 \[2\]"),
+        (lambda t: t[name].update(dtype="I32"), r"classifier.bias must be I32 \[2\], is F32 \[2\]"),
+        (lambda t: t[name].update(sha256="0" * 64), r"classifier.bias differs from its manifest \(sha256\)"),
+    ):
+        changed = json.loads(json.dumps(whole))
+        change(changed["tensors"])
+        path.write_text(json.dumps(changed))
+        with pytest.raises(CheckpointError, match=says):
+            checkpoint.read_weights(directory)
+
+
+def test_a_file_that_the_manifest_names_may_not_be_absent(directory):
+    (directory / "tokenizer_config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"m lacks tokenizer_config\.json"):
+        checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says", "fix"),
+    [
+        ("a/path", "the path a/path", "load it first: model, tokenizer = sparsebert.checkpoint.load(path)"),
+        (Path("a/path"), "the path a/path", "load it first: model, tokenizer = sparsebert.checkpoint.load(path)"),
+        (types.SimpleNamespace(_orig_mod=1), "a SimpleNamespace", "pass model._orig_mod"),
+        (types.SimpleNamespace(merge_and_unload=1), "a SimpleNamespace", "pass model.merge_and_unload()"),
+        (types.SimpleNamespace(module=1), "a SimpleNamespace", "pass model.module"),
+        (torch.nn.Linear(2, 2), "a Linear", "pass the model inside of it"),
+    ],
+)
+def test_what_is_no_model_is_told_how_to_pass_one(tmp_path, wrong, says, fix):
+    with pytest.raises(InputError) as caught:
+        checkpoint.save(wrong, tokenizer(), tmp_path / "m", recipe={}, figures={})
+    assert caught.value.problem == f"model must be a classifier of transformers, got {says}"
+    assert caught.value.fix == fix and not list(tmp_path.iterdir())
+
+
+def test_mapped_tensors_are_those_of_the_file_and_cannot_be_written(tmp_path):
+    path = tmp_path / "some.safetensors"
+    made = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0]).bfloat16(), "c": torch.arange(3)}
+    save_torch({**made, "none": torch.empty(0, 2)}, path)
+    found = tensors.mapped_arrays(path)
+    assert {name: array.tolist() for name, array in found.items()} == {
+        "a": [[0, 1, 2], [3, 4, 5]], "b": [1.5, -2.0], "c": [0, 1, 2], "none": [],
+    }  # fmt: skip
+    assert found["b"].dtype == np.float32 and found["c"].dtype == np.int64 and found["none"].shape == (0, 2)
+    with pytest.raises(ValueError, match="read-only"):
+        found["a"][0, 0] = 1
+    save_torch({"none": torch.empty(0, 2)}, path)
+    assert tensors.mapped_arrays(path)["none"].shape == (0, 2)
+    save_torch(made, path)
+    whole = path.read_bytes()
+    for wrong in (whole[:-1], whole + b"x", whole[:5], b""):
+        path.write_bytes(wrong)
+        with pytest.raises(CheckpointError, match=r"some\.safetensors must be a whole safetensors file"):
+            tensors.mapped_arrays(path)
+
+
+def header_of(entries: dict) -> bytes:
+    text = json.dumps(entries).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "says"),
+    [
+        ([], 0, "its header must be an object"),
+        ({"a": 3}, 0, "its header says of tensor 'a': 3"),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}, 4, "its header says of tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 4, r"a F32 \[2\] must have 8 bytes, has 4"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 8, "one begins at 4, not 0"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, 8, "its tensors have 4 bytes, it has 8"),
+        (
+            {name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for name in "ab"},
+            4,
+            "one begins at 0, not 4",
+        ),
+    ],
+)
+def test_headers_whose_tensors_do_not_fill_the_file_are_refused(tmp_path, entries, size, says):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(header_of(entries) + bytes(size))
+    with pytest.raises(CheckpointError, match=says):
+        tensors.mapped_arrays(path)
+
+
+def test_a_header_in_another_order_and_with_remarks_is_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entries = {
+        "z": {"dtype": "U8", "shape": [], "data_offsets": [0, 1]},
+        "__metadata__": {"format": "pt"},
+        "empty": {"dtype": "F32", "shape": [0], "data_offsets": [1, 1]},
+        "a": {"dtype": "BOOL", "shape": [2], "data_offsets": [1, 3]},
+    }
+    path.write_bytes(header_of(entries) + bytes([7, 1, 0]))
+    found = tensors.mapped_arrays(path)
+    assert list(found) == ["a", "empty", "z"] and found["a"].tolist() == [True, False] and found["z"] == 7
+    entries["a"]["dtype"] = "F8_E4M3"
+    path.write_bytes(header_of(entries) + bytes([7, 1, 0]))
+    with pytest.raises(UnsupportedError, match=r"tensor a must have a dtype of F64, .*, has 'F8_E4M3'"):
+        tensors.mapped_arrays(path)

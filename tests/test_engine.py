@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -127,6 +128,12 @@ def test_threads_do_not_change_the_result(directory, texts):
     assert np.array_equal(
         Engine.load(directory, threads=1).logits(texts), Engine.load(directory, threads=2).logits(texts)
     )
+
+
+def test_an_engine_has_the_threads_that_were_asked_for(directory):
+    assert [Engine.load(directory, threads=n).threads for n in (1, 2, None)] == [1, 2, _dispatch.threads(None)]
+    with pytest.raises(InputError, match="threads must be"):
+        Engine.load(directory, threads=0)
 
 
 def test_concurrent_callers_get_their_own_results(directory, texts):
@@ -372,3 +379,82 @@ def test_costs_are_measured_stored_and_read_again(tmp_path, monkeypatch):
     for text in ("no json", "[]", json.dumps({costs._machine(isa): {"rows": [1.0], "groups": [1.0]}})):
         (tmp_path / "costs.json").write_text(text)
         assert costs.costs(isa) == costs.SHIPPED[isa]
+
+
+@pytest.mark.parametrize(
+    ("rows", "forms"),
+    [
+        # A quarter of the weight is kept, in groups of rows that share all columns: as many places as non-zeros.
+        ((0.5, 0.5, 0.5), ["rows", "rows", "rows"]),
+        ((2.0, 2.0, 2.0), ["groups", "groups", "groups"]),
+        ((2.0, 0.5, 2.0), ["groups", "rows", "groups"]),
+    ],
+)
+def test_the_cheapest_form_is_chosen_for_each_length_of_a_batch(rows, forms):
+    weight = np.zeros((64, 64), np.float32)
+    weight[:, :16] = 1
+    packed = engine.pack_cheapest(weight, costs_with(rows))
+    assert [engine._explained(form)[0] for form in packed] == forms
+    assert all(form.nnz == 64 * 16 for form in packed)
+    assert len({id(form) for form in packed}) == len(set(forms)), "packed once a form"
+
+
+def test_a_full_weight_is_dense_unless_rows_are_cheaper():
+    weight = np.ones((64, 64), np.float32)
+    for cost, form in ((1.5, "dense"), (0.5, "rows")):
+        packed = engine.pack_cheapest(weight, costs_with((cost,) * 3))
+        assert {engine._explained(one)[0] for one in packed} == {form}
+
+
+def test_explain_gives_the_reason_of_each_form_by_its_figures(tmp_path):
+    whys = {}
+    for name, sparsity, pattern in (
+        ("dense", 0.25, "unstructured"), ("groups", 0.5, "16x1"), ("rows", 0.75, "unstructured"),
+    ):  # fmt: skip
+        model = classifier(hidden_size=64)
+        prune(model, [], PruneConfig(method="magnitude", sparsity=sparsity, pattern=pattern))
+        made = saved(tmp_path / name, model)
+        row = Engine.load(made, dtype="fp32").explain()[3]
+        kept = np.count_nonzero(checkpoint.read_weights(made)["bert.encoder.layer.0.output.dense.weight"]) / 64**2
+        assert row["form"] == name and row["density"] == pytest.approx(kept) and row["short"] is None
+        assert row["shape"] == [64, 64] and row["kernel"] == f"{_dispatch.float32_isas()[-1]} fp32"
+        assert "gflops" not in row and "share_of_peak" not in row
+        whys[name] = row["why"].replace(f"{kept:.0%}", "K")
+    assert whys == {
+        "dense": "K is kept: without sparsity is cheaper",
+        "groups": "groups of rows with the same columns; 100% of their places kept",
+        "rows": "rows share too few kept columns for groups to be cheaper",
+    }
+    tiles = Engine.load(tmp_path / "groups", dtype="bf16").explain()[3]
+    assert tiles["form"] == "tiles" and tiles["density"] == pytest.approx(0.5)
+    found = [int(share) for share in re.findall(r"(\d+)%", tiles["why"])]
+    assert len(found) == 2 and all(0 <= share <= 100 for share in found)
+
+
+@pytest.mark.parametrize(("value", "stored"), [(1.0, "100%"), (0.0, "0%")])
+def test_what_is_said_of_tiles(value, stored):
+    weight = np.full((64, 64), value, np.float32)
+    form, why = engine._explained(engine.pack_tiles(weight))
+    assert form == "tiles" and why.startswith(f"{stored} of the matrix in tiles")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "supported", "says"),
+    [
+        ("fp32", ("scalar",), "no AVX2 here: the engine runs fp32 on its portable path, see `sparsebert doctor`"),
+        ("bf16", ("scalar",), "no AMX and no AVX-512 BF16 here: the engine runs bf16 on its portable path"),
+        ("bf16", ("scalar", "avx2"), "no AMX and no AVX-512 BF16 here"),
+        ("fp32", ("scalar", "avx2"), None),
+    ],
+)
+def test_the_portable_path_is_warned_of_by_what_is_lacking(directory, monkeypatch, recwarn, dtype, supported, says):
+    if set(supported) - set(_dispatch.supported_isas()):
+        require("avx2", "not supported here")
+    monkeypatch.delenv("SPARSEBERT_ISA", raising=False)
+    monkeypatch.setattr(_dispatch, "supported_isas", lambda: supported)
+    Engine.load(directory, dtype=dtype)
+    assert [says in str(w.message) for w in recwarn] == ([True] if says else [])
+    monkeypatch.setenv("SPARSEBERT_ISA", supported[-1])  # who asks for it knows
+    recwarn.clear()
+    Engine.load(directory, dtype=dtype)
+    assert not len(recwarn)

@@ -178,3 +178,47 @@ def test_metrics():
     assert heads.ONE_LOGIT.metric(logits[:, :1], np.array([5.0, 1.0, 9.0])) == pytest.approx(1.0)
     assert heads.ONE_LOGIT.metric(logits[:, :1], np.array([5.0, 9.0, 1.0])) == pytest.approx(-1.0)
     assert heads.ONE_LOGIT.metric(np.zeros((3, 1)), np.array([1.0, 2.0, 3.0])) == 0.0
+
+
+def test_metrics_of_nothing_to_find():
+    none = np.zeros((2, 3), dtype=bool)
+    assert heads.MULTI_LABEL.metric(np.full((2, 3), -1.0), none) == 1.0  # nothing is there, and nothing was said
+    assert heads.MULTI_LABEL.metric(np.full((2, 3), 1.0), none) == 0.0
+    assert heads.MULTI_LABEL.metric(np.full((2, 3), -1.0), ~none) == 0.0
+    varied = np.array([[0.1], [0.2], [0.3]])
+    assert heads.ONE_LOGIT.metric(varied, np.ones(3)) == 0.0
+    assert heads.ONE_LOGIT.metric(varied, np.array([1.0, 3.0, 2.0])) == pytest.approx(0.5)  # ranks, not values
+
+
+def test_predictions():
+    logits = np.array([[2.0, 1.0, 0.0], [-1.0, -0.5, 0.25]], dtype=np.float32)
+    assert heads.SINGLE_LABEL.predict(logits).tolist() == [0, 2]
+    assert heads.MULTI_LABEL.predict(logits).tolist() == [[True, True, False], [False, False, True]]
+    found = heads.ONE_LOGIT.predict(logits[:, :1])
+    assert found.tolist() == [2.0, -1.0] and found.dtype == np.float64
+
+
+def test_only_one_logit_is_measured_in_units_of_its_spread():
+    logits = np.array([[1.0], [3.0], [5.0]])
+    assert heads.ONE_LOGIT.spread(logits) == pytest.approx(8 / 3)
+    assert heads.ONE_LOGIT.spread(np.ones((3, 1))) == 1.0  # which nothing would be measured in
+    assert heads.SINGLE_LABEL.spread(logits) == heads.MULTI_LABEL.spread(logits) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [({}, 2), ({"num_labels": 5}, 5), ({"id2label": {"0": "a"}, "num_labels": 5}, 1), ({"id2label": {}}, 2)],
+)
+def test_labels_are_counted_by_their_names_before_their_number(config, count):
+    assert heads.label_count(config) == len(heads.label_names(config)) == count
+
+
+def test_a_message_lists_six_labels_at_most():
+    many = [f"class {c}" for c in "abcdefgh"]
+    with pytest.raises(InputError) as caught:
+        heads.columns(many, NLI, whose="the dense model")
+    assert "the dense model has 8 labels (class a, class b, class c, class d, class e, class f, …)" in str(caught.value)
+    assert "3 are wanted (entailment, neutral, contradiction)" in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        heads.columns(many[:6], ["x" * 99, *many[1:6]])
+    assert "class f, wanted" in str(caught.value) and f"wanted are {'x' * 40}, class b" in str(caught.value)

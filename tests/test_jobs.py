@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import calendar
+import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import random
@@ -13,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from sparsebert import jobs
+from sparsebert import environment, jobs
 from sparsebert.errors import InputError, OutputError
 from sparsebert.jobs import Job, Ledger, files
 from sparsebert.jobs import job as job_module
@@ -254,6 +258,10 @@ def test_a_disk_that_clearly_lacks_the_space_is_refused(tmp_path, monkeypatch):
     with pytest.raises(OutputError, match="MiB free"), job:
         raise AssertionError("was begun")
     assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3 << 20))
+    jobs.require_space(tmp_path / "a" / "b", 3 << 20)
+    with pytest.raises(OutputError, match=f"{tmp_path} has 3 MiB free, what is to be written takes about 2,048"):
+        jobs.require_space(tmp_path / "a" / "b", 2 << 30)
 
 
 # --- jobs ------------------------------------------------------------------------------------------------------------
@@ -558,10 +566,16 @@ def test_exported_units_are_taken_over_and_damaged_ones_refused(tmp_path):
     other.take_over(tmp_path / "cells.jsonl")
     assert other.get("unit", {"i": 0}, "v") == {"x": 0.25}
     text = (tmp_path / "cells.jsonl").read_text()
-    for wrong in (text.replace("0.25", "0.75"), text[:-9], "[1]\n", "{}\n", '"x"\n'):
+    key = json.loads(text)["key"]
+    for wrong, says in (
+        (text.replace("0.25", "0.75"), f"unit {key} is not what its checksum says"), (text[:-9], "Unterminated string"),
+        ("[1]\n", "list indices"), ("{}\n", "'result'"), ('"x"\n', "string indices"),
+    ):  # fmt: skip
         (tmp_path / "wrong.jsonl").write_text(wrong)
-        with pytest.raises(InputError, match=r"wrong\.jsonl must hold units exported from a ledger"):
+        with pytest.raises(InputError, match=rf"wrong\.jsonl must hold units exported from a ledger: {says}"):
             other.take_over(tmp_path / "wrong.jsonl")
+    with pytest.raises(InputError, match=r"absent\.jsonl must hold units .*No such file"):
+        other.take_over(tmp_path / "absent.jsonl")
 
 
 def test_cells_of_earlier_versions_are_readable(tmp_path):
@@ -579,3 +593,94 @@ def test_a_file_that_is_no_database_is_an_output_error(tmp_path):
     (tmp_path / "l.sqlite").write_text("not a database, and long enough to have a header of its own " * 20)
     with pytest.raises(OutputError, match="cannot be opened"):
         Ledger(tmp_path / "l.sqlite")
+
+
+def test_keys_stay_those_that_results_are_kept_under(tmp_path):
+    """By another rule of keys, what earlier versions have computed would be computed again."""
+    book = Ledger(tmp_path / "l.sqlite")
+    book.once("unit", {"b": 1, "a": "é"}, lambda: {"x": 1}, "v")
+    book.export(tmp_path / "cells.jsonl")
+    row = json.loads((tmp_path / "cells.jsonl").read_text())
+    said = b'{"code": "v", "inputs": {"a": "\\u00e9", "b": 1}, "kind": "unit"}'
+    assert row["key"] == hashlib.sha256(said).hexdigest()
+    job = made(tmp_path / "out", seed=1)
+    parts = {name: job.record[name] for name in ("code", "core", "inputs", "isa", "kind")}
+    assert job.key == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    assert (parts["kind"], parts["inputs"]) == ("test", {"model": "ab" * 32, "settings": {"seed": 1}})
+    assert parts["isa"] in environment.ISAS and len(parts["code"]) == len(parts["core"]) == 64
+
+
+def test_a_folder_that_is_there_is_exchanged_in_one_step(tmp_path, monkeypatch):
+    if not hasattr(ctypes.CDLL(None), "renameat2"):
+        pytest.skip("no renameat2 in this C library")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    monkeypatch.setattr(os, "rename", lambda *paths: pytest.fail("the place was empty for a moment"))
+    with jobs.replacing(tmp_path / "out") as staging:
+        (staging / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+@pytest.mark.parametrize("what", ["read", "written"])
+def test_a_ledger_that_fails_later_is_one_line(tmp_path, what):
+    book = Ledger(tmp_path / "l.sqlite")
+    book.once("unit", {}, lambda: {"x": 1})
+    if what == "read":
+        book.close()
+        with pytest.raises(OutputError, match=f"ledger {tmp_path}/l.sqlite cannot be read: Cannot operate on a closed"):
+            book.results("unit")
+    else:
+        with pytest.raises(OutputError, match=f"ledger {tmp_path}/l.sqlite cannot be written: Cannot operate on"):
+            book.once("unit", {"i": 1}, lambda: book.close() or {"x": 1})
+
+
+def test_results_come_in_the_order_they_were_finished_and_of_one_kind(tmp_path):
+    book = Ledger(tmp_path / "new" / "folder" / "l.sqlite")
+    for i in (3, 1, 2):
+        book.once("unit", {"i": i}, lambda i=i: {"x": i})
+    book.once("other", {"i": 0}, lambda: {"x": 0})
+    assert book.results("unit") == [({"i": i}, {"x": i}) for i in (3, 1, 2)]
+    assert book.results("none of these") == []
+
+
+def test_an_exported_unit_says_what_when_and_how_long(tmp_path, monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # of which nothing may show: what is noted is UTC
+    time.tzset()
+    book = Ledger(tmp_path / "l.sqlite")
+    begun = time.time()
+    book.once("unit", {"b": 1, "a": [2]}, lambda: time.sleep(0.05) or {"x": 1}, "v")
+    book.export(tmp_path / "cells.jsonl")
+    (line,) = (tmp_path / "cells.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["kind"], json.loads(row["inputs"]), row["code"]) == ("unit", {"a": [2], "b": 1}, "v")
+    assert json.loads(row["result"]) == {"x": 1} and 0.05 <= row["seconds"] < 30
+    monkeypatch.undo()
+    time.tzset()
+    finished = calendar.timegm(time.strptime(row["finished"], "%Y-%m-%dT%H:%M:%SZ"))
+    assert begun - 2 < finished < time.time() + 2
+
+
+def test_units_that_are_there_already_are_not_taken_over(tmp_path):
+    one, two = Ledger(tmp_path / "a.sqlite"), Ledger(tmp_path / "b.sqlite")
+    for i in (0, 1):
+        one.once("unit", {"i": i}, lambda: {"of": "one"})
+    two.once("unit", {"i": 1}, lambda: {"of": "two"})
+    one.export(tmp_path / "cells.jsonl")
+    two.take_over(tmp_path / "cells.jsonl")
+    assert two.get("unit", {"i": 0}) == {"of": "one"} and two.get("unit", {"i": 1}) == {"of": "two"}
+
+
+def test_a_sound_ledger_is_kept_under_overwrite(tmp_path):
+    book = Ledger(tmp_path / "l.sqlite")
+    book.once("unit", {}, lambda: {"x": 1})
+    book.close()
+    assert Ledger(tmp_path / "l.sqlite", overwrite=True).get("unit", {}) == {"x": 1}
+    assert Ledger(tmp_path / "absent.sqlite", overwrite=True).results("unit") == []
+
+
+def test_a_ledger_tells_how_much_of_this_run_it_keeps(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "_KEPT", {})
+    book = Ledger(tmp_path / "l.sqlite")
+    for i in (0, 1, 1):
+        book.once("unit", {"i": i}, lambda: {"x": 1})
+    assert jobs.told() == f"kept: {tmp_path}/l.sqlite (2 results of this run)"

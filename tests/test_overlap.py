@@ -70,6 +70,8 @@ def test_what_the_task_and_its_ood_tests_report_is_left_out_and_counted(sets):
     assert [int(text.split()[1]) for text in examples.texts] == [0, 1, 2, 4, 5, 6, 8, 9], "in file order"
     assert examples.left_out == 2 and len(data.load(spec, "train")) == 10
     mixed = data.mix_ood(spec, examples)
+    assert (mixed.task, mixed.split, mixed.texts_b[8:]) == ("fever", "train", ["claim", "y"] * 10)
+    assert mixed.labels.tolist() == [0, 1, 0, 0, 1, 0, 0, 1] + [0, 1] * 10 and mixed.labels.dtype == np.int64
     assert mixed.texts[8:] == ["alone", "x"] * 10 and mixed.left_out == 4, "both counted once, not ten times"
     assert data.unreported_texts(spec, ["Claim 3.", "new", "evidence 4", "SHARED two"]) == ["new", "evidence 4"]
     assert data.unreported_texts(spec, []) == []

@@ -45,7 +45,10 @@ def test_a_stock_directory_says_that_it_is_unsealed_and_following_the_advice_sea
     with pytest.warns(UserWarning, match=f"is unsealed: damage would go unnoticed; run sparsebert seal {directory}"):
         want = Engine.load(directory, cached=False).logits(TEXTS)
     found = checkpoint.seal(directory)
-    assert found["weights_sha256"] == checkpoint.weights_sha256(directory)
+    assert found == {
+        "directory": str(directory), "weights_sha256": checkpoint.weights_sha256(directory),
+        "tensors": len(load_file(directory / checkpoint.WEIGHTS)),
+    }  # fmt: skip
     assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()} == before
     assert np.array_equal(Engine.load(directory, cached=False).logits(TEXTS), want)
     flip(directory)
