@@ -116,8 +116,8 @@ def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
     """
     if name in data.TASKS or not os.path.lexists(name):
         return data.get_task(name, labelled=labelled)
-    source = checkpoint.resolve(source)
-    values = checkpoint.has_head(source) and heads.problem_of(checkpoint.read_config(source)) is heads.ONE_LOGIT
+    files = checkpoint.read(source, head=False)
+    values = files.has_head and heads.problem_of(files.config) is heads.ONE_LOGIT
     return data.get_task(name, labelled=labelled, values=values)
 
 
