@@ -22,7 +22,7 @@ from sparsebert.cli.timing import random_model, texts_of
 from sparsebert.config import BenchConfig
 from sparsebert.encoders import collate
 from sparsebert.engine import Engine
-from sparsebert.engine.rivals import OURS, compare, torch_threads
+from sparsebert.engine.rivals import OURS, time_rivals, torch_threads
 from sparsebert.ops import _dispatch
 
 COLUMNS = {
@@ -58,7 +58,7 @@ def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Na
                 n=size.n, batch=size.batch, seq=size.seq, rounds=args.rounds, threads=args.threads, dtype=args.dtype,
                 rivals=args.rivals, deepsparse_python=args.deepsparse_python,
             )  # fmt: skip
-            result = compare(directory, texts_of(directory, config), config)
+            result = time_rivals(directory, texts_of(directory, config), config)
             for row in result["rows"]:
                 low, high = row.pop("ratio_ci")
                 made = {"model": model, "pattern": pattern, "sparsity": 1 - result["density"]}

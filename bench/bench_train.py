@@ -26,7 +26,7 @@ from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
 from sparsebert.encoders import bucketed, collate, tokenize
 from sparsebert.engine.measure import interleave
-from sparsebert.training.loop import Run
+from sparsebert.training.loop import TrainingLoop
 from sparsebert.training.losses import Targets
 
 BATCH, LENGTH = 32, 128
@@ -62,13 +62,13 @@ def ours(encoded: list[dict], labels: np.ndarray, precision: str, epochs: int) -
     """(a call that does the next step, its model)."""
     model, tokenizer = model_of()
     plan = [rows for epoch in range(epochs) for rows in bucketed(encoded, BATCH, np.random.default_rng(epoch))]
-    run = Run(model, TrainConfig(precision=precision), len(plan), Path("/nonexistent"))
+    run = TrainingLoop(model, TrainConfig(precision=precision), len(plan))
     targets = Targets(torch.from_numpy(labels))
     upcoming = iter(plan)
 
     def step() -> None:
         rows = next(upcoming)
-        run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)], snapshots=False)
+        run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)])
 
     return step, model
 

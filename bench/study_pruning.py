@@ -33,9 +33,9 @@ from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job, Ledger, code_of
 from sparsebert.pruning import draw, prune
+from sparsebert.pruning.distillation import distill
 from sparsebert.pruning.knowledge import STEPS, steps_of
 from sparsebert.pruning.methods import LABEL_FREE
-from sparsebert.pruning.recover import distill
 from sparsebert.pruning.run import Run
 from sparsebert.robustness.drift import OUTSIDE, drift, unlike
 from sparsebert.robustness.evaluation import compare

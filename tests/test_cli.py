@@ -430,7 +430,7 @@ def test_a_warning_is_one_line(tmp_path, capsys):
     )
     assert code == 0
     (line,) = [line for line in err.splitlines() if "new head" in line]
-    assert line.startswith(f"warning: {source} has the labels joy, anger") and "lesson.py" not in err
+    assert line.startswith(f"warning: {source} has the labels joy, anger") and "setup.py" not in err
 
 
 def test_models_of_another_task(dense, tmp_path, capsys):

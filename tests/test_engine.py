@@ -24,7 +24,7 @@ from sparsebert import checkpoint, data, environment
 from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, PruneConfig
 from sparsebert.engine import Engine, costs, engine
-from sparsebert.engine.rivals import compare
+from sparsebert.engine.rivals import time_rivals
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 from sparsebert.pruning import prune
@@ -249,7 +249,7 @@ def encoded(directory, **settings) -> tuple[list[dict], BenchConfig]:
 
 def test_compare_checks_the_output_and_restores_threads(directory):
     before = torch.get_num_threads()
-    rows = compare(directory, *encoded(directory, batch=2, rounds=6, rivals="torch,torch-bf16"))["rows"]
+    rows = time_rivals(directory, *encoded(directory, batch=2, rounds=6, rivals="torch,torch-bf16"))["rows"]
     assert torch.get_num_threads() == before
     assert [row["engine"] for row in rows] == ["sparsebert", "torch", "torch-bf16"]
     assert all(row["match"] and row["p50_ms"] > 0 and row["p99_ms"] >= row["p50_ms"] for row in rows)
@@ -260,7 +260,7 @@ def test_compare_checks_the_output_and_restores_threads(directory):
 def test_texts_of_one_length_are_timed(directory):
     texts, config = encoded(directory, seq="40")
     assert [len(text["input_ids"]) for text in texts] == [40] * 5
-    assert compare(directory, texts, config)["tokens"] == 200
+    assert time_rivals(directory, texts, config)["tokens"] == 200
     with pytest.raises(InputError, match="seq must be at most 512 tokens, got 600"):
         encoded(directory, seq="600")
 
@@ -273,7 +273,7 @@ def test_other_runtimes_give_the_same_logits(directory, name, needs):
     for package in needs.split():
         if importlib.util.find_spec(package) is None:
             require(package, f"{package} is not installed")
-    rows = compare(directory, *encoded(directory, batch=3, rounds=1, rivals=name))["rows"]
+    rows = time_rivals(directory, *encoded(directory, batch=3, rounds=1, rivals=name))["rows"]
     assert rows[1]["match"]
 
 
@@ -281,9 +281,9 @@ def test_a_rival_that_is_not_installed_is_named(directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UnsupportedError, match="needs the package"):
-        compare(directory, *encoded(directory, rounds=1, rivals="openvino"))
+        time_rivals(directory, *encoded(directory, rounds=1, rivals="openvino"))
     with pytest.raises(InputError, match=r"rivals must be of torch, .*got 'tensorrt'"):
-        compare(directory, *encoded(directory, rivals="torch,tensorrt"))
+        time_rivals(directory, *encoded(directory, rivals="torch,tensorrt"))
 
 
 def test_deepsparse_runs_in_an_environment_of_its_own(directory, tmp_path):
@@ -304,11 +304,11 @@ def test_deepsparse_runs_in_an_environment_of_its_own(directory, tmp_path):
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     settings = {"batch": 3, "rounds": 1, "rivals": "deepsparse"}
-    rows = compare(directory, *encoded(directory, **settings, deepsparse_python=str(python)))["rows"]
+    rows = time_rivals(directory, *encoded(directory, **settings, deepsparse_python=str(python)))["rows"]
     assert rows[1]["match"] and rows[1]["p50_ms"] > 0
     for bad, says in ((None, "--deepsparse-python"), ("/no/python", "cannot be run"), ("/bin/false", "ended")):
         with pytest.raises(UnsupportedError, match=says):
-            compare(directory, *encoded(directory, **settings, deepsparse_python=bad))
+            time_rivals(directory, *encoded(directory, **settings, deepsparse_python=bad))
 
 
 def test_rivals_are_held_to_the_same_instructions(monkeypatch):
@@ -331,7 +331,7 @@ def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
     for factor, says in ((1.5, "must be torch.s"), (np.nan, "logits must be finite")):
         monkeypatch.setattr(engine, "sparse_encoder", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
         with pytest.raises(CheckpointError, match=says):
-            compare(stock, *encoded(stock, rounds=1))
+            time_rivals(stock, *encoded(stock, rounds=1))
 
 
 @pytest.mark.filterwarnings("ignore:.*is unsealed")

@@ -149,7 +149,7 @@ def test_the_code_of_training_and_pruning_is_found():
     training, pruning = closure("sparsebert.training.finetune"), closure("sparsebert.pruning.methods")
     assert {f"sparsebert.training.{name}" for name in ("loop", "losses", "fused", "bias", "adversarial")} <= training
     assert {"sparsebert.ops.dropout", "sparsebert.encoders", "sparsebert.data"} <= training & (pruning | training)
-    assert {f"sparsebert.pruning.{name}" for name in ("calibrate", "solve", "allocate", "recover")} <= pruning
+    assert {f"sparsebert.pruning.{name}" for name in ("stages", "solve", "allocate", "distillation")} <= pruning
     assert {"sparsebert.ops.obs_prune", "sparsebert.kernels.obs_prune"} <= pruning
     assert not any(name.startswith("sparsebert.training") for name in pruning)
     assert not any(name.startswith(("sparsebert.cli", "sparsebert.study")) for name in training | pruning)

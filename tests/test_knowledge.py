@@ -18,7 +18,7 @@ from sparsebert.config import PruneConfig
 from sparsebert.heads import SINGLE_LABEL
 from sparsebert.ops.admm_prune import admm_prune
 from sparsebert.ops.masked_lstsq import masked_lstsq
-from sparsebert.pruning import allocate, draw, prune, recover
+from sparsebert.pruning import allocate, distillation, draw, prune
 from sparsebert.pruning.cluster import assigned, row_groups, row_losses
 from sparsebert.pruning.knowledge import STEPS
 from sparsebert.pruning.scores import FLOOR, cls_weights, gradient_pass, output_metrics
@@ -41,7 +41,7 @@ def calibration(tokens=1500):
 def pruned(seed: int, tier: int, pattern: str, without: str):
     """A model pruned by `knowledge`; the calibration of tier 0 needs no gradients, so it may be large."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recover, "STEPS", 50)
+        patch.setattr(distillation, "STEPS", 50)
         model = classifier(seed=seed)
         config = PruneConfig(tier=tier, without=without, sparsity=0.7, pattern=pattern)
         prune(model, calibration({0: 30_000, 1: 3000, 2: 6000}[tier]), config)
@@ -163,12 +163,12 @@ def test_output_metrics_predict_the_change_of_the_logits_that_an_error_makes():
     """The mean squared change by a small error E of one linear is tr(B E H Eᵀ), up to floors and the model's scale."""
     model, batches = classifier(), calibration(4000).batches
     metrics = output_metrics(model, batches, seed=0)
-    reference = recover.logits_of(model, batches)
+    reference = distillation.logits_of(model, batches)
     predicted, ignoring, real = [], [], []
     for name, module in encoders.encoder_linears(model).items():
         xs = []
         handle = module.register_forward_pre_hook(lambda _m, args, xs=xs: xs.append(args[0].flatten(0, 1)))
-        recover.logits_of(model, batches)
+        distillation.logits_of(model, batches)
         handle.remove()
         x = torch.cat(xs)
         h = x.T @ x / len(x)
@@ -181,7 +181,7 @@ def test_output_metrics_predict_the_change_of_the_logits_that_an_error_makes():
                 error = vectors[:, : len(values) // 2] @ vectors[:, : len(values) // 2].T @ error
             with torch.no_grad():
                 module.weight.add_(error)
-                change = recover.logits_of(model, batches) - reference
+                change = distillation.logits_of(model, batches) - reference
                 module.weight.copy_(kept)
             change -= change.mean(-1, keepdim=True)
             within.append((float((metrics[name] @ error @ h * error).sum()), float((error @ h * error).sum())))
@@ -225,7 +225,7 @@ def test_damage_predicts_the_divergence_that_one_linear_causes(pattern, clustere
     dense, batches = classifier(), calibration(4000).batches
     changes = allocate.one_by_one(dense, batches, patterns.parse(pattern), 0.01, clustered, encoders.no_progress)
     damage = allocate.damage(dense, batches, changes, seed=0)
-    reference = recover.logits_of(dense, batches)
+    reference = distillation.logits_of(dense, batches)
     level = allocate.LEVELS.index(0.4)
     predicted, real = [], []
     for name in encoders.encoder_linears(dense):
@@ -233,13 +233,13 @@ def test_damage_predicts_the_divergence_that_one_linear_causes(pattern, clustere
         module = model.get_submodule(name)
         xs = []
         handle = module.register_forward_pre_hook(lambda _m, args, xs=xs: xs.append(args[0].flatten(0, 1)))
-        recover.logits_of(model, batches)
+        distillation.logits_of(model, batches)
         handle.remove()
         with torch.no_grad():
             change = changes[name][level].float()
             module.weight.add_(change)
             module.bias.sub_(change @ torch.cat(xs).mean(0))
-        real.append(kl(reference, recover.logits_of(model, batches)))
+        real.append(kl(reference, distillation.logits_of(model, batches)))
         predicted.append(damage[name][level])
     assert np.corrcoef(np.log(predicted), np.log(real))[0, 1] > 0.8
     assert 0.3 < np.median(np.array(predicted) / np.array(real)) < 3
@@ -321,9 +321,9 @@ def test_an_assignment_of_rows_is_the_best(groups, rows, skew, seed):
 
 @pytest.mark.parametrize("tokens", [1, 20, 10_000])
 def test_distilling_in_parts_weighs_every_text_alike(monkeypatch, tokens):
-    monkeypatch.setattr(recover, "TOKENS_PER_BATCH", tokens)
+    monkeypatch.setattr(distillation, "TOKENS_PER_BATCH", tokens)
     values = torch.arange(50.0).view(5, 10)
-    parts = list(recover._parts({"input_ids": values}))
+    parts = list(distillation._parts({"input_ids": values}))
     assert len(parts) == {1: 5, 20: 3, 10_000: 1}[tokens]
     assert torch.equal(torch.cat([part["input_ids"] for part, _ in parts]), values)
     assert sum(share * float(part["input_ids"].mean()) for part, share in parts) == pytest.approx(float(values.mean()))
@@ -339,7 +339,7 @@ def test_a_product_without_the_zeros_has_the_gradients_of_the_dense_one(bias):
         loss = (module(x) * wanted).sum()
         return [loss.detach(), *torch.autograd.grad(loss, [x, *module.parameters()])]
 
-    with recover._by_sparse_products({module: mask}) as take_weights:
+    with distillation._by_sparse_products({module: mask}) as take_weights:
         with torch.no_grad():
             module.weight.copy_(torch.randn(24, 40) * mask)
         take_weights()
@@ -350,9 +350,9 @@ def test_a_product_without_the_zeros_has_the_gradients_of_the_dense_one(bias):
 
 @pytest.mark.parametrize("density", [0.5, 0.2])  # by dense products, and without the zeros
 def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatch, density):
-    monkeypatch.setattr(recover, "STEPS", 100)
-    monkeypatch.setattr(recover, "BATCH", 32)
-    for part in (recover, encoders):  # both choose by it
+    monkeypatch.setattr(distillation, "STEPS", 100)
+    monkeypatch.setattr(distillation, "BATCH", 32)
+    for part in (distillation, encoders):  # both choose by it
         monkeypatch.setattr(part, "bf16_is_fast", lambda: False)
     teacher, texts = classifier(), calibration(3000)
     model = copy.deepcopy(teacher)
@@ -361,15 +361,15 @@ def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatc
             kept = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(0)) < density
             module.weight.mul_(kept)
     before = {name: m.weight.clone() for name, m in encoders.encoder_linears(model).items()}
-    reference = recover.logits_of(teacher, texts.held_out_batches)
-    was = kl(reference, recover.logits_of(model, texts.held_out_batches))
-    recover.distill(model, teacher, texts, perturb=True, seed=0)
+    reference = distillation.logits_of(teacher, texts.held_out_batches)
+    was = kl(reference, distillation.logits_of(model, texts.held_out_batches))
+    distillation.distill(model, teacher, texts, perturb=True, seed=0)
     for name, module in encoders.encoder_linears(model).items():
         assert torch.equal(module.weight == 0, before[name] == 0)
         assert not torch.equal(module.weight, before[name])
     for a, b in zip(model.bert.embeddings.parameters(), teacher.bert.embeddings.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert kl(reference, recover.logits_of(model, texts.held_out_batches)) < 0.7 * was
+    assert kl(reference, distillation.logits_of(model, texts.held_out_batches)) < 0.7 * was
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -378,17 +378,17 @@ def test_words_are_swapped_for_their_neighbours_only():
     near = data.word_neighbors()
     assert "nice" in near["good"] and all(len(words) <= 8 for words in near.values())
     text = "a good movie , not terrible at all !"
-    assert recover.swap_words(text, rng, share=0.0) == text
-    swapped = recover.swap_words(text, rng, share=1.0).split(" ")
+    assert distillation.swap_words(text, rng, share=0.0) == text
+    swapped = distillation.swap_words(text, rng, share=1.0).split(" ")
     for old, new in zip(text.split(" "), swapped, strict=True):
         assert new in near.get(old, [old])
-    assert recover.swap_words("Good", rng, share=1.0) in near["good"]
+    assert distillation.swap_words("Good", rng, share=1.0) in near["good"]
 
 
 def test_half_the_texts_are_joined_to_another_and_pairs_stay_pairs():
     texts = ([f"qqa{i}" for i in range(400)], [f"qqb{i}" for i in range(400)])  # words without neighbours
     examples = data.Examples("mr", "train", *texts, labels=np.zeros(400, dtype=np.int64))
-    changed = recover._changed(examples, np.random.default_rng(0))
+    changed = distillation._changed(examples, np.random.default_rng(0))
     joined = [text.split() for text in changed.texts if " " in text]
     assert len(changed) == 400 and 160 < len(joined) < 240 and {len(parts) for parts in joined} == {2}
     for first, second in zip(changed.texts, changed.texts_b, strict=True):

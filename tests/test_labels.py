@@ -17,11 +17,11 @@ from sparsebert import Engine, checkpoint, config, data, encoders, heads
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict, set_labels
 from sparsebert.errors import DataError, InputError
-from sparsebert.pruning import SubnetConfig, draw, prune, prune_checkpoint, recover
+from sparsebert.pruning import SubnetConfig, distillation, draw, prune, prune_checkpoint
 from sparsebert.robustness import compare, evaluate
 from sparsebert.robustness.evaluation import divergences
 from sparsebert.training import soup, train
-from sparsebert.training.lesson import fresh_classifier
+from sparsebert.training.setup import fresh_classifier
 
 TINY = {"steps": 2, "batch_size": 4, "n": 24, "precision": "fp32"}
 MR = data.load(data.get_task("mr"), "train", limit=300, seed=0)
@@ -142,8 +142,8 @@ def headed(problem: str, seed: int = 0):
 @pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
 @pytest.mark.parametrize("settings", [{"tier": 1}, {"tier": 2}, {"method": "adaptive"}], ids=str)
 def test_other_heads_are_pruned_towards_the_dense_models_outputs(problem, settings, monkeypatch):
-    monkeypatch.setattr(recover, "STEPS", 50)  # so that the held-out texts are asked once
-    monkeypatch.setattr(recover, "BATCH", 32)
+    monkeypatch.setattr(distillation, "STEPS", 50)  # so that the held-out texts are asked once
+    monkeypatch.setattr(distillation, "BATCH", 32)
     dense, model, tok = headed(problem), headed(problem), tokenizer()
     calibration = draw(model, tok, MR, 4000, 64, 0)
     prune(model, calibration, config.PruneConfig(sparsity=0.5, **settings))

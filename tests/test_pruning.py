@@ -11,9 +11,9 @@ from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError, OutputError, UnsupportedError
 from sparsebert.pruning import draw, prune, prune_checkpoint
-from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.solve import Quadratic
+from sparsebert.pruning.stages import stages
 
 MR = data.load(data.get_task("mr"), "train")
 CONFIGS = [{"method": method} for method in LABEL_FREE] + [
@@ -34,7 +34,7 @@ calibration = functools.cache(drawn)  # nothing changes what it holds; a draw to
 def short_distillation(monkeypatch):
     """A tenth of the steps on a quarter of the texts, held-out texts asked as often: every part of it runs."""
     for name, value in {"STEPS": 30, "CHECK_EVERY": 5, "BATCH": 32}.items():
-        monkeypatch.setattr(f"sparsebert.pruning.recover.{name}", value)
+        monkeypatch.setattr(f"sparsebert.pruning.distillation.{name}", value)
 
 
 def zeros(model) -> dict[str, int]:

@@ -216,7 +216,7 @@ def test_the_penalty_is_the_mean_sigmoid_of_the_scores_and_rises_with_the_sparsi
 def test_scores_have_their_own_learning_rate_and_no_decay(tuned, tmp_path):
     groups = []
 
-    class Spy(loop.Run):
+    class Spy(loop.TrainingLoop):
         def finish(self):
             names = {id(p): name for name, p in self.parameters.items()}
             for group in self.optimizer.param_groups:
@@ -225,7 +225,7 @@ def test_scores_have_their_own_learning_rate_and_no_decay(tuned, tmp_path):
             super().finish()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsebert.training.lesson.Run", Spy)
+        patch.setattr("sparsebert.training.setup.TrainingLoop", Spy)
         settings = config.PruneConfig(method="soft-movement", sparsity=0.5)
         subnet = SubnetConfig(**QUICK, scores_lr=0.3, weight_decay=0.02)
         prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
@@ -420,13 +420,13 @@ def test_a_search_may_start_from_any_point_of_a_fine_tuning(start, tmp_path):
 def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_path):
     found = []
 
-    class Spy(loop.Run):
+    class Spy(loop.TrainingLoop):
         def __init__(self, model, config, *args, **kwargs):
             found.append(config.lr)
             super().__init__(model, config, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsebert.training.lesson.Run", Spy)
+        patch.setattr("sparsebert.training.setup.TrainingLoop", Spy)
         fields = {name: value for name, value in QUICK.items() if name != "lr"}
         for method in ("mask", "imp"):
             prune_checkpoint(
@@ -473,13 +473,13 @@ def test_a_diverging_search_stops_and_keeps_its_last_good_state(tuned, tmp_path,
         calls.append(1)
         return original(self, batch, targets) if len(calls) < 7 else float("nan")
 
-    original = loop.Run._backward
-    monkeypatch.setattr(loop.Run, "_backward", spoil)
+    original = loop.TrainingLoop._backward
+    monkeypatch.setattr(loop.TrainingLoop, "_backward", spoil)
     settings, subnet = config.PruneConfig(method="imp", sparsity=0.5), SubnetConfig(**QUICK)
     with pytest.raises(InputError, match=r"diverged at step 7: loss nan; the state of step 4 is kept in .*partial"):
         prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet)
     assert not (tmp_path / "m").exists()
-    monkeypatch.setattr(loop.Run, "_backward", original)
+    monkeypatch.setattr(loop.TrainingLoop, "_backward", original)
     assert prune_checkpoint(tuned, "mr", tmp_path / "m", settings, subnet).training["resumed_from"] == 4
 
 

@@ -11,7 +11,7 @@ from models import classifier, saved, stock, tokenizer
 from sparsebert import checkpoint, config, data, encoders, jobs
 from sparsebert.errors import CheckpointError, InputError, OutputError
 from sparsebert.training import loop, train
-from sparsebert.training.lesson import origin
+from sparsebert.training.setup import origin
 
 SETTINGS = config.TrainConfig(n=64, batch_size=8, epochs=1.5, lr=1e-3)  # 12 steps
 
@@ -236,8 +236,8 @@ def test_the_best_weights_are_those_of_the_best_check(start, tmp_path, monkeypat
         kept_at.append({name: p.detach().clone() for name, p in self.parameters.items()})
         original(self)
 
-    original = loop.Run._keep_best
-    monkeypatch.setattr(loop.Run, "_keep_best", keep_best)
+    original = loop.TrainingLoop._keep_best
+    monkeypatch.setattr(loop.TrainingLoop, "_keep_best", keep_best)
     settings = SETTINGS.model_copy(update={"hold_out": 20, "select": "best"})
     result = train(start, "mr", tmp_path / "m", settings)
     assert result.held_out == 0.8 and result.chosen == 2 and len(kept_at) == 12

@@ -316,7 +316,7 @@ def bench(
     environment.cap_rivals()  # before anything imports torch
     from sparsebert.cli.timing import random_model, texts_of
     from sparsebert.engine.measure import ratio_text
-    from sparsebert.engine.rivals import compare, named
+    from sparsebert.engine.rivals import named, time_rivals
 
     if (directory is None) == (config.random is None):
         raise InputError("bench needs DIR or --random, and not both", fix="name a model directory, or --random minilm")
@@ -324,7 +324,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder, progress("bench") as update:
         if directory is None:
             directory = random_model(config, Path(folder))
-        result = compare(directory, texts_of(directory, config), config, explain=explain, progress=update)
+        result = time_rivals(directory, texts_of(directory, config), config, explain=explain, progress=update)
     if not json:
         rows = [
             [

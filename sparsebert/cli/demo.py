@@ -17,8 +17,7 @@ from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
 from sparsebert.encoders import predict
 from sparsebert.engine.measure import ratio_text
-from sparsebert.engine.rivals import OURS
-from sparsebert.engine.rivals import compare as race
+from sparsebert.engine.rivals import OURS, time_rivals
 from sparsebert.jobs import Ledger, code_of, place, require_place
 from sparsebert.pruning import PruneResult, prune_checkpoint
 from sparsebert.robustness import Evaluation, compare
@@ -145,7 +144,7 @@ def _time(output: Path, config: DemoConfig) -> list[dict]:
             seed=config.seed, **chosen,
         )  # fmt: skip
         with progress(f"4/5 time (batch {batch})") as update:
-            result = race(output / TIMED, texts_of(output / TIMED, settings), settings, progress=update)
+            result = time_rivals(output / TIMED, texts_of(output / TIMED, settings), settings, progress=update)
         rows = {row["engine"]: row for row in result["rows"]}
         timings.append({
             "batch": batch, "threads": rows["torch"]["threads"], "machine": result["machine"],

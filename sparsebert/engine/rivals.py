@@ -233,7 +233,7 @@ def named(rivals: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def compare(
+def time_rivals(
     directory: str | Path,
     encoded: list[dict],
     config: BenchConfig,

@@ -12,11 +12,11 @@ from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.ops.admm_prune import admm_path
 from sparsebert.ops.masked_lstsq import masked_lstsq
 from sparsebert.patterns import Pattern, zeros_in
-from sparsebert.pruning.calibrate import stages
 from sparsebert.pruning.calibration import Batches
 from sparsebert.pruning.cluster import row_groups
 from sparsebert.pruning.scores import gradient_pass
 from sparsebert.pruning.solve import Quadratic
+from sparsebert.pruning.stages import stages
 
 # Sparsities tried for every linear. The highest is a cap: beyond it a linear's error no longer predicts the model's.
 LEVELS = (0.15, 0.4, 0.6, 0.75, 0.83, 0.89, 0.93, 0.96, 0.985)

@@ -21,7 +21,7 @@ from sparsebert.pruning.run import Run
 from sparsebert.pruning.subnets import Subnet, own
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Trained
-from sparsebert.training.lesson import read_by, task_name
+from sparsebert.training.setup import read_by, task_name
 
 METHODS: dict[str, LabelFree | Trained] = {**LABEL_FREE, **TRAINED}
 CUT_SAMPLE = 4096  # training texts of which the share that is cut is told, at most
@@ -164,11 +164,11 @@ class _Trained:
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite
     ):
         self.config, self.subnet = config, Subnet(source, spec, target, config, subnet, overwrite)
-        lesson = self.lesson = self.subnet.lesson
-        self.job, self.spec = self.subnet.job, lesson.spec
+        setup = self.setup = self.subnet.setup
+        self.job, self.spec = self.subnet.job, setup.spec
         # With the learning rate it is run at.
-        self.recipe = {"data_sha256": lesson.inputs["data"], **lesson.config.model_dump()}
-        self.read = {"rows": data.rows_read(lesson.spec), "left_out": lesson.examples.left_out}
+        self.recipe = {"data_sha256": setup.inputs["data"], **setup.config.model_dump()}
+        self.read = {"rows": data.rows_read(setup.spec), "left_out": setup.examples.left_out}
 
     def find(self, progress: Progress):
         """(model, tokenizer, result)."""

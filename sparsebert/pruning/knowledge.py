@@ -18,7 +18,7 @@ from sparsebert.patterns import Grouped, Pattern, Unstructured, parse, sparsity_
 from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import Batches, Calibration
 from sparsebert.pruning.cluster import row_groups
-from sparsebert.pruning.recover import distill
+from sparsebert.pruning.distillation import distill
 from sparsebert.pruning.run import Run
 from sparsebert.pruning.scores import cls_weights, output_metrics
 from sparsebert.pruning.solve import Quadratic, match_logits, set_affine

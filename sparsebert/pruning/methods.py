@@ -17,11 +17,11 @@ from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.ops.obs_prune import obs_prune, obs_sweep
 from sparsebert.ops.topk_mask import pattern_mask, topk_mask
 from sparsebert.patterns import Pattern, Unstructured, kept_in, parse, sparsity_of
-from sparsebert.pruning.calibrate import Stage
 from sparsebert.pruning.calibration import Calibration
 from sparsebert.pruning.knowledge import knowledge
 from sparsebert.pruning.run import Run
 from sparsebert.pruning.solve import Quadratic, set_affine
+from sparsebert.pruning.stages import Stage
 
 
 def _wanted(config: PruneConfig) -> tuple[Pattern, float]:

@@ -17,13 +17,13 @@ from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, 
 from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import NONE, SHARES, TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
+from sparsebert.pruning.distillation import BATCH, SPARSE_BELOW, STEPS
 from sparsebert.pruning.entry import check, run_of
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.methods import LABEL_FREE
-from sparsebert.pruning.recover import BATCH, SPARSE_BELOW, STEPS
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
-from sparsebert.training.lesson import Lesson
 from sparsebert.training.loop import CHECKS, step_count
+from sparsebert.training.setup import TrainingSetup
 
 # Share of the speed of a large matrix product (float32; in training, of its own type) that the parts of a prune reach,
 # fitted to MiniLM and BERT-base.
@@ -71,7 +71,7 @@ def plan(
     directory = checkpoint.resolve(source)
     run, model = run_of(directory, task, output, config, subnet, overwrite), checkpoint.shapes(directory)
     if config.method in TRAINED:
-        return _plan_training(model, directory, run.lesson, config, subnet)
+        return _plan_training(model, directory, run.setup, config, subnet)
     own = None
     if run.examples is not None:
         own = round(len(run.examples) * _mean_tokens(directory, run.examples, run.max_length)[0])
@@ -111,12 +111,12 @@ def _mean_tokens(directory: Path, examples: data.Examples, max_length: int) -> t
     return sum(lengths) / len(lengths), max(lengths)
 
 
-def _plan_training(model, directory: Path, lesson: Lesson, config: PruneConfig, subnet: SubnetConfig) -> Plan:
+def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneConfig, subnet: SubnetConfig) -> Plan:
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
-    examples, held_out = lesson.examples, lesson.held_out
-    mean, longest = _mean_tokens(directory, examples, lesson.spec.max_length)
+    examples, held_out = setup.examples, setup.held_out
+    mean, longest = _mean_tokens(directory, examples, setup.spec.max_length)
     optimizer_steps = step_count(len(examples), subnet)
     tokens = round(optimizer_steps * min(subnet.batch_size, len(examples)) * mean)
 

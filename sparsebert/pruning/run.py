@@ -10,8 +10,8 @@ from torch import nn
 
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.jobs import Job
-from sparsebert.pruning.calibrate import Stage, stages
 from sparsebert.pruning.calibration import Batches
+from sparsebert.pruning.stages import Stage, stages
 
 
 class Run:
@@ -25,7 +25,7 @@ class Run:
         return lambda done, total: self.progress(done, total, what)
 
     def stages(self, model, batches: Batches, **options) -> Iterator[Stage]:
-        """`calibrate.stages`, which see, passing the layers that an earlier run of the same key has finished."""
+        """`stages.stages`, which see, passing the layers that an earlier run of the same key has finished."""
         progress = self.part("reconstruct")
         total, done = len(encoder_linears(model)), 0
         open_layer: list[dict[str, nn.Linear]] = []

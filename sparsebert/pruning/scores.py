@@ -9,8 +9,8 @@ import torch
 
 from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, frozen, no_progress
 from sparsebert.heads import problem_of
-from sparsebert.pruning.calibrate import TokenWeights
 from sparsebert.pruning.calibration import Batches
+from sparsebert.pruning.stages import TokenWeights
 
 FLOOR = 0.1  # of the mean: keeps the rank, and the function on texts unlike these
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsebert.errors import InputError
 from sparsebert.heads import Problem
-from sparsebert.pruning.calibrate import Stage
+from sparsebert.pruning.stages import Stage
 
 DEAD = 1e-10  # of the largest variance
 HEAD_RIDGE = 1e-4  # on the squared distance from the least squares solution, beside a KL in nats

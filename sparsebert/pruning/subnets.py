@@ -15,7 +15,7 @@ from sparsebert.patterns import parse, sparsity_of
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Start, TrainedConfig
 from sparsebert.training.finetune import train
-from sparsebert.training.lesson import Lesson, fresh_classifier, head_for, origin
+from sparsebert.training.setup import TrainingSetup, fresh_classifier, head_for, origin
 
 
 class Subnet:
@@ -35,14 +35,14 @@ class Subnet:
         chosen |= {k: v for k, v in self.method.by_pattern(self.pattern).items() if getattr(subnet, k) is None}
         self.settings = subnet.model_copy(update=chosen)
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
-        others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the model of the lesson
-        self.lesson = Lesson.of(spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
-        head_for(self.start, self.lesson.spec, own_head=True)
-        self.job = Job("prune", self.lesson.inputs, __name__, target, overwrite=overwrite, space=self.lesson.space)
+        others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the model of the setup
+        self.setup = TrainingSetup.of(spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
+        head_for(self.start, self.setup.spec, own_head=True)
+        self.job = Job("prune", self.setup.inputs, __name__, target, overwrite=overwrite, space=self.setup.space)
 
     def find(self, progress: Progress):
         """(model with zeros, tokenizer, figures of the run), on the CPU and in eval mode."""
-        spec, seed = self.lesson.spec, self.settings.seed
+        spec, seed = self.setup.spec, self.settings.seed
 
         def rewound() -> dict[str, torch.Tensor]:
             return dict(fresh_classifier(self.rewind, spec, seed)[0].named_parameters())
@@ -51,7 +51,7 @@ class Subnet:
             model, tokenizer = fresh_classifier(self.start, spec, seed, own_head=True)
             config = own(self.method.name, self.settings)
             hook = self.method.hook(Start(model, self.pattern, self.sparsity, config, rewound))
-            figures = self.lesson.learn(model, tokenizer, hook, self.job, train, progress)
+            figures = self.setup.learn(model, tokenizer, hook, self.job, train, progress)
             after = self.method.rewinds == "after" and self.rewind is not None
             keeps = hook.keeps() if after else {}
             hook.fold()

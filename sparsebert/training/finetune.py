@@ -14,8 +14,8 @@ from sparsebert.encoders import Progress, no_progress, task_for
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job
 from sparsebert.training.imp import FixedZeros
-from sparsebert.training.lesson import Lesson, fresh_classifier, read_by, task_name
-from sparsebert.training.loop import Hook, Run
+from sparsebert.training.loop import Hook, TrainingLoop
+from sparsebert.training.setup import TrainingSetup, fresh_classifier, read_by, task_name
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,22 @@ def train(
         share: checkpoint.check_output(target.with_name(f"{target.name}-at-{share:g}"), overwrite=overwrite)
         for share in shares(config.keep)
     }
-    lesson = Lesson.of(spec, config, source)
-    job = Job("train", lesson.inputs, __name__, target, overwrite=overwrite, space=lesson.space)
+    setup = TrainingSetup.of(spec, config, source)
+    job = Job("train", setup.inputs, __name__, target, overwrite=overwrite, space=setup.space)
     if (figures := checkpoint.finished(job)) is not None:
-        read = {"rows": data.rows_read(spec), "left_out": lesson.examples.left_out}  # this time
+        read = {"rows": data.rows_read(spec), "left_out": setup.examples.left_out}  # this time
         return TrainResult(directory=target, resumed_from=figures["steps"], **figures | read)
     for directory in aside.values():
         checkpoint.finished(job, directory)  # refuses what must not be replaced
 
     with job, torch.random.fork_rng(devices=[]):
-        classifier, tokenizer = fresh_classifier(source, lesson.spec, config.seed)
+        classifier, tokenizer = fresh_classifier(source, setup.spec, config.seed)
         recipe = {
-            "command": "train", **checkpoint.made_from(model, lesson.inputs["model"]), "task": task_name(spec),
-            "data_sha256": lesson.inputs["data"], **config.model_dump(),
+            "command": "train", **checkpoint.made_from(model, setup.inputs["model"]), "task": task_name(spec),
+            "data_sha256": setup.inputs["data"], **config.model_dump(),
         }  # fmt: skip
         # A pruned model says so in its config, and still is one afterwards.
-        summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": lesson.spec.max_length}
+        summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": setup.spec.max_length}
         pruned = "sparsity" in summary
 
         def save(directory: Path, figures: dict) -> str:
@@ -98,13 +98,13 @@ def train(
                 classifier, tokenizer, directory, recipe=recipe, job=job, figures=figures, summary=summary
             )
 
-        def save_aside(run: Run) -> None:
+        def save_aside(run: TrainingLoop) -> None:
             for share, directory in aside.items():
                 if run.step == max(1, round(share * run.total_steps)):
                     save(directory, {"steps": run.step})
 
         hook = FixedZeros(classifier) if pruned else Hook()
-        figures = lesson.learn(classifier, tokenizer, hook, job, train, progress, save_aside)
+        figures = setup.learn(classifier, tokenizer, hook, job, train, progress, save_aside)
         resumed_from = figures.pop("resumed_from")
         figures["seconds"] = time.perf_counter() - start
         sha256 = save(target, figures)

@@ -73,7 +73,7 @@ def step_count(examples: int, config: LearnConfig) -> int:
     return config.steps or max(1, round(config.epochs * -(-examples // config.batch_size)))
 
 
-def plan(encoded: list[dict], config: LearnConfig) -> list[np.ndarray]:
+def batch_rows(encoded: list[dict], config: LearnConfig) -> list[np.ndarray]:
     """The rows of every step, in order."""
     total = step_count(len(encoded), config)
     steps: list[np.ndarray] = []
@@ -102,7 +102,7 @@ def precision_of(config: LearnConfig) -> str:
     return config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
 
 
-class Run:
+class TrainingLoop:
     """Model, optimizer and step count, with the snapshots they can be rebuilt from.
 
     job: what snapshots are kept for; None for a run too short to need any. Trains the parameters that ask for a

@@ -17,8 +17,8 @@ from sparsebert.errors import InputError
 from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.jobs import Job
 from sparsebert.training import adversarial
-from sparsebert.training.lesson import own_classifier, read_by, task_name
 from sparsebert.training.losses import Targets
+from sparsebert.training.setup import own_classifier, read_by, task_name
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,15 @@ from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError, SparsebertWarning, UnsupportedError
 from sparsebert.jobs import Job
 from sparsebert.training import bias
-from sparsebert.training.loop import STEPS_PER_SNAPSHOT, Hook, Run, plan, precision_of, seed_of, step_count
+from sparsebert.training.loop import (
+    STEPS_PER_SNAPSHOT,
+    Hook,
+    TrainingLoop,
+    batch_rows,
+    precision_of,
+    seed_of,
+    step_count,
+)
 from sparsebert.training.losses import LOSSES, Targets
 
 # (start, task name, output, config): fine-tunes a teacher by cross-entropy. `finetune.train`, which is above.
@@ -37,7 +45,7 @@ Train = Callable[..., object]
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingSetup:
     """examples: learnt from. held_out: to choose on. origin: the pretrained encoder that the run descends from, from
     which bias models and teachers are made, where the loss needs such. teacher: None for one that is trained first.
     inputs: all that decides the result, for `Job`. space: bytes that the run will write, about.
@@ -61,7 +69,7 @@ class Lesson:
         *,
         default_lr: Callable[[int], float] | None = None,
         settings: dict | None = None,
-    ) -> Lesson:
+    ) -> TrainingSetup:
         """Reads the examples and checks what the loss needs. default_lr: the learning rate for a number of steps, where
         the config names none. settings: flags that decide the result beside those of the config, or in place of them.
         Raises InputError for what is missing or does not match.
@@ -105,7 +113,7 @@ class Lesson:
         job: Job,
         train: Train,
         progress: Progress,
-        after_step: Callable[[Run], None] = lambda run: None,
+        after_step: Callable[[TrainingLoop], None] = lambda run: None,
     ) -> dict:
         """Trains what asks for a gradient, from its last snapshot where there is one, and returns figures of the run. A
         teacher that is not given is trained first by `train`, into <output>.teacher.
@@ -116,14 +124,14 @@ class Lesson:
         if teacher is None and LOSSES[config.loss].teacher:
             teacher = self._train_teacher(job, train, progress)
         targets, figures = self._targets(model.device, teacher, progress)
-        steps = plan(encoded, config)
+        steps = batch_rows(encoded, config)
 
         def score() -> float:
             with autocast(run.precision == "bf16", model.device):
                 logits = predict(model, tokenizer, self.held_out, max_length=self.spec.max_length)
             return heads.PROBLEMS[self.spec.problem].metric(logits, self.held_out.labels)
 
-        run = Run(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
+        run = TrainingLoop(model, config, len(steps), job, hook=hook, score=score if config.select == "best" else None)
         figures |= {
             "max_length": self.spec.max_length,
             "cut": cut_share(tokenizer, self.examples, encoded, self.spec.max_length),
@@ -173,8 +181,8 @@ class Lesson:
         settings = TrainConfig(epochs=1, seed=(self.config.seed + number) % 2**63, precision=self.config.precision)
         model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, device)
         encoded = tokenize(tokenizer, examples, token_limit(model.config, self.spec.max_length))
-        targets, steps = Targets(torch.from_numpy(examples.labels)), plan(encoded, settings)
-        run = Run(model, settings, len(steps))
+        targets, steps = Targets(torch.from_numpy(examples.labels)), batch_rows(encoded, settings)
+        run = TrainingLoop(model, settings, len(steps))
         for step, rows in enumerate(steps):
             torch.manual_seed(seed_of(settings.seed, step))
             run.advance(collate(tokenizer, encoded, rows), targets[torch.from_numpy(rows)])
