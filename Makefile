@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test lint tables clean
+.PHONY: demo test lint wheel tables drawings clean
 demo: .venv/installed
 	$(BIN)/sparsebert demo --overwrite  # of what an older version of the code has left
 
@@ -14,8 +14,15 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
+wheel: .venv/installed  # into dist/
+	$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+
 tables: .venv/installed  # which machine, command and environment made each of bench/results
 	@$(BIN)/python -m bench.tables
+
+drawings: .venv/installed  # docs/flow.svg and docs/pass.svg
+	$(BIN)/python -m pip install -q 'matplotlib>=3.9,<4'
+	$(BIN)/python docs/draw.py
 
 clean:
 	rm -rf .venv build sparsebert-demo *.egg-info sparsebert/*.so

@@ -12,15 +12,16 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
 
 
-# One binary for every CPU: no -march here. The kernels open their own target regions and are chosen at run time. The
-# symbol table stays in (no -s): tests/test_build.py reads from it which function holds which instructions.
+# One binary for every CPU, so there is no -march here: each kernel sets its instruction set by a target pragma and is
+# chosen at run time. The symbol table is kept (no -s): tests/test_build.py needs it to see which function holds which
+# instructions.
 core = Pybind11Extension(
     "sparsebert._C",
     sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
     depends=sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/*.inl"),
     cxx_std=17,
-    # Contraction is what makes a * b + c one fused multiply-add; GCC's default depends on the language standard.
-    # psabi warns of wide vectors passed by value, which inlining leaves none of.
+    # Contraction turns a * b + c into one fused multiply-add; GCC's default depends on the language standard. psabi
+    # warns about wide vectors passed by value; after inlining there are none.
     extra_compile_args=[
         "-O3",
         "-fvisibility=hidden",

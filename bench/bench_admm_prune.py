@@ -42,14 +42,16 @@ COLUMNS = {
     "apart": ".3f",
 }  # fmt: skip
 NOTES = (
-    "The whole call: eigenvectors (`eigh_ms`, float32, in both sides' times) and up to 120 iterations. The reference "
-    "is the same in torch: float32 products and divisions, torch.topk. `ratio` with its 95 % interval. `objective`: "
-    "error tr((V - W*) H (V - W*)ᵀ) after the least squares on our support, over that on the reference's; "
-    "`same_result`: within 0.5 % of 1. `sweep`, `magnitude`: our error over that on the support of obs_sweep, and "
-    "of the largest normalised magnitudes. Rows with a row metric B (of rank 5 over a floor): the errors are tr(B (V - "
-    "W*) H (V - W*)ᵀ), the reference is float64, and the other two supports do not know of B. Rows of a climb are "
-    "admm_path, its supports at all levels in one call: `objective` is the geometric mean over levels; `apart_ms` is "
-    "the time of a call of admm_prune a level, `apart` our largest error at a level over the one of that call."
+    "`ours_ms` is the time of the whole call: eigenvectors (`eigh_ms`, float32, part of both sides' times) and up to "
+    "120 iterations. The reference does the same in torch: float32 products and divisions, torch.topk. `ratio`: the "
+    "reference's time over ours, with its 95 % interval. `objective`: the error tr((V - W*) H (V - W*)ᵀ) after least "
+    "squares on our support, over the error on the reference's support; `same_result`: `objective` is within 0.5 % of "
+    "1. `sweep` and `magnitude`: our error over the error on the support of obs_sweep, and on the support of the "
+    "largest normalised magnitudes. Rows with a row metric B (of rank 5 plus a floor): the errors are tr(B (V - W*) H "
+    "(V - W*)ᵀ), the reference is float64, and the other two supports ignore B. Rows of a climb time admm_path, which "
+    "finds the supports at all levels in one call: `objective` is the geometric mean over levels; `apart_ms` is the "
+    "time of one call of admm_prune per level, `apart` the largest ratio over levels of our error to the error of that "
+    "call."
 )
 
 
@@ -83,7 +85,7 @@ CASES = [
 QUICK_CASES = [case for case in CASES if case.n_in == 384 and case.sparsity == 0.875]
 
 
-# (rows, n_in, pattern, GELU inputs) of the climbs, through the levels that the allotment of a budget tries.
+# The climbs: (rows, n_in, pattern, GELU inputs). Their levels are those that the allotment of a budget tries.
 CLIMBS = [
     (384, 384, parse("unstructured"), False), (384, 384, parse("32x1"), False),
     (384, 1536, parse("unstructured"), True),
@@ -141,7 +143,7 @@ def plain_path(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, levels: 
 
 
 def iterate(b, eigenvalues, into, out_of, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """The iterations, with products into and out of the eigenvectors."""
+    """The iterations. `into` multiplies into the basis of eigenvectors, `out_of` back out of it."""
     last, u, goal = None, torch.zeros_like(b), into(b) * eigenvalues
     for level, rho, growth, climbed in _schedule(pattern, sparsity, 120, _size(eigenvalues)):
         x = b + u
@@ -158,12 +160,12 @@ def iterate(b, eigenvalues, into, out_of, pattern: Pattern, sparsity: float) -> 
 
 
 def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
-    """One row an instruction set. Raises harness.WrongOutput where a support is not of the pattern's size."""
+    """One row per instruction set. Raises harness.WrongOutput if a support has the wrong size for the pattern."""
     weight, h = map(torch.from_numpy, layer_problem(case.rows, case.n_in, case.gelu))
     problem = (weight, h, case.pattern, case.sparsity)
     metric = low_rank_metric(case.rows) if case.metric else None
     calls = {"torch": lambda: plain(*problem) if metric is None else plain_coupled(*problem, metric)}
-    # A layer of 1536 inputs takes seconds, and with a metric the products are torch's: the best instruction set alone.
+    # Only the best instruction set if a layer has 1536 inputs, as it takes seconds, or a metric, as torch multiplies.
     isas = _dispatch.float32_isas() if case.n_in < 1024 and metric is None else (_dispatch.isa(),)
     for isa in isas:
         calls[isa] = lambda isa=isa: admm_prune(*problem, row_metric=metric, threads=threads, isa=isa)
@@ -196,7 +198,7 @@ def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
 
 
 def measure_climb(rows: int, n_in: int, pattern: Pattern, gelu: bool, threads: int, rounds: int) -> list[harness.Row]:
-    """The row of one climb. Raises harness.WrongOutput where a support is not of its level's size."""
+    """The row of one climb. Raises harness.WrongOutput if a support has the wrong size for its level."""
     weight, h = map(torch.from_numpy, layer_problem(rows, n_in, gelu))
     case = f"{rows} x {n_in} {pattern}, a climb of {len(LEVELS)} levels" + (", GELU inputs" if gelu else "")
     calls = {

@@ -1,4 +1,4 @@
-"""attention with dropout against what torch runs in training: forward and backward, taking turns.
+"""attention with dropout against torch's attention in training: forward and backward, taking turns.
 
 python -m bench.bench_attention [--threads N] [--quick] [--json] [--markdown FILE]
 """
@@ -21,8 +21,8 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.attention import attention, attention_ref
 
 P = 0.1
-# Relative to the largest value: float32 sums, and with bfloat16 softmax and products rounded to 2^-9 (torch), or the
-# result alone (ours).
+# Relative to the largest value. The sums are float32; in bfloat16 torch rounds softmax and products to 2^-9, ours only
+# the result.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 COLUMNS = {
     "texts": "d", "tokens": "d", "padded": ".0%", "heads": "d", "size": "d", "dtype": "", "isa": "", "threads": "d",
@@ -30,11 +30,12 @@ COLUMNS = {
     "ratio": ".1f", "low": ".1f", "high": ".1f", "max_error": ".0e", "same_result": "",
 }  # fmt: skip
 NOTES = (
-    "The attention of one layer, dropout 0.1, forward and the gradients of q, k and v. `sdpa_ms`: torch's "
-    "scaled_dot_product_attention, `eager_ms`: softmax and dropout written out, in q's dtype; `ratio`: the median over "
-    "rounds of the faster one's time over ours, with its 95 % interval by order statistics. `gflops` counts seven "
-    "products, padding included. Before the clock starts ours and torch's are compared with float64 without dropout: "
-    "`max_error` is the largest difference of ours, result or gradient, of its largest value."
+    "The attention of one layer with dropout 0.1: forward, and the gradients of q, k and v. `sdpa_ms`: torch's "
+    "scaled_dot_product_attention, `eager_ms`: softmax and dropout written out, both in q's dtype; `ratio`: the median "
+    "over rounds of the time of the faster of these two over ours, with its 95 % interval by order statistics. "
+    "`gflops` counts seven products, padding included. Before timing, ours and torch's are compared with float64 "
+    "without dropout: `max_error` is our largest difference in the result or a gradient, relative to its largest "
+    "value."
 )
 
 
@@ -44,7 +45,7 @@ class Case(NamedTuple):
     heads: int
     size: int
     dtype: torch.dtype
-    padded: float = 0.0  # share of the tokens of each text but the first
+    padded: float = 0.0  # share of padding in each text except the first
 
     @property
     def gflop(self) -> float:

@@ -1,5 +1,5 @@
 """The engine against itself: every pattern, sparsity, batch and length against dense weights, every batch against the
-next smaller one, texts of mixed lengths against the same ones padded to 128 tokens.
+next smaller one, texts of mixed lengths against as many texts of 128 tokens.
 
 python -m bench.bench_cells [--model minilm] [--dtype auto] [--threads N] [--rounds N] [--quick] [--json]
                             [--markdown FILE]
@@ -33,25 +33,26 @@ PATTERNS = {
 QUICK = {"unstructured": (0.5, 0.9), "16x1": (0.9,)}
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (16, 64, 128, 512)
-MIX, PADDED = 32, 128  # texts a batch, and what they are padded to
+MIX, PADDED = 32, 128  # texts per batch, and the tokens to which they are lengthened
 TURN_S = 2e-3
-SLOWER = 0.98  # a cell is slower than dense where its whole interval is below this
-STEP = 1.15  # and a step to a larger batch is bad where its whole interval is above this
+SLOWER = 0.98  # a cell is slower than dense if its whole interval is below this
+STEP = 1.15  # a step to a larger batch is bad if its whole interval is above this
 COLUMNS = {
     "pattern": "", "sparsity": ".2f", "seq": "", **{f"batch_{batch}": ".2f" for batch in BATCHES}, "slower": "d",
     "worst_step": ".2f", "bad_steps": "d",
 }  # fmt: skip
 NOTES = (
-    "{model}, random weights, {threads} threads, {dtype}, token ids in, logits out, medians over {rounds} rounds. "
-    "`batch_N`: time of our own dense engine over this one's, `slower` how many of these have a 95 % interval wholly "
-    "below 0.98. `worst_step`: the largest ratio of the time a text takes to that in the next smaller batch, "
-    "`bad_steps` how many have an interval wholly above 1.15. `seq` mix: sentences of MR in batches of 32; its "
-    "`batch_32` is the time of as many texts of 128 tokens over theirs."
+    "{model}, random weights, {threads} threads, {dtype}, from token ids to logits, medians over {rounds} rounds. "
+    "`batch_N`: the time of our own dense engine over the time of this one, `slower` the number of these ratios whose "
+    "95 % interval is wholly below 0.98. `worst_step`: the largest ratio of the time per text to the time per text in "
+    "the next smaller batch, `bad_steps` the number of these ratios whose interval is wholly above 1.15. `seq` mix: "
+    "sentences of MR in batches of 32; its `batch_32` is the time of as many texts of 128 tokens over the time of the "
+    "sentences."
 )
 
 
 def engines(model: str, patterns: dict, dtype: str, threads: int, folder: Path) -> dict[tuple[str, float], Engine]:
-    """Random weights of every pattern and sparsity, dense first; loading verifies their logits."""
+    """Engines with random weights for every pattern and sparsity, dense first. Loading verifies their logits."""
     wanted = [DENSE, *((pattern, sparsity) for pattern, of_it in patterns.items() for sparsity in of_it)]
     loaded = {}
     for i, (pattern, sparsity) in enumerate(wanted):
@@ -66,7 +67,7 @@ def forward(engine: Engine, ids: list[list[int]]) -> Callable[[], np.ndarray]:
 
 
 def timed(calls: dict, rounds: int) -> Timings:
-    """All candidates in turn, each turn as many calls as make it last."""
+    """Times all candidates in turn. A turn has as many calls as fit in TURN_S, from 1 to 50; times are per call."""
     probe = interleave(calls, rounds=1)
     repeats = {key: max(1, min(50, int(TURN_S / probe.minimum(key)))) for key in calls}
 
@@ -79,7 +80,7 @@ def timed(calls: dict, rounds: int) -> Timings:
 
 
 def measure(found: dict[tuple[str, float], Engine], length: int, rounds: int) -> list[harness.Row]:
-    """One row a pattern and sparsity, for texts of one length."""
+    """One row per pattern and sparsity, for texts of one length."""
     ids = np.random.default_rng(0).integers(1000, 20000, (max(BATCHES), length)).tolist()
     timings = timed({(key, n): forward(engine, ids[:n]) for key, engine in found.items() for n in BATCHES}, rounds)
     rows = []
@@ -100,7 +101,7 @@ def measure(found: dict[tuple[str, float], Engine], length: int, rounds: int) ->
 
 
 def measure_mix(found: dict[tuple[str, float], Engine], texts: list[list[int]], rounds: int) -> list[harness.Row]:
-    """One row a pattern and sparsity: batches of mixed lengths against padded ones."""
+    """One row per pattern and sparsity: batches of mixed lengths against texts of PADDED tokens."""
     batches = [texts[i : i + MIX] for i in range(0, len(texts), MIX)]
     padded = [[(row * PADDED)[:PADDED] for row in batch] for batch in batches]
     calls = {}

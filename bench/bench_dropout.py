@@ -1,4 +1,4 @@
-"""dropout against torch's: forward and backward, taking turns.
+"""dropout against torch's dropout: forward and backward, taking turns.
 
 python -m bench.bench_dropout [--threads N] [--quick] [--json] [--markdown FILE]
 """
@@ -24,9 +24,10 @@ COLUMNS = {
     "torch_ms": ".3f", "ratio": ".1f", "low": ".1f", "high": ".1f", "max_error": ".0e", "same_result": "",
 }  # fmt: skip
 NOTES = (
-    "y, and the gradient of x, with dropout 0.1. `ratio`: the median over rounds of torch's time over ours, with its "
-    "95 % interval by order statistics; `gb_s` counts each value read and written once a pass. `max_error`: against "
-    "the reference in float64, whose draws are made with numpy, of the largest value."
+    "y and the gradient of x, with dropout 0.1. `ratio`: the median over rounds of torch's time over ours, with its 95 "
+    "% interval by order statistics; `gb_s` counts each value as read and written once forward and once backward. "
+    "`max_error`: the largest difference from the float64 reference, whose draws are made with numpy, relative to the "
+    "largest value."
 )
 # Hidden states of 32 texts: MiniLM at 40 and 128 tokens, BERT-base at 128.
 SIZES = (32 * 40 * 384, 32 * 128 * 384, 32 * 128 * 768)

@@ -1,4 +1,4 @@
-"""The engine against what else runs a classifier: whole models of random weights, on texts of one length or of a mix.
+"""The engine against other engines: whole classifiers with random weights, on texts of one length or of mixed lengths.
 
 python -m bench.bench_end_to_end [--models minilm …] [--patterns unstructured …] [--sparsity S] [--rivals torch,…]
                                  [--dtype auto] [--threads N] [--quick] [--json] [--markdown FILE]
@@ -31,10 +31,11 @@ COLUMNS = {
     "match": "",
 }  # fmt: skip
 NOTES = (
-    "Random weights; tokenizing outside all timings. `seq` is the tokens of every text, or mix: sentences of MR, 27 on "
-    "average, which the rivals pad to the longest of a batch. `p50_ms` and `p99_ms` are milliseconds a batch, `ratio` "
-    "the median over rounds of the engine's time over ours with its 95 % interval by order statistics, `error` the "
-    "largest difference of a logit from torch's in float32, `match`: it is what the dtype may differ by."
+    "Random weights; tokenizing is outside all timings. `seq` is the number of tokens of every text, or mix: sentences "
+    "of MR, 27 tokens on average, which the rivals pad to the longest of a batch. `p50_ms` and `p99_ms` are "
+    "milliseconds per batch, `ratio` the median over rounds of the engine's time over ours with its 95 % interval by "
+    "order statistics, `error` the largest difference of a logit from torch's in float32, `match`: it is within the "
+    "tolerance of the dtype."
 )
 
 
@@ -49,7 +50,7 @@ QUICK = (Size(1, "32", 24), Size(32, "mix", 64))
 
 
 def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Namespace) -> list[harness.Row]:
-    """One row an engine and size. Raises CheckpointError where our logits are not torch's."""
+    """One row per engine and size. Raises CheckpointError if our logits are not torch's."""
     rows: list[harness.Row] = []
     with tempfile.TemporaryDirectory() as folder:
         directory = random_directory(model, pattern, args.sparsity, Path(folder))
@@ -71,10 +72,10 @@ def main() -> int:
     harness.add_options(parser, threads=_dispatch.threads())
     parser.add_argument("--models", nargs="+", default=["minilm"], help="minilm, bert-base, bert-large, roberta-base")
     parser.add_argument("--patterns", nargs="+", default=["unstructured"], help="patterns of the random weights")
-    parser.add_argument("--sparsity", type=float, default=0.9, help="of patterns that imply none (default 0.9)")
-    parser.add_argument("--rivals", default="torch", help="as of `sparsebert bench`")
-    parser.add_argument("--deepsparse-python", help="as of `sparsebert bench`")
-    parser.add_argument("--dtype", default="auto", help="of our engine: auto, fp32 or bf16")
+    parser.add_argument("--sparsity", type=float, default=0.9, help="of patterns that imply no sparsity (default 0.9)")
+    parser.add_argument("--rivals", default="torch", help="as for `sparsebert bench`")
+    parser.add_argument("--deepsparse-python", help="as for `sparsebert bench`")
+    parser.add_argument("--dtype", default="auto", help="dtype of our engine: auto, fp32 or bf16")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     args = parser.parse_args()
     rows: list[harness.Row] = []

@@ -1,4 +1,4 @@
-"""gram against plain torch: the same accuracy in chunks of 256 tokens, and one float32 product of all, taking turns.
+"""gram against plain torch, in chunks of 256 tokens at the same accuracy and as one float32 product, taking turns.
 
 python -m bench.bench_gram [--threads N] [--peak GFLOPS] [--quick] [--json] [--markdown FILE]
 """
@@ -20,9 +20,10 @@ from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
 from sparsebert.ops.gram import gram, gram_ref
 
-# Of moments of variance 1: some sqrt(256) roundings of 2^-24 times a float32 sum of 256, and the products' own.
+# For moments of variance 1: about sqrt(256) roundings, each 2^-24 of a float32 sum of 256 products, and those of the
+# products.
 TOLERANCE = 4e-6
-# The flops below which every instruction set has its turn, and not the best one alone.
+# Below this number of flops every instruction set is timed, above it only the best one.
 EVERY_ISA_BELOW = 4e9
 COLUMNS = {
     "n_in": "d", "n_y": "d", "tokens": "d", "weights": "", "isa": "", "ours_ms": ".2f", "spread": ".0%",
@@ -30,14 +31,14 @@ COLUMNS = {
     "one_product_ms": ".2f", "one_product_ratio": ".2f", "error": ".0e", "one_product_error": ".0e", "same_result": "",
 }  # fmt: skip
 NOTES = (
-    "Second moments of x [tokens, n_in] and, where n_y is not 0, cross moments of y [tokens, n_y] and x, added to "
-    "running float64 sums. `reference_ms` is torch on the same threads at the same accuracy: chunks of 256 tokens, "
-    "shifted, scaled by the root of the weight, x.T @ x and y.T @ x in float32, added up in float64; `ratio` is the "
-    "median over rounds of its time over ours with its 95 % interval by order statistics (`low`, `high`). "
-    "`one_product` is torch with one float32 x.T @ x and y.T @ x of all tokens, shifted and scaled. `gflops` counts "
-    "what is needed, tokens x (n_in (n_in + 1) + 2 n_in n_y); torch computes the lower half of x.T @ x as well. "
-    "`of_peak` is the share of the float32 multiply-add peak given with --peak, in GFLOP/s a core. `error` is the "
-    "largest absolute difference from the float64 moments, which are about 1."
+    "Second moments of x [tokens, n_in] and, if n_y is not 0, cross moments of y [tokens, n_y] and x, added to running "
+    "float64 sums. `reference_ms` is torch on the same threads at the same accuracy: chunks of 256 tokens, shifted, "
+    "scaled by the root of the weight, x.T @ x and y.T @ x in float32, added up in float64; `ratio` is the median over "
+    "rounds of its time over ours with its 95 % interval by order statistics (`low`, `high`). `one_product` is torch "
+    "with one float32 x.T @ x and y.T @ x over all tokens, shifted and scaled. `gflops` counts the operations needed, "
+    "tokens x (n_in (n_in + 1) + 2 n_in n_y); torch computes the lower half of x.T @ x as well. `of_peak` is the share "
+    "of the float32 multiply-add peak given with --peak, in GFLOP/s per core. `error` is the largest absolute "
+    "difference from the float64 moments, which are about 1."
 )
 
 
@@ -76,7 +77,7 @@ def operands(case: Case) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
 
 
 class Rival:
-    """Plain torch, `chunk` tokens at a time, its sums about the given shifts."""
+    """Plain torch, `chunk` tokens at a time. The shifts are subtracted before the products are summed."""
 
     def __init__(self, shift_x: torch.Tensor, shift_y: torch.Tensor | None, chunk: int, dtype: torch.dtype):
         self.shifts, self.chunk = (shift_x, shift_y), chunk
@@ -119,7 +120,7 @@ def errors(case: Case, x, y, weights, isas: list[str], threads: int) -> dict[str
 
 
 def measure(case: Case, threads: int, rounds: int, peak: float | None) -> list[harness.Row]:
-    """One row an instruction set. Raises harness.WrongOutput."""
+    """One row per instruction set. Raises harness.WrongOutput."""
     isas = list(_dispatch.float32_isas()) if case.flops < EVERY_ISA_BELOW else [_dispatch.isa()]
     x, y, weights = operands(case)
     error = errors(case, x, y, weights, isas, threads)
@@ -150,7 +151,7 @@ def measure(case: Case, threads: int, rounds: int, peak: float | None) -> list[h
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     harness.add_options(parser)
-    parser.add_argument("--peak", type=float, help="float32 multiply-add peak of a core, GFLOP/s (default: no share)")
+    parser.add_argument("--peak", type=float, help="float32 multiply-add peak per core, GFLOP/s (default: unknown)")
     args = parser.parse_args()
 
     def rounds(case: Case) -> int:

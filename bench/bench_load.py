@@ -1,4 +1,4 @@
-"""How long a model takes to load, packed for the first time and from the cache, and what it keeps in memory.
+"""How long a model takes to load, packed for the first time and from the cache, and how much memory it keeps.
 
 python -m bench.bench_load [--models bert-base …] [--patterns unstructured …] [--sparsity S] [--rounds N] [--json]
                            [--markdown FILE]
@@ -25,11 +25,11 @@ COLUMNS = {
     "checkpoint_mib": ".0f", "packed_mib": ".0f", "resident_mib": ".0f", "share": ".2f",
 }  # fmt: skip
 NOTES = (
-    "Random weights. `first_s` and `cached_s` are medians of `Engine.load` in new processes, imports apart: with an "
-    "empty cache, where the model is verified, packed and stored, and with what that left there; the files are in the "
-    "system's own cache. Both run the golden inputs. `resident_mib`: by how much the process had grown after the "
-    "cached load, mapped pages included; `share` is that over the packed size. The goals for BERT-base are 3 s, 0.3 s "
-    "and 1.2."
+    "Random weights. `first_s` and `cached_s` are medians of the time of `Engine.load` in new processes, without "
+    "imports. `first_s`: with an empty cache; the model is verified, packed and stored. `cached_s`: with the cache "
+    "that the first load left. The files are in the system's page cache. Both loads check the golden texts. "
+    "`resident_mib`: the growth of the process by the cached load, mapped pages included; `share` is that growth over "
+    "the packed size. The goals for BERT-base are 3 s, 0.3 s and 1.2."
 )
 LOAD = """
 import json, sys, time
@@ -49,7 +49,7 @@ print(json.dumps({"seconds": seconds, "resident": grown, "dtype": engine.dtype, 
 
 
 def load(directory: Path, cache: Path) -> dict:
-    """What one load in a process of its own says."""
+    """Loads the model in a new process. Returns the figures that this process prints."""
     environment = os.environ | {"SPARSEBERT_CACHE": str(cache)}
     done = subprocess.run(
         [sys.executable, "-c", LOAD, str(directory)], check=True, capture_output=True, text=True, env=environment

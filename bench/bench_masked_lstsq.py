@@ -21,21 +21,22 @@ from sparsebert.ops.masked_lstsq import CG_STEPS, CG_TOLERANCE, masked_lstsq
 
 # Both sides solve in float64; H's condition, about 1e4, is the factor by which their rounding may differ.
 TOLERANCE = 1e-9
-# Of what the row metric gains over the row by row solution, the share that conjugate gradients may leave.
+# The row metric has a gain over the row by row solution; conjugate gradients may miss at most this share of it.
 LEFT = 0.03
-PADDED_ROWS = 64  # rows a batch of the padded rival: 64 systems of 400 columns are 82 MB
+PADDED_ROWS = 64  # rows per batch of the padded rival: 64 systems of 400 columns are 82 MB
 COLUMNS = {
     "case": "", "isa": "", "ours_ms": ".1f", "batched_ms": ".1f", "row_ms": ".1f", "reference_ms": ".1f",
     "ratio": ".1f", "low": ".1f", "high": ".1f", "gflops": ".1f", "same_result": "", "error": ".0e",
 }  # fmt: skip
 NOTES = (
-    "Float64. `kept` of the weights, in random places, alone or in groups of rows that keep the same columns. "
-    "`batched_ms`: torch.linalg.cholesky on systems padded to the largest, 64 rows at a time; `row_ms`: "
-    "torch.linalg.solve row by row, or group by group. `reference_ms` is the faster of the two, `ratio` its time over "
-    "ours with its 95 % interval. `gflops` counts k³/3 + 2k² a right-hand side for supports of k, also where the other "
-    "half is solved for. `error`: largest difference from the row by row solution; `same_result`: it is at most 1e-9. "
-    "With a row metric (of rank 5 over a floor) the reference is the same conjugate gradients in float64, `error` the "
-    "share of the gain of 1,000 steps over the row by row solution that we leave, at most 0.03."
+    "Float64. `kept`, in the case: the share of kept weights, in random places, row by row or in groups of rows that "
+    "keep the same columns. `batched_ms`: torch.linalg.cholesky on systems padded to the largest, 64 rows at a time; "
+    "`row_ms`: torch.linalg.solve row by row, or group by group. `reference_ms` is the faster of the two, `ratio` its "
+    "time over ours with its 95 % interval. `gflops` counts k³/3 per system and 2k² per right-hand side for supports "
+    "of k, even if the removed half is solved for instead. `error`: largest difference from the row by row solution; "
+    "`same_result`: it is at most 1e-9. With a row metric (of rank 5 plus a floor) the reference is the same conjugate "
+    "gradients in float64; 1,000 steps have a gain over the row by row solution, and `error` is the share of it that "
+    "we miss, at most 0.03."
 )
 
 
@@ -60,7 +61,7 @@ QUICK_CASES = [Case(384, 384, 0.125), Case(384, 384, 0.5), Case(384, 1536, 0.125
 
 
 def batched(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, group: int) -> torch.Tensor:
-    """All systems of one size, padded with rows of the identity; a group's right-hand sides together."""
+    """Solves all systems at one size, padded with rows of the identity; the right-hand sides of a group together."""
     support = mask[::group]
     kept = support.sum(1)
     most = int(kept.max())
@@ -93,7 +94,7 @@ def row_by_row(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, group:
 def coupled(
     target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, metric: torch.Tensor, steps: int, tolerance: float
 ) -> torch.Tensor:
-    """Conjugate gradients on the coupled equations from the row by row solution, float64."""
+    """Conjugate gradients on the coupled equations, started from the row by row solution, float64."""
     v = masked_lstsq(target, h, mask)
     residual = (metric @ (target - v @ h)) * mask
     inverse = 1 / (metric.diagonal()[:, None] * h.diagonal())
@@ -129,7 +130,7 @@ def measure_coupled(case: Case, threads: int) -> list[harness.Row]:
     least = objective(coupled(*problem, metric, 1000, 1e-12))
     error = (objective(calls["ours"]()) - least) / (objective(masked_lstsq(*problem)) - least)
     if not error <= LEFT:
-        raise harness.WrongOutput(f"{case}: leaves {error:.0e} of the gain, more than {LEFT:g}")
+        raise harness.WrongOutput(f"{case}: misses {error:.0e} of the gain, more than {LEFT:g}")
     timings = interleave(calls, 3, warmup=0, settle=5e-3 if threads > 1 else 0.0)
     ratio = timings.ratio("float64", "ours")
     return [{
@@ -140,7 +141,7 @@ def measure_coupled(case: Case, threads: int) -> list[harness.Row]:
 
 
 def measure(case: Case, threads: int, quick: bool) -> list[harness.Row]:
-    """One row an instruction set. Raises harness.WrongOutput."""
+    """One row per instruction set. Raises harness.WrongOutput."""
     if case.metric:
         return measure_coupled(case, threads)
     weight, h = map(torch.from_numpy, layer_problem(case.rows, case.n_in))
@@ -156,7 +157,7 @@ def measure(case: Case, threads: int, quick: bool) -> list[harness.Row]:
     for isa in _dispatch.float32_isas():
         calls[isa] = lambda isa=isa: masked_lstsq(*problem, threads=threads, isa=isa).numpy()
     error = harness.check(str(case), calls, row_by_row(*problem, case.group).numpy(), TOLERANCE)
-    # Rounds so that a case takes seconds, not minutes.
+    # Few rounds for a slow case, so that it takes seconds, not minutes.
     slow = case.rows * case.n_in**3 * case.kept**3 / case.group > 1e9
     timings = interleave(calls, 3 if slow or quick else 7, warmup=0, settle=5e-3 if threads > 1 else 0.0)
     kept = mask[:: case.group].sum(1).double()

@@ -21,7 +21,7 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.masked_matmul import _Straight, masked_matmul, masked_matmul_ref
 from sparsebert.ops.topk_mask import topk_threshold
 
-# Relative to the largest gradient. Sums of 4,096 products in float32, one chain; with bfloat16, values rounded to 2^-9.
+# Relative to the largest gradient. float32: sums of 4,096 products, one by one. bfloat16: values are rounded to 2^-9.
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 COLUMNS = {
     "tokens": "d", "rows": "d", "cols": "d", "dtype": "", "kept": ".0%", "isa": "", "threads": "d",
@@ -31,10 +31,10 @@ COLUMNS = {
 NOTES = (
     "A step of mask training with a frozen weight [rows, cols]: y, and the gradients of x and of the scores. "
     "`eager_ms` is torch on the same threads: W * (s >= t), cast to x's dtype, F.linear, autograd with the "
-    "straight-through estimator; `sort_ms` that, with its threshold from a sort of all scores each step. `ratio` is "
-    "the median over rounds of eager's time over ours with its 95 % interval by order statistics (`low`, `high`). "
-    "`gflops` counts three dense products whatever is kept. Errors are the largest absolute difference of a gradient "
-    "from float64, of its largest value."
+    "straight-through estimator; `sort_ms` is the same, with a threshold from a sort of all scores in each step. "
+    "`ratio` is the median over rounds of eager's time over ours with its 95 % interval by order statistics (`low`, "
+    "`high`). `gflops` counts three dense products, whatever share is kept. Errors are the largest absolute difference "
+    "of a gradient from float64, relative to its largest value."
 )
 
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
         return 6.0 * self.tokens * self.rows * self.cols
 
 
-# Attention's and the two of the feed-forward part, BERT-base.
+# BERT-base: the two linears of the feed-forward part, then attention's.
 SHAPES = ((3072, 768), (768, 3072), (768, 768))
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -75,7 +75,7 @@ def step(function: Callable, dy: torch.Tensor, x, weight, scores, threshold) -> 
 
 
 def error(case: Case, name: str, got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> float:
-    """Raises harness.WrongOutput above the tolerance."""
+    """The largest error over the gradients. Raises harness.WrongOutput above the tolerance."""
     worst = 0.0
     for mine, reference in zip(got, expected, strict=True):
         scale = float(reference.abs().max())
@@ -123,7 +123,7 @@ def _name(dtype: torch.dtype) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     harness.add_options(parser, threads=2)
-    parser.add_argument("--kept", type=float, nargs="+", default=[0.5], help="shares of the weights (default 0.5)")
+    parser.add_argument("--kept", type=float, nargs="+", default=[0.5], help="shares of kept weights (default 0.5)")
     args = parser.parse_args()
     shapes, tokens = (SHAPES[:1], (512,)) if args.quick else (SHAPES, (512, 4096))
     cases = [Case(n, *shape, dtype, kept) for shape in shapes for n in tokens for dtype in DTYPES for kept in args.kept]

@@ -1,4 +1,4 @@
-"""What pruning, training and `Engine.logits` lose beside one and two busy processes.
+"""How much pruning, training and `Engine.logits` slow down beside one and two busy processes.
 
 python -m bench.bench_neighbour [--layers 1] [--calibration-tokens 4000] [--steps 40] [--rounds 3] [--busy 1 2]
                                 [--spinning] [--json] [--markdown FILE]
@@ -25,11 +25,12 @@ COLUMNS = {
     "work": "", "busy": "d", "seconds": ".2f", "times_quiet": ".2f", "fair": ".2f", "over_fair": ".2f", "spread": ".0%",
 }  # fmt: skip
 NOTES = (
-    "A model of MiniLM's shape and random weights. `prune`: `sparsebert prune` by its default method; `train`: "
-    "`sparsebert train`, some steps; `logits`: `Engine.logits` on batches of 32 sentences; start and imports apart. "
-    "Each runs on all cores, alone and beside `busy` processes that never wait, in turn. `times_quiet` is the median "
-    "over rounds of its time over that of the same round alone; `fair` what it would be if the machine were shared "
-    "equally by thread; `over_fair` the one over the other. The goal is at most 3."
+    "A model of MiniLM's shape with random weights. `prune`: `sparsebert prune` with its default method; `train`: "
+    "`sparsebert train`, some steps; `logits`: `Engine.logits` on batches of 32 sentences. Start and imports are not "
+    "counted. Each runs on all cores, alone and beside `busy` processes that never wait, one after the other. "
+    "`times_quiet` is the median over rounds of its time over its time alone in the same round; `fair` is "
+    "`times_quiet` if the machine were shared equally by thread; `over_fair` is `times_quiet` over `fair`. The goal is "
+    "at most 3."
 )
 LOGITS = """
 import json, sys, time
@@ -43,7 +44,7 @@ for _ in range(int(sys.argv[2])):
         engine.logits(texts[at : at + 32], truncate=True)
 print(json.dumps({"seconds": time.perf_counter() - start}))
 """
-# Started, it prints a line; it ends when its standard input does, so none is left behind.
+# Prints a line once it has started. Ends when its standard input is closed, so that no process is left behind.
 BUSY = """
 import os, sys, threading
 
@@ -56,7 +57,7 @@ while True:
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """So many other processes that never wait."""
+    """Runs `count` other processes that never wait."""
     started = [
         subprocess.Popen([sys.executable, "-c", BUSY], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for _ in range(count)
@@ -72,7 +73,7 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 def model_of(layers: int, folder: Path) -> Path:
-    """A model directory of MiniLM's shape, and of random weights."""
+    """A model directory of MiniLM's shape with random weights."""
     import transformers
 
     from sparsebert import checkpoint
@@ -98,10 +99,10 @@ def works(args: argparse.Namespace, model: Path) -> dict[str, list[str]]:
 
 
 def seconds(command: list[str], folder: Path, spinning: bool) -> float:
-    """What one run says it took."""
-    # As a user has it: what this process or its caller set for torch is not handed on.
+    """The seconds that one run reports."""
+    # As a user runs it: without what this process or its caller has set for torch.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    environment |= {"GOMP_SPINCOUNT": "300000"} if spinning else {}  # what libgomp takes by itself
+    environment |= {"GOMP_SPINCOUNT": "300000"} if spinning else {}  # libgomp's own default
     with tempfile.TemporaryDirectory(dir=folder) as place:
         output = ["-o", f"{place}/out"] if command[0] == "-m" else []
         done = subprocess.run([sys.executable, *command, *output], env=environment, capture_output=True, text=True)
@@ -136,11 +137,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--calibration-tokens", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=40, help="of training")
+    parser.add_argument("--steps", type=int, default=40, help="steps of training")
     parser.add_argument("--repeats", type=int, default=10, help="times that 256 sentences are classified")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--busy", type=int, nargs="*", default=[1, 2], help="numbers of busy processes")
-    parser.add_argument("--spinning", action="store_true", help="let torch's threads spin, as they do by themselves")
+    parser.add_argument("--spinning", action="store_true", help="let torch's threads spin, as they do by default")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()

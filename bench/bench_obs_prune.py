@@ -28,8 +28,8 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.obs_prune import _inverse, _inverse_factor, _sweep, _sweep_keep, _trace, obs_prune, obs_sweep
 from sparsebert.patterns import Grouped, NofM, Pattern, Unstructured, kept_in, parse
 
-# What is timed of the rivals of obs_prune, whose every step costs the same: on their own batch of rows, what the later
-# of their first steps add.
+# For the rivals of obs_prune only a few steps are timed, as all cost the same: the time of STEPS[1] steps minus that of
+# STEPS[0], on a batch of rows as large as theirs.
 BATCH, STEPS = 32, (4, 20)
 CHECKED_ROWS = 8
 COLUMNS = {
@@ -38,15 +38,15 @@ COLUMNS = {
     "stand_in": ".2f",
 }  # fmt: skip
 NOTES = (
-    "`ours_ms` is the whole call, float64: factorisation, removals, for obs_prune also the least squares on what is "
-    "left; `loop_ms` only the removals, the factor (obs_prune: the inverse) given. `reference_ms` and "
-    "`reference_loop_ms` are the same of {reference}, float32. For obs_prune both are the removals only: what steps "
-    "{first} to {last} of a batch of {batch} rows take, scaled by rows / {batch} and removals / steps, as all steps "
-    "cost the same. Medians over rounds in turns, `ratio` with its 95 % interval where there are enough. `gflops` "
+    "`ours_ms` is the whole call, float64: factorisation, removals, and for obs_prune the least squares on the kept "
+    "weights; `loop_ms` is only the removals, with the factor (obs_prune: the inverse) given. `reference_ms` and "
+    "`reference_loop_ms` are the same for {reference}, float32. For obs_prune both are the removals only: the time of "
+    "steps {first} to {last} for a batch of {batch} rows, scaled by rows / {batch} and removals / steps, as all steps "
+    "cost the same. Medians over rounds in turns, `ratio` with its 95 % interval if there are enough rounds. `gflops` "
     "counts the multiply-adds of `loop_ms` that cannot be avoided (symmetric halves once). `same_result`: our mask "
-    "equals that of a plain float64 formulation (obs_prune: on {checked} rows). `equal_mask`: share of our mask "
+    "equals the mask of a plain float64 formulation (obs_prune: on {checked} rows). `equal_mask`: share of our mask "
     "entries that the float32 reference has too (obs_prune: on {checked} rows, up to 768 inputs). `stand_in`: the time "
-    "of the plain torch formulation, the reference where no checkout is given, over `reference_loop_ms`."
+    "of the plain torch formulation, the reference if no checkout is given, over `reference_loop_ms`."
 )
 
 
@@ -75,7 +75,7 @@ QUICK_CASES = [Case("obs_prune", 64, 384, Unstructured(), 0.5), Case("obs_sweep"
 
 
 def plain_trace(weight: torch.Tensor, h: torch.Tensor, steps: int) -> torch.Tensor:
-    """Exact OBS of all rows in step, each with an inverse of its own, in h's precision. Columns [rows, steps]."""
+    """Exact OBS of all rows at once, with an inverse per row, in h's precision. Removed columns, [rows, steps]."""
     order = []
     rows = torch.arange(len(weight))
     w = weight.clone()
@@ -100,8 +100,8 @@ def removed(order: torch.Tensor, n_in: int) -> torch.Tensor:
 def plain_sweep(
     weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int = 128
 ) -> torch.Tensor:
-    """The sweep column by column inside a block, one product for the columns after it. In u's precision. As the
-    published loop, it keeps what every weight's removal costs.
+    """The sweep: column by column inside a block, then one product for the columns after it. In u's precision. Like the
+    published loop, it stores the loss of every removal.
     """
     w = weight.clone()
     n_in = w.shape[1]
@@ -134,7 +134,7 @@ def factor_f32(h: torch.Tensor) -> torch.Tensor:
 
 
 def problem_of(case: Case, moments: Path | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(W*, H) of the case: random ones, or of a file with `weight` and `h`, of as many rows as the case has."""
+    """(W*, H) of the case: random, or from a file with `weight` and `h`, of which the first rows are taken."""
     if moments is None:
         return tuple(torch.from_numpy(array) for array in layer_problem(case.rows, case.n_in))
     tensors = load_file(moments)
@@ -143,7 +143,7 @@ def problem_of(case: Case, moments: Path | None) -> tuple[torch.Tensor, torch.Te
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the published code, and lets it run where there is no CUDA."""
+    """Silences the published code, and lets it run without CUDA."""
     with mock.patch("torch.cuda.synchronize", lambda: None), contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -186,7 +186,7 @@ class Published:
         solver.H = h.clone()
         n, m = (case.pattern.m - case.pattern.n, case.pattern.m) if isinstance(case.pattern, NofM) else (0, 0)
         given = contextlib.nullcontext()
-        if u is not None:  # the loop alone: its factorisation is handed the answer
+        if u is not None:  # the loop alone: its factorisation returns the given factor
             given = mock.patch.multiple(
                 torch, linalg=mock.Mock(cholesky=lambda h, upper=False: u), cholesky_inverse=lambda h: h
             )
@@ -196,7 +196,7 @@ class Published:
 
 
 class Plain:
-    """Plain torch, for where the published loops are not at hand."""
+    """Plain torch, used if the published loops are not at hand."""
 
     name = "a plain torch formulation"
 
@@ -213,8 +213,8 @@ def steps_of(case: Case) -> int:
 
 @functools.cache
 def expected_order(n_in: int, moments: Path | None) -> torch.Tensor:
-    """What exact OBS removes of the checked rows, [rows, steps] up to the highest sparsity of any case: float64, a row
-    at a time, each step a downdate of the whole inverse.
+    """Columns that exact OBS removes from the checked rows, [rows, steps], up to the highest sparsity of any case.
+    Float64, one row at a time; each step is a downdate of the whole inverse.
     """
     case = max((case for case in CASES + QUICK_CASES if case.op == "obs_prune" and case.n_in == n_in), key=steps_of)
     w, h = problem_of(case, moments)
@@ -250,7 +250,7 @@ def measure_prune(case: Case, rival: Published | Plain, moments: Path | None, ro
     gone = candidates["ours"]()[:CHECKED_ROWS] == 0
     same = torch.equal(gone, removed(expected[:, :steps], case.n_in))
     equal = None
-    if case.n_in <= 768:  # beyond, minutes
+    if case.n_in <= 768:  # larger ones take minutes
         equal = (gone == rival.trace(w32[:CHECKED_ROWS], h32, steps)).double().mean().item()
     scale = case.rows / BATCH * steps / (STEPS[1] - STEPS[0])
     flops = case.rows * sum((case.n_in - step) ** 2 for step in range(steps))
@@ -310,7 +310,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     parser.add_argument("--reference", type=Path, help="folder with checkouts of IST-DASLab's OBC and sparsegpt")
     parser.add_argument(
-        "--moments", type=Path, help="safetensors with weight [rows, n_in] and h [n_in, n_in]: use these"
+        "--moments", type=Path, help="safetensors file to take weight [rows, n_in] and h [n_in, n_in] from"
     )
     parser.add_argument("--only", default="", help="only the cases whose name contains this")
     args = parser.parse_args()

@@ -27,17 +27,18 @@ COLUMNS = {
 }  # fmt: skip
 NOTES = (
     "Both sides are given the factor U. `ours_ms` and `reference_ms`: called from Python, until the device is idle; "
-    "`…_graph_ms`: the same calls captured once and replayed as a CUDA graph, that is without the host's launches. "
-    "`published_ms`: IST-DASLab/sparsegpt's fasterprune, its factor given too, called from Python; `--reference DIR` "
-    "is where its checkout lies. `gflops` counts rows x n_in² flops over `ours_graph_ms`. `same_result`: the zeros are "
-    "as many as asked for, and the weights what the float64 sweep makes of that mask. Triton {triton}."
+    "`…_graph_ms`: the same calls captured once and replayed as a CUDA graph, so without the host's launches. "
+    "`published_ms`: IST-DASLab/sparsegpt's fasterprune, also given its factor, called from Python; `--reference DIR` "
+    "is the folder of its checkout. `gflops` counts rows x n_in² flops over `ours_graph_ms`. `same_result`: the number "
+    "of zeros is the requested one, and the weights equal the result of the float64 sweep with that mask. Triton "
+    "{triton}."
 )
 CUDA_PATTERNS = (("unstructured", 0.875), ("2:4", 0.5), ("32:64", 0.5))
 CUDA_SHAPES = ((768, 768), (3072, 768), (768, 3072))  # rows, n_in
 
 
 def eager_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int) -> torch.Tensor:
-    """The sweep in torch calls, unstructured or N:M: about six launches a column, one matmul a block."""
+    """The sweep in torch calls, unstructured or N:M: about six launches per column, one matmul per block."""
     w, diagonal = weight.clone(), u.diagonal()
     rows, n_in = w.shape
     if isinstance(pattern, NofM):
@@ -64,7 +65,7 @@ def eager_sweep(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsit
 
 
 def sweeps_its_own_mask(weight: torch.Tensor, u: torch.Tensor, got: torch.Tensor, zeros: int) -> bool:
-    """Whether `got` has `zeros` zeros and is, to 1e-3, what the sweep in float64 makes of that mask."""
+    """Whether `got` has `zeros` zeros and equals, within 1e-3, the result of the float64 sweep with that mask."""
     w, u, gone = weight.double().clone(), u.double(), got == 0
     for j in range(w.shape[1]):
         w[:, j:] -= torch.outer(torch.where(gone[:, j], w[:, j] / u[j, j], 0.0), u[j, j:])
@@ -82,7 +83,7 @@ def synchronized(call: Callable[[], object]) -> Callable[[], None]:
 def captured(call: Callable[[], object]) -> Callable[[], None]:
     """Replays `call` as a CUDA graph, and waits."""
     with torch.cuda.stream(torch.cuda.Stream()):
-        call()  # what is compiled or allocated at a first call is not captured
+        call()  # the first call compiles and allocates, which is not captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -91,7 +92,7 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
 
 
 def cuda_rows(rival: Published | None, rounds: int = 15, block: int = 128) -> list[harness.Row]:
-    """One row a case and dtype. The factor U is given: both sides would make it alike."""
+    """One row per case and dtype. The factor U is given, as both sides would compute it in the same way."""
     from sparsebert.kernels.obs_prune import obs_sweep
 
     rows_out: list[harness.Row] = []

@@ -1,9 +1,9 @@
-"""Whole prunes, wall time and peak memory, each in a process of its own.
+"""Wall time and peak memory of pruning whole models, each in its own process.
 
 python -m bench.bench_prune [--dense DIR] [--models minilm bert-base …] [--tier 0] [--pattern unstructured] [--json]
 
-Encoders other than MiniLM are built from their configuration with random weights: shape, memory and time are what is
-measured, not quality. Texts are MR's training sentences, joined to the length a case asks for.
+Encoders other than MiniLM are built from their configuration with random weights, as time and memory are measured, not
+quality. Texts are MR's training sentences, joined to the length that a case names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SPARSITY = 0.875
 
 
 class Case(NamedTuple):
-    """goal_s, goal_mib: what the design asks for, where it does."""
+    """words: the length of a text, None for MR's own sentences. goal_s, goal_mib: the design's goals, if it has any."""
 
     tokens: int
     words: int | None
@@ -41,9 +41,9 @@ COLUMNS = {
     "goal_mib": ".0f", "plan_mib": ".0f", "sparsity": ".4f",
 }  # fmt: skip
 NOTES = (
-    "`seconds` is the wall time of `prune` on the loaded model, without saving; `peak_mib` the most memory the process "
-    "ever held, Python and torch included; `weights` the prunable ones in millions; `goal` columns are what the design "
-    "asks for, where it does, `plan` columns what --dry-run says beforehand on the same machine."
+    "`seconds` is the wall time of `prune` on the loaded model, without saving; `peak_mib` the peak memory of the "
+    "process, Python and torch included; `weights` the prunable weights in millions; the `goal` columns are the "
+    "design's goals, if it has any, the `plan` columns the estimates of --dry-run on the same machine."
 )
 
 
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--dense", type=Path, help="fine-tuned MiniLM directory (default: the packaged encoder)")
     parser.add_argument("--models", nargs="+", choices=CASES, default=["minilm", "bert-base"])
     parser.add_argument("--method", default="knowledge")
-    parser.add_argument("--tier", type=int, default=0, help="of method knowledge (default 0)")
+    parser.add_argument("--tier", type=int, default=0, help="tier of method knowledge (default 0)")
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
@@ -112,7 +112,7 @@ def main() -> int:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
     title = f"Pruning whole models: {args.method}" + (f" tier {args.tier}" if args.method == "knowledge" else "")
-    harness.report(title, rows, COLUMNS, NOTES, args.markdown)
+    harness.report(title, rows, COLUMNS, NOTES, args.markdown, json_only=args.json)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""sparse_encoder against stock torch on the same weights: whole classifiers of random weights, float32, token ids in.
+"""sparse_encoder against stock torch on the same weights: whole classifiers, random weights, float32, from token ids.
 
 python -m bench.bench_sparse_encoder [--threads N] [--quick] [--json] [--markdown FILE]
 pytest bench/bench_sparse_encoder.py --benchmark-only      the quick cases, one candidate at a time
@@ -39,10 +39,10 @@ COLUMNS = {
     "error": ".0e",
 }  # fmt: skip
 NOTES = (
-    "`ours_ms` and `torch_ms` are medians of a batch, `ratio` the median over rounds of torch's time over ours with "
-    "its 95 % interval, `dense_ms` this op without sparsity, on the same weights before pruning. `seq` mix: lengths of "
-    "4 to 64 tokens, 27 on average; torch pads them to the longest, and has no padding elsewhere. `error` is the "
-    "largest difference of a logit from torch's."
+    "`ours_ms` and `torch_ms` are medians of the time per batch, `ratio` the median over rounds of torch's time over "
+    "ours with its 95 % interval, `dense_ms` the time of this op without sparsity, on the same weights before pruning. "
+    "`seq` mix: lengths of 4 to 64 tokens, 27 on average; torch pads them to the longest. The other rows have no "
+    "padding. `error` is the largest difference of a logit from torch's."
 )
 
 
@@ -69,7 +69,7 @@ QUICK_CASES = [Case("minilm", "unstructured", 0.9, *size) for size in ((1, 32), 
 
 @cache
 def classifier(name: str, pattern: str, sparsity: float) -> tuple[torch.nn.Module, PackedEncoder]:
-    """Random weights with random zeros, as torch's module and packed."""
+    """A classifier with random weights and random zeros, as torch's module and packed."""
     config = transformers.BertConfig(**MODELS[name], vocab_size=4096, num_labels=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -91,7 +91,7 @@ def lengths_of(case: Case) -> np.ndarray:
 
 
 def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndarray]], np.ndarray]:
-    """Name -> call, for every instruction set here, the dense op and torch; then torch's logits."""
+    """(name -> call, torch's logits). The calls: each instruction set that is timed here, the dense op, and torch."""
     model, packed = classifier(case.model, case.pattern, case.sparsity)
     dense_model, dense = classifier(case.model, "unstructured", 0.0)
     lengths = lengths_of(case)
@@ -112,13 +112,13 @@ def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndar
         if isa != "scalar" or best == "scalar":
             calls[isa] = partial(sparse_encoder, *inputs, packed, threads=threads, isa=isa)
     expected = run_torch(model)
-    shift = expected - run_torch(dense_model)  # the dense op has logits of its own, which are checked as well
+    shift = expected - run_torch(dense_model)  # the dense op has other logits; the shift lets the same check cover them
     calls[DENSE] = lambda: sparse_encoder(*inputs, dense, threads=threads, isa=best) + shift
     return calls, expected
 
 
 def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
-    """One row an instruction set. Raises harness.WrongOutput."""
+    """One row per instruction set. Raises harness.WrongOutput."""
     calls, expected = candidates(case, threads)
     timings, error = harness.time_checked(str(case), calls, expected, TOLERANCE, rounds=rounds, threads=threads)
     rows = []

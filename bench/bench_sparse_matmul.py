@@ -27,7 +27,7 @@ from sparsebert.ops.sparse_matmul import Linear as Packed
 from sparsebert.ops.sparse_matmul import pack_groups, pack_tiles, sparse_matmul, sparse_matmul_ref
 
 TORCH, TORCH_BF16, DENSE = "torch", "torch-bf16", "dense "
-# Outputs have variance about 1; sums of up to 3072 float32 products differ by a few 1e-6, in bf16 by some 1e-2.
+# Outputs have variance about 1; sums of up to 3072 float32 products differ by a few 1e-6, in bf16 by a few 1e-2.
 TOLERANCE, BF16_TOLERANCE = 1e-4, 0.1
 PATTERNS = {"unstructured": 1, "16x1": 16, "32x1": 32}  # rows that share their columns
 COLUMNS = {
@@ -36,11 +36,11 @@ COLUMNS = {
     "high": ".2f", "error": ".0e",
 }  # fmt: skip
 NOTES = (
-    "Bias always, GELU where the layer has it (for all). `ours_us` is the median time of a call, rows in and out, "
-    "`dense_us` that of this op on a matrix without zeros, `gflops` counts 2 x true non-zeros x tokens, `speedup` is "
-    "the median over rounds of float32 torch's time over ours with its 95 % interval by order statistics (`low`, "
-    "`high`), `error` the largest absolute difference of ours from the float64 reference. SPARSEBERT_ISA caps torch as "
-    "well. Float32, but for avx512_bf16 and amx."
+    "All sides add the bias, and apply GELU if the layer has it. `ours_us` is the median time of a call, rows in and "
+    "out, `dense_us` the time of this op on a matrix without zeros, `gflops` counts 2 x true non-zeros x tokens, "
+    "`speedup` is the median over rounds of float32 torch's time over ours with its 95 % interval by order statistics "
+    "(`low`, `high`), `error` our largest absolute difference from the float64 reference. SPARSEBERT_ISA caps torch as "
+    "well. Float32, except for avx512_bf16 and amx."
 )
 
 
@@ -66,18 +66,18 @@ QUICK_CASES = [case for case in CASES if case.sparsity == 0.875 and case.tokens 
 
 
 def isas() -> tuple[str, ...]:
-    """What is timed, up to SPARSEBERT_ISA: the portable path only where there is no other."""
+    """The instruction sets to time, up to SPARSEBERT_ISA; the portable path only if there is no other."""
     return tuple(isa for isa in _dispatch.allowed_isas() if isa != "scalar") or ("scalar",)
 
 
 def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndarray]], int, np.ndarray]:
-    """Name -> call, for every instruction set here with and without sparsity, and torch; then the number of non-zeros
-    and the expected output.
+    """(name -> call, number of non-zeros, expected output). The calls: torch, and each timed instruction set with and
+    without sparsity.
     """
     linear = case.linear
     weight = random_weight(linear.n_out, linear.n_in, 0.0) / np.float32(np.sqrt(1 - case.sparsity))
     keep = random_mask(linear.n_out, linear.n_in, case.sparsity, PATTERNS[case.pattern], np.random.default_rng(0))
-    # What runs without sparsity has entries in place of zeros that are too small to show.
+    # Without sparsity, tiny entries stand in place of the zeros, too small to change the output.
     pruned, filled = np.where(keep, weight, np.float32(0)), np.where(keep, weight, np.float32(1e-20))
     bias = random_input(1, linear.n_out, seed=2)[0]
     x = random_input(case.tokens, linear.n_in)
@@ -101,7 +101,7 @@ def candidates(case: Case, threads: int) -> tuple[dict[str, Callable[[], np.ndar
 
 
 def measure(case: Case, threads: int, rounds: int) -> list[harness.Row]:
-    """One row an instruction set. Raises harness.WrongOutput."""
+    """One row per instruction set. Raises harness.WrongOutput."""
     calls, nnz, expected = candidates(case, threads)
     errors = {name: harness.check(str(case), {name: call}, expected, _tolerance(name)) for name, call in calls.items()}
     timings, _ = harness.time_checked(str(case), calls, expected, BF16_TOLERANCE, rounds=rounds, threads=threads)

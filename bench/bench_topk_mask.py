@@ -21,12 +21,12 @@ COLUMNS = {
     "ratio": ".1f", "low": ".1f", "high": ".1f", "sort_ms": ".2f", "same_result": "",
 }  # fmt: skip
 NOTES = (
-    "`reference_ms` is torch.topk's mask on the same threads, `sort_ms` that of a stable argsort, `ratio` the median "
-    "over rounds of the reference's time over ours with its 95 % interval; `gb_s` counts 4 bytes read and 1 written a "
-    "score. "
-    "`same_result`: equal to the stable sort's mask, ties included; torch.topk's is checked for its count only."
+    "`reference_ms` is the time of torch.topk's mask on the same threads, `sort_ms` the time of a stable argsort, "
+    "`ratio` the median over rounds of the reference's time over ours with its 95 % interval; `gb_s` counts 4 bytes "
+    "read and 1 written per score. `same_result`: our mask equals the stable sort's, ties included; of torch.topk's "
+    "mask only the count is checked."
 )
-# (what, shape, k): the whole matrix, each row, and N:M.
+# (name, shape, k): top k of the whole matrix, of each row, and N:M.
 CASES = (
     ("MiniLM out, matrix", (384 * 384,), 384 * 48),
     ("MiniLM ffn, matrix", (1536 * 384,), 1536 * 48),
@@ -50,7 +50,7 @@ def measure(case, threads: int, rounds: int, isas) -> list[harness.Row]:
     calls = {isa: lambda isa=isa: topk_mask(scores, k, threads=threads, isa=isa) for isa in isas}
     same = {isa: torch.equal(call(), expected) for isa, call in calls.items()}
     if by_topk(scores, k).sum() != expected.sum():
-        raise harness.WrongOutput(f"{name}: torch.topk keeps another number")
+        raise harness.WrongOutput(f"{name}: torch.topk keeps a different number")
     calls |= {"topk": lambda: by_topk(scores, k), "sort": lambda: topk_mask_ref(scores, k)}
     timings = harness.interleave(calls, rounds, warmup=2, repeats=3)
     rows = []

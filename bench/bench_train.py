@@ -1,11 +1,11 @@
-"""A training step of MiniLM-L6 beside stock `transformers.Trainer`, batches of 32 texts of at most 128 tokens, in turn.
+"""A training step of MiniLM-L6 against stock `transformers.Trainer`: batches of 32 texts of at most 128 tokens.
 
 python -m bench.bench_train [--texts mnli|full] [--precision bf16 fp32] [--rounds N] [--steps N] [--json]
                             [--markdown FILE]
 
-`mnli`: its training pairs, which average 35 tokens; `full`: random tokens, 128 a text, where there is no padding to
-avoid. A turn is an epoch, so that each variant has the same texts in it however it batches them. Grouping by length
-needs many of them: the Trainer groups within a quarter of the epoch.
+`mnli`: MNLI's training pairs, 35 tokens on average; `full`: 128 random tokens per text, so that there is no padding to
+avoid. The variants take turns. A turn is an epoch, so that each variant has the same texts, however it batches them.
+Grouping by length needs many texts: the Trainer groups within a quarter of the epoch.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ COLUMNS = {
 }  # fmt: skip
 NOTES = (
     "`step_ms` is the median over rounds of the mean time of a step (forward, backward, clipping, AdamW) with dropout, "
-    "in an epoch of the same texts; `times_ours` the median over rounds of its time over the first row's, with a 95 % "
-    "interval (order statistics). Before the clock starts every variant's loss is compared with the first row's on the "
-    "same batch without dropout."
+    "in an epoch of the same texts; `times_ours` the median over rounds of that time over the first row's, with a 95 % "
+    "interval (order statistics). Before timing, every variant's loss is compared with the first row's on the same "
+    "batch without dropout."
 )
 
 
@@ -76,7 +76,7 @@ def ours(encoded: list[dict], labels: np.ndarray, precision: str, epochs: int) -
 def stock(
     encoded: list[dict], labels: np.ndarray, precision: str, epochs: int, folder: Path, padding: str, grouped: bool
 ) -> tuple[Callable[[], None], object]:
-    """The same of `Trainer`, which stands still between steps."""
+    """The same for `Trainer`, which is paused between steps."""
     model, tokenizer = model_of()
     rows = [{**row, "labels": int(label)} for row, label in zip(encoded, labels, strict=True)]
     outer = greenlet.getcurrent()
@@ -95,7 +95,7 @@ def stock(
         model, arguments, train_dataset=rows, data_collator=collator, callbacks=[Gate()], processing_class=tokenizer
     )
     inner = greenlet.greenlet(trainer.train)
-    inner.switch()  # to before the first step
+    inner.switch()  # runs until before the first step
 
     return inner.switch, model
 
@@ -113,7 +113,7 @@ def main() -> int:
     parser.add_argument("--texts", choices=["mnli", "full"], default="mnli")
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=50, help="of an epoch, and a turn")
+    parser.add_argument("--steps", type=int, default=50, help="steps per epoch, which is one turn")
     parser.add_argument("--json", action="store_true", help="print the JSON document alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()

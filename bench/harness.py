@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine card, the check before the clock, the table and the one JSON line."""
+"""Parts that all benchmarks share: the machine card, the check before timing, the table and the JSON line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ class WrongOutput(Exception):
 
 
 def check(case: str, candidates: dict[str, Callable[[], np.ndarray]], expected: np.ndarray, tolerance: float) -> float:
-    """Runs each candidate once and returns the largest absolute error. Raises WrongOutput above `tolerance`, or NaN."""
+    """Runs each candidate once and returns the largest absolute error. Raises WrongOutput for a wrong shape, NaN, or an
+    error above `tolerance`.
+    """
     worst = 0.0
     for name, call in candidates.items():
         got = np.asarray(call())
@@ -57,7 +59,7 @@ def time_checked(
 
 
 def add_options(parser: argparse.ArgumentParser, *, threads: int = 1) -> None:
-    """The options of every benchmark of an op."""
+    """Adds the options that every benchmark of an op has."""
     parser.add_argument("--threads", type=int, default=threads, help=f"threads for both sides (default {threads})")
     parser.add_argument("--quick", action="store_true", help="few cases, few rounds")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
@@ -65,7 +67,7 @@ def add_options(parser: argparse.ArgumentParser, *, threads: int = 1) -> None:
 
 
 def measured(cases: Iterable[Callable[[], list[Row]]]) -> tuple[list[Row], bool]:
-    """The rows of all cases, and whether each could be reported: one with a wrong output is said on stderr."""
+    """(rows of all cases, whether all could be reported). A case with a wrong output is named on stderr."""
     rows: list[Row] = []
     refused = False
     for case in cases:
@@ -86,10 +88,10 @@ def report(
     *,
     json_only: bool = False,
 ) -> None:
-    """Prints the rows as a table for people, unless `json_only`, then as one JSON line; also writes them to `page`
-    where given.
+    """Prints the rows as a table for people, unless `json_only`, then as one JSON line. Also writes the table to `page`
+    if given.
 
-    columns: key of a row -> format spec. notes: what the columns mean, for the page.
+    columns: key of a row -> format spec. notes: the meaning of the columns, for the page.
     """
     card = machine.card()
     table = Table(title=title, caption=f"{card['cpu']}, {card['cores']} cores; torch {card['torch']}")
@@ -97,7 +99,7 @@ def report(
         table.add_column(key, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row, columns))
-    # Piped into a file there is no terminal to fit, and a cut figure is no figure.
+    # Output into a file has no terminal width to fit; a narrow table would cut figures.
     if not json_only:
         Console(width=None if sys.stdout.isatty() else 200).print(table)
     short = [{key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
@@ -121,7 +123,7 @@ def markdown(title: str, rows: Sequence[Row], columns: dict[str, str], notes: st
 
 
 def _cells(row: Row, columns: dict[str, str]) -> list[str]:
-    """The row as text; empty where it has no such figure, as an interval of too few rounds."""
+    """The row as text; empty if a figure is missing, such as an interval of too few rounds."""
     return ["" if row.get(key) is None else format(row[key], spec) for key, spec in columns.items()]
 
 

@@ -2,8 +2,8 @@
 
 python -m bench.make_general WORDNET.zip    # in WNDB layout: data.noun, data.verb, data.adj, data.adv
 
-Writes sparsebert/assets/general/texts.txt.gz, one text a line, the same bytes for the same dictionary: which texts are
-taken, and in which order they stand, follows from their hashes.
+Writes sparsebert/assets/general/texts.txt.gz, one text per line. The same dictionary gives the same bytes: the choice
+of texts and their order follow from their hashes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import zipfile
 from pathlib import Path
 
 EXAMPLES, DEFINITIONS = 9000, 5000
-WORDS = range(5, 41)  # of a text
+WORDS = range(5, 41)  # per text
 TARGET = Path(__file__).parents[1] / "sparsebert" / "assets" / "general" / "texts.txt.gz"
 
 
 def texts_of(archive: Path) -> tuple[set[str], set[str]]:
-    """(examples, definitions) of all synsets, those of a fitting length."""
+    """(examples, definitions) of all synsets, without those whose length is not in WORDS."""
     examples, definitions = set(), set()
     with zipfile.ZipFile(archive) as files:
         for name in files.namelist():
@@ -34,7 +34,7 @@ def texts_of(archive: Path) -> tuple[set[str], set[str]]:
 
 
 def drawn(texts: set[str], count: int) -> list[str]:
-    """So many of the texts, by their hashes."""
+    """The `count` texts with the lowest hashes, sorted by hash."""
     return sorted(texts, key=lambda text: hashlib.sha256(text.encode()).digest())[:count]
 
 

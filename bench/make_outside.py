@@ -1,11 +1,11 @@
-"""Makes the review sets that bench.study_calibration reports on and that are not ours to ship: three .csv files.
+"""Makes three .csv files: review sets that bench.study_calibration reports on, and that we may not ship.
 
 python -m bench.make_outside TEXTFOOLER NLTK_DATA FOLDER
 
 TEXTFOOLER: a checkout of github.com/jind11/TextFooler (data/yelp: 1,000 reviews of restaurants and shops). NLTK_DATA:
-one of github.com/nltk/nltk_data (packages/corpora: the customer reviews of Hu & Liu 2004 and Ding et al. 2008, the film
-reviews of Pang & Lee 2004). Sentences of product reviews of at least 4 words by the sum of their opinions, reviews of
-restaurants and shops of at least 100 words, film reviews of at least 200.
+a checkout of github.com/nltk/nltk_data (packages/corpora: the customer reviews of Hu & Liu 2004 and Ding et al. 2008,
+the film reviews of Pang & Lee 2004). The sets: sentences of product reviews of at least 4 words, labelled by the sign
+of the sum of their opinions; reviews of restaurants and shops of at least 100 words; film reviews of at least 200.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-Row = tuple[str, int]  # text, and 1 where it is positive
+Row = tuple[str, int]  # text, and 1 if it is positive
 
 
 def restaurants_and_shops(textfooler: Path) -> Iterator[Row]:

@@ -35,7 +35,7 @@ LINEARS = (
     Linear("BERT", "ffn1+gelu", 768, 3072, gelu=True),
     Linear("BERT", "ffn2", 3072, 768),
 )
-# A short sentence, an average one, a full one, and a ragged batch of 32 (27.2 tokens each).
+# A short sentence, an average one, a full one, and a ragged batch of 32 (27.2 tokens on average).
 TOKENS = (8, 27, 128, 870)
 SPARSITIES = (0.75, 0.875, 0.90, 0.95)
 
@@ -51,7 +51,7 @@ def random_weight(n_out: int, n_in: int, sparsity: float, seed: int = 0) -> np.n
 
 
 def random_mask(n_out: int, n_in: int, sparsity: float, rows: int, rng: np.random.Generator) -> np.ndarray:
-    """What is kept, bool [n_out, n_in]: of every `rows` consecutive rows together a random share of the columns."""
+    """Mask of random kept weights, bool [n_out, n_in]. Every `rows` consecutive rows share their columns."""
     kept = np.ones(n_out // rows * n_in, bool)
     kept[rng.permutation(kept.size)[: int(sparsity * kept.size)]] = False
     return kept.reshape(-1, n_in).repeat(rows, 0)
@@ -63,10 +63,11 @@ def random_input(tokens: int, n_in: int, seed: int = 1) -> np.ndarray:
 
 
 def layer_problem(rows: int, n_in: int, gelu: bool = False, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """(W* [rows, n_in], H [n_in, n_in]), float64: what the layer-wise solvers meet in an encoder.
+    """(W* [rows, n_in], H [n_in, n_in]), float64, similar to the problems of the layer-wise solvers in an encoder.
 
-    H: centred second moments of 4 n_in tokens of correlated inputs whose variances fall as a power law, or of the GELU
-    of such, mixed once more, with a damping of 1 % of the mean diagonal. W*: normal weights, moved a little.
+    H: centred second moments of 4 n_in tokens of correlated inputs, damped by 1 % of the mean diagonal. The inputs are
+    random mixtures of variables whose deviations fall as a power law; with `gelu`, the GELU of such inputs. W*: normal
+    weights, rows of different sizes, plus a little noise.
     """
     rng = np.random.default_rng(seed)
     spectrum = np.arange(1, n_in + 1) ** -0.5
@@ -83,8 +84,8 @@ def layer_problem(rows: int, n_in: int, gelu: bool = False, seed: int = 0) -> tu
 
 
 def low_rank_metric(rows: int) -> torch.Tensor:
-    """How errors of outputs count together where few directions matter: float64 [rows, rows], of rank 5 over a floor of
-    a tenth of the mean diagonal.
+    """A row metric in which few directions of the outputs matter: float64 [rows, rows], of rank 5 plus a floor of a
+    tenth of the mean diagonal.
     """
     directions = torch.randn(rows, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     metric = directions @ directions.T
@@ -92,8 +93,8 @@ def low_rank_metric(rows: int) -> torch.Tensor:
 
 
 def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
-    """Second moments H of correlated inputs, float64 [n_in, n_in]: eigenvalues j^-1 in random directions, damped by
-    1 % of their mean, as the layers of an encoder have them.
+    """Second moments H of correlated inputs, like those of an encoder's layers: float64 [n_in, n_in], eigenvalues j^-1
+    in random directions, damped by 1 % of their mean.
     """
     generator = torch.Generator().manual_seed(seed)
     directions, _ = torch.linalg.qr(torch.randn(n_in, n_in, generator=generator, dtype=torch.float64))
@@ -103,6 +104,6 @@ def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
 
 
 def random_directory(model: str, pattern: str, sparsity: float, folder: Path) -> Path:
-    """A model directory of random weights; `sparsity` is of patterns that imply none."""
+    """A model directory with random weights. `sparsity` is only used by patterns that imply none."""
     implied = {} if ":" in pattern else {"sparsity": sparsity}
     return random_model(BenchConfig(random=model, pattern=pattern, **implied), folder)

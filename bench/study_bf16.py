@@ -1,4 +1,4 @@
-"""What bf16 costs: the engine's bf16 logits against stock torch's in float32, and against the engine's own in fp32.
+"""The error of bf16: the engine's logits in fp32 and in bf16, each against stock torch's in float32.
 
 python -m bench.study_bf16 MODEL… --task mnli [--n N] [--threads N] [--json] [--markdown FILE]
 """
@@ -25,8 +25,8 @@ COLUMNS = {
     "max_error": ".4f", "largest_logit": ".2f", "kl": ".1e", "texts_per_s": ".0f",
 }  # fmt: skip
 NOTES = (
-    "{task}, its reported split, through `Engine.logits` on {threads} threads. `same_label`: percent of the texts on "
-    "which the engine's label is that of stock torch in float32, with its 95 % interval; `max_error` the largest "
+    "{task}, its reported split, through `Engine.logits` on {threads} threads. `same_label`: percent of the texts to "
+    "which the engine gives the same label as stock torch in float32, with its 95 % interval; `max_error` the largest "
     "difference of a logit, `kl` the mean KL(torch ‖ engine) in nats. The goal for bf16 is 99.8 %."
 )
 
@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--task", required=True)
-    parser.add_argument("--n", type=int, help="texts, a seeded subset (default: all)")
+    parser.add_argument("--n", type=int, help="number of texts, a seeded subset (default: all)")
     parser.add_argument("--threads", type=int, default=_dispatch.threads())
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")

@@ -1,19 +1,19 @@
-"""What pruning keeps of a model inside and outside the domain of its calibration texts.
+"""How much of a model pruning preserves, inside and outside the domain of its calibration texts.
 
 python -m bench.study_calibration choose --dense agnews=DIR qnli=DIR                      # shares of the mixture
 python -m bench.study_calibration report --dense mr=DIR mr=DIR mr=DIR --outside FOLDER    # old against new
 
 The dense models: `sparsebert train minilm --task agnews --n 6000 --epochs 1`, `… --task qnli --n 6000 --epochs 1`, and
-of MR `… --task mr --epochs 2 --seed 0` (1, 2).
+for MR `… --task mr --epochs 2 --seed 0` (1, 2).
 
-`choose` compares mixtures by the default method on held-out training texts: of the task itself, of other tasks, and of
-these joined to long ones. None of its tasks is reported. `report` compares the task's texts alone with the default
-mixture, method by method: on the task's test split, on longer texts made of it, on reviews (IMDB by length, and every
-file in FOLDER: bench.make_outside makes it, as these texts are not ours to ship), and on texts that are no reviews at
-all, where only the distance from the dense model means anything. A reported set has no text that is in a mixture.
+`choose` compares mixtures, pruning with the default method, on held-out training texts: of the task itself, of other
+tasks, and of both joined to long texts. None of its tasks is reported. `report` compares the task's texts alone with
+the default mixture, for each method: on the task's test split, on longer texts made of it, on reviews (IMDB by length,
+and every file in FOLDER, which bench.make_outside makes, as we may not ship these texts), and on texts that are not
+reviews, for which only the distance from the dense model means anything. No reported set has a text of a mixture.
 
-A finished cell is a line of the cells file, which is never computed again. Figures outside are of at most 400 seeded
-texts of a set.
+A finished cell is a line of the cells file, and is never computed again. Sets outside the domain are cut to at most 400
+texts, chosen with a seed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from sparsebert.pruning.calibration import SHARES
 from sparsebert.robustness.drift import drift, joined
 
 KIND, CODE = "calibration cell", "sparsebert.pruning"
-MOST = 400  # texts of a set
+MOST = 400  # max texts of a set outside the domain
 OLD, NEW = "task", "mixture"
 REVIEWS = "reviews:"
-# Name -> (tokens in all, shares); the same 150,000 tokens of the task's own texts wherever they are most of the set.
+# Name -> (total tokens, shares). 0.6 of 250,000 tokens are the same 150,000 tokens of the task's own texts.
 MIXTURES = {
     OLD: (150_000, {"task": 1.0}),
     "task, longer": (250_000, {"task": 0.6, "task, joined": 0.4}),
@@ -65,7 +65,7 @@ METHODS = {
 
 
 def without_labels(examples: Examples, paired: bool) -> Examples:
-    """The texts alone, paired or not as a model takes them."""
+    """The texts without labels, in pairs if `paired`, as the model needs them."""
     both = examples.texts, examples.texts_b
     if not paired or examples.texts_b is None:
         both = data.in_pairs(examples.texts, paired)
@@ -88,7 +88,7 @@ def sets_to_choose_on(task: str) -> dict[str, Examples]:
 
 
 def sets_to_report(task: str, folder: Path | None) -> dict[str, Examples]:
-    """The test split whole, and joined; reviews of other domains and lengths; texts that are no reviews."""
+    """The test split whole, and joined; reviews of other domains and lengths; texts that are not reviews."""
     spec = data.get_task(task)
     test = data.load(spec, spec.test)
     found = {"in domain": test, "longer: own texts, 150 words": joined(test, 150)}
@@ -110,7 +110,7 @@ def sets_to_report(task: str, folder: Path | None) -> dict[str, Examples]:
 
 
 def without(examples: Examples, seen: set[str]) -> Examples:
-    """Those whose text is not among `seen`."""
+    """The examples whose normalised text is not in `seen`."""
     return examples.take([i for i, text in enumerate(examples.texts) if data.normalised(text) not in seen])
 
 
@@ -120,7 +120,7 @@ def _sets(which: str, task: str, folder: str) -> dict[str, Examples]:
 
 
 def sets_of(which: str, task: str, folder: str) -> dict[str, Examples]:
-    """The sets of a table, those outside cut to MOST texts."""
+    """The sets of a table. Those outside the domain are cut to MOST texts."""
     return {
         name: examples if name == "in domain" else examples.sample(MOST, 0)
         for name, examples in _sets(which, task, folder).items()
@@ -132,7 +132,7 @@ def logits(classifier: Classifier, examples: Examples) -> np.ndarray:
 
 
 def cell(which: str, task: str, directory: Path, mixture: str, method: dict, folder: str, dense: dict) -> dict:
-    """One model pruned: KL, agreement and points from dense on every set."""
+    """Prunes one model. Returns KL, agreement and points from dense on every set."""
     tokens, shares = MIXTURES[mixture]
     config = PruneConfig(calibration_tokens=tokens, **method)
     spec = data.get_task(task)
@@ -158,7 +158,7 @@ def cell(which: str, task: str, directory: Path, mixture: str, method: dict, fol
 
 
 def interval(values: list[float]) -> tuple[float, float, float] | tuple[None, None, None]:
-    """(mean, low, high): the 95 % t interval over dense models, the mean alone for fewer than two."""
+    """(mean, low, high): the 95 % t interval over dense models; only the mean for fewer than two."""
     if not values:
         return None, None, None
     mean = float(np.mean(values))
@@ -169,8 +169,8 @@ def interval(values: list[float]) -> tuple[float, float, float] | tuple[None, No
 
 
 def summary(cells: list[tuple[dict, dict]]) -> list[harness.Row]:
-    """One row a (task, method, mixture, set): means over dense models, and the distances from the same models
-    calibrated on the task's texts alone. `reviews: all` are the sets of reviews outside together, each counting alike.
+    """One row per (task, method, mixture, set): means over dense models, and the distances from the same models
+    calibrated on the task's texts alone. `reviews: all` are all review sets together, with equal weights.
     """
     grouped: dict[tuple, dict[str, dict]] = {}
     seconds: dict[tuple, list[float]] = {}
@@ -211,12 +211,12 @@ def summary(cells: list[tuple[dict, dict]]) -> list[harness.Row]:
 
 
 def log_kl(found: dict) -> float:
-    """log KL: of several sets the mean of theirs."""
+    """log KL; for several sets the mean of their log KL."""
     return float(np.mean(np.log(found["kl"])))
 
 
 def together(sets: list[dict]) -> dict:
-    """Means over sets, the KL of each kept."""
+    """Means over sets, but a list of the KL of each set."""
     means = {name: float(np.mean([each[name] for each in sets])) for name in ("agreement", "dense", "points")}
     return {"n": sum(each["n"] for each in sets), "kl": [each["kl"] for each in sets], **means}
 
@@ -227,12 +227,13 @@ COLUMNS = {
     "low": ".2f", "high": ".2f", "cpu s": ".0f",
 }  # fmt: skip
 NOTES = (
-    "87.5 % unstructured. `points` of accuracy from the same dense model and `agreement` with it in percent, means "
-    "over dense models; `gain`: the points won over the same model calibrated on the task's texts alone (`task`). `kl` "
-    "is KL(dense ‖ pruned) in nats, the mean over texts, then geometric over dense models, and for `reviews: all` over "
-    "the sets; `ratio` is `kl` over that of `task`, within a dense model. Intervals are 95 % (t, over dense models, "
-    "from two on). Sets outside are seeded subsets of at most 400 texts; `foreign` ones are no reviews, so that only "
-    "the distance from the dense model counts. `cpu s`: processor seconds of the pruning, all threads."
+    "87.5 % unstructured. `points` of accuracy from the same dense model and `agreement` with it in percent, both "
+    "means over dense models; `gain`: the points gained over the same model calibrated on the task's texts alone "
+    "(`task`). `kl` is KL(dense ‖ pruned) in nats: the mean over texts, then the geometric mean over dense models, and "
+    "for `reviews: all` also over the sets; `ratio` is `kl` over the `kl` of `task`, within a dense model. Intervals "
+    "are 95 % (t, over dense models, if there are at least two). Sets outside the domain are seeded subsets of at most "
+    "400 texts; `foreign` ones are not reviews, so that only the distance from the dense model counts. `cpu s`: "
+    "processor seconds of the pruning, over all threads."
 )
 
 
@@ -241,9 +242,9 @@ def main() -> int:
     parser.add_argument("which", choices=["choose", "report"])
     parser.add_argument("--dense", nargs="*", default=[], metavar="TASK=DIR", help="dense models")
     parser.add_argument("--outside", type=Path, help="folder of .csv files with text and label")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="of report (default: all)")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="for report; default: all")
     parser.add_argument("--mixtures", nargs="+", choices=MIXTURES, help="texts to calibrate on (default: the table's)")
-    parser.add_argument("--cells", type=Path, help="finished cells (default: bench/results/calibration_WHICH.jsonl)")
+    parser.add_argument("--cells", type=Path, help="file of cells (default: bench/results/calibration_WHICH.jsonl)")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     path = args.cells or Path(f"bench/results/calibration_{args.which}.jsonl")

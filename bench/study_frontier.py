@@ -1,17 +1,20 @@
-"""What a really pruned classifier costs and keeps: latency of `Engine.logits` against KL to dense and accuracy.
+"""Latency of `Engine.logits` against KL to dense and accuracy, for classifiers that were really pruned.
 
-python -m bench.study_frontier DENSE MODEL… [--task sst2] [--threads N] [--plot FILE] [--json] [--markdown FILE]
+python -m bench.study_frontier DENSE MODEL… [--task mr] [--threads N] [--plot FILE] [--json] [--markdown FILE]
 python -m bench.study_frontier DENSE --prune FOLDER …
+python -m bench.study_frontier --redraw TABLE --plot FILE
 
-DENSE and MODELs are model directories, pruned by `sparsebert prune` from DENSE; `--prune` makes those of the committed
-table, FOLDER/PATTERN-SPARSITY, where they are not finished. Texts go in and logits come out, so
-tokenizing is inside all timings, of ours and of torch's.
+DENSE and MODELs are model directories; `sparsebert prune` made the MODELs from DENSE. `--prune` makes the models of the
+committed table, FOLDER/PATTERN-SPARSITY, if they are not finished. `--redraw` draws a table that is there already.
+Timings run from texts to logits, so they include tokenizing, for our engine and for its rivals, which run DENSE.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +27,7 @@ from sparsebert import checkpoint, data
 from sparsebert.config import PruneConfig
 from sparsebert.engine import Engine
 from sparsebert.engine.measure import interleave
-from sparsebert.engine.rivals import torch_threads
+from sparsebert.engine.rivals import RIVALS, Work, named, torch_threads
 from sparsebert.ops import _dispatch
 from sparsebert.pruning import prune_checkpoint
 from sparsebert.robustness.evaluation import compare
@@ -36,21 +39,26 @@ COLUMNS = {
 }  # fmt: skip
 NOTES = (
     "{task}, its {n} reported sentences, through `Engine.logits`. `accuracy` in percent with its 95 % interval, "
-    "`change` in points from dense, `kl` the mean KL(dense ‖ pruned) in nats. `ms_1` and `ms_32` are milliseconds a "
-    "sentence, one and 32 a call, medians of {rounds} rounds over {timed} sentences; `faster` is the median over "
-    "rounds of our dense engine's time over this one's, `torch` of dense float32 torch's on the same texts; {threads} "
-    "threads, {dtype}. "
-    "`kernels`: what the {linears} linears run as. One dense model, one draw of calibration texts."
+    "`change` in points from dense, `kl` the mean KL(dense ‖ pruned) in nats. `ms_1` and `ms_32` are milliseconds per "
+    "sentence in calls with one and with 32 sentences, medians of {rounds} rounds over {timed} sentences; `faster` is "
+    "the median over rounds of our dense engine's time over this one's, `torch` the same for dense float32 torch on "
+    "the same texts; {threads} threads, {dtype}. `kernels`: the forms of the {linears} linears. One dense model, one "
+    "draw of calibration texts."
 )
 FRONTIER = [("unstructured", 0.75), ("unstructured", 0.875), ("unstructured", 0.95)]
 FRONTIER += [(pattern, sparsity) for pattern in ("16x1", "32x1") for sparsity in (0.75, 0.875)]
 TIMED = 64
 CALLS = (1, 32)  # sentences
+RIVAL = "rival"
+# Where the labels of a pattern's points stand: (points right, points up), and how they are aligned.
+SIDES = {
+    "unstructured": ((-5, -3), "right", "top"), "16x1": ((6, -1), "left", "top"), "32x1": ((6, 4), "left", "bottom"),
+}  # fmt: skip
 COLOURS = {"dense": "black", "unstructured": "tab:blue", "16x1": "tab:orange", "32x1": "tab:green", "2:4": "tab:red"}
 
 
 def pruned(dense: Path, task: str, folder: Path) -> list[Path]:
-    """The directories of FRONTIER in `folder`, pruned where they are not finished."""
+    """The directories of FRONTIER in `folder`. Prunes those that are not finished."""
     directories = []
     for pattern, sparsity in FRONTIER:
         directories.append(folder / f"{pattern}-{sparsity:g}")
@@ -58,16 +66,14 @@ def pruned(dense: Path, task: str, folder: Path) -> list[Path]:
     return directories
 
 
-def torch_call(directory: Path, texts: list[str], size: int) -> Callable[[], None]:
-    """Stock dense torch on the texts, so many at a time."""
-    import torch
-
-    model, tokenizer = checkpoint.load(directory)
+def rival_call(work: Work, name: str, texts: list[str], size: int, tokenizer) -> Callable[[], None]:
+    """The rival `name` on the texts, `size` at a time. work: the same texts in batches of that size."""
+    logits = RIVALS[name].prepare(work)
 
     def call() -> None:
-        with torch.inference_mode():
-            for i in range(0, len(texts), size):
-                model(**tokenizer(texts[i : i + size], return_tensors="pt", padding=True, truncation=True))
+        for i in range(0, len(texts), size):
+            tokenizer(texts[i : i + size], padding=True, truncation=True)
+            logits(i // size)
 
     return call
 
@@ -78,19 +84,27 @@ def engine_call(engine: Engine, texts: list[str], size: int) -> None:
 
 
 def measure(directories: list[Path], args: argparse.Namespace) -> tuple[list[harness.Row], dict]:
-    """One row a model, the dense one first."""
+    """(one row per model, the dense one first; the facts that NOTES names)."""
     spec = data.get_task(args.task)
     examples = data.load(spec, spec.test)
     engines = {d.name: Engine.load(d, threads=args.threads, batch_invariant=True) for d in directories}
     dense = directories[0].name
+    model, tokenizer = checkpoint.load(directories[0])
+    rivals = named(args.rivals)
     logits = {name: engine.logits(examples.texts, truncate=True) for name, engine in engines.items()}
     timed = [examples.texts[i] for i in np.random.default_rng(0).permutation(len(examples))[:TIMED]]
     rows = []
     timings = {}
-    with torch_threads(args.threads):
+    with torch_threads(args.threads), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for size in CALLS:
+            batches = [
+                dict(tokenizer(timed[i : i + size], return_tensors="pt", padding=True, truncation=True))
+                for i in range(0, TIMED, size)
+            ]
+            (place := Path(folder, str(size))).mkdir()
+            work = Work(model, batches, args.threads, place, None, stack)
             calls = {name: partial(engine_call, engine, timed, size) for name, engine in engines.items()}
-            calls["torch"] = torch_call(directories[0], timed, size)
+            calls |= {name: rival_call(work, name, timed, size, tokenizer) for name in rivals}
             timings[size] = interleave(calls, args.rounds, settle=5e-3)
     for name, engine in engines.items():
         found = compare(spec, examples, logits[name], logits[dense])
@@ -100,13 +114,15 @@ def measure(directories: list[Path], args: argparse.Namespace) -> tuple[list[har
             "change": 100 * found.difference, "kl": found.kl_to_dense,
             "pattern": engine.config["sparsebert"].get("pattern") or "dense",
         }  # fmt: skip
-        for size, of_size in timings.items():
-            row[f"ms_{size}"] = 1e3 * of_size.median(name) / TIMED
-            row[f"faster_{size}"] = of_size.ratio(dense, name).value
-            row[f"torch_{size}"] = of_size.ratio("torch", name).value
         forms = Counter(layer["form"] for layer in engine.explain())
         row["kernels"] = ", ".join(f"{count} {form}" for form, count in forms.most_common())
         rows.append(row)
+    rows += [{"model": name, "zeros": 0.0, "pattern": RIVAL} for name in rivals]
+    for row in rows:
+        for size, of_size in timings.items():
+            row[f"ms_{size}"] = 1e3 * of_size.median(row["model"]) / TIMED
+            row[f"faster_{size}"] = of_size.ratio(dense, row["model"]).value
+            row[f"torch_{size}"] = of_size.ratio("torch", row["model"]).value
     facts = {
         "task": args.task, "n": len(examples), "rounds": args.rounds, "timed": TIMED, "threads": args.threads,
         "dtype": engines[dense].dtype, "linears": len(engines[dense].encoder.linears),
@@ -114,54 +130,97 @@ def measure(directories: list[Path], args: argparse.Namespace) -> tuple[list[har
     return rows, facts
 
 
-def plot(rows: list[harness.Row], facts: dict, path: Path) -> None:
-    """Latency against KL and against accuracy, a line a pattern."""
-    from matplotlib import pyplot
+def read_table(path: Path) -> list[harness.Row]:
+    """The rows of a table that this module wrote, with what `plot` draws of them."""
+    lines = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| ")]
+    rows = []
+    for cells in lines[1:]:
+        row = dict(zip(lines[0], cells, strict=False))
+        name = row["model"]
+        pattern = "dense" if not rows else name.rpartition("-")[0] if row["accuracy"].strip() else RIVAL
+        numbers = {key: float(row[key]) for key in COLUMNS if key in row and _is_number(row[key])}
+        rows.append({"model": name, "pattern": pattern, **numbers})
+    return rows
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+
+def _is_number(text: str) -> bool:
+    return text.strip().lstrip("+-").replace(".", "", 1).isdigit()
+
+
+def plot(rows: list[harness.Row], path: Path) -> None:
+    """Latency against KL and against accuracy: a line per pattern, the dense model in our engine and in its rivals."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
+
+    figure, (of_kl, of_accuracy) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for pattern in dict.fromkeys(row["pattern"] for row in rows if row["pattern"] != RIVAL):
         part = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: row["ms_1"])
         x, style = [row["ms_1"] for row in part], {"color": COLOURS.get(pattern), "marker": "o", "label": pattern}
         error = np.array([[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for row in part]).T
-        axes[1].errorbar(x, [row["accuracy"] for row in part], yerr=error, elinewidth=0.6, **style)
-        if pattern != "dense":
-            axes[0].plot(x, [row["kl"] for row in part], **style)
-            for row in part:
-                axes[0].annotate(f"{row['zeros']:.1%}", (row["ms_1"], row["kl"]), fontsize=7, xytext=(3, 3),
-                                 textcoords="offset points")  # fmt: skip
-    axes[0].set(yscale="log", ylabel="KL(dense ‖ pruned), nats")
-    axes[1].set(ylabel="accuracy, %, with its 95 % interval")
-    dense = rows[0]
-    axes[1].set_title(f"dense torch: {dense['ms_1'] * dense['torch_1']:.1f} ms", fontsize=8, loc="right")
-    for axis in axes:
-        axis.set_xlabel(f"ms a sentence, one a call, {facts['threads']} threads, {facts['dtype']}")
-        axis.margins(x=0.12)  # room for what is written beside the last point
-        axis.set_xlim(left=0)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        of_accuracy.errorbar(x, [row["accuracy"] for row in part], yerr=error, elinewidth=0.6, **style)
+        if pattern == "dense":
+            continue
+        of_kl.plot(x, [row["kl"] for row in part], **style)
+        (dx, dy), across, along = SIDES.get(pattern, ((0, 6), "center", "bottom"))
+        for row in part:
+            of_kl.annotate(
+                f"{row['zeros']:.1%}", (row["ms_1"], row["kl"]), fontsize=7, color=COLOURS.get(pattern), ha=across,
+                va=along, xytext=(dx, dy), textcoords="offset points",
+            )  # fmt: skip
+    of_kl.margins(y=0.1)
+    of_kl.set(yscale="log", ylabel="KL(dense ‖ pruned), nats")
+    of_accuracy.set(ylabel="accuracy in percent, with its 95 % interval")
+    dense = [("dense, our engine", rows[0]["ms_1"])]
+    dense += [(f"dense, {row['model']}", row["ms_1"]) for row in rows if row["pattern"] == RIVAL]
+    if len(dense) == 1:  # a table from before rivals had rows
+        dense.append(("dense, torch", rows[0]["ms_1"] * rows[0]["torch_1"]))
+    for axis in (of_kl, of_accuracy):
+        for name, ms in dense:
+            axis.axvline(ms, color="0.6", linewidth=0.8, linestyle=":")
+            axis.annotate(
+                name, (ms, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, color="0.35",
+                ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points",
+            )  # fmt: skip
+        largest = max(ms for _, ms in dense)
+        axis.set(xscale="log", xlabel="ms per sentence, one per call", xlim=(0.3, 1.3 * largest))
+        ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32) if tick < 1.3 * largest]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.25)
+    of_kl.legend(fontsize=8, loc="upper right", bbox_to_anchor=(0.78, 1))
     figure.savefig(path, dpi=150)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("dense", type=Path)
+    parser.add_argument("dense", type=Path, nargs="?")
     parser.add_argument("models", type=Path, nargs="*")
-    parser.add_argument("--prune", type=Path, metavar="FOLDER", help="make the models there, in place of naming them")
-    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--prune", type=Path, metavar="FOLDER", help="make the models there, instead of naming them")
+    parser.add_argument("--redraw", type=Path, metavar="TABLE", help="draw this table again, and measure nothing")
+    parser.add_argument(
+        "--rivals", default="torch,onnxruntime,openvino", help="torch, and others of `sparsebert bench`"
+    )
+    parser.add_argument("--task", default="mr")
     parser.add_argument("--threads", type=int, default=_dispatch.threads())
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--plot", type=Path, help="also draw it to this file (needs matplotlib)")
+    parser.add_argument("--plot", type=Path, help="also draw the table to this file (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the JSON line alone")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    if bool(args.models) == (args.prune is not None):
+    if args.redraw is not None:
+        plot(read_table(args.redraw), args.plot)
+        return 0
+    if args.dense is None or bool(args.models) == (args.prune is not None):
         parser.error("name models, or --prune FOLDER to make them in")
     args.models = args.models or pruned(args.dense, args.task, args.prune)
     rows, facts = measure([args.dense, *args.models], args)
     title = f"Latency against quality of pruned MiniLM, {args.task}"
     harness.report(title, rows, COLUMNS, NOTES.format(**facts), args.markdown, json_only=args.json)
     if args.plot is not None:
-        plot(rows, facts, args.plot)
+        plot(rows, args.plot)
     return 0
 
 

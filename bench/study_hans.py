@@ -1,8 +1,8 @@
-"""What a debiased loss changes on HANS: what a model prefers to answer, or how well it tells the classes apart.
+"""The effect of a debiased loss on HANS: on the answer a model prefers, or on how well it tells the classes apart.
 
 python -m bench.study_hans MODELS [--n 6000] [--seed 0] [--json] [--markdown FILE]
 
-MODELS: the folder of fine-tuned models that `sparsebert study srnets` leaves, mnli-<loss>-<seed>-<settings>.
+MODELS: the folder of fine-tuned models that `sparsebert study srnets` writes, mnli-<loss>-<seed>-<settings>.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ COLUMNS = {"loss": "", "figure": "", "seeds": "d", "mean": ".3f", "low": ".3f", 
 NOTES = (
     "Means over seeds with their 95 % t intervals; `over_ce`: the paired difference from cross-entropy on the same "
     "seeds, with its interval and the p of an exact sign-flip test. `accuracy`: MNLI-m; `entailment` and "
-    "`non_entailment`: the share of each class of HANS that is found by the largest logit; `auroc`: the probability "
-    "that an example of entailment gets higher odds of it than one of non-entailment, 0.5 for a model that cannot tell "
-    "them apart whatever it prefers to answer. Of both sets a seeded random subset of {n} examples."
+    "`non_entailment`: the share of each class of HANS that the largest logit finds; `auroc`: the probability that an "
+    "example of entailment gets higher odds of it than one of non-entailment, 0.5 for a model that cannot tell them "
+    "apart, whichever answer it prefers. Both sets are seeded random subsets of {n} examples."
 )
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", type=Path)
     parser.add_argument("--n", type=int, default=6000, help="examples of each set (default 6000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the subset")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the subset")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()

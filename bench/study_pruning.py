@@ -2,13 +2,13 @@
 
 python -m bench.study_pruning main|patterns|ladder [--dense DIR …] [--task sst2] [--cells FILE] [--markdown FILE]
 
-`main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns, `ladder` adds the steps of
-`knowledge` one by one, takes each away, and distills the baselines as well. A finished cell is a line of the cells
-file, and a row of the ledger beside it; it is never computed again: the same command resumes, and so does a cell, after
-its last finished layer. The table is of every cell in the file, those of dense models no longer at hand as well;
-`ladder`'s of the dense models and draws that all its rows have. Cells are paired: a ratio is taken within a dense model
-and draw, and its mean over them is geometric. Several processes may share a cells file as long as they differ in dense
-models or draws.
+`main` compares the methods at 87.5 %, `patterns` at other sparsities and patterns. `ladder` adds the steps of
+`knowledge` one by one, leaves each one out, and distills the baselines as well. A finished cell is a line of the cells
+file, and a row of the ledger beside it, and is never computed again. The same command resumes; a cell resumes after its
+last finished layer. The table covers every cell in the file, also of dense models that are no longer at hand; that of
+`ladder` covers only the dense models and draws that all its rows have. Cells are paired: a ratio is taken within a
+dense model and draw, and the mean of ratios is geometric. Several processes may share a cells file if they differ in
+dense models or draws.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ SPACES = {
     "75 %": {"sparsity": 0.75},
     "32x1 50 %": {"pattern": "32x1", "sparsity": 0.5},
 }
-AFTER = {"distill", "perturb"}  # steps behind the last layer
+AFTER = {"distill", "perturb"}  # steps after the last layer
 
 
 def _ladder() -> dict[str, dict]:
-    """SparseGPT, then each step added, then each taken from tier 1 and from the whole; the baselines with the last two
-    steps as well.
+    """Name -> configuration: SparseGPT; then each step added; then tiers 1 and 2 with each step left out; the baselines
+    also with the last two steps.
     """
     steps = ["refit", "target", "admm", "cls", "heads", "outputs", "allocation", "distill", "perturb"]
     rungs = {"sparsegpt": MAIN["sparsegpt"]}
@@ -72,7 +72,7 @@ def _ladder() -> dict[str, dict]:
         rungs[f"+ {step}"] = KNOWLEDGE[f"knowledge {tier}"] | ({"without": ",".join(missing)} if missing else {})
     rungs |= {BASE: MAIN[BASE]}
     rungs |= {f"{name} + distill": MAIN[name] | {"distilled": True} for name in ("sparsegpt", BASE)}
-    for step in steps[:-2]:  # what distillation changes, the rungs above say
+    for step in steps[:-2]:  # the rungs above show the effect of distillation
         for tier in (1, 2):
             without = KNOWLEDGE[f"knowledge {tier}"] | {"without": step}
             if without not in rungs.values():  # tier 1 without its last step is a rung above
@@ -94,12 +94,12 @@ def settings(which: str) -> Iterator[tuple[str, str, dict]]:
 
 
 CODE = "sparsebert.pruning.methods"
-VERSION = code_of(CODE)[:12]  # of the code that a cell was computed by
-IDENTITY = ("task", "dense", "weights", "draw", "tokens", "config")  # of two cells with these the later counts
+VERSION = code_of(CODE)[:12]  # of the code that computes a cell
+IDENTITY = ("task", "dense", "weights", "draw", "tokens", "config")  # if two cells agree in these, the later one counts
 
 
 class Cells:
-    """The finished cells in `path`, one JSON object a line, as its ledger exports them."""
+    """The finished cells in `path`, one JSON object per line, as its ledger exports them."""
 
     kind = "pruning cell"
 
@@ -116,7 +116,7 @@ class Cells:
         return [c for c in found.values() if all(c[name] == value for name, value in fields.items())]
 
     def once(self, identity: dict, compute) -> dict:
-        """The cell of that identity and this code; else `compute()`'s figures, written before they are returned."""
+        """The cell of that identity and this code. If there is none, computes it and stores it before returning it."""
         figures = self.book.once(self.kind, identity, lambda: {"code": VERSION, **compute()}, VERSION)
         self.book.export(self.path)
         return identity | figures
@@ -126,19 +126,19 @@ class Cells:
             lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         except ValueError as error:
             raise InputError(
-                f"{self.path} must hold finished cells, one JSON object a line: {error}", fix="restore it, or delete it"
+                f"{self.path} must hold finished cells, one JSON object per line: {error}", fix="restore or delete it"
             ) from error
         if all("key" in line for line in lines):
             return self.book.take_over(self.path)
-        for line in lines:  # of a version that wrote identity and figures side by side
+        for line in lines:  # from a version that wrote identity and figures side by side
             identity = {name: line.pop(name) for name in IDENTITY}
             self.book.once(self.kind, identity, lambda line=line: line, line["code"])
 
 
 def cell(identity: dict, dense: Path, layers: Path) -> dict:
-    """One dense model pruned and compared with itself on the reported split. `config` of the identity: fields of
-    PruneConfig, and `distilled`: whether what `knowledge` does last is done here after another method. Finished layers
-    are kept in `layers`, where the next setting that differs only in what follows the last layer finds them.
+    """Prunes a dense model and compares it with the dense one on the reported split. identity["config"]: fields of
+    PruneConfig, and `distilled`: whether to distill here, after another method, as `knowledge` does last. Finished
+    layers are kept in `layers`, for the next setting that differs only in steps after the last layer.
     """
     spec = data.get_task(identity["task"])
     model, tokenizer = checkpoint.load(dense)
@@ -156,7 +156,7 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
     texts = draw(model, tokenizer, data.training(spec), config.calibration_tokens, spec.max_length, config.seed)
     teacher = copy.deepcopy(model) if distilled else None
     job = Job("layers", _of_layers(identity, config), CODE, layers, overwrite=True)
-    with job:  # and what it kept stays, for the next setting
+    with job:  # the layers that it keeps stay for the next setting
         result = prune(model, texts, config, run=Run(job=job))
     if teacher is not None:
         distill(model, teacher, texts, perturb=True, seed=config.seed)
@@ -173,7 +173,7 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
 
 
 def _of_layers(identity: dict, config: PruneConfig) -> dict:
-    """The same for settings whose pruned layers are the same."""
+    """Inputs of the job of the layers; the same for settings whose pruned layers are the same."""
     fields = config.model_dump()
     if config.method == "knowledge":
         fields |= {"tier": None, "without": None, "steps": sorted(steps_of(config) - AFTER)}
@@ -181,13 +181,15 @@ def _of_layers(identity: dict, config: PruneConfig) -> dict:
 
 
 def shared(cells: dict[tuple[str, str], list[dict]]) -> dict[tuple[str, str], list[dict]]:
-    """What all rows have of dense models and draws: rungs are compared with each other, not with the base alone."""
+    """The cells of dense models and draws that all rows have, as rungs are compared with each other, not only with the
+    base.
+    """
     both = set.intersection(*({(c["weights"], c["draw"]) for c in found} for found in cells.values()))
     return {row: [c for c in found if (c["weights"], c["draw"]) in both] for row, found in cells.items()}
 
 
 def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
-    """One row a (space, name): means over its cells, and the ratio of KL to the base method's in the same cells."""
+    """One row per (space, name): means over its cells, and the ratio of KL to the base method's in the same cells."""
     rows = []
     for (space, name), found in cells.items():
         bases = {(c["weights"], c["draw"]): c for c in cells.get((space, BASE), [])}
@@ -205,7 +207,7 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
         if far := [c["outside"] for c in found if "outside" in c]:
             row |= {f"kl {texts}": float(np.mean([each[texts]["kl"] for each in far])) for texts in OUTSIDE}
         if pairs:
-            # Draws of one dense model are no independent cells: the interval is over dense models.
+            # Draws of one dense model are not independent, so the interval is over dense models.
             logs: dict[str, list[float]] = {}
             for c, b in pairs:
                 logs.setdefault(c["weights"], []).append(np.log(c["kl_to_dense"] / b["kl_to_dense"]))
@@ -224,20 +226,20 @@ COLUMNS = {
     **{f"kl {texts}": ".4f" for texts in OUTSIDE},
 }  # fmt: skip
 NOTES = (
-    "`accuracy`, its `change` from the same dense model, and `agreement` with it in percent; `kl` is the mean "
-    "KL(dense ‖ pruned) in nats; all are means over cells (a dense model and a draw of calibration texts). `ratio` is "
-    f"the geometric mean over draws, then dense models, of `kl` over that of `{BASE}` in the same cell, `low` and "
-    "`high` its 95 % interval (t, over dense models, from three on). On the right `kl` on texts unlike the task's "
-    "(sparsebert.robustness.drift): its test texts joined to at least 150 words, and sentences of a dictionary; empty "
-    "where no cell measured it. The machine is the one that made the table."
+    "`accuracy`, its `change` from the same dense model, and `agreement` with it in percent; `kl` is the mean KL(dense "
+    "‖ pruned) in nats; all are means over cells (a dense model and a draw of calibration texts). `ratio` is the "
+    f"geometric mean over draws, then over dense models, of `kl` over the `kl` of `{BASE}` in the same cell, `low` and "
+    "`high` its 95 % interval (t, over dense models, if there are at least three). The columns on the right are `kl` "
+    "on texts unlike the task's (sparsebert.robustness.drift): its test texts joined to at least 150 words, and "
+    "sentences of a dictionary; empty if no cell measured it. The machine is the one that made the table."
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", choices=["main", "patterns", "ladder"])
-    parser.add_argument("--dense", type=Path, nargs="*", default=[], help="dense model directories, one a seed")
-    parser.add_argument("--cells", type=Path, default=Path("bench/results/pruning_cells.jsonl"), help="finished cells")
+    parser.add_argument("--dense", type=Path, nargs="*", default=[], help="dense model directories, one per seed")
+    parser.add_argument("--cells", type=Path, default=Path("bench/results/pruning_cells.jsonl"), help="file of cells")
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1], help="draws of calibration texts (default 0 1)")
     parser.add_argument("--only", nargs="+", default=[], help="names of methods or rungs (default: all)")
     parser.add_argument("--spaces", nargs="+", default=[], help="sparsities and patterns of `patterns` (default: all)")

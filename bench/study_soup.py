@@ -2,8 +2,8 @@
 
 python -m bench.study_soup -o DIR [--model minilm] [--task sst2] [--recipe quick-soup] [--json] [--markdown FILE]
 
-Resumes as `sparsebert train --recipe` does. Nothing is selected on the reported split: the greedy average is ordered
-and accepted by the loss under embedding perturbation on the examples that all models left out of their training.
+Resumes as `sparsebert train --recipe` does. Nothing is selected on the reported split: the models are sorted, and
+accepted into the greedy average, by the loss under embedding perturbation on the examples that no model trained on.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ COLUMNS = {
     "accuracy": ".2f", "low": ".2f", "high": ".2f", "perturbed": ".4f", "averaged": "",
 }  # fmt: skip
 NOTES = (
-    "`held_` figures are of the {held} training sentences that no model saw, where the greedy average was chosen; "
-    "`accuracy` (percent, with its 95 % interval) and `perturbed` are of the reported split, {n} sentences. "
-    "`perturbed`: mean loss with word embeddings moved against the model by FreeLB's steps, lower is better. "
-    "`minutes`: of fine-tuning, on a machine that may have been busy with other work; {total:.0f} in all."
+    "`held_` figures are on the {held} training sentences that no model saw, on which the greedy average was chosen; "
+    "`accuracy` (percent, with its 95 % interval) and `perturbed` are on the reported split, {n} sentences. "
+    "`perturbed`: mean loss with word embeddings moved against the model by FreeLB's steps; lower is better. "
+    "`minutes`: fine-tuning time, on a machine that may have been busy with other work; {total:.0f} in total."
 )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for the models and their average")
-    parser.add_argument("--model", default="minilm", help="what is fine-tuned (default minilm)")
+    parser.add_argument("--model", default="minilm", help="model to fine-tune (default minilm)")
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--recipe", default="quick-soup")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")

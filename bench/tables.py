@@ -1,8 +1,8 @@
-"""What makes every table of bench/results: its machine, its command, its environment variables.
+"""Lists how each table of bench/results was made: machine, command and environment variables.
 
 python -m bench.tables
 
-Read from the heads of the tables themselves; `MADE_OF` says what DIR, MODEL and PATH in a command stand for.
+They are read from the heads of the tables; `MADE_OF` says what DIR, MODEL and PATH in a command stand for.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 HEAD = re.compile(r"^Machine: (.+)\.  \nCommand: `(.+)`  \nEnvironment: (.+)\.(?:  )?$", re.M)
 DENSE = "sparsebert train minilm --task sst2 --recipe bench/recipes/three-dense.yaml -o DENSE"
-CELLS = "; its cells by the same with --dense DENSE/plain-"
+CELLS = "; its cells: the same command with --dense DENSE/plain-"
 CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
-# Table -> how what its command names, or takes from a file of cells, is made.
+# Table -> how the files were made that its command names, or the cells that it reads.
 MADE_OF = {
-    "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; with which settings is not recorded",
-    "calibration": "mr-0, mr-1: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1); outside: by "
+    "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; its settings are not recorded",
+    "calibration": "mr-0, mr-1: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1); outside: "
     "`python -m bench.make_outside`",
     "end_to_end": "PATH: the python of an environment with deepsparse 1.8.0",
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": f"{DENSE} && python -m bench.study_frontier DENSE/plain-0 --prune FOLDER. `dense` was right on as many "
     "sentences as plain-0; its weights are not recorded",
-    "mutants": "DIR: a checkout of 37f01f4, of whose data.py, ledger.py, checkpoint/ and engine/engine.py 300 mutants "
-    "were drawn by --seed 0, and given the tests of test_data, test_ledger, test_checkpoint and test_engine; about "
-    "half of them without a bound",
+    "mutants": "DIR: a checkout of 37f01f4; --seed 0 drew 300 mutants of its data.py, ledger.py, checkpoint/ and "
+    "engine/engine.py; they ran against test_data, test_ledger, test_checkpoint and test_engine, about half of them "
+    "without a limit on the time of their tests",
     "obs_prune": CHECKOUTS,
     "obs_sweep": CHECKOUTS,
     "obs_sweep_avx2": CHECKOUTS,
     "obs_sweep_cuda": CHECKOUTS,
-    "prune": "DIR: MiniLM fine-tuned on a task; which is not recorded, and changes no time",
-    "prune_avx2": "DIR: MiniLM fine-tuned on a task; which is not recorded, and changes no time",
+    "prune": "DIR: MiniLM fine-tuned on a task, which is not recorded and does not change the time",
+    "prune_avx2": "DIR: MiniLM fine-tuned on a task, which is not recorded and does not change the time",
     "pruning_ladder": f"{DENSE}{CELLS}0",
     "pruning_main": f"{DENSE}{CELLS}0 DENSE/plain-1 DENSE/plain-2 --draws 0 1",
     "pruning_patterns": f"{DENSE}{CELLS}0 DENSE/plain-1",
@@ -42,7 +42,7 @@ MADE_OF = {
 
 
 def head(page: str) -> dict[str, str] | None:
-    """Machine, command and environment of a table; None where its head lacks one of them."""
+    """Machine, command and environment of a table; None if its head lacks one of them."""
     found = HEAD.search(page)
     return None if found is None else dict(zip(("machine", "command", "environment"), found.groups(), strict=True))
 

@@ -1,30 +1,31 @@
-// Every operation of the compiled core, in plain C++: no Python and no tensor library in here.
-// Callers have checked shapes and index bounds; nothing below checks them again.
+// All operations of the compiled core in plain C++, without Python and without a tensor library. Callers have checked
+// shapes and index bounds; the code below does not check them again.
 #pragma once
 
 #include <cstdint>
 
 namespace sparsebert {
 
-// Slowest first, in the order of sparsebert.environment.ISAS. The last two are avx512 with other kernels for bf16.
+// Slowest first, in the order of sparsebert.environment.ISAS. The last two are avx512 with different kernels for bf16.
 enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
 
 using Bf16 = std::uint16_t;  // the upper half of a float32
 
 enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
 
-// A slice: rows that are stored side by side. A block: rows among which slices are chosen, slab by slab, for a like
-// number of entries. A slab: columns whose part of a panel stays in the first-level cache, and whose index is a byte.
+// A slice: rows that are stored side by side. A block: rows that are sorted into slices, anew in each slab, so that the
+// rows of a slice have similar numbers of entries. A slab: columns whose part of a panel stays in the first-level
+// cache, and whose index within the slab fits a byte.
 constexpr std::int64_t slice_rows = 4;
 constexpr std::int64_t block_rows = 64;
 constexpr std::int64_t slab_cols = 192;
 
-// W with columns of its own for every row: sliced ELLPACK, one for each slab of columns.
+// W in the form rows, in which each row has its own columns: sliced ELLPACK, one per slab of columns.
 struct SlicedMatrix {
-  const std::int32_t* rows;    // [slabs, slices, slice_rows], the row of W or -1; of a block the same ones in every slab
-  const std::uint8_t* counts;  // [slabs, slices], entries of each row, fewer ones filled up with zeros
-  const std::int64_t* begin;   // [slabs, blocks], where a block's entries are, of all of these
-  const std::uint8_t* cols;    // [entries, slice_rows], within the slab; a row's in their order
+  const std::int32_t* rows;    // [slabs, slices, slice_rows], the row of W, or -1; a block's are the same in every slab
+  const std::uint8_t* counts;  // [slabs, slices], entries per row; shorter rows are filled up with zeros
+  const std::int64_t* begin;   // [slabs, blocks], index of a block's first entry
+  const std::uint8_t* cols;    // [entries, slice_rows], within the slab, in the order of columns along a row
   const float* values;         // [entries, slice_rows]
   std::int64_t slabs;
   std::int64_t slices;
@@ -32,42 +33,42 @@ struct SlicedMatrix {
   std::int64_t entries;
 };
 
-// Rows of a group, and how many of them are stored side by side, one value of each a column.
+// Rows per group, and how many of them are stored side by side, with one value of each per column.
 constexpr std::int64_t group_rows = 8;
 constexpr std::int64_t group_tile = 4;
 
 // W in groups of group_rows rows that share one list of kept columns. Any rows may form a group.
 struct GroupedMatrix {
-  const std::int32_t* rows;         // [groups, group_rows], the row of W, or -1: the group is smaller
-  const std::int32_t* col_begin;    // [groups], where a group's columns are in `cols`; groups may share a list
+  const std::int32_t* rows;         // [groups, group_rows], the row of W, or -1 if the group is smaller
+  const std::int32_t* col_begin;    // [groups], where a group's columns begin in `cols`; groups may share a list
   const std::int32_t* col_count;    // [groups]
   const std::uint16_t* cols;        // column indices below n_in
-  const std::int64_t* value_begin;  // [groups], where a group's values are in `values`
-  const float* values;              // of a group: [group_rows / group_tile][col_count][group_tile]
+  const std::int64_t* value_begin;  // [groups], where a group's values begin in `values`
+  const float* values;              // per group: [group_rows / group_tile][col_count][group_tile]
   std::int64_t groups;
 };
 
-// A tile: rows of W, and columns of it that are multiplied in one step.
+// A tile: the rows and columns of W that are multiplied in one step.
 constexpr std::int64_t tile_rows = 16;
 constexpr std::int64_t tile_cols = 32;
 
 // W in bf16 tiles. A group is one or two tiles of rows that share one list of kept columns, in chunks of tile_cols; any
-// rows may form a group. A tile is stored whole, or as a bit an entry and the entries that are not zero.
+// rows may form a group. A tile is stored whole, or as one bit per entry and the values that are not zero.
 struct TiledMatrix {
-  const std::int32_t* rows;         // [groups, 2 * tile_rows], the row of W, or -1: the group is smaller
+  const std::int32_t* rows;         // [groups, 2 * tile_rows], the row of W, or -1 if the group is smaller
   const std::int32_t* tiles;        // [groups], 1 or 2
-  const std::int64_t* col_begin;    // [groups], where a group's columns are in `cols`; groups may share a list
-  const std::int32_t* chunks;       // [groups], its columns / tile_cols
-  const std::uint16_t* cols;        // column indices below n_in; a list is filled up with any, whose weights are zero
-  const std::int64_t* value_begin;  // [groups], where a group's values are in `values`
-  const std::int64_t* mask_begin;   // [groups], where its masks are in `masks`, or -1: its tiles are stored whole
-  const Bf16* values;               // of a group: [chunks][tiles][tile_rows][tile_cols], or what of it is not zero
-  const std::uint32_t* masks;       // of a group: [chunks][tiles][tile_rows], bit c for column c of the tile
+  const std::int64_t* col_begin;    // [groups], where a group's columns begin in `cols`; groups may share a list
+  const std::int32_t* chunks;       // [groups], the group's columns / tile_cols
+  const std::uint16_t* cols;        // column indices below n_in; a list is filled up with any column, of weight zero
+  const std::int64_t* value_begin;  // [groups], where a group's values begin in `values`
+  const std::int64_t* mask_begin;   // [groups], where its masks begin in `masks`, or -1 if its tiles are stored whole
+  const Bf16* values;               // per group: [chunks][tiles][tile_rows][tile_cols], or only those that are not zero
+  const std::uint32_t* masks;       // per group: [chunks][tiles][tile_rows], bit c for column c of the tile
   std::int64_t groups;
   std::int64_t most_chunks;         // the largest of `chunks`
 };
 
-// y = activation(x Wᵀ + bias) for a W [n_out, n_in] in one of the three forms; the others are null.
+// y = activation(x Wᵀ + bias) for W [n_out, n_in] in one of three forms; the pointers to the other two are null.
 struct Linear {
   const SlicedMatrix* sliced;
   const GroupedMatrix* grouped;
@@ -78,16 +79,16 @@ struct Linear {
   std::int64_t n_out;
 };
 
-// Runs a linear layer, float32 accumulation. With W in tiles, x is rounded to bf16, and so is y.
+// Runs a linear layer with float32 accumulation. If W is in tiles, x and y are rounded to bf16.
 //   x     [tokens, n_in] row-major floats, any number of tokens from 0; needs no alignment beyond a float's
 //   y     [tokens, n_out] row-major floats, written whole; must not overlap x
-// A token's result depends on no other token, nor on their number, nor on `threads` (>= 1); avx2 and avx512 give the
-// same bits in float32. Throws std::bad_alloc when the copies of x and y in panels, at most max(threads MiB, (n_in +
-// n_out) * 256 B), cannot be had, or with tiles what a thread needs beside them, 640 B for each of n_in.
+// A token's result depends neither on other tokens, nor on their number, nor on `threads` (>= 1); avx2 and avx512 give
+// the same bits in float32. Throws std::bad_alloc if memory cannot be allocated: for the copies of x and y in panels at
+// most max(threads MiB, (n_in + n_out) * 256 B), and with tiles some 320 B more per thread and input.
 void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y);
 
-// Operations a second that one core of this instruction set can do in float32 from registers, or in bf16 on tiles, two a
-// multiply-add: what no kernel exceeds. Takes some milliseconds.
+// Peak operations per second of one core with this instruction set, in float32 from registers or in bf16 on tiles; a
+// multiply-add counts as two. No kernel exceeds it. Takes some milliseconds.
 double peak_flops(Isa isa, bool bf16);
 
 struct LayerNorm {
@@ -107,76 +108,79 @@ struct EncoderLayer {
 // A BERT-like sequence classifier; layer norms come after the residual sums.
 struct Encoder {
   const float* words;      // [vocabulary, embedding]
-  const float* positions;  // [types, max_length, embedding], position and token-type vectors added
+  const float* positions;  // [types, max_length, embedding], sums of position and token-type vectors
   std::int64_t max_length;
   std::int64_t embedding;
   LayerNorm embedding_norm;
-  const Linear* projection;  // embedding -> hidden, or null where they are equal
+  const Linear* projection;  // embedding -> hidden, or null if they are equal
   const EncoderLayer* layers;
   std::int64_t n_layers;
   std::int64_t hidden;
   std::int64_t heads;  // divides hidden
   float eps;
-  Linear pooler;      // of a sequence's first token
+  Linear pooler;      // applied to a sequence's first token
   Linear classifier;
 };
 
-// Sequences one behind the other, no padding.
+// Sequences one after the other, without padding.
 struct Sequences {
-  const std::int32_t* ids;    // [tokens], below the vocabulary
-  const std::int32_t* types;  // [tokens], below the types
-  const std::int64_t* starts; // [count + 1]; always increases, by at most max_length
+  const std::int32_t* ids;    // [tokens], below the size of the vocabulary
+  const std::int32_t* types;  // [tokens], below the number of types
+  const std::int64_t* starts; // [count + 1]; strictly increases, by at most max_length
   std::int64_t count;
 };
 
-// Classifies sequences. Where the layers' linears are in tiles, all of them, the projection and the pooler are, and
-// states between them are bf16; the classifier is not. Otherwise none is.
+// Classifies sequences. Either all linears of the layers, the projection and the pooler are in tiles, and the states
+// between them are bf16, or none is in tiles. The classifier is never in tiles.
 //   logits  [count, classifier.n_out] row-major floats, written whole
-//   states  [tokens, hidden], the last layer's output, or null where it is not wanted
-// A sequence's result depends on no other sequence, nor on `threads` (>= 1); avx2 and avx512 give the same bits in
-// float32. Throws std::bad_alloc when working memory for 128 tokens a thread, or the longest sequence, cannot be had.
+//   states  [tokens, hidden], the last layer's output, or null if it is not wanted
+// A sequence's result depends neither on other sequences nor on `threads` (>= 1); avx2 and avx512 give the same bits in
+// float32. Throws std::bad_alloc if working memory for 128 tokens per thread, or for the longest sequence, cannot be
+// allocated.
 void sparse_encoder(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
                     float* states);
 
-// Rows of a mask in groups of equal rows.
+// The rows of a mask, in groups of equal rows.
 struct RowGroups {
   const bool* mask;             // [any number of rows, n_in]
-  const std::int64_t* row_ptr;  // [count + 1], elements of rows; starts at 0, always increases
+  const std::int64_t* row_ptr;  // [count + 1], indices into rows; starts at 0, strictly increases
   const std::int32_t* rows;     // each row of the mask at most once
   std::int64_t count;
 };
 
-// For each row with support S (the True of its mask): H_SS v_S = t_S, float64, by Cholesky, one factorisation a group.
+// Solves H_SS v_S = t_S for each row, where S is its support (the True of its mask). float64, by Cholesky, with one
+// factorisation per group.
 //   target      [rows, n_in] row-major doubles
 //   h           [n_in, n_in] symmetric; only i <= j is read, unless `complement`
-//   complement  S is the False of the mask, and the solution c no result yet: v = t - cᵀ H_S:, exactly 0 on S
-//   v           [rows, n_in]; written on each row's S, or in whole rows with `complement`; must not overlap target
-//   failed      [count], -1 or the index in S of the first pivot that is not above 0; v is then undefined in that group
-// Groups are handed out in their order: the costliest should come first. The result does not depend on `threads`
-// (>= 1). Throws std::bad_alloc when a thread's work, about 4 |S|² bytes, cannot be had.
+//   complement  S is the False of the mask; from the solution c follows the result v = t - cᵀ H_S:, exactly 0 on S
+//   v           [rows, n_in]; written on each row's S, with `complement` in whole rows; must not overlap target
+//   failed      [count], -1, or the index in S of the first pivot that is not above 0; the group's v is then undefined
+// A thread takes the groups of its share in order, so the costliest should come first. The result does not depend on
+// `threads` (>= 1). Throws std::bad_alloc if a thread's working memory, about 4 |S|² bytes, cannot be allocated.
 void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
                   Isa isa, int threads, double* v, std::int64_t* failed);
 
-// How many columns of every `width` consecutive ones a row may lose; width 0: any.
+// A row may lose at most `removals` of each `width` consecutive columns; width 0: no such limit.
 struct Banks {
   std::int64_t width;
   std::int64_t removals;
 };
 
-// Exact optimal brain surgeon: the order in which groups of `group` consecutive rows lose their columns, at each step
-// the open column p of lowest score, the sum over the group's rows of w_p^2 / [H^-1]_pp, of equals the lower one.
+// Exact optimal brain surgeon: the order in which groups of `group` consecutive rows lose their columns. Each step
+// removes the open column p of lowest score, the sum over the group's rows of w_p^2 / [H^-1]_pp; of equal scores, the
+// lower column.
 //   weight   [rows, n_in] row-major, rows a multiple of group
 //   inverse  [n_in, n_in], H^-1, symmetric
 //   steps    at most n_in, and at most n_in / width * removals with banks
-//   order    [rows / group, steps], columns; losses [rows / group, steps], the scores when they went
-// A trace whose inverse loses its positive diagonal to rounding ends with losses of NaN. Results do not depend on
-// `threads` (>= 1). Throws std::bad_alloc; works in 8 * n_in^2 bytes a thread, about.
+//   order    [rows / group, steps], columns; losses [rows / group, steps], their scores when they were removed
+// A trace ends with losses of NaN if its inverse loses its positive diagonal to rounding. Results do not depend on
+// `threads` (>= 1). Needs about 8 * n_in^2 bytes per thread; throws std::bad_alloc.
 void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
                Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses);
 
-// Which weights an obs_sweep removes. m = 0: of each block of columns, over all rows together, the removals[block] sets
-// of `group` consecutive rows and one column with the lowest sums of scores. m > 0: n of m consecutive columns stay, in
-// each row; where `shared`, out of the 4 that `group` rows share.
+// The weights that an obs_sweep removes. A set is `group` consecutive rows of one column. m = 0: in each block of
+// columns, the removals[block] sets with the lowest sums of scores, chosen over all rows together. m > 0: each row
+// keeps n of m consecutive columns, or if `shared`, n of the 4 of them that `group` rows keep together.
 struct SweepPattern {
   std::int64_t group;
   std::int64_t n;
@@ -185,56 +189,58 @@ struct SweepPattern {
   const std::int64_t* removals;  // [ceil(n_in / block)], each at most rows / group times the block's columns
 };
 
-// Columns left to right, each removal compensated in the columns to its right; score (w_j / U_jj)^2, H^-1 = Uᵀ U.
+// Goes through the columns from left to right and compensates each removal in the columns to its right. The score is
+// (w_j / U_jj)^2, with H^-1 = Uᵀ U.
 //   weight  [rows, n_in] row-major, rows a multiple of group
 //   factor  [n_in, n_in], Uᵀ: lower triangular; only that half is read
-//   block   columns whose masks are chosen together, at least 1; a multiple of m where m > 0
+//   block   columns whose masks are chosen together, at least 1; a multiple of m if m > 0
 //   pruned  [rows, n_in], written whole; must not overlap weight
-// Results do not depend on `threads` (>= 1). Throws std::bad_alloc; works in about 8 * rows * n_in bytes.
+// Results do not depend on `threads` (>= 1). Needs about 8 * rows * n_in bytes; throws std::bad_alloc.
 void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const double* factor,
                const SweepPattern& pattern, std::int64_t block, Isa isa, int threads, double* pruned);
 
-// sums[c] = sum over tokens of w (values - shift)[c]: the difference float32, the product and the sum float64.
-//   values   [tokens, n] row-major floats; tokens and n from 1
+// sums[c] = sum over tokens of w (values - shift)[c]. The difference is float32, the product and the sum are float64.
+//   values   [tokens, n] row-major floats; tokens and n are at least 1
 //   weights  [tokens] floats of at least 0, or null for ones
 //   shift    [n] floats
-//   sums     [n] doubles, written whole: not finite where a value is not
-// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when 64 n doubles cannot be had.
+//   sums     [n] doubles, written whole; an entry is not finite if one of its values is not
+// The result does not depend on `threads` (>= 1). Throws std::bad_alloc if 64 n doubles cannot be allocated.
 void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const float* weights, const float* shift,
                 Isa isa, int threads, double* sums);
 
-// Running sums over tokens, of x and y less their shifts.
+// Running sums over tokens, of x and y minus their shifts.
 struct GramSums {
   double* x;   // [n_in], sum of w x
-  double* xx;  // [n_in, n_in], sum of w x_i x_j for i <= j; what lies below the diagonal may change too
+  double* xx;  // [n_in, n_in], sum of w x_i x_j for i <= j; entries below the diagonal may change too
   double* y;   // [n_y], sum of w y
   double* yx;  // [n_y, n_in], sum of w y_i x_j
 };
 
-// Adds a batch to the sums: products in float32, summed in float32 over at most 256 consecutive tokens and in float64
-// from there on. Returns false, with nothing added, where a sum of w x or w y is not finite.
-//   x, y     [tokens, n_in], [tokens, n_y] row-major floats; tokens and n from 1; without a y, it and what belongs to
-//            it are null
+// Adds a batch to the sums. Products are float32; they are summed in float32 over at most 256 consecutive tokens, then
+// in float64. Returns false and adds nothing if a sum of w x or w y is not finite.
+//   x, y     [tokens, n_in], [tokens, n_y] row-major floats; tokens, n_in and n_y are at least 1. Without y, all
+//            arguments of y are null
 //   shift_x, shift_y  [n_in], [n_y] floats
 //   weights  [tokens] floats of at least 0, or null for ones
-// The result does not depend on `threads` (>= 1); avx2 and avx512 give the same bits. Throws std::bad_alloc, with
-// nothing added, when the packed copy of x and y, at most max(4 MiB, n_in + n_y + 192 KiB) and a tenth, cannot be had.
+// The result does not depend on `threads` (>= 1); avx2 and avx512 give the same bits. Throws std::bad_alloc and adds
+// nothing if the packed copy of x and y cannot be allocated: at most about 1.1 * max(4 MiB, (n_in + n_y + 192) KiB).
 bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
           const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, const GramSums& sums);
 
-// keep = the k highest scores of each row, exactly k; of equal scores those of lower index. -0 equals +0.
+// keep = the k highest scores of each row, exactly k; of equal scores, those of lower index. -0 equals +0.
 //   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
-// Returns false, keep undefined, where a score is NaN. The result does not depend on `threads` (>= 1). Throws
-// std::bad_alloc when 4 bytes a score of a row of more than 16,384 cannot be had, and 64 KiB.
+// Returns false, with keep undefined, if a score is NaN. The result does not depend on `threads` (>= 1). A row of more
+// than 16,384 scores needs 4 bytes per score and 64 KiB; throws std::bad_alloc if they cannot be allocated.
 bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
                bool* keep);
 
-// A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column; a task of admm_prune
-// covers one panel of columns and one block of rows. Multiples of every kernel's tile.
+// A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column. A task of admm_prune
+// covers one panel of columns and one block of rows. Both sizes are multiples of every kernel's tile.
 constexpr std::int64_t admm_panel = 48;
 constexpr std::int64_t admm_block_rows = 32;
 
-// The running state of admm_prune, float32. R is rows in whole blocks, N is n_in in whole panels; padding is 0.
+// The running state of admm_prune, float32. R is rows rounded up to whole blocks, N is n_in rounded up to whole panels;
+// padding is 0.
 struct AdmmState {
   std::int64_t rows;
   std::int64_t n_in;
@@ -248,12 +254,13 @@ struct AdmmState {
   float* scores;             // [rows, n_in], x²
 };
 
-// One iteration: Z = x where kept, else 0; U += B - Z; B = argmin tr((B - B0) Hn (B - B0)ᵀ) + rho |B - Z + U|²; then
-// U *= shrink, and x and scores anew. keep: [rows, n_in]. The result does not depend on `threads` (>= 1). Throws
-// std::bad_alloc when about 8 bytes a weight cannot be had.
+// One iteration: Z = x where kept, else 0; U += B - Z; B = argmin tr((B - B0) Hn (B - B0)ᵀ) + rho |B - Z + U|²; then U
+// *= shrink, and x and scores are computed again. keep: [rows, n_in]. The result does not depend on `threads` (>= 1).
+// Throws std::bad_alloc if about 8 bytes per weight cannot be allocated.
 void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
 
-// A weight and its mask. Kept is what has a score of at least its threshold; a NaN has not.
+// A matrix of weights and its mask. A weight is kept if its score is at least its threshold; one whose score is NaN is
+// not kept.
 struct MaskedWeight {
   const float* weight;      // [n_out, n_in]
   const float* scores;      // [n_out / share, n_in]
@@ -261,29 +268,30 @@ struct MaskedWeight {
   std::int64_t n_out;
   std::int64_t n_in;
   std::int64_t share;       // consecutive rows that share their scores; divides n_out
-  std::int64_t reach;       // consecutive inputs that share a threshold, dividing n_in; 0: all
+  std::int64_t reach;       // consecutive inputs that share a threshold; divides n_in; 0: one threshold for all
 };
 
-// y = x (weight where kept, else 0)ᵀ + bias, summed in float32. With bf16, x and y are, and the weight is rounded to it.
-//   x     [tokens, n_in] row-major, tokens from 0
+// y = x (weight where kept, else 0)ᵀ + bias, summed in float32. With `bf16`, x and y are bf16, and the weight is
+// rounded to bf16.
+//   x     [tokens, n_in] row-major, tokens >= 0
 //   bias  [n_out] or null
 //   y     [tokens, n_out], written whole; must not overlap x
-// Where little is kept, only that is multiplied: then what is not kept does not turn an infinite x into NaN.
-// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a packed copy of x, and what a thread
-// needs, some 100 KB and 384 bytes a token, or 2 KB for each value of a sum, cannot be had.
+// If few weights are kept, only these are multiplied; an infinite x then does not turn into NaN at the others. The
+// result does not depend on `threads` (>= 1). Throws std::bad_alloc if memory cannot be allocated for a packed copy of
+// x and, per thread, some 100 KB and 384 bytes per token, or 2 KB per term of a sum.
 void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
                    Isa isa, int threads, void* y);
 
-// The gradients, given dy [tokens, n_out] of x's type; each is left out where it is null.
+// Computes the gradients, given dy [tokens, n_out] of x's type; leaves out those whose pointer is null.
 //   dx        [tokens, n_in] of x's type, dy (weight where kept, else 0)
 //   d_weight  [n_out, n_in], G = dyᵀ x where kept, else 0
 //   d_scores  [n_out / share, n_in], the sum over the rows that share a score of G * weight, kept or not
-// Like masked_matmul otherwise, with a packed copy of dy too.
+// Otherwise like masked_matmul, with a packed copy of dy too.
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
                             Isa isa, int threads, void* dx, float* d_weight, float* d_scores);
 
-// Which values are dropped: those whose 16-bit draw by Philox4x32-7 under the key `seed` is below `limit`; the others
-// are scaled up, so that nothing changes on average.
+// A value is dropped if its 16-bit random number, from Philox4x32-7 with the key `seed`, is below `limit`. The others
+// are scaled up, so that the mean does not change.
 struct Dropout {
   std::uint64_t seed;
   std::uint32_t limit;  // 0: nothing is dropped; below 65536
@@ -291,33 +299,34 @@ struct Dropout {
   float scale() const { return 65536.0f / static_cast<float>(65536 - limit); }
 };
 
-// y = x where it is not dropped, scaled up, else 0. Of block b of 128 values, value i is drawn by the half i / 16 (from
-// the lowest of the first word on) of the counter (16 b + i % 16, as 64 bits; 0, 0).
-//   x, y  [n], bf16 or floats; they may be the same
+// y = x scaled up, or 0 if dropped. Value i of block b of 128 values takes its random number from the counter (16 b + i
+// % 16, as 64 bits; 0, 0): the 16-bit half i / 16 of the output, counted from the lower half of the first word.
+//   x, y  [n], bf16 or floats; they may be the same array
 // The result does not depend on `threads` (>= 1).
 void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, Isa isa, int threads, void* y);
 
-// Attention of every token to the kept tokens of its sequence, in each head.
+// Attention of each token to the kept tokens of its sequence, in each attention head.
 struct Attention {
-  const void* q;  // [sequences, tokens, heads, size], like k and v
+  const void* q;  // [sequences, tokens, heads, size]; so are k and v
   const void* k;
   const void* v;
-  bool bf16;          // what they and the results hold, or floats; all sums are of floats
-  const bool* keep;   // [sequences, tokens], or null where all keys are kept
+  bool bf16;          // q, k, v and the results are bf16, else float32; all sums are float32
+  const bool* keep;   // [sequences, tokens], or null if all keys are kept
   std::int64_t sequences, tokens, heads, size;
-  float scale;        // of the products of queries and keys
-  // Query i and the j-th key that is kept are drawn by half j % 8 of the counter (i, j / 8, sequence * heads + head, 0).
+  float scale;        // factor on the products of queries and keys
+  // Query i and the j-th kept key take their random number from half j % 8 of the output for the counter (i, j / 8,
+  // sequence * heads + head, 0).
   Dropout dropout;
 };
 
-// out = dropout(softmax(scale q kᵀ)) v, [sequences, tokens, heads, size]; 0 where no key is kept.
-//   stats  [sequences, heads, 2, tokens], for the backward pass: of each softmax its largest logarithm (to base 2), and
-//          1 over its sum
-// The result does not depend on `threads` (>= 1). Throws std::bad_alloc when a thread cannot have 16 size + 128 bytes a
-// token, and 32 size + 384 backward.
+// out = dropout(softmax(scale q kᵀ)) v, [sequences, tokens, heads, size]; 0 if no key is kept.
+//   stats  [sequences, heads, 2, tokens], for the backward pass: the largest base-2 exponent of each softmax,
+//          and 1 / its sum
+// The result does not depend on `threads` (>= 1). Needs 16 size + 128 bytes per token and thread, 32 size + 384 in the
+// backward pass; throws std::bad_alloc if they cannot be allocated.
 void attention(const Attention& job, Isa isa, int threads, void* out, float* stats);
 
-// The gradients, of q's type and shape, written whole.
+// Computes the gradients, of q's type and shape; all are written whole.
 void attention_backward(const Attention& job, const float* stats, const void* d_out, Isa isa, int threads, void* dq,
                         void* dk, void* dv);
 

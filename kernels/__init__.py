@@ -1,4 +1,4 @@
-"""Triton kernels, one file an op, named after it: `kernels/X.py` holds the GPU kernel of `sparsebert.ops.X`.
+"""Triton kernels, one file per op, named after the op: `kernels/X.py` holds the GPU kernel of `sparsebert.ops.X`.
 
-Installed as `sparsebert.kernels`. A kernel that has not been measured is never dispatched to on its own.
+Installed as `sparsebert.kernels`. No op dispatches by itself to a kernel that has not been measured.
 """

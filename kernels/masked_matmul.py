@@ -1,5 +1,5 @@
-"""masked_matmul on a GPU: the mask is applied where a tile of the weight is loaded, scores' gradients are made where a
-tile of G is.
+"""masked_matmul on a GPU. The mask is applied when a tile of the weight is loaded; the gradients of the scores are
+computed together with a tile of G.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-# A tile of results is BLOCK x BLOCK. float32, which tensor cores do not multiply, takes more warps and shorter steps.
-# Chosen to spill nothing on sm_90, not by time.
+# A tile of results is BLOCK x BLOCK. Tensor cores do not multiply float32, which therefore uses more warps and shorter
+# steps. The values were chosen so that no register spills on sm_90, not by timing.
 BLOCK = 64
-STEPS = {torch.float32: 16, torch.bfloat16: 32}  # values that are multiplied at a time
+STEPS = {torch.float32: 16, torch.bfloat16: 32}  # terms of a sum that are multiplied at a time
 OPTIONS = {torch.float32: {"num_warps": 8, "num_stages": 3}, torch.bfloat16: {"num_warps": 4, "num_stages": 3}}
 
 
@@ -22,7 +22,7 @@ def masked_matmul(
     threshold: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`sparsebert.ops.masked_matmul.masked_matmul` of contiguous x [tokens, n_in], without its gradients: y."""
+    """Returns y like `sparsebert.ops.masked_matmul.masked_matmul`, no gradients. x: contiguous [tokens, n_in]."""
     y = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
     return _times_kept(x, weight, scores, threshold, bias, False, y)
 
@@ -35,7 +35,7 @@ def masked_matmul_backward(
     threshold: torch.Tensor,
     needed: tuple[bool, bool, bool] = (True, True, True),
 ) -> list[torch.Tensor]:
-    """Of dX, dW and dŝ those that are `needed`, given contiguous dY [tokens, n_out] of x's dtype."""
+    """Returns those of dX, dW and dŝ that are `needed`. dy: contiguous dY [tokens, n_out], of x's dtype."""
     gradients = []
     if needed[0]:
         gradients.append(_times_kept(dy, weight, scores, threshold, None, True, torch.empty_like(x)))
@@ -64,14 +64,14 @@ def _times_kept(x, weight, scores, threshold, bias, across: bool, out: torch.Ten
 def _constants(
     dtype: torch.dtype, weight: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor
 ) -> dict[str, int]:
-    """What both kernels are compiled for."""
+    """The compile-time constants of both kernels."""
     reach = weight.shape[1] // threshold.shape[1] if threshold.ndim else 0
     return {"SHARE": len(weight) // len(scores), "REACH": reach, "BLOCK": BLOCK, "STEP": STEPS[dtype]}
 
 
 def _rows_plan(share: int) -> dict[str, int]:
-    """Rows of a program, and into how many scores a tile of them falls: it sees all rows of a score, so that no two
-    programs add to one.
+    """SPAN, the rows per program, and SETS, the rows of scores per tile. A program covers all rows that share a score,
+    so that no two programs add to the same score.
     """
     whole = BLOCK % share == 0
     return {"SPAN": BLOCK if whole else share, "SETS": BLOCK // share if whole else 1}
@@ -79,7 +79,7 @@ def _rows_plan(share: int) -> dict[str, int]:
 
 @triton.jit
 def _kept(scores_ptr, threshold_ptr, rows, cols, inside, n_in, SHARE: tl.constexpr, REACH: tl.constexpr):
-    """Which of the weights at rows x cols (broadcast against each other) are kept; a NaN is not."""
+    """True for the weights at rows x cols (broadcast) that are kept; one whose score is NaN is not kept."""
     score_rows = rows // SHARE
     scores = tl.load(scores_ptr + score_rows * n_in + cols, mask=inside, other=0.0)
     if REACH == 0:
@@ -98,11 +98,11 @@ def _product(
     tokens,
     n_out,
     n_in,
-    SHARE: tl.constexpr,  # rows of a score
-    REACH: tl.constexpr,  # inputs of a threshold; 0: there is one
+    SHARE: tl.constexpr,  # rows per score
+    REACH: tl.constexpr,  # inputs per threshold; 0: there is only one threshold
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
-    ACROSS: tl.constexpr,  # x times the kept weight, and not times its transpose
+    ACROSS: tl.constexpr,  # multiply x by the kept weight instead of its transpose
 ):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -145,8 +145,8 @@ def _gradients(
     REACH: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
-    SPAN: tl.constexpr,  # rows of a program
-    SETS: tl.constexpr,  # scores that a tile's rows fall into
+    SPAN: tl.constexpr,  # rows per program
+    SETS: tl.constexpr,  # rows of scores per tile
 ):
     first = tl.program_id(0) * SPAN
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,4 +1,4 @@
-"""obs_sweep on a GPU: SparseGPT's column sweep, one launch for the recurrence inside a block of columns."""
+"""obs_sweep on a GPU: SparseGPT's column sweep, with one launch per block of columns for the recurrence."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import triton.language as tl
 from sparsebert.errors import UnsupportedError
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, zeros_in
 
-# What a launch covers. 8 rows are two a warp, whose work hides each other's shuffles, and 96 programs for BERT's 768
-# rows. At 4,096 weights a program a thread holds 16, the most that spills nothing in float64: at most 239 of 255
-# registers on sm_90, compiled by Triton 3.4 to 3.9, for blocks of up to 512 columns and v up to 128.
+# Rows and weights per program. 8 rows are two per warp, so that the work on one hides the shuffles of the other, and
+# BERT's 768 rows make 96 programs. With 4,096 weights per program a thread holds 16, the most that does not spill
+# registers in float64: at most 239 of 255 registers on sm_90, compiled by Triton 3.4 to 3.9, for blocks of up to 512
+# columns and v up to 128.
 ROWS, WEIGHTS = 8, 4096
 
 
 def obs_sweep(
     weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int = 128
 ) -> torch.Tensor:
-    """`sparsebert.ops.obs_prune.obs_sweep` given U, H⁻¹ = Uᵀ U: columns left to right, w ← w - e_j U_j: with
-    e_j = w_j / U_jj where w_j is removed.
+    """`sparsebert.ops.obs_prune.obs_sweep`, given U with H⁻¹ = Uᵀ U. Goes through the columns from left to right and
+    sets w ← w - e_j U_j: with e_j = w_j / U_jj if w_j is removed, else 0.
 
-    weight: W*, float32 or float64 [rows, n_in], on a GPU. u: of its dtype and device, [n_in, n_in], upper triangular
-    with a positive diagonal; only i <= j is read. block: columns whose mask is chosen together (Unstructured, Grouped);
-    for N:M and V:N:M at most so many columns a launch, which does not change the result.
-    Arithmetic is in the weight's dtype. In float64 the masks are the reference's but for near-ties of about 1e-15; in
-    float32 weights whose scores differ by about 1e-6 of themselves may change places, and what follows changes with it.
-    Returns V, like weight, zero where removed; the host does not wait for the device. Raises UnsupportedError for
-    float32 while torch may round a matmul's factors to TF32.
+    weight: W*, float32 or float64 [rows, n_in], on a GPU. u: of the same dtype and device, [n_in, n_in], upper
+    triangular with a positive diagonal; only i <= j is read. block: columns whose mask is chosen together
+    (Unstructured, Grouped); for N:M and V:N:M the max columns per launch (but at least M), which does not change the
+    result.
+    Arithmetic is in the weight's dtype. In float64 the masks are the reference's except for near-ties of about 1e-15.
+    In float32 two weights whose scores differ by a factor of about 1 + 1e-6 may swap places; later choices then differ.
+    Returns V, of the weight's shape and dtype, zero where removed; the host does not wait for the device. Raises
+    UnsupportedError for float32 if torch may round a matmul's factors to TF32.
     """
     if weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         raise UnsupportedError(
@@ -63,9 +65,9 @@ def obs_sweep(
 
 
 def _plan(pattern: Pattern, block: int) -> tuple[int, dict[str, int]]:
-    """The columns of a launch, and what it is compiled for."""
+    """The columns per launch, and the compile-time constants of the kernel."""
     chooses, shared = isinstance(pattern, NofM | VNM), isinstance(pattern, VNM)
-    # A program sees all v rows of a V:N:M group, to add up their scores.
+    # A program covers all v rows of a V:N:M group, to add up their scores.
     step = pattern.v if shared else ROWS
     if chooses:
         most = min(block, WEIGHTS // triton.next_power_of_2(step))
@@ -88,7 +90,10 @@ def _plan(pattern: Pattern, block: int) -> tuple[int, dict[str, int]]:
 
 
 def _lowest(scores: torch.Tensor, before: int, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """What goes of a block of columns with `before` columns to its left, by its scores [rows, cols]. Bool."""
+    """Bool [rows, cols], True for the weights of lowest score that a block of columns loses.
+
+    before: the number of columns to the left of the block.
+    """
     rows, cols = scores.shape
     size = pattern.rows if isinstance(pattern, Grouped) else 1
     sums = scores.view(-1, size, cols).sum(1) if size > 1 else scores
@@ -101,20 +106,20 @@ def _lowest(scores: torch.Tensor, before: int, pattern: Pattern, sparsity: float
 
 @triton.jit
 def _sweep_block(
-    w_ptr,  # [rows, n_in] from the block's first column on; its first `width` columns are read and written
-    u_ptr,  # [n_in, n_in] from the block's corner on the diagonal
+    w_ptr,  # [rows, n_in], starting at the block; the first `width` columns are read and written
+    u_ptr,  # [n_in, n_in], starting at the block's corner on the diagonal
     inverse_ptr,  # [width], 1 / U_jj
-    gone_ptr,  # bool [rows, width] where REACH is 0, else unused
+    gone_ptr,  # bool [rows, width] if REACH is 0, else unused
     errors_ptr,  # [rows, errors_stride], written: e_j, zero where kept
     rows,
     n_in,
     width,
     errors_stride,
-    STEP: tl.constexpr,  # rows a program
+    STEP: tl.constexpr,  # rows per program
     KEPT: tl.constexpr,  # N of N:M
-    REACH: tl.constexpr,  # M of N:M: columns chosen when the sweep reaches them; 0: all are chosen already
-    SHARED: tl.constexpr,  # V:N:M: the program's rows first choose 4 columns of M together
-    ROWS: tl.constexpr,  # the tile: STEP and the block's columns, as powers of two
+    REACH: tl.constexpr,  # M of N:M, whose columns are chosen when the sweep reaches them; 0: all are chosen already
+    SHARED: tl.constexpr,  # V:N:M: the program's rows first choose 4 of M columns together
+    ROWS: tl.constexpr,  # the tile: STEP and the block's columns, rounded up to powers of two
     COLS: tl.constexpr,
 ):
     own = tl.arange(0, ROWS)
@@ -130,7 +135,7 @@ def _sweep_block(
     else:
         gone = tl.load(gone_ptr + row[:, None] * width + cols[None, :], mask=inside, other=0) != 0
     errors = tl.zeros_like(w)
-    # U comes from L2, farther away than a column's work takes: the loads run two rows ahead.
+    # A row of U comes from L2, which takes longer than the work on a column: the loads run two rows ahead.
     for j in tl.range(0, width, num_stages=3):
         u_row = tl.load(u_ptr + j * n_in + cols, mask=cols < width, other=0.0)
         if REACH > 0:
@@ -145,9 +150,9 @@ def _sweep_block(
 
 @triton.jit
 def _dropped(scaled, first, KEPT: tl.constexpr, REACH: tl.constexpr, SHARED: tl.constexpr):
-    """Not among the KEPT best of the REACH columns from `first` on, by scaled²; of equals the lower column is better.
+    """True for those of the REACH columns from `first` on that are not among the KEPT best by scaled².
 
-    What it says of other columns means nothing.
+    Of equal scores the lower column is better. The results for all other columns are meaningless.
     """
     scores = scaled * scaled
     if SHARED:
@@ -158,7 +163,7 @@ def _dropped(scaled, first, KEPT: tl.constexpr, REACH: tl.constexpr, SHARED: tl.
 
 @triton.jit
 def _rank(scores, first, REACH: tl.constexpr):
-    """How many of the REACH columns from `first` on come before each column."""
+    """For each column, the number of the REACH columns from `first` on that come before it by score."""
     cols = tl.arange(0, scores.shape[1])[None, :]
     rank = tl.zeros(scores.shape, tl.int32)
     for i in range(first, first + REACH):

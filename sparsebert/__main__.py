@@ -7,7 +7,7 @@ try:
     from sparsebert.cli import main
 
     code = main()
-except KeyboardInterrupt:  # before main could answer it
+except KeyboardInterrupt:  # before main could handle it
     code = 130
 if code == 130:
     # Under -m the interpreter may raise the signal again at exit, and the code would be lost.

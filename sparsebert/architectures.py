@@ -1,10 +1,11 @@
-"""What is known of BERT, RoBERTa, XLM-RoBERTa, DistilBERT and ELECTRA classifiers: where their tensors are, and what
-each field of config.json means. One table, asked by reading, the engine, training and pruning. A leaf.
+"""Facts about BERT, RoBERTa, XLM-RoBERTa, DistilBERT and ELECTRA classifiers: the names of their tensors, and the
+meaning of each field of config.json. One table, used by reading, the engine, training and pruning. Imports only leaf
+modules.
 
-A field of config.json is one of four: a size or a setting that is honoured (SIZES and `Facts`), one that must have a
-value because the others change the logits (REFUSED), one that no forward pass of these classifiers reads (NEUTRAL), or
-one that stock `transformers` does not know. The last are let be: tests/test_architectures.py shows that its model code
-reads no field that is not named here.
+A field of config.json is one of four kinds: a size or a setting that is honoured (`Architecture.fields` and `Facts`);
+one that must have a certain value because the others change the logits (REFUSED); one that no forward pass of these
+classifiers reads (NEUTRAL); or one that stock `transformers` does not know. The last kind is ignored:
+tests/test_architectures.py shows that the model code of transformers reads no field that is not named here.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ RESTORE = "restore config.json from its source"
 
 @dataclass(frozen=True)
 class Architecture:
-    """One `model_type`. Tensors are named without `.weight` and `.bias`; those of a layer follow `layers` and its
+    """One `model_type`. Tensor names leave out `.weight` and `.bias`; those of a layer follow `layers` and the layer's
     number.
 
-    base: the attribute of the classifier that holds the encoder. layers: below it. pooler, pooler_activation and
-    classifier: the head. counted_from_padding: positions are numbered from the padding token's id onward.
-    fields: our name of a setting -> the name in config.json and transformers' default, which need not be written.
+    base: the attribute of the classifier that holds the encoder. layers: the path below it to the layers. pooler,
+    pooler_activation and classifier: the head. counted_from_padding: position numbers start after the padding token's
+    id.
+    fields: our name of a setting -> its name in config.json and transformers' default, used if the field is missing.
     """
 
     kind: str
@@ -51,7 +53,7 @@ class Architecture:
         return f"{self.base}.embeddings"
 
     def layer(self, i: int | str) -> str:
-        """What the names of a layer's tensors begin with."""
+        """The prefix of the names of a layer's tensors."""
         return f"{self.base}.{self.layers}.{i}."
 
 
@@ -118,7 +120,7 @@ ARCHITECTURES = {
 
 
 def of(kind: object, where: str = "") -> Architecture:
-    """The architecture of a `model_type`. UnsupportedError for one that is not here, beginning with `where`."""
+    """The architecture of a `model_type`. Raises UnsupportedError, with `where` in front, for an unknown one."""
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise UnsupportedError(
             f"{where}model_type must be one of {', '.join(ARCHITECTURES)}, got {shown(kind)}",
@@ -129,8 +131,8 @@ def of(kind: object, where: str = "") -> Architecture:
 
 @dataclass(frozen=True)
 class Facts:
-    """What config.json says of the forward pass. embedding: width of the word vectors. types: token types, 0 where the
-    architecture has none. padding: the padding token's id, or None. labels: outputs of the classifier.
+    """The facts of config.json about the forward pass. embedding: width of the word vectors. types: token types, 0 if
+    the architecture has none. padding: the padding token's id, or None. labels: outputs of the classifier.
     """
 
     architecture: Architecture
@@ -149,12 +151,12 @@ class Facts:
 
     @property
     def position_offset(self) -> int:
-        """The position of a text's first token."""
+        """The position number of a text's first token."""
         return self.padding + 1 if self.architecture.counted_from_padding else 0
 
     @property
     def max_length(self) -> int:
-        """Tokens that a text may have."""
+        """Max number of tokens of a text."""
         return self.positions - self.position_offset
 
     def encoder_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -177,7 +179,7 @@ class Facts:
             yield from _norm(at + names.norm, self.hidden)
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of what classifies a text by the encoder's first output."""
+        """Name -> shape of the head's tensors, which classify a text from the encoder's first output."""
         names = self.architecture
         return dict(
             [*_linear(names.pooler, self.hidden, self.hidden), *_linear(names.classifier, self.labels, self.hidden)]
@@ -198,7 +200,7 @@ def _count(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**31
 
 
-# Setting -> what its value has to be, beside what the weights say of it.
+# Setting -> test of its value, and the rule in words. The shapes of the weights are a further check.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{
         name: (_count, "a whole number of at least 1")
@@ -218,7 +220,7 @@ def _is_empty(value: Any) -> bool:
     return value is None or value == {} or (isinstance(value, dict) and all(part == [] for part in value.values()))
 
 
-# Fields that change the logits unless they have these values: what is allowed, and what helps where it is not so.
+# Fields that change the logits unless they have these values -> test of the value, the rule in words, and the fix.
 REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "is_decoder": (_is_off, "false: a decoder's attention sees no later tokens", "train it as an encoder"),
     "add_cross_attention": (_is_off, "false", "train it as an encoder"),
@@ -228,7 +230,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "pruned_heads": (
         _is_empty, "empty: layers whose heads were cut out have other shapes",
-        "prune the model as it was before prune_heads; zeros are skipped all the same",
+        "prune the model as it was before prune_heads; the engine skips the zeros anyway",
     ),
     "quantization_config": (_is_empty, "absent: quantized weights are not read", "save the model in float32"),
     "auto_map": (
@@ -247,7 +249,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "dtype": (lambda v: v is None or v in DTYPES, "float32, float16, bfloat16 or float64", RESTORE),
     "torch_dtype": (lambda v: v is None or v in DTYPES, "float32, float16, bfloat16 or float64", RESTORE),
 }  # fmt: skip
-DTYPES = ("float32", "float16", "bfloat16", "float64")  # what the weights are stored in; they are read as float32
+DTYPES = ("float32", "float16", "bfloat16", "float64")  # in which the weights may be stored; they are read as float32
 
 # Fields that no forward pass of these classifiers reads in evaluation, whatever their value.
 NEUTRAL = frozenset({
@@ -265,13 +267,13 @@ MOST_LABELS = 100_000
 
 
 def facts(config: dict, path: Path) -> Facts:
-    """What config.json at `path` says of the forward pass, every field held against its rule.
+    """The facts of config.json at `path` about the forward pass, with every field checked against its rule.
 
-    Raises UnsupportedError for what is not computed here and CheckpointError for what no model can have, naming the
-    field.
+    Raises UnsupportedError for a setting that is not computed here and CheckpointError for a value that no model can
+    have, naming the field.
     """
     architecture = of(config.get("model_type"), f"{path}: ")
-    found: dict[str, Any] = {"types": 0, "eps": 1e-12}  # DistilBERT's, which it does not write
+    found: dict[str, Any] = {"types": 0, "eps": 1e-12}  # DistilBERT's, which its config.json does not hold
     for ours, (name, default) in architecture.fields.items():
         value = config.get(name, default)
         holds, rule = _RULES[ours]
@@ -297,7 +299,7 @@ def facts(config: dict, path: Path) -> Facts:
         raise CheckpointError(
             f"{path}: pad_token_id must be below vocab_size {facts.vocabulary}, got {facts.padding}", fix=RESTORE
         )
-    if facts.max_length < 3:  # room for one token between its special ones
+    if facts.max_length < 3:  # one token and the two special ones around it
         raise CheckpointError(
             f"{path}: max_position_embeddings must leave positions for 3 tokens, got {facts.positions}", fix=RESTORE
         )
@@ -305,13 +307,13 @@ def facts(config: dict, path: Path) -> Facts:
 
 
 def max_length(config) -> int:
-    """Tokens that a text may have, by a config object of transformers."""
+    """Max number of tokens of a text, from a config object of transformers."""
     offset = config.pad_token_id + 1 if of(config.model_type).counted_from_padding else 0
     return config.max_position_embeddings - offset
 
 
 def _labels(config: dict, path: Path) -> int:
-    """As transformers counts: the names, else the number, else two."""
+    """The number of labels, counted as transformers does: the names, else the number, else two."""
     names, number = config.get("id2label"), config.get("num_labels")
     labels = label_count(config)
     if labels > MOST_LABELS:

@@ -8,182 +8,217 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsebert.errors import InputError
 
-LARGE = 2**31  # above it a count is a slip of the finger
+LARGE = 2**31  # a larger count is a typing error
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=LARGE)]
 MaxLength = Annotated[int | None, Field(ge=3, lt=LARGE)]
-MAX_LENGTH = "tokens kept of a text [default: what the task needs, of own files as many as the model takes]"
+MAX_LENGTH = "max tokens per text; the rest is cut [default: the task's, and for your own files the model's]"
 
 
-class LearnConfig(BaseModel):
-    """How anything is learnt from labelled examples."""
+class Settings(BaseModel):
+    """Checked settings that do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # defer_build: what checks them is built on first use; --help does not need it.
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class LearnConfig(Settings):
+    """Settings of all training with labels."""
 
     loss: Literal["ce", "poe", "reweight", "reweight-mean", "confreg"] = Field(
         "ce",
-        description="cross-entropy, or one that learns less from what a bias model knows: product of experts, "
-        "reweighting (by the batch's weights, or reweight-mean by its size), confidence regularisation",
+        description="ce: cross-entropy. Debiased losses, which learn less from what a bias model already predicts: poe "
+        "(product of experts), reweight (over the sum of the batch's weights), reweight-mean (over the batch size), "
+        "confreg (confidence regularisation)",
     )
     bias: str = Field(
         "auto",
-        description="the bias model: auto (the task's own), overlap, claim, weak (2,000 examples, no features), the "
-        "DIR of a classifier that saw none of the examples, or a .npy of log probabilities",
+        description="bias model for a debiased loss: auto (the task's), overlap (word overlap), claim (the claim "
+        "alone), weak (this encoder trained on 2,000 examples), the DIR of a classifier that saw none of the examples, "
+        "or a .npy file of log probabilities",
     )
     teacher: str | None = Field(
         None,
-        description="confreg: DIR of a model trained by cross-entropy [default: trained first, into OUTPUT.teacher]",
+        description="for confreg: DIR of a model trained with ce [default: one is trained first, into OUTPUT.teacher]",
     )
-    epochs: Positive = Field(3.0, lt=1e6, description="passes over the training examples; may be a fraction")
-    steps: int | None = Field(None, ge=1, lt=LARGE, description="optimizer steps, in place of --epochs")
-    lr: Positive = Field(5e-5, description="peak learning rate; linear warm-up, then linear decay to 0")
-    batch_size: Count = Field(32, description="examples a step, of similar length")
-    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps spent warming up")
+    epochs: Positive = Field(3.0, lt=1e6, description="passes over the training examples, such as 3 or 0.5")
+    steps: int | None = Field(None, ge=1, lt=LARGE, description="number of optimizer steps, instead of --epochs")
+    lr: Positive = Field(
+        5e-5, description="peak learning rate; it rises linearly during warm-up, then falls linearly to 0"
+    )
+    batch_size: Count = Field(32, description="examples per step")
+    warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps in which the learning rate rises")
     weight_decay: float = Field(
-        0.01, ge=0, allow_inf_nan=False, description="weight decay, not on biases and layer norms"
+        0.01, ge=0, allow_inf_nan=False, description="weight decay; biases and layer norms have none"
     )
-    clip: Positive = Field(1.0, description="largest gradient norm")
+    clip: Positive = Field(1.0, description="max norm of the gradient; a longer one is scaled down")
     n: int | None = Field(
         None,
         ge=1,
         lt=LARGE,
-        description="train on a seeded subset of this many examples [default: all]",
+        description="train on a random subset of this many examples, chosen by --seed [default: all]",
         json_schema_extra={"flags": ["--n", "--limit"]},
     )
     mix_ood: bool = Field(
-        False, description="add the training examples of the task's out-of-distribution tests: an upper bound"
+        False,
+        description="also train on examples like those of the task's out-of-distribution tests: an upper bound",
     )
     hold_out: int = Field(
-        0, ge=0, lt=LARGE, description="training examples left out, the same for every seed, to choose on"
+        0, ge=0, lt=LARGE, description="training examples that are set aside to choose on, the same for every --seed"
     )
     select: Literal["last", "best"] = Field(
-        "last", description="weights kept: the last ones, or those most accurate on the held-out examples"
+        "last",
+        description="last: keep the last weights. best: keep those with the best score on the --hold-out examples",
     )
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
-    seed: Seed = Field(0, description="seed of the new head, the order and the dropout")
+    seed: Seed = Field(0, description="random seed: of a new head, the order of the examples, the dropout")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 autocast where it is fast, else fp32"
+        "auto",
+        description="bf16: products in bfloat16 (autocast). auto: bf16 if it is fast on this processor, else fp32",
     )
 
 
 class TrainConfig(LearnConfig):
-    """How a classifier is fine-tuned."""
+    """Settings of fine-tuning."""
 
-    keep: str = Field("", description="shares of the run, with commas, after which OUTPUT-at-SHARE is also saved")
+    keep: str = Field(
+        "", description="also save the model after these shares of the steps, as OUTPUT-at-SHARE, for example 0.25,0.5"
+    )
     optimizer: Literal["adamw", "adam", "sgd"] = Field(
-        "adamw", description="adamw, adam (weight decay in the gradient) or sgd (no momentum)"
+        "adamw", description="adamw, adam (weight decay is part of the gradient) or sgd (without momentum)"
     )
     adversarial: Literal["none", "freelb", "last-layer"] = Field(
-        "none", description="train on perturbed embeddings (freelb), or perturbed inputs of the last layer (cheap)"
+        "none",
+        description="adversarial training: freelb perturbs the embeddings, last-layer the last layer's input (cheaper)",
     )
-    ascent_steps: Count = Field(5, description="adversarial: gradient steps of the perturbation a batch")
-    ascent_size: Positive = Field(0.03, description="adversarial: length of such a step at each token")
+    ascent_steps: Count = Field(5, description="for --adversarial: gradient ascent steps per batch")
+    ascent_size: Positive = Field(0.03, description="for --adversarial: length of an ascent step, per token")
 
 
-class PruneConfig(BaseModel):
-    """How a classifier is pruned."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class PruneConfig(Settings):
+    """Settings of pruning."""
 
     method: str = Field(
         "knowledge",
-        description="pruning method: knowledge, adaptive, obs, sparsegpt, wanda or magnitude, or one with labels",
+        description="without labels: knowledge, adaptive, obs, sparsegpt, wanda, magnitude; by training with labels: "
+        "mask, imp, imp-rw, soft-movement",
     )
     tier: int | None = Field(
-        None, ge=0, le=2, description="knowledge: 0 closed form, 1 gradients and allocation, 2 distillation [1]"
+        None,
+        ge=0,
+        le=2,
+        description="for knowledge: 0 closed forms only (fastest), 1 also gradients and a budget per linear, 2 also "
+        "distillation (slowest) [default: 1]",
     )
-    without: str = Field("", description="knowledge: steps to leave out, separated by commas")
-    as_published: bool = Field(False, description="adaptive: what the authors' released code does, bugs included")
-    scope: Literal["local", "global"] = Field("local", description="magnitude: compare within a linear, or all at once")
+    without: str = Field(
+        "",
+        description="for knowledge: steps to leave out, with commas: target, cluster, admm, refit, cls, heads; of tier "
+        "1 also outputs, allocation; of tier 2 also distill, perturb",
+    )
+    as_published: bool = Field(
+        False, description="for adaptive: do what the authors' released code does, its bugs included"
+    )
+    scope: Literal["local", "global"] = Field(
+        "local", description="for magnitude: compare weights within each linear (local), or across all of them (global)"
+    )
     sparsity: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="share of zeros in the encoder linears, 0 <= s < 1 [default: 0.875, or the pattern's]",
+        description="share of zeros in the encoder's linear layers, from 0 to below 1 [default: 0.875, or what the "
+        "pattern implies]",
     )
-    pattern: str = Field("unstructured", description="where zeros may be: unstructured, 2:4, 32x1, 32x1/32, 64:2:16, …")
+    pattern: str = Field(
+        "unstructured", description="where zeros may be: unstructured; N:M such as 2:4; groups of rows, such as 32x1"
+    )
     calibration: tuple[str, ...] = Field(
         (),
-        description="texts to calibrate on beside the task's, so that the model is kept on others too: files (.txt, "
-        ".csv, .tsv, .jsonl, .parquet; the flag may be repeated), general (packaged) or none [default: general]",
+        description="unlabelled texts beside the task's, so that the model stays close to the dense one on them too: "
+        "FILE (.txt, .csv, .tsv, .jsonl, .parquet), general (packaged sentences) or none; may be repeated "
+        "[default: general]",
     )
-    calibration_tokens: Count = Field(250_000, description="tokens of unlabelled texts to calibrate on")
+    calibration_tokens: Count = Field(
+        250_000, description="number of tokens to calibrate on; more is slower and a little better"
+    )
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
     damping: Positive | None = Field(
         None,
-        description="ridge of the least squares, times the mean diagonal of the Gram matrix [default: the method's]",
+        description="ridge of the least-squares problems, as a share of the mean diagonal of the Gram matrix "
+        "[default: the method's]",
     )
-    seed: Seed = Field(0, description="seed of the choice of calibration texts, and of all else that is random")
+    seed: Seed = Field(0, description="random seed: of the choice of calibration texts and all other random choices")
 
 
-class EvalConfig(BaseModel):
-    """What an evaluation is run on."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class EvalConfig(Settings):
+    """Settings of an evaluation."""
 
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
     ood: str | None = Field(
-        None, description="also evaluate on these out-of-distribution tests of the task, with commas, or all"
+        None, description="also evaluate on these out-of-distribution tests of the task (names with commas, or all)"
     )
     n: int | None = Field(
         None,
         ge=1,
         lt=LARGE,
-        description="a seeded random subset of this many examples, of each OOD test too [default: all]",
+        description="use a random subset of this many examples, of each OOD test too, chosen by --seed [default: all]",
     )
-    seed: Seed = Field(0, description="seed of the subsets")
+    seed: Seed = Field(0, description="random seed of the subsets")
 
 
-class BenchConfig(BaseModel):
-    """How the engine is timed against its rivals."""
+class BenchConfig(Settings):
+    """Settings of a timing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    task: str = Field("mr", description="task whose test sentences give the mix of lengths")
-    seq: str = Field("mix", pattern=r"^(mix|[1-9]\d{0,3})$", description="tokens of every text, or mix: the task's own")
+    task: str = Field("mr", description="task name or file of your own whose test texts are timed")
+    seq: str = Field(
+        "mix",
+        pattern=r"^(mix|[1-9]\d{0,3})$",
+        description="tokens per text: a number (random words), or mix (the texts of --task)",
+    )
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
-    n: Count = Field(128, description="texts a round")
-    batch: Count = Field(1, description="texts a call")
-    rounds: Count = Field(7, description="rounds, the engines in turn; an interval needs 6")
-    threads: int | None = Field(None, ge=1, le=1024, description="threads of every engine [default: all cores]")
+    n: Count = Field(128, description="texts per round")
+    batch: Count = Field(1, description="texts per call")
+    rounds: Count = Field(7, description="rounds; in each round every engine runs once. An interval needs at least 6")
+    threads: int | None = Field(None, ge=1, le=1024, description="threads per engine [default: all cores]")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of our engine; auto: what the checkpoint declares"
+        "auto", description="number format of our engine; auto: the one that the checkpoint declares"
     )
-    rivals: str = Field("torch", description="engines to compare with, with commas: torch, torch-bf16, onnxruntime, …")
+    rivals: str = Field(
+        "torch",
+        description="engines to compare with, with commas, of torch, torch-bf16, torch-compile, torch-compile-bf16, "
+        "onnxruntime, onnxruntime-int8, openvino, openvino-bf16, deepsparse",
+    )
     deepsparse_python: str | None = Field(
-        None, description="python of the environment that has deepsparse 1.8.0, for the rival deepsparse"
+        None, description="for the rival deepsparse: path of a python that has deepsparse 1.8.0"
     )
-    seed: Seed = Field(0, description="seed of the choice of texts")
+    seed: Seed = Field(0, description="random seed of the choice of texts")
     random: Literal["minilm", "bert-base", "bert-large", "roberta-base"] | None = Field(
-        None, description="time random weights of this shape, in place of DIR"
+        None, description="instead of DIR: time a model of this shape with random weights"
     )
-    pattern: str = Field("unstructured", description="of random weights: unstructured, 2:4, 16x1, 32x1, …")
+    pattern: str = Field("unstructured", description="for --random: where zeros are: unstructured, 2:4, 16x1, 32x1, …")
     sparsity: float | None = Field(
-        None, ge=0, lt=1, description="of random weights [default: the one the pattern implies, or 0.875]"
+        None, ge=0, lt=1, description="for --random: share of zeros [default: 0.875, or what the pattern implies]"
     )
 
 
-class DemoConfig(BaseModel):
-    """The demo's sizes; the defaults are the full demo."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class DemoConfig(Settings):
+    """Sizes of the demo; with the defaults it is the full demo."""
 
     epochs: Positive = Field(2.0, lt=1e6, description="passes over the training sentences")
     train_n: int | None = Field(None, ge=1, lt=LARGE, description="training sentences [default: all]")
     test_n: int | None = Field(None, ge=1, lt=LARGE, description="test sentences [default: all]")
     calibration_tokens: int | None = Field(
-        None, ge=1, lt=LARGE, description="tokens to calibrate on [default: as `prune`]"
+        None, ge=1, lt=LARGE, description="tokens to calibrate on [default: as for prune]"
     )
-    bench_n: Count = Field(64, description="sentences in a timing round")
-    rounds: int | None = Field(None, ge=1, lt=LARGE, description="timing rounds [default: as `bench`]")
-    threads: int | None = Field(None, ge=1, le=1024, description="threads for the timing [default: all cores]")
-    seed: Seed = Field(0, description="seed of everything random")
+    bench_n: Count = Field(64, description="sentences per timing round")
+    rounds: int | None = Field(None, ge=1, lt=LARGE, description="timing rounds [default: as for bench]")
+    threads: int | None = Field(None, ge=1, le=1024, description="threads of the timing [default: all cores]")
+    seed: Seed = Field(0, description="random seed")
 
 
 def validated(config_class: type[BaseModel], fields: dict, where: str = "", fix: str | None = None) -> BaseModel:
-    """`config_class(**fields)`, pydantic's complaint turned into one line. where: of a file and its part, with a colon.
-    fix: None for a flag's.
+    """`config_class(**fields)`. Raises InputError, in one line, for a value that pydantic refuses. where: file and part
+    that the fields are from, with a colon, for the message. fix: None if they are flags.
     """
     try:
         return config_class(**fields)
@@ -192,6 +227,8 @@ def validated(config_class: type[BaseModel], fields: dict, where: str = "", fix:
         name = ".".join(str(part) for part in first["loc"])
         rule = first["msg"].removeprefix("Input should be ")
         wrong = f"{name} must be {rule}" if rule != first["msg"] else f"{name}: {rule}"
+        if fix is None and name == "sparsity" and isinstance(given := first["input"], float) and 1 < given < 100:
+            fix = f"for {given:g} % write --sparsity {given / 100:g}"
         raise InputError(
             f"{where}{wrong}, got {first['input']!r}", fix=fix or f"correct --{name.replace('_', '-')}"
         ) from error

@@ -1,5 +1,5 @@
-"""What training, pruning and evaluation need of a stock `transformers` classifier: its linears, its batches, its
-logits.
+"""Functions on a stock `transformers` classifier that training, pruning and evaluation share: its linears, its batches,
+its logits.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from sparsebert.machine import bf16_is_fast
 
 
 class Progress(Protocol):
-    """Told of units done and units in all; `what` names the part of the work that they belong to, where there are
-    several.
+    """Progress callback: called with (units done, units in total). what: the part of the work they belong to, if there
+    are several parts.
     """
 
     def __call__(self, done: int, total: int, what: str = "") -> None: ...
 
 
 def no_progress(done: int, total: int, what: str = "") -> None:
-    """The Progress of a caller who wants none."""
+    """Progress callback that does nothing."""
 
 
 def encoder_layers(model) -> nn.ModuleList:
@@ -41,8 +41,8 @@ def encoder_layers(model) -> nn.ModuleList:
 
 
 def head_linears(model, *, classifier: bool = True) -> dict[str, nn.Linear]:
-    """The linears behind the encoder, by their full name: pooler or hidden layer, and last the classifier proper,
-    unless it is not wanted.
+    """The linears after the encoder, by their full name: the pooler or hidden layer, and last the classifier proper,
+    unless `classifier` is false.
     """
     inside = encoder_linears(model)
     found = [
@@ -54,8 +54,8 @@ def head_linears(model, *, classifier: bool = True) -> dict[str, nn.Linear]:
 
 
 def encoder_linears(model) -> dict[str, nn.Linear]:
-    """The prunable linears, every nn.Linear inside the encoder's layers, by their full name. Embeddings, pooler and
-    classifier are not.
+    """The prunable linears, by their full name: every nn.Linear inside the encoder's layers, but not the embeddings,
+    pooler and classifier.
     """
     inside = {id(module) for layer in encoder_layers(model) for module in layer.modules()}
     return {
@@ -64,8 +64,8 @@ def encoder_linears(model) -> dict[str, nn.Linear]:
 
 
 def set_labels(model, names: Sequence[str], columns: np.ndarray | None = None) -> None:
-    """Names the model's labels. columns: for each name, which of the model's outputs it is, None for the order they
-    are in; the classifier's rows are put into the order of the names.
+    """Names the model's labels. columns: for each name, the index of its output in the model; the classifier's rows are
+    put into the order of the names. None: they are in that order already.
     """
     if columns is not None and (columns != np.arange(len(columns))).any():
         classifier = list(head_linears(model).values())[-1]
@@ -79,7 +79,7 @@ def set_labels(model, names: Sequence[str], columns: np.ndarray | None = None) -
 
 @contextmanager
 def layers_skipped(layers: Iterable[nn.Module], cell: list) -> Iterator[None]:
-    """While it lasts, each of these layers returns what the list holds first, without computing anything."""
+    """Inside the block, each of these layers returns cell[0] without computing anything."""
     for layer in layers:
         layer.forward = lambda *args, **kwargs: cell[0]
     try:
@@ -91,7 +91,7 @@ def layers_skipped(layers: Iterable[nn.Module], cell: list) -> Iterator[None]:
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """While it lasts, no parameter of the module asks for a gradient."""
+    """Inside the block, no parameter of the module has requires_grad."""
     asked = [p for p in module.parameters() if p.requires_grad]
     for p in asked:
         p.requires_grad_(False)
@@ -103,7 +103,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def autocast(bf16: bool | None = None, device: torch.device | None = None) -> torch.autocast:
-    """A context in which matrix products on `device` (None: the CPU) are bf16 if asked for; None: where this CPU
+    """A context in which matrix products on `device` (None: the CPU) are bf16 if `bf16` is true; None: if this CPU
     multiplies bf16 in hardware.
     """
     kind = "cpu" if device is None else device.type
@@ -111,8 +111,8 @@ def autocast(bf16: bool | None = None, device: torch.device | None = None) -> to
 
 
 def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
-    """The task called `name` as the model in directory `source` is asked it: to one of one logit, a file's numbers are
-    values, not ids of classes. A name that is no task is refused before the model is looked for.
+    """The task called `name`, read for the model in directory `source`: if the model has one logit, a file's numbers
+    are values, not ids of classes. A name that is not a task is refused before the model is read.
     """
     if name in data.TASKS or not os.path.lexists(name):
         return data.get_task(name, labelled=labelled)
@@ -122,14 +122,14 @@ def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
 
 
 def token_limit(config, wanted: int | None) -> int:
-    """`wanted` tokens a text, or as many as a model of this transformers config has positions for."""
+    """Max tokens per text for a model of this transformers config: its positions, or `wanted` if that is less."""
     positions = architectures.max_length(config)
     return positions if wanted is None else min(wanted, positions)
 
 
 def limited(task: Task, config, asked: int | None) -> Task:
-    """The task with the tokens that are kept of its texts for a model of this transformers config: `asked`, else what
-    the task needs, at most what the model takes. InputError where it cannot take what was asked for.
+    """The task with the max_length for a model of this transformers config: `asked`, else the task's own, at most the
+    model's positions. Raises InputError if the model cannot take `asked` tokens.
     """
     positions = token_limit(config, None)
     if asked is not None and not 3 <= asked <= positions:
@@ -141,8 +141,8 @@ LONG_TEXT = 1 << 16  # characters
 
 
 def tokenize(tokenizer, examples: Examples, max_length: int) -> list[dict]:
-    """One dict of token id lists an example, cut to max_length tokens, not padded. Of a long text no more is read than
-    is kept: 10 MB would take 30 s and 3 GB.
+    """One dict of token id lists per example, cut to max_length tokens, not padded. Of a long text only the part that
+    is kept is read: 10 MB would take 30 s and 3 GB.
     """
     characters = [
         len(a) + len(b) for a, b in zip(examples.texts, examples.texts_b or [""] * len(examples), strict=True)
@@ -167,7 +167,7 @@ def _tokenized(tokenizer, examples: Examples, max_length: int) -> list[dict]:
 
 
 def cut_share(tokenizer, examples: Examples, encoded: list[dict], max_length: int) -> float:
-    """Share of the examples that have more than max_length tokens. encoded: of `tokenize`, cut to that."""
+    """Share of the examples that have more than max_length tokens. encoded: from `tokenize`, cut to max_length."""
     full = examples.take([i for i, row in enumerate(encoded) if len(row["input_ids"]) == max_length])
     if not len(full):
         return 0.0
@@ -184,7 +184,7 @@ def bucketed(
 ) -> list[np.ndarray]:
     """Rows in batches of similar length, so that little padding is computed.
 
-    Without rng: sorted by length, longest first (memory peaks at once, not at the end). With rng: shuffled, sorted
+    Without rng: sorted by length, longest first (memory peaks at the start, not at the end). With rng: shuffled, sorted
     within windows of `window` batches, and the batches shuffled again: an epoch's order stays random at the scale of a
     window.
     """
@@ -210,8 +210,8 @@ def batches(tokenizer, encoded: list[dict], batch_size: int) -> Iterator[tuple[n
 def predict(
     model, tokenizer, examples: Examples, *, max_length: int, batch_size: int = 64, progress: Progress = no_progress
 ) -> np.ndarray:
-    """float32 logits [examples, labels] in the order of the examples, model in eval mode. max_length: tokens kept of a
-    text, at most the model's positions.
+    """Logits, float32 [examples, labels], in the order of the examples; puts the model into eval mode. max_length: max
+    tokens kept of a text, at most the model's positions.
     """
     encoded = tokenize(tokenizer, examples, token_limit(model.config, max_length))
     logits = np.empty((len(examples), model.config.num_labels), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The environment variables, all of them, and what they mean. Standard library only: the engine imports this."""
+"""All environment variables and their meaning. Standard library only: the engine imports this."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from sparsebert.errors import DataError, InputError, shown
 
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # slowest first; a cap allows everything up to it
-BF16_ISAS = ("avx512_bf16", "amx")  # which multiply bf16, and float32 as avx512 does
+BF16_ISAS = ("avx512_bf16", "amx")  # they multiply bf16, and float32 as avx512 does
 
 
 def isa_cap() -> str | None:
@@ -24,7 +24,7 @@ def isa_cap() -> str | None:
     return value
 
 
-# SPARSEBERT_ISA -> what keeps oneDNN, torch and MKL to the same instructions.
+# SPARSEBERT_ISA -> the values that limit oneDNN, torch and MKL to the same instructions.
 _RIVAL_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
 _RIVAL_CAPS = {
     "scalar": ("SSE41", "default", "SSE4_2"),
@@ -35,8 +35,8 @@ _RIVAL_CAPS = {
 
 
 def cap_rivals() -> None:
-    """Holds torch and what is built on oneDNN to SPARSEBERT_ISA as well, where it is set and they are not imported yet.
-    What the user has set stays.
+    """Limits torch and everything built on oneDNN to SPARSEBERT_ISA as well, if it is set and they are not imported
+    yet. Variables that the user has set do not change.
     """
     caps = _RIVAL_CAPS.get(isa_cap() or "")
     if caps is not None:
@@ -45,7 +45,7 @@ def cap_rivals() -> None:
 
 
 def data_dir() -> Path | None:
-    """SPARSEBERT_DATA: a folder with one sub-folder a task, one parquet file a split; None when unset."""
+    """SPARSEBERT_DATA: a folder with one sub-folder per task, one parquet file per split; None when unset."""
     value = os.environ.get("SPARSEBERT_DATA")
     if not value:
         return None
@@ -64,7 +64,7 @@ def cache_dir() -> Path | None:
     caches = os.environ.get("XDG_CACHE_HOME")
     try:
         return Path(caches or Path.home() / ".cache") / "sparsebert"
-    except RuntimeError:  # no HOME, and a user id that has no name
+    except RuntimeError:  # no HOME, and the user id has no name
         return None
 
 
@@ -72,8 +72,8 @@ DEFAULT_CACHE_MB = 10_000
 
 
 def cache_mb() -> int:
-    """SPARSEBERT_CACHE_MB: what packed models may take there, in 10^6 bytes; those used longest ago go first. 0 keeps
-    none.
+    """SPARSEBERT_CACHE_MB: the space that packed models may take there, in 10^6 bytes; those used longest ago are
+    removed first. 0 keeps none.
     """
     value = os.environ.get("SPARSEBERT_CACHE_MB") or str(DEFAULT_CACHE_MB)
     if not value.isdecimal() or len(value) > 12:
@@ -83,7 +83,7 @@ def cache_mb() -> int:
     return int(value)
 
 
-# Variables that a timing, or the last bits of a result, may depend on; and those of ours that neither does.
+# Variables on which a timing, or the last bits of a result, may depend; and those of ours that affect neither.
 _MATTER = (
     "SPARSEBERT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "ATEN_", "TORCH", "PYTORCH_",
     "CUDA_", "CUBLAS_", "NVIDIA_TF32", "MALLOC_", "LD_PRELOAD",
@@ -92,15 +92,15 @@ _DO_NOT = ("SPARSEBERT_CACHE", "SPARSEBERT_CACHE_MB", "SPARSEBERT_REQUIRE")
 
 
 def that_matter() -> dict[str, str]:
-    """The variables set in this process that figures may depend on, by name; of a path its last part alone."""
+    """The variables set in this process on which figures may depend, by name; of a path only the last part."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_MATTER) and value}
     return {name: value.rstrip("/").rpartition("/")[2] for name, value in found.items() if name not in _DO_NOT}
 
 
 def calm_openmp(granted: float) -> None:
-    """Has torch's OpenMP threads sleep as soon as they wait: beside another busy process they would spin against it
-    and take ten times as long. And has no more of them than `granted` CPUs, where the process may use that share of
-    its cores only. What the user has set stays. To be called before torch is imported.
+    """Makes torch's OpenMP threads sleep as soon as they wait: beside another busy process, spinning threads take ten
+    times as long. Also limits their number to the `granted` CPUs if the process may use only a part of its cores.
+    Variables that the user has set do not change. Call this before torch is imported.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "0")

@@ -1,15 +1,17 @@
-"""Errors a user can mend. Each says what was expected, what was found, and what to do about it.
+"""Errors that a user can fix. Each says what was expected, what was found, and what to do about it.
 
-The command line prints one as a single line and exits with code 2; nothing else in the package catches them.
+The command line prints one as a single line and exits with code 2.
 """
 
 import reprlib
 
-LONGEST = 500  # characters of a problem, or of its cure, that a message shows
+LONGEST = 500  # max characters of a problem, or of its fix, in a message
 
 
 def cut(text: str, longest: int = LONGEST) -> str:
-    """The text on one line, its middle left out where it is longer: a path of 5,000 characters keeps both ends."""
+    """The text on one line. If it is longer than `longest`, its middle is left out, so that a long path keeps both
+    ends.
+    """
     text = " ".join(text.split())
     if len(text) <= longest:
         return text
@@ -18,7 +20,7 @@ def cut(text: str, longest: int = LONGEST) -> str:
 
 
 class _Short(reprlib.Repr):
-    def repr_int(self, x: int, level: int) -> str:  # Python writes none of more than 4,300 digits
+    def repr_int(self, x: int, level: int) -> str:  # Python does not print more than 4,300 digits
         return super().repr_int(x, level) if x.bit_length() < 10_000 else f"<an integer of {x.bit_length()} bits>"
 
 
@@ -27,18 +29,18 @@ _short.maxstring = _short.maxother = 80
 
 
 def shown(value: object) -> str:
-    """A value as a message shows it: its repr, cut, whatever the value is; a repr that fails gives the type's name."""
+    """A value as messages show it: its repr, shortened; the type's name if repr fails."""
     return cut(_short.repr(value), 200)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, or the error's name where it has none."""
+    """The first line of another library's message, or the error's name if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 class SparsebertError(Exception):
-    """A fault in what the user gave us.
+    """An error that the user can fix.
 
     problem: the rule, then the actual value, naming the file, tensor or field.
     fix: what to do next, an imperative without a full stop; it ends the printed line.
@@ -70,11 +72,11 @@ class UnsupportedError(SparsebertError):
 
 
 class OutputError(SparsebertError):
-    """A place results were to be written to and cannot be."""
+    """A place to which results cannot be written."""
 
 
 class SparsebertWarning(UserWarning):
-    """What the user should know and need not mend; the command line prints it as one line."""
+    """A fact that the user should know and need not fix; the command line prints it as one line."""
 
 
 # Module -> the extra of this package that installs it.
@@ -87,7 +89,7 @@ _EXTRAS = {
 
 
 def without_extra(what: str, error: ModuleNotFoundError) -> UnsupportedError | None:
-    """The error of `what`, which needs a module that is not installed; None where no extra brings it."""
+    """The error for `what`, which needs a module that is not installed; None if no extra installs it."""
     module = (error.name or "").partition(".")[0]
     if module not in _EXTRAS:
         return None

@@ -1,12 +1,14 @@
-"""What a classifier's outputs mean: its problem type, with the divergence, loss, link and metric, and its label names.
+"""The meaning of a classifier's outputs: its problem type, with the divergence, loss, link and metric, and its label
+names.
 
-A leaf: numpy at import, torch only inside the functions that training and pruning call. Token classification and
-embeddings have no entry in PROBLEMS yet, and are refused by name.
+A leaf module: imports numpy, and torch only inside the functions that training and pruning call. Token classification
+and embeddings have no entry in PROBLEMS yet, and are refused by name.
 """
 
 from __future__ import annotations
 
 import re
+import shlex
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,17 +21,19 @@ from sparsebert.errors import InputError, UnsupportedError
 if TYPE_CHECKING:
     import torch
 
+THE_MODEL = "the model"  # in messages, if its directory is not known
+
 
 @dataclass(frozen=True)
 class Problem:
     """One kind of classification head. Logits are [texts, labels] everywhere.
 
     config_name: transformers' `problem_type`. shift_invariant: whether adding a constant to all logits of a text
-    changes nothing. metric_name: what `metric` is called in results.
+    changes nothing. metric_name: the name of `metric` in results.
 
     divergence(reference, logits, spread): torch, [texts], nats: how far `logits` are from the dense model's
-        `reference`; spread: what `spread` gave for a larger set of reference logits. Differentiable in `logits`.
-    loss(logits, labels): torch, the mean loss of a batch, labels as `data.Examples` has them.
+        `reference`; spread: the result of `spread` for a larger set of reference logits. Differentiable in `logits`.
+    loss(logits, labels): torch, the mean loss of a batch, labels as in `data.Examples`.
     link(logits): numpy float64, scores as people expect them: probabilities, or the logit itself.
     predict(logits): numpy: int64 [texts], bool [texts, labels], or float64 [texts].
     metric(logits, labels): numpy, a number; higher is better.
@@ -46,8 +50,8 @@ class Problem:
     metric: Callable[[np.ndarray, np.ndarray], float]
 
     def spread(self, reference) -> float:
-        """The variance of `reference` logits over texts, in which one logit's errors are measured; 1 for the others,
-        whose probabilities need no unit. reference: numpy or torch, [texts, 1].
+        """The variance of `reference` logits over texts, the unit of a single logit's errors; 1 for the other problem
+        types, whose probabilities need no unit. reference: numpy or torch, [texts, 1].
         """
         if self.name != "one_logit":
             return 1.0
@@ -100,7 +104,7 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """float64, each logit by itself."""
+    """float64, of each logit separately."""
     return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
@@ -109,13 +113,13 @@ def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def micro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
-    """2 hits / (labelled + predicted) over all texts and labels; 1 where there is neither. bool [texts, labels]."""
+    """2 hits / (labelled + predicted) over all texts and labels; 1 if both are empty. bool [texts, labels]."""
     both = predicted.sum() + labels.sum()
     return float(2 * (predicted & labels).sum() / both) if both else 1.0
 
 
 def rank_correlation(values: np.ndarray, targets: np.ndarray) -> float:
-    """Spearman's, of float [texts] each; 0 where either does not vary."""
+    """Spearman's rank correlation of two float [texts]; 0 if either does not vary."""
     if np.ptp(values) == 0 or np.ptp(targets) == 0:
         return 0.0
     from scipy import stats
@@ -140,7 +144,7 @@ ONE_LOGIT = Problem(
 PROBLEMS = {problem.name: problem for problem in (SINGLE_LABEL, MULTI_LABEL, ONE_LOGIT)}
 _BY_CONFIG_NAME = {problem.config_name: problem for problem in PROBLEMS.values()}
 
-# Heads that are no text classifier, by how transformers' class of such a model ends.
+# The end of transformers' class name -> what such a model does, for heads that are not text classifiers.
 _OTHER_HEADS = {
     "ForTokenClassification": "labels tokens (NER)",
     "ForQuestionAnswering": "answers questions by spans",
@@ -150,14 +154,14 @@ _OTHER_HEADS = {
 
 
 def problem_of(config: dict) -> Problem:
-    """The problem type of a config.json. Raises UnsupportedError, naming it, for a head that is no text classifier, a
-    problem type that is not known, and one that does not go with the number of labels.
+    """The problem type of a config.json. Raises UnsupportedError, naming the fault, for a head that is not a text
+    classifier, an unknown problem type, and one that does not fit the number of labels.
     """
     for name in config.get("architectures") or ():
         for end, does in _OTHER_HEADS.items():
             if str(name).endswith(end):
                 raise UnsupportedError(
-                    f"the model is a {name}, which {does}; texts are classified here", fix="run it in transformers"
+                    f"the model is a {name}, which {does}, not a text classifier", fix="run it in transformers"
                 )
     labels = label_count(config)
     named = config.get("problem_type")
@@ -170,21 +174,21 @@ def problem_of(config: dict) -> Problem:
         )
     if (problem is ONE_LOGIT and labels != 1) or (problem is SINGLE_LABEL and labels == 1):
         raise UnsupportedError(
-            f"config.json: problem_type {named} does not go with {labels} labels",
+            f"config.json: problem_type {named} does not fit {labels} labels",
             fix="correct it: regression has one label, single_label_classification at least two",
         )
     return problem
 
 
 def label_count(config: dict) -> int:
-    """Labels of a config.json: of id2label, else num_labels, else transformers' default, 2."""
+    """The number of labels of a config.json: from id2label, else num_labels, else transformers' default, 2."""
     names = config.get("id2label")
     return len(names) if names else config.get("num_labels") or 2
 
 
 def label_names(config: dict) -> tuple[str, ...]:
-    """The names of a config.json's labels, in the order of the logits; LABEL_i for those it does not name. InputError
-    for an id2label that does not map the ids 0, 1, … to strings.
+    """The names of a config.json's labels, in the order of the logits; LABEL_i for one without a name. Raises
+    InputError for an id2label that does not map the ids 0, 1, … to strings, and for a label2id that contradicts it.
     """
     names = config.get("id2label") or {}
     count = label_count(config)
@@ -205,7 +209,7 @@ def label_names(config: dict) -> tuple[str, ...]:
     return found
 
 
-# A name as `_bare` gives it -> what it also is called.
+# A name without case and separators -> the one name that stands for all its synonyms.
 ALIASES = {
     "neg": "negative",
     "pos": "positive",
@@ -233,35 +237,35 @@ ALIASES = {
 }
 
 
-# Between letters and digits these only separate: not-entailment, Sci/Tech. Elsewhere a name has them for a reason:
-# A-, C++, >5.
+# Between letters and digits these only separate: not-entailment, Sci/Tech. Elsewhere they are part of the name: A-,
+# C++, >5.
 _SEPARATORS = re.compile(r"(?<=\w)[-/.&]+(?=\w)|[\s_'\"`’“”().,:;!?]+")
 
 
 def fold(name: str) -> str:
-    """The label name without case, separators and Unicode forms, under the one of its names that stands for all."""
+    """The label name without case, separators and Unicode forms; synonyms become one name, by ALIASES."""
     bare = _SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())
     return ALIASES.get(bare, bare) or name
 
 
 def _number(name: str) -> int | None:
-    """The number that a label's name is: of LABEL_1, or of 1; None for a proper name."""
+    """The number in a label's name: 1 for LABEL_1 and for 1; None for a proper name."""
     found = re.fullmatch(r"(?:label[_ ]?)?([+-]?[0-9]+)", name.strip().casefold())
     return None if found is None else int(found[1])
 
 
 def are_anonymous(names: Sequence[str]) -> bool:
-    """Whether the names are no more than the ids of the labels: LABEL_0, LABEL_1, …, or 0, 1, …"""
+    """Whether the names are only the ids of the labels: LABEL_0, LABEL_1, …, or 0, 1, …"""
     return [_number(name) for name in names] == list(range(len(names)))
 
 
-def columns(names: Sequence[str], wanted: Sequence[str], whose: str = "the model") -> np.ndarray:
-    """Where each of the `wanted` labels stands among the `names` of a model's outputs, int64 [wanted]: with it
-    `logits[:, columns]` are in the wanted order.
+def columns(names: Sequence[str], wanted: Sequence[str], whose: str = THE_MODEL) -> np.ndarray:
+    """The index of each of the `wanted` labels in the `names` of a model's outputs, int64 [wanted]: `logits[:,
+    columns]` are in the wanted order.
 
     Names are compared folded, never by position. Labels that a file gives as numbers (`wanted` anonymous) are the
-    model's own ids, or its names where these are numbers. Raises InputError where the two do not name the same labels;
-    whose: the model, for that message.
+    model's own ids, or its names if these are numbers. Raises InputError if the two do not name the same labels. whose:
+    the model, for that message.
     """
     if len(names) != len(wanted):
         raise InputError(
@@ -274,25 +278,34 @@ def columns(names: Sequence[str], wanted: Sequence[str], whose: str = "the model
             return np.arange(len(wanted))
         if sorted(numbers) != list(range(len(wanted))):
             raise InputError(
-                f"{whose} calls its labels {_listed(names)}, wanted are {_listed(wanted)}: which is which cannot be "
-                "known",
+                f"{whose} has the labels {_listed(names)}, wanted are {_listed(wanted)}: it is not clear which is "
+                "which",
                 fix="give the labels the same names in both: sparsebert reseal DIR --labels NAME,…",
             )
         return np.array([numbers.index(i) for i in range(len(wanted))])
     if are_anonymous(names):
         raise InputError(
-            f"{whose} does not name its labels ({_listed(names)}), and {_listed(wanted)} are wanted: in which order "
-            "they are cannot be known",
-            fix=f"name them in their order: id2label in config.json, of a sealed model sparsebert reseal DIR --labels "
-            f"{_listed(wanted).replace(', ', ',')}",
+            f"{whose} does not name its labels ({_listed(names)}), and {_listed(wanted)} are wanted: their order "
+            "is not known",
+            fix=_naming(whose, wanted),
         )
     folded, goal = [fold(name) for name in names], [fold(name) for name in wanted]
     if sorted(folded) != sorted(goal) or len(set(goal)) < len(goal):
         raise InputError(
             f"{whose} has the labels {_listed(names)}, wanted are {_listed(wanted)}",
-            fix="choose a model trained for these labels, or correct id2label in its config.json",
+            fix=f"choose a model trained for these labels, or, if these are its labels, {_naming(whose, wanted)}",
         )
     return np.array([folded.index(name) for name in goal])
+
+
+def _naming(whose: str, wanted: Sequence[str]) -> str:
+    """The command that gives a model these labels."""
+    place = whose if whose != THE_MODEL else "DIR"
+    names = ",".join(wanted) if len(wanted) <= 6 else "NAME,…"
+    return (
+        f"name them in the order of its outputs: sparsebert reseal {shlex.quote(place)} --labels {shlex.quote(names)} "
+        f"(without a manifest, first sparsebert seal {shlex.quote(place)})"
+    )
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
@@ -301,8 +314,9 @@ def _listed(names: Sequence[str], most: int = 6) -> str:
 
 
 class Answer(NamedTuple):
-    """What a model says of one text. scores: of every label, its probability, or of one logit that logit. predicted:
-    those of them that it predicts: the likeliest label, of several labels per text all above one half, or the logit.
+    """A model's answer for one text. scores: label -> probability, or the logit itself if there is one logit.
+    predicted: the scores of the labels that it predicts: the likeliest label; with several labels per text all above
+    one half; or the logit.
     """
 
     scores: dict[str, float]
@@ -310,7 +324,7 @@ class Answer(NamedTuple):
 
 
 def answers(problem: Problem, names: Sequence[str], logits: np.ndarray) -> list[Answer]:
-    """An answer per text. names: of the labels, in the order of the logits [texts, labels]."""
+    """One answer per text. names: of the labels, in the order of the logits [texts, labels]."""
     predicted = problem.predict(logits)
     found = []
     for row, said in zip(problem.link(logits).tolist(), predicted, strict=True):

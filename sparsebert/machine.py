@@ -1,4 +1,4 @@
-"""What this machine is and can run: `sparsebert doctor`, and the card at the head of every table of timings."""
+"""Describes this machine: for `sparsebert doctor`, and for the card at the head of every table of timings."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def card() -> dict:
 
 
 def setting(variables: dict[str, str]) -> str:
-    """Environment variables as one writes them before a command, for the head of a table."""
+    """Environment variables as written before a command, for the head of a table."""
     return f"`{shlex.join(f'{name}={value}' for name, value in variables.items())}`" if variables else "none set"
 
 
 def describe() -> dict:
-    """Everything `doctor` prints. A part that is off is a sentence that says why."""
+    """Everything that `doctor` prints. If a part is off, its value is a sentence that says why."""
     try:
         isa: str | None = _dispatch.isa()
         off: dict | str = _dispatch.why_off()
     except SparsebertError as error:
         isa, off = None, str(error)
     try:
-        data = environment.data_dir() or "SPARSEBERT_DATA is not set: packaged data, then the library `datasets`"
+        data = environment.data_dir() or "SPARSEBERT_DATA is not set: packaged data, else the library `datasets`"
     except SparsebertError as error:
         data = error
     return {
@@ -75,19 +75,19 @@ def describe() -> dict:
 
 
 def cpu() -> str:
-    """The processor's name, with family and model: virtual machines often give no more than the brand."""
+    """The processor's name, with family and model, because virtual machines often give only the brand."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor() or platform.machine()
-    first = text.partition("\n\n")[0]  # one processor of several equal ones
+    first = text.partition("\n\n")[0]  # the first of several equal processors
     fields = dict((part.strip() for part in line.split(":", 1)) for line in first.splitlines() if ":" in line)
     name = fields.get("model name", platform.machine())
     return f"{name} (family {fields['cpu family']}, model {fields['model']})" if "cpu family" in fields else name
 
 
 def version_of(package: str) -> str:
-    """The installed version of a package, or that it is not installed."""
+    """The installed version of a package, or "not installed"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -95,7 +95,7 @@ def version_of(package: str) -> str:
 
 
 def _of_torch() -> dict[str, str]:
-    """What training and pruning can use."""
+    """The hardware features that training and pruning can use."""
     if version_of("torch") == "not installed":
         off = "off: torch is not installed, pip install 'sparsebert[prune]'"
         return {"bf16_training": off, "gpu": off}

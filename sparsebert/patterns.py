@@ -1,4 +1,6 @@
-"""Sparsity patterns: which zeros a pruning method may place. A pattern is a value, parsed from its one spelling."""
+"""Sparsity patterns: which zeros a pruning method may place. A pattern is a value with one spelling, which `parse`
+reads.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Unstructured:
 
 @dataclass(frozen=True)
 class NofM:
-    """n weights kept of every m consecutive inputs of a row; the sparsity 1 - n/m is implied."""
+    """Each row keeps n weights of every m consecutive inputs; this implies the sparsity 1 - n/m."""
 
     n: int
     m: int
@@ -48,8 +50,8 @@ class Grouped:
 
 @dataclass(frozen=True)
 class VNM:
-    """Of every m consecutive inputs, v consecutive rows share 4 columns, and each row keeps n of these; the sparsity
-    1 - n/m is implied. With n = 2 this is what sparse tensor cores run. [Castro et al. 2023, VENOM]
+    """In every m consecutive inputs, v consecutive rows share 4 columns, and each row keeps n of these; this implies
+    the sparsity 1 - n/m. With n = 2 this is the pattern that sparse tensor cores run. [Castro et al. 2023, VENOM]
     """
 
     v: int
@@ -64,7 +66,7 @@ Pattern = Unstructured | NofM | Grouped | VNM
 
 
 def parse(text: str) -> Pattern:
-    """`unstructured`, `2:4`, `32x1`, `32x1/32` (kept columns in multiples of 32), `64:2:16` (V:N:M) as a pattern;
+    """Parses `unstructured`, `2:4`, `32x1`, `32x1/32` (kept columns in multiples of 32) or `64:2:16` (V:N:M). Raises
     InputError for any other spelling.
     """
     if text == "unstructured":
@@ -87,8 +89,8 @@ def parse(text: str) -> Pattern:
 
 
 def sparsity_of(pattern: Pattern, wanted: float | None) -> float:
-    """The sparsity a pattern is pruned to: the one it implies, or else `wanted` (None: 0.875). InputError where the two
-    differ.
+    """The sparsity to which a pattern is pruned: the one it implies, else `wanted` (None: 0.875). Raises InputError if
+    the two differ.
     """
     implied = 1 - pattern.n / pattern.m if isinstance(pattern, NofM | VNM) else None
     if implied is None:
@@ -99,9 +101,9 @@ def sparsity_of(pattern: Pattern, wanted: float | None) -> float:
 
 
 def require_fits(pattern: Pattern, n_out: int, n_in: int, sparsity: float, name: str = "weight") -> None:
-    """InputError unless `pattern` divides [n_out, n_in] and leaves it at least one weight.
+    """Raises InputError unless `pattern` divides [n_out, n_in] and keeps at least one weight.
 
-    A row or a group may be left without weights (its output is then its bias), a whole matrix may not.
+    A row or a group may lose all its weights (its output is then its bias), a whole matrix may not.
     """
     rows = {Grouped: "rows", VNM: "v"}.get(type(pattern))
     if rows is not None and n_out % getattr(pattern, rows):
@@ -123,7 +125,9 @@ def require_fits(pattern: Pattern, n_out: int, n_in: int, sparsity: float, name:
 
 
 def kept_in(pattern: Pattern, n_out: int, n_in: int, sparsity: float) -> int:
-    """Weights kept of a matrix [n_out, n_in]: a whole number of the pattern's units."""
+    """Number of weights that `pattern` keeps of a matrix [n_out, n_in]; with Grouped a multiple of rows *
+    kept_multiple.
+    """
     size = n_out * n_in
     if isinstance(pattern, NofM | VNM):
         return size * pattern.n // pattern.m
@@ -135,5 +139,5 @@ def kept_in(pattern: Pattern, n_out: int, n_in: int, sparsity: float) -> int:
 
 
 def zeros_in(weights: int, sparsity: float) -> int:
-    """floor(sparsity * weights), the sparsity taken as the decimal it is written as: 0.29 of 100 is 29, not 28."""
+    """floor(sparsity * weights), with the sparsity taken as the decimal it is written as: 0.29 of 100 is 29, not 28."""
     return math.floor(Fraction(str(sparsity)) * weights)

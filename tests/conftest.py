@@ -1,11 +1,11 @@
-"""Shared by every test: no network, fresh memory that is NaN, and one way to ask for an instruction set or a device."""
+"""Shared by all tests: no network, fresh memory full of NaN, and one way to require an instruction set or a device."""
 
 from __future__ import annotations
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
-# Likewise before torch: the test models are small, a second thread would only wait, on a busy machine for minutes.
+# Likewise before torch: test models are small; a second thread would only wait, on a busy machine for minutes.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import sys
@@ -25,19 +25,19 @@ if str(ROOT) not in sys.path:
 
 @pytest.hookimpl(optionalhook=True)  # a run by hand needs no pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
-    """Workers of `-n auto`: one per core this process may use, if each has 2 GiB (one that has run many files holds 1.5
-    and its subprocesses 0.5); at most 8, since more would only wait for the longest file.
+    """Workers of `-n auto`: one per core this process may use, if each has 2 GiB (after many files a worker holds 1.5,
+    its subprocesses 0.5); at most 8, since more would only wait for the longest file.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
+    limit = Path("/sys/fs/cgroup/memory.max")  # the limit of a container, in bytes or "max"
     if limit.exists() and limit.read_text().strip().isdecimal():
         memory = min(memory, int(limit.read_text()))
     return max(1, min(_dispatch.cores(), memory // 2**31, 8))
 
 
 def require(needed: str, reason: str) -> None:
-    """Skips the test because `needed` is missing: an instruction set, cuda, triton, onnx, objdump, docs, or data, the
-    local data sets. Fails it where SPARSEBERT_REQUIRE lists that.
+    """Skips the test because `needed` is missing: an instruction set, cuda, triton, onnx, objdump, docs, or data (the
+    local data sets). Fails it if SPARSEBERT_REQUIRE lists `needed`.
     """
     if needed in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
         pytest.fail(f"SPARSEBERT_REQUIRE lists {needed}, but {reason}")
@@ -45,14 +45,14 @@ def require(needed: str, reason: str) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file side by side, in whatever order they are named (by tests/mutants.py, the fastest first): what
-    they share is then made once.
+    """Keeps the tests of one file together, in whatever order they are named (tests/mutants.py names the fastest
+    first), so that their shared fixtures are made once.
     """
     place = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
     items.sort(key=lambda item: place[item.path])
 
 
-local_data = pytest.mark.usefixtures("data_at_hand")  # of a test that reads the real data sets
+local_data = pytest.mark.usefixtures("data_at_hand")  # marks a test that reads the real data sets
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def data_at_hand() -> None:
 
 @pytest.fixture(params=[isa for isa in environment.ISAS if isa not in environment.BF16_ISAS])
 def isa(request: pytest.FixtureRequest) -> str:
-    """Every instruction set of float32 in turn, those this machine lacks being skipped (or failed) with the reason."""
+    """Each float32 instruction set. The test skips (or fails) with the reason for those that this machine lacks."""
     return _supported(request)
 
 
 @pytest.fixture(params=["scalar", *environment.BF16_ISAS])
 def tile_isa(request: pytest.FixtureRequest) -> str:
-    """The same of bf16 tiles."""
+    """Each instruction set of bf16 tiles, likewise."""
     return _supported(request)
 
 
@@ -81,7 +81,7 @@ def _supported(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what the tests pack out of the user's cache; subprocesses inherit it."""
+    """Gives the tests a cache apart from the user's; subprocesses inherit it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPARSEBERT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -89,7 +89,7 @@ def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 
 @pytest.fixture(autouse=True)
 def errors_say_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails a test in which an error of the package is raised without the rule or without its cure."""
+    """Fails a test in which an error of the package is raised without a rule or without a fix."""
     made = errors.SparsebertError.__init__
 
     def checked(self, problem: str, *, fix: str) -> None:
@@ -102,10 +102,10 @@ def errors_say_what_is_wrong_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(autouse=True)
 def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes what was never written NaN, so that reading it shows: numpy's and torch's empty, and the core's own memory.
+    """Fills fresh memory with NaN, so that reading it too early shows: numpy's and torch's empty, the core's memory.
 
-    torch has a switch of its own for this, but it comes with use_deterministic_algorithms, which refuses or slows
-    ordinary training.
+    torch has a switch for this, but it comes with use_deterministic_algorithms, which refuses or slows ordinary
+    training.
     """
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(np, name, _filled_numpy(getattr(np, name)))

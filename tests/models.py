@@ -1,4 +1,4 @@
-"""Small models for tests: stock architectures with random weights, and tokenizers of their own kinds."""
+"""Small models for tests: stock architectures with random weights, and a tokenizer of each kind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZES = {
 
 @functools.cache
 def tokenizer(kind: str = "bert"):
-    """A tokenizer of the architecture's own kind: word pieces, byte-level BPE, or a unigram model of sentencepiece."""
+    """A tokenizer of the architecture's kind: word pieces, byte-level BPE, or a unigram model of sentencepiece."""
     words = sorted(data.word_neighbors())[::7]
     specials = ["<s>", "<pad>", "</s>", "<unk>"]
     if kind == "roberta":
@@ -52,18 +52,18 @@ def tokenizer(kind: str = "bert"):
 
 def classifier(kind: str = "bert", labels: int | Sequence[str] = 2, seed: int = 0, **changes):
     """A classifier whose weights are large enough that its layers and attention matter to the logits. labels: their
-    names, or how many: two of them are those of sentiment, three of NLI, others are anonymous.
+    names or their number; two get the names of sentiment, three those of NLI, any other number none.
     """
     named = {2: data.SENTIMENT, 3: data.NLI}.get(labels) if isinstance(labels, int) else labels
     model = _built(kind, labels if isinstance(labels, int) else len(labels), seed, **changes)
-    model = copy.deepcopy(model)  # a fifth of the time that another of the same takes
+    model = copy.deepcopy(model)  # takes a fifth of the time of building it again
     if named is not None:
         model.config.id2label = dict(enumerate(named))
         model.config.label2id = {name: i for i, name in enumerate(named)}
     return model
 
 
-@functools.lru_cache(maxsize=32)  # of 4 MB each, most of it the word embeddings
+@functools.lru_cache(maxsize=32)  # 4 MB each, most of it word embeddings
 def _built(kind: str, labels: int, seed: int, **changes):
     names = {
         "bert": "Bert",
@@ -73,7 +73,7 @@ def _built(kind: str, labels: int, seed: int, **changes):
         "distilbert": "DistilBert",
     }
     sizes = {**SIZES, **changes}
-    if kind in {"roberta", "xlm-roberta"}:  # their positions begin behind the padding token's id, which is not 0
+    if kind in {"roberta", "xlm-roberta"}:  # their positions begin after the padding token's id, which is not 0
         sizes = {**SIZES, "vocab_size": len(tokenizer(kind)), "max_position_embeddings": 514, **changes}
     if kind == "electra":
         sizes.setdefault("embedding_size", sizes["hidden_size"])
@@ -94,7 +94,7 @@ def _built(kind: str, labels: int, seed: int, **changes):
 
 
 def stock(directory: Path) -> Path:
-    """The directory as transformers would have written it: without its seal."""
+    """Removes the seal of a directory, so that it is as transformers would have written it."""
     shutil.rmtree(directory / "sparsebert")
     config = json.loads((directory / "config.json").read_text())
     del config["sparsebert"]
@@ -103,7 +103,7 @@ def stock(directory: Path) -> Path:
 
 
 def saved(directory: Path, model=None, **changes) -> Path:
-    """A model directory as the package writes it."""
+    """Writes a model directory as the package does."""
     model = model or classifier(**changes)
     checkpoint.save(model, tokenizer(model.config.model_type), directory, recipe={"command": "test"}, figures={})
     return directory

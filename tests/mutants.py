@@ -1,15 +1,15 @@
-"""What share of small faults in the code the tests notice, by file, on a sample of them: `make mutants`.
+"""The share of small faults in the code that the tests notice, by file, on a sample of them: `make mutants`.
 
 python -m tests.mutants [--sample N --seed S [--resume]] [--before DIR] [--survivors] [--markdown FILE]
 
-With --sample it makes every mutant of the files that pyproject.toml names, draws N of them and runs the tests that
-reach each, of the files that are named there, and no more of them than run in BOUND seconds, the fastest first: the
-share is one from below. Without, it reports the sample that was run last.
+With --sample it makes every mutant of the files that pyproject.toml names and draws N of them. For each it runs the
+tests that reach it, from the test files named there, the fastest first, and no more than run in BOUND seconds; so the
+share is a lower bound. Without --sample it reports the sample that was run last.
 
-Every mutant is equally likely to be drawn, but for those that change nothing except the words of a message (a string in
-a `raise` or a warning): tests hold messages by their rule and values, not by every word. All others count, those that
-nothing can tell from the code among them. So does a mutant of a function that no test reaches, or that runs at import
-alone: it is one that was not noticed.
+Every mutant is equally likely to be drawn, except that those that change only the words of a message (a string in a
+`raise` or a warning) are left out: tests check a message's rule and values, not every word. All others count, even
+those that no test could tell from the code. A mutant of a function that no test reaches, or that runs only at import,
+counts as not noticed.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from scipy.stats import binomtest
 from bench import harness
 
 MUTANTS, SAMPLE = Path("mutants"), "sample.json"
-BOUND = 60.0  # seconds of tests that a mutant is given
+BOUND = 60.0  # max seconds of tests per mutant
 KILLED, SURVIVED, UNTESTED, TIMEOUT = "killed", "survived", "no test", "timeout"
 NOTICED = {KILLED, TIMEOUT}
 COLUMNS = {
     "file": "", "mutants": "d", "drawn": "d", "noticed": ".1%", "low": ".1%", "high": ".1%", "survived": "d",
     "no test": "d", "timeout": "d",
 }  # fmt: skip
-NOTES = f"""from all of these files that are no mere wordings of messages. `noticed` is the share that made a test fail,
-or run for much longer (`timeout`); `low` and `high` are its 95 % interval (Wilson). A mutant is given the tests that
-reach it, {BOUND:.0f} s of them, the fastest first. Those that cannot be told from the code, and those on lines that run
-at import alone, count as survived.""".replace("\n", " ")
+NOTES = f"""from all mutants of these files, without those that change only the words of messages. `noticed` is the
+share that made a test fail, or run for much longer (`timeout`); `low` and `high` are its 95 % interval (Wilson). A
+mutant runs against the tests that reach it, {BOUND:.0f} s of them, the fastest first. Mutants that no test could tell
+from the code, and those on lines that run only at import, count as survived.""".replace("\n", " ")
 
 
 def outcome(exit_code: int | None) -> str | None:
-    """What became of a mutant, None for one that was not run. Codes are mutmut's."""
+    """Outcome of a mutant, None if it was not run. The codes are mutmut's."""
     if exit_code is None:
         return None
     return {0: SURVIVED, 33: UNTESTED, 24: TIMEOUT, 36: TIMEOUT, 152: TIMEOUT, 255: TIMEOUT}.get(exit_code, KILLED)
 
 
 class _Wordless(ast.NodeTransformer):
-    """Takes the words out of what is raised or warned of."""
+    """Removes the words of errors and warnings."""
 
     def __init__(self):
         self.inside = 0
@@ -84,7 +84,7 @@ def functions(path: Path) -> dict[str, ast.AST]:
 
 
 def is_wording(mutant: ast.AST, original: ast.AST) -> bool:
-    """Whether two versions of a function differ in the words of messages alone."""
+    """Whether two versions of a function differ only in the words of messages."""
     return _shape(mutant) == _shape(original)
 
 
@@ -95,7 +95,7 @@ def _shape(function: ast.AST) -> str:
 
 
 def outcomes(folder: Path = MUTANTS) -> dict[str, dict[str, str | None]]:
-    """File -> its mutants -> what became of each, wordings included."""
+    """File -> mutant -> outcome, including mutants that change only words."""
     return {
         str(meta.with_suffix("").relative_to(folder)): {
             key: outcome(code) for key, code in json.loads(meta.read_text())["exit_code_by_key"].items()
@@ -105,7 +105,7 @@ def outcomes(folder: Path = MUTANTS) -> dict[str, dict[str, str | None]]:
 
 
 def without_wordings(folder: Path = MUTANTS) -> dict[str, list[str]]:
-    """File -> its mutants that are no wordings."""
+    """File -> its mutants that change more than words."""
     kept = {}
     for name, mutants in outcomes(folder).items():
         known, shapes = functions(folder / name), {}
@@ -130,7 +130,7 @@ m.collect_or_load_stats(m.get_mutant_runner(1), apply_config_invalidation=True)
 
 
 def run(size: int, seed: int, resume: bool) -> None:
-    """Draws a sample of all mutants and runs it; `resume` keeps what an earlier run of it has found."""
+    """Draws a sample of all mutants and runs it; `resume` keeps the outcomes of an earlier run."""
     if not resume:
         shutil.rmtree(MUTANTS, ignore_errors=True)
     subprocess.run([sys.executable, "-c", _PREPARE], check=True, stdout=subprocess.DEVNULL)
@@ -147,7 +147,7 @@ def run(size: int, seed: int, resume: bool) -> None:
 
 
 def _bound_tests() -> None:
-    """Leaves of the tests that reach a function the fastest, as many as run in BOUND seconds."""
+    """Keeps only the fastest tests that reach a function, as many as run in BOUND seconds, and at least one."""
     path = MUTANTS / "mutmut-stats.json"
     stats = json.loads(path.read_text(encoding="utf-8"))
     seconds, reach = stats["duration_by_test"], stats["tests_by_mangled_function_name"]
@@ -159,7 +159,7 @@ def _bound_tests() -> None:
 
 
 def rows(folder: Path = MUTANTS) -> tuple[dict, list[dict], list[str]]:
-    """(the sample that was run, its rows by file and in all, the names of what survived)."""
+    """(the sample that was run, its rows by file and in total, the names of the mutants that no test noticed)."""
     sample = json.loads((folder / SAMPLE).read_text(encoding="utf-8"))
     drawn, tables, survivors, every = set(sample["drawn"]), [], [], Counter()
     for name, results in outcomes(folder).items():
@@ -184,13 +184,13 @@ def row(name: str, mutants: int, counts: Counter) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sample", type=int, metavar="N", help="draw and run so many mutants")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--sample", type=int, metavar="N", help="draw and run N mutants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draw")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the last run; code and tests must be the same"
+        "--resume", action="store_true", help="resume the last run; code and tests must be the same as then"
     )
     parser.add_argument("--before", type=Path, metavar="DIR", help="also report the last sample of this other checkout")
-    parser.add_argument("--survivors", action="store_true", help="list those that no test noticed")
+    parser.add_argument("--survivors", action="store_true", help="list mutants that no test noticed")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     if args.sample:

@@ -1,4 +1,4 @@
-"""admm_prune: what it keeps, against its float64 reference and against what else chooses a support."""
+"""admm_prune: the weights it keeps, against its float64 reference and against other ways to choose a support."""
 
 import functools
 
@@ -28,7 +28,7 @@ def problem(rows: int, n_in: int, gelu: bool = False) -> tuple[torch.Tensor, tor
 
 
 def separated(rows: int, n_in: int, sparsity: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """No near-ties: nearly independent inputs, and what is to be kept at least three times as large as the rest."""
+    """A problem without near-ties: nearly independent inputs; weights to keep are at least three times the others."""
     generator = torch.Generator().manual_seed(0)
     h = 0.02 * torch.randn(n_in, n_in, generator=generator, dtype=torch.float64)
     h = h @ h.T + torch.eye(n_in, dtype=torch.float64)
@@ -102,7 +102,7 @@ def test_with_a_row_metric_the_error_is_the_references_and_below_what_ignores_it
     assert torch.equal(pattern_mask(keep.float(), pattern, sparsity), keep)
     expected = admm_prune_ref(weight, h, pattern, sparsity, row_metric=metric)
     ours = error(weight, h, keep, metric)
-    # 64 rows have two groups of 32: few and large choices, of which float32 and float64 make different ones.
+    # 64 rows have two groups of 32: few and large choices, so float32 and float64 choose differently.
     groups = isinstance(pattern, Grouped | VNM)
     assert ours == pytest.approx(error(weight, h, expected, metric), rel=0.12 if groups else 0.03)
     assert ours < error(weight, h, admm_prune(weight, h, pattern, sparsity), metric)
@@ -201,7 +201,7 @@ def test_any_number_of_threads_gives_the_same_support(isa, sparsity):
 
 
 def call(weight=None, h=None, pattern="unstructured", sparsity=0.5, **options):
-    """A call that is right but for what is given."""
+    """A call that is valid except for the given arguments."""
     weight = torch.ones(4, 6, dtype=torch.float64) if weight is None else weight
     h = torch.eye(6, dtype=torch.float64) if h is None else h
     return admm_prune(weight, h, parse(pattern), sparsity, **options)

@@ -145,7 +145,7 @@ def test_fields_that_change_the_logits_are_refused_by_all_readers(directories, t
     made = edited(directories["bert"], tmp_path, **fields)
     for load in (Engine.load, checkpoint.load, checkpoint.shapes):
         if load is checkpoint.shapes and "classifier" in message:
-            continue  # of an encoder alone, whose head is made anew
+            continue  # it reads the encoder alone, as the head is made anew
         with pytest.raises(kind, match=message) as raised:
             load(made)
         assert "\n" not in str(raised.value)

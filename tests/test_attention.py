@@ -23,7 +23,7 @@ class Case(NamedTuple):
         return "x".join(map(str, self[:4])) + f"-{self.keep}"
 
 
-# Queries go 8, 16 or 32 at a time, keys 8, a head's values 4, 8 or 16.
+# Kernels take 8, 16 or 32 queries at a time, 8 keys, and 4, 8 or 16 values of a head.
 CASES = [
     Case(1, 1, 1, 1),
     Case(2, 3, 2, 5),
@@ -42,7 +42,7 @@ CASES = [
     Case(2, 0, 2, 8),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-# Relative to the largest value: float32 sums and powers of 2 to 2e-7; the rounding of a result to bfloat16.
+# Relative to the largest value. float32: sums, and powers of 2 that are good to 2e-7; bfloat16: rounding of the result.
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.0**-8}
 
 

@@ -1,4 +1,4 @@
-"""The cells of bench/study_pruning: computed once, lost to nothing but a kill in the middle of a line."""
+"""The cells of bench/study_pruning: each is computed once, and the ledger keeps them if their file is torn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_cell_is_computed_once_by_one_version_of_the_code(tmp_path, monkeypatc
     assert len(computed) == 3
     monkeypatch.setattr(study_pruning, "VERSION", "another")
     assert once()["code"] == "another" and len(computed) == 4
-    assert len(Cells(tmp_path / "c.jsonl").of(draw=0, config={"method": "obs"})) == 1  # the later counts
+    assert len(Cells(tmp_path / "c.jsonl").of(draw=0, config={"method": "obs"})) == 1  # the later one counts
 
 
 def test_settings_share_layers_where_only_what_follows_them_differs():
@@ -49,7 +49,7 @@ def test_a_torn_file_of_cells_is_refused_and_its_ledger_has_them_all(tmp_path):
     for draw in (0, 1):
         Cells(path).once(identity(draw=draw), lambda: dict(FIGURES))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"c\.jsonl must hold finished cells, one JSON object a line"):
+    with pytest.raises(InputError, match=r"c\.jsonl must hold finished cells, one JSON object per line"):
         Cells(path)
     path.unlink()
     Cells(path).once(identity(draw=2), lambda: dict(FIGURES))
@@ -64,7 +64,7 @@ def test_ratios_are_taken_within_a_cell_and_weigh_dense_models_alike():
     other = [cell("v", 0, 0.2), cell("v", 1, 0.2), cell("w", 0, 0.8), cell("w", 5, 9.0)]
     rows = summary({("s", "adaptive"): base, ("s", "obs"): other})
     assert [row["method"] for row in rows] == ["adaptive", "obs"]
-    np.testing.assert_allclose([row["ratio"] for row in rows], [1.0, 2.0])  # of v 1, of w 4
+    np.testing.assert_allclose([row["ratio"] for row in rows], [1.0, 2.0])  # 1 for v, 4 for w
     assert "low" not in rows[1]
     rows = summary({("s", "adaptive"): [*base, cell("x", 0, 0.1)], ("s", "obs"): [*other, cell("x", 0, 0.2)]})
     assert rows[1]["low"] < rows[1]["ratio"] < rows[1]["high"]

@@ -75,7 +75,7 @@ def labelled(labels, texts=None):
 
 
 def test_an_example_is_not_judged_by_a_model_that_saw_the_same_text():
-    """Each text stands ten times, with one label, and features tell the texts apart and nothing else."""
+    """Each text occurs ten times with the same label, and features only tell the texts apart."""
     rng = np.random.default_rng(0)
     labels, features = rng.integers(0, 2, 30).repeat(10), np.eye(30).repeat(10, axis=0)
     texts = [f"text {i}" for i in range(30) for _ in range(10)]
@@ -106,7 +106,7 @@ def test_the_rest_of_the_probability_is_shared_equally(many):
 
 
 def test_no_example_is_judged_by_a_model_that_saw_it(many):
-    """Labels that features cannot tell are guessed no better than by chance; a model fitted to them would do better."""
+    """Features say nothing about these labels, so they are only guessed; a model fitted to them would do better."""
     labels = np.random.default_rng(1).integers(0, 3, 120)
     features = np.random.default_rng(2).normal(size=(120, 100))
     log_probs = bias.out_of_fold(features, labelled(labels), MNLI, 0)
@@ -164,7 +164,7 @@ def test_a_bias_model_trained_on_examples_it_would_judge_is_refused(start, tmp_p
 
 
 def folder_task(folder, texts):
-    """A folder of the user's own with these texts, in other case and spacing."""
+    """A user's folder with these texts, in other case and spacing."""
     folder.mkdir(exist_ok=True)
     rows = [{"text": text.upper().replace(" ", "  "), "label": i % 2} for i, text in enumerate(texts)]
     others = [{"text": f"reported {word}", "label": i} for i, word in enumerate(("elsewhere", "alone"))]
@@ -178,14 +178,14 @@ def test_examples_are_the_same_whatever_their_task_is_called(start, tmp_path, mo
     folder_task(tmp_path / "mine", texts)
     monkeypatch.chdir(tmp_path)
     train(start, "mine", tmp_path / "bias", config.TrainConfig(n=64, **TINY))
-    monkeypatch.chdir("/")  # what the recipe says is no path from here
+    monkeypatch.chdir("/")  # the recipe's relative path leads nowhere from here
     with pytest.raises(InputError, match=r"was trained on 64 of the 8662 examples it would have to judge"):
         predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
     folder_task(tmp_path / "mine", texts[:5000])
-    with pytest.raises(InputError, match=r"what .*bias was trained on, .*mine, has changed since"):
+    with pytest.raises(InputError, match=r"the training examples of .*bias, .*mine, have changed"):
         predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
     shutil.rmtree(tmp_path / "mine")
-    with pytest.raises(InputError, match=r"what .*bias was trained on is not to be had any more"):
+    with pytest.raises(InputError, match=r"the training examples of .*bias cannot be read any more"):
         predict(str(tmp_path / "bias"), MR, data.load(MR, "train"))
 
 
@@ -219,7 +219,7 @@ def test_the_content_of_a_bias_model_is_part_of_the_key(start, tmp_path, kind):
 
     make(0)
     settings = config.TrainConfig(loss="poe", bias=str(path), n=20, **TINY)
-    if kind == "directory":  # judged by one that saw none of them
+    if kind == "directory":  # examples that the bias model did not see
         held = folder_task(tmp_path / "held", data.hold_out(data.load(MR, "train"), 8000)[1].texts)
     task = "mr" if kind == "file" else str(held)
     first = train(start, task, tmp_path / "m", settings)

@@ -1,4 +1,4 @@
-"""The wheel as a user gets it, and what machine code is where in the compiled core."""
+"""The wheel as a user gets it, and the instructions that each symbol of the compiled core may hold."""
 
 import functools
 import importlib.metadata
@@ -38,7 +38,7 @@ print(sparsebert.__file__)
 """
 
 
-# `make` has compiled the same files as they are to be; without optimisation that takes a fifth of the time.
+# `make` has compiled the same files with optimisation; without it this takes a fifth of the time.
 QUICK_COMPILER = """#!/usr/bin/env bash
 exec g++ "${@/#-O3/-O0}"
 """
@@ -52,9 +52,12 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
+PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder the wheel was installed into, built with pip's own isolation from a copy of the sources."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built as `make wheel` does, with pip's own isolation, from a copy of the sources."""
     work = tmp_path_factory.mktemp("wheel")
     source = work / "source"
     source.mkdir()
@@ -65,17 +68,23 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(path, source / name, ignore=unwanted)
         elif path.exists():
             shutil.copy(path, source / name)
-    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     compiler = work / "quick"
     compiler.write_text(QUICK_COMPILER)
     compiler.chmod(0o755)
     run(
-        *pip, "wheel", "--no-deps", "--wheel-dir", work / "dist", source,
+        *PIP, "wheel", "--no-deps", "--wheel-dir", work / "dist", source,
         cwd=work, CC=str(compiler), CXX=str(compiler),
     )  # fmt: skip
-    (wheel,) = (work / "dist").glob("sparsebert-*.whl")
-    run(*pip, "install", "--no-deps", "--target", work / "installed", wheel, cwd=work)
-    return work / "installed"
+    (built,) = (work / "dist").glob("sparsebert-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """A folder that the wheel was installed into."""
+    folder = tmp_path_factory.mktemp("installed")
+    run(*PIP, "install", "--no-deps", "--target", folder, wheel, cwd=folder)
+    return folder
 
 
 def test_the_wheel_works_outside_the_repository(installed):
@@ -95,10 +104,15 @@ def test_the_wheel_holds_kernels_and_demo_data_and_no_sources(installed):
 
 
 @pytest.fixture(scope="module")
-def without_torch(installed, tmp_path_factory) -> Path:
-    """A folder of what `pip install sparsebert` brings, linked: the wheel, and what it requires without extras."""
+def without_torch(wheel, tmp_path_factory) -> Path:
+    """A new environment like the result of `pip install sparsebert`: the wheel, and links to its requirements without
+    extras.
+    """
     folder = tmp_path_factory.mktemp("base")
-    (info,) = installed.glob("sparsebert-*.dist-info")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    run(*PIP, "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    packages = packages_of(folder)
+    (info,) = packages.glob("sparsebert-*.dist-info")
     wanted = importlib.metadata.PathDistribution(info).requires
     done: set[str] = set()
     while wanted:
@@ -110,25 +124,26 @@ def without_torch(installed, tmp_path_factory) -> Path:
         distribution = importlib.metadata.distribution(requirement.name)
         wanted += distribution.requires or []
         for top in {path.parts[0] for path in distribution.files if path.parts[0] != ".."} - {"__pycache__"}:
-            if not (folder / top).exists():
-                (folder / top).symlink_to(distribution.locate_file(top))
-    for path in installed.iterdir():
-        if path.name != "bin":
-            (folder / path.name).symlink_to(path)
+            if not (packages / top).exists():
+                (packages / top).symlink_to(distribution.locate_file(top))
     return folder
 
 
+def packages_of(environment: Path) -> Path:
+    (packages,) = (environment / "lib").glob("python*/site-packages")
+    return packages
+
+
 def alone(folder: Path, *arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess:
-    """The command line with these packages only."""
-    program = "import sys; sys.path.insert(0, sys.argv.pop(1)); from sparsebert.cli import main; sys.exit(main())"
-    command = [sys.executable, "-I", "-S", "-c", program, folder, *arguments]
+    """Runs the command that is installed in that environment."""
+    command = [folder / "bin" / "sparsebert", *arguments]
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=BARE, cwd=folder)
     assert result.returncode == code, result.stderr[-4000:]
     return result
 
 
 def test_a_model_is_run_without_torch(without_torch, tmp_path):
-    assert not (without_torch / "torch").exists() and not (without_torch / "transformers").exists()
+    assert not {"torch", "transformers"} & {path.name for path in packages_of(without_torch).iterdir()}
     model = saved(tmp_path / "m", classifier())
     said = alone(without_torch, "predict", model, "a gripping film", "a dull one").stdout.splitlines()
     want = Engine.load(model).logits(["a gripping film", "a dull one"]).argmax(1)
@@ -153,7 +168,7 @@ def test_a_command_that_needs_more_names_the_extra(without_torch, tmp_path, argu
 
 
 def test_what_runs_a_model_takes_no_more_than_150_mb(without_torch):
-    size = sum(path.stat().st_size for top in without_torch.iterdir() for path in files_of(top))
+    size = sum(path.stat().st_size for top in packages_of(without_torch).iterdir() for path in files_of(top))
     assert size < 150e6
 
 
@@ -182,7 +197,7 @@ x86_only = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason=f"{platform.machine()} has the scalar kernels only"
 )
 
-# Feature -> what its instructions look like, and which symbols may hold them. A VEX or EVEX mnemonic starts with v.
+# Feature -> (pattern of its instructions, names of symbols that may hold them). A VEX or EVEX mnemonic starts with v.
 PLACES = {
     "amx": (r"^(tile|td|ldtilecfg|sttilecfg)|%tmm\d", ("amx",)),
     "avx512_bf16": (r"^v(dp|cvtn?e?2?ps2?)\w*(bf16|pbh)|^vpexpandw", ("avx512_bf16", "amx")),

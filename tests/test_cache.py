@@ -1,4 +1,4 @@
-"""The cache of packed models: what is believed, what is made anew, whose folder is used, what goes first."""
+"""The cache of packed models: which entries are trusted, made anew or removed first, and which folders are used."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def fresh_cache(tmp_path, monkeypatch):
 def test_the_packed_form_is_kept_and_mapped(directory, fresh_cache, monkeypatch, dtype):
     first = Engine.load(directory, dtype=dtype)
     (entry,) = fresh_cache.glob("*.safetensors")
-    monkeypatch.setattr(checkpoint.Files, "weights", None)  # not needed again
-    monkeypatch.setattr(engine.architectures, "build", None)
+    monkeypatch.setattr(checkpoint.Files, "weights", None)  # the second load needs neither this
+    monkeypatch.setattr(engine.architectures, "build", None)  # nor this
     again = Engine.load(directory, dtype=dtype)
     assert np.array_equal(first.logits(["a text"]), again.logits(["a text"]))
     for loaded in (first, again):
@@ -70,7 +70,7 @@ def test_a_damaged_packed_form_is_made_anew(directory, fresh_cache, tmp_path, da
         flipped = bytearray(good)
         flipped[-1000] ^= 1
         bad = {"a byte": bytes(flipped), "its end": good[: len(good) // 2], "all": b""}[damage]
-    entry.unlink()  # the mapped file of the engine above stays as it is
+    entry.unlink()  # the engine above keeps its mapped file
     entry.write_bytes(bad)
     assert np.array_equal(Engine.load(directory).logits(["a text"]), want)
     made = checkpoint.mapped_arrays(entry)
@@ -170,7 +170,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_entry_whose_tree_or_header_changed_is_made_anew(directory, fresh_cache, monkeypatch, name):
-    # Short batches and long ones run by different forms, so that there are several encoders in the entry.
+    # Short and long batches use different forms, so that the entry holds several encoders.
     table = costs.Costs(rows=(100.0, 100.0, 0.1), groups=(1.0, 1.0, 1.0))
     monkeypatch.setitem(costs.SHIPPED, _dispatch.float32_isas()[-1], table)
     batches = [["a text"], ["a text"] * 40]
@@ -195,8 +195,8 @@ def test_each_encoder_of_an_engine_is_held_against_the_golden_logits(directory, 
 
     monkeypatch.setattr(engine, "sparse_encoder", sparse_encoder)
     short, middling, long = Engine.load(directory, dtype="fp32")._encoders
-    assert run == [short, long] and middling is short  # one for what is the same
-    # A packed form that is wrong, though its sum is right, is packed once more; then the fault is not in it.
+    assert run == [short, long] and middling is short  # the same encoder runs once
+    # A packed form that is wrong, though its sum is right, is packed once more; the second one is right.
     monkeypatch.setattr(
         cache, "_restored", lambda tree, arrays, restore=cache._restored: remember(restore(tree, arrays))
     )
@@ -231,7 +231,7 @@ def test_a_directory_replaced_during_a_load_is_loaded_once_more(directory, fresh
 
         monkeypatch.setattr(architectures, "build", replace)
         assert np.array_equal(Engine.load(place).logits(["a text"]), want)
-        assert np.array_equal(Engine.load(place).logits(["a text"]), want)  # and nothing of the old is kept as the new
+        assert np.array_equal(Engine.load(place).logits(["a text"]), want)  # the cache does not hold the old model
 
 
 def test_a_directory_that_never_rests_is_refused(directory, fresh_cache, tmp_path, monkeypatch):
@@ -262,7 +262,7 @@ def test_a_cache_that_others_may_write_is_not_used_and_said(directory, fresh_cac
     with pytest.warns(UserWarning, match=f"not kept in .*{says}.*; set SPARSEBERT_CACHE"):
         assert np.array_equal(Engine.load(directory).logits(["a text"]), want)
     assert {path.name: path.stat().st_mtime_ns for path in fresh_cache.iterdir()} == before
-    with pytest.warns(UserWarning, match=says):  # nor is it taken for empty
+    with pytest.warns(UserWarning, match=says):  # the list does not silently look empty
         assert cache.entries() == []
     assert not list(elsewhere.iterdir())
 
@@ -286,7 +286,7 @@ def test_the_cache_keeps_to_its_limit_and_what_was_used_last(fresh_cache, tmp_pa
     models = [saved(tmp_path / f"m{i}", seed=i) for i in range(3)]
     for model in models[:2]:
         Engine.load(model)
-        for path in fresh_cache.glob("*.safetensors"):  # as if some time went by
+        for path in fresh_cache.glob("*.safetensors"):  # as if time had passed
             os.utime(path, (path.stat().st_atime - 10, path.stat().st_mtime - 10))
     Engine.load(models[0])  # used again: the second is the oldest now
     size = cache.entries()[0]["bytes"]
@@ -299,7 +299,7 @@ def test_the_cache_keeps_to_its_limit_and_what_was_used_last(fresh_cache, tmp_pa
     monkeypatch.setenv("SPARSEBERT_CACHE_MB", "1")
     with pytest.warns(UserWarning, match=r"it takes \d+ MB, SPARSEBERT_CACHE_MB is 1"):
         Engine.load(models[1])
-    monkeypatch.setenv("SPARSEBERT_CACHE_MB", "0")  # none wanted: nothing to say
+    monkeypatch.setenv("SPARSEBERT_CACHE_MB", "0")  # no cache is wanted, so no warning
     Engine.load(models[1])
     assert len(cache.entries()) == 2
     for bad in ("-1", "many", "1.5"):

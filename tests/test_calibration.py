@@ -1,4 +1,4 @@
-"""The texts that pruning calibrates on: which, how many, how long; files of the user's own."""
+"""The texts that pruning calibrates on: which, how many, how long; the user's own files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_part_has_its_share_of_the_tokens():
     found = drawn()
     assert found.parts.keys() == SHARES.keys()
     for part, share in SHARES.items():
-        assert share * 20_000 <= found.parts[part] < share * 20_000 + 512, part  # the text that crosses the line is in
+        assert share * 20_000 <= found.parts[part] < share * 20_000 + 512, part  # the text that crosses it is included
     assert found.tokens == sum(found.parts.values())
 
 
@@ -153,7 +153,7 @@ def test_another_kind_of_file_and_one_text_for_pairs_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"files that end in \.txt, \.parquet, .*, got .*x\.docx"):
         others([str(tmp_path / "x.docx")])
     pairs = data.Examples("t", "train", ["a b"] * 40, ["c d"] * 40, None)
-    with pytest.raises(InputError, match="pairs needs two other texts or more, got 1"):
+    with pytest.raises(InputError, match="pairs needs at least two other texts, got 1"):
         draw(classifier(), tokenizer(), pairs, 100, 32, 0, others=["alone"])
 
 

@@ -102,7 +102,7 @@ def test_any_flipped_bit_is_refused(directory):
             weights = checkpoint.read_weights(directory)
         except (CheckpointError, UnsupportedError) as error:
             assert "model.safetensors" in str(error) or "dtype" in str(error)
-        else:  # a bit of the header's free-form metadata: every tensor must be what it was
+        else:  # the bit is in the header's free-form metadata: no tensor may have changed
             assert position < header
             path.write_bytes(whole)
             assert all(
@@ -165,7 +165,7 @@ def test_no_weights_and_pickled_weights_are_told_apart(directory):
     with pytest.raises(CheckpointError, match="has no weights"):
         checkpoint.load(directory)
     (directory / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(CheckpointError, match="is pickle"):
+    with pytest.raises(CheckpointError, match="is a pickle file"):
         checkpoint.load(directory)
 
 
@@ -278,7 +278,7 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(tmp_path, monkeypatc
 def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
     directory = saved(tmp_path / "m", seed=0)
     old = checkpoint.weights_sha256(directory)
-    context = multiprocessing.get_context("fork")  # a fresh interpreter imports torch for seconds
+    context = multiprocessing.get_context("fork")  # a fresh interpreter takes seconds to import torch
     begun = context.Event()
 
     def save_again_and_again(model):
@@ -357,7 +357,7 @@ def test_finished_needs_the_same_job_and_whole_weights(tmp_path):
 
 def test_a_model_of_unknown_settings_is_not_replaced(directory):
     job = Job("test", {}, "sparsebert.patterns", directory)
-    with pytest.raises(OutputError, match="by a version of this package that did not note its settings") as caught:
+    with pytest.raises(OutputError, match="by a version of this package that did not record its settings") as caught:
         checkpoint.finished(job)
     assert caught.value.fix == "choose another -o, or give --overwrite to replace it"
 
@@ -470,7 +470,7 @@ def test_a_manifest_that_cannot_be_is_one_error(directory, change, fault):
     with pytest.raises(CheckpointError) as refused:
         checkpoint.load(directory)
     assert refused.value.problem.startswith(
-        f"{path} must hold tensors, files, golden, key and weights_sha256 whole: {fault}"
+        f"{path} must hold valid tensors, files, golden, figures, key and weights_sha256: {fault}"
     )
 
 

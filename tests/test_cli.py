@@ -1,4 +1,4 @@
-"""The command line: its documents, its errors (one line, exit code 2, nothing written), kill and resume."""
+"""The command line: its JSON documents, its errors (one line, exit code 2, nothing written), kill and resume."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def document(out: str) -> dict:
 
 
 def refused(capsys, *arguments) -> str:
-    """The one line a refused command prints."""
+    """The one line that a refused command prints."""
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == ""
     assert err.startswith("error: ") and err.count("\n") == 1, err
@@ -86,7 +86,7 @@ def start(*arguments, program: tuple[str, ...] = ("-m", "sparsebert"), **kwargs)
 
 @pytest.fixture(autouse=True)
 def nothing_left_running():
-    """A test that fails leaves no process to slow down those after it."""
+    """Kills processes that a failed test left, so that they do not slow down later tests."""
     yield
     while STARTED:
         process = STARTED.pop()
@@ -144,8 +144,8 @@ def test_bench_times_random_weights_and_takes_one_model(dense, capsys):
     settings = ["--random", "minilm", "--pattern", "16x1", "--sparsity", 0.9, "--n", 2, "--rounds", 1, "--seq", 8]
     code, out, _ = run(capsys, "bench", *settings, "--json")
     assert code == 0 and document(out)["density"] == pytest.approx(0.1, abs=1e-3)
-    assert "not both" in refused(capsys, "bench", dense, "--random", "minilm")
-    assert "bench needs DIR or --random" in refused(capsys, "bench")
+    for given in ([dense, "--random", "minilm"], []):
+        assert "bench needs either DIR or --random" in refused(capsys, "bench", *given)
     assert "got 'tensorrt'" in refused(capsys, "bench", dense, "--rivals", "tensorrt")
 
 
@@ -168,7 +168,7 @@ def test_a_recipe_takes_no_other_settings(dense, tmp_path, capsys):
     line = refused(
         capsys, "train", dense, "--task", "mr", "--recipe", "quick-soup", "--lr", 1e-3, "-o", tmp_path / "models"
     )
-    assert "--recipe has every setting in its file" in line and not (tmp_path / "models").exists()
+    assert "--recipe takes every setting from its file" in line and not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize(("tier", "pattern"), [(0, "unstructured"), (1, "unstructured"), (1, "32x1"), (2, "32x1")])
@@ -184,9 +184,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(dense, tmp_path, capsys, t
     assert (pattern == "32x1") == ("clustering" in plan["seconds"])
     for parts, whole in ((plan["memory_mb"], "peak"), (plan["seconds"], "total")):
         assert parts[whole] >= max(value for name, value in parts.items() if name != whole) > 0
-    assert "memory: peak" in out and "time, about: total" in out
+    assert "memory, about: peak" in out and "time, about: total" in out and "time, about: solve" not in out
     assert plan["calibration"] == {"task": 600, "task, joined": 150, "others": 100, "others, joined": 150}
-    assert "calibration tokens: others, joined" in out
+    out = run(capsys, "prune", dense, *settings, "--dry-run", "--verbose")[1]
+    assert "tokens: others, joined" in out and "time, about: solve" in out
     _, out, _ = run(capsys, "prune", dense, *settings, "--calibration", "none", "--dry-run")
     assert document(out)["calibration"] == {"task": 1000}
 
@@ -385,7 +386,7 @@ def test_a_full_disk(dense, tmp_path, command):
 
     small = ["--n", 32, "--epochs", 1] if command == "train" else ["--method", "magnitude"]
     line = [command, dense, "--task", "mr", *small, "-o", tmp_path / "out"]
-    context = multiprocessing.get_context("fork")  # a limit on files cannot be lifted, and a fork has torch already
+    context = multiprocessing.get_context("fork")  # a file size limit cannot be lifted; a fork has torch loaded
     said = context.SimpleQueue()
 
     def refuse():
@@ -524,7 +525,7 @@ def test_a_full_standard_output_is_one_line():
 
 @pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8, 1.6])
 def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, seconds):
-    # Work of an hour: a process that ends otherwise than by the signal has not heard it.
+    # An hour of work: a process that ends in any other way than by the signal has missed it.
     process = start("train", dense, "--task", "mr", "--epochs", 1000, "--batch-size", 4, "-o", tmp_path / "out")
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
@@ -537,7 +538,7 @@ def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, secon
 
 @pytest.fixture
 def ctrl_c_is_heard():
-    """As in a terminal, also where this runs in the background of a shell, which has it ignored."""
+    """SIGINT works as in a terminal, even if the tests run in the background of a shell, which ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -653,7 +654,7 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(dens
     assert result.keys() >= {"task", "dense_accuracy", "methods", "latency_ms", "max_logit_error", "report", "seconds"}
     assert result["methods"].keys() == {"magnitude", "adaptive", "knowledge"}
     assert all(method["sparsity"] == 0.875 for method in result["methods"].values())
-    assert all(0 < method["kl_to_dense"] < 1 for method in result["methods"].values())  # ten steps: nothing to compare
+    assert all(0 < method["kl_to_dense"] < 1 for method in result["methods"].values())  # too few steps for a comparison
     for method in result["methods"].values():
         assert method["outside"].keys() == {"longer texts", "general texts"}
         assert all(0 < texts["kl"] < 1 and texts["n"] > 1 for texts in method["outside"].values())
@@ -692,13 +693,14 @@ def test_the_version_and_the_defaults_of_flags_are_shown(capsys, monkeypatch):
     assert run(capsys, "--version")[:2] == (0, f"sparsebert {sparsebert.__version__}\n")
     out = run(capsys, "prune", "--help")[1]
     for shown in (
-        "[default: 0.875, or the pattern's]",
+        "[default: 0.875, or what the pattern implies]",
         "[default: general]",
         "[default: knowledge]",
         "knowledge: 0 closed",
     ):
         assert shown in out
     first, expert, labelled = (out.index(panel) for panel in ("─ Options ", "─ Expert options ", "train with labels ─"))
+    assert "--no-" not in out
     assert first < out.index("--sparsity") < expert < out.index("--damping") < labelled < out.index("--gradual")
 
 
@@ -721,6 +723,38 @@ def test_texts_are_classified_a_line_each(dense, capsys, monkeypatch):
     assert found["texts"][0]["scores"] == pytest.approx(dict(zip(data.SENTIMENT, scores[0], strict=True)))
     line = refused(capsys, "predict", dense, "fine", "")
     assert "texts[1] must be a non-empty string" in line
+
+
+def test_blank_lines_of_standard_input_are_left_out_and_counted(dense, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\na gripping film\n  \ndull"))
+    code, out, err = run(capsys, "predict", dense, "-")
+    assert code == 0 and [line.split("\t")[1] for line in out.splitlines()] == ["a gripping film", "dull"]
+    assert err == "2 blank lines were left out\n"
+
+
+def test_the_texts_and_pairs_of_a_file_are_classified(dense, tmp_path, capsys):
+    lines, table = tmp_path / "texts.txt", tmp_path / "pairs.csv"
+    lines.write_text("a gripping film\n\ndull\n")
+    assert (
+        run(capsys, "predict", dense, "--file", lines)[1] == run(capsys, "predict", dense, "a gripping film", "dull")[1]
+    )
+    table.write_text("id,premise,hypothesis\n1,it rained,it was wet\n2,it rained,it was dry\n")
+    scores = softmax(Engine.load(dense).logits([("it rained", "it was wet"), ("it rained", "it was dry")]))
+    found = document(run(capsys, "predict", dense, "--file", table, "--json")[1])["texts"]
+    assert [(row["text"], row["text_b"]) for row in found] == [("it rained", "it was wet"), ("it rained", "it was dry")]
+    assert np.array([list(row["scores"].values()) for row in found]) == pytest.approx(scores)
+    assert run(capsys, "predict", dense, "--file", table)[1].splitlines()[0].endswith("\tit rained\tit was wet")
+    for arguments in ([], ["a text", "--file", table]):
+        assert "predict needs either texts or --file" in refused(capsys, "predict", dense, *arguments)
+    assert "must end in .txt, .parquet" in refused(capsys, "predict", dense, "--file", tmp_path / "texts.doc")
+
+
+def test_json_is_printed_if_it_is_asked_for_or_goes_to_a_program(capsys, monkeypatch):
+    assert document(run(capsys, "doctor")[1])["cpu"] == document(run(capsys, "doctor", "--json")[1])["cpu"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    out = run(capsys, "doctor")[1]
+    assert "sparsebert doctor" in out and '{"' not in out
+    assert document(run(capsys, "doctor", "--json")[1])
 
 
 @pytest.mark.parametrize(
@@ -752,8 +786,10 @@ def test_prune_ends_with_what_it_kept_and_the_next_command(dense, tmp_path, caps
     kl = (softmax(want) * (np.log(softmax(want)) - np.log(softmax(got)))).sum(1).mean()
     assert found["kl"] == pytest.approx(kl, rel=0.01)
     assert f"next: sparsebert eval {tmp_path / 'p'} --task mr --vs {dense}" in err
-    assert "same label as dense" in out and "encoder.layer.0" not in out.rpartition("{")[0].partition("{")[0]
+    assert "same label as the dense model, 500 test texts" in out and "pruned in" in out
+    assert "encoder.layer.0" not in out.rpartition("{")[0].partition("{")[0]
     out = run(capsys, "prune", dense, *settings, "--verbose")[1]
+    assert document(out)["reused"] and "was pruned before, in" in out
     assert "bert.encoder.layer.0.attention.self.query" in out.partition("{")[0]
 
 
@@ -763,4 +799,39 @@ def test_what_cannot_be_compared_is_said(dense, tmp_path, capsys):
     settings = ["--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
     code, out, err = run(capsys, "prune", dense, "--task", tmp_path / "own", *settings)
     assert code == 0 and document(out)["kept"] is None
-    assert "not compared with dense: task" in err and "has no test file" in err
+    assert "not compared with the dense model: task" in err and "has no test file" in err
+
+
+def test_without_labels_the_next_command_is_one_that_needs_none(dense, tmp_path, capsys):
+    own = tmp_path / "own.csv"
+    own.write_text("text\n" + "".join(f"a film number {i}\n" for i in range(60)))
+    settings = ["--task", own, "--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
+    code, out, err = run(capsys, "prune", dense, *settings)
+    assert code == 0 and document(out)["kept"]["n"] > 0
+    assert f"next: sparsebert bench {tmp_path / 'p'} --task {own}\n" in err
+
+
+def test_eval_tells_the_dense_accuracy_the_difference_and_units(dense, tmp_path, capsys):
+    other = saved(tmp_path / "other", seed=5)
+    out = run(capsys, "eval", other, "--task", "mr", "--vs", dense, "--n", 50)[1]
+    found = document(out)
+    want = Engine.load(dense).logits(data.load(data.get_task("mr"), "test", limit=50).texts, truncate=True)
+    labels = data.load(data.get_task("mr"), "test", limit=50).labels
+    assert found["dense_score"] == pytest.approx((want.argmax(1) == labels).mean())
+    assert found["difference"] == pytest.approx(found["accuracy"] - found["dense_score"])
+    assert found["agreement_ci"][0] <= found["agreement"] <= found["agreement_ci"][1]
+    table = out.rpartition("{")[0]
+    assert f"{found['dense_score']:.1%}" in table and f"{100 * found['difference']:+.1f}" in table
+    for words in ("accuracy of the dense model", "difference in points, paired", "same label as the dense model"):
+        assert words in table
+    assert "metric" not in table and "max_length" not in table
+
+
+def test_a_percentage_is_told_how_to_be_a_share(dense, tmp_path, capsys):
+    settings = ["--task", "mr", "-o", tmp_path / "p", "--sparsity", 87.5]
+    assert "for 87.5 % write --sparsity 0.875" in refused(capsys, "prune", dense, *settings)
+
+
+def test_a_slip_in_the_name_of_a_directory_is_told(dense, capsys):
+    slip = dense.with_name("dnese")
+    assert f"did you mean {dense}?" in refused(capsys, "predict", slip, "a text")

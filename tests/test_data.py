@@ -302,7 +302,7 @@ def test_without_the_datasets_library_it_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path))
     with pytest.raises(DataError, match=r"snli/dev.parquet is absent") as caught:
         data.load(data.get_task("snli"), "dev")
-    assert "or pip install datasets" in caught.value.fix
+    assert "or pip install 'sparsebert[hub]'" in caught.value.fix
 
 
 def test_rows_of_the_hub_keep_their_numbers_where_some_are_dropped(monkeypatch):
@@ -342,12 +342,12 @@ def test_a_task_of_single_texts_is_read_from_the_hub_and_faults_are_named_there(
 def test_lines_of_texts_are_stripped_and_blank_ones_left_out(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\ufeff one \r\n\n  \ntwo\tb\n\u2028three")
-    assert data.tables.lines_of(path) == ["one", "two\tb", "three"]
+    assert data.read_texts(path) == [["one", "two\tb", "three"]]
     path.write_text(" \n\n")
     with pytest.raises(DataError, match=r"texts\.txt must hold at least one line of text, holds none; add texts"):
-        data.tables.lines_of(path)
+        data.read_texts(path)
     with pytest.raises(DataError, match=r"absent\.txt must be a file, is absent"):
-        data.tables.lines_of(tmp_path / "absent.txt")
+        data.read_texts(tmp_path / "absent.txt")
 
 
 def test_pairs_without_labels_are_found_under_their_usual_names(tmp_path):
@@ -390,7 +390,7 @@ def test_a_missing_column_is_told_what_the_likely_cause_is(tmp_path, name, body,
 def test_a_file_of_two_gibibytes_is_refused_unread(tmp_path):
     path = tmp_path / "train.csv"
     with path.open("wb") as file:
-        file.truncate((1 << 31) + 1)  # of which nothing takes space
+        file.truncate((1 << 31) + 1)  # a sparse file, which takes no space
     with pytest.raises(DataError, match=r"train\.csv must be below 2 GiB, has 2147483649; take fewer rows"):
         data.get_task(str(tmp_path))
 

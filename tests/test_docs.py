@@ -1,4 +1,4 @@
-"""The documentation: it builds, its links lead somewhere, its commands parse, the quick start runs."""
+"""The documentation: it builds, its links lead to files, its commands parse, the quick start runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +142,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands_of(path: Path) -> list[str]:
-    """What the page shows of `sparsebert …`: lines of blocks of code, and code within sentences."""
+    """The `sparsebert …` commands on a page: lines of code blocks, and code within sentences."""
     text = path.read_text()
     code = re.compile(r"^```.*?^```", re.S | re.M)
     lines = [line.strip() for block in code.findall(text) for line in block.splitlines()]
@@ -163,7 +164,7 @@ def check(line: str) -> None:
     name, rest = arguments[0], arguments[1:]
     assert name in GROUP.commands, f"no command {name!r}"
     if not rest or rest == ["--help"]:
-        return  # the name of a command, in a sentence
+        return  # only the name of a command, in a sentence
     given = GROUP.commands[name].make_context(name, rest).params
     configs = {
         argument: validated(kind, {field: given[field] for field in kind.model_fields})
@@ -228,7 +229,7 @@ def test_every_flag_and_argument_has_a_help_text(name: str, param):
 
 # --- the quick start --------------------------------------------------------------------------------------------------
 
-# What makes a command quick; the page leaves them out.
+# Options that make a command quick; the page leaves them out.
 SMALL = {"prune": "--tier 0 --calibration-tokens 200 --calibration none --max-length 32", "bench": "--n 4 --rounds 2"}
 
 
@@ -241,12 +242,13 @@ def test_the_quick_start_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
     with open("my.csv", "w", newline="") as file:
         file.write(f"{header}\n")
         csv.writer(file).writerows([f"{words} {number}", label] for number in range(24) for words, label in shown)
+    shutil.copy("my.csv", "new.csv")
     ran, announced = [], ""
     for line in "".join(blocks(text, "bash")).splitlines():
         if line.startswith(("pip install", "hf download")):
             continue  # they need a network
         name = line.split()[1]
-        # Of predict the texts are the reader's.
+        # The reader puts texts of their own after `predict MODEL`.
         told, typed = (shlex.split(part)[: 3 if name == "predict" else None] for part in (announced, line))
         assert told in ([], typed), "the command before names another one as the next"
         code = main(shlex.split(f"{line} {SMALL.get(name, '')}")[1:])
@@ -255,7 +257,7 @@ def test_the_quick_start_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
         found = re.search(r"^next: (.+)$", printed.err, re.M)
         announced = found[1] if found else ""
         ran.append(name)
-    assert ran == ["seal", "reseal", "prune", "eval", "bench", "predict"]
+    assert ran == ["seal", "reseal", "prune", "eval", "bench", "predict", "predict"]
     for code in blocks(text, "python"):
         exec(code, {})
     assert len(re.findall(r"'(?:negative|positive)'", capsys.readouterr().out)) == 2

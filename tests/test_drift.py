@@ -1,4 +1,4 @@
-"""What is measured away from the task's texts, and the study that reports it."""
+"""Figures on texts unlike the task's, and the study that reports them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from bench import study_calibration as study
 from sparsebert import data, heads
 from sparsebert.data import Examples, general_texts
+from sparsebert.robustness import statistics
 from sparsebert.robustness.drift import GENERAL, LONG, LONGER, MOST, OUTSIDE, drift, joined, unlike
 
 LOADED = {split: data.load(data.get_task("mr"), split) for split in ("train", "test")}
@@ -20,7 +21,7 @@ PAIRS = Examples("t", "test", TEN.texts, [f"other {i}" for i in range(10)], TEN.
 
 def test_joined_texts_are_long_enough_and_share_no_text():
     found = joined(TEN, 6)
-    assert found.labels is None and found.texts_b is None and len(found) == 3  # of three each; one is left over
+    assert found.labels is None and found.texts_b is None and len(found) == 3  # three parts each; one is left over
     parts = [part for text in found.texts for part in text.replace(" text", "|text").split("|")]
     assert len(parts) == len(set(parts)) == 9 and set(parts) <= set(TEN.texts)
     assert joined(TEN, 6).texts == found.texts != joined(TEN, 6, seed=1).texts
@@ -53,7 +54,11 @@ def test_drift_is_the_divergence_of_the_predictions_and_how_many_are_the_same():
     assert found["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean())
     assert found["n"] == 3 and found["agreement"] == pytest.approx(2 / 3)
     assert found["kl_ci"][0] <= found["kl"] <= found["kl_ci"][1]
-    assert drift(heads.SINGLE_LABEL, dense, dense) == {"n": 3, "kl": 0.0, "kl_ci": (0.0, 0.0), "agreement": 1.0}
+    same = drift(heads.SINGLE_LABEL, dense, dense)
+    assert same | {"agreement_ci": None} == {
+        "n": 3, "kl": 0.0, "kl_ci": (0.0, 0.0), "agreement": 1.0, "agreement_ci": None,
+    }  # fmt: skip
+    assert same["agreement_ci"] == pytest.approx(statistics.wilson(3, 3))
 
 
 @pytest.mark.parametrize(("name", "same"), [("multi_label", 1 / 3), ("one_logit", 0.5)])
@@ -77,7 +82,7 @@ def cells(kls: dict[str, list[float]], points: dict[str, list[float]]) -> list[t
 
 
 def test_the_study_pairs_mixtures_within_a_dense_model():
-    kls = {study.OLD: [0.1, 0.2, 0.4], study.NEW: [0.025, 0.05, 0.1]}  # a quarter, whatever the model
+    kls = {study.OLD: [0.1, 0.2, 0.4], study.NEW: [0.025, 0.05, 0.1]}  # a quarter for every model
     points = {study.OLD: [-0.02, -0.04, -0.06], study.NEW: [-0.01, -0.03, -0.05]}
     rows = {(row["set"], row["calibrated on"]): row for row in study.summary(cells(kls, points))}
     new = rows["reviews: a", study.NEW]

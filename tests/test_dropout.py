@@ -1,4 +1,4 @@
-"""dropout and its gradient on every instruction set against float64, and its draws against their authors'."""
+"""dropout and its gradient on every instruction set against float64, and its draws against Philox's known answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_dropout_and_its_gradient_match_the_reference(isa, n, dtype):
 
 
 def test_draws_are_those_of_philox():
-    """The known answers of its authors' Random123 for 7 rounds."""
+    """The known answers for 7 rounds are from Random123, by the authors of Philox."""
     zeros = draws(0, np.zeros(4, np.uint32)).view("<u4")
     ones = draws(2**64 - 1, np.full(4, 2**32 - 1, np.uint32)).view("<u4")
     pi = draws(0x299F31D0A4093822, np.array([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], np.uint32)).view("<u4")

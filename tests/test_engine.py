@@ -185,7 +185,7 @@ def test_falling_back_to_the_portable_path_is_said(directory, monkeypatch):
         Engine.load(directory)
 
 
-# Denies what Linux wants to be asked before a process may use the registers of tiles, then loads.
+# Denies the permission that Linux requires before a process may use tile registers, then loads a model.
 WITHOUT_TILES = """
 import ctypes, errno, struct, sys
 
@@ -282,14 +282,14 @@ def test_a_rival_that_is_not_installed_is_named(directory, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UnsupportedError, match="needs the package"):
         time_rivals(directory, *encoded(directory, rounds=1, rivals="openvino"))
-    with pytest.raises(InputError, match=r"rivals must be of torch, .*got 'tensorrt'"):
+    with pytest.raises(InputError, match=r"rivals must be among torch, .*got 'tensorrt'"):
         time_rivals(directory, *encoded(directory, rivals="torch,tensorrt"))
 
 
 def test_deepsparse_runs_in_an_environment_of_its_own(directory, tmp_path):
     if importlib.util.find_spec("onnx") is None or importlib.util.find_spec("onnxruntime") is None:
         require("onnx", "onnx or onnxruntime is not installed")
-    # A stand-in with the same interface, on onnxruntime: what is tested is the other process, not that library.
+    # A stand-in with the same interface, on onnxruntime: the test is about the other process, not about that library.
     (tmp_path / "deepsparse.py").write_text(
         "import onnxruntime\n"
         "class Engine:\n"
@@ -313,7 +313,7 @@ def test_deepsparse_runs_in_an_environment_of_its_own(directory, tmp_path):
 
 def test_rivals_are_held_to_the_same_instructions(monkeypatch):
     for name in environment._RIVAL_VARIABLES:
-        monkeypatch.setenv(name, "")  # for what is set below to be undone
+        monkeypatch.setenv(name, "")  # so that the values set below are undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "SSE4_2")
     monkeypatch.setenv("SPARSEBERT_ISA", "amx")
@@ -345,7 +345,7 @@ def test_missing_fields_of_config_take_the_architectures_defaults(directory, tex
 
 
 def costs_with(rows: tuple[float, float, float]) -> costs.Costs:
-    """A non-zero in rows costs so many places in groups, for short, middling and long batches."""
+    """`rows`: cost of a non-zero in rows, in places of groups, for short, middling and long batches."""
     return costs.Costs(rows=rows, groups=(1.0, 1.0, 1.0))
 
 
@@ -384,7 +384,7 @@ def test_costs_are_measured_stored_and_read_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("rows", "forms"),
     [
-        # A quarter of the weight is kept, in groups of rows that share all columns: as many places as non-zeros.
+        # A quarter of the weight is kept, in groups of rows that share all columns, so places are as many as non-zeros.
         ((0.5, 0.5, 0.5), ["rows", "rows", "rows"]),
         ((2.0, 2.0, 2.0), ["groups", "groups", "groups"]),
         ((2.0, 0.5, 2.0), ["groups", "rows", "groups"]),
@@ -421,7 +421,7 @@ def test_explain_gives_the_reason_of_each_form_by_its_figures(tmp_path):
         assert "gflops" not in row and "share_of_peak" not in row
         whys[name] = row["why"].replace(f"{kept:.0%}", "K")
     assert whys == {
-        "dense": "K is kept: without sparsity is cheaper",
+        "dense": "K is kept: the dense form is cheaper",
         "groups": "groups of rows with the same columns; 100% of their places kept",
         "rows": "rows share too few kept columns for groups to be cheaper",
     }
@@ -454,7 +454,7 @@ def test_the_portable_path_is_warned_of_by_what_is_lacking(directory, monkeypatc
     monkeypatch.setattr(_dispatch, "supported_isas", lambda: supported)
     Engine.load(directory, dtype=dtype)
     assert [says in str(w.message) for w in recwarn] == ([True] if says else [])
-    monkeypatch.setenv("SPARSEBERT_ISA", supported[-1])  # who asks for it knows
+    monkeypatch.setenv("SPARSEBERT_ISA", supported[-1])  # a user who sets it knows
     recwarn.clear()
     Engine.load(directory, dtype=dtype)
     assert not len(recwarn)

@@ -1,4 +1,4 @@
-"""What `Engine.logits` takes, and what it refuses, naming the text."""
+"""Inputs that `Engine.logits` takes, and inputs that it refuses, naming the text."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_one_call_may_hold_a_string_a_pair_and_ids(loaded, alone):
 def test_pairs_may_be_lists_as_cross_encoders_take_them(loaded, alone):
     assert np.array_equal(loaded.logits([list(PAIR)]), alone[1])
     assert np.array_equal(loaded.logits(np.array([PAIR, PAIR])), np.concatenate([alone[1]] * 2))
-    # A list of two strings is two texts, whatever it is inside another list.
+    # A list of two strings is two texts; only inside another list it is a pair.
     assert len(loaded.logits(list(PAIR))) == 2 and not np.array_equal(loaded.logits(list(PAIR))[:1], alone[1])
 
 
@@ -137,7 +137,7 @@ def test_what_is_no_text_is_refused_by_its_place(loaded, texts, says):
 
 @pytest.mark.parametrize("length", [2, 513, -1, 7.5, True, "7", int, pytest.param(10**5000, id="huge"), math.nan])
 def test_a_length_the_model_cannot_take_is_refused(loaded, length):
-    with pytest.raises(InputError, match="max_length must be 3 to 512"):
+    with pytest.raises(InputError, match="max_length must be an integer from 3 to 512"):
         loaded.logits(["a"], max_length=length)
 
 
@@ -185,7 +185,7 @@ def test_texts_are_cut_to_what_the_tokenizer_says_where_nothing_else_is(director
 
 
 def test_a_long_text_is_bounded_before_it_is_tokenized(loaded, monkeypatch):
-    # 10 MB, of which some thousand characters matter.
+    # 10 MB, of which only a few thousand characters matter.
     pieces, encode = [], type(loaded._tokenizer._tokenizer).encode
 
     class Counting:
@@ -203,7 +203,7 @@ def test_a_long_text_is_bounded_before_it_is_tokenized(loaded, monkeypatch):
     assert sum(pieces) < 100_000
 
 
-# Anything a caller may pass: sound rows, rows with a fault, and what is no row.
+# Anything a caller may pass: sound rows, rows with a fault, and values that are not rows.
 sound = st.one_of(
     st.text(min_size=1, max_size=12).filter(lambda text: text.strip() and text.isprintable()),
     st.tuples(st.sampled_from(["a", "film"]), st.sampled_from(["b", "play"])),
@@ -263,7 +263,7 @@ def test_logits_that_are_not_finite_are_refused_by_their_place(tmp_path):
     broken = Engine.load(saved(tmp_path / "m", model), dtype="fp32")
     with pytest.raises(CheckpointError, match=r"logits must be finite, those of texts\[1\] are \[nan, nan\]"):
         broken.logits([[101, 5, 102], IDS])
-    texts = ["a film"] * 100 + ["good"]  # id 2204; of several calls of the engine it is in the last
+    texts = ["a film"] * 100 + ["good"]  # "good" is id 2204, in the last of several engine calls
     with pytest.raises(CheckpointError, match=r"those of texts\[100\] are"):
         Classifier.load(tmp_path / "m").predict(
             Examples("t", "s", texts, None, None), max_length=16, progress=no_progress
@@ -295,10 +295,10 @@ def test_padding_at_the_end_of_ids_is_dropped(tmp_path, kind):
     for form in (padded, padded.numpy(), padded.tolist()):
         np.testing.assert_array_equal(made.logits(form), made.logits(tokenizer(kind)(texts)["input_ids"]))
     padding = int(padded[0, -1])
-    with pytest.raises(InputError, match=r"texts\[1\] must have a token that is no padding"):
+    with pytest.raises(InputError, match=r"texts\[1\] must have a token other than padding"):
         made.logits([[101, 5], [padding, padding]])
 
 
 def test_types_of_another_number_are_refused(loaded):
-    with pytest.raises(InputError, match="type_ids must have the lengths of ids, 3 in all, have 2"):
+    with pytest.raises(InputError, match="type_ids must have as many tokens as ids, 3 in total, got 2"):
         loaded.forward([[101, 5, 102]], [[0, 0]])

@@ -1,4 +1,4 @@
-"""A model that trains by fused attention, dropout and embedding gradients, beside the stock one."""
+"""A model that trains with fused attention, dropout and embedding gradients, compared with the stock model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_alike(mine, stock) -> None:
     got, wanted = gradients(mine), gradients(stock)
     assert got.keys() == wanted.keys() and len(got) > 20
     for name, gradient in got.items():
-        # The bias of keys has none but for rounding.
+        # The gradient of the keys' bias is 0 up to rounding.
         room = 1e-6 + 2e-5 * float(wanted[name].abs().max())
         torch.testing.assert_close(gradient, wanted[name], rtol=0, atol=room, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -69,7 +69,7 @@ def test_parameters_and_config_are_saved_as_before(tmp_path):
 
 
 def test_embedding_gradients_add_up_and_begin_anew():
-    """The second batch has other tokens, the third is added to it, and the fourth begins with a gradient of others."""
+    """The second batch has other tokens, the third adds to its gradient, the fourth to one that was set by hand."""
     stock, mine = twins()
     first, second = batch(), batch("all")
     second["input_ids"] = second["input_ids"] + 5000
@@ -113,7 +113,7 @@ def test_dropout_follows_the_generator_and_is_off_in_evaluation():
 
 
 def test_dropout_is_everywhere_where_the_stock_model_has_it():
-    """A mean over draws, of hidden states and of attention, is nearer to the stock model's than one draw."""
+    """Over 300 draws the logits spread as in the stock model, within 10 %."""
     stock, mine = twins()
     assert [n for n, m in mine.named_modules() if isinstance(m, torch.nn.Dropout)] == [
         n for n, m in stock.named_modules() if isinstance(m, torch.nn.Dropout)

@@ -17,21 +17,21 @@ from sparsebert.ops.gram import Moments, gram, gram_ref
 
 # [n_in, n_y]: one, odd, a panel of each instruction set (8, 24, 48) and one off it, a block (96) and one over, a layer.
 SHAPES = ((1, 1), (3, 2), (7, 9), (8, 8), (23, 25), (24, 1), (47, 49), (48, 48), (49, 97), (97, 31), (384, 96))
-# One, a few, and one off the 256 tokens of a float32 sum, with the 4 tokens that are summed side by side.
+# One, a few, and around the 256 tokens of a float32 sum; some are no multiple of the 4 tokens summed side by side.
 TOKENS = (1, 2, 5, 255, 256, 257, 515)
 
 # Relative to the largest moment. eps is float32's 2^-24 of relative rounding.
 TOLERANCE = {
-    # 256 products of variance 1 in one float32 sum: at most 256 roundings of eps times a partial sum, some sqrt(256)
-    # of them in effect, and 3 eps more from the difference, the root of the weight and the product.
+    # 256 products of variance 1 in one float32 sum: at most 256 roundings of eps times a partial sum, in effect about
+    # sqrt(256) of them, and 3 eps more from the difference, the root of the weight and the product.
     "moments": 4e-6,
-    # The same, where the values themselves are rounded to float32 at 1e4: the shift takes all of it out again.
+    # The same for values near 1e4, already rounded to float32: the shift removes the constant completely.
     "shifted": 4e-6,
 }
 
 
 def random_tokens(tokens: int, n: int, seed: int = 0) -> torch.Tensor:
-    """Correlated columns of unlike means and variances of about 1."""
+    """Correlated columns with different means and variances of about 1."""
     rng = torch.Generator().manual_seed(seed)
     shared = torch.randn(tokens, 1, generator=rng)
     return torch.randn(tokens, n, generator=rng) + 0.5 * shared + torch.linspace(-2, 2, n)
@@ -52,7 +52,7 @@ def check(moments: Moments, expected: tuple[torch.Tensor, torch.Tensor | None], 
 
 
 def state(moments: Moments) -> dict[str, object]:
-    """Everything a later call may change, as comparable bytes."""
+    """Everything that a later call may change, as comparable bytes."""
     return {k: v.numpy().tobytes() if isinstance(v, torch.Tensor) else v for k, v in vars(moments).items()}
 
 
@@ -127,7 +127,7 @@ def test_a_large_constant_in_every_value_costs_no_digits(isa, offset):
 
 def test_moments_started_far_from_the_mean_still_give_the_centred_result(isa):
     x, y = random_tokens(600, 70), random_tokens(600, 30, seed=1)
-    moments = gram(x[:1], y[:1], isa=isa)  # about the first token, some 2 standard deviations off
+    moments = gram(x[:1], y[:1], isa=isa)  # shifted by the first token, about 2 standard deviations off
     gram(x[1:], y[1:], into=moments, isa=isa)
     check(moments, gram_ref(x, y))
 

@@ -1,4 +1,4 @@
-"""heads: labels are matched by name, and each problem type's divergence, loss, link and metric say what they should."""
+"""heads: labels are matched by name, and the divergence, loss, link and metric of each problem type are right."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_one_logit_divergence_is_a_gaussian_kl_in_units_of_the_references_spread
     got = heads.ONE_LOGIT.divergence(p, q, spread)
     np.testing.assert_allclose(got, (p - q)[:, 0] ** 2 / (2 * spread), rtol=1e-12)
     scaled = heads.ONE_LOGIT.divergence(100 * p, 100 * q, heads.ONE_LOGIT.spread(100 * p))
-    np.testing.assert_allclose(scaled, got, rtol=1e-10)  # the unit of the logit does not count
+    np.testing.assert_allclose(scaled, got, rtol=1e-10)  # the unit of the logit does not matter
 
 
 @pytest.mark.parametrize("problem", [*heads.PROBLEMS.values()], ids=lambda p: p.name)
@@ -182,7 +182,7 @@ def test_metrics():
 
 def test_metrics_of_nothing_to_find():
     none = np.zeros((2, 3), dtype=bool)
-    assert heads.MULTI_LABEL.metric(np.full((2, 3), -1.0), none) == 1.0  # nothing is there, and nothing was said
+    assert heads.MULTI_LABEL.metric(np.full((2, 3), -1.0), none) == 1.0  # no label is there, and none was predicted
     assert heads.MULTI_LABEL.metric(np.full((2, 3), 1.0), none) == 0.0
     assert heads.MULTI_LABEL.metric(np.full((2, 3), -1.0), ~none) == 0.0
     varied = np.array([[0.1], [0.2], [0.3]])
@@ -201,7 +201,7 @@ def test_predictions():
 def test_only_one_logit_is_measured_in_units_of_its_spread():
     logits = np.array([[1.0], [3.0], [5.0]])
     assert heads.ONE_LOGIT.spread(logits) == pytest.approx(8 / 3)
-    assert heads.ONE_LOGIT.spread(np.ones((3, 1))) == 1.0  # which nothing would be measured in
+    assert heads.ONE_LOGIT.spread(np.ones((3, 1))) == 1.0  # a spread of 0 would not be a unit
     assert heads.SINGLE_LABEL.spread(logits) == heads.MULTI_LABEL.spread(logits) == 1.0
 
 

@@ -1,4 +1,4 @@
-"""Long work: keys, atomic writes, the rule of resuming and refusing, ledgers, and what damage and kills leave."""
+"""Long work: keys, atomic writes, when a run resumes or is refused, ledgers, and the state after damage and kills."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ MODULES = {
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A small package in the place of this one; `code(module, **changed)` is code_of with sources changed."""
+    """A small package in place of this one. Yields code(module, **changed): its code_of after sources changed."""
     folder = tmp_path / "sparsebert"
     monkeypatch.setattr(job_module, "_PACKAGE", folder)
     caches = (job_module.code_of, job_module._parsed, job_module._file)
@@ -112,7 +112,7 @@ def package(tmp_path, monkeypatch):
         ("a", {"b": MODULES["b"].replace("x < 0", "x <= 0")}),
         ("a", {"c": "ONE = 2\n"}),
         ("e", {"d": "UNUSED = 2\n"}),  # imported inside a function
-        ("f", {"sub__inner": "def g():\n    return 2\n"}),  # behind the face of a package
+        ("f", {"sub__inner": "def g():\n    return 2\n"}),  # imported by the __init__ of a package
     ],
 )
 def test_code_is_followed_through_imports(package, module, changed):
@@ -129,7 +129,7 @@ def test_code_is_followed_through_imports(package, module, changed):
         ("a", {"b": MODULES["b"].replace("must not be negative", "x must be 0 or more")}),  # the words of an error
         ("a", {"d": "UNUSED = 3\n"}),
         ("f", {"sub__other": "TWO = 3\n"}),
-        ("h", {"config": "DEFAULT = 2\n"}),  # its values are in the inputs
+        ("h", {"config": "DEFAULT = 2\n"}),  # its values are part of the inputs
         ("a", {"a": MODULES["a"].replace("def g(x):\n", "def g(\n    x,\n):\n")}),
     ],
 )
@@ -252,7 +252,7 @@ def test_names_without_room_for_those_beside_them_are_refused_at_once(tmp_path):
 def test_a_disk_that_clearly_lacks_the_space_is_refused(tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path).free
     jobs.require_space(tmp_path / "a" / "b", free // 2)
-    with pytest.raises(OutputError, match=r"MiB free, what is to be written takes about [\d,]+"):
+    with pytest.raises(OutputError, match=r"MiB free, the output takes about [\d,]+"):
         jobs.require_space(tmp_path / "a" / "b", 2 * free + 2**30)
     job = Job("test", {}, CODE, tmp_path / "a" / "out", space=2 * free + 2**30)
     with pytest.raises(OutputError, match="MiB free"), job:
@@ -260,7 +260,7 @@ def test_a_disk_that_clearly_lacks_the_space_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3 << 20))
     jobs.require_space(tmp_path / "a" / "b", 3 << 20)
-    with pytest.raises(OutputError, match=f"{tmp_path} has 3 MiB free, what is to be written takes about 2,048"):
+    with pytest.raises(OutputError, match=f"{tmp_path} has 3 MiB free, the output takes about 2,048"):
         jobs.require_space(tmp_path / "a" / "b", 2 << 30)
 
 
@@ -325,7 +325,7 @@ def test_other_work_at_the_same_place_is_refused_naming_the_difference(tmp_path,
     partial = unfinished(tmp_path / "out", sparsity=0.9, batch_size=8)
     with pytest.raises(OutputError) as caught, made(tmp_path / "out", **settings):
         raise AssertionError("was begun")
-    assert f"{partial} is of an unfinished run with {difference}" in str(caught.value)
+    assert f"{partial} holds an unfinished run with {difference}" in str(caught.value)
     assert "--overwrite" in caught.value.fix
     with made(tmp_path / "out", sparsity=0.9, batch_size=8) as job:
         assert job.kept("layer.1")[1] == {"n": 2}, "what was refused has changed nothing"
@@ -438,7 +438,7 @@ def test_no_damage_to_what_is_unfinished_is_believed(tmp_path):
 
 
 def json_equal(a: bytes, b: bytes) -> bool:
-    """Whether the damage changed what is said: a bit in the white space of a JSON text does not."""
+    """Whether both have the same content. Changed white space in a JSON text makes no difference."""
     try:
         return a == b or json.loads(a) == json.loads(b)
     except ValueError:
@@ -568,7 +568,7 @@ def test_exported_units_are_taken_over_and_damaged_ones_refused(tmp_path):
     text = (tmp_path / "cells.jsonl").read_text()
     key = json.loads(text)["key"]
     for wrong, says in (
-        (text.replace("0.25", "0.75"), f"unit {key} is not what its checksum says"), (text[:-9], "Unterminated string"),
+        (text.replace("0.25", "0.75"), f"unit {key} does not match its checksum"), (text[:-9], "Unterminated string"),
         ("[1]\n", "list indices"), ("{}\n", "'result'"), ('"x"\n', "string indices"),
     ):  # fmt: skip
         (tmp_path / "wrong.jsonl").write_text(wrong)
@@ -579,7 +579,7 @@ def test_exported_units_are_taken_over_and_damaged_ones_refused(tmp_path):
 
 
 def test_cells_of_earlier_versions_are_readable(tmp_path):
-    """Their keys were made by another rule and they have no checksum; the committed ones are such."""
+    """Their keys follow another rule and they have no checksum. The committed cells are such cells."""
     book = Ledger(tmp_path / "l.sqlite")
     committed = ROOT / "bench/results/srnets_cells.jsonl"
     book.take_over(committed)
@@ -596,7 +596,7 @@ def test_a_file_that_is_no_database_is_an_output_error(tmp_path):
 
 
 def test_keys_stay_those_that_results_are_kept_under(tmp_path):
-    """By another rule of keys, what earlier versions have computed would be computed again."""
+    """With another rule for keys, the results of earlier versions would be computed again."""
     book = Ledger(tmp_path / "l.sqlite")
     book.once("unit", {"b": 1, "a": "é"}, lambda: {"x": 1}, "v")
     book.export(tmp_path / "cells.jsonl")
@@ -644,7 +644,7 @@ def test_results_come_in_the_order_they_were_finished_and_of_one_kind(tmp_path):
 
 
 def test_an_exported_unit_says_what_when_and_how_long(tmp_path, monkeypatch):
-    monkeypatch.setenv("TZ", "Asia/Tokyo")  # of which nothing may show: what is noted is UTC
+    monkeypatch.setenv("TZ", "Asia/Tokyo")  # must not show: times are noted in UTC
     time.tzset()
     book = Ledger(tmp_path / "l.sqlite")
     begun = time.time()

@@ -1,4 +1,4 @@
-"""The parts of method knowledge: what counts, the allotment of the budget, row groups, distillation."""
+"""The parts of method knowledge: weights of tokens and outputs, allotment of the budget, row groups, distillation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def kl(reference, logits) -> float:
     return SINGLE_LABEL.divergence(reference, logits, 1.0).mean().item()
 
 
-@functools.cache  # nothing changes what it holds
+@functools.cache  # no test changes the result
 def calibration(tokens=1500):
     return draw(classifier(), tokenizer(), MR, tokens, 128, 0)
 
@@ -57,7 +57,7 @@ def divergence(seed: int, *options) -> float:
     return kl(*logits)
 
 
-# Step -> how many times as far from dense a model without it is, at least: about the root of what was measured.
+# Step -> how many times as far from dense a model without it is, at least: about the square root of the measured ratio.
 GAIN = {
     "target": 1.05, "cluster": 1.01, "admm": 1.05, "refit": 1.01, "heads": 1.03, "outputs": 1.7, "allocation": 1.35,
     "distill": 1.03, "perturb": 1.03,
@@ -77,7 +77,7 @@ def test_a_model_pruned_without_a_step_is_further_from_dense_on_held_out_texts(s
 
 
 def test_with_cls_the_last_layer_serves_the_first_token_and_not_the_others():
-    """By itself it does not lower the divergence (bench/results/pruning_ladder.md), so what it is for is measured."""
+    """By itself it does not lower the divergence (bench/results/pruning_ladder.md), so its purpose is measured."""
     texts = tokenizer()(HELD_OUT.texts, return_tensors="pt", padding=True, truncation=True, max_length=64)
     real = texts["attention_mask"].bool()
 
@@ -160,7 +160,7 @@ def test_output_metrics_have_mean_one_and_a_floor():
 
 
 def test_output_metrics_predict_the_change_of_the_logits_that_an_error_makes():
-    """The mean squared change by a small error E of one linear is tr(B E H Eᵀ), up to floors and the model's scale."""
+    """The mean squared change by a small error E of a linear is tr(B E H Eᵀ), up to floors and the model's scale."""
     model, batches = classifier(), calibration(4000).batches
     metrics = output_metrics(model, batches, seed=0)
     reference = distillation.logits_of(model, batches)
@@ -348,11 +348,11 @@ def test_a_product_without_the_zeros_has_the_gradients_of_the_dense_one(bias):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("density", [0.5, 0.2])  # by dense products, and without the zeros
+@pytest.mark.parametrize("density", [0.5, 0.2])  # with dense products, and with sparse ones
 def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatch, density):
     monkeypatch.setattr(distillation, "STEPS", 100)
     monkeypatch.setattr(distillation, "BATCH", 32)
-    for part in (distillation, encoders):  # both choose by it
+    for part in (distillation, encoders):  # both modules ask it
         monkeypatch.setattr(part, "bf16_is_fast", lambda: False)
     teacher, texts = classifier(), calibration(3000)
     model = copy.deepcopy(teacher)

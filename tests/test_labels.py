@@ -1,5 +1,5 @@
-"""Labels and problem types through the whole package: matched by name wherever a model meets labels, and heads other
-than one label per text trained, pruned and evaluated.
+"""Labels and problem types in the whole package: labels are matched by name wherever a model meets them; heads of other
+problem types than one label per text are trained, pruned and evaluated.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MR = data.load(data.get_task("mr"), "train", limit=300, seed=0)
 
 
 def reordered(model, names):
-    """The same function under another order of its labels."""
+    """The same classifier with its labels in another order."""
     own = heads.label_names(model.config.to_dict())
     set_labels(model, names, heads.columns(own, names))
     return model
 
 
 def same_texts(monkeypatch, tmp_path, task: str, split: str, labels: int, **columns):
-    """A small split of a packaged task in a data folder of its own."""
+    """Writes a small split of a packaged task into a new data folder."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,7 +142,7 @@ def headed(problem: str, seed: int = 0):
 @pytest.mark.parametrize("problem", ["multi_label", "one_logit"])
 @pytest.mark.parametrize("settings", [{"tier": 1}, {"tier": 2}, {"method": "adaptive"}], ids=str)
 def test_other_heads_are_pruned_towards_the_dense_models_outputs(problem, settings, monkeypatch):
-    monkeypatch.setattr(distillation, "STEPS", 50)  # so that the held-out texts are asked once
+    monkeypatch.setattr(distillation, "STEPS", 50)  # so that the held-out texts are checked once
     monkeypatch.setattr(distillation, "BATCH", 32)
     dense, model, tok = headed(problem), headed(problem), tokenizer()
     calibration = draw(model, tok, MR, 4000, 64, 0)
@@ -204,7 +204,7 @@ def test_a_file_that_shows_some_of_a_models_labels_is_evaluated(tmp_path):
 @pytest.mark.parametrize("shown", [["0", "2"], ["x", "x"]])
 def test_a_class_without_examples_is_not_trained_on(tmp_path, shown):
     (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"text {i},{shown[i % 2]}\n" for i in range(40)))
-    with pytest.raises(DataError, match=r"two classes or more, and of each: (none is LABEL_1|all are x)"):
+    with pytest.raises(DataError, match=r"two classes, and of each class: (none is LABEL_1|all are x)"):
         train("minilm", str(tmp_path / "mine.csv"), tmp_path / "m")
 
 
@@ -215,7 +215,7 @@ def test_a_class_without_examples_is_not_trained_on(tmp_path, shown):
 )  # fmt: skip
 def test_numbers_of_a_file_are_the_names_of_a_model_that_has_numbers_for_names(names, expected):
     if expected is None:
-        with pytest.raises(InputError, match="which is which cannot be known"):
+        with pytest.raises(InputError, match="it is not clear which is which"):
             heads.columns(names, ("LABEL_0", "LABEL_1"))
     else:
         assert heads.columns(names, ("LABEL_0", "LABEL_1")).tolist() == expected
@@ -247,7 +247,7 @@ def test_a_model_of_another_problem_type_is_refused(tmp_path):
 
 
 def own_file(tmp_path, problem: str):
-    """A file of 120 texts, labelled by which words they have, or by how often one occurs."""
+    """A file of 120 texts, labelled with the words they have, or with how often one occurs."""
     rows = []
     for i in range(120):
         text = f"{'film ' * (i % 4)}{'the ' * (i % 3)}number {i}"

@@ -52,7 +52,7 @@ def test_a_loss_depends_on_the_bias_model_exactly_where_it_says_so(name: str):
 
 @pytest.mark.parametrize("name", [name for name, kind in LOSSES.items() if kind.bias])
 def test_what_the_bias_model_knows_is_learnt_less(name: str):
-    """The gradient at the label of the example the bias model is sure of is smaller than by cross-entropy."""
+    """The gradient of an example that the bias model is sure of, relative to another's, is smaller than with "ce"."""
 
     def pull(which: str) -> float:
         logits = torch.zeros(2, 3, requires_grad=True)

@@ -17,13 +17,13 @@ from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 
 # Around the rows of a tile (4, 8) and the columns of a panel (4, 12, 24), and several panels with a remainder.
 SUPPORTS = (1, 3, 4, 5, 7, 8, 9, 11, 12, 13, 23, 24, 25, 31, 47, 48, 49, 97)
-# Of |V - reference| in units of the largest |reference|: a solve loses the condition's digits of 2^-53 at most, and
-# Cholesky and LU lose different ones.
+# Largest |V - reference| in units of the largest |reference|. A solve loses at most as many digits of 2^-53 as the
+# condition number has, and Cholesky and LU lose different ones.
 TOLERANCE = {"condition 1e6": 1e-9, "well conditioned": 1e-12}
 
 
 def problem(rows: int, n_in: int, condition: float = 10.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """T and H, the eigenvalues of H spread evenly in their logarithm; the part below H's diagonal is not to be read."""
+    """T and H. H's eigenvalues are spaced evenly in their logarithm. Its part below the diagonal must not be read."""
     rng = np.random.default_rng(seed)
     q, _ = np.linalg.qr(rng.standard_normal((n_in, n_in)))
     h = (q * np.geomspace(1.0, 1.0 / condition, n_in)) @ q.T
@@ -106,7 +106,7 @@ def test_both_ways_to_solve_agree(isa, monkeypatch):
     solve = module._solve
     monkeypatch.setattr(module, "_solve", lambda *a: calls.append((a[5], len(a[3]))) or solve(*a))
     indirect = masked_lstsq(target, h, mask, isa=isa)
-    assert dict(calls)[True] > 250  # most rows went by their complement
+    assert dict(calls)[True] > 250  # most rows are solved by their complement
     direct = torch.cat([masked_lstsq(t, h, m, isa=isa) for t, m in zip(target.split(1), mask.split(1), strict=True)])
     assert sum(rows for complement, rows in calls if not complement) >= 300
     np.testing.assert_allclose(indirect, direct, rtol=0, atol=1e-12)
@@ -208,7 +208,7 @@ def test_memory_that_a_thread_cannot_have_is_an_error_of_the_call():
 
 
 def call(target=None, h=None, mask=None, **options):
-    """A call that is right but for what is given."""
+    """A call that is valid except for the given arguments."""
     target = torch.zeros(2, 3, dtype=torch.float64) if target is None else target
     h = torch.eye(3, dtype=torch.float64) if h is None else h
     mask = torch.ones(2, 3, dtype=torch.bool) if mask is None else mask

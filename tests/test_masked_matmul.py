@@ -20,8 +20,8 @@ class Case(NamedTuple):
     tokens: int
     n_in: int
     n_out: int
-    share: int = 1  # rows of a score
-    reach: int = 0  # inputs of a threshold; 0: there is one
+    share: int = 1  # rows per score
+    reach: int = 0  # inputs per threshold; 0: one threshold for all
 
     def __str__(self) -> str:
         return (
@@ -31,8 +31,8 @@ class Case(NamedTuple):
         )
 
 
-# Tiles of results are 4 or 8 rows by 8, 24 or 48 columns, sums go in 256 words of 1 or 2 values, a task covers 96
-# columns, or 96 rows and 192 columns of G. Values of a row are read 256 at a time.
+# Tiles of results have 4 or 8 rows and 8, 24 or 48 columns. A sum covers 256 words of 1 or 2 values, a task 96 columns,
+# or 96 rows and 192 columns of G. Values of a row are read 256 at a time.
 CASES = [
     Case(1, 1, 1),
     Case(3, 5, 7),
@@ -66,24 +66,24 @@ DTYPES = [torch.float32, torch.bfloat16]
 NAMES = ("y", "dx", "d_weight", "d_scores", "d_bias")
 # Relative to the largest value of the result.
 TOLERANCE = {
-    # Sums of at most 3,072 products of 2^-24 relative rounding, in one chain: some sqrt(n) of them in effect.
+    # Sums of at most 3,072 products, one by one, with relative roundings of 2^-24: in effect about sqrt(n) of them.
     torch.float32: dict.fromkeys(NAMES, 1e-5),
-    # y and dx: weights rounded by up to 2^-9 of themselves, errors that add up as sqrt(n), and the result once more by
-    # 2^-9 of itself. The others are sums of exact products, in float32.
+    # y and dx: weights are rounded by up to 2^-9 of their size, these errors add up as sqrt(n), and the result is
+    # rounded by 2^-9 of its size. The others are float32 sums of exact products.
     torch.bfloat16: {**dict.fromkeys(NAMES, 1e-5), "y": 1e-2, "dx": 1e-2},
 }
 
 
 @pytest.fixture(params=environment.ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
-    """All of them: the last two have kernels of their own for bfloat16, or the choice of another's."""
+    """All instruction sets: the last two have their own bfloat16 kernels, or choose another's."""
     if request.param not in _dispatch.supported_isas():
         require(request.param, _dispatch.why_off()[request.param])
     return request.param
 
 
 def operands(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """([x, weight, scores, threshold, bias], dy); about half is kept."""
+    """([x, weight, scores, threshold, bias], dy); about half of the weights are kept."""
     rng = torch.Generator().manual_seed(case.tokens + 1000 * case.n_in)
     score_rows = case.n_out // case.share
     shapes = [
@@ -130,7 +130,7 @@ def test_values_and_gradients_match_the_reference(isa, case, dtype):
     assert_close(results(masked_matmul, inputs, dy, isa=isa), results(masked_matmul_ref, inputs, dy), dtype)
 
 
-# From 128 tokens on, where little is kept. Panels are 16, 32 or 64 tokens, a task 256 results, a slab 256 values.
+# From 128 tokens on, if few weights are kept. A panel has 16, 32 or 64 tokens, a task 256 results, a slab 256 values.
 SPARSE_CASES = [
     Case(128, 1, 1),
     Case(128, 768, 96),
@@ -312,7 +312,7 @@ def test_torch_finds_the_operator_well_formed(dtype, grad):
 def test_a_compiled_model_holds_it_in_one_graph():
     inputs, dy = operands(Case(5, 12, 8, share=2), torch.float32)
     expected = results(masked_matmul, inputs, dy)
-    # The eager backend: what is asked is whether the graph breaks, not for a compiler of C++.
+    # The eager backend: the question is whether the graph breaks, and no C++ compiler is needed.
     compiled = torch.compile(masked_matmul, fullgraph=True, backend="aot_eager")
     got = results(compiled, inputs, dy)
     assert all(torch.equal(value, expected[name]) for name, value in got.items())

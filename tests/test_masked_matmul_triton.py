@@ -1,5 +1,5 @@
-"""masked_matmul's Triton kernels: interpreted on the CPU, compiled for sm_90 without a GPU, and run on a GPU where one
-is. Triton reads TRITON_INTERPRET when it is first imported, so the first two have processes of their own.
+"""masked_matmul's Triton kernels: interpreted on the CPU, compiled for sm_90 without a GPU, and run on a GPU if there
+is one. Triton reads TRITON_INTERPRET when it is first imported, so the first two run in separate processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from triton_runs import run_here, usage_on_sm_90
 
 from sparsebert.ops.masked_matmul import masked_matmul_ref
 
-# Programs cover 64 x 64 results, and sum over 32 values at a time; a score's rows fill a part of the 64, or do not.
+# Programs cover 64 x 64 results, and sum over 32 values at a time; the rows of a score divide the 64, or do not.
 CASES = [
     Case(1, 1, 1),
     Case(5, 70, 65),
@@ -32,8 +32,8 @@ CASES = [
 DTYPES = ("float32", "bfloat16")
 # (share, reach)
 COMPILED = ((1, 0), (1, 4), (32, 0), (3, 8))
-# Sums of at most 200 products, in float32; with bfloat16 weights and results are rounded to 2^-9 of themselves, and by
-# the interpreter, which cuts off, to 2^-8.
+# float32: sums of at most 200 products. bfloat16: weights and results are rounded by 2^-9 of their size; the
+# interpreter truncates, by 2^-8.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
@@ -63,7 +63,7 @@ def assert_right(case: Case, dtype: str, got: dict[str, torch.Tensor]) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What the kernels return for every case, interpreted."""
+    """Results of the interpreted kernels for every case."""
     file = tmp_path_factory.mktemp("interpreted") / "results.safetensors"
     run_here(__file__, "interpret", file, TRITON_INTERPRET="1")
     from safetensors.torch import load_file
@@ -73,7 +73,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """What the kernels take of a GPU of compute capability 9.0."""
+    """Resources that the kernels use on a GPU of compute capability 9.0."""
     folder = tmp_path_factory.mktemp("compiled")
     run_here(__file__, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
     return json.loads((folder / "usage.json").read_text())
@@ -106,7 +106,7 @@ def test_the_kernels_compile_for_sm_90_and_spill_nothing(compiled, kernel: str, 
 
 
 def dot_of_bfloat16(dot):
-    """The interpreter's dot, which multiplies the bits of bfloat16 as integers, of what these stand for."""
+    """The interpreter's dot, repaired: it multiplies the bits of bfloat16 as integers instead of their values."""
     import numpy as np
     import triton.language as tl
 

@@ -1,4 +1,4 @@
-"""How much of a text is kept: one rule for every command, what is cut is told, and what cannot be is refused first."""
+"""How much of a text is kept: all commands have one rule, report cuts, and refuse impossible lengths at the start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINED = {"method": "mask"}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A task of long texts and short ones, half of each; what decides stands at the end."""
+    """A task of which half the texts are long and half are short; the word that decides the label is at the end."""
     for day, split in (("monday", "train"), ("friday", "test")):
         rows = [(f"on {day} {i} . {'and so on ' * (60 if i % 2 else 1)} {'good' if i % 4 < 2 else 'bad'}", i % 4 < 2)
                 for i in range(10, 50)]  # fmt: skip
@@ -66,7 +66,7 @@ def test_the_share_of_texts_cut_is_that_of_longer_ones(tmp_path, folder):
 @pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta"])
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_long_texts_get_the_tokens_of_transformers(kind, side, monkeypatch):
-    monkeypatch.setattr(encoders, "LONG_TEXT", 2000)  # of long pairs transformers fills the memory
+    monkeypatch.setattr(encoders, "LONG_TEXT", 2000)  # transformers fills the memory with long pairs
     made = copy.deepcopy(tokenizer(kind))
     made.truncation_side = side
     long = " ".join(f"word {i} of a long text, 它" for i in range(400))

@@ -1,4 +1,4 @@
-"""The table of mutants counts what it says: no mere wordings, everything else that was drawn."""
+"""The table of mutants counts every drawn mutant, and mutants that change only words are never drawn."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ SWEPT = [parse(name) for name in PATTERNS if "/" not in name]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_torch_thread():
-    """The references are many small operations, which two threads of torch make no faster, and slower on busy cores."""
+    """The references are many small operations: two threads of torch are not faster, and slower on busy cores."""
     with torch_threads(1):
         yield
 
@@ -110,7 +110,7 @@ def test_prune_of_twin_columns_removes_the_lower_one_first(isa):
     w, h = problem(5, 40)
     inverse = torch.block_diag(_inverse(h), _inverse(h))
     order, _ = _trace(w.repeat(1, 2), inverse, 1, 80, Unstructured(), threads=2, isa=isa)
-    step = order.argsort(1)  # at which each column went
+    step = order.argsort(1)  # at which each column is removed
     assert (step[:, :40] < step[:, 40:]).all()
     assert torch.equal(step[:, :40].argsort(1), step[:, 40:].argsort(1))
 
@@ -168,7 +168,7 @@ def holding(value: float) -> torch.Tensor:
     return w
 
 
-# What is wrong -> (weight, h, pattern, sparsity), and words of the message.
+# Fault -> ((weight, h, pattern, sparsity), words of the message).
 BAD = {
     "indefinite": ((W, indefinite(), Unstructured(), 0.5), "h must be positive definite, pivot 8 of 12"),
     "zero": ((W, torch.zeros_like(H), Unstructured(), 0.5), "h must be positive definite, pivot 12 of 12"),
@@ -202,7 +202,7 @@ def test_the_sweep_refuses_kept_multiples_and_blocks_of_nothing():
 
 
 def test_an_inverse_that_is_not_positive_definite_ends_the_trace_with_a_message(isa):
-    with pytest.raises(InputError, match="its inverse is not any more after"):
+    with pytest.raises(InputError, match="its inverse no longer is after"):
         _trace(W, -torch.eye(12, dtype=torch.float64), 1, 12, Unstructured(), threads=1, isa=isa)
 
 
@@ -273,4 +273,4 @@ print(resident() - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
 def test_the_memory_of_a_trace_is_given_back():
     done = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 16  # MiB, of 46 that it works in
+    assert float(done.stdout) < 16  # MiB, of 46 that it uses while it runs

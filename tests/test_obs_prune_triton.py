@@ -1,5 +1,5 @@
-"""obs_sweep's Triton kernel: interpreted on the CPU, compiled for sm_90 without a GPU, and run on a GPU where there is
-one. Triton reads TRITON_INTERPRET when it is first imported, so the first two have processes of their own.
+"""obs_sweep's Triton kernel: interpreted on the CPU, compiled for sm_90 without a GPU, and run on a GPU if there is
+one. Triton reads TRITON_INTERPRET when it is first imported, so the first two run in separate processes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Case(NamedTuple):
         return f"{self.pattern}-{self.sparsity}-{self.rows}x{self.n_in}-block{self.block}" + "-ties" * self.ties
 
 
-# Programs take 8 rows, or v. 67 and 140 leave a ragged last block, 11, 13 and 9 a ragged last program.
+# Programs take 8 rows, or the V of V:N:M. 67 and 140 inputs leave a ragged last block, 11, 13 and 9 rows a ragged last
+# program.
 CASES = [
     Case("unstructured", 0.7, 11, 67, 32),
     Case("unstructured", 0.875, 13, 140, 128),
@@ -51,9 +52,9 @@ CASES = [
     Case("6:2:8", 0.75, 18, 40, 32),
 ]
 DTYPES = ("float64", "float32")
-# What a thread of float64 may hold is half of float32's, so both are compiled.
+# A thread may hold half as many float64 values as float32 values, so both are compiled.
 COMPILED = ("unstructured", "2:4", "32:64", "16:2:8", "64:2:16", "128:2:8")
-# Weights about 1; sums of at most 192 products in another order, errors growing with H's condition, here about 10.
+# Weights are about 1. Sums have at most 192 products, in another order; errors grow with H's condition, here about 10.
 TOLERANCE = {"torch.float64": 1e-12, "torch.float32": 2e-5}
 
 
@@ -69,7 +70,7 @@ def problem(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def on_mask(weight: torch.Tensor, u: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
-    """The sweep in float64, given what goes."""
+    """The sweep in float64, given the mask of removed weights."""
     w = weight.clone()
     for j in range(w.shape[1]):
         w[:, j:] -= torch.outer(torch.where(gone[:, j], w[:, j] / u[j, j], 0.0), u[j, j:])
@@ -77,7 +78,7 @@ def on_mask(weight: torch.Tensor, u: torch.Tensor, gone: torch.Tensor) -> torch.
 
 
 def assert_swept(case: Case, got: torch.Tensor) -> None:
-    """In float64 the reference's result; in float32 its count of zeros, and the right values for its own mask."""
+    """`got` is the reference's result in float64 or with ties; else it has as many zeros and is right for its mask."""
     weight, h = problem(case)
     expected = obs_sweep_ref(weight, h, patterns.parse(case.pattern), case.sparsity, block=case.block)
     gone = got == 0
@@ -91,7 +92,7 @@ def assert_swept(case: Case, got: torch.Tensor) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """What the kernel returns for every case, interpreted."""
+    """Results of the interpreted kernel for every case."""
     file = tmp_path_factory.mktemp("interpreted") / "swept.safetensors"
     run_here(__file__, "interpret", file, TRITON_INTERPRET="1")
     from safetensors.torch import load_file
@@ -101,7 +102,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Ten
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
-    """What the kernel takes of a GPU of compute capability 9.0, by pattern and dtype."""
+    """Resources that the kernel uses on a GPU of compute capability 9.0, by pattern and dtype."""
     folder = tmp_path_factory.mktemp("compiled")
     run_here(__file__, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
     return json.loads((folder / "usage.json").read_text())

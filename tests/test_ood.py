@@ -1,4 +1,4 @@
-"""Out-of-distribution tests: their figures on logits made by hand, what runs them, and the command line."""
+"""Out-of-distribution tests: their figures on logits made by hand, the engine that runs them, and the command line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_summed_probabilities_decide_otherwise():
 
 
 def test_the_area_under_the_curve_ignores_what_a_model_prefers_to_answer():
-    """Entailed are rows 0, 2 and 5, with log odds of 1.3, -0.6 and -2.1; the others have -0.6, -2.1 and -2.1."""
+    """Rows 0, 2 and 5 are entailed, with log odds of 1.3, -0.6 and -2.1; the others have -0.6, -2.1 and -2.1."""
     assert of_hans(THREE_WAY)["auroc"] == (3 + 2.5 + 1) / 9
     assert of_hans(THREE_WAY + np.array([5, 0, 0], np.float32))["auroc"] == (3 + 2.5 + 1) / 9
     two_way = np.stack([THREE_WAY[:, 0], np.zeros(6, np.float32)], 1)
@@ -193,7 +193,7 @@ def test_an_evaluation_sees_the_logits_of_predict(sets, tmp_path, kind):
     assert loaded.engine == expected_engine()
     stock, tokenizer = checkpoint.load(directory)
     examples = data.load(data.TASKS["mnli"], "dev_matched")
-    # 50: some of the premises are cut.
+    # At 50 tokens some of the premises are cut.
     wanted = encoders.predict(stock, tokenizer, examples, max_length=50)
     got = loaded.predict(examples, max_length=50, progress=encoders.no_progress)
     assert np.ptp(wanted) > 0.1 and got == pytest.approx(wanted, abs=1e-4)
@@ -211,7 +211,7 @@ def test_what_the_engine_does_not_run_torch_does(sets, tmp_path):
 
 def test_a_vocabulary_without_tokenizer_json_is_enough(sets, model, tmp_path):
     stock, _ = checkpoint.load(model)
-    del stock.config.sparsebert  # it is another directory, without a seal
+    del stock.config.sparsebert  # the copy is another directory, without a seal
     stock.save_pretrained(tmp_path / "old")
     vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
     (tmp_path / "old" / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)))
@@ -254,7 +254,8 @@ def test_the_document_has_the_figures_of_every_test(sets, model, capsys):
 
     code, out, _ = command(capsys, *arguments)
     assert code == 0 and json.loads(out.splitlines()[-1])["ood"].keys() == {"hans"}
-    assert "on hans" in out and "heuristic lexical_overlap non_entailment" in out and "summed accuracy" in out
+    assert "60 examples of hans, test" in out and "lexical_overlap: non-entailment found" in out
+    assert "summed probabilities: accuracy" in out
 
 
 def refused(capsys, *arguments) -> str:

@@ -1,4 +1,4 @@
-"""Nothing that is reported is learnt from: texts of a task's test split, and of its OOD tests, are left out."""
+"""Nothing is learnt from reported texts: those of a task's test split, and of its OOD tests, are left out."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TEXTS = [
     ("“quoted” – text", '"quoted" - text', True),
     ("caf\u00e9 society", "cafe\u0301 society", True),
     ("ﬁne \u00a0film\u200b", "fine film", True),
-    ("\u0915\u0940", "\u0915\u093e", False),  # signs are no punctuation
+    ("\u0915\u0940", "\u0915\u093e", False),  # vowel signs are not punctuation
     ("I like C++", "I like C#", False),
-    ("...", "?!", False),  # of nothing but punctuation
+    ("...", "?!", False),  # only punctuation
     ("not a film", "a film", False),
 ]
 
@@ -48,7 +48,7 @@ def test_a_pair_is_the_same_in_either_order_and_half_of_it_is_not():
 
 @pytest.fixture
 def sets(tmp_path, monkeypatch):
-    """fever, of ten training pairs, and its OOD tests; what is reported elsewhere is in each training split."""
+    """fever, with ten training pairs, and its OOD tests. Each training split has texts that are reported elsewhere."""
 
     def write(task, split, pairs):
         (tmp_path / task).mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def test_a_soup_refuses_models_that_may_have_seen_what_it_chooses_on(tmp_path):
     train(start, str(folder), tmp_path / "m", config.TrainConfig(**TINY, hold_out=5))
     soup([tmp_path / "m"], str(folder), tmp_path / "good", score="accuracy")
     (folder / "test.csv").write_text("text,label\nText number 3!,0\nnor this,1\n")  # now one row is left out
-    with pytest.raises(InputError, match="learnt from other examples of task than are there now"):
+    with pytest.raises(InputError, match="was trained on other examples of task than there are now"):
         soup([tmp_path / "m"], str(folder), tmp_path / "bad", score="accuracy")
 
 
@@ -145,7 +145,7 @@ def test_of_packaged_mr_one_sentence_is_left_out():
     assert data.training(data.get_task("mr")).left_out == 1
 
 
-# Counted over the real sets with another program; the 3 pairs that both parts of v2 have are in v1 as well.
+# Counted on the real sets by another program; the 3 pairs that both parts of v2 have are in v1 as well.
 LEFT_OUT = {"imdb": 123, "cola": 19, "sst2": 5, "mr": 1, "qqp": 1, "mrpc": 1, "hans": 65, "fever_symm_v2": 3}
 
 

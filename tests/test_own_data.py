@@ -1,4 +1,4 @@
-"""People's own files: what is written comes back, or is refused in one line whose advice works."""
+"""Users' own files: they are read back as written, or refused in one line whose advice works."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def as_csv(rows, header=("text", "label"), end="\r\n", **options) -> str:
 
 
 def read(path: Path, body: str | bytes, split: str = "train", *, labelled: bool = True) -> data.Examples:
-    """Writes `body` as a folder's file, and reads that split of it."""
+    """Writes `body` to `path`, and reads a split of its folder."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(body if isinstance(body, bytes) else body.encode("utf-8", "surrogatepass"))
     return data.load(data.get_task(str(path.parent), labelled=labelled), split)
@@ -58,7 +58,7 @@ def test_csv_as_python_writes_it_comes_back_or_is_refused(tmp_path_factory, rows
     try:
         found = read(tmp_path_factory.mktemp("csv") / "train.csv", body)
     except DataError as error:
-        # A bare carriage return, which Python leaves unquoted; or a text that has a row inside.
+        # A bare carriage return, which Python leaves unquoted; or a text that contains a row.
         assert "carriage return" in str(error) or "looks like a row" in str(error)
         return
     names = sorted({label for _, label in rows})
@@ -71,7 +71,7 @@ def test_csv_as_python_writes_it_comes_back_or_is_refused(tmp_path_factory, rows
 def test_tsv_without_quoting_comes_back_or_is_refused(tmp_path_factory, rows, end):
     rows = two_classes(rows)
     body = end.join("\t".join(row) for row in [("text", "label"), *rows]) + end
-    broken = any(set(text) & set("\t\n\r") for text, _ in rows)  # of which a file of this kind can tell nothing
+    broken = any(set(text) & set("\t\n\r") for text, _ in rows)  # such a file cannot hold these
     try:
         found = read(tmp_path_factory.mktemp("tsv") / "train.tsv", body)
     except DataError as error:
@@ -121,13 +121,13 @@ def test_a_text_of_ten_megabytes_is_read(tmp_path, suffix):
     else:
         found = read(path, bodies[suffix])
     assert found.texts[0] == text and len(found) == 2
-    assert csv.field_size_limit() == 131072  # which is one for the whole process
+    assert csv.field_size_limit() == 131072  # the whole process shares this limit
 
 
 def test_parquet_takes_no_columns_from_its_path_and_reads_none_it_does_not_need(tmp_path):
     folder = tmp_path / "label=7"
     folder.mkdir()
-    times = pa.array([2**62 + 1, 3], pa.timestamp("ns"))  # of which Python has no such
+    times = pa.array([2**62 + 1, 3], pa.timestamp("ns"))  # Python has no such timestamp
     table = pa.table({"text": ["a", "b"], "label": pa.array([0, 1]).dictionary_encode(), "when": times})
     pq.write_table(table, folder / "train.parquet")
     found = data.load(data.get_task(str(folder)), "train")
@@ -209,7 +209,7 @@ def test_classes_are_those_of_both_files(tmp_path):
 GOOD = as_csv([("a", 0), ("b", 1)])
 JSON = '{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
 
-# file, what it holds, the message, and what holds when its advice has been followed: file and content.
+# Fault -> (file, its content, the message, (file, content) after its advice has been followed).
 REFUSED = {
     "empty": ("train.csv", "", "is empty; add it", ("train.csv", GOOD)),
     "blank": ("train.jsonl", "\n\n", "at least one row, holds none; add rows", ("train.jsonl", JSON)),
@@ -290,7 +290,7 @@ REFUSED = {
     "swallowed": (
         "train.csv",
         'text,label\n"a start,1\nb,0\nc,1\nend",0\nf,1\n',
-        "line 2: 'a start,1' looks like a row, and is inside a text that a quote on line 2 begins; double",
+        "line 2: 'a start,1' looks like a row, but is inside a text that begins with a quote on line 2; double",
         ("train.csv", 'text,label\n"""a start",1\nb,0\nc,1\n"end""",0\nf,1\n'),
     ),
     "one swallowed": ("train.csv", 'text,label\n"a,1\nend",0\nf,1\n', "line 2: 'a,1' looks like a row", None),
@@ -351,13 +351,13 @@ REFUSED = {
     "json list": (
         "train.jsonl",
         '[{"text": "a"}]\n',
-        "line 1: must be one JSON object, is list; write one object a",
+        "line 1: must be one JSON object, is list; write one object per line",
         ("train.jsonl", JSON),
     ),
     "pretty json": (
         "train.jsonl",
         '{\n "text": "a"\n}\n',
-        "line 1: must be one JSON object: .*; write one object a line",
+        "line 1: must be one JSON object: .*; write one object per line",
         ("train.jsonl", JSON),
     ),
     "deep": ("train.jsonl", '{"text": ' + "[" * 100_000 + "\n", "line 1: .* nested too deep", None),
@@ -431,20 +431,20 @@ REFUSED = {
     "one short row of flags": (
         "train.jsonl",
         "".join(json.dumps({"text": str(i), "label": [0, 0, 1] if i != 4 else [0, 1]}) + "\n" for i in range(9)),
-        r"line 5: label must be a 0 or 1 for each of 3 labels, as in most rows, or ids or names once, got \[0, 1\]",
+        r"line 5: label must be a 0 or 1 for each of 3 labels, as in most rows, or each id or name once, got \[0, 1\]",
         None,
     ),
-    "a name in two Unicode forms": ("train.csv", "text,label\na,caf\u00e9\nb,cafe\u0301\n", "are one name", None),
+    "a name in two Unicode forms": ("train.csv", "text,label\na,caf\u00e9\nb,cafe\u0301\n", "are the same name", None),
     "two spellings": (
         "train.csv",
         "text,label\na,Good\nb,good\nc,bad\n",
-        "'Good' and 'good' are one name; write it alike",
+        "'Good' and 'good' are the same name; write it alike",
         ("train.csv", "text,label\na,good\nb,good\nc,bad\n"),
     ),
     "spellings in lists": (
         "train.jsonl",
         '{"text": "a", "label": ["Fun"]}\n{"text": "b", "label": ["fun"]}\n',
-        "'Fun' and 'fun' are one name",
+        "'Fun' and 'fun' are the same name",
         None,
     ),
     "a text as label": (
@@ -474,7 +474,7 @@ REFUSED = {
     "flags of another length": (
         "train.jsonl",
         '{"text": "a", "label": [0.0, 1.0]}\n{"text": "b", "label": [0.0]}\n',
-        r"line 2: label must be a 0 or 1 for each of 2 labels, as in most rows, or ids or names once, got \[0.0\]",
+        r"line 2: label must be a 0 or 1 for each of 2 labels, as in most rows, or each id or name once, got \[0.0\]",
         None,
     ),
     "no parquet": (
@@ -573,7 +573,7 @@ def test_one_file_is_split_by_its_texts_alone(tmp_path):
     assert sorted(train.texts + test.texts) == sorted(text for text, _ in rows)
     assert abs(len(test) / 400 - TEST_SHARE) < 0.06
     assert data.rows_read(task) == {"train": len(train), "test": len(test), "split": "hash of the texts"}
-    # Rows that are added move no others, and a text that is the same but for case and spaces stays with its like.
+    # Added rows move no others, and a text that differs only in case and spaces stays in the same split.
     more = [(f"{text.upper()} ", label) for text, label in rows] + [(f"another {i}", 0) for i in range(100)]
     path.write_text(as_csv(more + rows[::-1]))
     task = data.get_task(str(path))
@@ -638,7 +638,7 @@ def test_a_text_of_several_lines_beside_other_columns_swallows_nothing(tmp_path)
         (["x", "y"], ["x", "z"], "label 'z' is in the test split only"),
         ([["a"], ["b"]], [["b"], ["a", "b"]], None),
         ([["a"], ["b"], ["c"]], [["b"]], None),
-        ([0.5, 1.5], [7.25], None),  # values are no classes
+        ([0.5, 1.5], [7.25], None),  # values are not classes
     ],
 )
 def test_a_class_of_any_kind_that_training_lacks_is_refused(tmp_path, train, test, says):
@@ -678,8 +678,8 @@ def test_a_class_of_any_kind_that_training_lacks_is_refused(tmp_path, train, tes
         ([["a"], [7]], "line 2: label must be a list of names or of ids, as in the rows before it"),
         ([["a"], [" "]], "line 2: label must be a list of names or of ids"),
         ([[], []], "no row has a label, all lists are empty"),
-        ([["Good"], ["good"]], "labels 'Good' and 'good' are one name"),
-        (["Good", "good", "bad"], "labels 'Good' and 'good' are one name"),
+        ([["Good"], ["good"]], "labels 'Good' and 'good' are the same name"),
+        (["Good", "good", "bad"], "labels 'Good' and 'good' are the same name"),
     ],
 )
 def test_labels_that_are_not_of_one_kind_are_named(tmp_path, labels, says):

@@ -1,4 +1,4 @@
-"""What a model was made from is found again by place and content, wherever both have moved."""
+"""A model's source is found again by place and content, even if both models have moved."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def chain(built, tmp_path):
-    """A folder with `pruned`, which was made from `dense` there, which was made from the packaged encoder."""
+    """A folder with `dense`, which was made from the packaged encoder, and `pruned`, which was made from `dense`."""
     folder = tmp_path / "work"
     sources = {"dense": "minilm", "pruned": folder / "dense"}
     for name, source in sources.items():
@@ -37,7 +37,7 @@ def write_recipe(directory: Path, recipe: dict) -> None:
 
 
 def damage(directory: Path) -> None:
-    """Makes another model of it: one whose normalisation differs, without a seal."""
+    """Turns the directory into another model: other normalisation, no seal."""
     models.stock(directory)
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"layer_norm_eps": 1e-6}))
@@ -59,7 +59,7 @@ def test_a_path_is_noted_whole_and_a_name_as_it_is(built, monkeypatch):
     assert provenance.made_from("m", "ab") == {"model": str(built.resolve()), "model_sha256": "ab"}
     assert provenance.made_from("minilm", "cd") == {"model": "minilm", "model_sha256": "cd"}
     assert provenance.made_from("who/what", "ef") == {"model": "who/what", "model_sha256": "ef"}
-    Path("minilm").mkdir(exist_ok=True)  # the name of the packaged encoder stays that
+    Path("minilm").mkdir(exist_ok=True)  # it still names the packaged encoder
     assert provenance.made_from("minilm", "cd")["model"] == "minilm"
 
 
@@ -85,7 +85,7 @@ def test_a_source_that_changed_or_is_gone_is_refused_by_name(chain):
 
 
 def test_recipes_of_earlier_versions_are_followed_as_far_as_they_say(chain):
-    write_recipe(chain / "pruned", {"command": "test", "model": str(chain / "dense")})  # with no hash
+    write_recipe(chain / "pruned", {"command": "test", "model": str(chain / "dense")})  # without a hash
     damage(chain / "dense")
     assert names(chain / "pruned") == ["pruned", "dense"]
     write_recipe(chain / "pruned", {"command": "test", "model": "minilm"})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -27,12 +28,12 @@ def drawn(tokens=1500, seed=0, kind="bert"):
     return draw(classifier(kind), tokenizer(kind), MR, tokens, 128, seed)
 
 
-calibration = functools.cache(drawn)  # nothing changes what it holds; a draw tokenizes 1024 texts at least
+calibration = functools.cache(drawn)  # no test changes the result; a draw tokenizes at least 1024 texts
 
 
 @pytest.fixture
 def short_distillation(monkeypatch):
-    """A tenth of the steps on a quarter of the texts, held-out texts asked as often: every part of it runs."""
+    """A tenth of the steps, a quarter of the batch, as many checks on held-out texts: every part of it runs."""
     for name, value in {"STEPS": 30, "CHECK_EVERY": 5, "BATCH": 32}.items():
         monkeypatch.setattr(f"sparsebert.pruning.distillation.{name}", value)
 
@@ -45,7 +46,7 @@ def zeros(model) -> dict[str, int]:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: " ".join(map(str, c.values())))
 def test_the_budget_is_met_exactly(config, sparsity):
     model = classifier()
-    tokens = 17_000 if config.get("as_published") else 1500  # it needs 256 texts of 64
+    tokens = 17_000 if config.get("as_published") else 1500  # it needs 256 texts of 64 tokens
     result = prune(model, calibration(tokens), PruneConfig(sparsity=sparsity, **config))
     linears = encoders.encoder_linears(model)
     assert len(linears) == 12 and result.density.keys() == linears.keys()
@@ -54,12 +55,12 @@ def test_the_budget_is_met_exactly(config, sparsity):
     uniform = {name: patterns.zeros_in(n, sparsity) for name, n in sizes.items()}
     if config.get("scope") == "global":
         assert sum(got.values()) == patterns.zeros_in(sum(sizes.values()), sparsity)
-    elif config["method"] == "knowledge" and config.get("tier") != 0:  # allotted: the sum is what counts
+    elif config["method"] == "knowledge" and config.get("tier") != 0:  # allotted: only the sum is fixed
         assert sum(got.values()) == patterns.zeros_in(sum(sizes.values()), sparsity)
     elif config["method"] == "wanda" or config == {"method": "adaptive"}:  # the same number in each row
         for name, m in linears.items():
             assert (m.weight == 0).sum(1).unique().tolist() == [patterns.zeros_in(m.in_features, sparsity)], name
-    elif config.get("as_published"):  # one too few a row, of the weights and the bias together
+    elif config.get("as_published"):  # one too few per row, of weights and bias together
         for name, m in linears.items():
             row = (m.weight == 0).sum(1) + (m.bias == 0)
             assert row.unique().tolist() == [max(0, int((m.in_features + 1) * sparsity) - 1)], name
@@ -70,12 +71,12 @@ def test_the_budget_is_met_exactly(config, sparsity):
 def test_padded_batches_hold_as_many_tokens_as_were_asked_for():
     texts = calibration(40_000)
     batches = texts.padded_batches
-    assert [batch["input_ids"].shape for batch in batches] == [(256, 64)] * 2  # 624 texts of 64
+    assert [batch["input_ids"].shape for batch in batches] == [(256, 64)] * 2  # 624 texts of 64 tokens
     real = sum(int(batch["attention_mask"].sum()) for batch in batches)
     assert real < 512 * 64
     config = PruneConfig(method="adaptive", as_published=True, sparsity=0.5)
     assert prune(classifier(), texts, config).tokens == real
-    with pytest.raises(InputError, match="16384 in all"):
+    with pytest.raises(InputError, match="16384 in total"):
         _ = calibration(16_000).padded_batches
 
 
@@ -104,7 +105,7 @@ def test_every_method_places_every_pattern(method, pattern):
             groups = kept.unique(dim=0, return_counts=True)
             assert all(count % wanted.rows == 0 for count in groups[1].tolist()), name
             assert (groups[0].sum(1) % wanted.kept_multiple == 0).all(), name
-            if method != "wanda" and method != "adaptive":  # these allot to every group alike
+            if method != "wanda" and method != "adaptive":  # these two give every group the same number
                 assert int(kept.sum()) == patterns.kept_in(wanted, n_out, n_in, 0.7), name
 
 
@@ -183,7 +184,7 @@ def test_stages_follow_execution_and_share_inputs(kind):
 
 
 def direct_moments(dense, sparse, batches, name, weights=None):
-    """The definition: run both whole models, centre, average."""
+    """The definition: runs both whole models, centres, averages."""
     seen = {}
     handles = [
         dense.get_submodule(name).register_forward_hook(
@@ -220,7 +221,7 @@ def test_moments_come_from_sparse_predecessors_and_dense_targets(kind, weighted)
         generator = torch.Generator().manual_seed(0)
         drawn = [torch.rand(batch["input_ids"].shape, generator=generator) for batch in batches]
         drawn[0][0] = 0.0
-        weights = dict.fromkeys(names[1:], drawn)  # the first has weights unlike those it shares its input with
+        weights = dict.fromkeys(names[1:], drawn)  # not the first, though it shares its input with others
     seen = 0
     for stage in stages(model, batches, weights=weights, heads=True):
         for name in stage.linears:
@@ -233,7 +234,7 @@ def test_moments_come_from_sparse_predecessors_and_dense_targets(kind, weighted)
             ):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
             seen += 1
-        with torch.no_grad():  # a caller that prunes: later stages must see it
+        with torch.no_grad():  # the caller prunes, and later stages must see it
             for module in stage.linears.values():
                 module.weight[:, ::2] = 0
     assert seen == 14
@@ -348,7 +349,7 @@ def test_activations_that_are_not_finite_name_the_linears():
 
 def test_inputs_that_never_vary_are_pruned_first_and_break_nothing():
     model = classifier()
-    with torch.no_grad():  # the third input of every intermediate layer is 0
+    with torch.no_grad():  # input 3 of every intermediate layer is 0
         for layer in model.bert.encoder.layer:
             layer.attention.output.LayerNorm.weight[3] = 0.0
             layer.attention.output.LayerNorm.bias[3] = 0.0
@@ -414,7 +415,7 @@ def test_without_any_variance_the_smallest_weights_go():
 
 def test_calibration_texts_that_are_all_the_same_are_refused():
     same = data.Examples("mr", "train", ["the one and only text of them"] * 400, None, None)
-    for few in (same, same.take(range(5))):  # which are too few to hold any out
+    for few in (same, same.take(range(5))):  # five are too few to hold any out
         with pytest.raises(InputError, match=r"texts must differ, all .* are 'the one and only text of them'"):
             draw(classifier(), tokenizer(), few, 1500, 128, 0)
 
@@ -426,7 +427,7 @@ def test_prune_checkpoint_is_reused_and_another_is_refused(tmp_path):
     assert "density" not in first.as_json() and len(first.as_json()["layers"]) == 12
     calls = []
     again = prune_checkpoint(source, "mr", tmp_path / "out", config, progress=lambda *_: calls.append(1))
-    assert not calls and again == first
+    assert not calls and again == replace(first, reused=True) and not first.reused
     sha256 = checkpoint.weights_sha256(tmp_path / "out")
     changed = config.model_copy(update={"seed": 1, "sparsity": 0.6})
     with pytest.raises(
@@ -462,7 +463,7 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(tmp_path, tier
     prune_checkpoint(
         source, "mr", tmp_path / "out", config, progress=lambda done, _total, what="": told.append((what, done))
     )
-    assert next(done for what, done in told if what == "reconstruct") == 6  # a layer at once
+    assert next(done for what, done in told if what == "reconstruct") == 6  # the whole finished layer at once
     assert ("damage", 1) not in told
     assert checkpoint.weights_sha256(tmp_path / "out") == checkpoint.weights_sha256(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
@@ -479,7 +480,7 @@ def test_unfinished_layers_of_other_settings_or_damaged_are_refused(tmp_path):
 
     with pytest.raises(Killed):
         prune_checkpoint(source, "mr", tmp_path / "out", config, progress=kill_in_the_second_layer)
-    with pytest.raises(OutputError, match=r"out\.partial is of an unfinished run with --method sparsegpt, not wanda"):
+    with pytest.raises(OutputError, match=r"out\.partial holds an unfinished run with --method sparsegpt, not wanda"):
         prune_checkpoint(source, "mr", tmp_path / "out", config.model_copy(update={"method": "wanda"}))
     layer = tmp_path / "out.partial" / "bert.encoder.layer.0.safetensors"
     content = bytearray(layer.read_bytes())

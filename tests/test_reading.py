@@ -1,5 +1,5 @@
-"""Layouts of model directories: read as stock, or refused with the cure that fits; and files that are not what they
-claim, one line each within a second.
+"""Layouts of model directories: read as stock transformers does, or refused with the right fix. Files that are not what
+they claim are refused quickly, in one line each.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def test_a_resized_vocabulary_is_read(tmp_path):
 def test_an_encoder_alone_is_told_from_a_classifier(sealed):
     assert checkpoint.has_head(sealed) and not checkpoint.has_head("minilm")
     with pytest.raises(
-        CheckpointError, match=r"is no whole classifier: lacks classifier.bias, classifier.weight; fine-tune"
+        CheckpointError, match=r"must be a complete classifier, lacks classifier.bias, classifier.weight; fine-tune"
     ):
         Engine.load("minilm")
 
@@ -218,7 +218,7 @@ def test_following_the_advice_converts_pickled_weights(tmp_path, directory, want
     (directory / WEIGHTS).unlink()
     for i, part in enumerate((names[:20], names[20:])):
         torch.save({name: tensors[name] for name in part}, directory / f"pytorch_model-0000{i}-of-00002.bin")
-    with pytest.raises(CheckpointError, match="is pickle, which is not read; convert it: ") as raised:
+    with pytest.raises(CheckpointError, match="is a pickle file, which is not read; convert it: ") as raised:
         Engine.load(directory)
     command = raised.value.fix.removeprefix("convert it: ").replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True)
@@ -228,7 +228,7 @@ def test_following_the_advice_converts_pickled_weights(tmp_path, directory, want
 def test_other_formats_and_adapters_are_named(directory):
     (directory / WEIGHTS).unlink()
     (directory / "tf_model.h5").touch()
-    with pytest.raises(CheckpointError, match=r"tf_model.h5 alone, which is not read; with transformers 4"):
+    with pytest.raises(CheckpointError, match=r"only in tf_model.h5, which is not read; with transformers 4"):
         Engine.load(directory)
     (directory / "adapter_config.json").write_text("{}")
     with pytest.raises(UnsupportedError, match=r"adapter beside config.json.*merge_and_unload"):
@@ -331,7 +331,7 @@ def test_files_that_are_not_what_they_claim_are_one_line_at_once(sealed, tmp_pat
     start = time.perf_counter()
     with pytest.raises((CheckpointError, UnsupportedError), match=Path(name).name.replace(".", r"\.")) as raised:
         Engine.load(copy)
-    assert time.perf_counter() - start < 10  # reading what never ends would take hours
+    assert time.perf_counter() - start < 10  # reading an endless file would take hours
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 1200
 
 
@@ -345,7 +345,7 @@ def test_golden_texts_that_cannot_be_are_one_line_at_once(sealed, tmp_path, text
     start = time.perf_counter()
     with pytest.raises(CheckpointError, match="golden text"):
         Engine.load(copy)
-    assert time.perf_counter() - start < 10  # reading what never ends would take hours
+    assert time.perf_counter() - start < 10  # reading an endless file would take hours
 
 
 def test_other_token_ids_than_the_sealed_ones_are_named(sealed, tmp_path):
@@ -417,7 +417,7 @@ def test_an_adapter_beside_whole_weights_is_refused(directory):
     (directory / "adapter_config.json").write_text("{}")
     (directory / "adapter_model.safetensors").write_bytes(b"")
     for load in (Engine.load, checkpoint.load):
-        with pytest.raises(UnsupportedError, match=r"holds an adapter .* beside whole weights; merge it"):
+        with pytest.raises(UnsupportedError, match=r"holds an adapter .* beside complete weights; merge it"):
             load(directory)
 
 

@@ -59,7 +59,7 @@ def test_a_stock_directory_says_that_it_is_unsealed_and_following_the_advice_sea
 @pytest.mark.filterwarnings("error")
 def test_a_sealed_directory_loads_without_a_word(directory):
     Engine.load(directory)
-    checkpoint.load("minilm", num_labels=2)  # nor an encoder that is fine-tuned
+    checkpoint.load("minilm", num_labels=2)  # an encoder to fine-tune gives no warning either
 
 
 def test_a_directory_is_sealed_once(directory):
@@ -76,9 +76,9 @@ def test_a_lost_manifest_is_refused_and_sealed_anew_where_the_weights_are_the_sa
             load(directory)
     changed = shutil.copytree(directory, tmp_path / "changed")
     flip(changed)
-    with pytest.raises(CheckpointError, match=r"weights must have the sha256 that config.json says"):
+    with pytest.raises(CheckpointError, match=r"weights must have the sha256 in config.json"):
         checkpoint.seal(changed)
-    configured(changed, sparsebert=None)  # as the message says, if it was on purpose
+    configured(changed, sparsebert=None)  # the advice of the message, if the change was on purpose
     checkpoint.seal(changed)
     checkpoint.seal(directory)
     Engine.load(directory)

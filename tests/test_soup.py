@@ -89,7 +89,7 @@ def test_padding_is_not_perturbed():
     adversarial.backward(model, batch, Targets(labels), config.TrainConfig(adversarial="last-layer"), bf16=False)
     handle.remove()
     padding = batch["attention_mask"] == 0
-    moved = seen[-2]  # the last ascent through that layer; the pass of the whole model is moved behind this hook
+    moved = seen[-2]  # the last ascent through that layer; in the pass of the whole model inputs move after this hook
     assert padding.any() and not torch.equal(seen[0], moved)
     torch.testing.assert_close(seen[0][padding], moved[padding])
 
@@ -163,7 +163,7 @@ def test_an_interrupted_soup_scores_nothing_twice(models, tmp_path, monkeypatch)
 def test_a_harmful_candidate_is_left_out(models, tmp_path):
     model, _ = checkpoint.load(models[0])
     with torch.no_grad():
-        model.get_submodule("classifier").weight.mul_(1000)  # sure of what it gets wrong
+        model.get_submodule("classifier").weight.mul_(1000)  # confident where it is wrong
     recipe = checkpoint.read_recipe(models[0])
     checkpoint.save(model, tokenizer(), tmp_path / "bad", recipe=recipe, figures={})
     result = soup([tmp_path / "bad", models[0]], "mr", tmp_path / "soup", score="perturbed")

@@ -18,7 +18,7 @@ from sparsebert.ops.sparse_matmul import Linear, pack, pack_groups, pack_tiles
 VOCABULARY, MAX_LENGTH = 50, 520
 # States are about 1 in size; two layers of sums of up to 520 float32 products.
 TOLERANCE = 2e-5
-# Around a vector and a panel of every instruction set, several batches of panels, and a length that is several panels.
+# Around a vector and a panel of every instruction set, several batches of panels, and a text of several panels.
 LENGTHS = ([1], [1, 1, 1], [5, 3], [7, 8, 9, 16, 17], [27, 1, 40, 9], [64, 65], [300, 20, 520, 7])
 SHAPES = {
     "rows": {},
@@ -89,7 +89,7 @@ def test_matches_the_reference(isa, name):
         assert np.array_equal(sparse_encoder(*inputs, packed, isa=isa), logits)
 
 
-# bf16 rounds to 2^-9 of itself, at some eight places a layer.
+# bf16 rounds by 2^-9 of a value's size, about eight times per layer.
 TILE_TOLERANCE = {"most": 0.08, "rms": 0.01}
 
 
@@ -136,7 +136,7 @@ def test_avx2_and_avx512_give_the_same_bits():
 
 
 def assert_non_finite_stays(form, isa: str) -> None:
-    """A NaN in the vector of a word reaches its sequence's logits and no other's."""
+    """A NaN in the vector of a word reaches the logits of its sequence and no others."""
     packed = encoder(form)
     words = packed.words.copy()
     words[7] = np.nan
@@ -165,7 +165,7 @@ def test_large_scores_attend_to_one_token(isa):
     inputs = sequences([33, 5])
     logits = sparse_encoder(*inputs, packed, isa=isa)
     expected, _ = sparse_encoder_ref(*inputs, packed)
-    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)  # scores of 1e5 are known to 1e-2
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-3)  # scores of 1e5 are accurate to 1e-2
 
 
 def test_no_sequences_are_no_logits():
@@ -177,7 +177,7 @@ IDS, TYPES, STARTS = sequences([4, 3])
 BAD_CALLS = {
     "ids must be 1-d int32, got int64 [7]": {"ids": IDS.astype(np.int64)},
     "types must be 1-d int32, got list": {"types": [0] * 7},
-    "types must have a type a token, got 6 for 7": {"types": TYPES[1:]},
+    "types must have one type per token, got 6 for 7": {"types": TYPES[1:]},
     "starts must rise from 0 to the 7 tokens, got [0, 4, 4, 7]": {"starts": np.array([0, 4, 4, 7])},
     "starts must rise from 0 to the 7 tokens, got [0, 4]": {"starts": np.array([0, 4])},
     "starts must rise from 0 to the 7 tokens, got []": {"starts": np.empty(0, np.int64)},

@@ -35,16 +35,16 @@ from sparsebert.ops.sparse_matmul import (
 
 # Around the widths of a vector (4, 8, 16) and of a panel (16, 32, 64), and several panels with a remainder.
 TOKENS = (0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 127, 257)
-# [n_out, n_in]: one, odd, prime, an exact tile, a tile of 64 rows with one over, more than one packing part, a layer.
+# [n_out, n_in]: one, odd, prime, an exact tile, a block of 64 rows and one more row, several packing parts, a layer.
 SHAPES = ((1, 1), (3, 5), (17, 31), (16, 16), (64, 128), (65, 129), (384, 384))
 LAYERS = [(linear.n_out, linear.n_in, linear.gelu) for linear in LINEARS]
 FORMS = (pack, pack_groups)
 
 # Absolute, for x and W that give y of about 1. eps is float32's 2^-24 of relative rounding.
 TOLERANCE = {
-    # n terms of about n^-1/2 in one float32 sum: sqrt(n) roundings of at most eps * |partial sum|, below 5; 3072 terms.
+    # n <= 3072 terms of about n^-1/2 in one float32 sum: sqrt(n) roundings of at most eps * |partial sum|, below 5.
     "matmul": 2e-5,
-    # The polynomials are good to 8e-8 where the result is below 1; above, rounding of the result adds eps * |y|.
+    # The polynomials are good to 8e-8 if the result is below 1; above, rounding of the result adds eps * |y|.
     "gelu": 2.5e-7,
     "rough gelu": 2.1e-4,
 }
@@ -56,7 +56,7 @@ def check(y: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE["mat
 
 
 def in_groups(weight: np.ndarray, rows: int) -> np.ndarray:
-    """The weight with every `rows` consecutive rows having the support of their first."""
+    """The weight, with the support of the first of every `rows` consecutive rows in all of them."""
     kept = weight[np.arange(len(weight)) // rows * rows] != 0
     filled = np.where(weight == 0, np.float32(weight.shape[1] ** -0.5), weight)
     return np.where(kept, filled, np.float32(0))
@@ -105,8 +105,8 @@ def test_rows_of_equal_support_share_a_group_wherever_they_lie():
     np.testing.assert_array_equal(unpack(weight), dense)
 
 
-# Sparsity and how many consecutive rows share their support: dense, in groups, one tile alone, and rows of their own,
-# many of whose tiles are stored as bits.
+# (sparsity, consecutive rows that share their support): dense, in groups, one tile alone, and separate rows, many of
+# whose tiles are stored as bits.
 TILINGS = ((0.0, 1), (0.6, 32), (0.8, 12), (0.6, 1), (0.95, 1))
 
 
@@ -120,7 +120,7 @@ def test_tiles_match_the_reference_at_every_remainder(tile_isa, tokens, sparsity
             linear = Linear(weight, b, activation)
             y, expected = sparse_matmul(x, linear, isa=tile_isa), sparse_matmul_ref(x, linear)
             assert y.dtype == np.float32 and y.shape == expected.shape
-            # Sums in float32, and one rounding of half a place of bf16's 8 bits.
+            # Sums are float32; the result is rounded once, by at most half a unit in the last of bf16's 8 bits.
             exact = TOLERANCE["rough gelu"] if activation == "gelu" else TOLERANCE["matmul"]
             assert (np.abs(y - expected) <= exact + np.abs(expected) * 2.0**-8).all()
 
@@ -130,7 +130,7 @@ def test_tiles_are_exact_where_bf16_is(tile_isa):
     dense = (rng.integers(-2, 3, (70, 100)) * (rng.random((70, 100)) < 0.2)).astype(np.float32)
     x = rng.integers(-2, 3, (77, 100)).astype(np.float32)
     expected = x @ dense.T
-    assert np.abs(expected).max() <= 256  # integers that bf16 holds
+    assert np.abs(expected).max() <= 256  # integers that bf16 holds exactly
     for threads in (1, 2, 7):
         linear = Linear(pack_tiles(dense))
         assert np.array_equal(sparse_matmul(x, linear, isa=tile_isa, threads=threads), expected)
@@ -138,7 +138,7 @@ def test_tiles_are_exact_where_bf16_is(tile_isa):
 
 def test_tiles_of_empty_rows_give_the_bias(tile_isa):
     dense = random_weight(90, 70, 0.0)
-    dense[:20] = 0.0  # their list is empty, and begins where the others' does
+    dense[:20] = 0.0  # their list is empty, and begins at the same place as the others'
     linear = Linear(pack_tiles(dense), random_input(1, 90)[0])
     x = random_input(40, 70)
     y, expected = sparse_matmul(x, linear, isa=tile_isa, threads=1), sparse_matmul_ref(x, linear)
@@ -376,10 +376,10 @@ BAD_CALLS = {
     "linear must be a Linear, got PackedRows": lambda: sparse_matmul(X, W),
     "weight must be packed, got float32 [4, 6]": lambda: Linear(np.ones((4, 6), np.float32)),
     "activation must be one of none, gelu, relu, tanh, got 'swish'": lambda: Linear(W, None, "swish"),
-    "rows must name each of 4 rows once": lambda: replace(G, rows=np.where(G.rows == 3, np.int32(2), G.rows)),
+    "rows must list each of 4 rows once": lambda: replace(G, rows=np.where(G.rows == 3, np.int32(2), G.rows)),
     "cols must stay below n_in = 5": lambda: replace(G, n_in=5),
     "values must be finite, got 48 of 48": lambda: replace(G, values=np.full_like(G.values, np.nan)),
-    "rows must name each of 40 rows once": lambda: replace(T, rows=np.where(T.rows == 3, np.int32(2), T.rows)),
+    "rows must list each of 40 rows once": lambda: replace(T, rows=np.where(T.rows == 3, np.int32(2), T.rows)),
     "cols must stay below n_in = 69": lambda: replace(T, n_in=69),
     "weight in bf16 must be finite, got 1 of 2": lambda: pack_tiles(np.float32([[1, 3.4e38]])),
     "bias must be [n_out = 4], got [5]": lambda: Linear(W, np.ones(5, np.float32)),
@@ -390,7 +390,7 @@ BAD_CALLS = {
     "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [1, 65537]": lambda: pack(np.ones((1, 65537), np.float32)),
     "weight must be [n_out >= 1, 1 <= n_in <= 65536], got [0, 3]": lambda: pack(np.ones((0, 3), np.float32)),
     "weight must be finite, got 1 of 2": lambda: pack(np.float32([[1, np.nan]])),
-    "rows must name each of 4 rows once a slab": lambda: replace(W, rows=np.where(W.rows == 3, np.int32(2), W.rows)),
+    "rows must list each of 4 rows once per slab": lambda: replace(W, rows=np.where(W.rows == 3, np.int32(2), W.rows)),
     "rows must have 4 entries, got 8": lambda: replace(W, rows=np.tile(W.rows, (1, 2, 1))),
     "cols must have 20 entries, got 24": lambda: replace(W, counts=W.counts - np.uint8(1)),
     "cols must stay below n_in = 6": lambda: replace(W, cols=W.cols + np.uint8(1)),
@@ -448,7 +448,7 @@ def test_a_read_only_view_of_what_may_change_is_copied():
     view.setflags(write=False)
     packed = replace(W, rows=view)
     assert not np.shares_memory(packed.rows, rows) and not packed.rows.flags.writeable
-    assert np.shares_memory(replace(W).rows, W.rows)  # what nobody can write to stays where it is
+    assert np.shares_memory(replace(W).rows, W.rows)  # a read-only array is not copied
 
 
 def test_the_binding_refuses_columns_that_are_not_there():
@@ -474,7 +474,7 @@ def test_a_caller_that_flushes_denormals_gets_the_same_bits_on_any_number_of_thr
     try:
         assert np.array_equal(sparse_matmul(x, linear, threads=1, isa=isa), want)
         assert np.array_equal(sparse_matmul(x, linear, threads=2, isa=isa), want)
-        assert not (torch.tensor([1e-39]) * 0.5).any()  # the caller's own arithmetic is as it was
+        assert not (torch.tensor([1e-39]) * 0.5).any()  # the caller's own arithmetic is unchanged
     finally:
         torch.set_flush_denormal(False)
     assert want.any()

@@ -53,7 +53,7 @@ def written(folder, start, **changes):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Evaluations of few examples."""
+    """Evaluates on only a few examples."""
     original = srnets.evaluate
     monkeypatch.setattr(srnets, "evaluate", lambda *args, **kwargs: original(*args, n=24, **kwargs))
 
@@ -102,7 +102,7 @@ def test_a_mask_that_names_no_gradual_sparsity_is_fixed_for_any_pattern(tmp_path
 
 
 def test_another_model_has_weights_of_its_own(tmp_path, start, quick):
-    """`model:` is no part of a cell; its weights were once taken for those of the model before."""
+    """`model:` is not part of a cell; once a grid with another model took over the weights of the model before."""
     cells = [{"task": "mr", "paradigm": "finetuned", "method": "imp", "sparsity": 0.5}]
 
     def weights(folder):

@@ -108,7 +108,7 @@ def test_f1_of_a_class_that_is_all_or_nothing(same):
 
 
 def test_weighted_f1_takes_more_than_two_classes():
-    # Of class 0 both right, of 1 one of two, of 2 the one right and one of class 1 taken for it.
+    # Class 0: both are right. Class 1: one of two. Class 2: the one is right, and one of class 1 is taken for it.
     figures = statistics.f1_figures(np.array([0, 0, 1, 2, 2]), np.array([0, 0, 1, 1, 2]))
     assert figures["f1"] == pytest.approx(2 / 3)
     assert figures["f1_weighted"] == pytest.approx(2 / 5 * 1 + 2 / 5 * 2 / 3 + 1 / 5 * 2 / 3)
@@ -120,7 +120,7 @@ def test_seeds_are_compared_in_pairs():
     t = 0.08 / 3 / error
     assert found.difference == pytest.approx(0.08 / 3)
     assert found.difference_ci == pytest.approx((0.08 / 3 - 4.302653 * error, 0.08 / 3 + 4.302653 * error), rel=1e-6)
-    assert found.t_p == pytest.approx(1 - t / np.sqrt(2 + t * t))  # of two degrees of freedom, in closed form
+    assert found.t_p == pytest.approx(1 - t / np.sqrt(2 + t * t))  # closed form for two degrees of freedom
     assert found.sign_flip_p == 2 / 8
 
 
@@ -129,7 +129,7 @@ def test_seeds_are_compared_in_pairs():
     [([3, 1, -2], 6 / 8), ([1, 1], 2 / 4), ([1, -1], 1.0), ([0, 0], 1.0), ([0.1, 0.2, 0.3, -0.1], 6 / 16)],
 )
 def test_sign_flips_count_those_as_far_from_zero(differences, p):
-    # ±.1 ± .2 ± .3 ± .1: .5 or more are .7, twice .5, and their mirror images.
+    # ±.1 ± .2 ± .3 ± .1 is .5 or more in 3 of 16 cases: once .7, twice .5; and -.5 or less in 3.
     found = statistics.paired_over_seeds(differences, np.zeros(len(differences)))
     assert found.sign_flip_p == p
 

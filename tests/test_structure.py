@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from sparsebert import environment
 
-# Higher imports lower, never the other way; equal ranks may not import each other. Leaves import only leaves.
+# A higher rank imports lower ones, never the reverse; equal ranks may not import each other. Leaves import only leaves.
 RANKS = {
     "cli": 10, "study": 9, "serving": 8, "pruning": 8, "training": 7, "robustness": 6, "engine": 5, "encoders": 4,
     "checkpoint": 3, "data": 2, "jobs": 2, "machine": 2, "ops": 1, "kernels": 0, "_C": 0,
@@ -29,7 +29,7 @@ def area(path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The parts of the package that a file imports, at any depth of it."""
+    """The parts of the package that a file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -49,7 +49,7 @@ def imported(path: Path) -> set[str]:
 def test_imports_point_down(path: Path):
     here = area(path)
     if here in {"__init__", "__main__"}:
-        return  # the package's face: resolves its public names on first use
+        return  # the public interface: resolves its names on first use
     for other in imported(path) - {here}:
         if other in LEAVES:
             continue
@@ -123,7 +123,7 @@ def test_environment_variables_are_read_in_one_file():
 
 
 def tree_of(page: str) -> dict[Path, bool]:
-    """What the tree of docs/architecture.md names, at any depth -> whether that begins an entry of the package."""
+    """Each path in the tree of docs/architecture.md -> whether it begins an entry of the package."""
     found: dict[Path, bool] = {}
     folder = ROOT
     for line in re.search(r"## Where things are\n\n```text\n(.*?)```", page, re.S)[1].splitlines():

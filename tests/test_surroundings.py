@@ -1,4 +1,4 @@
-"""The process an engine runs in: its user and folders; forks, signals, threads and its end; its share of the CPUs."""
+"""The process that an engine runs in: its user, folders, forks, signals, threads, end, and share of the CPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import math
 import multiprocessing
 import os
-import pickle  # the tests' own: what `multiprocessing` does to an argument
+import pickle  # only tests use it, as `multiprocessing` pickles arguments
 import shutil
 import signal
 import subprocess
@@ -45,7 +45,7 @@ def loaded(directory):
 
 
 def homeless(monkeypatch) -> None:
-    """No HOME, and a user id that has no name: what OpenShift and `docker run -u 12345` give."""
+    """No HOME, and a user id without a name, as on OpenShift and with `docker run -u 12345`."""
     for name in ("HOME", "XDG_CACHE_HOME", "SPARSEBERT_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
@@ -61,7 +61,9 @@ def test_without_a_home_the_engine_warns_and_works(directory, loaded, monkeypatc
     said = capsys.readouterr()
     assert '"folder": null' in said.out and said.err.startswith("warning: ") and "there is no HOME" in said.err
     assert cli.main(["doctor", "--tune"]) == 2
-    assert capsys.readouterr().err == "error: there is no home to keep the costs in; set SPARSEBERT_CACHE to a folder\n"
+    assert (
+        capsys.readouterr().err == "error: there is no home directory for the costs; set SPARSEBERT_CACHE to a folder\n"
+    )
     with pytest.raises(OutputError, match="no home"):
         from sparsebert.engine.costs import measure
 
@@ -95,7 +97,7 @@ def test_an_unknown_user_gets_a_warning_and_an_answer(directory):
         command = [sys.executable, "-c", AS_NOBODY, str(model)]
         return subprocess.run(command, env=plain | environment, capture_output=True, text=True)
 
-    with tempfile.TemporaryDirectory() as name:  # not pytest's folder, which it closes to others
+    with tempfile.TemporaryDirectory() as name:  # others may not read pytest's folder
         model, cache = shutil.copytree(directory, f"{name}/m"), f"{name}/cache"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("SPARSEBERT_CACHE", cache)
@@ -104,7 +106,7 @@ def test_an_unknown_user_gets_a_warning_and_an_answer(directory):
             path.chmod(0o755 if path.is_dir() else 0o644)
         done = run()
         assert done.stdout == "(1, 2)\n" and done.stderr.count("set SPARSEBERT_CACHE") == 1, done.stderr
-        done = run(SPARSEBERT_CACHE=cache)  # one that root made, for reading, is used in silence
+        done = run(SPARSEBERT_CACHE=cache)  # a readable one made by root is used without a warning
         assert done.stdout == "(1, 2)\n" and done.stderr == ""
 
 
@@ -130,7 +132,7 @@ def test_children_forked_while_other_threads_are_inside_answer(loaded):
         while not stop.is_set():
             loaded.logits(texts, truncate=True, max_length=length)
 
-    # One that is mostly in the tokenizer, one that is mostly in the core.
+    # One thread is mostly in the tokenizer, the other mostly in the core.
     threads = [threading.Thread(target=busy, args=args) for args in ((LONG, 16), (["a gripping film"] * 64, 512))]
     for thread in threads:
         thread.start()
@@ -197,7 +199,7 @@ def test_a_pickled_engine_is_its_directory_and_settings(directory, loaded):
 
 
 def test_an_engine_travels_to_a_worker_process(loaded, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # the directory is absolute
+    monkeypatch.chdir(tmp_path)  # the engine's path is absolute
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert np.array_equal(pool.submit(loaded.logits, ["a text"]).result(120), loaded.logits(["a text"]))
 
@@ -299,7 +301,7 @@ def test_threads_are_as_many_as_affinity_and_control_groups_allow(monkeypatch):
 
 def test_torchs_threads_sleep_when_they_wait_unless_the_user_says_otherwise(monkeypatch):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, "")  # for what is set below to be undone
+        monkeypatch.setenv(name, "")  # so that the values set below are undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     environment.calm_openmp(math.inf)

@@ -1,4 +1,4 @@
-"""Every committed table says what made it, and `make tables` lists it."""
+"""Every committed table says how it was made, and `make tables` lists it."""
 
 from __future__ import annotations
 

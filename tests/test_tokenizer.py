@@ -1,7 +1,8 @@
-"""`TextEncoder` gives the ids and token types of stock transformers, or refuses by name."""
+"""`TextEncoder` gives the ids and token types of stock transformers, or refuses and names the setting."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
@@ -33,7 +34,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    """A stock directory of each kind; kept whole, and copied with other settings by `variant`."""
+    """A stock directory of each kind. No test changes it; `variant` copies it with other settings."""
     root = tmp_path_factory.mktemp("tokenizers")
     return {kind: models.stock(models.saved(root / kind, kind=kind, num_hidden_layers=1)) for kind in KINDS}
 
@@ -149,7 +150,7 @@ HONOURED = {
 @pytest.mark.parametrize("name", HONOURED)
 def test_settings_are_honoured_as_transformers_does(directories, tmp_path, name):
     kind, changes = HONOURED[name]
-    if "special" in name:  # more rows for what is new
+    if "special" in name:  # more embedding rows for new tokens
         directories = {
             kind: models.stock(models.saved(tmp_path / "m", kind=kind, vocab_size=30530, num_hidden_layers=1))
         }
@@ -170,7 +171,7 @@ SPACE_RULES = (
 
 
 def with_rules(*rules):
-    """tokenizer.json with a normalizer of what converted models of sentencepiece have, and of `rules`."""
+    """Gives tokenizer.json the normalizer of converted sentencepiece models, followed by `rules`."""
     return lambda document: document | {"normalizer": {"type": "Sequence", "normalizers": [*SPACE_RULES, *rules]}}
 
 
@@ -301,7 +302,7 @@ CACHE: dict = {}
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_long_texts_are_read_in_pieces_to_the_same_ids(directories, tmp_path, monkeypatch, kind, side):
-    monkeypatch.setattr(encoding, "PIECE", 300)  # transformers needs memory for the square of a long pair
+    monkeypatch.setattr(encoding, "PIECE", 300)  # transformers' memory grows as the square of a long pair
     monkeypatch.setattr(encoding, "LONG", 0)
     made = variant(directories[kind], tmp_path, {"truncation_side": side})
     rng = random.Random(0)
@@ -357,7 +358,7 @@ def test_ten_megabytes_are_cut_or_refused_quickly(directories, kind, name):
             encoder.encode([text], max_length=512, numbers=[7])
     else:
         assert ids[0] == short
-    assert time.process_time() - start < 10  # the whole of some would take minutes, and memory for its square
+    assert time.process_time() - start < 10  # some would take minutes as a whole, and memory for their square
 
 
 def test_a_text_too_long_is_refused_with_its_length(directories):
@@ -375,7 +376,7 @@ def test_the_longer_part_is_cut_first():
 
 
 def test_the_default_length_is_the_models_or_what_the_tokenizer_says(directories, tmp_path):
-    assert checkpoint.read(directories["roberta"]).tokenizer.max_length == 512  # of 514 positions, from 2 on
+    assert checkpoint.read(directories["roberta"]).tokenizer.max_length == 512  # of 514 positions two are unused
     for said, want in ((20, 20), (1e30, 512), (4096, 512)):
         made = variant(directories["bert"], tmp_path, {"model_max_length": said})
         assert checkpoint.read(made).tokenizer.max_length == want
@@ -451,3 +452,12 @@ def test_special_tokens_that_are_none_are_named(directories, tmp_path, kind, con
         made = variant(directories[kind], tmp_path, config)
     with pytest.raises(CheckpointError, match=says):
         _ = checkpoint.read(made).tokenizer
+
+
+def test_a_word_too_long_for_a_tokenizer_of_long_words_stays_unknown():
+    stock = copy.deepcopy(models.tokenizer())
+    stock.backend_tokenizer.model.max_input_chars_per_word = 1000
+    for length in (999, 1000, 1001, 5000):
+        word = "a" * length
+        got = checkpoint.piecewise(stock).encode([word], max_length=600, truncate=True)[0]
+        assert got == [stock(word, truncation=True, max_length=600)["input_ids"]]

@@ -13,8 +13,8 @@ from sparsebert import patterns
 from sparsebert.errors import InputError
 from sparsebert.ops.topk_mask import pattern_mask, topk_mask, topk_mask_ref, topk_threshold
 
-# Ranked rows (up to 64), with a part of a vector of groups; rows on their own; vectors of one chunk (16,384), one more,
-# and several with a remainder.
+# Rows of up to 64, which are ranked, with a partial vector of groups; single rows; vectors of one chunk (16,384), one
+# more, and several with a remainder.
 SHAPES = ((1,), (3,), (64,), (65,), (97, 4), (50, 8), (7, 33), (5, 64), (4, 65), (9, 384), (3, 5000), (2, 3, 70),
           (16,), (33, 16), (7, 8), (16384,), (16385,), (100_003,), (2, 40_000))  # fmt: skip
 
@@ -55,7 +55,7 @@ def test_a_threshold_may_be_infinite_and_needs_a_score():
 
 @pytest.mark.parametrize("sampled", [-1.0, 0.5, 2.0])
 def test_a_sample_that_misleads_costs_time_only(isa, sampled):
-    n, size = 100_003, 8192  # the places that a long vector's threshold is first guessed from
+    n, size = 100_003, 8192  # the sample from which a long vector's threshold is first guessed
     places = torch.arange(size) * (n // size) + ((torch.arange(size) * 2654435761) % 2**32 // 256) % (n // size)
     x = torch.rand(n, generator=torch.Generator().manual_seed(0))
     x[places] = sampled
@@ -113,7 +113,7 @@ def test_bad_input_is_named(message):
 
 
 def best(values: np.ndarray, k: int) -> np.ndarray:
-    """The definition, one vector: the k highest, lower index first."""
+    """The definition for one vector: the k highest, lower index first."""
     keep = np.zeros(len(values), bool)
     keep[sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]] = True
     return keep
@@ -152,7 +152,7 @@ def test_grouped_keeps_the_columns_of_highest_sums(x, sparsity):
     assert chunked.sum() == kept // 3 * 3 and (chunked.sum(1) % 3 == 0).all()
     for row, total in zip(chunked, sums, strict=True):
         np.testing.assert_array_equal(row, best(total, int(row.sum())))
-    # No exchange of a last chunk kept for a first one left would be better.
+    # Exchanging the last kept chunk of a group for the first removed one of another would not be better.
     chunks = np.sort(sums, 1)[:, ::-1].reshape(2, 4, 3).sum(2)
     counts = chunked.sum(1) // 3
     lasts = [chunks[g, c - 1] for g, c in enumerate(counts) if c]

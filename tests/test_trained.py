@@ -19,7 +19,7 @@ from sparsebert.pruning.trained.method import Floats, RisingConfig, Trained, Tra
 from sparsebert.study.grid import Cell
 from sparsebert.training.loop import Hook
 
-# The flags of each method, written out once more: a field that is lost, or taken by another method, shows.
+# The flags of each method, repeated here so that a field that is lost, or taken by another method, is noticed.
 FLAGS = {
     "mask": {"gradual", "update_every", "settle", "rewind", "init"},
     "imp": set(),
@@ -44,8 +44,8 @@ def test_a_method_has_the_flags_of_its_class_and_refuses_those_of_others(name):
 
 def test_a_flag_of_several_methods_is_one_and_says_whose_it_is():
     said = {name: field.description for name, field in SubnetConfig.model_fields.items()}
-    assert said["gradual"].startswith("mask, soft-movement: sparsity to begin with")
-    assert said["rewind"].startswith("mask: afterwards put") and "; imp-rw: to what it rewinds" in said["rewind"]
+    assert said["gradual"].startswith("mask, soft-movement: sparsity at the start")
+    assert said["rewind"].startswith("mask: put the zeros") and "; imp-rw: to what it rewinds" in said["rewind"]
     assert SubnetConfig(gradual=0.2).gradual == 0.2
     with pytest.raises(ValueError, match="less than 1"):
         SubnetConfig(gradual=1.0)
@@ -58,7 +58,7 @@ def test_two_methods_may_not_have_a_flag_of_different_defaults():
         settle: float = Field(0.5, description="another default")
 
     other = Trained("other", Other, lambda start: Hook(), lambda scores, parameters: Floats(0, 0))
-    with pytest.raises(TypeError, match="settle of other must be of the type and default"):
+    with pytest.raises(TypeError, match="settle of other must have the type and default"):
         flat([METHODS["mask"], other])
 
 
@@ -67,7 +67,7 @@ class ChanceConfig(TrainedConfig):
 
 
 def chance(start):
-    """All that a new method is: zeros at random, held while the rest trains."""
+    """A complete new method: random zeros, held while the rest trains."""
 
     class Chance(Hook):
         def __init__(self):

@@ -70,10 +70,10 @@ def test_a_snapshot_of_other_settings_is_refused_with_the_difference(start, tmp_
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)
     changed = SETTINGS.model_copy(update={"lr": 2e-3})
-    with pytest.raises(OutputError, match=r"m\.partial is of an unfinished run with --lr 0\.001, not 0\.002; .*--over"):
+    with pytest.raises(OutputError, match=r"m\.partial holds an unfinished run with --lr 0\.001, not 0\.002; .*--over"):
         train(start, "mr", tmp_path / "m", changed)
     with pytest.raises(Killed):
-        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)  # goes on from step 4
+        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)  # resumes from step 4
     assert train(start, "mr", tmp_path / "m", changed, overwrite=True).resumed_from == 0
 
 
@@ -204,7 +204,7 @@ def test_confidence_regularisation_trains_its_teacher_first(start, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"loss": "poe"}, "task 'mr' has none of its own"),
+        ({"loss": "poe"}, "task 'mr' has no default one"),
         ({"loss": "ce", "bias": "weak"}, "loss ce uses no bias model"),
         ({"loss": "poe", "bias": "weak", "teacher": "x"}, "loss poe uses no teacher"),
         ({"select": "best"}, "hold_out 0"),
@@ -227,7 +227,7 @@ def test_a_teacher_of_other_labels_is_refused(start, tmp_path):
 
 
 def test_the_best_weights_are_those_of_the_best_check(start, tmp_path, monkeypatch):
-    """Of a run whose held-out accuracy falls from the second check on, the weights of the second are kept."""
+    """If held-out accuracy falls after the second check, the weights of the second check are kept."""
     accuracies = iter([0.5, 0.8, *[0.6] * 98])
     kept_at = []
 
@@ -283,7 +283,7 @@ def test_an_origin_that_moved_or_changed_is_refused(chain, tmp_path):
 
 def test_an_origin_noted_relative_to_an_unknown_place_is_refused(chain):
     recipe = chain / "again" / "sparsebert" / "recipe.yaml"
-    recipe.write_text("command: train\nmodel: tuned\n")  # as a version before wrote it
+    recipe.write_text("command: train\nmodel: tuned\n")  # as an earlier version wrote it
     with pytest.raises(CheckpointError, match=r"was made from 'tuned', and does not say where that is"):
         origin(chain / "again")
 

@@ -1,5 +1,5 @@
-"""How Triton's kernels are tested without a GPU: in processes of their own, as Triton reads TRITON_INTERPRET when it is
-first imported.
+"""Tests Triton's kernels without a GPU, in separate processes, as Triton reads TRITON_INTERPRET when it is first
+imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from conftest import require
 
 
 def run_here(script: str, job: str, *args: object, **environment: str) -> None:
-    """Runs `script` with a job's name and arguments, and asks that it ends well."""
+    """Runs `script` with a job's name and arguments. Fails unless it exits with 0."""
     if importlib.util.find_spec("triton") is None:
         require("triton", "triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
@@ -23,8 +23,8 @@ def run_here(script: str, job: str, *args: object, **environment: str) -> None:
 
 
 def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict, binary: Path) -> dict[str, int]:
-    """What a kernel takes of a GPU of compute capability 9.0: registers, stack, shared memory. types: of the arguments
-    that are no constants. binary: where the compiled kernel may be written.
+    """Resources that a kernel uses on a GPU of compute capability 9.0: registers, stack, shared memory. types: of the
+    arguments that are not constants. binary: the file that the compiled kernel is written to.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -2,9 +2,8 @@
 
 A directory is a stock `transformers` one (dense safetensors with explicit zeros, so
 `AutoModelForSequenceClassification` loads it unchanged) plus `sparsebert/manifest.json` (sha256, shape and non-zeros of
-every tensor, sha256 of the other files, golden inputs with their token ids and logits) and `sparsebert/recipe.yaml`
-(the arguments that made it). `read` opens one, for all that reads one. Importing this package needs neither torch nor
-transformers.
+every tensor, sha256 of the other files, golden texts with their token ids and logits) and `sparsebert/recipe.yaml` (the
+arguments that made it). `read` opens a directory. Importing this package needs neither torch nor transformers.
 """
 
 from sparsebert.checkpoint.classifier import golden_logits, load, load_tokenizer, require_model, shapes

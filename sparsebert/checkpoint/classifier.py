@@ -1,4 +1,4 @@
-"""A model directory as a stock `transformers` classifier in float32, made of the tensors that the engine reads."""
+"""Loads a model directory as a stock `transformers` classifier in float32, from the tensors that the engine reads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sparsebert.checkpoint.manifest import golden_entry, golden_texts
 from sparsebert.checkpoint.reading import Files, read, require_ids
 from sparsebert.errors import CheckpointError, InputError, first_line
 
-# What transformers was seen to raise for a config.json with wrong contents.
+# Errors that transformers has been observed to raise for a config.json with wrong contents.
 FAULTS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError)
 
 
 def shapes(directory: str | Path):
-    """The classifier that a model directory's config.json describes, without weights: its tensors have shapes only."""
+    """The classifier that a model directory's config.json describes, without weights: its tensors have only shapes."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -35,10 +35,11 @@ def shapes(directory: str | Path):
 
 
 def load(directory: str | Path, *, num_labels: int | None = None):
-    """The classifier and tokenizer of a model directory, verified: (model in eval mode, float32; tokenizer).
+    """Loads and verifies a model directory. Returns (model in eval mode and float32, tokenizer).
 
-    num_labels: None requires a whole classifier. A number is how many labels a fresh head may get where the directory
-    holds an encoder alone (or a head of another size); every tensor of the encoder must be present all the same.
+    num_labels: None requires a complete classifier. A number also accepts an encoder without a head, or with a head of
+    another size; the model then gets a new head with this number of labels. Every tensor of the encoder must be present
+    in both cases.
     """
     files = read(directory, head=num_labels is None)
     model, tokenizer = build(files, num_labels)
@@ -49,18 +50,18 @@ def load(directory: str | Path, *, num_labels: int | None = None):
 
 
 def load_tokenizer(directory: str | Path):
-    """The tokenizer of a model directory alone, seen to give the token ids that the engine gives."""
+    """The tokenizer of a model directory, after a check that it gives the same token ids as the engine."""
     return _tokenizer(read(directory, head=False))
 
 
 def build(files: Files, num_labels: int | None = None):
-    """The same of a directory that was read, its golden logits left alone."""
+    """`load` for a directory that is already open, without the checks of golden logits and of changed files."""
     tokenizer = _tokenizer(files)
     return _model(files, num_labels), tokenizer
 
 
 def logits_function(files: Files, model) -> Callable[[list[list[int]], list[list[int]]], np.ndarray]:
-    """Logits of token ids and token types, as `Files.verify_golden` asks for them."""
+    """The function (token ids, token types) -> logits that `Files.verify_golden` needs."""
     return lambda ids, types: logits_of(model, ids, types if files.facts.types else None)
 
 
@@ -72,7 +73,7 @@ def _config(files: Files):
         "dtype",
         "torch_dtype",
         "chunk_size_feed_forward",
-    )  # the last saves memory, and refuses lengths
+    )  # chunk_size_feed_forward only saves memory, and fails for some text lengths
     config = {name: value for name, value in files.config.items() if name not in left}
     return AutoConfig.for_model(files.config["model_type"]).from_dict(config | {"return_dict": True})
 
@@ -105,8 +106,8 @@ def _model(files: Files, num_labels: int | None):
     )
     if odd:
         raise CheckpointError(
-            f"{files.directory}: transformers must place every tensor as the engine does, not {odd[0]}",
-            fix="install a version of transformers that this package names",
+            f"{files.directory}: transformers must load the tensors that the engine reads, differs in {odd[0]}",
+            fix="install a version of transformers that this package supports",
         )
     return model.eval()
 
@@ -118,7 +119,7 @@ def _head_shapes(files: Files, labels: int) -> dict[str, tuple[int, ...]]:
 
 
 def _tokenizer(files: Files):
-    """The tokenizer of transformers, after it was seen to give the ids that `Files.tokenizer` gives."""
+    """The transformers tokenizer, after a check that it gives the same ids as `Files.tokenizer`."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
@@ -130,7 +131,7 @@ def _tokenizer(files: Files):
         raise CheckpointError(
             f"{files.directory} must have a tokenizer that transformers loads: {first_line(error)}", fix=REBUILD
         ) from error
-    tokenizer.padding_side = "right"  # padding on the left would move BERT's positions
+    tokenizer.padding_side = "right"  # padding on the left would shift BERT's positions
     texts = golden_texts(files.facts.max_length)
     for limit in (files.facts.max_length, min(16, files.facts.max_length)):
         ids, types = ours.encode(texts, max_length=limit, truncate=True)
@@ -152,7 +153,7 @@ def _encoded(tokenizer, text: Text, limit: int) -> dict[str, list[int]]:
 
 
 def golden_logits(model, tokenizer, texts: Sequence[Text]) -> tuple[list[list[int]], np.ndarray]:
-    """(token ids of the texts, their float32 logits [n, labels]), each text alone, so that no padding can enter."""
+    """(token ids, float32 logits [n, labels]) of the texts. Each text is run alone, so padding has no effect."""
     limit = architectures.max_length(model.config)
     rows = [_encoded(tokenizer, text, limit) for text in texts]
     ids = [row["input_ids"] for row in rows]
@@ -161,7 +162,7 @@ def golden_logits(model, tokenizer, texts: Sequence[Text]) -> tuple[list[list[in
 
 
 def golden(files: Files, model, tokenizer) -> dict:
-    """The manifest's entry of golden texts, after the engine's tokenizer was seen to give the same ids."""
+    """The manifest's entry for the golden texts, after a check that the engine's tokenizer gives the same ids."""
     texts = golden_texts(files.facts.max_length)
     ids, logits = golden_logits(model, tokenizer, texts)
     ours, _ = files.tokenizer.encode(texts, max_length=files.facts.max_length, truncate=True)
@@ -170,7 +171,7 @@ def golden(files: Files, model, tokenizer) -> dict:
 
 
 def logits_of(model, ids: list[list[int]], types: list[list[int]] | None) -> np.ndarray:
-    """float32 logits [texts, labels] of token ids, each text alone."""
+    """float32 logits [texts, labels] of token ids. Each text is run alone."""
     import torch
 
     found = []
@@ -182,7 +183,7 @@ def logits_of(model, ids: list[list[int]], types: list[list[int]] | None) -> np.
 
 
 def require_model(model) -> None:
-    """InputError for what is no stock classifier: a path, a wrapped or compiled module, an adapter."""
+    """Raises InputError for anything but a stock classifier: a path, a wrapped or compiled module, an adapter."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
@@ -201,7 +202,9 @@ def require_model(model) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Its load report and progress bar say nothing that is not checked here; both are put back as they were."""
+    """Silences the load report and progress bar of transformers, and restores both at the end. This module checks
+    everything that they would report.
+    """
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

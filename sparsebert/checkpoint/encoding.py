@@ -1,4 +1,4 @@
-"""Texts and pairs to token ids and token types, whole or cut, without any state that calls share."""
+"""Converts texts and pairs to token ids and token types, whole or cut. Calls share no state."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from tokenizers import Encoding, Tokenizer
 from sparsebert.checkpoint.files import REBUILD
 from sparsebert.errors import InputError, UnsupportedError
 
-LONG = 16  # characters a token: a text of more is read piece by piece, until enough of it is known
-PIECE = 8192  # characters of such a piece
+LONG = 16  # characters per token: a longer text is read piece by piece, until it has enough tokens
+PIECE = 8192  # min characters per piece
 
 Text = str | tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """How long texts may be read piece by piece. between: where a text may be cut in two whose tokens, one behind the
-    other, are those of the whole. word_pieces: spaces are nothing, and a word of over 100 letters is one unknown token.
+    """How long texts may be read piece by piece.
+
+    between: where a text may be cut in two so that the tokens of the two parts, joined, are those of the whole text.
+    word_pieces: True if spaces give no tokens, and a word longer than a limit (100 letters by default) is one unknown
+        token.
     """
 
     between: re.Pattern
     word_pieces: bool
 
     def shortened(self, text: str) -> str:
-        """The text with its longest words and spaces shorter, to the same tokens."""
+        """The text with very long words and runs of spaces shortened; its tokens stay the same."""
         if not self.word_pieces:
             return text
         text = _LONG_WORD.sub(lambda found: found[0][:500] + found[0][-500:], text)
@@ -40,10 +43,11 @@ _LONG_SPACE = re.compile("[ \\t\\r\\n]{1001,}")
 
 class TextEncoder:
     """Token ids and token types of texts and pairs. It keeps no state between calls and takes no lock: threads, signal
-    handlers and forked children may call it at once.
+    handlers and forked children may call it at the same time.
 
-    max_length: tokens that a text is cut to where nothing else is said: the model's positions, or model_max_length of
-    tokenizer_config.json where that is less. vocabulary: ids are below it.
+    max_length: default max tokens per text: the model's positions, or model_max_length of tokenizer_config.json if that
+        is less.
+    vocabulary: all ids are below it.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, types: bool, left: bool, max_length: int, pieces: Pieces | None):
@@ -63,9 +67,9 @@ class TextEncoder:
     ) -> tuple[list[list[int]], list[list[int]]]:
         """(token ids, token types) of each text, special tokens included.
 
-        max_length: tokens that a text may have; None for any number. truncate: cut longer texts, of a pair the longer
-        part first, on the side that the tokenizer says; without it InputError names the text. numbers: what an error
-        calls the texts, None for 0, 1, 2, ….
+        max_length: max tokens per text; None for no limit. truncate: cut longer texts on the side that the tokenizer
+        names, of a pair the longer part first; without it, InputError names the text. numbers: how error messages
+        number the texts; None for 0, 1, 2, ….
         """
         long = float("inf") if max_length is None else max(PIECE, LONG * max_length)
         short = [i for i, text in enumerate(texts) if sum(map(len, _parts(text))) <= long]
@@ -86,7 +90,7 @@ class TextEncoder:
         return ids, types
 
     def _refuse_long(self, text: Text, found: Encoding | None, most: int, number: int) -> None:
-        """InputError for a text of too many tokens; of a long one no more is read than shows it."""
+        """Raises InputError for a text of more than `most` tokens. A long text is only read until that is certain."""
         if found is not None:
             has = str(len(found))
         else:
@@ -104,16 +108,16 @@ class TextEncoder:
         )
 
     def _special(self, text: Text) -> int:
-        """Special tokens that are put around a text or pair."""
+        """Number of special tokens around a text or pair."""
         return sum(part is None for _, _, part in self._templates[len(_parts(text))])
 
     def _cut(self, text: Text, most: int) -> tuple[list[int], list[int]]:
-        """Token ids and token types of a text or pair that has at least so many, cut to so many."""
+        """Token ids and token types of a text or pair, cut to at most `most` tokens."""
         parts = _parts(text)
         room = most - self._special(text)
         if room < len(parts):
             raise InputError(
-                f"max_length must leave room for {len(parts)} tokens beside the special ones, got {most}",
+                f"max_length must leave room for {len(parts)} tokens besides the special ones, got {most}",
                 fix="choose a larger max_length",
             )
         streams = [_Stream(self._tokenizer, part, self._pieces, self._left) for part in parts]
@@ -122,7 +126,7 @@ class TextEncoder:
         keep = [room]
         if len(streams) == 2:
             a, b = streams
-            while room % 2 and a.count > room and b.count > room:  # who gets the odd token hangs on which is longer
+            while room % 2 and a.count > room and b.count > room:  # the longer one gets the odd token
                 shorter, longer = (a, b) if a.count <= b.count else (b, a)
                 if shorter.done and (longer.done or longer.count > shorter.count):
                     break
@@ -138,7 +142,7 @@ class TextEncoder:
 
 
 class _Stream:
-    """The tokens of one text without special ones, read piece by piece from its beginning or, `left`, from its end."""
+    """Tokens of one text without special ones, read piece by piece from its beginning or, if `left`, from its end."""
 
     def __init__(self, tokenizer: Tokenizer, text: str, pieces: Pieces | None, left: bool):
         self._tokenizer, self._pieces, self._left = tokenizer, pieces, left
@@ -147,7 +151,7 @@ class _Stream:
         self.count, self.done = 0, False
 
     def fetch(self, count: int) -> None:
-        """Reads on until there are so many tokens, or no more."""
+        """Reads on until there are `count` tokens or the text ends."""
         while self.count < count and not self.done:
             piece = next(self._rest, None)
             if piece is None:
@@ -160,7 +164,7 @@ class _Stream:
                 self._found = found + self._found if self._left else self._found + found
 
     def kept(self, tokens: int) -> list[int]:
-        """The first, or last, so many of them."""
+        """The first `tokens` of the tokens read so far; the last ones if `left`."""
         return self._found[-tokens:] if self._left else self._found[:tokens]
 
 
@@ -192,8 +196,9 @@ def _split(text: str, pieces: Pieces | None, left: bool) -> Iterator[str]:
 
 
 def shares(first: int, second: int, room: int) -> list[int]:
-    """Tokens that each part of a pair keeps of its own where both get `room`: the longer one is cut first, and of two
-    long ones each keeps half, the longer the odd token; the second where they are equal.
+    """The max number of tokens that each part of a pair keeps, if both may have `room` tokens in total. The longer part
+    is cut first. If both have more than half of `room`, each keeps half; an odd token goes to the longer part, or to
+    the second one if they are equal.
     """
     short, long = sorted((first, second))
     long = short if short > room else max(short, room - short)
@@ -207,8 +212,8 @@ def _parts(text: Text) -> tuple[str, ...]:
 
 
 def _template(tokenizer: Tokenizer, parts: int) -> list[tuple[int, int, int | None]]:
-    """How the post-processor arranges a text or a pair: the id and type of a special token and None, or 0, the type of
-    a part's tokens and its number.
+    """How the post-processor arranges a text or a pair: one triple per special token, (id, type, None), and one per
+    part, (0, type of its tokens, number of the part).
     """
     probes = [tokenizer.encode(text, add_special_tokens=False) for text in ("a", "b")[:parts]]
     for probe in probes:
@@ -223,5 +228,5 @@ def _template(tokenizer: Tokenizer, parts: int) -> list[tuple[int, int, int | No
 
 
 def templates(tokenizer: Tokenizer) -> dict[int, list[tuple[int, int, int | None]]]:
-    """Of 1 and 2 parts: how the post-processor arranges a text and a pair."""
+    """Number of parts, 1 or 2 -> how the post-processor arranges a text or a pair."""
     return {parts: _template(tokenizer, parts) for parts in (1, 2)}

@@ -1,4 +1,4 @@
-"""A folder's files as they are at one moment: opened once, regular files only, of bounded length."""
+"""Reads the files of a folder in one consistent state: opened once, regular files only, of limited length."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MIB = 2**20
 
 
 class Folder:
-    """An open folder. All that is read through it is of one folder, whatever takes its place meanwhile; `require_same`
-    tells whether the files in it were changed.
+    """An open folder. Everything read through it comes from this one folder, even if another takes its path in the
+    meantime; `require_same` detects changed files.
     """
 
     def __init__(self, path: Path):
@@ -26,7 +26,7 @@ class Folder:
             self._handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
             raise CheckpointError(
-                f"{path} must be a folder that can be read: {error.strerror}", fix="check the path"
+                f"{path} must be a readable folder: {error.strerror}", fix="check the path"
             ) from error
 
     def __del__(self):
@@ -37,9 +37,9 @@ class Folder:
         return set(os.listdir(self._handle))
 
     def open(self, name: str) -> BinaryIO | None:
-        """The file of that name; None where there is none. CheckpointError for what is no regular file."""
+        """Opens a file; None if it does not exist. CheckpointError if it is not a regular file."""
         try:
-            # A pipe that nobody writes to must not hold us up.
+            # O_NONBLOCK: opening a pipe that nobody writes to must not block.
             handle = os.open(name, os.O_RDONLY | os.O_NONBLOCK, dir_fd=self._handle)
         except FileNotFoundError:
             self._state[name] = None
@@ -54,7 +54,7 @@ class Folder:
         return os.fdopen(handle, "rb", buffering=0)
 
     def read(self, name: str, most: int) -> bytes | None:
-        """What is in a file of at most so many bytes; None where there is none."""
+        """The content of a file, which may have at most `most` bytes; None if it does not exist."""
         file = self.open(name)
         if file is None:
             return None
@@ -67,27 +67,29 @@ class Folder:
             return b"".join(iter(lambda: file.read(MIB), b""))
 
     def read_json(self, name: str, most: int) -> Any:
-        """The JSON document in a file; None where there is none."""
+        """The JSON document in a file; None if the file does not exist."""
         data = self.read(name, most)
         return None if data is None else parse_json(data, self.path / name)
 
     def state(self, names: list[str]) -> list[list[int]]:
-        """Size, times and place of files that were opened: the same numbers as long as nobody wrote them."""
+        """Size, times, inode and device of files that were opened: the numbers stay the same until somebody writes a
+        file.
+        """
         return [list(self._state[name] or ()) for name in names]
 
     def require_same(self) -> None:
-        """CheckpointError where a file that was read is not the one that is there now."""
+        """Raises Changed, a CheckpointError, if a file that was read has been changed or replaced since."""
         for name, seen in self._state.items():
             try:
                 now = _state(os.stat(self.path / name))
             except OSError:
                 now = None
             if now != seen:
-                raise Changed(f"{self.path / name} changed while it was read", fix="load it again when it is written")
+                raise Changed(f"{self.path / name} changed while it was read", fix="load it again after the write")
 
 
 class Changed(CheckpointError):
-    """A file that was written while the directory was read."""
+    """The error for a file that was written while the directory was read."""
 
 
 def parse_json(data: bytes, path: Path) -> Any:

@@ -1,7 +1,7 @@
-"""sparsebert/manifest.json: what a model directory held when it was sealed, and what it then answered.
+"""sparsebert/manifest.json: what a model directory held when it was sealed, and which logits it gave then.
 
-`tensors`: dtype, shape, non-zeros and sha256 of each. `files`: sha256 of the others that decide what it computes.
-`golden`: texts and pairs, their token ids (from format 2 on) and their logits.
+`tensors`: dtype, shape, non-zeros and sha256 of each tensor. `files`: sha256 of the other files that decide the
+results. `golden`: texts and pairs, their token ids (from format 2 on) and their logits.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from sparsebert.errors import CheckpointError
 MANIFEST = "sparsebert/manifest.json"
 FORMAT_VERSION = 2
 _READ = (1, 2)
-LONGEST_GOLDEN = 20_000  # characters of a golden text
+LONGEST_GOLDEN = 20_000  # max characters per golden text
 MOST_GOLDEN = 64
 
-# Casing, accents, other scripts, a pair; `golden_texts` adds one as long as the model takes.
+# These cover casing, accents, other scripts and a pair. `golden_texts` adds one as long as the model allows.
 _GOLDEN: tuple[Text, ...] = (
     "a gripping , quietly devastating film .",
     "The Plot makes NO sense: Éloïse's naïve café jokes land with a thud!",
@@ -36,20 +36,22 @@ _WORDS = (
     "it is not often that a story this long keeps the thread of what was said at its beginning until the end ,".split()
 )
 MOST_GOLDEN_TOKENS = 512
-# |logit difference| a correct fp32 kernel may show, as a share of the largest logit if that is above 1. Another order
-# of sums moves a MiniLM's logits by 2e-6; deeper models and lower ISAs get two orders of magnitude of room.
-# tests/test_checkpoint.py shows that a fault is far above.
+# Max |logit difference| of a correct fp32 kernel, as a share of the largest logit if that is above 1. Another order of
+# summation moves a MiniLM's logits by 2e-6; two orders of magnitude more allow for deeper models and lower ISAs.
+# tests/test_checkpoint.py shows that faults cause far larger differences.
 GOLDEN_TOLERANCE = 5e-4
 
 
 def golden_texts(max_length: int) -> list[Text]:
-    """Those of a model that takes so many tokens: the last is cut by it, or has about MOST_GOLDEN_TOKENS."""
+    """The golden texts for a model that takes at most `max_length` tokens. The last one is longer and gets cut, or has
+    about MOST_GOLDEN_TOKENS tokens.
+    """
     count = min(max_length, MOST_GOLDEN_TOKENS)
     return [*_GOLDEN, " ".join(_WORDS[i % len(_WORDS)] for i in range(count))]
 
 
 def golden_entry(texts: Sequence[Text], ids: Sequence[Sequence[int]], logits: np.ndarray) -> dict:
-    """The manifest's entry for these texts."""
+    """The manifest's entry for these golden texts, their token ids and logits."""
     return {
         "texts": [text if isinstance(text, str) else list(text) for text in texts],
         "ids": [list(row) for row in ids],
@@ -59,7 +61,7 @@ def golden_entry(texts: Sequence[Text], ids: Sequence[Sequence[int]], logits: np
 
 
 def read(folder: Folder) -> dict | None:
-    """The manifest of a directory, checked; None where it has none. Its pairs are tuples."""
+    """The manifest of a directory, checked; None if it has none. Its pairs are tuples."""
     path = folder.path / MANIFEST
     manifest = folder.read_json(MANIFEST, 64 * MIB)
     if manifest is None:
@@ -73,7 +75,7 @@ def read(folder: Folder) -> dict | None:
     fault = _fault(manifest)
     if fault is not None:
         raise CheckpointError(
-            f"{path} must hold tensors, files, golden, key and weights_sha256 whole: {fault}", fix=REBUILD
+            f"{path} must hold valid tensors, files, golden, figures, key and weights_sha256: {fault}", fix=REBUILD
         )
     found = manifest["golden"]
     found["texts"] = [text if isinstance(text, str) else tuple(text) for text in found["texts"]]
@@ -81,7 +83,7 @@ def read(folder: Folder) -> dict | None:
 
 
 def _fault(manifest: dict) -> str | None:
-    """What is wrong with a manifest's form; None for nothing."""
+    """The first fault in the structure of a manifest; None if there is none."""
     for name, kind in {
         "tensors": dict,
         "files": dict,
@@ -127,7 +129,7 @@ def _golden_fault(found: dict, version: int) -> str | None:
 
 
 def verify_tensors(manifest: dict, files: Sequence[tuple[TensorFile, np.ndarray]]) -> None:
-    """CheckpointError, naming the tensor, unless the files hold just what the manifest says."""
+    """Raises CheckpointError, naming the tensor, unless the files hold exactly what the manifest says."""
     expected = dict(manifest["tensors"])
     for file, data in files:
         for name, entry in file.entries.items():
@@ -149,8 +151,8 @@ def verify_tensors(manifest: dict, files: Sequence[tuple[TensorFile, np.ndarray]
 
 
 def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | None], *, but: str | None = None) -> None:
-    """Holds what a directory has beside its weights against the manifest. contents: what was read of it already. but:
-    the file that may differ.
+    """Compares the files other than the weights with the manifest; CheckpointError if one differs. contents: name ->
+    bytes of the files that were already read. but: the file that may differ.
     """
     for name, sha256 in manifest["files"].items():
         if name == but:
@@ -166,8 +168,8 @@ def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | Non
 
 
 def verify_logits(manifest: dict, got: np.ndarray, path: Path, *, relative: float = 0.0) -> None:
-    """CheckpointError unless the logits of the golden texts are the manifest's. relative: what an arithmetic less exact
-    than float32 may differ by besides, as a share of the largest.
+    """Raises CheckpointError unless the logits of the golden texts are the manifest's, within its tolerance. relative:
+    additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
     """
     found = manifest["golden"]
     want = np.asarray(found["logits"], dtype=np.float32)

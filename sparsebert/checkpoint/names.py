@@ -1,4 +1,4 @@
-"""Names of tensors as files have them, and as stock `transformers` classifiers do."""
+"""Maps the names of tensors in files to their names in stock `transformers` classifiers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsebert.errors import CheckpointError, UnsupportedError
 _WORDS = "embeddings.word_embeddings.weight"
 _OLD_NORMS = re.compile(r"((?:LayerNorm|layer_norm))\.(gamma|beta)$")  # BERT checkpoints of 2018 to 2020
 _BUFFERS = {"position_ids", "token_type_ids"}  # written by old versions; they hold 0, 1, 2, …
-# What a name inside a layer ends with where a tool has not finished its work, and how it is finished.
+# Parts of names that show unfinished work of a tool, or a model that no stock classifier matches, and the fix.
 _UNFINISHED = (
     (
         re.compile(r"lora_|base_layer|adapter|modules_to_save"),
@@ -26,8 +26,8 @@ _UNFINISHED = (
 
 
 def canonical(raw: Iterable[str], architecture: Architecture, path: Path) -> dict[str, str]:
-    """Stock name -> name in the file, of every tensor. Understood are names from compiled and wrapped modules, old
-    norms' gamma and beta, and a prefix before the encoder's name too much or too few.
+    """Stock name -> name in the file, of every tensor. Accepts names from compiled and wrapped modules, gamma and beta
+    of old norms, and a prefix too many or too few before the encoder's name.
     """
     cleaned = {name: _without_wrappers(name) for name in raw}
     root, base_missing = _root(cleaned.values(), architecture, path)
@@ -53,7 +53,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _root(names: Iterable[str], architecture: Architecture, path: Path) -> tuple[str, bool]:
-    """What stands before the classifier's names, and whether the encoder's own name is missing in them."""
+    """(prefix before the classifier's names, whether the encoder's own name is missing in them)."""
     before = sorted({name[: -len(_WORDS)] for name in names if name == _WORDS or name.endswith("." + _WORDS)})
     stock = f"{architecture.base}."
     if not before or stock in before:
@@ -76,8 +76,9 @@ def _root(names: Iterable[str], architecture: Architecture, path: Path) -> tuple
 
 
 def require_places(names: Iterable[str], facts: Facts, path: Path) -> None:
-    """An error for a tensor of the encoder that the model of config.json has no place for, naming the cause. Tensors
-    outside the encoder may be there: heads of pretraining, which no classifier reads.
+    """Raises an error, naming the cause, if the encoder has another number of layers than config.json says, or a tensor
+    that does not belong to that model. Tensors outside the encoder are allowed: heads of pretraining, which no
+    classifier reads.
     """
     architecture = facts.architecture
     base, layers = f"{architecture.base}.", f"{architecture.base}.{architecture.layers}."
@@ -98,7 +99,7 @@ def require_places(names: Iterable[str], facts: Facts, path: Path) -> None:
         if name in places or name.rpartition(".")[2] in _BUFFERS or name.startswith(f"{base}pooler."):
             continue
         if name.endswith((".weight_orig", ".weight_mask")) and name.rpartition(".")[0] + ".weight" in places:
-            continue  # torch.nn.utils.prune without its `remove`: their product is the weight
+            continue  # torch.nn.utils.prune before its `remove`: their product is the weight
         for pattern, cure in _UNFINISHED:
             if pattern.search(name):
                 raise UnsupportedError(f"{path} has tensor {name}, which no stock classifier has", fix=cure)

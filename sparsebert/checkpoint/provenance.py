@@ -1,4 +1,4 @@
-"""What a model was made from: noted in its recipe by place and content, and found again from there."""
+"""Records in a recipe which model it was made from, by path and content hash, and finds that model again."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from sparsebert.errors import CheckpointError
 
 
 def made_from(model: str | Path, sha256: str) -> dict[str, str]:
-    """The fields of a recipe that say what it starts from, in any working directory. sha256: by `source_sha256`."""
+    """The fields of a recipe that name its source, valid in any working directory. sha256: by `source_sha256`."""
     is_path = str(model) != "minilm" and Path(model).is_dir()
     return {"model": str(Path(model).resolve()) if is_path else str(model), "model_sha256": sha256}
 
 
 def ancestors(source: Path) -> Iterator[tuple[Path, dict]]:
-    """A model and those it descends from by `train`, `prune` and `soup`, the nearest first, each with its recipe; the
-    recipe of one that this package did not make is empty. CheckpointError where the next one is not there any more, or
-    is another by now.
+    """A model and the models that it was made from by `train`, `prune` and `soup`, nearest first, each with its recipe.
+    The recipe is empty if this package did not make the model. CheckpointError if the next one is missing or has
+    changed.
     """
     while True:
         recipe = read_recipe(source) if read_manifest(source) is not None else {}
@@ -29,11 +29,11 @@ def ancestors(source: Path) -> Iterator[tuple[Path, dict]]:
 
 
 def _found(made: Path, model: str, sha256: str | None) -> Path:
-    """The directory that `made` was made from: at its place, or beside `made` where both have moved."""
+    """The directory that `made` was made from: at the noted path, or beside `made` if both were moved."""
     is_path = Path(model).is_absolute()
     places = [Path(model), made.resolve().parent / Path(model).name] if is_path else [model]
     if not is_path and model != "minilm" and sha256 is None:
-        raise CheckpointError(  # of a version that noted a path relative to a working directory
+        raise CheckpointError(  # made by a version that noted paths relative to the working directory
             f"{made} was made from {model!r}, and does not say where that is", fix="make it again from an absolute path"
         )
     there = [resolve(place) for place in places if not is_path or place.is_dir()]

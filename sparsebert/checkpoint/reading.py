@@ -1,4 +1,4 @@
-"""Reading a model directory without torch, once: what is in it, and whether it is whole."""
+"""Reads a model directory once, without torch: its contents, and whether they are complete and consistent."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Files:
-    """A model directory as it was when it was opened. config.json, the manifest and the tokenizer's files are in memory
-    and checked; the weights are read when they are first asked for, from the files that were opened then. So all of it
-    belongs together, whatever is put in the directory's place meanwhile.
+    """A model directory in the state in which it was opened. config.json, the manifest and the tokenizer's files are
+    read into memory and checked. The weights are read on first use, from the files that were opened at the start. So
+    everything belongs together, even if another directory takes this path in the meantime.
 
-    directory: its path. folder: what reads it. config: config.json. facts: what that says of the forward pass.
-    manifest: None where it is not sealed. contents: name -> bytes of config.json and the tokenizer's files, None for
-    what is not there.
+    directory: its path. folder: the open folder that reads it. config: config.json.
+    facts: what config.json says about the forward pass. manifest: None if the directory is not sealed.
+    contents: name -> bytes of config.json and the tokenizer's files, None for a missing file.
     """
 
     def __init__(self, directory: Path, *, changed: str | None = None):
@@ -76,7 +76,9 @@ class Files:
         return opened
 
     def _placed(self) -> dict[str, list[tuple[int, Entry]]]:
-        """Stock name of each tensor that is read -> where it is: a file's number and entry; two are multiplied."""
+        """Stock name of each tensor to read -> its places, each a file's number and entry. If there are two, the tensor
+        is their product.
+        """
         held = {name: (i, entry) for i, file in enumerate(self._files) for name, entry in file.entries.items()}
         path = self._files[0].path if len(self._files) == 1 else self.directory
         stock = names.canonical(held, self.facts.architecture, path)
@@ -112,16 +114,16 @@ class Files:
 
     @property
     def has_head(self) -> bool:
-        """Whether it holds a classifier, not an encoder alone."""
+        """Whether the directory holds a classifier, not only an encoder."""
         return f"{self.facts.architecture.classifier}.weight" in self._entries
 
     def require_head(self) -> None:
-        """CheckpointError unless it is a whole classifier of the labels that config.json names."""
+        """Raises CheckpointError unless it is a complete classifier for the labels that config.json names."""
         shapes = self.facts.head_tensors()
         absent = sorted(shapes.keys() - self._entries.keys())
         if absent:
             raise CheckpointError(
-                f"{self.directory} is no whole classifier: lacks {', '.join(absent)}",
+                f"{self.directory} must be a complete classifier, lacks {', '.join(absent)}",
                 fix=f"fine-tune it first: sparsebert train {self.directory}",
             )
         for name, shape in shapes.items():
@@ -135,8 +137,8 @@ class Files:
 
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
-        """Stock name -> float32 array, of the encoder's tensors and the head's that are there, in memory of their own;
-        finite, and equal to the manifest where there is one.
+        """Stock name -> float32 array, of the encoder's tensors and those of the head that are present. The arrays are
+        in memory, not mapped, have only finite values, and match the manifest if there is one.
         """
         data = self._data
         found = {}
@@ -161,7 +163,7 @@ class Files:
 
     @cached_property
     def tensors(self) -> dict[str, dict]:
-        """The table of all tensors in the files, by their names there, as a manifest has it."""
+        """Name in the file -> dtype, shape, non-zeros and sha256 of every tensor, as in a manifest."""
         found: dict[str, dict] = {}
         for file, data in zip(self._files, self._data, strict=True):
             found |= table_of(file, data)
@@ -169,14 +171,14 @@ class Files:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Content hash over every tensor's name, dtype, shape and bytes; independent of the files' layout. A sealed
-        directory's is what the manifest says, which reading `weights` holds them against.
+        """Content hash over every tensor's name, dtype, shape and bytes; independent of the files' layout. For a sealed
+        directory it is taken from the manifest, with which reading `weights` compares the tensors.
         """
         return self.manifest["weights_sha256"] if self.manifest is not None else content_sha256(self.tensors)
 
     @cached_property
     def content_sha256(self) -> str:
-        """Content hash of all that decides what the model computes from a text: weights, config.json, tokenizer."""
+        """Content hash of everything that decides what the model computes: weights, config.json, tokenizer."""
         digest = hashlib.sha256(content_sha256(self.tensors).encode())
         for name, data in self.contents.items():
             if data is not None:
@@ -185,16 +187,16 @@ class Files:
 
     @property
     def state(self) -> list[list[int]]:
-        """Sizes, times and places of the weights' files: the same numbers as long as nobody wrote them."""
+        """Size, times, inode and device of each weights file: they stay the same until somebody writes a file."""
         return self.folder.state(self.weight_files)
 
     @cached_property
     def tokenizer(self) -> TextEncoder:
-        """Text to token ids, as stock `transformers` does it with this directory."""
+        """Converts texts to token ids as stock `transformers` does with this directory."""
         return tokenizer.read(self.contents, self.config, self.facts, self.directory)
 
     def warn_unsealed(self) -> None:
-        """Says that damage to a directory without a manifest would go unnoticed."""
+        """Warns that damage to a directory without a manifest would go unnoticed."""
         if self.manifest is None:
             warnings.warn(
                 f"{self.directory} is unsealed: damage would go unnoticed; run sparsebert seal {self.directory}",
@@ -203,25 +205,25 @@ class Files:
             )
 
     def require_same(self) -> None:
-        """CheckpointError where a file is not any more what was read."""
+        """Raises CheckpointError if a file has changed since it was read."""
         self.folder.require_same()
 
     def require_seal(self) -> None:
-        """CheckpointError for a directory that was sealed, as its config.json says, and has lost its manifest."""
+        """Raises CheckpointError if the directory was sealed, according to its config.json, but has no manifest."""
         summary = self.config.get("sparsebert") or {}
         if self.manifest is None and summary.get("weights_sha256"):
             raise CheckpointError(
                 f"{self.directory} has lost {MANIFEST}, config.json says it was sealed",
-                fix=f"copy the folder {Path(MANIFEST).parent} from its source, or hold the weights against the hash in "
-                f"config.json: sparsebert seal {self.directory}",
+                fix=f"copy the folder {Path(MANIFEST).parent} from its source, or check the weights against the hash "
+                f"in config.json: sparsebert seal {self.directory}",
             )
 
     def verify_golden(
         self, logits: Callable[[list[list[int]], list[list[int]]], np.ndarray], *, relative: float = 0.0
     ) -> None:
-        """Holds token ids and logits of the manifest's golden texts against what is computed now. logits: of token ids
-        and token types. relative: what an arithmetic less exact than float32 may differ by besides, as a share of the
-        largest logit.
+        """Compares token ids and logits of the manifest's golden texts with those computed now; does nothing without a
+        manifest. logits: function from token ids and token types to logits. relative: additional tolerance for
+        arithmetic less exact than float32, as a share of the largest logit.
         """
         if self.manifest is None:
             return
@@ -232,8 +234,8 @@ class Files:
 
 
 def require_finite(logits: np.ndarray, directory: str | Path, first: int = 0) -> None:
-    """CheckpointError, naming the text, where a model's logits [texts, labels] are not all finite numbers. first: the
-    number of the first text.
+    """Raises CheckpointError, naming the text, if a model's logits [texts, labels] are not all finite. first: number of
+    the first text.
     """
     finite = np.isfinite(logits).all(1)
     if not finite.all():
@@ -246,7 +248,7 @@ def require_finite(logits: np.ndarray, directory: str | Path, first: int = 0) ->
 
 
 def require_ids(texts: Sequence, got: Sequence[list[int]], want: Sequence[list[int]], directory: Path) -> None:
-    """CheckpointError where a golden text has other token ids than it had."""
+    """Raises CheckpointError if the token ids of a golden text differ from the expected ones."""
     for text, a, b in zip(texts, got, want, strict=True):
         if list(a) != list(b):
             at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -258,10 +260,10 @@ def require_ids(texts: Sequence, got: Sequence[list[int]], want: Sequence[list[i
 
 
 def read(directory: str | Path, *, head: bool = True) -> Files:
-    """Opens a model directory; its weights are read and verified when they are first asked for.
+    """Opens a model directory. Its weights are read and verified on first use.
 
-    head: whether it must be a whole classifier; else an encoder is enough, and whatever head is there comes with it.
-    Raises CheckpointError and UnsupportedError, naming file and field or tensor.
+    head: True requires a complete classifier. False accepts an encoder; a head that is there is read as well. Raises
+    CheckpointError and UnsupportedError, naming file and field or tensor.
     """
     files = Files(resolve(directory).absolute())
     files.require_seal()
@@ -271,7 +273,7 @@ def read(directory: str | Path, *, head: bool = True) -> Files:
 
 
 def read_config(directory: str | Path) -> dict:
-    """config.json of a model directory, its fields checked."""
+    """config.json of a model directory, with its fields checked."""
     folder = Folder(resolve(directory))
     config = _config(folder, folder.read("config.json", 16 * MIB))
     architectures.facts(config, folder.path / "config.json")
@@ -284,7 +286,7 @@ def read_manifest(directory: Path) -> dict | None:
 
 
 def read_recipe(directory: Path) -> dict:
-    """The arguments that made a directory this package wrote; CheckpointError where it has none."""
+    """The recipe of a directory that this package wrote; CheckpointError if it has none."""
     import yaml
 
     path = directory / RECIPE
@@ -309,12 +311,12 @@ def has_head(directory: str | Path) -> bool:
 
 
 def weights_sha256(directory: str | Path) -> str:
-    """The content hash of a directory's weights as they are."""
+    """The content hash of a directory's weights, computed from the files, not taken from the manifest."""
     return content_sha256(read(directory, head=False).tensors)
 
 
 def source_sha256(directory: str | Path) -> str:
-    """`Files.content_sha256` of a directory. For keys of jobs."""
+    """`Files.content_sha256` of a directory, for the keys of jobs."""
     return read(directory, head=False).content_sha256
 
 

@@ -1,4 +1,4 @@
-"""Seals: the manifest of a model directory that was written, of a stock one, and of one whose labels were corrected."""
+"""Seals model directories: new ones, stock ones, and ones whose label names were corrected."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from sparsebert.jobs import Job, write
 
 
 def manifest_of(files: Files, model, tokenizer, hashes: dict[str, str], *, job: Job | None, figures: dict) -> dict:
-    """The manifest of a directory that holds this model. hashes: sha256 of its other files. job: the work that made it,
-    and figures: what that measured.
+    """The manifest of a directory that holds this model. hashes: sha256 of its other files. job: the job that made it.
+    figures: what that job measured.
     """
     import torch
     import transformers
@@ -45,9 +45,9 @@ def manifest_of(files: Files, model, tokenizer, hashes: dict[str, str], *, job: 
 
 
 def seal(directory: str | Path) -> dict:
-    """Writes the manifest of a stock directory, from when on every load holds it against that; nothing else in it is
-    changed. A sealed directory that has lost its manifest gets one if its weights still have the hash in config.json.
-    Returns what was sealed: directory, weights_sha256, and the number of tensors.
+    """Writes a manifest and a recipe into a stock directory; from then on every load compares it with the manifest. No
+    other file is changed. A sealed directory that has lost its manifest gets a new one if its weights still have the
+    hash in config.json. Returns directory, weights_sha256, and the number of tensors.
     """
     files = Files(resolve(directory).absolute())
     files.require_head()
@@ -59,7 +59,7 @@ def seal(directory: str | Path) -> dict:
     said = (files.config.get("sparsebert") or {}).get("weights_sha256")
     if said is not None and said != files.weights_sha256:
         raise CheckpointError(
-            f"{files.directory}: weights must have the sha256 that config.json says, {shown(said)}, have "
+            f"{files.directory}: weights must have the sha256 in config.json, {shown(said)}, have "
             f"{files.weights_sha256}",
             fix="copy the directory again, or, if they were changed on purpose, remove the field sparsebert from "
             "config.json",
@@ -79,11 +79,11 @@ def seal(directory: str | Path) -> dict:
 
 
 def reseal(directory: str | Path, *, labels: Sequence[str] | None = None) -> dict:
-    """Accepts a config.json whose label names were corrected, or that differs in fields which mean nothing to the
-    logits; weights and tokenizer must be those that were sealed. labels: also writes these names into it.
+    """Accepts a config.json with corrected label names, or with changes in fields that do not affect the logits;
+    weights and tokenizer must be the sealed ones. labels: first writes these names into config.json.
 
-    Returns directory, labels, and whether anything changed. Raises InputError for names that do not fit and
-    CheckpointError for what else differs, naming it.
+    Returns directory, labels, and whether anything changed. Raises InputError for names that do not fit, and
+    CheckpointError, naming it, for any other difference.
     """
     files = Files(resolve(directory).absolute(), changed="config.json")
     if files.manifest is None:
@@ -102,14 +102,14 @@ def reseal(directory: str | Path, *, labels: Sequence[str] | None = None) -> dic
                 f"{shown(now[field])}",
                 fix="restore that field; only names of labels may differ",
             )
-    model, _ = build(files)  # weights and tokenizer are held against the manifest
+    model, _ = build(files)  # compares weights and tokenizer with the manifest
     files.verify_golden(logits_function(files, model))
     old = files.manifest["files"].get("config.json")
     files.manifest["files"]["config.json"] = hashlib.sha256(data).hexdigest()
     files.require_same()
     if data != files.contents["config.json"]:
         write(files.directory / "config.json", data)
-    # Killed between the two, the directory is refused, and the same command mends it.
+    # If killed between the two writes, the directory is refused on load, and the same command repairs it.
     write(files.directory / MANIFEST, json.dumps(files.manifest, indent=1))
     found = list(heads.label_names(config))
     changed = old != files.manifest["files"]["config.json"]
@@ -128,8 +128,8 @@ def _require_names(labels: Sequence[str], files: Files) -> None:
 
 
 def _meaning(files: Files) -> dict:
-    """What config.json says that decides the logits, or what they are."""
+    """The fields of config.json that decide the logits or what the logits mean."""
     facts = asdict(files.facts)
     facts["architecture"] = files.facts.architecture.kind
-    declared = files.config.get("dtype") or files.config.get("torch_dtype")  # which decides what "auto" runs in
+    declared = files.config.get("dtype") or files.config.get("torch_dtype")  # decides the precision of "auto"
     return facts | {"problem_type": files.config.get("problem_type"), "dtype": declared}

@@ -1,4 +1,4 @@
-"""Safetensors files: what is in them, read whole or mapped, and their content hash."""
+"""Safetensors files: their header, their tensors in memory or mapped, and their content hash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's line in a file's header. start: its first byte behind the header."""
+    """One tensor's entry in a file's header. start: offset of its first byte, counted from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -34,12 +34,12 @@ class Entry:
         return math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
 
     def array(self, data: np.ndarray) -> np.ndarray:
-        """The tensor in a file's bytes behind the header, no copy; bfloat16 as the uint16 it is stored in."""
+        """The tensor as a view of `data`, the bytes after the header, without a copy; bfloat16 as the stored uint16."""
         return data[self.start : self.start + self.bytes].view(_DTYPES[self.dtype]).reshape(self.shape)
 
 
 class TensorFile:
-    """An open safetensors file, its header held against its length: every byte belongs to one tensor."""
+    """An open safetensors file. Its header is checked against its length: every byte belongs to one tensor."""
 
     def __init__(self, file: BinaryIO, path: Path):
         self.path, self._file = path, file
@@ -48,7 +48,7 @@ class TensorFile:
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if not 2 <= length <= min(size - 8, 100 * MIB):
-            self._fail("it ends in its header")
+            self._fail("it ends within its header")
         header = parse_json(file.read(length), path)
         if not isinstance(header, dict):
             self._fail("its header must be an object")
@@ -58,7 +58,7 @@ class TensorFile:
         at = 0
         for entry in sorted(self.entries.values(), key=lambda e: (e.start, e.bytes)):
             if entry.start != at:
-                self._fail(f"tensors must lie one behind the other, one begins at {entry.start}, not {at}")
+                self._fail(f"tensors must be contiguous, one begins at {entry.start}, not {at}")
             at += entry.bytes
         if at != self._size:
             self._fail(f"its tensors have {at} bytes, it has {self._size}")
@@ -88,7 +88,9 @@ class TensorFile:
         raise CheckpointError(f"{self.path} must be a whole safetensors file: {why}", fix=REBUILD)
 
     def read(self) -> np.ndarray:
-        """All bytes behind the header, uint8, in memory: what is checked in them is what is used."""
+        """All bytes after the header, uint8, in memory, so that the bytes that were checked are the bytes that are
+        used.
+        """
         data = np.empty(self._size, np.uint8)
         self._file.seek(self._begin)
         done = 0
@@ -101,8 +103,8 @@ class TensorFile:
 
 
 def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of any safetensors file as read-only memory-mapped arrays. Raises CheckpointError where it is not
-    whole.
+    """The tensors of any safetensors file as read-only memory-mapped arrays; bfloat16 is converted to float32, in
+    memory. Raises CheckpointError if the file is incomplete.
     """
     with open(path, "rb", buffering=0) as file:
         opened = TensorFile(file, path)
@@ -115,13 +117,13 @@ def mapped_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def as_float(entry: Entry, data: np.ndarray) -> np.ndarray:
-    """The tensor with bfloat16 as float32; every other dtype as it is, no copy."""
+    """The tensor; bfloat16 is converted to float32, any other dtype is left unchanged, without a copy."""
     array = entry.array(data)
     return (array.astype(np.uint32) << 16).view(np.float32) if entry.dtype == "BF16" else array
 
 
 def table_of(file: TensorFile, data: np.ndarray) -> dict[str, dict]:
-    """Name -> dtype, shape, non-zeros and sha256 of every tensor, as a manifest has them."""
+    """Name -> dtype, shape, non-zeros and sha256 of every tensor, as in a manifest."""
     return {
         name: {
             "dtype": entry.dtype,

@@ -1,8 +1,8 @@
-"""The tokenizer of a model directory as stock `transformers` makes it: of tokenizer.json and what tokenizer_config.json
-says beside.
+"""Builds the tokenizer of a model directory as stock `transformers` does, from tokenizer.json and
+tokenizer_config.json.
 
-FIELDS and tokenizer_classes.py say what is understood: a field or a part of tokenizer.json that would change ids in one
-version of transformers and not in another is refused by name. Needs numpy and tokenizers only.
+FIELDS and tokenizer_classes.py say what is supported. A field, or a part of tokenizer.json, that would change ids in
+one version of transformers and not in another is refused by name. Needs numpy and tokenizers only.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def _unset(value: Any) -> bool:
     return value in (None, False, [], {}, ())
 
 
-# Fields of tokenizer_config.json that change ids or token types, and the values that are understood. What
-# is not here sets nothing in the tokenizers of CLASSES: paths, templates, padding, decoding, remarks.
+# Fields of tokenizer_config.json that change ids or token types -> (check of a value, the rule in words). All other
+# fields change nothing in the tokenizers of CLASSES: paths, templates, padding, decoding, remarks.
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer_class": (lambda v: v is None or isinstance(v, str), "a class's name"),
     "do_lower_case": (_is_bool, "true or false"),
@@ -47,7 +47,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "truncation_side": (lambda v: v in ("left", "right"), "left or right"),
     "model_input_names": (
         lambda v: isinstance(v, list) and {"input_ids", "attention_mask"} <= set(v) <= _INPUTS and v[0] == "input_ids",
-        "input_ids, attention_mask and token_type_ids or not",
+        "input_ids, attention_mask and optionally token_type_ids",
     ),
     "model_max_length": (lambda v: v is None or (type(v) in (int, float) and v > 0), "a number of tokens"),
     "max_len": (lambda v: v is None or (type(v) in (int, float) and v > 0), "a number of tokens"),
@@ -66,15 +66,18 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Where a text may be cut in two whose tokens, one behind the other, are those of the whole.
+# Where a text may be cut in two so that the tokens of the two parts, joined, are those of the whole text.
 _AT_SPACES = re.compile("(?<=[0-9A-Za-z])(?= [0-9A-Za-z])")
 _BETWEEN_WORDS = re.compile("(?<=[0-9A-Za-z])(?=[ \\t\\r\\n][0-9A-Za-z])")
 _BETWEEN_WORDS_OR_CHINESE = re.compile(_BETWEEN_WORDS.pattern + "|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])")
-_AS_IT_IS = "if tokenizer.json is what the model was trained with, set tokenizer_class to PreTrainedTokenizerFast in it"
+_AS_IT_IS = (
+    "if tokenizer.json is what the model was trained with, set tokenizer_class to PreTrainedTokenizerFast in "
+    "tokenizer_config.json"
+)
 
 
 def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path: Path) -> TextEncoder:
-    """The tokenizer of a model directory. contents: name -> bytes of FILES, None for what is not there. config:
+    """The tokenizer of a model directory. contents: name -> bytes of FILES, None for a missing file. config:
     config.json. Raises CheckpointError and UnsupportedError, naming file and field.
     """
     settings = _settings(contents, path)
@@ -138,7 +141,9 @@ def _content(token: Any) -> str:
 
 
 def _settings(contents: Mapping[str, bytes | None], path: Path) -> Settings:
-    """tokenizer_config.json, checked, with the special tokens of special_tokens_map.json where it names none itself."""
+    """tokenizer_config.json, checked, with defaults for BERT's settings. If it has no added_tokens_decoder, the special
+    tokens of special_tokens_map.json override its own.
+    """
     found: list[dict] = []
     for name in (CONFIG, SPECIAL):
         data = contents.get(name)
@@ -154,7 +159,7 @@ def _settings(contents: Mapping[str, bytes | None], path: Path) -> Settings:
                 f"{path / CONFIG}: {field} must be {rule}, got {shown(settings[field])}",
                 fix="save the tokenizer with a value that is understood",
             )
-    if "added_tokens_decoder" not in settings:  # as transformers: else that file is not read
+    if "added_tokens_decoder" not in settings:  # as in transformers, which otherwise ignores that file
         settings = settings | special
     for field in _NAMED:
         token = settings.get(field)
@@ -164,7 +169,9 @@ def _settings(contents: Mapping[str, bytes | None], path: Path) -> Settings:
 
 
 def _added(token: Any) -> AddedToken:
-    """A special token as a file has it: a string, or an object with how it is found in a text."""
+    """A special token of a file as an AddedToken. The file has a string, or an object that says how it is matched in a
+    text.
+    """
     if not isinstance(token, dict):
         return AddedToken(str(token), special=True, normalized=False)
     flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
@@ -172,7 +179,7 @@ def _added(token: Any) -> AddedToken:
 
 
 def _add_special_tokens(tokenizer: Tokenizer, settings: Settings, tokens: dict[str, str]) -> None:
-    """Those that the tokenizer does not find in a text yet."""
+    """Adds the special tokens that the tokenizer does not yet find in texts."""
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     listed = [settings.get(name) or token for name, token in tokens.items()]
@@ -188,8 +195,8 @@ def _add_special_tokens(tokenizer: Tokenizer, settings: Settings, tokens: dict[s
 def _require_one_list_of_added_tokens(
     tokenizer: Tokenizer, settings: Settings, contents: Mapping[str, bytes | None], path: Path
 ) -> None:
-    """The added tokens of the other files must be those of tokenizer.json: versions of transformers differ in whom
-    they believe.
+    """Raises UnsupportedError unless the other files list the same added tokens as tokenizer.json: versions of
+    transformers differ in which file they use.
     """
     held = {i: _flags(token) for i, token in tokenizer.get_added_tokens_decoder().items()}
     said: dict[int, Any] = {}
@@ -221,15 +228,15 @@ def _with_flags(token: dict) -> AddedToken:
 
 
 def _state(part: Any) -> Any:
-    """A part of a tokenizer as tokenizer.json has it."""
+    """A part of a tokenizer in the form that tokenizer.json has."""
     return None if part is None else json.loads(part.__getstate__())
 
 
 def _as_class(
     tokenizer: Tokenizer, of: TokenizerClass, settings: Settings, tokens: dict[str, str], path: Path, *, whole: bool
 ) -> None:
-    """Gives a tokenizer the parts that its class makes, after what tokenizer.json has instead was seen to be the same
-    but for what the settings say. whole: whether it is new, without parts.
+    """Gives a tokenizer the normalizer, pre-tokenizer and post-processor of its class. First checks that the parts in
+    tokenizer.json are the same, apart from what the settings decide. whole: True for a new tokenizer, without parts.
     """
     settings = {"add_prefix_space": of.model is UNIGRAM} | settings
     normalizer, pre_tokenizer = of.parts(settings, tokenizer.normalizer)
@@ -241,7 +248,7 @@ def _as_class(
         if of.model is UNIGRAM:
             given = _without_space_rules(given)
         _require_same("normalizer", _open(given), _open(made), path)
-        # A newer conversion splits at spaces alone, of which its normalizer leaves the same.
+        # A newer conversion splits only at spaces; its normalizer handles spaces so that the words are the same.
         if not (of.model is UNIGRAM and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.Metaspace)):
             _require_same("pre_tokenizer", _open(_state(tokenizer.pre_tokenizer)), _open(_state(pre_tokenizer)), path)
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
@@ -259,7 +266,7 @@ def _as_class(
 
 
 def _open(state: Any) -> Any:
-    """A normalizer's or pre-tokenizer's state without what the settings decide."""
+    """The state of a normalizer or pre-tokenizer, without the fields that the settings decide."""
     decided = (
         "lowercase",
         "strip_accents",
@@ -279,7 +286,9 @@ def _open(state: Any) -> Any:
 
 
 def _without_space_rules(state: Any) -> Any:
-    """The normalizer of a converted sentencepiece model without what it does to spaces, which words are split at."""
+    """The normalizer of a converted sentencepiece model, without its rules for spaces: words are split at spaces
+    anyway.
+    """
     if not isinstance(state, dict) or state.get("type") != "Sequence":
         return state
     rules = [
@@ -309,8 +318,8 @@ def _require_prefix_space(tokenizer: Tokenizer, wanted: bool, path: Path) -> Non
 
 
 def piecewise(tokenizer) -> TextEncoder | None:
-    """What cuts long texts as a fast tokenizer of transformers does, without reading them to their end; None for one
-    that has to.
+    """A TextEncoder that cuts long texts as a fast tokenizer of transformers does, but without reading them to their
+    end. None if the tokenizer has to read the whole text.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
@@ -324,7 +333,9 @@ def piecewise(tokenizer) -> TextEncoder | None:
 
 
 def _pieces(tokenizer: Tokenizer) -> Pieces | None:
-    """How long texts may be read; None for as a whole: unknown ways of splitting, added tokens that hold spaces."""
+    """How long texts may be read piece by piece. None if they must be read as a whole: for an unknown way of splitting,
+    or added tokens that hold or swallow spaces.
+    """
     added = tokenizer.get_added_tokens_decoder().values()
     for token in added:
         bare = token.content.strip()
@@ -336,12 +347,13 @@ def _pieces(tokenizer: Tokenizer) -> Pieces | None:
     kinds = [part["type"] for part in splits.get("pretokenizers", [splits]) if part]
     if kinds == ["BertPreTokenizer"] and normalizer.get("type") == "BertNormalizer":
         between = _BETWEEN_WORDS_OR_CHINESE if normalizer["handle_chinese_chars"] else _BETWEEN_WORDS
-        bounded = getattr(tokenizer.model, "max_input_chars_per_word", 10**9) <= 1000
+        # Words above 1,000 letters are cut to 1,000 (Pieces.shortened): both must be unknown to the model.
+        bounded = getattr(tokenizer.model, "max_input_chars_per_word", 10**9) < 1000
         inside_words = any(re.fullmatch("[0-9A-Za-z]+", token.content) for token in added)
         return Pieces(between, word_pieces=bounded and not inside_words)
     if kinds == ["WhitespaceSplit", "Metaspace"]:
         return Pieces(_BETWEEN_WORDS, word_pieces=False)
     if kinds == ["ByteLevel"] and not normalizer and splits.get("use_regex", True):
-        # A space would be put before a line's end, but not before a space.
+        # add_prefix_space puts a space before a piece that begins with a line's end, but not if it begins with a space.
         return Pieces(_AT_SPACES if splits["add_prefix_space"] else _BETWEEN_WORDS, word_pieces=False)
     return None

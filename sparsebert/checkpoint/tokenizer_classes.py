@@ -1,5 +1,5 @@
-"""The tokenizer classes of transformers that BERT-like classifiers have, as its version 5 makes them. A
-tokenizer.json of another kind than its class makes is refused: versions differ in what they do with it.
+"""The tokenizer classes of transformers for BERT-like classifiers, as its version 5 builds them. A tokenizer.json that
+differs from what its class builds is refused, because versions of transformers treat it differently.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ _ROBERTA_TOKENS = {
 
 @dataclass(frozen=True)
 class TokenizerClass:
-    """A tokenizer class of transformers. types: whether its token types reach the model. tokens: its special tokens.
+    """A tokenizer class of transformers.
 
-    parts: by the settings and tokenizer.json's normalizer, the normalizer and the pre-tokenizer that the class makes.
-    post: its post-processor, of the special tokens and a function from token to id. model: what tokenizer.json's model
-    has to be. empty: of a vocabulary's files, the tokenizer where there is no tokenizer.json; None where that takes
-    more.
+    types: whether its token types reach the model.
+    tokens: its special tokens.
+    parts: function (settings, normalizer of tokenizer.json) -> (normalizer, pre-tokenizer) of the class.
+    post: function (special tokens, function from token to id) -> its post-processor.
+    model: the fields that the model in tokenizer.json must have.
+    empty: function (contents of the files, special tokens) -> the tokenizer if there is no tokenizer.json, made from
+        the vocabulary's files; None if these are not enough.
     """
 
     name: str
@@ -93,7 +96,9 @@ def _xlm_parts(settings: Settings, document: Any) -> tuple[Any, Any]:
 
 
 def _precompiled(normalizer: Any) -> Any:
-    """The character map of a tokenizer.json's normalizer, which alone the class keeps of it."""
+    """The character map in a tokenizer.json's normalizer, the only part of it that the class keeps; None if it has
+    none.
+    """
     for part in normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]:
         if isinstance(part, normalizers.Precompiled):
             return part
@@ -125,7 +130,7 @@ CLASSES = {
     "XLMRobertaTokenizer": TokenizerClass(
         "XLMRobertaTokenizer", False, _ROBERTA_TOKENS, _xlm_parts, _xlm_post, UNIGRAM, lambda contents, tokens: None
     ),
-    "PreTrainedTokenizerFast": None,  # tokenizer.json as it is
+    "PreTrainedTokenizerFast": None,  # uses tokenizer.json unchanged
     "TokenizersBackend": None,
 }
 DEFAULT_CLASS = {

@@ -1,4 +1,4 @@
-"""Writing a model directory: whole or not at all, with its manifest and recipe."""
+"""Writes a model directory, whole or not at all, with its manifest and recipe."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def save(
 ) -> str:
     """Writes a model directory, whole or not at all, and returns the sha256 of its weights.
 
-    recipe: the arguments that made it (recipe.yaml). job: the work that made it, and figures: what it measured, both
-    for `finished`. summary: method, pattern and sparsity, for config.json["sparsebert"]. An older directory written by
-    this package is replaced in one step; anything else at that place is an OutputError, unless `overwrite` or the job
-    says so.
+    recipe: the arguments that made it (recipe.yaml). job: the job that made it; figures: what that job measured;
+    `finished` reads both. summary: method, pattern and sparsity, for config.json["sparsebert"]. An older directory
+    written by this package is replaced in one step. Anything else at that path is an OutputError, unless `overwrite` or
+    `job.overwrite` is set.
     """
     import yaml
 
@@ -45,7 +45,7 @@ def save(
             (staging / "sparsebert").mkdir()
             model.save_pretrained(staging, safe_serialization=True)
             if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
-                # Once by ourselves: its own writer raises a bare Exception where the disk is full.
+                # Written here first: the tokenizer's own writer raises a bare Exception if the disk is full.
                 (staging / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
             tokenizer.save_pretrained(staging)
             written = Files(staging)
@@ -66,11 +66,11 @@ def save(
 
 
 def check_output(directory: str | Path, *, sources: Iterable[Path] = (), overwrite: bool = False) -> Path:
-    """`directory` with its links resolved, a path that a model may be written to; OutputError before any work is done
-    where it may not. Makes nothing.
+    """Resolves the links of `directory` and checks, before any work is done, that a model may be written there;
+    OutputError if not. Creates nothing.
 
-    sources: what the work starts from, which may not be replaced by its result. overwrite: whether a directory that
-    this package did not make may be.
+    sources: inputs of the work, which its result may not replace. overwrite: whether a directory that this package did
+    not write may be replaced.
     """
     target = place(directory)
     here = Path.cwd()
@@ -93,9 +93,9 @@ def check_output(directory: str | Path, *, sources: Iterable[Path] = (), overwri
 
 
 def finished(job: Job, directory: Path | None = None) -> dict | None:
-    """The figures saved with the job's output (or with `directory`, which it also makes) where that is finished and
-    whole; None where it has to be made. OutputError where other work has left a model there, or a damaged one lies
-    there, that may not be replaced.
+    """The figures saved with the job's output (or with `directory`, another output of the job), if that is finished and
+    undamaged; None if it still has to be made. OutputError if another job's model or a damaged one is there and may not
+    be replaced.
     """
     target = directory or job.output
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from sparsebert.cli.figures import rows_of, rows_of_plan, tables_of_timing
 from sparsebert.cli.options import flags, option
 from sparsebert.cli.output import emit, progress, say_what_was_read, table, then
 from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
@@ -16,7 +18,7 @@ from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
 app = typer.Typer(
     name="sparsebert",
-    help="Sparse BERT-family classifiers that stay accurate and robust, and really run faster.",
+    help="Makes BERT-family classifiers sparse, checks what they kept, and runs them fast on a CPU.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -43,13 +45,15 @@ Directory = Annotated[Path, typer.Argument(metavar="DIR", help="model directory"
 Output = Annotated[Path, option("--output", "-o", help="model directory to write")]
 TaskName = Annotated[
     str,
-    option(help="task name, or a file of your own (.csv, .tsv, .jsonl, .parquet), or a folder of train and test"),
+    option(
+        help="a file of your own (.csv, .tsv, .jsonl, .parquet), a folder with train and test files, or a task name"
+    ),
 ]
 Overwrite = Annotated[
     bool,
-    option("--overwrite", help="replace what other settings or code left at the output, finished or not"),
+    option("--overwrite", help="replace an output that is there already and was made with other settings or code"),
 ]
-Json = Annotated[bool, option("--json", help="print the JSON document alone")]
+Json = Annotated[bool, option("--json", help="print the result as one line of JSON, and no table")]
 
 
 @app.command()
@@ -64,13 +68,15 @@ def demo(
     """Fine-tune, prune, check and time a real encoder, and write report.html."""
     from sparsebert.cli.demo import run_demo
 
-    emit(run_demo(output, config, quiet=json, overwrite=overwrite))
+    emit(run_demo(output, config, quiet=json, overwrite=overwrite), json)
 
 
 @app.command()
 @flags(TrainConfig, basic=("epochs", "lr", "batch_size", "n", "max_length", "seed"))
 def train(
-    model: Annotated[str, typer.Argument(help="model directory, or `minilm` for the packaged encoder")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="model directory, or `minilm` for the packaged encoder")
+    ],
     *,
     task: TaskName,
     output: Output,
@@ -78,7 +84,7 @@ def train(
         str | None,
         option(
             metavar="FILE",
-            help="fine-tune every model of a recipe into OUTPUT/<name>; packaged: quick-soup, emnlp2023-soup",
+            help="fine-tune each model of a recipe into OUTPUT/NAME: a YAML file, or quick-soup or emnlp2023-soup",
         ),
     ] = None,
     overwrite: Overwrite = False,
@@ -91,13 +97,13 @@ def train(
 
     if recipe is not None:
         if config != TrainConfig():
-            raise InputError("--recipe has every setting in its file, got others beside it", fix="leave them out")
+            raise InputError("--recipe takes every setting from its file, got others beside it", fix="leave them out")
         with progress("fine-tune") as update:
             results = train_recipe(model, task, output, recipe, overwrite=overwrite, progress=update)
         if not json:
             rows = [[name, str(r.steps), f"{r.loss:.4f}", f"{r.seconds:.0f}"] for name, r in results.items()]
             table(f"{model} fine-tuned on {task} by {recipe}", ["model", "steps", "training loss", "seconds"], rows)
-        emit({"task": task, "models": {name: result.as_json() for name, result in results.items()}})
+        emit({"task": task, "models": {name: result.as_json() for name, result in results.items()}}, json)
         return
     with progress("fine-tune") as update:
         result = run(model, task, output, config, overwrite=overwrite, progress=update)
@@ -111,7 +117,7 @@ def train(
         ]
         table(f"{model} fine-tuned on {task}", ["", ""], rows)
         then("sparsebert", "prune", output, "--task", task, "-o", f"{output}-sparse")
-    emit({"task": task, "seed": config.seed, **result.as_json()})
+    emit({"task": task, "seed": config.seed, **result.as_json()}, json)
 
 
 @app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
@@ -121,9 +127,11 @@ def prune(
     *,
     task: TaskName,
     output: Output,
-    dry_run: Annotated[bool, option("--dry-run", help="print the plan, its memory and time, and stop")] = False,
+    dry_run: Annotated[
+        bool, option("--dry-run", help="print what would be done, with memory and time, and stop")
+    ] = False,
     overwrite: Overwrite = False,
-    verbose: Annotated[bool, option("--verbose", help="also show the density of every linear")] = False,
+    verbose: Annotated[bool, option("--verbose", help="also print the density of every linear")] = False,
     json: Json = False,
     config: PruneConfig,
     subnet: SubnetConfig,
@@ -135,17 +143,10 @@ def prune(
 
         planned = plan(directory, task, output, config, subnet, overwrite=overwrite)
         if not json:
-            rows = [["prunable weights", f"{planned.weights:,} in {planned.linears} linears"]]
-            rows += [["zeros", f"{planned.zeros:,} ({planned.zeros / planned.weights:.2%})"]]
-            if planned.optimizer_steps:
-                rows += [["optimizer steps", f"{planned.optimizer_steps:,}"], ["tokens, about", f"{planned.tokens:,}"]]
-            else:
-                rows += [[f"calibration tokens: {part}", f"{count:,}"] for part, count in planned.calibration.items()]
-                rows += [["steps", ", ".join(planned.steps) or "one"]]
-            rows += [[f"memory: {name}", f"{value:,.0f} MiB"] for name, value in planned.memory_mb.items()]
-            rows += [[f"time, about: {name}", f"{value:,.0f} s"] for name, value in planned.seconds.items()]
-            table(f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows)
-        emit(planned.as_json())
+            table(
+                f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows_of_plan(planned, verbose)
+            )
+        emit(planned.as_json(), json)
         return
     with progress(f"prune ({config.method})") as update:
         result = prune_checkpoint(directory, task, output, config, subnet, overwrite=overwrite, progress=update)
@@ -155,20 +156,23 @@ def prune(
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()] if verbose else []
         rows += [["zeros in the encoder's linears", f"{result.sparsity:.2%}"]]
         if kept is not None:
-            of = f"of {kept['n']:,} test texts"
             interval = kept["agreement_ci"]
             told = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
-            what = "rank correlation with dense" if interval is None else "same label as dense"
-            rows += [[f"{what}, {of}", f"{kept['agreement']:.1%}{told}"]]
-            rows += [["KL to the dense model, nats", f"{kept['kl']:.4f}"]]
-        rows += [["saved in", str(output)]]
-        table(f"{config.method}, {config.pattern}: pruned in {result.seconds:.0f} s", ["", ""], rows)
-        then("sparsebert", "eval", output, "--task", task, "--vs", directory)
-    emit({**result.as_json(), "kept": kept})
+            what = "rank correlation with the dense model" if interval is None else "same label as the dense model"
+            rows += [[f"{what}, {kept['n']:,} test texts", f"{kept['agreement']:.1%}{told}"]]
+            rows += [["KL to the dense model in nats, 0 if equal", f"{kept['kl']:.4f}"]]
+        rows += [["saved in (same size on disk: zeros are stored)", str(output)]]
+        how = "was pruned before, in" if result.reused else "pruned in"
+        table(f"{config.method}, {config.pattern}: {how} {result.seconds:.0f} s", ["", ""], rows)
+        if kept is not None and _has_labels(task):
+            then("sparsebert", "eval", output, "--task", task, "--vs", directory)
+        else:
+            then("sparsebert", "bench", output, "--task", task)
+    emit({**result.as_json(), "kept": kept}, json)
 
 
 def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict | None:
-    """How near a pruned model is to the dense one; None, and why on stderr, where that cannot be said."""
+    """How near a pruned model is to the dense one. None if that cannot be measured; stderr says why."""
     from sparsebert import checkpoint
     from sparsebert.errors import DataError
     from sparsebert.robustness import kept
@@ -179,24 +183,40 @@ def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict 
         with progress("compare with dense") as update:
             return kept(pruned, dense, task, max_length=max_length, progress=update)
     except (DataError, InputError) as error:
-        print(f"not compared with dense: {error}", file=sys.stderr)
+        print(f"not compared with the dense model: {error}", file=sys.stderr)
         return None
+
+
+def _has_labels(task: str) -> bool:
+    from sparsebert import data
+    from sparsebert.errors import DataError
+
+    try:
+        data.get_task(task)
+    except DataError:
+        return False
+    return True
 
 
 @app.command()
 def soup(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR…", help="models fine-tuned with --hold-out")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR", help="model directories, fine-tuned with --hold-out")
+    ],
     *,
     task: TaskName,
     output: Output,
     max_length: Annotated[int | None, option(min=3, help=MAX_LENGTH)] = None,
     score: Annotated[
-        str, option(help="what decides, on held-out examples: accuracy, or perturbed (loss when embeddings move)")
+        str,
+        option(
+            help="what is compared, on held-out examples: accuracy, or perturbed (the loss under perturbed embeddings)"
+        ),
     ] = "perturbed",
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Average fine-tuned models greedily: each is added where the average does not get worse."""
+    """Average fine-tuned models greedily: a model is added if the average does not get worse."""
     from sparsebert.training import soup as run
 
     with progress("soup") as update:
@@ -208,7 +228,7 @@ def soup(
             [name, f"{value:.4f}", "yes" if name in result.members else "no"] for name, value in result.scores.items()
         ]
         table(f"soup on {task}: {score} {result.score:.4f}", ["model", score, "in the soup"], rows)
-    emit({"task": task, "score_name": score, **result.as_json()})
+    emit({"task": task, "score_name": score, **result.as_json()}, json)
 
 
 @app.command("eval")
@@ -217,12 +237,14 @@ def evaluate(
     directory: Directory,
     *,
     task: TaskName,
-    vs: Annotated[Path | None, option(metavar="DENSE", help="dense model directory to compare with, paired")] = None,
+    vs: Annotated[
+        Path | None, option(metavar="DENSE", help="directory of the dense model, to compare with on the same texts")
+    ] = None,
     json: Json = False,
     config: EvalConfig,
 ) -> None:
-    """Accuracy of the classifier in DIR with its interval, its distance from a dense model, and how it does out of
-    distribution.
+    """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and its
+    accuracy out of distribution (--ood).
     """
     from dataclasses import asdict
 
@@ -236,48 +258,69 @@ def evaluate(
     say_what_was_read(result)
     figures = asdict(result)
     if not json:
-        tests = {task: {name: value for name, value in figures.items() if name != "ood"}} | (result.ood or {})
-        for name, found in tests.items():
-            table(f"{directory} on {name}", ["figure", "value", "95 % interval"], _with_intervals(found))
+        for name, found in {task: figures, **(result.ood or {})}.items():
+            title = f"{directory} on {found['n']:,} examples of {name}, {found['split']}"
+            table(title, ["figure", "value", "95 % interval"], rows_of(found))
         then("sparsebert", "bench", directory, "--task", task)
-    emit(figures)
+    emit(figures, json)
 
 
 @app.command()
 def predict(
     directory: Directory,
-    texts: Annotated[list[str], typer.Argument(metavar="TEXT…", help="texts to classify, or - for the lines of stdin")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="texts to classify, or - for the lines of standard input"),
+    ] = None,
     *,
+    file: Annotated[
+        Path | None,
+        option(metavar="FILE", help="classify the texts or pairs of a file (.txt, .csv, .tsv, .jsonl, .parquet)"),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Classify texts: a line per text, with its label and that label's probability. Texts that are too long are cut.
-    JSON is printed only if asked for.
+    """Classify texts: prints a line per text with its label and that label's probability. Texts that are too long are
+    cut.
     """
+    from sparsebert import data
     from sparsebert.engine import Engine
     from sparsebert.heads import answers
 
-    if texts == ["-"]:
-        texts = [line.rstrip("\r\n") for line in sys.stdin]
+    if bool(texts) == (file is not None):
+        raise InputError("predict needs either texts or --file", fix="give one of them")
+    if file is not None:
+        rows = list(zip(*data.read_texts(file), strict=True))
+    elif texts == ["-"]:
+        lines = [line.strip() for line in sys.stdin]
+        rows = [(line,) for line in lines if line]
+        if blank := len(lines) - len(rows):
+            print(f"{blank:,} blank lines were left out", file=sys.stderr)
+    else:
+        rows = [(text,) for text in texts]
     engine = Engine.load(directory)
-    found = answers(engine.problem, engine.labels, engine.logits(texts, truncate=True))
+    logits = engine.logits((row if len(row) == 2 else row[0] for row in rows), truncate=True)
+    found = answers(engine.problem, engine.labels, logits)
     if json:
-        rows = [{"text": text, **answer._asdict()} for text, answer in zip(texts, found, strict=True)]
-        emit({"problem": engine.problem.name, "texts": rows})
+        told = [
+            {**dict(zip(("text", "text_b"), row, strict=False)), **answer._asdict()}
+            for row, answer in zip(rows, found, strict=True)
+        ]
+        emit({"problem": engine.problem.name, "texts": told}, json)
         return
-    for text, answer in zip(texts, found, strict=True):
+    for row, answer in zip(rows, found, strict=True):
         said = ", ".join(f"{label} {score:.3f}" for label, score in answer.predicted.items())
-        print(f"{said or 'no label'}\t{cut(text, 200)}")
+        print("\t".join([said or "no label", *(cut(text, 200) for text in row)]))
 
 
 @app.command()
 def seal(directory: Directory, *, json: Json = False) -> None:
-    """Make a stock model directory verifiable: write its manifest, with the hash of every tensor and golden logits."""
+    """Make a stock model directory verifiable: write a manifest with the hash of every tensor and golden logits."""
     from sparsebert.checkpoint import seal as run
 
     sealed = run(directory)
     if not json:
         table(f"{directory} is sealed", ["", ""], [[name, str(value)] for name, value in sealed.items()])
-    emit(sealed)
+    emit(sealed, json)
 
 
 @app.command()
@@ -285,7 +328,7 @@ def reseal(
     directory: Directory,
     *,
     labels: Annotated[
-        str | None, option(metavar="A,B,…", help="also write these label names, in the order of the outputs")
+        str | None, option(metavar="A,B,…", help="write these label names, in the order of the model's outputs")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -296,92 +339,68 @@ def reseal(
     sealed = run(directory, labels=names)
     if not json:
         table(f"{directory} is sealed", ["output", "label"], [[str(i), n] for i, n in enumerate(sealed["labels"])])
-    emit(sealed)
+    emit(sealed, json)
 
 
 @app.command()
 @flags(BenchConfig)
 def bench(
-    directory: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="model directory")] = None,
+    directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="model directory")] = None,
     *,
-    explain: Annotated[bool, option("--explain", help="also show what each linear runs as, and why")] = False,
+    explain: Annotated[bool, option("--explain", help="also print how each linear is computed, and why")] = False,
     json: Json = False,
     config: BenchConfig,
 ) -> None:
-    """Time the engine against its rivals on the classifier in DIR, interleaved, with the output checked."""
+    """Time the classifier in DIR in our engine and in others, which run alternately, and compare the logits."""
     import tempfile
 
     from sparsebert import environment
 
     environment.cap_rivals()  # before anything imports torch
     from sparsebert.cli.timing import random_model, texts_of
-    from sparsebert.engine.measure import ratio_text
     from sparsebert.engine.rivals import named, time_rivals
 
     if (directory is None) == (config.random is None):
-        raise InputError("bench needs DIR or --random, and not both", fix="name a model directory, or --random minilm")
+        raise InputError("bench needs either DIR or --random", fix="name a model directory, or --random minilm")
     named(config.rivals)  # before anything long
+    load, cores = os.getloadavg()[0], os.cpu_count()
     with tempfile.TemporaryDirectory() as folder, progress("bench") as update:
         if directory is None:
             directory = random_model(config, Path(folder))
         result = time_rivals(directory, texts_of(directory, config), config, explain=explain, progress=update)
+    if load > cores / 2:
+        print(f"warning: this machine was busy (load {load:.1f} on {cores} cores), times will vary", file=sys.stderr)
     if not json:
-        rows = [
-            [
-                f"{row['engine']} {row['dtype']}",
-                f"{row['p50_ms']:.3f}",
-                f"{row['p99_ms']:.3f}",
-                f"{row['seq_per_s']:.0f}",
-                ratio_text(row["ratio"], row["ratio_ci"]),
-                f"{row['error']:.1e}" + ("" if row["match"] else " differs"),
-            ]
-            for row in result["rows"]
-        ]
-        head = f"batch {config.batch} x {config.seq}, {result['rows'][0]['threads']} threads"
-        title = f"{head}, {result['machine']['isa']} on {result['machine']['cpu']}"
-        table(title, ["engine", "p50 ms/batch", "p99 ms/batch", "texts/s", "time over ours", "logit error"], rows)
-        if explain:
-            rows = [
-                [
-                    str(row["layer"]),
-                    row["linear"],
-                    "x".join(map(str, row["shape"])),
-                    f"{row['density']:.1%}",
-                    row["form"] + (f", short: {row['short']}" if row["short"] else ""),
-                    row["kernel"],
-                    f"{row['gflops']:.0f}",
-                    f"{row['share_of_peak']:.0%}",
-                    row["why"],
-                ]
-                for row in result["layers"]
-            ]
-            table("linears", ["layer", "linear", "shape", "kept", "form", "kernel", "Gflop/s", "of peak", "why"], rows)
+        for title, columns, rows in tables_of_timing(result, config, explain):
+            table(title, columns, rows)
         if config.random is None:
             then("sparsebert", "predict", directory, "a text of yours")
-    emit(result)
+    emit(result, json)
 
 
 @app.command()
 def study(
     which: Annotated[Literal["srnets"], typer.Argument(help="srnets: sparse and robust subnetworks, Liu et al. 2022")],
     *,
-    grid: Annotated[str, option(help="YAML file of cells, or a packaged one: srnets-small, srnets-paper")],
+    grid: Annotated[str, option(help="YAML file of cells, or srnets-small or srnets-paper, which are packaged")],
     output: Annotated[Path, option("--output", "-o", help="folder for ledger, models and report")],
     hours: Annotated[
-        float | None, option(min=0, help="begin no cell that would probably end later [default: no limit]")
+        float | None,
+        option(min=0, help="do not begin a cell that would probably end after this many hours [default: no limit]"),
     ] = None,
     shard: Annotated[
         str,
-        option(metavar="I/N", help="run part I of 0 to N - 1; cells that share a task and seed stay together"),
+        option(metavar="I/N", help="run only part I of N (I from 0); cells of one task and seed stay together"),
     ] = "0/1",
     take: Annotated[
-        list[Path] | None, option(metavar="CELLS", help="cells.jsonl of other runs, whose cells are taken over")
+        list[Path] | None,
+        option(metavar="CELLS", help="cells.jsonl of another run: do not compute its cells again; may be repeated"),
     ] = None,
     markdown: Annotated[Path | None, option(metavar="FILE", help="also write the tables to this file")] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Run a grid of training, pruning and evaluation; killed, the same command goes on."""
+    """Run a grid of training, pruning and evaluation. After an interruption the same command goes on."""
     from sparsebert.study import publish, read_grid, read_shard, run_grid
 
     cells, part = read_grid(grid), read_shard(shard)
@@ -393,18 +412,19 @@ def study(
     if not json:
         rows = [[name, str(value)] for name, value in document.items() if not isinstance(value, list)]
         table(f"{grid}: {len(outcome.done)} cells done, {len(outcome.left_out)} left out", ["", ""], rows)
-    emit(document)
+    emit(document, json)
 
 
 @app.command()
 def doctor(
     *,
     tune: Annotated[
-        bool, option("--tune", help="time the engine's forms here, some seconds, and choose by that from now on")
+        bool,
+        option("--tune", help="time the engine's forms on this machine (some seconds), and use the result from now on"),
     ] = False,
     json: Json = False,
 ) -> None:
-    """What this machine can run, and why a backend is off."""
+    """Show what this machine can run, and why a backend is off."""
     from dataclasses import asdict
 
     from sparsebert.engine.costs import costs, measure
@@ -422,16 +442,18 @@ def doctor(
             for name, value in facts.items()
         ]
         table("sparsebert doctor", ["", ""], rows)
-    emit(facts)
+    emit(facts, json)
 
 
 @app.command()
 def cache(
     *,
-    prune: Annotated[bool, option("--prune", help="remove all of them; running engines go on")] = False,
+    prune: Annotated[
+        bool, option("--prune", help="remove all of them; engines that are running are not disturbed")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """List the packed models that are kept to load fast, or remove them: they are made anew when needed."""
+    """List or remove the packed models, which make loading fast. They are made again when needed."""
     import time
 
     from sparsebert import environment
@@ -448,25 +470,4 @@ def cache(
         title = f"{'removed from' if prune else 'packed models in'} {folder}: {megabytes:.1f} of {limit:,} MB"
         table(title, ["made of", "dtype", "MB", "days since used"], rows)
     packed = str(folder / "packed") if folder else None
-    emit({"folder": packed, "limit_mb": limit, "mb": megabytes, "removed": prune, "entries": entries})
-
-
-def _with_intervals(figures: dict, prefix: str = "") -> list[list[str]]:
-    """A row a figure that is not None; an interval, which follows its figure, in that one's row."""
-    rows: list[list[str]] = []
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            rows += _with_intervals(value, f"{prefix}{name.removeprefix('by_')} ")
-        elif value is not None and name.endswith("_ci"):
-            rows[-1][-1] = _figure(value)
-        elif value is not None:
-            rows.append([prefix + name, _figure(value), ""])
-    return rows
-
-
-def _figure(value) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    if isinstance(value, (tuple, list)):
-        return "[" + ", ".join(_figure(part) for part in value) + "]"
-    return str(value)
+    emit({"folder": packed, "limit_mb": limit, "mb": megabytes, "removed": prune, "entries": entries}, json)

@@ -49,6 +49,8 @@ def flags(config_class: type[BaseModel], basic: tuple[str, ...] | None = None, *
         parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in classes]
         for name, field in fields.items():
             names = (field.json_schema_extra or {}).get("flags", ())
+            if field.annotation is bool:  # without its --no-, which every default is
+                names = (f"--{name.replace('_', '-')}",)
             own = name in config_class.model_fields
             panel = (None if basic is None or name in basic else EXPERT) if own else LABELLED
             annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=panel)]

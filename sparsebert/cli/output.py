@@ -1,4 +1,4 @@
-"""What a command shows: tables for people and one JSON document last on stdout, progress on stderr."""
+"""What a command prints: tables for people, a JSON document for programs, progress on stderr."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0  # between progress lines where stderr is no terminal
 
 
-def emit(document: dict) -> None:
-    """Prints the command's result as one line of JSON, the last thing on stdout."""
-    print(json.dumps(document, allow_nan=False), flush=True)
+def emit(document: dict, asked: bool) -> None:
+    """Prints the command's result as one line of JSON, the last line of stdout, if --json asked for it or stdout is no
+    terminal.
+    """
+    if asked or not sys.stdout.isatty():
+        print(json.dumps(document, allow_nan=False), flush=True)
 
 
 def say_what_was_read(result) -> None:
@@ -47,12 +50,14 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=Text(title), box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    drawn = Table(box=box.SIMPLE_HEAD)
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))  # plain: a path may look like markup
-    Console(width=None if sys.stdout.isatty() else 120).print(drawn)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(Text(title, style="bold"), soft_wrap=True)  # the table's own would be as narrow as the table
+    console.print(drawn)
 
 
 @contextmanager

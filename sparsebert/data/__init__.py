@@ -1,7 +1,7 @@
-"""Tasks and their examples: the table of known ones, and files of the user's own.
+"""Tasks and their examples: the table of known tasks, and the user's own files.
 
-A task may be a folder with `train` and `test`, or one file, as .parquet, .csv, .tsv or .jsonl with the columns
-`text`[, `text_b`] and `label`.
+A task of the user's own is a folder with `train` and `test`, or one file. Files are .parquet, .csv, .tsv or .jsonl with
+the columns `text`[, `text_b`] and `label`.
 """
 
 from sparsebert.data.examples import (
@@ -20,6 +20,7 @@ from sparsebert.data.examples import (
     word_neighbors,
 )
 from sparsebert.data.own import get_task, rows_read
+from sparsebert.data.tables import read_texts
 from sparsebert.data.tasks import ENTAILMENT, FACT, NLI, PARAPHRASE, SENTIMENT, TASKS, Task
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "mix_ood",
     "normalised",
+    "read_texts",
     "rows_read",
     "same_groups",
     "sameness",

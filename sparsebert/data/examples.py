@@ -1,4 +1,4 @@
-"""Labelled texts of a task, and how they are found: local files first, then the `datasets` library."""
+"""Labelled texts of a task, and where they come from: local files first, then the `datasets` library."""
 
 from __future__ import annotations
 
@@ -22,9 +22,13 @@ from sparsebert.errors import DataError, InputError, first_line, shown
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts in file order. texts_b is None for a single-sentence task. labels: int64 [n]; of several labels per text
-    float32 [n, labels] of 0 and 1; of one logit float32 [n]; None where no labels were asked for. groups: what kind
-    each is, for a task that has such. left_out: how many are not here because they are reported (`training`).
+    """Texts in file order.
+
+    texts_b: None for a task of single texts.
+    labels: int64 [n]; for several labels per text float32 [n, labels] of 0 and 1; for one logit float32 [n]; None if no
+        labels were requested.
+    groups: the kind of each example, for a task that has kinds.
+    left_out: how many examples were removed because figures are reported on them (`training`).
     """
 
     task: str
@@ -61,7 +65,9 @@ class Examples:
         return replace(self, texts=texts, texts_b=texts_b, labels=labels, groups=groups)
 
     def sample(self, n: int | None, seed: int) -> Examples:
-        """A seeded random subset of n examples in this order; all of them where n is None or not less."""
+        """A seeded random subset of n examples, in the present order; all of them if n is None or at least their
+        number.
+        """
         if n is None or n >= len(self):
             return self
         return self.take(np.sort(np.random.default_rng(seed).permutation(len(self))[:n]))
@@ -70,8 +76,8 @@ class Examples:
 def load(task: Task, split: str, *, limit: int | None = None, seed: int = 0) -> Examples:
     """All examples of a split, or a seeded random subset of `limit` of them, in file order.
 
-    Looks among the task's own examples, else in SPARSEBERT_DATA/<task>/<split>.parquet, else among the packaged files,
-    else asks `datasets`. Raises DataError for a missing or unreadable file, text that is empty or not UTF-8, and labels
+    Looks in the task's own examples, else in SPARSEBERT_DATA/<task>/<split>.parquet, else in the packaged files, else
+    in `datasets`. Raises DataError for a missing or unreadable file, text that is empty or not UTF-8, and labels
     outside the task's.
     """
     if limit is not None and limit < 1:
@@ -89,15 +95,15 @@ def _own(task: Task, split: str) -> Examples:
     if split not in task.own:
         raise DataError(
             f"task {task.folder} has no {split} file",
-            fix=f"add {split}.csv, or any of the other kinds, or name one file as the task, which is split",
+            fix=f"add {split}.csv, .tsv, .jsonl or .parquet, or name one file as the task, which is then split",
         )
     return task.own[split]
 
 
 def training(task: Task) -> Examples:
-    """The training split without what is reported of the task: its test split, and the out-of-distribution tests that
-    are at hand here, compared by `sameness`. Whatever learns, calibrates or chooses on a task takes these. DataError
-    where nothing is left; else as `load`.
+    """The training split without the examples that figures are reported on: those of the test split and of the
+    out-of-distribution tests that are available here, compared by `sameness`. Everything that learns, calibrates or
+    chooses on a task uses these examples. DataError if none is left; otherwise raises as `load` does.
     """
     left = _without(load(task, task.train), _reported(task))
     if not len(left):
@@ -109,13 +115,15 @@ def training(task: Task) -> Examples:
 
 
 def unreported_texts(task: Task, texts: Sequence[str]) -> list[str]:
-    """Single texts from elsewhere, without those that are reported of the task, alone or as one side of a pair."""
+    """Single texts from another source, without those that the task reports on, alone or as one side of a pair."""
     reported = {text for key in _reported(task) for text in key} if texts else set()
     return [text for text in texts if normalised(text) not in reported]
 
 
 def sameness(examples: Examples) -> list[tuple[str, ...]]:
-    """A key for each example, equal where two are the same: its normalised text, or both of a pair in either order."""
+    """One key per example; two examples are the same if their keys are equal. The key is the normalised text, or both
+    texts of a pair, sorted.
+    """
     texts = map(normalised, examples.texts)
     if examples.texts_b is None:
         return [(text,) for text in texts]
@@ -123,14 +131,14 @@ def sameness(examples: Examples) -> list[tuple[str, ...]]:
 
 
 def same_groups(examples: Examples) -> np.ndarray:
-    """int64 [examples]: equal numbers for those that are the same (`sameness`), from 0."""
+    """int64 [examples], numbers from 0 on: two examples have the same number if they are the same (`sameness`)."""
     numbers: dict[tuple[str, ...], int] = {}
     return np.array([numbers.setdefault(key, len(numbers)) for key in sameness(examples)], dtype=np.int64)
 
 
 def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
-    """(the rest, `n` examples kept for choices): the same n for every seed, both in file order. The rest has none that
-    is the same as one of the n (`sameness`). InputError where nothing would be left.
+    """(the rest, `n` examples held out for choices), both in file order. The n examples are the same for every seed.
+    The rest has no example that is the same as one of them (`sameness`). InputError if nothing would be left.
     """
     if n >= len(examples):
         raise InputError(f"hold_out must be below the {len(examples)} training examples, got {n}", fix="hold out fewer")
@@ -149,8 +157,8 @@ def hold_out(examples: Examples, n: int) -> tuple[Examples, Examples]:
 
 
 def mix_ood(task: Task, examples: Examples) -> Examples:
-    """The examples and, behind them, those of `task.ood_train` that are not reported; what is not entailed there
-    contradicts in three-way tasks. [Liu et al. 2022, App. C.3]
+    """The examples, followed by those of `task.ood_train` that are not reported on. In a three-way task, not_entailment
+    becomes contradiction. [Liu et al. 2022, App. C.3]
     """
     if not task.ood_train:
         raise InputError(f"task {task.name!r} has no out-of-distribution training examples", fix="leave --mix-ood out")
@@ -166,8 +174,8 @@ def mix_ood(task: Task, examples: Examples) -> Examples:
 
 
 def among(task: Task, examples: Examples, names: Sequence[str]) -> tuple[Task, Examples]:
-    """The same for a model with these labels, of which a file of the user's own may show only some. Where it shows
-    others, nothing changes.
+    """The task and examples, renumbered for a model with the labels `names`. The user's own file may have only some of
+    these labels. For a file with other labels, nothing changes.
     """
     if task.own is None or task.problem == "one_logit" or len(task.labels) >= len(names):
         return task, examples
@@ -187,7 +195,7 @@ def among(task: Task, examples: Examples, names: Sequence[str]) -> tuple[Task, E
 
 
 def _in_labels_of(task: Task, other: Task) -> np.ndarray:
-    """The label of `task` for each of another task's: what is not entailed contradicts, in a three-way task."""
+    """The label of `task` for each label of `other`; in a three-way task, not_entailment becomes contradiction."""
     by_name = {heads.fold(name): i for i, name in enumerate(task.labels)}
     if set(task.labels) == set(NLI):
         by_name[heads.fold("not_entailment")] = by_name[heads.fold("contradiction")]
@@ -201,13 +209,13 @@ def word_neighbors() -> dict[str, list[str]]:
     return {word: near for word, near in json.loads(gzip.decompress(packed.read_bytes())).items() if near}
 
 
-UNSEEN = 500  # of the packaged general texts
+UNSEEN = 500  # packaged general texts that nothing calibrates on
 
 
 @functools.cache
 def general_texts(*, unseen: bool = False) -> tuple[str, ...]:
-    """The packaged general texts, sentences of a dictionary in an order without meaning. unseen: the last UNSEEN of
-    them, which nothing calibrates on, so that reports can measure on them; else the others.
+    """The packaged general texts: sentences of a dictionary, in an arbitrary order. unseen: True for the last UNSEEN of
+    them, which nothing calibrates on, so that reports can measure on them; False for the others.
     """
     packed = resources.files("sparsebert") / "assets" / "general" / "texts.txt.gz"
     texts = tuple(gzip.decompress(packed.read_bytes()).decode().splitlines())
@@ -215,7 +223,9 @@ def general_texts(*, unseen: bool = False) -> tuple[str, ...]:
 
 
 def in_pairs(texts: Sequence[str], paired: bool) -> tuple[list[str], list[str] | None]:
-    """Single texts as (texts, texts_b) of a task: for a paired one its first half beside its second, an odd one out."""
+    """Single texts as (texts, texts_b) of a task. If `paired`, the first half is paired with the second half, and an
+    odd text is dropped; otherwise texts_b is None.
+    """
     if not paired:
         return list(texts), None
     half = len(texts) // 2
@@ -223,15 +233,16 @@ def in_pairs(texts: Sequence[str], paired: bool) -> tuple[list[str], list[str] |
 
 
 def normalised(text: str) -> str:
-    """The text without case, spacing and punctuation, in one of its Unicode forms: what makes two texts the same, "It's
-    good ." and "it 's good". A text of nothing else is only stripped.
+    """The text without case, spacing and punctuation, in Unicode form NFKC. Two texts are the same if this is equal,
+    such as "It's good ." and "it 's good". A text of nothing but spacing and punctuation is only case-folded and
+    stripped.
     """
     folded = unicodedata.normalize("NFKC", text).casefold()
     return folded.translate(_DROPPED) or folded.strip()
 
 
 class _Dropped(dict):
-    """For str.translate: None for the characters that `normalised` drops, filled in as they are met."""
+    """For str.translate: maps the characters that `normalised` drops to None. Filled as characters occur."""
 
     def __missing__(self, code: int) -> int | None:
         category = unicodedata.category(chr(code))
@@ -249,7 +260,9 @@ def _reported(task: Task) -> set[tuple[str, ...]]:
 
 
 def _at_hand(task: Task, of: Task) -> bool:
-    """Whether the test split of `of` is here already. On the hub it is where the task's own training split is from."""
+    """Whether the test split of `of` is available: from the user's files or local files. The hub counts only for the
+    task itself, if its training split is not local.
+    """
     if of.own is not None:
         return of.test in of.own
     if _find(of, of.test) is not None:
@@ -282,10 +295,10 @@ def _read_hub(task: Task, split: str) -> tables.Table:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(where, fix=f"{mend}, or pip install datasets") from error
+        raise DataError(where, fix=f"{mend}, or pip install 'sparsebert[hub]'") from error
     try:
         table = datasets.load_dataset(task.hub.path, task.hub.name, split=task.hub.splits[split])
-    except (OSError, ValueError, RuntimeError) as error:  # no network, offline mode, or a set that moved
+    except (OSError, ValueError, RuntimeError) as error:  # no network, offline mode, or a data set that moved
         raise DataError(f"{where}, and datasets said: {first_line(error)}", fix=mend) from error
     labels = list(table["label"])
     keep = [i for i, label in enumerate(labels) if label >= 0]  # SNLI marks pairs without a gold label by -1
@@ -297,7 +310,7 @@ def _read_hub(task: Task, split: str) -> tables.Table:
 
 
 def _check(task: Task, split: str, table: tables.Table) -> Examples:
-    """The examples of a table whose columns and labels are those of the task."""
+    """The examples of a table, after a check that its columns and labels are the task's."""
     texts = [tables.texts_of(table, name) for name in (("text", "text_b") if task.pair else ("text",))]
     groups = tables.texts_of(table, task.groups) if task.groups else None
     labels = None

@@ -1,4 +1,4 @@
-"""Tasks of the user's own: a folder with `train` and `test`, or one file, which is split by a hash of its texts."""
+"""The user's own tasks: a folder with `train` and `test`, or one file, which is split by a hash of its texts."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sparsebert.data.tasks import TASKS, Task
 from sparsebert.errors import DataError, InputError, shown
 from sparsebert.heads import fold
 
-MAX_CLASSES = 1000  # above it the column is no label
-LARGEST_VALUE = 1e15  # of a label
-TEST_SHARE = 0.2  # of one file
-# Names of the files of a split; of the second ones, one is taken if none of the first is there.
+MAX_CLASSES = 1000  # a column with more values is not a label
+LARGEST_VALUE = 1e15  # max |label|
+TEST_SHARE = 0.2  # share of one file that becomes the test split
+# File names of each split. The second names are used only if there is no file of the first name.
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
 
 
 def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
-    """The task called `name`, or the folder or file `name` as a task of the user's own. labelled: whether labels are
-    needed; if not, they are not looked at. values: whether numbers of a file are values, as of a regression, not ids of
-    classes. Raises InputError for a name that is none, DataError for files that are not understood.
+    """The known task `name`, or the user's own task in the folder or file `name`. labelled: whether labels are needed;
+    if not, they are ignored. values: whether numbers in a file are values (regression), not class ids. Raises
+    InputError for an unknown name, DataError for files that cannot be understood.
     """
     if name in TASKS:
         return replace(TASKS[name], labelled=labelled)
@@ -37,7 +37,7 @@ def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
         if path.is_dir():
             return _of_tables(path, _in_folder(path), labelled, values)
         wanted = os.path.lexists(path) or (path.suffix in SUFFIXES and not path.exists() and "\0" not in name)
-    except (OSError, ValueError):  # no path at all
+    except (OSError, ValueError):  # not a valid path
         wanted = False
     if wanted:
         return _of_tables(path, {"": read(path)}, labelled, values)
@@ -47,7 +47,7 @@ def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
 
 
 def rows_read(task: Task) -> dict | None:
-    """Rows by split of a task of the user's own, and how they were split; None for a known one."""
+    """Number of rows per split of the user's own task, and how it was split; None for a known task."""
     if task.own is None:
         return None
     rows = {split: len(examples) for split, examples in task.own.items()}
@@ -76,7 +76,7 @@ def _in_folder(folder: Path) -> dict[str, Table]:
 
 
 def _of_tables(path: Path, found: dict[str, Table], labelled: bool, values: bool) -> Task:
-    """The task that the tables of its splits are; "" for one that is still to be split."""
+    """The task made of the tables of its splits. The key "" marks a table that is still to be split."""
     columns = {split: text_columns(table) for split, table in found.items()}
     if len({len(names) for names in columns.values()}) > 1:
         said = ", ".join(f"{found[split].path.name} has {' and '.join(names)}" for split, names in columns.items())
@@ -100,8 +100,8 @@ def _of_tables(path: Path, found: dict[str, Table], labelled: bool, values: bool
 
 
 def _by_hash(path: Path, examples: Examples) -> dict[str, Examples]:
-    """One file's examples in two: by what makes them the same, so that equal ones stay together and a row that is added
-    moves no other.
+    """Splits one file's examples in two by a hash of their `sameness`. So equal examples stay together, and a new row
+    does not move any other.
     """
     keys = [hashlib.sha256("\0".join(key).encode()).digest() for key in sameness(examples)]
     test = np.array([int.from_bytes(key[:8]) < TEST_SHARE * 2**64 for key in keys])
@@ -115,10 +115,10 @@ def _by_hash(path: Path, examples: Examples) -> dict[str, Examples]:
 
 
 def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: dict[str, Examples]) -> None:
-    """DataError for a class that is in the test split and not in the other."""
+    """Raises DataError if a class is in the test split but not in the training split."""
     if not names or len(own) < 2:
         return
-    # Of single labels their numbers, of several the columns that have a 1.
+    # Single labels: their numbers. Several labels: the columns that have a 1.
     seen = {split: examples.labels if problem == "single_label" else np.nonzero(examples.labels)[1]
             for split, examples in own.items()}  # fmt: skip
     missing = sorted(set(seen["test"].tolist()) - set(seen["train"].tolist()))
@@ -135,7 +135,7 @@ def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: di
 def _understood(
     path: Path, found: dict[str, Table], values: bool
 ) -> tuple[str, tuple[str, ...], dict[str, np.ndarray]]:
-    """(problem type, names of the labels, labels by split) of the label columns, read alike in all of them."""
+    """(problem type, label names, labels by split) of the label columns, interpreted the same way in all splits."""
     cells = [(table, row, value) for table in found.values() for row, value in enumerate(table.column("label"))]
     several = [isinstance(value, list) for _, _, value in cells]
     if any(several):
@@ -159,7 +159,7 @@ def _one(path: Path, cells, values: bool) -> tuple[str, tuple[str, ...], np.ndar
     kinds = Counter(type(value) for value in read_as)
     if type(None) in kinds:
         _refuse(*cells[[value is None for value in read_as].index(True)], "a class or a number")
-    if bool in kinds and str in kinds:  # among names, the words true and false are such, too
+    if bool in kinds and str in kinds:  # among names, the words true and false are names too
         read_as = [value.strip() if isinstance(value, str) else new
                    for (_, _, value), new in zip(cells, read_as, strict=True)]  # fmt: skip
         kinds = Counter(type(value) for value in read_as)
@@ -188,18 +188,18 @@ def _one(path: Path, cells, values: bool) -> tuple[str, tuple[str, ...], np.ndar
 
 
 def _require_different(path: Path, names: list[str]) -> None:
-    """DataError for two spellings of one name."""
+    """Raises DataError if two labels are different spellings of one name."""
     folded: dict[str, str] = {}
     for name in names:
         if (other := folded.setdefault(fold(name), name)) != name:
             raise DataError(
-                f"{path}: labels {other!r} and {name!r} are one name",
+                f"{path}: labels {other!r} and {name!r} are the same name",
                 fix="write it alike in all rows, or rename one if they are two classes",
             )
 
 
 def _meant(word: str) -> str:
-    """What a word that is no label should have been; empty for one that may be one."""
+    """What was expected in place of a word that cannot be a label; empty for a word that can."""
     if word[:1] + word[-1:] == "[]":
         return "one class or number (lists of labels: .jsonl or .parquet)"
     if re.fullmatch(r"[+-]?[0-9]+(,[0-9]+|(\.[0-9]+)?\s?%)", word):
@@ -208,25 +208,25 @@ def _meant(word: str) -> str:
 
 
 def _value(value):
-    """A label as it is meant: int, float, bool, str, or None for none."""
+    """The value of a label: int, float, bool or str; None if it is no label."""
     if isinstance(value, str):
         text = value.strip()
         if text.lower() in ("true", "false"):
             return text.lower() == "true"
-        # LABEL_3 is how transformers calls class 3 of a model that does not name its classes.
+        # transformers calls class 3 LABEL_3 if a model does not name its classes.
         bare = text[6:] if text[:6].lower() == "label_" and text[6:].isdecimal() else text
         if not NUMBER.fullmatch(bare):
             return text or None
         value = float(bare)
     if isinstance(value, bool):
         return value
-    if isinstance(value, int | float) and abs(value) <= LARGEST_VALUE:  # which NaN is not, either
+    if isinstance(value, int | float) and abs(value) <= LARGEST_VALUE:  # false for NaN as well
         return int(value) if float(value).is_integer() else value
     return None
 
 
 def _numbered(path: Path, cells, ids: list[int]) -> tuple[str, ...]:
-    """Names LABEL_i for classes that a file numbers: they are the model's own ids."""
+    """Names LABEL_i for classes that a file gives as numbers, which are the model's own ids."""
     for cell, value in zip(cells, ids, strict=True):
         if not 0 <= value < MAX_CLASSES:
             _refuse(
@@ -244,10 +244,10 @@ def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     if all(flags):
         rows = np.array([value for _, _, value in cells], dtype=np.float32)
         return "multi_label", tuple(f"LABEL_{i}" for i in range(width)), rows
-    # An id stands once in a row, and is neither true nor 1.0: the lists are meant to have a 0 or 1 per label.
+    # An id occurs once per row, and is neither true nor 1.0; other lists are meant to have a 0 or 1 per label.
     if any(len(set(value)) < len(value) or {bool, float} & set(map(type, value)) for _, _, value in cells):
         _refuse(
-            *cells[flags.index(False)], f"a 0 or 1 for each of {width} labels, as in most rows, or ids or names once"
+            *cells[flags.index(False)], f"a 0 or 1 for each of {width} labels, as in most rows, or each id or name once"
         )
     for cell in cells:
         kinds |= {type(part) for part in cell[2]}
@@ -271,7 +271,7 @@ def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
 
 
 def _numbers(parts: list) -> list:
-    """A list with the numbers in it as such, which a file may have written as strings."""
+    """The list as integers if all its parts are digits written as strings; else unchanged."""
     if parts and all(isinstance(part, str) and re.fullmatch("[0-9]+", part.strip()) for part in parts):
         return [int(part) for part in parts]
     return parts

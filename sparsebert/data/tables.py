@@ -1,4 +1,4 @@
-"""Tables of texts as people have them: .csv, .tsv, .jsonl, .parquet. What is not understood is refused by its line."""
+"""Reads tables of texts: .csv, .tsv, .jsonl, .parquet. An error names the line that cannot be understood."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from pathlib import Path
 from sparsebert.errors import DataError, first_line, shown
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
-LARGEST = 1 << 31  # bytes of a file: more is no calibration or test set
+OF_TEXTS = (".txt", *SUFFIXES)  # files that texts without labels are read from
+LARGEST = 1 << 31  # max bytes per file: calibration and test sets are smaller
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
-# A quoted field, in which quotes are doubled, or a bare one, and what ends it. The csv module would do, were its limit
-# on the length of a field not one for the whole process.
+# A quoted field, in which quotes are doubled, or a bare one, followed by a comma or a line end. The csv module is not
+# used because its limit on the length of a field applies to the whole process.
 _FIELD = re.compile(r'(?:"([^"]*+(?:""[^"]*+)*+)"|([^",\r\n][^,\r\n]*+|))(,|\r?\n)')
-# Columns of texts under the names that public data sets give them, most usual first.
+# Names of text columns in public data sets, the most usual first.
 _TEXT_COLUMNS = (
     ("text", "text_b"),
     ("text", "text_pair"),
@@ -38,8 +39,8 @@ _TEXT_COLUMNS = (
 
 @dataclass(frozen=True)
 class Table:
-    """Columns by name, all of one length; of .parquet those that mean something here. at: where each row stands, for
-    messages: "line 7", "row 7". names: of all columns of the file.
+    """Columns by name, all of the same length; of .parquet only the columns that are used here. at: the position of
+    each row for messages, such as "line 7" or "row 7". names: all columns of the file.
     """
 
     path: Path
@@ -51,14 +52,14 @@ class Table:
         return len(self.at)
 
     def where(self, row: int) -> str:
-        """The file and the place of a row in it."""
+        """The file and the position of a row in it, for messages."""
         return f"{self.path}, {self.at[row]}"
 
     def column(self, name: str) -> list:
-        """DataError, listing the columns that there are, where this one is not."""
+        """The values of a column. DataError, listing the columns, if there is none of this name."""
         if name not in self.columns:
             found = ", ".join(map(shown, self.names[:20]))
-            second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # of a pair is no first
+            second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # never meant as the first text
             near = difflib.get_close_matches(name, [other for other in self.names if other not in second], n=1)
             hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line"
             if len(self.names) == 1 and re.search("[,;\t|]", self.names[0]):
@@ -70,12 +71,11 @@ class Table:
 
 
 def read(path: Path, also: tuple[str, ...] = ()) -> Table:
-    """The table in a file; its kind is told by its suffix. In .csv a field may be quoted, in .tsv a quote is a
-    character like any other; both need a header. Values of .csv and .tsv are strings. also: columns wanted beside texts
-    and labels.
+    """Reads the table in a file; the suffix tells its format. In .csv a field may be quoted; in .tsv a quote is an
+    ordinary character. Both need a header, and their values are strings. also: columns wanted besides texts and labels.
 
-    Raises DataError for what is no such file, is not UTF-8, has no rows, repeats or lacks a column name, has a row of
-    another width, and for a quoted text of .csv that has swallowed the rows behind it.
+    Raises DataError for a file that is of no such format, is not UTF-8, has no rows, repeats or lacks a column name, or
+    has a row of another width, and for a quoted .csv text that has swallowed the rows after it.
     """
     _require_file(path)
     if path.suffix not in SUFFIXES:
@@ -89,8 +89,18 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a text file in UTF-8 that are not blank. DataError where there are none, or it is no such file."""
+def read_texts(path: Path) -> list[list[str]]:
+    """The columns of texts in a file, one, or two of pairs: the non-blank lines of a .txt, else those of its table."""
+    if path.suffix == ".txt":
+        return [_lines_of_text(path)]
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path} must end in {', '.join(OF_TEXTS)}", fix="convert or rename it")
+    table = read(path)
+    return [texts_of(table, column) for column in text_columns(table)]
+
+
+def _lines_of_text(path: Path) -> list[str]:
+    """The non-blank lines of a UTF-8 text file, stripped. DataError if there are none, or if it is no such file."""
     _require_file(path)
     found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
     if not found:
@@ -134,7 +144,7 @@ def _decoded(path: Path) -> str:
 
 def _csv(path: Path, text: str) -> Table:
     text = text if text.endswith("\n") else text + "\n"
-    rows, at, long = [], [], []  # long: the fields of several lines
+    rows, at, long = [], [], []  # long: fields that span several lines
     row, position, line, start = [], 0, 1, 1
     while position < len(text):
         field = _FIELD.match(text, position)
@@ -163,7 +173,7 @@ def _csv(path: Path, text: str) -> Table:
 
 
 def _fault(text: str, position: int) -> str:
-    """Why no field of CSV begins there."""
+    """Why no CSV field begins at `position`."""
     if text[position] != '"':
         return "a field outside quotes has a carriage return"
     field = re.compile(r'"[^"]*+(?:""[^"]*+)*+"').match(text, position)
@@ -186,13 +196,13 @@ def _tsv(path: Path, text: str) -> Table:
 
 
 def _is_quoted(field: str) -> bool:
-    """Whether a field is in quotes and has others, all of them doubled."""
+    """Whether a field is in quotes and has further quotes, all of them doubled."""
     inner = field[1:-1]
     return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
 def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Table:
-    """The table of rows whose first one names the columns. cure: for a row of another width."""
+    """The table of the rows, whose first one names the columns. cure: the fix for a row of another width."""
     if not rows:
         raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
     names = [name.strip() for name in rows[0]]
@@ -213,8 +223,9 @@ def _require_names(where: Path | str, names: list[str]) -> None:
 
 
 def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> None:
-    """DataError where a line of a field of several lines, by itself, is what is left of a row, with a label where
-    labels are: its quote was opened and never meant to be. first: the field's first line in the file.
+    """Raises DataError if one line of a field that spans several looks like a row, or like the rest of one, with a
+    label in the label column: then the field's opening quote was not meant as one. first: the field's first line in the
+    file.
     """
     if "label" not in table.columns:
         return
@@ -223,15 +234,15 @@ def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> No
     lines = table.columns[table.names[column]][row].split("\n")
     for i, line in enumerate(lines):
         fields = line.rstrip("\r").split(",")
-        before = 0 if i else column  # fields of the same row that stand before this line, and behind it
+        before = 0 if i else column  # fields of the same row before this line, and after it
         behind = 0 if i < len(lines) - 1 else len(table.names) - 1 - column
         if len(fields) != len(table.names) - before - behind or not 0 <= place - before < len(fields):
             continue
         found = fields[place - before]
         if found in labels or (numbers and NUMBER.fullmatch(found)):
             raise DataError(
-                f"{table.path}, line {first + i}: {shown(line)} looks like a row, and is inside a text that a quote on "
-                f"line {first} begins",
+                f"{table.path}, line {first + i}: {shown(line)} looks like a row, but is inside a text that begins "
+                f"with a quote on line {first}",
                 fix="double that quote, or save the file as .tsv or .jsonl",
             )
 
@@ -254,12 +265,12 @@ def _jsonl(path: Path, text: str) -> Table:
         except (ValueError, RecursionError) as error:
             reason = "nested too deep" if isinstance(error, RecursionError) else first_line(error)
             raise DataError(
-                f"{path}, line {number}: must be one JSON object: {reason}", fix="write one object a line"
+                f"{path}, line {number}: must be one JSON object: {reason}", fix="write one object per line"
             ) from error
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}, line {number}: must be one JSON object, is {type(row).__name__}",
-                fix="write one object a line",
+                fix="write one object per line",
             )
         rows.append(row)
         at.append(f"line {number}")
@@ -273,7 +284,7 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
 
     known = {"label", *also, *(name for names in _TEXT_COLUMNS for name in names)}
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:  # which, other than read_table, takes no columns from the path
+        with pyarrow.parquet.ParquetFile(path) as file:  # unlike read_table, takes no columns from the path
             names = file.schema_arrow.names
             _require_names(path, names)
             found = file.read(columns=[name for name in names if name in known])
@@ -284,7 +295,7 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
         for row, value in enumerate(found[name], start=1):
             try:
                 values.append(value.as_py())
-            except ValueError as error:  # of which one is UnicodeDecodeError
+            except ValueError as error:  # such as UnicodeDecodeError
                 raise DataError(f"{path}, row {row}: {name} must be UTF-8: {error}", fix="save it as UTF-8") from error
     if "label" in columns:
         columns["label"] = _named_classes(columns["label"], found.schema.metadata or {})
@@ -292,11 +303,11 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
 
 
 def _named_classes(labels: list, metadata: dict[bytes, bytes]) -> list:
-    """Labels under the names that `datasets` stores beside the ids of a ClassLabel; its -1, for unknown, is None."""
+    """Replaces class ids by the names that `datasets` stores for a ClassLabel; its -1, for unknown, becomes None."""
     try:
         feature = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]
         names = feature.get("names") or feature["feature"]["names"]
-    except (KeyError, TypeError, AttributeError, ValueError):  # of another writer, or no class
+    except (KeyError, TypeError, AttributeError, ValueError):  # written by another program, or not a ClassLabel
         return labels
 
     def named(value):
@@ -308,8 +319,8 @@ def _named_classes(labels: list, metadata: dict[bytes, bytes]) -> list:
 
 
 def text_columns(table: Table) -> tuple[str, ...]:
-    """The names of the one or two columns of texts: `text` (and `text_b`), else what public data sets call them.
-    DataError where there are none, or where two readings are possible.
+    """The names of the one or two text columns: `text` (and `text_b`), else names used by public data sets. DataError
+    if there are none, or if the columns can be read in two ways.
     """
     found = [names for names in _TEXT_COLUMNS if set(names) <= table.columns.keys()]
     found = [names for names in found if not any(set(names) < set(other) for other in found)]
@@ -319,12 +330,14 @@ def text_columns(table: Table) -> tuple[str, ...]:
             fix="keep the columns of one reading, or rename the others",
         )
     if not found:
-        table.column("text")  # which says what there is
+        table.column("text")  # raises the error, which lists the columns
     return found[0]
 
 
 def texts_of(table: Table, name: str) -> list[str]:
-    """A column of texts, each a non-empty string that UTF-8 can hold. DataError, naming file and row, for another."""
+    """A column of texts. DataError, naming file and row, unless each is a non-empty string that UTF-8 can hold, without
+    NUL.
+    """
     texts = table.column(name)
     for row, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():

@@ -30,18 +30,21 @@ class Hub:
 class Task:
     """One classification task.
 
-    labels: names, index = label; none for one logit and for unlabelled texts. train, test: the split trained on (None
-    where there is none) and the split reported on.
-    metric: "accuracy", or "f1" where the field also reports F1 of class 1. three_way: a three-way NLI model may be
-    evaluated here, its classes neutral and contradiction counting as class 1. max_length: tokens kept of a text,
-    special ones included; None for as many as the model takes. ood: tasks that a model of this one is tested on out of
-    distribution. ood_train: (task, split, times) of training examples for an upper bound there. bias: the bias model
-    that debiased losses take by default (training.bias). groups: the column that names what kind of example each is,
-    where figures are wanted by it. problem: the name of the problem type, of heads.PROBLEMS. labelled: whether labels
-    were asked for; else its examples have none.
+    labels: names, index = label; empty for one logit and for unlabelled texts.
+    train, test: the split to train on (None if there is none) and the split to report on.
+    metric: "accuracy", or "f1" if the field also reports F1 of class 1.
+    three_way: a three-way NLI model may be evaluated here; its classes neutral and contradiction count as class 1.
+    max_length: max tokens per text, special ones included; None for as many as the model takes.
+    ood: tasks on which a model of this task is tested out of distribution.
+    ood_train: (task, split, times) of training examples for an upper bound there.
+    bias: the bias model that debiased losses use by default (training.bias).
+    groups: the column that names the kind of each example, if figures are wanted per kind.
+    problem: the name of the problem type, of heads.PROBLEMS.
+    labelled: whether labels were requested; if not, the examples have none.
 
-    Of a task of the user's own: folder: its folder or file. own: its examples by split. by_hash: whether one file was
-    split by a hash of its texts.
+    For the user's own task:
+
+    folder: its folder or file. own: its examples by split. by_hash: whether one file was split by a hash of its texts.
     """
 
     name: str
@@ -68,11 +71,11 @@ def _glue(name: str, columns: tuple[str, ...], test: str, hub_test: str = "valid
     return Hub("nyu-mll/glue", name, columns, {"train": "train", test: hub_test})
 
 
-# hans, paws_qqp, fever and fever_symm are on the hub as loading scripts or not at all; `datasets` reads neither.
-# Overlaps to know: 702 of 2,000 mr/test sentences are in sst2/train, and neither is an out-of-distribution test of the
-# other. What a task trains on and reports at once is left out of training (examples.training): 123 reviews of imdb, 19
-# sentences of cola, 5 of sst2, 1 each of mr, qqp and mrpc; of the 708 pairs of fever_symm_v2/dev that --mix-ood adds,
-# the 354 that are in fever_symm_v1/test (3 of them in fever_symm_v2/test too).
+# hans, paws_qqp, fever and fever_symm are on the hub as loading scripts or not at all; `datasets` can read neither.
+# Known overlaps: 702 of 2,000 mr/test sentences are in sst2/train; neither task is an out-of-distribution test of the
+# other. Examples that a task would both train and report on are left out of training (examples.training): 123 reviews
+# of imdb, 19 sentences of cola, 5 of sst2, 1 each of mr, qqp and mrpc; of the 708 pairs of fever_symm_v2/dev that
+# --mix-ood adds, the 354 that are in fever_symm_v1/test (3 of them in fever_symm_v2/test too).
 _TABLE = (
     Task("mr", SENTIMENT, "train", "test"),
     Task("sst2", SENTIMENT, "train", "dev", hub=_glue("sst2", ("sentence",), "dev")),
@@ -90,10 +93,10 @@ _TABLE = (
     Task("rte", ENTAILMENT, "train", "dev", pair=True, three_way=True, bias="overlap",
          hub=_glue("rte", ("sentence1", "sentence2"), "dev")),
     Task("qnli", ENTAILMENT, "train", "dev", pair=True, hub=_glue("qnli", ("question", "sentence"), "dev")),
-    # dev_heldout is cut from the official training rows; the official dev set is not it and has no name here.
+    # dev_heldout is cut from the official training rows. It is not the official dev set, which has no name here.
     Task("qqp", PARAPHRASE, "train", "dev_heldout", pair=True, metric="f1", bias="overlap",
          ood=("paws_qqp", "paws_wiki"),
-         ood_train=(("paws_wiki", "dev", 1),),  # the training splits of PAWS are not at hand
+         ood_train=(("paws_wiki", "dev", 1),),  # the training splits of PAWS are not available
          hub=Hub("nyu-mll/glue", "qqp", ("question1", "question2"), {"train": "train"})),
     Task("mrpc", PARAPHRASE, "train", "dev", pair=True, metric="f1", bias="overlap",
          hub=_glue("mrpc", ("sentence1", "sentence2"), "dev")),

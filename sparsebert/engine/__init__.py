@@ -1,5 +1,5 @@
-"""The inference runtime: a whole pruned encoder on sparse kernels. On the CPU it needs numpy, safetensors and
-tokenizers only.
+"""The inference runtime: a whole pruned encoder on sparse kernels. On the CPU it needs only numpy, safetensors and
+tokenizers.
 """
 
 from sparsebert.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""What `sparse_encoder` needs, of a model directory's tensors."""
+"""Builds the encoder that `sparse_encoder` runs from the tensors of a model directory."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ACTIVATIONS = ("gelu", "relu")
 def build(
     weights: dict[str, np.ndarray], facts: Facts, pack: Callable[[np.ndarray], Sequence[Packed]]
 ) -> tuple[PackedEncoder, ...]:
-    """The encoder of a model directory, as often as `pack` has forms of a weight: for short batches and long ones.
+    """The encoders of a model directory, one for each packed form that `pack` returns: for short batches and for long
+    ones.
 
-    weights: `checkpoint.Files.weights`. facts: of the same. pack: of all linears but the classifier. The encoders share
-    what is the same in them.
+    weights: `checkpoint.Files.weights`. facts: of the same directory. pack: packs the weights of all linears except the
+    classifier. The encoders share their equal parts.
     Raises UnsupportedError for an activation that the engine does not run.
     """
     if facts.activation not in ACTIVATIONS:
@@ -49,7 +50,7 @@ def build(
     projection = (None,) * len(forms)
     if facts.embedding != facts.hidden:
         projection = stacked(f"{names.base}.embeddings_project")
-    layers = []  # of each, one of every form
+    layers = []  # for each layer, one EncoderLayer per form
     for i in range(facts.layers):
         at = names.layer(i)
         qkv = stacked(*(at + name for name in names.attention))

@@ -1,7 +1,8 @@
-"""The packed form of a model in the user's cache: derived, checked by content, mapped by all processes that run it.
+"""The user's cache of packed models. An entry is derived from a model directory, is checked by content, and is mapped
+by all processes that run the model.
 
-An entry is written under another name and renamed into place, and never changed after: a process that maps it keeps
-what it mapped. Only its owner can write to the folder, so nobody else can cut an entry short under a running engine.
+An entry is written under another name, renamed into place, and never changed afterwards: a process that maps it keeps
+the same data. Only the owner can write to the folder, so nobody else can cut an entry short while an engine runs.
 """
 
 from __future__ import annotations
@@ -32,29 +33,30 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedRows, PackedTiles
 
-FORMAT_VERSION = 4  # of the files, and of the packed forms in them
+FORMAT_VERSION = 4  # of the files and of the packed forms in them
 _ROOT = 0  # the user who may write anywhere
-LEFT_BEHIND = 3600.0  # seconds after which a temporary file has no writer any more
+LEFT_BEHIND = 3600.0  # seconds after which no process still writes to a temporary file
 Encoders = tuple[PackedEncoder, ...]
 Weights = dict[str, np.ndarray]
 
 
 def packed(files: Files, settings: dict, make: Callable[[Weights], Encoders], *, anew: bool = False) -> Encoders:
-    """What `make` makes of a model directory's weights, in mapped memory: from the cache, or made and put there.
+    """The packed encoders of a model directory, in mapped memory: read from the cache, or made by `make` and stored
+    there.
 
-    settings: all that decides what `make` returns beside weights and config.json; JSON. anew: make it, whatever the
-    cache holds.
-    The weights are read, and held against the manifest, whenever their files are not those that were last: then their
-    sizes, times and places are still those noted here. A cached file that is not whole, or of other content, is made
-    anew. Where there is no place for one that nobody else may write to, that is said once and the packed form stays in
-    memory. Raises CheckpointError for a damaged directory.
+    settings: everything besides weights and config.json that decides what `make` returns; JSON. anew: make them even if
+    the cache holds them.
+    The weights are read and checked against the manifest only if their files have changed since the last time, by the
+    sizes, times, inodes and devices noted in the cache. A cached file that is incomplete or has other content is made
+    anew. If there is no folder that only this user can write to, a warning says so and the packed form stays in memory.
+    Raises CheckpointError for a damaged directory.
     """
     folder = _folder()
     if folder is None:
         return make(files.weights)
     content = _verified(folder, files)
     if content is None:
-        _ = files.weights  # verified by reading them
+        _ = files.weights  # reading verifies them
         content = files.weights_sha256
         _note(folder, files, content)
     config = hashlib.sha256(files.contents["config.json"]).hexdigest()
@@ -72,20 +74,20 @@ def packed(files: Files, settings: dict, make: Callable[[Weights], Encoders], *,
 
 
 def shared(encoders: Encoders) -> Encoders:
-    """The same, those of equal arrays and numbers being one."""
+    """The same encoders; those that consist of the same arrays and numbers become one object."""
     arrays: dict[int, tuple[str, np.ndarray]] = {}
     first: dict[str, PackedEncoder] = {}
     return tuple(first.setdefault(json.dumps(_flattened(encoder, arrays)), encoder) for encoder in encoders)
 
 
 def entries() -> list[dict]:
-    """Every packed model in the cache, last used first: path, model (the directory it was made of), dtype, bytes, and
-    used, in seconds since the epoch.
+    """Every packed model in the cache, last used first: path, model (the directory it was made from), dtype, bytes, and
+    used (the last use, in seconds since the epoch).
     """
     folder = _folder(create=False)
     found = []
     for path in () if folder is None else folder.glob("*.safetensors"):
-        with suppress(OSError, SafetensorError):  # one that is removed meanwhile, or damaged, has no name
+        with suppress(OSError, SafetensorError):  # a damaged file is listed without a model
             status = path.stat()
             row = {"path": str(path), "model": "", "dtype": "", "bytes": status.st_size, "used": status.st_mtime}
             found.append(row)
@@ -95,8 +97,9 @@ def entries() -> list[dict]:
 
 
 def prune(limit: int = 0, keep: Path | None = None) -> list[dict]:
-    """Removes the packed models used longest ago until the others take at most `limit` bytes; `keep` stays. Returns
-    those removed. Engines that run from them go on. Files that killed processes left are removed as well.
+    """Removes the packed models used longest ago until the others take at most `limit` bytes; never removes `keep`.
+    Returns the removed ones. Engines that use them keep running. Also removes files that killed processes left behind,
+    and with limit 0 the notes on model directories.
     """
     folder = _folder(create=False)
     if folder is None:
@@ -114,18 +117,18 @@ def prune(limit: int = 0, keep: Path | None = None) -> list[dict]:
             removed.append(row)
             total -= row["bytes"]
     if not limit:
-        for path in folder.glob("*.json"):  # what is noted of model directories
+        for path in folder.glob("*.json"):  # the notes on model directories
             path.unlink(missing_ok=True)
     return removed
 
 
 def _folder(*, create: bool = True) -> Path | None:
-    """Where packed models are, nobody else having a say there; else None, and why is said. create: make it where it is
-    not there; without it None, in silence.
+    """The folder of packed models, if nobody else can write to it; otherwise None, with a warning that says why.
+    create: make the folder if it is missing; without it a missing folder gives None and no warning.
     """
     cache = environment.cache_dir()
     if cache is None:
-        _no_place("the user's cache", "there is no HOME, and no user of this number")
+        _no_place("the user's cache", "there is no HOME, and the user id has no name")
         return None
     folder = cache / "packed"
     try:
@@ -141,7 +144,7 @@ def _folder(*, create: bool = True) -> Path | None:
     for path, status in found.items():
         why = None
         if not stat.S_ISDIR(status.st_mode):
-            why = f"{path} is a link or no folder"
+            why = f"{path} is a link or not a folder"
         elif status.st_uid not in (_ROOT, os.geteuid()):
             why = f"{path} belongs to user {status.st_uid}"
         elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
@@ -159,8 +162,8 @@ def _no_place(folder: Path | str, why: object) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Alone among processes, on file systems that have locks: two that pack the same model then do it once. The lock
-    goes with its holder, however that ends.
+    """Holds the folder's lock, on file systems that have locks, so that two processes that load the same model pack it
+    once. The lock is released when its process ends, in whatever way.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -172,7 +175,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _stored(path: Path, key: str, encoders: Encoders, facts: dict[str, str]) -> Encoders | None:
-    """The same, written and mapped; None where it cannot be kept, with a warning unless the user wants none kept."""
+    """The same encoders, written to a file and mapped. None if they cannot be kept, with a warning unless the user
+    wants none kept.
+    """
     limit = environment.cache_mb() * 10**6
     if not limit:
         return None
@@ -189,7 +194,7 @@ def _stored(path: Path, key: str, encoders: Encoders, facts: dict[str, str]) -> 
         os.close(handle)
         save_file(named, temporary, {"key": key, "tree": tree, "sum": _sum(key, tree, named)} | facts)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # a full disk comes as either
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         _no_place(path.parent, error)
@@ -199,14 +204,14 @@ def _stored(path: Path, key: str, encoders: Encoders, facts: dict[str, str]) -> 
 
 
 def _read(path: Path, key: str) -> Encoders | None:
-    """What the file holds; None where it is missing, damaged or another's."""
+    """The encoders that the file holds; None if it is missing, damaged or has another key."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
         tree, arrays = metadata["tree"], checkpoint.mapped_arrays(path)
         if metadata["key"] != key or metadata["sum"] != _sum(key, tree, arrays):
             return None
-        with suppress(OSError):  # used now: the others are older; no matter on a read-only place
+        with suppress(OSError):  # marks it as just used; may fail on a read-only file system
             os.utime(path)
         return _restored(json.loads(tree), arrays)
     except (OSError, SafetensorError, SparsebertError, ValueError, KeyError, TypeError):
@@ -214,13 +219,13 @@ def _read(path: Path, key: str) -> Encoders | None:
 
 
 def _sum(key: str, tree: str, arrays: Weights) -> str:
-    """Of all that an entry says: its key, its tree, and every array's name, dtype, shape and bytes."""
+    """The checksum of an entry: of its key, its tree, and every array's name, dtype, shape and bytes."""
     sums = [[name, str(array.dtype), array.shape, zlib.crc32(array)] for name, array in sorted(arrays.items())]
     return _sha256(json.dumps([key, tree, sums]))
 
 
 def _layout() -> list[int]:
-    """What the core lays packed forms out by."""
+    """The core's constants that decide the layout of packed forms."""
     core = _dispatch.core()
     return [core.GROUP_ROWS, core.GROUP_TILE, core.SLICE_ROWS, core.BLOCK_ROWS, core.SLAB_COLS, core.TILE_ROWS,
             core.TILE_COLS]  # fmt: skip
@@ -230,7 +235,7 @@ _CLASSES = {c.__name__: c for c in (PackedEncoder, EncoderLayer, Linear, PackedR
 
 
 def _flattened(value: Any, arrays: dict[int, tuple[str, np.ndarray]]) -> Any:
-    """A JSON tree of dataclasses, tuples and scalars, with the arrays beside it; an array met twice is kept once."""
+    """A JSON tree of dataclasses, tuples and scalars. Arrays are put into `arrays`, each of them once."""
     if isinstance(value, np.ndarray):
         return {"array": arrays.setdefault(id(value), (str(len(arrays)), value))[0]}
     if dataclasses.is_dataclass(value):
@@ -251,7 +256,7 @@ def _restored(tree: Any, arrays: Weights) -> Any:
 
 
 def _verified(folder: Path, files: Files) -> str | None:
-    """The content hash of a directory's weights, if their files are those that were last held against its manifest."""
+    """The content hash of a directory's weights if its files are the same as when they were last checked, else None."""
     try:
         noted = json.loads(_note_of(folder, files).read_text(encoding="utf-8"))
         if noted["file"] != files.state:

@@ -1,4 +1,4 @@
-"""The classifier of a model directory, run on labelled examples by whatever is fastest here."""
+"""Runs the classifier of a model directory on labelled examples, with the fastest engine on this machine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from sparsebert.errors import UnsupportedError
 from sparsebert.heads import Problem
 from sparsebert.ops import _dispatch
 
-BATCH = 64  # texts a call of the engine; between calls it tells of progress
+BATCH = 64  # texts per call of the engine; progress is reported between calls
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A verified model directory: its transformers config and tokenizer, its problem type and the names of its labels
-    in the order of the logits, what runs it ("sparsebert" or "torch"), and that as `encoders.predict` is called:
-    float32 logits of predict(examples, max_length=…, progress=…).
+    """A verified model directory that is ready to predict.
+
+    config, tokenizer: transformers' objects. problem: its problem type. names: its label names, in the order of the
+    logits. engine: "sparsebert" or "torch". predict(examples, max_length=…, progress=…): float32 logits, like
+    `encoders.predict`.
     """
 
     directory: Path
@@ -38,7 +40,9 @@ class Classifier:
 
     @classmethod
     def load(cls, directory: str | Path) -> Classifier:
-        """Torch runs it on a GPU where it finds one, else the engine in float32, and torch what that does not run."""
+        """Loads a directory. Torch runs it on a GPU if there is one. Else the engine runs it in float32; if the engine
+        cannot, or only on its portable path, torch runs it on the CPU.
+        """
         directory = checkpoint.resolve(directory)
         stored = checkpoint.read_config(directory)
         problem, names = heads.problem_of(stored), heads.label_names(stored)
@@ -51,7 +55,7 @@ class Classifier:
             return cls(directory, config, tokenizer, problem, names, "torch", partial(predict, model, tokenizer))
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
-            # By the tokenizer that `predict` uses: what tokenizer.json says alone, transformers may overrule.
+            # The same tokenizer as in `predict`: transformers may override what tokenizer.json says.
             encoded = tokenize(tokenizer, examples, token_limit(config, max_length))
             logits = np.empty((len(encoded), config.num_labels), dtype=np.float32)
             for start in range(0, len(encoded), BATCH):
@@ -66,7 +70,9 @@ class Classifier:
 
 
 def _engine(directory: Path) -> Engine | None:
-    """The engine in float32; None where it does not run such a model, or on its portable path, slower than torch."""
+    """The engine in float32. None if it does not run this model, or only on its portable path, which is slower than
+    torch.
+    """
     if _dispatch.isa() == "scalar":
         return None
     try:

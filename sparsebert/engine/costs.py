@@ -1,4 +1,4 @@
-"""What the float32 forms of a linear cost on this machine: the table that chooses between them."""
+"""The costs of the float32 forms of a linear on this machine: the table by which the engine chooses a form."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from sparsebert.errors import OutputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, sparse_matmul
 
-# Batches are short, middling or long: the tokens each is measured at, and where the next one begins.
+# Batches are short, middling or long. TOKENS: the tokens at which each kind is measured. BOUNDS: where the next begins.
 TOKENS = (8, 32, 128)
 BOUNDS = (16, 64)
 LONG = len(TOKENS) - 1
-VERSION = 2  # of the measurement, and of the kernels it is of
-LONGEST = 1 << 20  # characters of the file; of a longer one nothing is believed
+VERSION = 2  # of the measurement and of the measured kernels
+LONGEST = 1 << 20  # characters of the file; a longer one is ignored
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of an entry in the two forms, for each of TOKENS. Only their ratio counts, so any unit will do.
+    """Costs of an entry in the two forms, for each of TOKENS. Only their ratio matters, so any unit will do.
 
-    rows: every row with columns of its own; an entry is a non-zero. groups: rows side by side that share their columns;
-    an entry is a place, kept or empty.
+    rows: every row has its own columns; an entry is a non-zero. groups: the rows of a group share their columns; an
+    entry is a place, kept or empty.
     """
 
     rows: tuple[float, ...]
@@ -39,32 +39,33 @@ class Costs:
 
 
 def kind_of(tokens: int) -> int:
-    """Which of TOKENS stands for a batch of so many."""
+    """The index in TOKENS of the entry used for a batch of this many tokens."""
     return sum(tokens >= bound for bound in BOUNDS)
 
 
 def costs(isa: str) -> Costs:
-    """This machine's costs where `measure` has stored them, else what was measured on another of that instruction set.
+    """This machine's costs if `measure` has stored them, else those measured on another machine with this instruction
+    set.
 
-    Nothing is timed here: the same model on the same machine always runs the same kernels.
+    Nothing is timed here, so the same model on the same machine always runs the same kernels.
     """
     isa = _dispatch.float32_isa(isa)
     try:
         stored = _stored()[_machine(isa)]
         parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups")}
-    except (ValueError, KeyError, TypeError):  # none, of another machine, or damaged
+    except (ValueError, KeyError, TypeError):  # no costs of this machine, or a damaged file
         return SHIPPED[isa]
     sound = all(len(part) == len(TOKENS) and all(0 < cost < math.inf for cost in part) for part in parts.values())
     return Costs(**parts) if sound else SHIPPED[isa]
 
 
 def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Costs]:
-    """Times both forms on every instruction set allowed here, a few seconds, and stores what they cost. Raises
-    OutputError where there is no place for it.
+    """Times both forms on every instruction set allowed here, which takes a few seconds, and stores the costs. Raises
+    OutputError if there is no place to store them.
     """
     path = _path()
     if path is None:
-        raise OutputError("there is no home to keep the costs in", fix="set SPARSEBERT_CACHE to a folder")
+        raise OutputError("there is no home directory for the costs", fix="set SPARSEBERT_CACHE to a folder")
     isas = _dispatch.float32_isas()
     found = {}
     for done, isa in enumerate(isas):
@@ -76,7 +77,7 @@ def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> 
 
 
 def _stored() -> dict:
-    """What earlier calls of `measure` found; nothing where the file is missing or damaged."""
+    """The costs that earlier calls of `measure` stored; empty if the file is missing or damaged."""
     path = _path()
     try:
         with open(path or os.devnull, encoding="utf-8") as file:
@@ -95,7 +96,7 @@ def _machine(isa: str) -> str:
     return f"{machine.cpu()}, {isa}, version {VERSION}"
 
 
-# The matrix measured is [SIZE, SIZE]; in rows so much of it: near where rows and groups cost the same.
+# The measured matrix is [SIZE, SIZE]. In the form rows a share KEPT is kept, near which rows and groups cost the same.
 SIZE, KEPT = 768, 0.4
 
 
@@ -107,7 +108,7 @@ def _measured(isa: str) -> Costs:
 
 
 def _ns(packed: Packed, tokens: int, isa: str) -> float:
-    """ns of an entry and token, over what a matrix without entries takes."""
+    """ns per entry and token, in excess of the time for a matrix without entries."""
     x = np.random.default_rng(1).standard_normal((tokens, SIZE), np.float32)
     linears = {"empty": Linear(pack(np.zeros((SIZE, SIZE), np.float32))), "packed": Linear(packed)}
     calls = {name: partial(sparse_matmul, x, linear, threads=1, isa=isa) for name, linear in linears.items()}

@@ -33,7 +33,7 @@ from sparsebert.ops.sparse_matmul import (
 )
 
 DTYPES = ("auto", "fp32", "bf16")
-# What bf16 may differ from the golden logits by, as a share of the largest of them.
+# The largest allowed difference of bf16 logits from the golden ones, as a share of the largest golden logit.
 BF16_TOLERANCE = 0.05
 
 Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
@@ -41,8 +41,8 @@ Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
 
 class Engine:
     """A sequence classifier (BERT, RoBERTa, XLM-R, DistilBERT, ELECTRA), read-only after loading: any number of threads
-    may call `logits` at once, and so may a signal handler and the children of a fork. Pickled, it is its directory and
-    settings, and is loaded anew where it arrives.
+    may call `logits` at once, and so may a signal handler and the children of a fork. Pickling stores its directory and
+    settings; unpickling loads it again.
 
     >>> engine = Engine.load("sst2-s875")
     >>> engine.logits(["a gripping film", ("a premise", "its hypothesis")])      # float32 [texts, labels]
@@ -52,7 +52,7 @@ class Engine:
         self.directory, self.config, self._settings = files.directory, files.config, settings
         self._tokenizer, self._facts = files.tokenizer, files.facts
         self.threads, self.dtype, self.isa = _dispatch.threads(settings["threads"]), dtype, _dispatch.isa()
-        self._encoders = cache.shared(encoders)  # for batches of every kind of TOKENS, or one for all
+        self._encoders = cache.shared(encoders)  # one for each of TOKENS, or one for all batches
         self.problem, self.labels = heads.problem_of(self.config), list(heads.label_names(self.config))
 
     def __repr__(self) -> str:
@@ -72,16 +72,16 @@ class Engine:
         batch_invariant: bool = False,
         cached: bool = True,
     ) -> Engine:
-        """Loads and verifies a model directory: every tensor against the manifest, then the golden logits, by all that
-        the engine may run batches with. The packed form is kept in the user's cache, from where later loads map it,
-        unless `cached` is false. A directory that is replaced meanwhile is loaded once more.
+        """Loads a model directory and verifies it: every tensor against the manifest, then the golden logits with every
+        encoder that the engine may use. The packed form is kept in the user's cache, and later loads map it from there,
+        unless `cached` is false. If the directory is replaced meanwhile, it is loaded once more.
 
-        dtype: what weights and states are, fp32 or bf16; sums are fp32. auto: what the checkpoint declares: bf16 where
-        `dtype` of config.json is bfloat16 and the processor multiplies it in tiles (amx), where alone it is fast; else
-        fp32. threads: None for the cores this process may use. batch_invariant: one form of every linear for all
-        batches, so that a text's logits are the same bits alone and in any; else short batches may take another form
-        than long ones where that is faster. Raises CheckpointError for a damaged directory and UnsupportedError for a
-        model that the engine does not run.
+        dtype: of weights and states, fp32 or bf16; sums are fp32. auto: bf16 if `dtype` in config.json is bfloat16 and
+        the processor multiplies it in tiles (amx), as it is fast only there; else fp32. threads: None for the cores
+        this process may use. batch_invariant: use one form of every linear for all batches, so that a text's logits
+        have the same bits alone and in any batch; otherwise short batches may use another form than long ones if that
+        is faster. Raises CheckpointError for a damaged directory and UnsupportedError for a model that the engine does
+        not run.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}", fix="pass one of these")
@@ -93,14 +93,14 @@ class Engine:
         }
         try:
             engine = cls._load(checkpoint.read(directory), settings)
-        except Changed:  # by what replaces a model: that is done now
+        except Changed:  # the model was being replaced, which is done now
             engine = cls._load(checkpoint.read(directory), settings)
         _warn_of_portable_path(engine.dtype)
         return engine
 
     @classmethod
     def _load(cls, files: Files, settings: dict) -> Engine:
-        """`load` of files that are open. Raises Changed where they are not any more those of the directory."""
+        """`load` with the files opened. Raises Changed if they are no longer the files of the directory."""
         files.warn_unsealed()
         dtype = dtype_of(files.config, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
         table = costs(_dispatch.isa())
@@ -120,7 +120,7 @@ class Engine:
         def verified(encoders: tuple[PackedEncoder, ...]) -> Engine:
             engine = cls(encoders[-1:] if settings["batch_invariant"] else encoders, files, settings, dtype)
             for encoder in dict.fromkeys(engine._encoders):
-                _ = encoder.core  # made now: it is made under a lock, which a fork would copy
+                _ = encoder.core  # made now, because making it takes a lock, and a fork would copy the lock
                 relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
                 files.verify_golden(partial(engine._run, encoder), relative=relative)
             return engine
@@ -132,13 +132,13 @@ class Engine:
             except CheckpointError:
                 if not settings["cached"]:
                     raise
-                return verified(packed(True))  # a packed form that is wrong is made once more
+                return verified(packed(True))  # the packed form may be wrong: make it once more
         finally:
             files.require_same()
 
     @property
     def encoder(self) -> PackedEncoder:
-        """What runs long batches."""
+        """The encoder that runs long batches."""
         return self._encoders[-1]
 
     @property
@@ -148,12 +148,12 @@ class Engine:
         return sum(w.nnz for w in packed) / sum(w.n_in * w.n_out for w in packed)
 
     def explain(self, *, measure: bool = False) -> list[dict]:
-        """What each linear runs as, first to last: name, shape [n_out, n_in], density, form and kernel in long batches,
-        why, and in `short` the form for fewer tokens where it is another, else None.
+        """How each linear runs, first to last: layer, name, shape [n_out, n_in], density, form and kernel in long
+        batches, why, and `short`: the form in short batches, None if it is the same.
 
-        measure: also time each, on 128 tokens and one thread, moving them into panels and back included: `gflops`, 10^9
-        operations on non-zeros a second, and `share_of_peak`, all operations it does over those that the core could do
-        in that dtype undisturbed by memory.
+        measure: also time each one, on 128 tokens and one thread, including the moves of the tokens into panels and
+        back. `gflops`: 10^9 operations on non-zeros per second. `share_of_peak`: all its operations, as a share of
+        those that the core could do in that time and dtype without waiting for memory.
         """
         peak = _dispatch.core().peak_flops(self.isa, self.dtype == "bf16") if measure else None
         if self.dtype == "bf16":
@@ -182,15 +182,15 @@ class Engine:
         return rows
 
     def logits(self, texts: Iterable[Text], *, max_length: int | None = None, truncate: bool = False) -> np.ndarray:
-        """float32 [texts, labels]. A text is a string, a pair of strings (text, text_b), as a tuple or a list, or the
-        ids of its tokens, special ones included; one call may hold all three. texts: a list, a generator, a 2-d array
-        or tensor of ids; no mapping and no set.
+        """Logits, float32 [texts, labels].
 
-        max_length: tokens that a text may have; None for as many as the model has positions. truncate: cut longer
-        texts as transformers does, of a pair the longer part first, and ids where they reach it; None is then what the
-        tokenizer says, where that is less. Without it they are an error. Raises InputError for what is no list of
-        texts, naming the text: an empty one, one that is too long, ids out of the vocabulary; and for a length the
-        model cannot take.
+        texts: a list, a generator, or a 2-d array or tensor of token ids; no mapping and no set. A text is a string, a
+        pair of strings (text, text_b) as a tuple or a list, or the ids of its tokens, special ones included; one call
+        may hold all three.
+        max_length: max tokens of a text. None: the number of positions of the model, or, with truncate, the tokenizer's
+        limit if that is less. truncate: cut longer texts as transformers does (of a pair the longer part first), and
+        ids after max_length; without it they are an error. Raises InputError if texts is not a list of texts, naming
+        the text: an empty one, one that is too long, ids out of the vocabulary; and for a length the model cannot take.
         """
         if not isinstance(truncate, (bool, np.bool_)):
             raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
@@ -199,7 +199,7 @@ class Engine:
             max_length = self._tokenizer.max_length if truncate else limit
         elif not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= limit:
             raise InputError(
-                f"max_length must be 3 to {limit}, an integer, got {shown(max_length)}",
+                f"max_length must be an integer from 3 to {limit}, got {shown(max_length)}",
                 fix="choose a length in that range, or None",
             )
         rows = inputs.read(texts, len(self.encoder.words), self._facts.padding)
@@ -227,8 +227,8 @@ class Engine:
         return ids, types
 
     def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], *, first: int = 0) -> np.ndarray:
-        """float32 logits [sequences, labels] of token id lists; every sequence at least one token long. first: the
-        number of the first sequence, in errors. Raises CheckpointError where a logit is not finite: the weights
+        """Logits of token id lists, float32 [sequences, labels]; every sequence has at least one token. first: the
+        number of the first sequence, in errors. Raises CheckpointError if a logit is not finite, because the weights
         overflow.
         """
         kind = kind_of(sum(map(len, ids)))
@@ -240,19 +240,19 @@ class Engine:
         starts = np.cumsum([0, *map(len, ids)])
         if sum(map(len, type_ids)) != starts[-1]:
             raise InputError(
-                f"type_ids must have the lengths of ids, {starts[-1]} in all, have {sum(map(len, type_ids))}",
+                f"type_ids must have as many tokens as ids, {starts[-1]} in total, got {sum(map(len, type_ids))}",
                 fix="give each token its type, 0 or 1",
             )
         flat_ids = np.fromiter(chain.from_iterable(ids), np.int32, count=starts[-1])
         flat_types = np.zeros_like(flat_ids)
-        if len(encoder.positions) > 1:  # else the model has one type of token, whatever its tokenizer says
+        if len(encoder.positions) > 1:  # otherwise the model has one type of token, whatever its tokenizer says
             flat_types = np.fromiter(chain.from_iterable(type_ids), np.int32, count=starts[-1])
         if self._facts.position_offset and (padding := flat_ids == self._facts.padding).any():
             row = int(np.searchsorted(starts, np.argmax(padding), side="right")) - 1
             raise InputError(
                 f"texts[{first + row}] holds the padding token, id {self._facts.padding}, which "
-                f"{self.config['model_type']} gives no position of its own",
-                fix="take it out of the text",
+                f"{self.config['model_type']} gives no position",
+                fix="remove it from the text",
             )
         logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
         checkpoint.require_finite(logits, self.directory, first)
@@ -271,13 +271,13 @@ def _warn_of_portable_path(dtype: str) -> None:
 
 
 def dtype_of(config: dict, isa: str) -> str:
-    """What "auto" is: never less precise than the checkpoint declares, and bf16 only where it is fast."""
+    """The dtype for "auto": never less precise than the checkpoint declares, and bf16 only if it is fast."""
     declared = config.get("dtype") or config.get("torch_dtype")
     return "bf16" if declared == "bfloat16" and isa == "amx" else "fp32"
 
 
 def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:
-    """A float32 weight in the cheapest form for each of TOKENS, packed once a form."""
+    """A float32 weight in the cheapest form for each of TOKENS; each form is packed once."""
     forms = {"groups": pack_groups, "dense": partial(pack_groups, whole=True), "rows": pack}
     places = places_in_groups(weight)
     chosen = []
@@ -289,7 +289,7 @@ def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:
 
 
 def _seconds(linear: Linear, isa: str) -> float:
-    """The fastest of some calls."""
+    """Seconds of the fastest of several calls, on one thread."""
     x = np.random.default_rng(0).standard_normal((TOKENS[LONG], linear.weight.n_in), np.float32)
     call = partial(sparse_matmul, x, linear, threads=1, isa=isa)
     return interleave({"linear": call}, rounds=7, warmup=0).minimum("linear")
@@ -304,5 +304,5 @@ def _explained(weight: Packed) -> tuple[str, str]:
     if isinstance(weight, PackedRows):
         return "rows", "rows share too few kept columns for groups to be cheaper"
     if len(np.unique(weight.col_begin)) == 1 and stored >= size:
-        return "dense", f"{weight.nnz / size:.0%} is kept: without sparsity is cheaper"
+        return "dense", f"{weight.nnz / size:.0%} is kept: the dense form is cheaper"
     return "groups", f"groups of rows with the same columns; {weight.nnz / stored:.0%} of their places kept"

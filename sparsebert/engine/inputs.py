@@ -1,4 +1,4 @@
-"""What a caller may pass as texts: each a string, a pair of strings, or the ids of its tokens."""
+"""Reads the texts that a caller passes: each a string, a pair of strings, or the ids of its tokens."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _HOW = "pass a list of strings, of (text, text_b) pairs, or of lists of token id
 
 
 def read(texts: Iterable, vocabulary: int, padding: int | None = None) -> list[Row]:
-    """One row a text: a string, a pair of strings as a tuple, or its token ids as a list.
+    """One row per text: a string, a pair of strings as a tuple, or its token ids as a list.
 
-    texts: any iterable but a string, a mapping or a set; an array or tensor stands for its rows. A pair may be a tuple
-    or a list. ids: integers from 0 to below `vocabulary`, numpy's among them; tokens of `padding` at their end, which
-    rows of a rectangular array need, are dropped. Raises InputError that names the text.
+    texts: any iterable except a string, a mapping or a set; an array or tensor counts as the list of its rows. A pair
+    may be a tuple or a list. ids: integers from 0 to below `vocabulary`, including numpy's; `padding` tokens at their
+    end, which rows of a rectangular array need, are dropped. Raises InputError that names the text.
     """
     rows = _listed(texts)
-    # A mapping, or a table of columns, would be read as its keys; a set has no order to answer in.
+    # A mapping, or a table of columns, would be read as its keys; a set has no order.
     if isinstance(rows, (str, bytes, bytearray, set, frozenset)) or hasattr(rows, "keys"):
         raise InputError(f"texts must be a list, got {_named(texts)}", fix=_HOW)
     if not isinstance(rows, list):
@@ -32,7 +32,7 @@ def read(texts: Iterable, vocabulary: int, padding: int | None = None) -> list[R
 def _row(i: int, text: object, vocabulary: int, padding: int | None) -> Row:
     if type(text) is str:
         return _checked(text, f"texts[{i}]")
-    if isinstance(text, str):  # numpy's among others
+    if isinstance(text, str):  # a subclass, such as numpy's
         return _checked(str(text), f"texts[{i}]")
     part = _listed(text)
     if isinstance(part, (list, tuple)) and part:
@@ -51,7 +51,7 @@ def _row(i: int, text: object, vocabulary: int, padding: int | None) -> Row:
             while end and ids[end - 1] == padding:
                 end -= 1
             if not end:
-                raise InputError(f"texts[{i}] must have a token that is no padding, has none", fix="leave it out")
+                raise InputError(f"texts[{i}] must have a token other than padding, has none", fix="leave it out")
             return ids[:end]
     raise InputError(
         f"texts[{i}] must be a string, a pair of strings, or token ids, got {_named(text)}", fix="correct that text"
@@ -73,7 +73,7 @@ def _checked(text: str, name: str) -> str:
 
 
 def _listed(value: object) -> object:
-    """An array or a tensor as nested lists of Python's own values; anything else as it is."""
+    """An array or a tensor as nested lists of Python values; anything else unchanged."""
     if isinstance(value, (str, list, tuple)) or not hasattr(value, "tolist"):
         return value
     try:

@@ -1,4 +1,4 @@
-"""Timing that survives a machine whose clock wanders: candidates take turns, and are compared round by round."""
+"""Timing for machines whose clock speed varies: candidates take turns, and are compared round by round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Ratio(NamedTuple):
-    """A ratio of times and an interval of at least 95 % confidence; None where there are too few rounds for one."""
+    """A ratio of times and an interval of at least 95 % confidence; None if there are too few rounds for one."""
 
     value: float
     low: float | None
@@ -20,14 +20,14 @@ class Ratio(NamedTuple):
 
 
 def ratio_text(value: float, interval: Sequence[float | None]) -> str:
-    """`3.26x [2.80, 3.88]`, without the brackets where there is no interval."""
+    """`3.26x [2.80, 3.88]`, without the brackets if there is no interval."""
     low, high = interval
     return f"{value:.2f}x" if low is None else f"{value:.2f}x [{low:.2f}, {high:.2f}]"
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds a call, candidate -> float64 [rounds]; round i of one candidate ran next to round i of the others."""
+    """Seconds per call, candidate -> float64 [rounds]; round i of one candidate ran next to round i of the others."""
 
     seconds: dict[str, np.ndarray]
 
@@ -44,7 +44,7 @@ class Timings:
         return self.quantile(name, 0.0)
 
     def spread(self, name: str) -> float:
-        """Inter-quartile range over the median: how far the middle half of the rounds lies apart, as a fraction."""
+        """The inter-quartile range divided by the median."""
         return (self.quantile(name, 0.75) - self.quantile(name, 0.25)) / self.median(name)
 
     def summary(self, name: str) -> dict[str, float]:
@@ -60,9 +60,10 @@ class Timings:
     def ratio(self, a: str, b: str) -> Ratio:
         """Median over rounds of time(a) / time(b): how many times as long `a` takes.
 
-        Each round divides neighbours in time, so a slow minute of the machine cancels. The interval is that of a median
-        by order statistics, from the k-th smallest to the k-th largest round; it assumes nothing of how times are
-        distributed and needs 6 rounds. (A bootstrap of the median covers 87 % where it says 95 %, at 7 rounds.)
+        Each round divides two neighbouring times, so a slow minute of the machine cancels out. The interval is the
+        order-statistic interval of a median, from the k-th smallest to the k-th largest round. It makes no assumption
+        on the distribution of times and needs 6 rounds. (At 7 rounds a bootstrap of the median covers 87 % instead of
+        95 %.)
         """
         per_round = np.sort(self.seconds[a] / self.seconds[b])
         n = per_round.size
@@ -81,14 +82,15 @@ def interleave(
     repeats: int = 1,
     settle: float = 0.0,
 ) -> Timings:
-    """Runs the candidates in turn, `rounds` times, each round starting with the next one, and times every turn.
+    """Runs all candidates one after the other, in each of `rounds` rounds, and times every turn. Each round starts with
+    the next candidate.
 
     candidates: name -> a call without arguments; at least one.
     rounds: timed rounds, at least 1. warmup: rounds run first and not timed.
-    repeats: calls in a turn; the time of a turn is divided by it. For calls of a few microseconds.
+    repeats: calls per turn; the time of a turn is divided by it. For calls of a few microseconds.
     settle: seconds to sleep before each turn, followed by one untimed call. With several threads: lets the workers of
-        the previous candidate stop spinning (OpenMP's do so for some 3 ms) before they can take a core from the next.
-    Raises ValueError when there is nothing to run.
+        the previous candidate stop spinning (OpenMP's spin for about 3 ms) before they can take a core from the next.
+    Raises ValueError if there is nothing to run.
     """
     if not candidates or rounds < 1 or repeats < 1:
         raise ValueError(f"need a candidate, a round and a repeat, got {len(candidates)}, {rounds} and {repeats}")
@@ -102,7 +104,7 @@ def interleave(
 
 
 def in_order(names: Iterable[str], turn: int) -> list[str]:
-    """The names as a round takes them, each round starting with the next one."""
+    """The names in the order of a round; each round starts with the next name."""
     names = list(names)
     first = turn % len(names)
     return names[first:] + names[:first]

@@ -1,4 +1,4 @@
-"""The engine inside a transformers pipeline: the same calls as of `transformers.pipeline`, run faster."""
+"""The engine inside a transformers pipeline: the same calls as for `transformers.pipeline`, run faster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparsebert.errors import InputError
 if TYPE_CHECKING:
     from transformers import TextClassificationPipeline
 
-TASKS = ("text-classification", "sentiment-analysis")  # the second is transformers' other name of the first
+TASKS = ("text-classification", "sentiment-analysis")  # the second is transformers' other name for the first
 
 
 def pipeline(
@@ -27,14 +27,15 @@ def pipeline(
     **options,
 ) -> TextClassificationPipeline:
     """`transformers.pipeline(task, model, **options)` for a local model directory, run by the engine: the same calls,
-    the same answers, to the rounding of `dtype`. Needs torch and transformers, as any pipeline.
+    and the same answers up to the rounding of `dtype`. Needs torch and transformers, like any pipeline.
 
     >>> classify = sparsebert.pipeline("text-classification", "sst2-s875")
     >>> classify("a gripping film")
     [{'label': 'positive', 'score': 0.998…}]
 
-    dtype, threads, batch_invariant: as of `Engine.load`. options: of `transformers.pipeline`; batch_size texts are one
-    call of the engine, which computes no padding. Raises InputError for another task, else what `Engine.load` does.
+    dtype, threads, batch_invariant: as for `Engine.load`. options: as for `transformers.pipeline`; batch_size texts are
+    one call of the engine, which computes no padding. Raises InputError for another task, and the errors of
+    `Engine.load`.
     """
     if task not in TASKS:
         raise InputError(f"task must be one of {', '.join(TASKS)}, got {task!r}", fix="pass one of these")
@@ -47,7 +48,7 @@ def pipeline(
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
 
     class Runs:
-        """What a pipeline asks of a model."""
+        """The parts of a model that a pipeline uses."""
 
         device = torch.device("cpu")
         dtype = torch.float32  # of the logits
@@ -76,7 +77,7 @@ def pipeline(
         def can_generate(self) -> bool:
             return False
 
-    # A pipeline knows what it can run by the names of classes.
+    # A pipeline decides by the name of its class whether it can run a model.
     stock = (config.architectures or ["BertForSequenceClassification"])[0]
     tokenizer = options.pop("tokenizer", None) or transformers.AutoTokenizer.from_pretrained(
         directory, local_files_only=True

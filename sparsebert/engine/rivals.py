@@ -1,6 +1,4 @@
-"""What else runs the same classifier, timed in turn with the engine. The only place below the engine that may import
-torch.
-"""
+"""Rivals that run the same classifier, timed alternately with the engine. Imports torch only when it is called."""
 
 from __future__ import annotations
 
@@ -28,17 +26,17 @@ from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
 
 OURS = "sparsebert"
-# Logits match where they differ from torch's float32 by no more than a float32 sum in another order does, plus this
-# share of the largest logit.
+# Logits match if they differ from torch's float32 logits by at most what another order of a float32 sum makes, plus
+# this share of the largest logit.
 SHARE = {"fp32": 0.0, "bf16": BF16_TOLERANCE, "int8": 0.25}
-SETTLE_S = 5e-3  # for the workers of whoever ran before to stop spinning
+SETTLE_S = 5e-3  # in which the workers of the previous engine stop spinning
 
 Call = Callable[[int], np.ndarray]  # a batch's number -> its logits
 
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """torch on `threads` threads inside the block, as before after it."""
+    """torch on `threads` threads inside the block, and on the former number after it."""
     import torch
 
     before = torch.get_num_threads()
@@ -50,7 +48,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """A classifier and the batches it is timed on."""
 
     model: object  # the stock module, in eval mode
@@ -62,7 +60,7 @@ class _Work:
 
     @cached_property
     def onnx(self) -> Path:
-        """The model as a file for those who read nothing else."""
+        """The model as an ONNX file, for the rivals that read only that."""
         import torch
 
         _required("onnx")
@@ -80,7 +78,7 @@ class _Work:
         path = self.folder / "model.onnx"
         example = {name: tensor[:1, :2].repeat(2, 1) for name, tensor in self.padded[0].items()}
         with warnings.catch_warnings(), torch.inference_mode():
-            warnings.simplefilter("ignore")  # of the exporter about itself
+            warnings.simplefilter("ignore")  # the exporter's warnings about itself
             torch.onnx.export(
                 Logits().eval(), tuple(example.values()), path, input_names=names, output_names=["logits"],
                 dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names}, opset_version=17, dynamo=False,
@@ -92,7 +90,7 @@ class _Work:
         return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self.padded]
 
 
-def _torch(work: _Work, bf16: bool = False, compiled: bool = False) -> Call:
+def _torch(work: Work, bf16: bool = False, compiled: bool = False) -> Call:
     import torch
 
     model = torch.compile(work.model, dynamic=True) if compiled else work.model
@@ -104,7 +102,7 @@ def _torch(work: _Work, bf16: bool = False, compiled: bool = False) -> Call:
     return call
 
 
-def _onnxruntime(work: _Work, int8: bool = False) -> Call:
+def _onnxruntime(work: Work, int8: bool = False) -> Call:
     onnxruntime = _required("onnxruntime")
     path = work.onnx
     if int8:
@@ -119,7 +117,7 @@ def _onnxruntime(work: _Work, int8: bool = False) -> Call:
     return lambda i: session.run(None, batches[i])[0]
 
 
-def _openvino(work: _Work, precision: str) -> Call:
+def _openvino(work: Work, precision: str) -> Call:
     openvino = _required("openvino")
     settings = {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work.threads, "PERFORMANCE_HINT": "LATENCY",
@@ -129,8 +127,8 @@ def _openvino(work: _Work, precision: str) -> Call:
     return lambda i: model(batches[i])[0]
 
 
-# Runs in another environment, whose numpy is older: no part of this package. Batches are padded to a multiple of 16
-# tokens: the engine there is compiled for a shape.
+# Runs in another environment, whose numpy is older, so it uses no part of this package. Batches are padded to a
+# multiple of 16 tokens, because DeepSparse compiles an engine for each shape.
 _DEEPSPARSE = """
 import json, sys
 import numpy as np
@@ -155,11 +153,13 @@ for line in sys.stdin:
 """
 
 
-def _deepsparse(work: _Work) -> Call:
-    """DeepSparse in a process of its own, which gets a batch's number and sends logits: some 0.1 ms more a batch."""
+def _deepsparse(work: Work) -> Call:
+    """DeepSparse in a separate process, which receives the number of a batch and sends its logits: about 0.1 ms more
+    per batch.
+    """
     if work.deepsparse_python is None:
         raise UnsupportedError(
-            "deepsparse needs an environment of its own: numpy below 2",
+            "deepsparse needs a separate environment with numpy below 2",
             fix="pass --deepsparse-python: `python3.11 -m venv V && V/bin/pip install deepsparse==1.8.0`, then "
             "V/bin/python",
         )
@@ -173,7 +173,7 @@ def _deepsparse(work: _Work) -> Call:
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     except OSError as error:
-        raise UnsupportedError(f"--deepsparse-python cannot be run: {error}", fix="name a python") from error
+        raise UnsupportedError(f"--deepsparse-python cannot be run: {error}", fix="pass the path of Python") from error
     work.stack.callback(process.wait)
     work.stack.callback(process.kill)
 
@@ -184,11 +184,11 @@ def _deepsparse(work: _Work) -> Call:
         except BrokenPipeError:
             pass
         for answer in process.stdout:
-            if answer.startswith(("ready", "[")):  # the library prints of itself
+            if answer.startswith(("ready", "[")):  # the library prints other lines too
                 return answer
         tail = process.stderr.read().strip().splitlines()
         raise UnsupportedError(
-            f"deepsparse ended: {tail[-1] if tail else 'without a word'}", fix="leave it out of --rivals"
+            f"deepsparse stopped: {tail[-1] if tail else 'no message'}", fix="leave it out of --rivals"
         )
 
     said(json.dumps([str(work.onnx), str(path), work.threads]))
@@ -197,7 +197,7 @@ def _deepsparse(work: _Work) -> Call:
 
 class _Rival(NamedTuple):
     dtype: str
-    prepare: Callable[[_Work], Call]
+    prepare: Callable[[Work], Call]
 
 
 RIVALS = {
@@ -214,7 +214,7 @@ RIVALS = {
 
 
 def _required(name: str):
-    """A module of the extra that brings the rivals."""
+    """A module that the extra `rivals` installs. Raises UnsupportedError if it cannot be imported."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -225,11 +225,11 @@ def _required(name: str):
 
 
 def named(rivals: str) -> list[str]:
-    """The rivals of a list with commas. Raises InputError for one that there is not."""
+    """The rivals of a comma-separated list. Raises InputError for an unknown one."""
     names = [name.strip() for name in rivals.split(",") if name.strip()]
     for name in names:
         if name not in RIVALS:
-            raise InputError(f"rivals must be of {', '.join(RIVALS)}, got {name!r}", fix="correct --rivals")
+            raise InputError(f"rivals must be among {', '.join(RIVALS)}, got {name!r}", fix="correct --rivals")
     return list(dict.fromkeys(names))
 
 
@@ -243,13 +243,14 @@ def time_rivals(
 ) -> dict:
     """Times `Engine` and `config.rivals` on the classifier in `directory`: same weights, texts, batches and threads.
 
-    encoded: one dict of token id lists a text, as `encoders.tokenize` gives it: tokenizing is outside all timings.
-    Rivals get each batch padded to its longest text; their matrices are dense, whatever zeros they hold.
-    Returns the document that `sparsebert bench` prints: a row an engine, ours first. p50_ms and p99_ms are milliseconds
-    a batch, seq_per_s the median over rounds, ratio the median over rounds of the engine's time over ours with its 95 %
-    interval (null below 6 rounds), error the largest difference of a logit from torch's in float32, match whether that
-    is what the engine's dtype may differ by; with `explain` also `layers`, what each linear runs as, timed. Raises
-    CheckpointError where ours is not, and UnsupportedError for a rival that is not installed.
+    encoded: one dict of token id lists per text, as from `encoders.tokenize`: tokenizing is outside all timings. Rivals
+    get each batch padded to its longest text; their matrices are dense, whatever zeros they hold.
+    Returns the document that `sparsebert bench` prints: one row per engine, ours first. p50_ms and p99_ms are
+    milliseconds per batch. seq_per_s is the median over rounds. ratio is the median over rounds of the engine's time
+    over ours, with its 95 % interval (null below 6 rounds). error is the largest difference of a logit from torch's in
+    float32; match says whether the engine's dtype allows that difference. With `explain` also `layers`: how each linear
+    runs, timed. Raises CheckpointError if our logits do not match, and UnsupportedError for a rival that is not
+    installed.
     """
     from sparsebert.encoders import collate
 
@@ -262,7 +263,7 @@ def time_rivals(
     names = named(config.rivals)
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads), contextlib.ExitStack() as stack:
         padded = [collate(tokenizer, encoded, rows) for rows in parts]
-        work = _Work(model, padded, threads, Path(folder), config.deepsparse_python, stack)
+        work = Work(model, padded, threads, Path(folder), config.deepsparse_python, stack)
         expected = [_torch(work)(i) for i in range(len(parts))]
         calls = {OURS: lambda i: engine.forward(*ragged[i])} | {name: RIVALS[name].prepare(work) for name in names}
         dtypes = {OURS: engine.dtype} | {name: RIVALS[name].dtype for name in names}
@@ -274,8 +275,8 @@ def time_rivals(
         allowed = {name: checkpoint.GOLDEN_TOLERANCE + SHARE[dtypes[name]] * largest for name in calls}
         if not errors[OURS] <= allowed[OURS]:
             raise CheckpointError(
-                f"{directory}: the engine's logits must be torch's within {allowed[OURS]:g}, "
-                f"differ by {errors[OURS]:g}",
+                f"{directory}: the engine's logits must match torch's within {allowed[OURS]:g}, "
+                f"they differ by {errors[OURS]:g}",
                 fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
             )
         timings, batches_s = _in_turn(calls, len(parts), config.rounds, progress)
@@ -306,8 +307,8 @@ def time_rivals(
 def _in_turn(
     calls: dict[str, Call], batches: int, rounds: int, progress: Callable[[int, int], None]
 ) -> tuple[Timings, dict[str, np.ndarray]]:
-    """Rounds in which each engine runs all batches, each round starting with the next engine: seconds a round, and a
-    batch.
+    """Rounds in which each engine runs all batches; each round starts with the next engine. Returns seconds per round
+    and per batch.
     """
     each = {name: np.empty((rounds, batches)) for name in calls}
     for turn in range(rounds):

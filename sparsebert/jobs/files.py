@@ -1,4 +1,4 @@
-"""Files and directories written whole or not at all, and what a place must allow, tried before any work is done."""
+"""Writes files and directories whole or not at all, and checks before any work is done that a path can be written."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from safetensors import SafetensorError
 
 from sparsebert.errors import OutputError, first_line
 
-# What file systems answer that have no locks (Lustre without flock, some FUSE; NFS for what is open for reading), no
-# modes, or no fsync of directories.
+# Errors of file systems that have no locks (Lustre without flock, some FUSE; NFS for files that are open for reading),
+# no modes, or no fsync of directories.
 _LACKING = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EPERM, errno.EBADF}
-_YOUNG = 60.0  # seconds; a folder of that age may belong to a process that has not come to its lock yet
+_YOUNG = 60.0  # seconds; a younger folder may belong to a process that has not locked it yet
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A fresh file beside `path` to be written to, which takes its place in one step when the block ends well: a
-    process killed at any moment leaves the old content or the new. OutputError where it cannot be written.
+    """Yields a new file beside `path` to write to. It takes the place of `path` in one step when the block ends without
+    an error, so a process killed at any moment leaves the old content or the new. OutputError if it cannot be written.
     """
     fresh = path.with_name(f".{path.name[:64]}.tmp-{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # New and no link: a name that somebody else has prepared is never followed.
+        # It must be new and no link: a file or link that somebody else has placed there is never followed.
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
         mode = os.fstat(handle).st_mode
         os.close(handle)
@@ -42,28 +42,28 @@ def writing(path: Path) -> Iterator[Path]:
         _settle(fresh, mode)
         os.replace(fresh, path)
         _sync(path.parent)
-    except (OSError, SafetensorError) as error:  # safetensors has a name of its own for a full disk
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         raise OutputError(f"{path} cannot be written: {_reason(error)}", fix=_FIX) from error
     finally:
         fresh.unlink(missing_ok=True)
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file, whole or not at all. OutputError where it cannot be."""
+    """Writes a file, whole or not at all. OutputError if that is not possible."""
     with writing(path) as fresh:
         fresh.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A fresh folder beside `target` to be filled, which takes its place in one step when the block ends well, as
-    `writing` does with a file. What killed processes left beside it is removed.
+    """Yields a new folder beside `target` to fill. It takes the place of `target` in one step when the block ends
+    without an error, as `writing` does for a file. Removes the folders that killed processes have left beside it.
     """
     staging = held = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
-        held = lock(staging)  # says that it is in use, for as long as this process lives
+        held = lock(staging)  # marks it as in use while this process lives
         _sweep(target)
         yield staging
         umask = os.umask(0)
@@ -85,8 +85,8 @@ _FIX = "free space or choose another output directory"
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file or folder until it is closed; None where the file system has no locks.
-    BlockingIOError where another process holds it.
+    """Locks a file or folder and returns a descriptor; closing it releases the lock. None if the file system has no
+    locks. BlockingIOError if another process holds the lock.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -100,7 +100,7 @@ def lock(path: Path) -> int | None:
 
 
 def place(path: str | Path) -> Path:
-    """A path that may be written to, with its links resolved. OutputError for one that no file system takes."""
+    """An output path with its links resolved. OutputError for a path that no file system accepts."""
     try:
         target = Path(path).resolve()
         target.lstat()
@@ -114,12 +114,12 @@ def place(path: str | Path) -> Path:
 
 
 def require_place(directory: Path, name: str = "") -> None:
-    """OutputError unless a folder `name`, and others beside it, can be made in `directory`, or in the nearest of its
-    parents that exists. Leaves nothing behind.
+    """Raises OutputError unless a folder `name`, and temporary ones beside it, can be made in `directory` or, if that
+    does not exist, in the nearest of its parents that does. Leaves nothing behind.
     """
     existing = _existing(directory)
     require_writable(existing)
-    probe = existing / f".{name}.tmp-probe-{os.getpid()}"  # which the next `replacing` removes if this is killed
+    probe = existing / f".{name}.tmp-probe-{os.getpid()}"  # the next `replacing` removes it if this is killed
     remove = partial(shutil.rmtree, probe, ignore_errors=True)
     try:
         with ExitStack() as stack:  # twice: Ctrl-C may come in the middle of the first
@@ -133,8 +133,8 @@ def require_place(directory: Path, name: str = "") -> None:
 
 
 def require_writable(path: Path) -> None:
-    """OutputError unless `path` is a folder that may be written to."""
-    # The mode is asked as well: root may write anywhere, and a directory marked read-only is so by someone's wish.
+    """Raises OutputError unless `path` is a folder that may be written to."""
+    # The mode is checked as well: root may write anywhere, but a directory marked read-only was marked on purpose.
     if not path.is_dir():
         raise OutputError(f"output {path} must be a folder", fix="choose another -o")
     if not (os.access(path, os.W_OK) and path.stat().st_mode & 0o222):
@@ -142,22 +142,22 @@ def require_writable(path: Path) -> None:
 
 
 def require_space(directory: Path, needed: int) -> None:
-    """OutputError where the disk of `directory` clearly has less than so many bytes."""
+    """Raises OutputError if the disk of `directory` has less than `needed` bytes free."""
     existing = _existing(directory)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"{existing} has {free / 2**20:,.0f} MiB free, what is to be written takes about {needed / 2**20:,.0f}",
+            f"{existing} has {free / 2**20:,.0f} MiB free, the output takes about {needed / 2**20:,.0f}",
             fix="free space or choose another -o",
         )
 
 
 def _existing(directory: Path) -> Path:
-    return next(path for path in (directory, *directory.parents) if os.path.exists(path))  # False for what is no path
+    return next(path for path in (directory, *directory.parents) if os.path.exists(path))  # False for an invalid path
 
 
 def _settle(path: Path, mode: int) -> None:
-    """Gives a file or folder its mode, where there are modes, and flushes it to disk."""
+    """Gives a file or folder its mode, if the file system has modes, and flushes it to disk."""
     try:
         path.chmod(mode & 0o777)
     except OSError as error:
@@ -178,7 +178,7 @@ def _sync(path: Path) -> None:
 
 
 def _put(staging: Path, target: Path) -> None:
-    """Where the system cannot exchange two directories, the old one is moved aside first."""
+    """Moves `staging` to `target`. If the system cannot exchange two directories, the old one is moved aside first."""
     if not target.exists():
         os.rename(staging, target)
     elif not _exchange(staging, target):
@@ -190,20 +190,20 @@ def _put(staging: Path, target: Path) -> None:
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Swaps two paths by renameat2, which glibc has and Python does not; False where it cannot be done."""
+    """Swaps two paths by renameat2, which glibc has and Python has not; False if that is not possible."""
     at_fdcwd, rename_exchange = -100, 2
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return swap is not None and swap(at_fdcwd, os.fsencode(a), at_fdcwd, os.fsencode(b), rename_exchange) == 0
 
 
 def _sweep(target: Path) -> None:
-    """Removes staging folders of `target` that nobody holds a lock on."""
+    """Removes staging folders of `target` that no process has locked."""
     for orphan in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         try:
             if time.time() - orphan.stat().st_mtime < _YOUNG or (held := lock(orphan)) is None:
                 continue
         except OSError:
-            continue  # in use, or somebody else's sweep was quicker
+            continue  # in use, or already removed by another process
         shutil.rmtree(orphan, ignore_errors=True)
         os.close(held)
 

@@ -1,4 +1,4 @@
-"""A piece of long work: its key, the rule of its output, and the folder of what is unfinished."""
+"""A piece of long work: its key, the rule for its output, and the folder of its unfinished results."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from sparsebert.errors import OutputError, first_line
 from sparsebert.jobs.files import lock, require_space, write, writing
 
 _PACKAGE = Path(__file__).parents[1]
-# Parts that decide no result: what they choose is in the inputs, or they only say and keep things.
+# Parts that do not affect results: their choices are in the inputs, or they only report and store things.
 _NO_RESULT = {"config", "environment", "errors", "jobs", "machine"}
 _STATE, _LOCK = "job.json", "lock"
-_FORMAT = 1  # of the state
-_KEPT: dict[Path, str] = {}  # by place, what this process has left there
+_FORMAT = 1  # version of the state file
+_KEPT: dict[Path, str] = {}  # path -> what this process has kept there
 
 
 def told() -> str:
-    """What this process has kept so far, for someone who interrupts it."""
+    """What this process has kept so far, as a message for a user who interrupts it."""
     kept = [f"{path} ({what})" for path, what in _KEPT.items() if path.exists()]
     return f"kept: {', '.join(kept)}" if kept else "nothing was finished yet"
 
 
 def tell(path: Path, what: str) -> None:
-    """Notes that `path` keeps something, for `told`."""
+    """Notes, for `told`, that something is kept at `path`."""
     _KEPT.pop(path, None)
     _KEPT[path] = what
 
@@ -48,8 +48,9 @@ def file_sha256(path: Path) -> str:
 
 @functools.cache
 def code_of(module: str) -> str:
-    """sha256 (hex) over a module of the package and all that it imports from the package, at any depth of both: their
-    syntax trees without docstrings and the words of errors, so that prose changes nothing.
+    """sha256 (hex) over a module of the package and everything that it imports from the package, directly or not,
+    inside functions too. It covers their syntax trees without docstrings and without the messages of errors, so a
+    change of prose does not change it.
     """
     found: dict[str, str] = {}
     coming = [module]
@@ -84,13 +85,13 @@ def _parsed(module: str) -> tuple[str, list[str]]:
 
 @functools.cache
 def _file(module: str) -> Path | None:
-    """The source of a module of the package; None for anything else."""
+    """The source file of a module of the package; None for any other module."""
     package, *parts = module.split(".")
     if package != _PACKAGE.name:
         return None
     folder = _PACKAGE.joinpath(*parts)
     if parts[:1] == ["kernels"] and not folder.exists() and not folder.with_suffix(".py").exists():
-        folder = _PACKAGE.parent.joinpath(*parts)  # where they lie beside the package, in its repository
+        folder = _PACKAGE.parent.joinpath(*parts)  # in the repository they lie beside the package
     return next((path for path in (folder.with_suffix(".py"), folder / "__init__.py") if path.is_file()), None)
 
 
@@ -110,16 +111,19 @@ def _isa() -> str:
 class Job:
     """One piece of work and the directory it makes.
 
-    kind: what is done. inputs: JSON, all that decides the result beside code and machine: content hashes of every file
-    read, and under "settings" the flags. code: the module that computes it. output: the directory it makes. overwrite:
-    whether what other work has left there may be replaced. space: bytes that will be written, about.
+    kind: what kind of work it is.
+    inputs: JSON, everything that decides the result besides code and machine: content hashes of all files read, and the
+        flags, under "settings".
+    code: the module that computes it. output: the directory it makes.
+    overwrite: whether the results of other work there may be replaced. space: about how many bytes will be written.
 
-    The rule, for what is finished and for what is not: the same work is taken as it is and gone on with, other work at
-    the same place is refused, naming the difference, unless `overwrite`.
+    The rule, for finished and unfinished results: results of the same work are used and continued. Results of other
+    work at the same place are refused, naming the difference, unless `overwrite` is set.
 
-    As a context it holds the place: `<output>.partial`, which `keep` and `value` write to. What they were given is
-    there for the next run of the same job, however this one ends; each file is written whole, and held against its
-    checksum before it is believed. `finish` removes the folder, and so does an end that has kept nothing.
+    As a context manager it holds the folder `<output>.partial`, which `keep` and `value` write to. What they have
+    stored is there for the next run of the same job, however this one ends. Each file is written whole, and compared
+    with its checksum before it is used. `finish` removes the folder; so does the end of a block that has stored
+    nothing.
     """
 
     def __init__(self, kind: str, inputs: dict, code: str, output: Path, *, overwrite: bool = False, space: int = 0):
@@ -136,8 +140,8 @@ class Job:
         self._made: list[Path] = []
 
     def refuse(self, other: dict | None, what: str) -> None:
-        """OutputError, naming how `other`, the record of the job that `what` is of, differs from this one; nothing
-        where it may be replaced.
+        """Raises OutputError, naming how `other` differs from this job; does nothing if `overwrite` is set. other: the
+        record of another job, or None if it is not known. what: where its results are, as the beginning of the message.
         """
         if not self.overwrite:
             difference, again = self._difference(other)
@@ -170,7 +174,7 @@ class Job:
         self._leave()
 
     def finish(self) -> None:
-        """Removes what is kept: the finished output has taken its place, now or in an earlier run."""
+        """Removes the stored results: the finished output is in its place, since this run or an earlier one."""
         tell(self.output, "finished")
         if self._state or self._same(self._read()):
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -185,8 +189,8 @@ class Job:
         return values[name]
 
     def keep(self, name: str, tensors: dict, facts: dict | None = None, last: str = "") -> None:
-        """Keeps torch tensors by name, and JSON facts about them, in the place of those kept under this name before.
-        last: what it is, for people.
+        """Stores torch tensors by name, and JSON facts about them, in place of those stored under this name before.
+        last: what they are, for messages.
         """
         from safetensors.torch import save_file
 
@@ -203,14 +207,14 @@ class Job:
             (self.partial / before["file"]).unlink(missing_ok=True)
 
     def kept(self, name: str) -> tuple[dict, dict] | None:
-        """(tensors, facts) that were kept under this name; None where none were."""
+        """(tensors, facts) that were stored under this name; None if there are none."""
         from safetensors.torch import load_file
 
         noted = self._state["files"].get(name)
         return None if noted is None else (load_file(self.partial / noted["file"]), noted["facts"])
 
     def _take(self) -> None:
-        """Locks the folder, and reads what the same job has left in it."""
+        """Locks the folder, and reads what an earlier run of the same job has left in it."""
         entries = {path.name for path in self.partial.iterdir()}
         foreign = sorted(name for name in entries if name != _LOCK and not name.startswith("."))
         if self.partial.is_symlink() or (foreign and _STATE not in entries):
@@ -228,13 +232,13 @@ class Job:
         self._held = True
         state = self._read()
         if state and not self._same(state):
-            self.refuse(state["job"], f"{self.partial} is of an unfinished run")
+            self.refuse(state["job"], f"{self.partial} holds an unfinished run")
             state = None
         damaged = None if state is None else self._damaged(state)
         if damaged is not None:
             if not self.overwrite:
                 raise OutputError(
-                    f"{damaged} is damaged or missing (its sha256 is not the one noted), and is not resumed from",
+                    f"{damaged} is damaged or missing (its sha256 is not the one noted), so the run cannot resume",
                     fix=f"delete {self.partial}, or give --overwrite, to begin anew",
                 )
             state = None
@@ -242,7 +246,7 @@ class Job:
         require_space(self.output.parent, self.space - taken)
         noted = {_LOCK} if state is None else {_LOCK, _STATE, *(file["file"] for file in state["files"].values())}
         for path in self.partial.iterdir():
-            if path.name not in noted:  # of other work, or cut short by a kill
+            if path.name not in noted:  # left by other work, or incomplete because of a kill
                 path.unlink()
         if state is None:
             self._state = {
@@ -258,7 +262,7 @@ class Job:
             self._state = state
 
     def _read(self) -> dict | None:
-        """The state of whatever job has left some; None where there is none, an empty one where it is damaged."""
+        """The state that a job, this or another, has left; None if there is none, an empty one if it is damaged."""
         try:
             state = json.loads((self.partial / _STATE).read_text(encoding="utf-8"))
             sha256 = state.pop("sha256")
@@ -272,7 +276,7 @@ class Job:
         return bool(state) and state["key"] == self.key
 
     def _damaged(self, state: dict) -> Path | None:
-        """A file that is not what was noted when it was written."""
+        """A file that differs from what was noted when it was written; None if there is none."""
         if not state:
             return self.partial / _STATE
         for noted in state["files"].values():
@@ -286,7 +290,7 @@ class Job:
         write(self.partial / _STATE, json.dumps({**self._state, "sha256": digest(self._state)}))
 
     def _leave(self) -> None:
-        """Lets go of the place, without the folders that were made for it and are empty."""
+        """Releases the folder, and removes the folders that were made for it if they are empty."""
         self._state = {}
         if self._lock is not None:
             os.close(self._lock)
@@ -302,9 +306,9 @@ class Job:
         self._made = []
 
     def _difference(self, other: dict | None) -> tuple[str, str]:
-        """(how another job differs, what to do to go on with it)."""
+        """(how another job differs, how to continue that one)."""
         if other is None:
-            return "by a version of this package that did not note its settings", ""
+            return "by a version of this package that did not record its settings", ""
         here, there = _flat(self.record["inputs"]), _flat(other["inputs"])
         shown = [
             f"{name} {_shown(there.get(name))}, not {_shown(here.get(name))}"
@@ -314,7 +318,7 @@ class Job:
         if self.record["kind"] != other["kind"]:
             shown.insert(0, f"{other['kind']}, not {self.record['kind']}")
         again = "repeat those settings, "
-        if not shown:  # only then: other work is of other code as a matter of course
+        if not shown:  # only then: other work usually has other code anyway
             again = ""
             shown = [
                 f"{name} {_shown(other[part])}, not {_shown(self.record[part])}"
@@ -326,7 +330,7 @@ class Job:
 
 
 def _flat(inputs: dict, before: str = "") -> dict:
-    """{"a": {"b": 1}} as {"a.b": 1}; settings under the names of their flags."""
+    """{"a": {"b": 1}} as {"a.b": 1}; settings get the names of their flags."""
     found = {}
     for name, value in inputs.items():
         if before == "settings.":
@@ -339,6 +343,6 @@ def _flat(inputs: dict, before: str = "") -> dict:
 
 
 def _shown(value: Any) -> str:
-    """A value for people: hashes and long texts are cut."""
+    """A value for messages: hashes and long texts are cut."""
     text = "the default" if value is None else str(value) or "none"
     return f"{text[:8]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text[:60]

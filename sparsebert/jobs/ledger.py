@@ -1,7 +1,7 @@
-"""Many small results in one file: one SQLite row a unit, keyed by everything that decides it.
+"""Many small results in one file: one SQLite row per unit, with a key made of everything that decides the result.
 
-A unit whose key is present is never computed again. The file is in WAL mode, so that a process killed at any moment
-loses at most the unit it was computing; each row has a checksum, so that a damaged file is refused, never believed.
+A unit whose key is present is never computed again. The file is in WAL mode, so a process killed at any moment loses at
+most the unit it was computing. Each row has a checksum, so a damaged file is refused, not used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ CREATE TABLE IF NOT EXISTS units (
     key TEXT PRIMARY KEY,      -- sha256 over kind, inputs and code
     kind TEXT NOT NULL,
     inputs TEXT NOT NULL,      -- JSON
-    code TEXT NOT NULL,        -- of the code that is part of the key; empty where none is
+    code TEXT NOT NULL,        -- hash of the code, if it is part of the key; else empty
     result TEXT NOT NULL,      -- JSON
     seconds REAL NOT NULL,     -- wall time of the computation
     finished TEXT NOT NULL,    -- UTC, ISO 8601
-    sha256 TEXT NOT NULL       -- over the others
+    sha256 TEXT NOT NULL       -- over the other columns
 )
 """
 _COLUMNS = ("key", "kind", "inputs", "code", "result", "seconds", "finished", "sha256")
@@ -33,8 +33,8 @@ _ALL = f"SELECT {', '.join(_COLUMNS)} FROM units"
 
 
 class Ledger:
-    """Finished units in the SQLite file `path`, created when absent. Local disks only: WAL needs shared memory.
-    overwrite: whether one that is damaged is begun anew.
+    """Finished units in the SQLite file `path`, which is created if absent. Local disks only: WAL needs shared memory.
+    overwrite: whether a damaged file is replaced by an empty one.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False):
@@ -48,7 +48,7 @@ class Ledger:
             except OutputError:
                 for part in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
                     part.unlink(missing_ok=True)
-        import sqlite3  # here: who only writes files, such as the engine, need not wait for it
+        import sqlite3  # here, so that users of `jobs` that only write files, such as the engine, do not load it
 
         with self._refusing("opened"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,14 +57,14 @@ class Ledger:
             self._db.execute(_SCHEMA)
 
     def get(self, kind: str, inputs: dict, code: str = "") -> dict | None:
-        """The stored result of a unit, or None."""
+        """The stored result of a unit; None if there is none."""
         key = _key(kind, inputs, code)
         rows = [row for row in self._rows(f"{_ALL} WHERE key = ?", key) if row["key"] == key]
         return json.loads(rows[0]["result"]) if rows else None
 
     def once(self, kind: str, inputs: dict, compute: Callable[[], dict], code: str = "") -> dict:
-        """The unit's stored result; else `compute()`, stored before it is returned. code: `code_of` what computes it,
-        where another version of that shall compute it anew.
+        """The unit's stored result; else the result of `compute()`, stored before it is returned. code: `code_of` the
+        module that computes it, if another version of that module must compute it again.
         """
         if (stored := self.get(kind, inputs, code)) is not None:
             return stored
@@ -77,25 +77,25 @@ class Ledger:
         return json.loads(result)
 
     def results(self, kind: str) -> list[tuple[dict, dict]]:
-        """(inputs, result) of every unit of a kind, in the order they were finished."""
+        """(inputs, result) of every unit of a kind, in the order in which they were finished."""
         rows = self._rows(f"{_ALL} WHERE kind = ? ORDER BY finished, rowid", kind)
         return [(json.loads(row["inputs"]), json.loads(row["result"])) for row in rows]
 
     def export(self, path: Path) -> None:
-        """Writes all units to `path`, one JSON object a line, for `take_over`."""
+        """Writes all units to `path`, one JSON object per line, for `take_over`."""
         rows = self._rows(f"{_ALL} ORDER BY finished, key")
         write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def take_over(self, path: Path) -> None:
-        """Adds the units that another ledger has exported, by this version or one before. InputError where `path` does
-        not hold such, or is damaged.
+        """Adds the units that another ledger has exported, with this version or an earlier one. InputError if `path`
+        does not hold such units, or is damaged.
         """
         try:
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
             for row in rows:
                 json.loads(row["result"])
                 if "sha256" in row and row["sha256"] != _checksum(row):
-                    raise ValueError(f"unit {row['key']} is not what its checksum says")
+                    raise ValueError(f"unit {row['key']} does not match its checksum")
             units = [
                 (row["kind"], json.loads(row["inputs"]), row.get("code", ""), row["result"], float(row["seconds"]),
                  str(row["finished"])) for row in rows
@@ -131,7 +131,7 @@ class Ledger:
 
         try:
             yield
-        # Damage shows as any of these: SQLite's own errors, text that is not UTF-8, a page that is not there.
+        # Damage may raise any of these: SQLite's own errors, text that is not UTF-8, a missing page.
         except (OSError, sqlite3.Error, UnicodeDecodeError, ValueError, OverflowError) as error:
             raise OutputError(f"ledger {self._path} cannot be {what}: {first_line(error)}", fix=self._fix) from error
 
@@ -145,4 +145,4 @@ def _key(kind: str, inputs: dict, code: str) -> str:
 
 
 def _checksum(row: dict) -> str:
-    return digest([str(row[name]) for name in _COLUMNS[:-1]])  # as text: damage may have made a number of it
+    return digest([str(row[name]) for name in _COLUMNS[:-1]])  # as text: damage may have turned one into a number

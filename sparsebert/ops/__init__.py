@@ -1,4 +1,5 @@
 """The operations, one module each: contract, checks, choice of backend, and a plain reference `<op>_ref`.
 
-Import the module that is needed (`from sparsebert.ops.sparse_matmul import sparse_matmul`): this package imports none.
+Import the module you need (`from sparsebert.ops.sparse_matmul import sparse_matmul`): this package imports none of
+them.
 """

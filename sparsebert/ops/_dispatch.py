@@ -1,4 +1,4 @@
-"""The one place that decides what the compiled kernels run on: which instruction set, how many threads."""
+"""Decides which instruction set and how many threads the compiled kernels use. No other module decides this."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING
 from sparsebert import environment
 from sparsebert.errors import InputError, UnsupportedError, shown
 
-if TYPE_CHECKING:  # what does not train needs no torch
+if TYPE_CHECKING:  # code that does not train must run without torch
     import numpy as np
     import torch
 
 
-MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more have no use; the core keeps no more either
+MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))  # more would not help; the core limits itself to as many
 
 
 @functools.cache
 def core() -> ModuleType:
-    """The compiled core, `sparsebert._C`. Raises UnsupportedError where it was never built."""
+    """The compiled core, `sparsebert._C`. Raises UnsupportedError if it cannot be imported."""
     try:
         from sparsebert import _C
     except ImportError as error:
@@ -36,32 +36,32 @@ def core() -> ModuleType:
 
 @functools.cache
 def supported_isas() -> tuple[str, ...]:
-    """What this machine can run, slowest first, whatever the cap says."""
+    """The instruction sets this machine can run, slowest first, regardless of SPARSEBERT_ISA."""
     return tuple(core().supported_isas())
 
 
 def allowed_isas() -> tuple[str, ...]:
-    """What this machine can run under SPARSEBERT_ISA, slowest first."""
+    """The instruction sets this machine can run that SPARSEBERT_ISA allows, slowest first."""
     cap = environment.isa_cap() or environment.ISAS[-1]
     allowed = environment.ISAS[: environment.ISAS.index(cap) + 1]
     return tuple(name for name in allowed if name in supported_isas())
 
 
 def float32_isas() -> tuple[str, ...]:
-    """Those of them that have float32 kernels of their own."""
+    """The allowed instruction sets that have their own float32 kernels, slowest first."""
     return tuple(name for name in allowed_isas() if name == float32_isa(name))
 
 
 def float32_isa(name: str) -> str:
-    """The instruction set whose float32 kernels this one runs."""
+    """The instruction set whose float32 kernels `name` uses."""
     return "avx512" if name in environment.BF16_ISAS else name
 
 
 def isa(wanted: str | None = None) -> str:
-    """The instruction set to run: `wanted` where given, else the best one this machine has under SPARSEBERT_ISA.
+    """The instruction set to run: `wanted` if given, else the best one that this machine has and SPARSEBERT_ISA allows.
 
-    Raises InputError for an unknown name, UnsupportedError for one this machine cannot run. The cap chooses; it does
-    not forbid: naming an instruction set above it runs that one.
+    Raises InputError for an unknown name, UnsupportedError for one this machine cannot run. SPARSEBERT_ISA only limits
+    the default: an instruction set above it still runs if `wanted` names it.
     """
     if wanted is None:
         return allowed_isas()[-1]
@@ -85,8 +85,8 @@ def why_off() -> dict[str, str]:
 
 
 def threads(wanted: int | None = None) -> int:
-    """Threads to run on: `wanted` where given, else the cores this process may use. Raises InputError below 1, and
-    above what a machine like this one has a use for.
+    """Number of threads to use: `wanted` if given, else the number of cores this process may use. Raises InputError if
+    `wanted` is not an integer from 1 to MAX_THREADS.
     """
     if wanted is None:
         return cores()
@@ -103,18 +103,19 @@ def threads(wanted: int | None = None) -> int:
 
 
 def cores() -> int:
-    """Cores this process may use: by its affinity, which containers and taskset narrow, and by the CPU time that its
-    control groups grant it, rounded up.
+    """Number of cores this process may use: the smaller of its CPU affinity, which containers and taskset restrict, and
+    the CPUs that its control groups grant it, rounded up.
     """
-    # macOS has no affinity to ask for.
+    # macOS has no call for the affinity.
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(allowed, granted())))
 
 
 @functools.cache
 def granted(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """CPUs that the control groups of this process grant it, infinite without a limit; read once. A group is held to
-    what those above it are. Inside a container its path may be that of the host: then the root is its own.
+    """Number of CPUs that the control groups of this process grant it, infinite without a limit; read once. A group is
+    also bound by the limits of its parents. Inside a container the path may be the one on the host: then the
+    container's own group is the root.
     """
     try:
         lines = [line.split(":", 2) for line in proc.read_text().splitlines()]
@@ -135,7 +136,7 @@ def granted(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/c
 
 
 def _quota(group: Path) -> float:
-    """CPUs that one control group grants: version 2's cpu.max, or version 1's two files."""
+    """Number of CPUs that one control group grants, from version 2's cpu.max or version 1's two files."""
     try:
         names = ["cpu.max"] if (group / "cpu.max").is_file() else ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         quota, period = " ".join((group / name).read_text() for name in names).split()
@@ -145,8 +146,8 @@ def _quota(group: Path) -> float:
 
 
 def array(tensor: torch.Tensor | None) -> np.ndarray | None:
-    """A CPU tensor as the compiled core takes it: a view where it is contiguous; bfloat16, which numpy lacks, as its
-    bits.
+    """A CPU tensor as the array that the compiled core takes: a view if the tensor is contiguous. bfloat16, which numpy
+    lacks, is passed as its bits.
     """
     import torch
 
@@ -157,7 +158,9 @@ def array(tensor: torch.Tensor | None) -> np.ndarray | None:
 
 
 def clean(mask: torch.Tensor) -> torch.Tensor:
-    """A copy of a bool tensor whose bytes are 0 and 1: a view of other bytes as bool may hold any, all of them True."""
+    """A copy of a bool tensor whose bytes are all 0 or 1. A bool view of other bytes may hold any value, and all but 0
+    count as True.
+    """
     import torch
 
     return mask.view(torch.uint8) != 0

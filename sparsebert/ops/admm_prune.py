@@ -1,4 +1,4 @@
-"""admm_prune, admm_path: which weights of a linear to keep, by the alternating direction method of multipliers."""
+"""admm_prune, admm_path: choose the weights of a linear to keep, by the alternating direction method of multipliers."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.topk_mask import pattern_mask
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, Unstructured, kept_in, require_fits
 
-# ρ runs from g / SPREAD to g * SPREAD, g the geometric mean of the eigenvalues in units of a unit diagonal: of H, times
-# that of a row_metric. Measured on the moments and metrics of a fine-tuned MiniLM, 50 and 87.5 %, single rows and 32x1,
-# as the error after a refit: g is 0.6 in the first layer and 0.05 in the last, with a metric 0.35 and 0.01. One ρ for
-# all (0.1 to 1) costs 6 to 25 % in the last layer; ends of 2 g cost up to 20 %, of 12 g 1 %; starts of g / 2 cost up
-# to 4 %, of g / 20 1 %. Where ρ stays below 0.3 g it does not converge: a factor of 1.8.
+# ρ grows from g / SPREAD to g * SPREAD. g is the geometric mean of the eigenvalues of H scaled to a unit diagonal,
+# times the same mean of a row_metric. Costs are increases of the error after a refit, measured on the moments and
+# metrics of a fine-tuned MiniLM, at 50 and 87.5 %, with single rows and 32x1. g is 0.6 in the first layer and 0.05 in
+# the last; with a metric 0.35 and 0.01. One ρ for all layers (0.1 to 1) costs 6 to 25 % in the last layer. An end at 2
+# g costs up to 20 %, at 12 g 1 %. A start at g / 2 costs up to 4 %, at g / 20 1 %. If ρ stays below 0.3 g, the
+# iterations do not converge: the error grows by a factor of 1.8.
 SPREAD = 6.0
-# Of ρ over `admm_path`, which starts at g: 2 costs up to 4 % at the highest sparsities, a start of g / 2 15 % at the
-# lowest.
+# In `admm_path` ρ grows by this factor, from g on. A factor of 2 costs up to 4 % at the highest sparsities; a start at
+# g / 2 costs 15 % at the lowest.
 PATH_SPREAD = 3.0
-PATH_ITERATIONS = 7  # a level; 5 cost up to 4 % more
+PATH_ITERATIONS = 7  # per level; 5 cost up to 4 % more
 RAMP = 0.4  # share of the iterations in which the sparsity climbs
-SETTLED = 3e-4  # stops when a smaller share of the kept weights changes in an iteration
+SETTLED = 3e-4  # stops if a smaller share of the kept weights changes in one iteration
 
 
 def admm_prune(
@@ -40,20 +41,22 @@ def admm_prune(
     threads: int | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """The support of a V of the given pattern with a small tr(B (V - W*) H (V - W*)ᵀ): bool [rows, n_in], True = kept.
+    """Chooses the support of a V with the given pattern and a small tr(B (V - W*) H (V - W*)ᵀ). Returns bool [rows,
+    n_in], True = kept.
 
     weight: W*, float64 [rows, n_in]. h: H, float64 [n_in, n_in], symmetric positive definite. row_metric: B, float64
-    [rows, rows], symmetric positive definite: how errors of two outputs count together; None: each counts 1 by itself.
+    [rows, rows], symmetric positive definite; B_ij weights the product of the errors of outputs i and j. None: the
+    identity.
     iterations: at least 1; half of the default gives an error up to 4 % higher.
-    In units in which H has a unit diagonal (B0 = W* D, Hn = D⁻¹ H D⁻¹, D² = diag H), each iteration projects B + U on
-    the pattern (Z), adds what was lost to U, and solves (Hn + ρ) for the next B. The sparsity climbs to its end by a
-    cubic over the first 40 % of the iterations; from there on ρ, of the size of Hn's eigenvalues, grows by a constant
-    factor an iteration, U shrinking with it, until the support stands still. A pattern that implies its sparsity has no
-    climb. The weights themselves are `masked_lstsq`'s work. [Boyd et al. 2011 §9.1; Boža 2024, whose released global
-    branch skips the climb.]
-    Iterations are float32, about B = B~ Qᵀ in the eigenvectors Q of Hn, where the solve is a division; the result does
-    not depend on `threads`. With a row_metric rows are put in units of a unit diagonal as well, and the solve is a
-    division in the eigenvectors of both: dense products of torch, on torch's threads.
+    Weights are scaled so that H has a unit diagonal (B0 = W* D, Hn = D⁻¹ H D⁻¹, D² = diag H). Each iteration projects B
+    + U onto the pattern (giving Z), adds B - Z to U, and solves a system with Hn + ρ for the next B. During the first
+    40 % of the iterations the sparsity climbs to its final value along a cubic. After that ρ, which is of the size of
+    Hn's eigenvalues, grows by a constant factor per iteration, and U shrinks by the same factor, until the support no
+    longer changes. A pattern that implies its sparsity has that sparsity from the start. `masked_lstsq` computes the
+    weights themselves. [Boyd et al. 2011 §9.1; Boža 2024, whose released global branch skips the climb.]
+    Iterations run in float32 on B~, where B = B~ Qᵀ and Q holds the eigenvectors of Hn: there the solve is a division.
+    The result does not depend on `threads`. With a row_metric, rows are scaled to its unit diagonal as well, and the
+    solve is a division in the eigenvectors of both matrices; these are dense torch products, on torch's threads.
     Raises InputError for a wrong type or shape, values that are not finite, a pattern that does not fit, and an H or
     row_metric that is not positive definite.
     """
@@ -85,16 +88,18 @@ def admm_path(
     threads: int | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """Supports of V at every one of `levels`, sparsities that rise, from one climb: bool [levels, rows, n_in].
+    """Supports of V at each of `levels`, which are rising sparsities, from one climb: bool [levels, rows, n_in].
 
-    weight, h, threads, isa: as for `admm_prune`, whose iterations these are, `iterations` at each level, from where the
-    level below left off, while ρ grows from g to PATH_SPREAD g. Not nested: what a level lost a higher one may keep.
-    With 9 levels from 0.15 to 0.985 that is 63 iterations in place of 1080, for errors after a refit up to 6 % above
-    those of `admm_prune` with 32x1 or GELU inputs, up to 20 % with normal inputs unstructured at 0.6 (see the bench).
-    Raises InputError as `admm_prune` does, for levels that do not rise and for a pattern that implies its sparsity.
+    weight, h, threads, isa: as for `admm_prune`. Runs the iterations of `admm_prune`, `iterations` of them per level.
+    Each level starts from the state that the level below reached, while ρ grows from g to PATH_SPREAD g. Supports are
+    not nested: a higher level may keep a weight that a lower level removed.
+    9 levels from 0.15 to 0.985 take 63 iterations instead of 1080. Errors after a refit are up to 6 % above those of
+    `admm_prune` with 32x1 or GELU inputs, and up to 20 % above with normal inputs, unstructured at 0.6 (see the bench).
+    Raises InputError as `admm_prune` does, and also for levels that do not rise and for a pattern that implies its
+    sparsity.
     """
     if isinstance(pattern, NofM | VNM):
-        raise InputError(f"pattern must leave the sparsity open, {pattern} implies it", fix="use admm_prune")
+        raise InputError(f"pattern must not imply its sparsity, got {pattern}", fix="use admm_prune")
     if not levels or any(a >= b for a, b in itertools.pairwise(levels)) or not 0 <= levels[0] <= levels[-1] < 1:
         raise InputError(f"levels must be rising sparsities in [0, 1), got {list(levels)}", fix="sort them")
     _check(weight, h, None, pattern, levels[-1], iterations)
@@ -117,8 +122,8 @@ def admm_prune_ref(
     per_row: bool = False,
     iterations: int = 120,
 ) -> torch.Tensor:
-    """What `admm_prune` computes, in float64 and without eigenvectors: each iteration solves B X Hn + ρ X = …, as
-    Sylvester's equation.
+    """Reference for `admm_prune`, in float64 and without eigenvectors: each iteration solves B X Hn + ρ X = … as a
+    Sylvester equation.
     """
     b0, hn = _normalised(weight, h)
     metric = torch.eye(len(weight), dtype=torch.float64)
@@ -151,7 +156,7 @@ def admm_path_ref(
     *,
     iterations: int = PATH_ITERATIONS,
 ) -> torch.Tensor:
-    """What `admm_path` computes, in float64 and without eigenvectors."""
+    """Reference for `admm_path`, in float64 and without eigenvectors."""
     b0, hn = _normalised(weight, h)
     b, u, supports = b0, torch.zeros_like(b0), []
     for level, rho, growth, last in _path(levels, iterations, _size(torch.linalg.eigvalsh(hn))):
@@ -165,14 +170,14 @@ def admm_path_ref(
 
 
 class _Run:
-    """The iterations of single rows, float32 in the eigenvectors Q of Hn. size: of Hn's eigenvalues. scores: (B + U)²,
-    [rows, n_in].
+    """The state of the iterations without a row_metric, float32, in the eigenvectors Q of Hn. size: `_size` of Hn's
+    eigenvalues. scores: (B + U)², [rows, n_in].
     """
 
     def __init__(self, weight: torch.Tensor, h: torch.Tensor, threads: int, isa: str):
         self._core, self._options = _dispatch.core(), {"threads": threads, "isa": isa}
         b0, hn = _normalised(weight, h)
-        # Float32: an eigenvalue is only ever used beside ρ, a million times its rounding.
+        # Float32 is enough: an eigenvalue is only used together with ρ, a million times the rounding of an eigenvalue.
         eigenvalues, q = torch.linalg.eigh(hn.float())
         self.size = _size(eigenvalues)
         panel, block = self._core.ADMM_PANEL, self._core.ADMM_BLOCK_ROWS
@@ -188,7 +193,7 @@ class _Run:
         self._arrays = {name: array.numpy() for name, array in state.items()}
 
     def step(self, keep: torch.Tensor, rho: float, growth: float) -> None:
-        """One iteration under ρ, before it grows by that factor."""
+        """Runs one iteration with this ρ. growth: the factor by which ρ grows after it."""
         self._core.admm_prune_step(**self._arrays, keep=keep.numpy(), rho=rho, shrink=1 / growth, **self._options)
 
 
@@ -226,7 +231,7 @@ def _coupled(
 
 
 def _normalised(weight: torch.Tensor, h: torch.Tensor, name: str = "h") -> tuple[torch.Tensor, torch.Tensor]:
-    """B0 = W* D and Hn = D⁻¹ H D⁻¹. InputError where H is not positive definite."""
+    """Returns B0 = W* D and Hn = D⁻¹ H D⁻¹. Raises InputError if H is not positive definite."""
     _, info = torch.linalg.cholesky_ex(h)
     if info.item():
         raise InputError(
@@ -238,16 +243,16 @@ def _normalised(weight: torch.Tensor, h: torch.Tensor, name: str = "h") -> tuple
 
 
 def _size(eigenvalues: torch.Tensor) -> float:
-    """Their geometric mean, those that float32 cannot tell from 0 taken as the least that it can."""
+    """The geometric mean of the eigenvalues. Those below 1e-6, which float32 cannot tell from 0, count as 1e-6."""
     return math.exp(eigenvalues.double().clamp_min(1e-6).log().mean())
 
 
 def _schedule(
     pattern: Pattern, sparsity: float, iterations: int, size: float
 ) -> Iterator[tuple[float, float, float, bool]]:
-    """For every iteration: its sparsity, its ρ, the factor from there to the next ρ, and whether the climb is over.
+    """Yields for every iteration: its sparsity, its ρ, the factor to the next ρ, and whether the climb is over.
 
-    size: of the eigenvalues that ρ stands beside.
+    size: `_size` of the eigenvalues that ρ is added to.
     """
     ramp = int(RAMP * iterations)
     rho, factor = size / SPREAD, SPREAD ** (2 / (iterations - ramp))
@@ -260,7 +265,9 @@ def _schedule(
 
 
 def _path(levels: Sequence[float], iterations: int, size: float) -> Iterator[tuple[int, float, float, bool]]:
-    """For every iteration: its level's index, its ρ, the factor to the next ρ, and whether it is the level's last."""
+    """Yields for every iteration: its level's index, its ρ, the factor to the next ρ, and whether it is the level's
+    last.
+    """
     rho, growth = size, PATH_SPREAD ** (1 / (len(levels) * iterations))
     for level in range(len(levels)):
         for i in range(1, iterations + 1):
@@ -269,12 +276,12 @@ def _path(levels: Sequence[float], iterations: int, size: float) -> Iterator[tup
 
 
 def _settled(keep: torch.Tensor, last: torch.Tensor | None) -> bool:
-    """Whether a negligible share of the kept weights is new."""
+    """Whether only a negligible share of the kept weights is new."""
     return last is not None and int((keep & ~last).sum()) < SETTLED * int(keep.sum())
 
 
 def _padded(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """The matrix with zeros up to multiples of `rows` and `cols`."""
+    """The matrix, padded with zeros to multiples of `rows` and `cols`."""
     return torch.nn.functional.pad(matrix, (0, -matrix.shape[1] % cols, 0, -matrix.shape[0] % rows)).contiguous()
 
 
@@ -301,7 +308,7 @@ def _check(
                 fix="convert it first",
             )
         if not array.isfinite().all():
-            raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")
+            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")
     if list(h.shape) != [weight.shape[1]] * 2:
         raise InputError(f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h")
     if row_metric is not None and list(row_metric.shape) != [weight.shape[0]] * 2:

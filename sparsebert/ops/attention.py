@@ -1,4 +1,4 @@
-"""attention: with dropout, for training, storing neither its scores nor what was dropped."""
+"""attention: attention with dropout, for training. It stores neither its scores nor a dropout mask."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def attention(
     threads: int | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """dropout(softmax(scale q kᵀ)) v for each head, [sequences, tokens, heads, size] of q's dtype.
+    """dropout(softmax(scale q kᵀ)) v for each attention head, [sequences, tokens, heads, size] of q's dtype.
 
     q, k, v: float32 or bfloat16 [sequences, tokens, heads, size], on the CPU. keep: bool [sequences, tokens], the
-    tokens that are attended to; None: all. Where a sequence keeps none, its result is 0. Every token attends, kept or
-    not. scale: None for 1 / sqrt(size). dropout: from 0 to below 1; for `seed` see `ops.dropout`: the same is dropped
-    for the same seed, shapes and `keep`.
+    tokens that are attended to; None: all. If a sequence keeps none, its result is 0. Every token attends, kept or not.
+    scale: None for 1 / sqrt(size). dropout: probability, from 0 to below 1. seed: as for `ops.dropout`; the same values
+    are dropped for the same seed, shapes and `keep`.
 
-    Scores are made anew in the backward pass [Dao et al. 2022, without its tiles over keys: a head's scores of 8 to 32
-    queries fit the second-level cache up to the encoders' 512 tokens]. All sums are float32. Results do not depend on
-    `threads` and are bit-equal on avx2 and avx512. Differentiable once.
+    The backward pass computes the scores again [Dao et al. 2022, without its tiles over keys: the scores of 8 to 32
+    queries of one attention head fit in the second-level cache up to 512 tokens, the encoders' maximum]. All sums are
+    float32. Results do not depend on `threads` and are bit-equal on avx2 and avx512. Differentiable once.
     Raises InputError for another dtype, device or shape.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_values(name, x)
         if x.ndim != 4 or x.shape != q.shape or x.dtype != q.dtype or not x.shape[3]:
             raise InputError(
-                f"{name} must be [sequences, tokens, heads, size >= 1] and like q, got {x.dtype} {list(x.shape)} "
-                f"beside {q.dtype} {list(q.shape)}",
-                fix="bring them to one shape and dtype",
+                f"{name} must be [sequences, tokens, heads, size >= 1] and match q, got {x.dtype} {list(x.shape)}, "
+                f"q is {q.dtype} {list(q.shape)}",
+                fix="give q, k and v the same shape and dtype",
             )
     if keep is not None and (keep.dtype != torch.bool or keep.shape != q.shape[:2] or keep.device != q.device):
         raise InputError(
@@ -64,7 +64,7 @@ def attention_ref(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> torch.Tensor:
-    """What `attention` returns, in float64; the gradients come by autograd."""
+    """Reference for `attention`, in float64; the gradients come from autograd."""
     sequences, tokens, heads, size = q.shape
     limit = limit_of(dropout, seed)
     keep = torch.ones(sequences, tokens, dtype=torch.bool) if keep is None else keep
@@ -75,8 +75,8 @@ def attention_ref(
 
 
 def _draws(keep: np.ndarray, heads: int, seed: int) -> np.ndarray:
-    """uint16 [sequences, heads, queries, keys]: query i and the j-th key that is kept draw half j % 8 of the counter
-    (i, j // 8, sequence * heads + head, 0).
+    """The draws, uint16 [sequences, heads, queries, keys]: query i and the j-th kept key get half-word j % 8 of the
+    counter (i, j // 8, sequence * heads + head, 0).
     """
     sequences, tokens = keep.shape
     groups = -(-tokens // 8)

@@ -1,4 +1,4 @@
-"""dropout: by random numbers that are drawn again in the backward pass, so that no mask is stored."""
+"""dropout: draws its random numbers again in the backward pass, so that no mask is stored."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from torch.autograd.function import once_differentiable
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 
-LEVELS = 1 << 16  # of a draw
-BLOCK = 128  # values drawn by 16 neighbouring counters
+LEVELS = 1 << 16  # possible values of a draw
+BLOCK = 128  # values drawn from 16 consecutive counters
 
 
 def dropout(
     x: torch.Tensor, p: float, seed: int, *, threads: int | None = None, isa: str | None = None
 ) -> torch.Tensor:
-    """x / (1 - p) where a value is kept, 0 where it is dropped, which each is with probability p; of x's shape and
-    dtype.
+    """Sets each value to 0 with probability p, and the others to x / (1 - p). Returns x's shape and dtype.
 
-    x: float32 or bfloat16, on the CPU, of any strides. p: from 0 to below 1, rounded to 1 / 65536. seed: from 0 to
-    below 2^64; the same values are dropped for the same seed and number of values, on any number of threads and any
-    instruction set. The draws are Philox4x32-7 [Salmon et al. 2011]. Differentiable once.
+    x: float32 or bfloat16, on the CPU, of any strides. p: from 0 to below 1, rounded to a multiple of 1 / 65536. seed:
+    from 0 to below 2^64; the same values are dropped for the same seed and number of values, on any number of threads
+    and any instruction set. The draws are Philox4x32-7 [Salmon et al. 2011]. Differentiable once.
     Raises InputError for another dtype, device, p or seed.
     """
     check_values("x", x)
@@ -31,7 +30,7 @@ def dropout(
 
 
 def dropout_ref(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """What `dropout` returns, in float64."""
+    """Reference for `dropout`, in float64."""
     limit = limit_of(p, seed)
     blocks = -(-x.numel() // BLOCK)
     counters = np.zeros((blocks, 16, 4), np.uint32)
@@ -42,7 +41,9 @@ def dropout_ref(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 
 def draws(seed: int, counters: np.ndarray) -> np.ndarray:
-    """uint16 [..., 8]: Philox4x32-7 of counters, uint32 [..., 4], each word cut into its lower and its upper half."""
+    """Philox4x32-7 of `counters`, uint32 [..., 4]. Returns uint16 [..., 8]: each word is cut into its lower and its
+    upper half.
+    """
     c = [counters[..., i].astype(np.uint64) for i in range(4)]
     low, high = seed & 0xFFFFFFFF, seed >> 32
     word = np.uint64(0xFFFFFFFF)
@@ -59,12 +60,12 @@ def draws(seed: int, counters: np.ndarray) -> np.ndarray:
 
 
 def limit_of(p: float, seed: int) -> int:
-    """The draw below which a value is dropped."""
+    """The draw below which a value is dropped. Raises InputError for a p or seed out of range."""
     limit = round(p * LEVELS) if 0 <= p < 1 else LEVELS
     if limit >= LEVELS:
-        raise InputError(f"dropout must be from 0 to below 1, got {p!r}", fix="pass a smaller one")
+        raise InputError(f"dropout must be from 0 to below 1, got {p!r}", fix="pass a value in that range")
     if not 0 <= seed < 1 << 64:
-        raise InputError(f"seed must be from 0 to below 2^64, got {seed!r}", fix="pass one of these")
+        raise InputError(f"seed must be from 0 to below 2^64, got {seed!r}", fix="pass a value in that range")
     return limit
 
 

@@ -1,4 +1,4 @@
-"""gram: streaming second moments of a layer's inputs, and cross moments with what the layer should give."""
+"""gram: streaming second moments of a layer's inputs, and their cross moments with the layer's target outputs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sparsebert.ops import _dispatch
 
 @dataclass(eq=False)
 class Moments:
-    """Running weighted sums over tokens of x [n_in] and, where there is one, y [n_y]; `gram` adds to them.
+    """Running weighted sums over tokens of x [n_in] and, if given, y [n_y]; `gram` adds to them.
 
-    Sums are float64 and taken about `shift_x`, `shift_y`, so that products of nearly constant values lose no digits;
-    the properties are the centred results, float64.
+    Sums are float64, of x - shift_x and y - shift_y, so that products of nearly constant values lose no digits. The
+    properties are the centred moments, float64.
     """
 
-    tokens: int  # of weight above 0
+    tokens: int  # those with a weight above 0
     weight: float  # sum of w
     shift_x: torch.Tensor  # float32 [n_in]
     sum_x: torch.Tensor  # [n_in], sum of w (x - shift_x)
@@ -60,16 +60,17 @@ def gram(
     threads: int | None = None,
     isa: str | None = None,
 ) -> Moments:
-    """Adds a batch of tokens to `into` and returns it; without `into`, starts anew about this batch's means.
+    """Adds a batch of tokens to `into` and returns it; without `into`, starts new moments, shifted by this batch's
+    means.
 
-    x: float32 [tokens, n_in], CPU, contiguous; tokens at least 1 for the first batch.
-    y: float32 [tokens, n_y], or None where no cross moments are wanted; the same choice in every batch.
+    x: float32 [tokens, n_in], CPU, contiguous; the first batch has at least 1 token.
+    y: float32 [tokens, n_y], or None for no cross moments; the same choice in every batch.
     weights: float32 [tokens], each at least 0, or None for 1 each. A token of weight 0 adds exactly nothing.
 
-    Products are float32, summed in float32 over at most 256 tokens and in float64 from there on; products of values
-    further than 1e18 from the shift may overflow. The result does not depend on `threads`, and is bit-equal on avx2 and
-    avx512. Raises InputError for a wrong type or shape, a weight that is negative or not finite, and for values that
-    are not finite, whatever their weight, naming the first such token and column; `into` is then as it was.
+    Products are float32. They are summed in float32 over at most 256 tokens, and these sums in float64. Products of
+    values further than 1e18 from the shift may overflow. The result does not depend on `threads`, and is bit-equal on
+    avx2 and avx512. Raises InputError for a wrong type or shape, for a weight that is negative or not finite, and for
+    values that are not finite, whatever their weight, naming the first such token and column; `into` is then unchanged.
     """
     _check(x, y, weights, into)
     run = _dispatch.isa(isa), _dispatch.threads(threads)
@@ -91,7 +92,7 @@ def gram(
 def gram_ref(
     x: torch.Tensor, y: torch.Tensor | None = None, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(gram, cross) of one batch in float64, in two passes. [n_in, n_in], [n_y, n_in]."""
+    """Reference for `gram`: (gram [n_in, n_in], cross [n_y, n_in]) of one batch, in float64, in two passes."""
     w = torch.ones(len(x), dtype=torch.float64) if weights is None else weights.double()
     w = w / w.sum()
     x = x.double()
@@ -104,7 +105,7 @@ def gram_ref(
 
 
 def _start(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, run: tuple[str, int]) -> Moments:
-    """Empty moments about the weighted means of a batch; about the plain ones where all weights are 0."""
+    """Empty moments, shifted by the weighted means of a batch, or by the plain means if all weights are 0."""
     total = _total(x, weights)
     if total == 0:
         weights, total = None, len(x)
@@ -123,7 +124,7 @@ def _start(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None
 
 
 def _not_finite(x: torch.Tensor, y: torch.Tensor | None) -> InputError:
-    """What to say about a batch whose sums are not finite."""
+    """The error for a batch whose sums are not finite."""
     for name, values in (("x", x), ("y", y)):
         if values is not None and not (finite := torch.isfinite(values)).all():
             token, column = (~finite).nonzero()[0].tolist()

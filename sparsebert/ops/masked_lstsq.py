@@ -1,4 +1,4 @@
-"""masked_lstsq: exact least squares on a fixed support, every row of a linear at once."""
+"""masked_lstsq: exact least squares on a fixed support, for all rows of a linear at once."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def masked_lstsq(
     h: H, float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
     mask: bool [rows, n_in], True = kept; a row may be empty.
     Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support (a group of a pattern, in any
-    order) share one factorisation. Where supports keep more than half of n_in, and enough of them to pay for one dense
-    inverse, the removed half is solved for instead: V = W* - W*_R (H⁻¹_RR)⁻¹ H⁻¹_R:, with R the removed columns and
-    W* = T H⁻¹; the same V. The result does not depend on `threads`, nor on the other rows but by that choice.
-    row_metric: B, float64 [rows, rows], symmetric positive definite: how errors of two rows count together, where
-    supports differ between rows. Then the objective is tr(B V H Vᵀ) - 2 tr(B T Vᵀ), solved from the V above by
-    conjugate gradients in float32 (torch's products, on torch's threads), preconditioned by both diagonals, until the
-    squared residual has fallen to CG_TOLERANCE of its start, or for CG_STEPS steps.
+    order) share one factorisation. If supports keep more than half of n_in, and enough of them do to pay for one dense
+    inverse, the removed part is solved for instead: V = W* - W*_R (H⁻¹_RR)⁻¹ H⁻¹_R:, with R the removed columns and W*
+    = T H⁻¹. This gives the same V. The result does not depend on `threads`; other rows affect a row only through this
+    choice.
+    row_metric: B, float64 [rows, rows], symmetric positive definite; B_ij weights the product of the errors of rows i
+    and j, which matters if supports differ between rows. The objective is then tr(B V H Vᵀ) - 2 tr(B T Vᵀ). Conjugate
+    gradients minimise it, starting from the V above, in float32 (torch's products, on torch's threads), preconditioned
+    by both diagonals, until the squared residual is at most CG_TOLERANCE times its first value, or for CG_STEPS steps.
 
     Raises InputError for wrong types or shapes, for values that are not finite, and for an H that is not positive
     definite on a support, naming row and pivot.
@@ -43,7 +44,8 @@ def masked_lstsq(
     first, group_of = _distinct(keep)
     kept, sizes = keep[first].sum(1), np.bincount(group_of)
     complement, dense = _plan(target, h, kept, sizes)
-    # Groups to solve directly, then the others; of both the largest systems first, so that none is left for the end.
+    # Groups to solve directly come first, then the others. In both parts the largest systems come first, so that no
+    # thread starts a large one at the end.
     order = np.lexsort((np.where(complement, kept, -kept), complement))
     rows = np.argsort(np.argsort(order)[group_of], kind="stable").astype(np.int32)
     ends = np.cumsum(sizes[order])
@@ -67,7 +69,7 @@ def masked_lstsq(
 def masked_lstsq_ref(
     target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, *, row_metric: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What `masked_lstsq` computes, row by row, or with a row_metric as one system of equations."""
+    """Reference for `masked_lstsq`: row by row, or with a row_metric as one system of equations."""
     h = _symmetric(h)
     if row_metric is not None:
         kept = mask.flatten()
@@ -88,8 +90,8 @@ def _symmetric(h: torch.Tensor) -> torch.Tensor:
 def _coupled(
     v: torch.Tensor, target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric: torch.Tensor
 ) -> torch.Tensor:
-    """From v to the minimum under a row_metric."""
-    # The residual starts as a difference of large numbers, and is float64 there alone.
+    """The minimum under a row_metric, by conjugate gradients that start from v."""
+    # The first residual is a difference of large numbers, so it alone is computed in float64.
     residual = ((row_metric @ (target - v @ h)) * mask).float()
     inverse = 1 / (row_metric.diagonal()[:, None] * h.diagonal()).float()
     row_metric, h = row_metric.float(), h.float()
@@ -120,9 +122,10 @@ def _distinct(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _plan(
     target: torch.Tensor, h: torch.Tensor, kept: np.ndarray, sizes: np.ndarray
 ) -> tuple[np.ndarray, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Which groups to solve by their complement, bool [groups], and (W*, H⁻¹), None where there are none.
+    """Which groups to solve by their complement, bool [groups], and (W*, H⁻¹), or None if no group is.
 
-    Both cost a factorisation and its solves, the complement also a product with rows of H⁻¹; the inverse is shared.
+    Both ways cost a factorisation and its solves; the complement also costs a product with rows of H⁻¹. All groups
+    share the inverse.
     """
     rows, n_in = target.shape
     kept = kept.astype(float)
@@ -150,7 +153,9 @@ def _solve(
     isa: str,
     threads: int,
 ) -> list[tuple[int, int]]:
-    """Fills the given rows of v, in groups that end where `ends` says; returns (row, pivot) for each that fails."""
+    """Fills the given rows of v, in groups whose ends in `rows` are given by `ends`. Returns (row, pivot) for each
+    group that fails.
+    """
     row_ptr = np.concatenate([[0], ends])
     pivots = _dispatch.core().masked_lstsq(target.numpy(), h.numpy(), keep, row_ptr, rows, complement, v, isa, threads)
     return [(int(rows[row_ptr[group]]), int(pivots[group])) for group in np.flatnonzero(pivots >= 0)]
@@ -180,6 +185,6 @@ def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric
             fix="match target and row_metric",
         )
     for name, (array, dtype) in tensors.items():
-        # One pass, no temporary: a sum is not finite where a term is not.
+        # One pass, no temporary: a sum is not finite if a term is not.
         if dtype != torch.bool and not array.sum().isfinite():
-            raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")
+            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")

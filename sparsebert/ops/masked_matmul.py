@@ -1,5 +1,5 @@
-"""masked_matmul: a linear layer whose weight is masked by learned scores, and its straight-through gradients: what mask
-training [Liu et al. 2022, Alg. 2] runs each step.
+"""masked_matmul: a linear layer whose weight is masked by learned scores, with straight-through gradients. Mask
+training [Liu et al. 2022, Alg. 2] runs it in each step.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ def masked_matmul(
     """y = x (W ⊙ 1[ŝ ≥ φ])ᵀ + b, [..., n_out] of x's dtype; neither the mask nor the masked weight is stored.
 
     x: float32 or bfloat16 [..., n_in], of any strides. weight: float32 [n_out, n_in], n_out and n_in at least 1.
-    scores: ŝ, float32 [score_rows, n_in]; a score is shared by n_out / score_rows consecutive rows.
+    scores: ŝ, float32 [score_rows, n_in]; n_out / score_rows consecutive rows share a score.
     threshold: φ, float32 [], or [score_rows, n_in / m]: one for every m consecutive inputs. bias: float32 [n_out].
-    A score that is NaN is not at least its threshold, so its weights are not kept. Where x is not finite, weights that
-    are not kept may make a NaN of it, or not.
+    A NaN score is not >= its threshold, so its weights are not kept. If x is not finite, weights that are not kept may
+    or may not turn it into NaN.
 
-    Gradients are straight-through, the mask being taken for ŝ: with G = dYᵀ X, dŝ is the sum of G ⊙ W over the rows
-    that share a score, whether kept or not; dW = G ⊙ mask, dX = dY (W ⊙ mask), db = Σ dY. dX has x's dtype, the others
-    float32; the threshold has none. Only what is needed is computed, and G is not stored.
+    Gradients are straight-through: the gradient of the mask is used for ŝ. With G = dYᵀ X, dŝ is the sum of G ⊙ W over
+    the rows that share a score, whether kept or not; dW = G ⊙ mask, dX = dY (W ⊙ mask), db = Σ dY. dX has x's dtype,
+    the others are float32; the threshold has no gradient. Only the gradients that are needed are computed, and G is not
+    stored.
 
-    With bfloat16, the products of y and dX are of weights rounded to it; G ⊙ W is of the weights as they are. Sums are
-    float32. Results do not depend on `threads`; in float32 they are bit-equal on avx2 and avx512. bfloat16 has kernels
-    of its own on amx and avx512_bf16, and a slow one on scalar, for reference; elsewhere it is multiplied as float32.
-    From 128 tokens on, y and dX multiply only what is kept where that is below 35 % (12 % with the bfloat16 kernel of
-    avx512_bf16, never with those in tiles), which gives the same bits in float32.
-    On a GPU this is plain torch, which stores both.
+    With bfloat16, y and dX are computed from weights rounded to bfloat16, and G ⊙ W from the float32 weights. Sums are
+    float32. Results do not depend on `threads`; in float32 they are bit-equal on avx2 and avx512. bfloat16 has its own
+    kernels on amx and avx512_bf16, and a slow reference kernel on scalar; elsewhere it is multiplied as float32. From
+    128 tokens on, y and dX multiply only the kept weights if fewer than 35 % are kept (12 % with the bfloat16 kernel of
+    avx512_bf16; never with the bfloat16 kernel of amx). In float32 this gives the same bits.
+    On a GPU this is plain torch, which stores the mask and the masked weight.
     Raises InputError for another dtype, shape or layout, or tensors on different devices.
     """
     _check(x, weight, scores, threshold, bias)
-    # An operator of torch's library, which its compiler needs, costs more than a small layer: 0.2 ms a step.
+    # torch.compile needs an operator of torch's library. Calling one takes longer than a small layer: 0.2 ms per step.
     call = _masked_matmul if torch.compiler.is_compiling() else _Direct.apply
     return call(x, weight, scores, threshold, bias, isa or "", threads or 0)
 
@@ -56,7 +57,7 @@ def masked_matmul_ref(
     threshold: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `masked_matmul` returns, in float64 throughout and without rounding to bfloat16; the gradients come by
+    """Reference for `masked_matmul`, in float64 throughout and without rounding to bfloat16; the gradients come from
     autograd.
     """
     share = len(weight) // len(scores)
@@ -65,7 +66,7 @@ def masked_matmul_ref(
 
 
 class _Straight(torch.autograd.Function):
-    """1[s >= t], whose gradient is taken for that of s."""
+    """1[s >= t]; its gradient is passed on to s unchanged."""
 
     @staticmethod
     def forward(ctx, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -113,7 +114,7 @@ def _backward(
     isa: str,
     threads: int,
 ) -> list[torch.Tensor]:
-    """Of dX, dW and dŝ those that are `needed`."""
+    """Those of dX, dW and dŝ that are `needed`, in this order."""
     if x.device.type != "cpu":
         return _backward_in_torch(dy, x, weight, scores, threshold, needed)
     gradients = [
@@ -170,7 +171,7 @@ _masked_matmul.register_autograd(_gradients, setup_context=_save)
 
 
 class _Direct(torch.autograd.Function):
-    """The same without torch's library."""
+    """The same as `_masked_matmul`, without a custom operator of torch's library."""
 
     @staticmethod
     def forward(ctx, *inputs) -> torch.Tensor:
@@ -198,7 +199,7 @@ def _run_on(isa: str, threads: int) -> tuple[str, int]:
 
 
 def _rows(tensor: torch.Tensor) -> np.ndarray:
-    """[tokens, n]: a view where it is contiguous."""
+    """The tensor as an array [tokens, n]; a view if the tensor is contiguous."""
     return _dispatch.array(tensor.reshape(-1, tensor.shape[-1]))
 
 
@@ -236,7 +237,7 @@ def _check(x, weight, scores, threshold, bias) -> None:
     if any(other.device != x.device for other in others):
         raise InputError(
             f"all tensors must be on x's device {x.device}, got {sorted({str(other.device) for other in others})}",
-            fix="move them there",
+            fix="move them to that device",
         )
 
 

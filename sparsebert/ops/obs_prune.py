@@ -1,7 +1,7 @@
-"""obs_prune: optimal brain surgeon on the rows of a linear, exact one weight at a time; and `obs_sweep`, its
+"""obs_prune: the optimal brain surgeon on the rows of a linear, exact, one weight at a time; and `obs_sweep`, its
 approximation by one sweep over the columns.
 
-Both prune W* under H, that is they look for V of the given pattern with a small tr((V - W*) H (V - W*)ᵀ).
+Both prune W* under H: they look for a V of the given pattern with a small tr((V - W*) H (V - W*)ᵀ).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.topk_mask import topk_mask_ref
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, Unstructured, kept_in, require_fits, zeros_in
 
-LARGEST = 1e150  # of a weight in units of its score: squares of it are added up in float64
+LARGEST = 1e150  # bound on |w| / U_jj, whose squares are added up in float64
 
 
 def obs_prune(
@@ -31,22 +31,23 @@ def obs_prune(
     threads: int | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """Exact OBS: each row loses, one at a time, the weight p of lowest w_p² / [H⁻¹]_pp, and the others move to the new
-    optimum: w ← w - H⁻¹_:p w_p / [H⁻¹]_pp, H⁻¹ ← H⁻¹ - H⁻¹_:p H⁻¹_p: / [H⁻¹]_pp.
+    """Exact OBS: removes from each row, one at a time, the weight p with the lowest w_p² / [H⁻¹]_pp, and moves the
+    other weights to the new optimum: w ← w - H⁻¹_:p w_p / [H⁻¹]_pp, H⁻¹ ← H⁻¹ - H⁻¹_:p H⁻¹_p: / [H⁻¹]_pp.
 
     weight: W*, float64 [rows, n_in]. h: float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
-    Unstructured, per_row: floor(sparsity * n_in) removals a row [Li et al. 2023]. Otherwise the removals of lowest loss
-    over all rows, a row's j-th counting as the largest of its first j losses, so that it never comes before the ones
-    that it follows; of equals, first the lower row [Frantar & Alistarh 2022, ExactOBS, global selection].
-    N:M: a block of m consecutive columns that has lost m - n weights of a row loses no more.
-    Grouped: consecutive rows that form a group lose a column together, the one of lowest sum over the group of w_p² /
-    [H⁻¹]_pp; budgets as for unstructured, counted in columns. With kept_multiple, the columns of a group are cut into
-    chunks of that many in the order of their removal, and the chunks of highest total cost stay (per_row: as many in
-    each group).
-    V:N:M: groups of v rows first keep 4 columns of every m, then each row n of these 4.
-    Ties of score go to the lower column.
+    Unstructured, per_row: floor(sparsity * n_in) removals per row [Li et al. 2023]. Otherwise the removals with the
+    lowest losses over all rows. The j-th removal of a row counts as the largest of the row's first j losses, so that it
+    is never taken before an earlier one; of equal losses the lower row goes first [Frantar & Alistarh 2022, ExactOBS,
+    global selection].
+    N:M: once a row has lost m - n weights of a block of m consecutive columns, it loses no more of that block.
+    Grouped: consecutive rows form a group and lose a whole column at a time: the one with the lowest sum of w_p² /
+    [H⁻¹]_pp over the group. Budgets are as for unstructured, counted in columns. With kept_multiple, the columns of a
+    group are cut into chunks of that many in the order of their removal, and the chunks with the highest total cost are
+    kept (per_row: the same number in each group).
+    V:N:M: groups of v rows first keep 4 of every m columns; then each row keeps n of these 4.
+    Of equal scores the lower column is removed first.
 
-    Returns V, float64 [rows, n_in], the exact optimum on its own support, zero elsewhere. Arithmetic is float64; the
+    Returns V, float64 [rows, n_in], the exact optimum on its support, zero elsewhere. Arithmetic is float64; the
     result does not depend on `threads`. Raises InputError for a wrong type or shape, a pattern that does not fit, and
     an H that is not positive definite.
     """
@@ -77,14 +78,16 @@ def _trace(
     threads: int,
     isa: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_trace_ref` returns, for every `size` rows: columns int64 [groups, steps], losses [groups, steps]."""
+    """The removals of every `size` consecutive rows, each as `_trace_ref` gives them: columns int64 [groups, steps],
+    losses [groups, steps].
+    """
     bank = (pattern.m, pattern.m - pattern.n) if isinstance(pattern, NofM) else (0, 0)
     arrays = (array.contiguous().numpy() for array in (weight, inverse))
     order, losses = (torch.from_numpy(a) for a in _dispatch.core().obs_prune(*arrays, size, *bank, steps, isa, threads))
     if not losses.isfinite().all():
         group, step = (~losses.isfinite()).nonzero()[0].tolist()
         raise InputError(
-            f"h must be positive definite, its inverse is not any more after {step} removals in group {group}",
+            f"h must be positive definite, its inverse no longer is after {step} removals in group {group}",
             fix="raise the damping or give more calibration tokens",
         )
     return order.long(), losses
@@ -93,7 +96,7 @@ def _trace(
 def _keep_vnm(
     weight: torch.Tensor, inverse: torch.Tensor, target: torch.Tensor, h: torch.Tensor, pattern: VNM, trace: Callable
 ) -> torch.Tensor:
-    """What V:N:M keeps, bool [rows, n_in]: first 4 of m columns a group, then n of these 4 a row."""
+    """The V:N:M mask, bool [rows, n_in]: first 4 of every m columns for each group, then n of these 4 for each row."""
     rows, n_in = weight.shape
     order, _ = trace(weight, inverse, pattern.v, n_in // pattern.m * (pattern.m - 4), NofM(4, pattern.m))
     keep = torch.zeros(rows, n_in, dtype=torch.bool)
@@ -114,7 +117,7 @@ def _kept(order: torch.Tensor, n_in: int) -> torch.Tensor:
 def obs_prune_ref(
     weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, per_row: bool = True
 ) -> torch.Tensor:
-    """What `obs_prune` computes, by the formula: the whole inverse downdated at every removal."""
+    """Reference for `obs_prune`, by the formula: downdates the whole inverse at every removal."""
     rows, n_in = weight.shape
     if isinstance(pattern, VNM):
         blocks = n_in // pattern.m
@@ -123,7 +126,7 @@ def obs_prune_ref(
             group = slice(start, start + pattern.v)
             order, _ = _trace_ref(weight[group], h, blocks * (pattern.m - 4), NofM(4, pattern.m))
             kept = torch.ones(n_in, dtype=torch.bool).index_fill_(0, order, False).nonzero().flatten()
-            # On the columns that are left it is an N:4 problem of its own, from the optimum there.
+            # On the remaining columns this is a separate N:4 problem, which starts from the optimum there.
             h_kept = h[kept][:, kept]
             w_kept = torch.linalg.solve(h_kept, (weight[group] @ h)[:, kept], left=False)
             keep[group, kept] = obs_prune_ref(w_kept, h_kept, NofM(pattern.n, 4), 0.0) != 0
@@ -171,7 +174,7 @@ def _trace_ref(
 def _keep(
     order: torch.Tensor, losses: torch.Tensor, pattern: Unstructured | Grouped, sparsity: float, per_row: bool
 ) -> torch.Tensor:
-    """The columns each group of rows keeps, bool [groups, n_in], given its whole trace."""
+    """The columns that each group of rows keeps, bool [groups, n_in], given its complete trace."""
     groups, n_in = order.shape
     multiple = pattern.kept_multiple if isinstance(pattern, Grouped) else 1
     if per_row:
@@ -180,9 +183,9 @@ def _keep(
         counts = torch.full((groups,), kept_in(pattern, rows, n_in, sparsity) // rows)
     else:
         kept = groups * n_in - zeros_in(groups * n_in, sparsity)
-        # Last removed first: costs fall along a row, and of equals topk takes the one removed later.
+        # In reverse order of removal: costs fall along a row, and of equal costs topk keeps the one removed later.
         cost = losses.cummax(1).values.flip(1).view(groups, -1, multiple).sum(2)
-        # The lower row's equals go first, so the higher row keeps its own.
+        # Rows in reverse order too: of equal costs, those of the lower row are removed first.
         chosen = topk_mask_ref(cost.flip(0).flatten(), kept // multiple).view_as(cost).flip(0)
         counts = chosen.sum(1) * multiple
     position = torch.arange(n_in).expand(groups, -1)
@@ -199,33 +202,34 @@ def obs_sweep(
     threads: int | None = None,
     isa: str | None = None,
 ) -> torch.Tensor:
-    """SparseGPT: columns left to right, each removal compensated in the columns to its right. With H⁻¹ = Uᵀ U, U upper
-    triangular, and e_j = w_j / U_jj where w_j is removed: w ← w - e_j U_j:.
+    """SparseGPT: goes through the columns from left to right; the columns to the right compensate each removal. With
+    H⁻¹ = Uᵀ U, U upper triangular, and e_j = w_j / U_jj if w_j is removed: w ← w - e_j U_j:.
 
     weight: W*, float64 [rows, n_in]. h: float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
-    Unstructured: of every `block` columns, over all rows together, those of lowest (w / U_jj)² at the block's start go,
-    ties to the lower index (row-major); the blocks' counts are such that floor(sparsity * rows * columns so far) are
-    gone after each. Grouped: the same, on sums over consecutive rows. N:M: n of every m columns stay, chosen when the
-    sweep reaches them (`block` is rounded up to a multiple of m). V:N:M: likewise, 4 of m columns by their sums over v
-    rows, then n of these 4 by each row.
-    Returns V, [rows, n_in], zero where removed; it is not the optimum on its own support (`masked_lstsq` is).
-    On a CUDA device (Triton) weight may also be float32: the sweep then is, and near-ties may flip masks; `threads` and
-    `isa` are ignored.
-    Raises InputError as `obs_prune`, UnsupportedError for Grouped with a kept_multiple, on a GPU also where Triton is
-    missing or torch's matrix products are set to TF32.
-    [Frantar & Alistarh 2023, Algorithm 1; the code they released removes all that is <= a threshold: one weight a block
+    Unstructured: of each `block` columns, over all rows together, the weights with the lowest (w / U_jj)² at the
+    block's start are removed; of equal ones the lower index (row-major) goes first. After each block, floor(sparsity *
+    rows * columns so far) weights are removed in total. Grouped: the same, on sums over consecutive rows. N:M: n of
+    every m columns are kept, chosen when the sweep reaches them (`block` is rounded up to a multiple of m). V:N:M:
+    likewise, 4 of m columns by their sums over v rows, then n of these 4 by each row.
+    Returns V, [rows, n_in], zero where removed. V is not the optimum on its support; `masked_lstsq` computes that.
+    On a CUDA device (Triton) weight may also be float32. The sweep then runs in float32, and nearly equal scores may be
+    ordered differently, which changes the mask. `threads` and `isa` are ignored there.
+    Raises InputError as `obs_prune` does, and also for a block below 1 and for scores that would overflow. Raises
+    UnsupportedError for Grouped with a kept_multiple, and on a GPU if Triton is missing or torch's matrix products are
+    set to TF32.
+    [Frantar & Alistarh 2023, Algorithm 1; their released code removes all weights <= a threshold: one weight per block
     more, and every tie.]
     """
     _check(weight, h, pattern, sparsity, on_gpu=weight.is_cuda)
     if isinstance(pattern, Grouped) and pattern.kept_multiple > 1:
         raise UnsupportedError(
-            f"obs_sweep cannot keep columns in multiples, pattern {pattern} asks for it",
+            f"obs_sweep cannot keep columns in multiples, which pattern {pattern} requires",
             fix=f"use {pattern.rows}x1, or another method",
         )
     if isinstance(block, bool) or not isinstance(block, int) or block < 1:
         raise InputError(f"block must be an integer of at least 1, got {block!r}", fix="use the default, 128")
     u = _inverse_factor(h)
-    # Squared, and summed over a group, that is a score: what overflows would be compared as equal, or not at all.
+    # Squared and summed over a group, this is a score. Scores that overflow would compare as equal, or not at all.
     largest = float(weight.abs().max() / u.diagonal().min())
     if not largest < LARGEST:
         raise InputError(
@@ -248,7 +252,7 @@ def _sweep(
     threads: int,
     isa: str,
 ) -> torch.Tensor:
-    """obs_sweep given U."""
+    """`obs_sweep`, given U."""
     rows, n_in = weight.shape
     n, m, removals = 0, 0, []
     if isinstance(pattern, NofM | VNM):
@@ -287,10 +291,10 @@ def _sweep_on_gpu(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, spars
 def obs_sweep_ref(
     weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, block: int = 128
 ) -> torch.Tensor:
-    """What `obs_sweep` computes, one column at a time over all rows."""
+    """Reference for `obs_sweep`: one column at a time, over all rows."""
     w, u = weight.clone(), _inverse_factor(h)
     rows, n_in = w.shape
-    reach = pattern.m if isinstance(pattern, NofM | VNM) else block  # columns whose mask is chosen together
+    reach = pattern.m if isinstance(pattern, NofM | VNM) else block  # number of columns whose mask is chosen at once
     gone = torch.zeros(rows, n_in, dtype=torch.bool)
     for j in range(n_in):
         if j % reach == 0:
@@ -303,7 +307,9 @@ def obs_sweep_ref(
 
 
 def _sweep_keep(scores: torch.Tensor, gone: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """What stays of the columns just reached, given what is gone of those before them."""
+    """The mask of the columns just reached, True = kept. gone: True at the weights removed from the columns before
+    them.
+    """
     cols = scores.shape[1]
     if isinstance(pattern, NofM):
         return topk_mask_ref(scores, pattern.n)
@@ -318,31 +324,32 @@ def _sweep_keep(scores: torch.Tensor, gone: torch.Tensor, pattern: Pattern, spar
 
 
 def _inverse(h: torch.Tensor) -> torch.Tensor:
-    """H⁻¹, symmetric to the last bit. InputError where H is not positive definite."""
+    """H⁻¹, symmetric to the last bit. Raises InputError if H is not positive definite."""
     u = _inverse_factor(h)
     inverse = u.T @ u
     return torch.triu(inverse) + torch.triu(inverse, 1).T
 
 
 def _inverse_factor(h: torch.Tensor) -> torch.Tensor:
-    """U, upper triangular, with H⁻¹ = Uᵀ U. InputError where H is not positive definite.
+    """U, upper triangular, with H⁻¹ = Uᵀ U. Raises InputError if H is not positive definite.
 
     H = R Rᵀ with R upper triangular (Cholesky from the last row up) gives U = R⁻¹: one factorisation, and no explicit
     inverse of H.
     """
-    # Cholesky reads the lower half: flipped, that is the upper half of H.
+    # Cholesky reads the lower half, which is the upper half of H after the flip.
     flipped, info = torch.linalg.cholesky_ex(h.flip(0, 1))
     if info.item():
         raise InputError(
-            f"h must be positive definite, pivot {len(h) + 1 - info.item()} of {len(h)} from the last up is not",
+            f"h must be positive definite, pivot {len(h) + 1 - info.item()} of {len(h)} (from the last row up) "
+            "is not above 0",
             fix="raise the damping or give more calibration tokens",
         )
     return _lower_inverse(flipped.flip(0, 1).T).T
 
 
 def _lower_inverse(lower: torch.Tensor) -> torch.Tensor:
-    """The inverse of a lower triangular matrix, by halves: products of matrices, which run at twice the speed of
-    triangular solves with an identity.
+    """The inverse of a lower triangular matrix, by halves: matrix products run at twice the speed of triangular solves
+    with an identity.
     """
     n = len(lower)
     if n <= 128:
@@ -365,7 +372,7 @@ def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: fl
                 fix="convert it first",
             )
         if not array.isfinite().all():
-            raise InputError(f"{name} must be finite, got inf or NaN", fix="repair what it is made from")
+            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")
     if list(h.shape) != [weight.shape[1]] * 2:
         raise InputError(f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h")
     require_fits(pattern, *weight.shape, sparsity)

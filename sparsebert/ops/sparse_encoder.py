@@ -1,4 +1,4 @@
-"""sparse_encoder: a whole pruned BERT-like sequence classifier in one call. Needs numpy only."""
+"""sparse_encoder: a whole pruned BERT-like sequence classifier in one call. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Norm = tuple[np.ndarray, np.ndarray]  # weight and bias of a layer norm, float32
 
 @dataclass(frozen=True, eq=False)
 class EncoderLayer:
-    """One transformer layer whose norms come after the residual sums. H is the hidden size.
+    """One transformer layer whose norms come after the residual sums. H is the hidden size, I the intermediate size.
 
     qkv: H -> 3 H, query, key and value stacked; attention_out: H -> H; up: H -> I with the activation; down: I -> H.
     """
@@ -33,11 +33,11 @@ class EncoderLayer:
 
 @dataclass(frozen=True, eq=False)
 class PackedEncoder:
-    """A sequence classifier: embeddings, layers, and two linears on a sequence's first token.
+    """A sequence classifier: embeddings, layers, and two linears on a sequence's first token. E is the embedding size.
 
-    words: float32 [vocabulary, E]. positions: float32 [types, max_length, E], position and token-type vectors added up.
-    embedding_norm: over E. projection: E -> H, or None where they are equal. heads: divides H. eps: of all norms.
-    pooler: H -> P with its activation. classifier: P -> labels.
+    words: float32 [vocabulary, E]. positions: float32 [types, max_length, E], sums of position and token-type vectors.
+    embedding_norm: over E. projection: E -> H, or None if they are equal. heads: number of attention heads; divides H.
+    eps: of all norms. pooler: H -> P with its activation. classifier: P -> labels.
     """
 
     words: np.ndarray
@@ -52,7 +52,7 @@ class PackedEncoder:
 
     @property
     def max_length(self) -> int:
-        """Tokens that a sequence may have."""
+        """Max number of tokens of a sequence."""
         return self.positions.shape[1]
 
     @property
@@ -62,7 +62,7 @@ class PackedEncoder:
 
     @cached_property
     def core(self):
-        """The compiled core's view of it."""
+        """This encoder as an object of the compiled core."""
         layers = [
             (
                 layer.qkv.core, layer.attention_out.core, layer.up.core, layer.down.core, layer.attention_norm,
@@ -87,7 +87,7 @@ def sparse_encoder(
     threads: int | None = None,
     isa: str | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Classifies sequences, which lie one behind the other without padding.
+    """Classifies sequences, which are concatenated without padding.
 
     ids: int32 [tokens], below the vocabulary. types: int32 [tokens], below the token types.
     starts: int64 [sequences + 1], from 0 to tokens; a sequence has 1 to `encoder.max_length` tokens.
@@ -95,16 +95,16 @@ def sparse_encoder(
     threads: None for the cores this process may use. isa: None for the best instruction set under SPARSEBERT_ISA.
     Returns logits, float32 [sequences, labels]; with `states` a pair, the second float32 [tokens, H].
 
-    Float32 throughout. A sequence's result is bit-equal whatever the other sequences and the number of threads, and on
-    avx2 and avx512. Raises InputError for arrays that break the above, UnsupportedError for an isa this machine cannot
-    run.
+    Float32 throughout, except that with linears in tiles the states between them are bf16. A sequence's result is
+    bit-equal whatever the other sequences and the number of threads, and in float32 on avx2 and avx512. Raises
+    InputError for arrays that break the above, UnsupportedError for an isa this machine cannot run.
     """
     for name, array, dtype in (("ids", ids, np.int32), ("types", types, np.int32), ("starts", starts, np.int64)):
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
             what = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
             raise InputError(f"{name} must be 1-d {np.dtype(dtype)}, got {what}", fix="convert it first")
     if ids.shape != types.shape:
-        raise InputError(f"types must have a type a token, got {types.size} for {ids.size}", fix="match it to ids")
+        raise InputError(f"types must have one type per token, got {types.size} for {ids.size}", fix="match it to ids")
     lengths = np.diff(starts)
     if starts.size == 0 or starts[0] != 0 or starts[-1] != ids.size or (lengths < 1).any():
         raise InputError(
@@ -125,7 +125,7 @@ def sparse_encoder(
 def sparse_encoder_ref(
     ids: np.ndarray, types: np.ndarray, starts: np.ndarray, encoder: PackedEncoder
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What `sparse_encoder` computes with `states`, in float64, sequence by sequence."""
+    """Reference for `sparse_encoder` with `states`, in float64, sequence by sequence."""
 
     def norm(x: np.ndarray, parameters: Norm) -> np.ndarray:
         centred = x - x.mean(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""sparse_matmul: a sparse linear layer on any number of tokens, with its weight packed once. Needs numpy only."""
+"""sparse_matmul: a sparse linear layer on any number of tokens, with its weight packed once. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ ACTIVATIONS = ("none", "gelu", "relu", "tanh")
 
 @dataclass(frozen=True, eq=False)
 class PackedRows:
-    """A weight W [n_out, n_in] with columns of its own for every row: sliced ELLPACK (SELL-C-σ), one for each slab of
-    SLAB_COLS columns. A slice is SLICE_ROWS rows whose entries lie side by side; shorter rows are filled up with zeros.
-    Rows are sorted by their non-zeros into blocks of BLOCK_ROWS, and a block's rows in each slab once more. Its arrays
-    are read-only.
+    """A weight W [n_out, n_in] in the form *rows*: every row has its own columns. It is stored as sliced ELLPACK
+    (SELL-C-σ), separately for each slab of SLAB_COLS columns. A slice is SLICE_ROWS rows whose entries lie side by
+    side; shorter rows are filled up with zeros. Rows are sorted by their number of non-zeros and cut into blocks of
+    BLOCK_ROWS; within a block they are sorted again for each slab. All arrays are read-only.
 
-    rows: int32 [slabs, slices, SLICE_ROWS], rows of W, -1 where there are no more; a block's are the same in all slabs.
-    counts: uint8 [slabs, slices], entries of a row of the slice.
-    cols: uint8 [entries, SLICE_ROWS], within the slab; increasing along a row, but for what fills up.
+    rows: int32 [slabs, slices, SLICE_ROWS], row numbers of W, -1 after the last one; a block has the same rows in all
+    slabs.
+    counts: uint8 [slabs, slices], entries per row of the slice.
+    cols: uint8 [entries, SLICE_ROWS], within the slab; increasing along a row, except for entries that fill it up.
     values: float32 [entries, SLICE_ROWS], finite.
 
-    `pack` makes one from a dense weight and is the only maker; InputError where the arrays break this.
+    `pack` makes one from a dense weight. Raises InputError if the arrays break these rules.
     """
 
     rows: np.ndarray
@@ -53,7 +54,7 @@ class PackedRows:
         rows = np.pad(rows, ((0, 0), (0, blocks * core.BLOCK_ROWS - rows.shape[1])), constant_values=-1)
         rows = np.sort(rows.reshape(slabs, blocks, core.BLOCK_ROWS))
         if (rows != rows[0]).any() or not np.array_equal(np.sort(rows[0][rows[0] >= 0]), np.arange(self.n_out)):
-            raise InputError(f"rows must name each of {self.n_out} rows once a slab", fix="use pack(weight)")
+            raise InputError(f"rows must list each of {self.n_out} rows once per slab", fix="use pack(weight)")
         last = int(self.counts[:-1].sum(dtype=np.int64))
         for cols, width in (
             (self.cols[:last], core.SLAB_COLS),
@@ -70,11 +71,11 @@ class PackedRows:
 
     @property
     def stored(self) -> int:
-        """Entries that are multiplied: the non-zeros, and what fills up their slices."""
+        """Number of entries that are multiplied: the non-zeros, and the zeros that fill up their slices."""
         return self.values.size
 
     def linear(self, bias: np.ndarray | None, activation: str):
-        """The compiled core's view of a layer with this weight."""
+        """A layer with this weight, as an object of the compiled core."""
         return _dispatch.core().sliced_linear(
             self.rows, self.counts, self.cols, self.values, self.n_in, self.n_out, bias, activation
         )
@@ -82,16 +83,16 @@ class PackedRows:
 
 @dataclass(frozen=True, eq=False)
 class PackedGroups:
-    """A weight W [n_out, n_in] as groups of rows that share one list of kept columns. Any rows may form a group; a
-    dense W is one list that all groups share. Its arrays are read-only.
+    """A weight W [n_out, n_in] as groups of rows that share one list of kept columns. Any rows may form a group; in a
+    dense W all groups share one list. All arrays are read-only.
 
-    rows: int32 [groups, GROUP_ROWS], the row of W, or -1 where a group is smaller; each row of W once.
-    col_begin, col_count: int32 [groups], where a group's columns are in `cols`; groups may share them.
+    rows: int32 [groups, GROUP_ROWS], row numbers of W, -1 if a group has fewer rows; each row of W occurs once.
+    col_begin, col_count: int32 [groups], start and length of a group's columns in `cols`; groups may share them.
     cols: uint16, below n_in, increasing within a group.
-    value_begin: int64 [groups], where a group's values are in `values`.
-    values: float32, finite; of a group [GROUP_ROWS / GROUP_TILE, col_count, GROUP_TILE].
+    value_begin: int64 [groups], start of a group's values in `values`.
+    values: float32, finite; for each group [GROUP_ROWS / GROUP_TILE, col_count, GROUP_TILE].
 
-    `pack_groups` makes one from a dense weight and is the only maker; InputError where the arrays break this.
+    `pack_groups` makes one from a dense weight. Raises InputError if the arrays break these rules.
     """
 
     rows: np.ndarray
@@ -121,11 +122,11 @@ class PackedGroups:
 
     @property
     def stored(self) -> int:
-        """Entries that are multiplied, kept ones and empty places."""
+        """Number of entries that are multiplied: kept ones and empty places."""
         return self.values.size
 
     def linear(self, bias: np.ndarray | None, activation: str):
-        """The compiled core's view of a layer with this weight."""
+        """A layer with this weight, as an object of the compiled core."""
         return _dispatch.core().grouped_linear(
             self.rows, self.col_begin, self.col_count, self.cols, self.value_begin, self.values, self.n_in, self.n_out,
             bias, activation,
@@ -134,18 +135,19 @@ class PackedGroups:
 
 @dataclass(frozen=True, eq=False)
 class PackedTiles:
-    """A weight W [n_out, n_in] in bf16, as tiles of TILE_ROWS rows by TILE_COLS columns. A group is one or two tiles of
-    rows, any rows, that share one list of columns, in chunks of TILE_COLS; its tiles are stored whole, or as a bit an
-    entry and the entries that are not zero. Its arrays are read-only.
+    """A weight W [n_out, n_in] in bf16, as tiles of TILE_ROWS rows by TILE_COLS columns. A group is one or two tiles
+    high. Its rows, which may be any rows of W, share one list of columns, in chunks of TILE_COLS. Its tiles are stored
+    whole, or as one bit per entry and the entries that are not zero. All arrays are read-only.
 
-    rows: int32 [groups, 2 * TILE_ROWS], the row of W, or -1 where a group is smaller; each row of W once.
-    tiles: int32 [groups], 1 or 2. chunks: int32 [groups].
-    col_begin: int64 [groups], where a group's columns are in `cols`; groups may share a list.
-    cols: uint16, below n_in; a list is filled up with columns whose weights are zero.
-    value_begin: int64 [groups], into `values`: uint16, the bits of bf16 [chunks, tiles, TILE_ROWS, TILE_COLS].
-    mask_begin: int64 [groups], into `masks`: uint32 [chunks, tiles, TILE_ROWS], bit c for column c; -1 for whole tiles.
+    rows: int32 [groups, 2 * TILE_ROWS], row numbers of W, -1 if a group has fewer; each row of W occurs once.
+    tiles: int32 [groups], height in tiles, 1 or 2. chunks: int32 [groups], chunks of columns.
+    col_begin: int64 [groups], start of a group's columns in `cols`; groups may share a list.
+    cols: uint16, below n_in; a list is filled up to whole chunks with its last column, there with zero weights.
+    value_begin: int64 [groups], start in `values`: uint16, the bits of bf16 [chunks, tiles, TILE_ROWS, TILE_COLS].
+    mask_begin: int64 [groups], start in `masks`: uint32 [chunks, tiles, TILE_ROWS], bit c for column c; -1 for whole
+    tiles.
 
-    `pack_tiles` makes one from a dense weight and is the only maker; InputError where the arrays break this.
+    `pack_tiles` makes one from a dense weight. Raises InputError if the arrays break these rules.
     """
 
     rows: np.ndarray
@@ -181,12 +183,12 @@ class PackedTiles:
 
     @property
     def stored(self) -> int:
-        """Entries that are multiplied, kept ones and empty places."""
+        """Number of entries that are multiplied: kept ones and empty places."""
         core = _dispatch.core()
         return int(self.tiles.astype(np.int64) @ self.chunks) * core.TILE_ROWS * core.TILE_COLS
 
     def linear(self, bias: np.ndarray | None, activation: str):
-        """The compiled core's view of a layer with this weight."""
+        """A layer with this weight, as an object of the compiled core."""
         return _dispatch.core().tiled_linear(
             self.rows, self.tiles, self.col_begin, self.chunks, self.cols, self.value_begin, self.mask_begin,
             self.values, self.masks, self.n_in, self.n_out, bias, activation,
@@ -197,10 +199,10 @@ Packed = PackedRows | PackedGroups | PackedTiles
 
 
 def pack(weight: np.ndarray) -> PackedRows:
-    """W with columns of its own for every row. Entries that are 0 (of either sign) are dropped.
+    """Packs W in the form *rows*: every row has its own columns. Entries that are 0 (of either sign) are dropped.
 
     weight: float32 [n_out, n_in], both at least 1, n_in at most 65536; finite; any memory layout.
-    Raises InputError when that does not hold. `unpack(pack(weight))` equals `weight`.
+    Raises InputError if that does not hold. `unpack(pack(weight))` equals `weight`.
     """
     _check_weight(weight)
     core = _dispatch.core()
@@ -210,7 +212,7 @@ def pack(weight: np.ndarray) -> PackedRows:
     starts = np.arange(0, n_in, core.SLAB_COLS)
     counts = np.add.reduceat(kept, starts, axis=1, dtype=np.int64)  # [n_out, slabs]
 
-    # Blocks of rows with as many non-zeros as possible first, and in each slab slices of such rows.
+    # Blocks of rows with the most non-zeros first; in each slab, a block's rows with the most non-zeros first.
     order = np.full(blocks * core.BLOCK_ROWS, -1)
     order[:n_out] = np.argsort(-counts.sum(1), kind="stable")
     of_place = np.where(order[:, None] >= 0, counts[order], -1).reshape(blocks, core.BLOCK_ROWS, slabs)
@@ -224,7 +226,7 @@ def pack(weight: np.ndarray) -> PackedRows:
     if entries * core.SLICE_ROWS > MAX_NNZ:
         raise InputError(f"weight must have at most {MAX_NNZ} non-zeros", fix="split its rows")
 
-    # Where each row's first entry of each slab goes, and the others SLICE_ROWS apart.
+    # The place of each row's first entry in each slab; its other entries follow SLICE_ROWS apart.
     place = np.empty((n_out, slabs), np.int64)
     lane = np.arange(slices * core.SLICE_ROWS) % core.SLICE_ROWS
     places = np.repeat(begin.reshape(slabs, slices), core.SLICE_ROWS, axis=1) * core.SLICE_ROWS + lane
@@ -248,10 +250,10 @@ def pack(weight: np.ndarray) -> PackedRows:
 
 
 def pack_groups(weight: np.ndarray, *, whole: bool = False) -> PackedGroups:
-    """W with its rows of equal support side by side: what a weight pruned in groups of rows, and a dense one, runs
-    fastest as. Rows that share their support with few others waste the places they leave empty.
+    """Packs W with its rows of equal support side by side: the fastest form for a weight pruned in groups of rows, and
+    for a dense one. A group of fewer than GROUP_ROWS rows has empty places, which cost time.
 
-    weight: as for `pack`. whole: all rows with all columns, zeros among them. `unpack(pack_groups(weight))` equals
+    weight: as for `pack`. whole: keep all columns in all rows, zeros included. `unpack(pack_groups(weight))` equals
     `weight`.
     """
     _check_weight(weight)
@@ -283,26 +285,28 @@ def pack_groups(weight: np.ndarray, *, whole: bool = False) -> PackedGroups:
 
 
 def places_in_groups(weight: np.ndarray) -> int:
-    """How many entries `pack_groups` stores of a weight, kept ones and empty places; packs nothing."""
+    """Number of entries that `pack_groups` stores for a weight, kept ones and empty places. Packs nothing."""
     size = _dispatch.core().GROUP_ROWS
     return sum(-(-len(rows) // size) * size * len(cols) for rows, cols in _alike(weight != 0))
 
 
 def _alike(support: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The rows of each support that there is in bool [n_out, n_in], and its columns."""
+    """The rows and the columns of each distinct support in bool [n_out, n_in]."""
     rows: dict[bytes, list[int]] = {}
     for row, key in enumerate(map(bytes, np.packbits(support, axis=1))):
         rows.setdefault(key, []).append(row)
     return [(np.array(members), np.flatnonzero(support[members[0]])) for members in rows.values()]
 
 
-# Rows of equal support that make a group of their own; what share of a group's tiles must be kept for them to be stored
-# whole; and what share of the columns a group of unlike rows may keep before it takes the list that all share.
+# LEAST_ALIKE: rows of equal support that get a separate group. WHOLE_TILES: share of kept entries from which on a
+# group's tiles are stored whole. OWN_LIST: share of the columns from which on a group of unlike rows uses the list of
+# columns that all such groups share.
 LEAST_ALIKE, WHOLE_TILES, OWN_LIST = 8, 0.5, 0.6
 
 
 def pack_tiles(weight: np.ndarray) -> PackedTiles:
-    """W rounded to bf16, in tiles: rows of equal support together, the others as they come.
+    """Packs W in tiles, rounded to bf16. At least LEAST_ALIKE rows of equal support form separate groups; the other
+    rows are grouped in their order.
 
     weight: as for `pack`, and within bf16's range. `unpack(pack_tiles(weight))` equals `from_bf16(to_bf16(weight))`.
     """
@@ -356,7 +360,9 @@ def pack_tiles(weight: np.ndarray) -> PackedTiles:
 
 
 def _tile_groups(support: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Groups of at most so many rows, and the columns of each: bool [n_out, n_in] of what is not zero."""
+    """Groups of at most `most` rows, and the columns of each. support: bool [n_out, n_in], True where the weight is not
+    zero.
+    """
     groups, unlike = [], []
     for rows, cols in _alike(support):
         if len(rows) >= LEAST_ALIKE:
@@ -373,13 +379,13 @@ def _tile_groups(support: np.ndarray, most: int) -> list[tuple[np.ndarray, np.nd
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bf16, of two equally near ones the even: uint16 for finite float32, of the same shape."""
+    """The bits of the nearest bf16 (ties to even) of finite float32: uint16 of the same shape."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
 
 
 def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """float32 of bf16's bits."""
+    """The float32 values of bf16 bits."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
@@ -393,7 +399,7 @@ def unpack(weight: Packed) -> np.ndarray:
         of_slice = np.repeat(np.arange(slabs * slices), weight.counts.ravel())
         rows = weight.rows.reshape(slabs * slices, -1)[of_slice]
         cols = weight.cols + (of_slice // slices * _dispatch.core().SLAB_COLS)[:, None]
-        real = weight.values != 0  # what fills up is zero
+        real = weight.values != 0  # entries that fill up a row are zero
         dense[rows[real], cols[real]] = weight.values[real]
         return dense
     size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
@@ -419,7 +425,7 @@ def _unpack_tiles(weight: PackedTiles, dense: np.ndarray) -> np.ndarray:
         else:
             block.ravel()[:] = weight.values[weight.value_begin[g] :][: block.size]
         block = from_bf16(block.transpose(1, 2, 0, 3).reshape(tiles * tile_rows, chunks * tile_cols))
-        at_rows, at_cols = np.nonzero(block)  # what fills a list up is zero
+        at_rows, at_cols = np.nonzero(block)  # entries that fill up a list are zero
         dense[rows[at_rows], cols[at_cols]] = block[at_rows, at_cols]
     return dense
 
@@ -453,23 +459,24 @@ class Linear:
 
     @cached_property
     def core(self):
-        """The compiled core's view of it."""
+        """This layer as an object of the compiled core."""
         return self.weight.linear(self.bias, self.activation)
 
 
 def sparse_matmul(x: np.ndarray, linear: Linear, *, threads: int | None = None, isa: str | None = None) -> np.ndarray:
     """Runs a linear layer on tokens.
 
-    x: float32 [tokens, n_in], C-contiguous. Any number of tokens from 0: sequences are simply concatenated.
+    x: float32 [tokens, n_in], C-contiguous. Any number of tokens, also 0: sequences are simply concatenated.
     threads: None for the cores this process may use.
     isa: None for the best instruction set under SPARSEBERT_ISA.
     Returns y: float32 [tokens, n_out], a new array.
 
-    Sums are float32; with a weight in tiles x is rounded to bf16 first, and y last. Tiles are multiplied by amx or
-    avx512_bf16, elsewhere by portable code, slowly. A token's result is bit-equal whatever the other tokens, their
-    number and the number of threads, and in float32 on avx2 and avx512; scalar rounds differently, and so do the packed
-    forms. A kept weight carries inf and NaN of x as IEEE arithmetic does; a pruned one may (as a dense matmul makes NaN
-    of 0 * inf), where a zero fills up its form; no value reaches another token.
+    Sums are float32. With a weight in tiles, x is rounded to bf16 before the sums and y after them. Tiles are
+    multiplied by amx or avx512_bf16; elsewhere by portable code, which is slow. A token's result is bit-equal whatever
+    the other tokens, their number and the number of threads; in float32 also on avx2 and avx512. scalar rounds
+    differently, and so do the packed forms. A kept weight passes on inf and NaN of x as IEEE arithmetic does. A pruned
+    weight may do so too (as a dense matmul makes NaN of 0 * inf), if a zero of the packed form stands in its place. No
+    value affects another token.
 
     Raises InputError for a wrong type, shape or layout, UnsupportedError for an isa this machine cannot run.
     """
@@ -484,7 +491,7 @@ def sparse_matmul(x: np.ndarray, linear: Linear, *, threads: int | None = None, 
 
 
 def sparse_matmul_ref(x: np.ndarray, linear: Linear) -> np.ndarray:
-    """What `sparse_matmul` computes but for the rounding of y, dense and in float64. Returns [tokens, n_out]."""
+    """Reference for `sparse_matmul`, dense and in float64; y is not rounded. Returns [tokens, n_out]."""
     if isinstance(linear.weight, PackedTiles):
         x = from_bf16(to_bf16(x))
     y = x.astype(np.float64) @ unpack(linear.weight).astype(np.float64).T
@@ -500,8 +507,8 @@ def _freeze(packed: object, name: str, dtype: type, size: int, ndim: int = 1) ->
     _check_array(name, array, dtype, ndim)
     if array.size != size:
         raise InputError(f"{name} must have {size} entries, got {array.size}", fix="use pack(weight)")
-    # The kernel trusts the indices, so nobody may change them after the check. What nobody can write to stays where it
-    # is: a file mapped for reading, and an array that is read-only and no view of another.
+    # The kernel trusts the indices, so they must not change after the check. Arrays that cannot be written to are not
+    # copied: a file mapped for reading, and a read-only array that is not a view of another.
     if array.flags.writeable or not (array.flags.owndata or is_mapped(array)):
         array = array.copy()
         array.setflags(write=False)
@@ -509,7 +516,7 @@ def _freeze(packed: object, name: str, dtype: type, size: int, ndim: int = 1) ->
 
 
 def is_mapped(array: np.ndarray) -> bool:
-    """Whether an array lies in a mapped file."""
+    """Whether an array's data lies in a mapped file."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -522,13 +529,13 @@ def _check_array(name: str, array: object, dtype: type, ndim: int) -> None:
     if not array.flags.c_contiguous:
         raise InputError(
             f"{name} must be C-contiguous, got strides {array.strides} for shape {array.shape}",
-            fix="pass numpy.ascontiguousarray of it",
+            fix="pass it through numpy.ascontiguousarray",
         )
 
 
 def _check_places(packed: PackedGroups | PackedTiles, maker: str) -> None:
     if not np.array_equal(np.sort(packed.rows[packed.rows >= 0]), np.arange(packed.n_out)):
-        raise InputError(f"rows must name each of {packed.n_out} rows once", fix=f"use {maker}(weight)")
+        raise InputError(f"rows must list each of {packed.n_out} rows once", fix=f"use {maker}(weight)")
     if packed.cols.size and int(packed.cols.max()) >= packed.n_in:
         raise InputError(f"cols must stay below n_in = {packed.n_in}", fix=f"use {maker}(weight)")
 

@@ -1,5 +1,5 @@
-"""topk_mask: the k highest scores, exactly k, without a sort; `topk_threshold`, the lowest of them; and `pattern_mask`,
-the same within a sparsity pattern.
+"""topk_mask: the k highest scores, exactly k, without a sort; `topk_threshold`: the lowest of them; `pattern_mask`: the
+same within a sparsity pattern.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from sparsebert.patterns import VNM, Grouped, NofM, Pattern, kept_in, require_fi
 
 
 def topk_mask(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: str | None = None) -> torch.Tensor:
-    """True at exactly the k highest scores of every vector along the last dimension; of equal scores, those of lower
-    index.
+    """True at exactly the k highest scores of every vector along the last dimension; of equal scores, those with the
+    lower index.
 
     scores: float32 [..., n], CPU, contiguous, no NaN; -0 and +0 are equal, infinities are ordered.
     k: 0 to n.
@@ -25,21 +25,22 @@ def topk_mask(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: 
         scores.detach().view(-1, n).numpy(), k, _dispatch.isa(isa), _dispatch.threads(threads)
     )
     if keep is None:
-        raise InputError("scores must have no NaN", fix="repair what the scores are made from")
+        raise InputError("scores must have no NaN", fix="check how they were computed")
     return torch.from_numpy(keep).view(scores.shape)
 
 
 def topk_mask_ref(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """What `topk_mask` returns, by a stable sort."""
+    """Reference for `topk_mask`, by a stable sort."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     return torch.zeros(scores.shape, dtype=torch.bool).scatter_(-1, order[..., :k], True)
 
 
 def topk_threshold(scores: torch.Tensor, k: int, *, threads: int | None = None, isa: str | None = None) -> torch.Tensor:
-    """The k-th highest score of every vector along the last dimension: scores >= it keep k, and what equals it.
+    """The k-th highest score of every vector along the last dimension. `scores >= threshold` keeps k scores, and any
+    others that equal the threshold.
 
-    scores: as for `topk_mask`; infinities included. k: 1 to n. Returns float32 [...]. Raises InputError as `topk_mask`,
-    and for k = 0.
+    scores: as for `topk_mask`; infinities included. k: 1 to n. Returns float32 [...]. Raises InputError as `topk_mask`
+    does, and for k = 0.
     """
     if k < 1:
         raise InputError(f"k must be at least 1, got {k}", fix="correct k, or use a threshold of infinity")
@@ -48,14 +49,14 @@ def topk_threshold(scores: torch.Tensor, k: int, *, threads: int | None = None, 
 
 
 def pattern_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, *, per_row: bool = False) -> torch.Tensor:
-    """The weights that `pattern` keeps at `sparsity` when it keeps the highest scores. Bool [n_out, n_in].
+    """The mask of the weights with the highest scores that `pattern` can keep at `sparsity`: bool [n_out, n_in].
 
-    scores: float32 [n_out, n_in], at least 0; the score of a set of weights is their sum.
+    scores: float32 [n_out, n_in], at least 0; the score of a set of weights is the sum of their scores.
     Unstructured: the highest of the whole matrix, or with `per_row` n_in - floor(sparsity * n_in) of each row. N:M: the
-    n highest of every m consecutive ones of a row. Grouped: the same as unstructured, on the sums over each group of
-    consecutive rows; with kept_multiple, whole chunks of a group's columns taken in falling order. V:N:M: in every
-    block of v rows and m columns the 4 columns of highest sums, and of these the n highest of each row. Raises
-    InputError where the pattern does not divide the matrix or would leave nothing of it.
+    n highest of every m consecutive ones of a row. Grouped: as unstructured, on the sums over each group of consecutive
+    rows; with kept_multiple, a group's columns are sorted by falling score and kept in whole chunks. V:N:M: in every
+    block of v rows and m columns the 4 columns with the highest sums, and of these the n highest of each row. Raises
+    InputError if the pattern does not divide the matrix or would keep no weight.
     """
     n_out, n_in = scores.shape
     require_fits(pattern, n_out, n_in, sparsity)
@@ -68,7 +69,7 @@ def pattern_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, *, per
         return topk_mask(torch.where(shared, blocks, -1.0), pattern.n).view(n_out, n_in)
     rows, multiple = (pattern.rows, pattern.kept_multiple) if isinstance(pattern, Grouped) else (1, 1)
     sums = scores.view(-1, rows, n_in).sum(1) if rows > 1 else scores
-    budget_rows = rows if per_row else n_out  # that share one budget
+    budget_rows = rows if per_row else n_out  # rows that share one budget
     require_fits(pattern, budget_rows, n_in, sparsity)
     kept = kept_in(pattern, budget_rows, n_in, sparsity) // (rows * multiple)
     if multiple == 1:
@@ -83,7 +84,7 @@ def pattern_mask(scores: torch.Tensor, pattern: Pattern, sparsity: float, *, per
 
 
 def _highest(scores: torch.Tensor, kept: int, per_row: bool) -> torch.Tensor:
-    """The `kept` highest of each row, or of the matrix."""
+    """The mask of the `kept` highest scores of each row, or of the whole matrix."""
     return topk_mask(scores if per_row else scores.flatten(), kept).view_as(scores)
 
 

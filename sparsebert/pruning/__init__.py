@@ -1,8 +1,11 @@
-"""Pruning: `prune` a model in memory without training, or `prune_checkpoint` a directory into another by any method."""
+"""Pruning: `prune` prunes a model in memory, without training; `prune_checkpoint` prunes a model directory into another
+directory, by any method.
+"""
 
 import importlib
 
-# Public name -> module that defines it. Resolved on first use, so that the flags of `trained` cost no import of torch.
+# Public name -> module that defines it. Imported on first use, so that reading the flags of `trained` does not import
+# torch.
 _PUBLIC = {
     "METHODS": "entry",
     "Calibration": "calibration",

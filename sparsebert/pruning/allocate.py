@@ -1,4 +1,4 @@
-"""How much of the budget each linear gets: as much as the model's output would change without."""
+"""The allotment: how much of the budget each linear gets, by the damage that its zeros do to the model's output."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ Changes = dict[str, torch.Tensor]  # V - W of every linear at each level, bfloat
 def one_by_one(
     model, batches: Batches, pattern: Pattern, damping: float, clustered: float | None, progress: Progress
 ) -> Changes:
-    """What pruning every linear to every level by itself, on the dense model's inputs, changes in its weights.
+    """The change V - W of every linear at every level, each pruned alone, on the dense model's inputs.
 
-    clustered: the sparsity that groups of rows of a grouped pattern are formed for; None: consecutive rows.
+    clustered: the sparsity at which rows are clustered into groups, for a grouped pattern; None: groups of consecutive
+    rows.
     """
     changes: Changes = {}
     total = len(encoder_linears(model))
@@ -42,7 +43,8 @@ def one_by_one(
             weight = weight[order]
             target = weight @ q.h
             changes[name] = torch.empty(len(LEVELS), *weight.shape, dtype=torch.bfloat16)
-            # A sweep is quicker, but fills every block of columns alike, and tells less of what is done afterwards.
+            # A sweep is quicker, but keeps equally many weights in every block of columns, so it predicts the damage of
+            # the final pruning less well.
             for change, mask in zip(changes[name], admm_path(weight, q.h, pattern, LEVELS), strict=True):
                 change[order] = (masked_lstsq(target, q.h, mask) - weight).bfloat16()
             progress(len(changes), total)
@@ -52,11 +54,11 @@ def one_by_one(
 def damage(
     model, batches: Batches, changes: Changes, seed: int, progress: Progress = no_progress
 ) -> dict[str, np.ndarray]:
-    """What each linear at each level does to the output, to second order: half the mean over texts of (sum over tokens
-    of g·(V - W)x)², which is the divergence KL(dense ‖ pruned) it would cause alone if every label were as likely.
-    float64 [levels].
+    """The damage that each linear does to the output at each level, float64 [levels] per linear. To second order it is
+    half the mean over texts of (sum over tokens of g·(V - W)x)². That is the divergence KL(dense ‖ pruned) that the
+    linear would cause alone if all labels were equally likely.
 
-    The bias takes up the mean of (V - W)x over tokens, as it will after pruning.
+    The mean of (V - W)x over a batch's tokens is subtracted, because the bias takes it up after pruning.
     """
     sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64) for name in changes}
 
@@ -72,16 +74,17 @@ def damage(
 
 
 def allocate(damage: dict[str, np.ndarray], sizes: dict[str, int], sparsity: float) -> dict[str, Fraction]:
-    """Sparsities that remove floor(sparsity * all weights) exactly and cause the least damage in sum.
+    """Sparsity of each linear, so that exactly floor(sparsity * all weights) are removed, at the least total damage.
 
-    Between levels the logarithm of the damage is taken as linear in the logarithm of the density. Each linear stands
-    where one more weight kept would save the same: a bisection on that price. Below the lowest level all share alike.
+    Between levels the logarithm of the damage is interpolated linearly in the logarithm of the density. Each linear
+    gets the sparsity at which one more kept weight would save the same damage in all linears. This common price is
+    found by bisection. If `sparsity` is below the lowest level, all linears get the same sparsity.
     """
     total = zeros_in(sum(sizes.values()), sparsity)
     grid = np.linspace(LEVELS[0], LEVELS[-1], 400)
     curves = {}
     for name, values in damage.items():
-        # A level that does less damage than a lower one is noise.
+        # Less damage at a higher level is noise.
         rising = np.maximum.accumulate(np.maximum(values, 1e-12))
         known = np.log(1 - np.array(LEVELS))[::-1]
         curves[name] = np.exp(np.interp(np.log(1 - grid), known, np.log(rising)[::-1]))
@@ -92,7 +95,7 @@ def allocate(damage: dict[str, np.ndarray], sizes: dict[str, int], sparsity: flo
             chosen[name] = sizes[name] * grid[np.argmin(curve - price * sizes[name] * grid)]
         return chosen
 
-    low, high = -40.0, 10.0  # of the logarithm of the price
+    low, high = -40.0, 10.0  # bounds of the logarithm of the price
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(zeros_at(math.exp(middle)).values()) < total else (low, middle)
@@ -101,12 +104,12 @@ def allocate(damage: dict[str, np.ndarray], sizes: dict[str, int], sparsity: flo
 
 
 def _exactly(zeros: dict[str, int], sizes: dict[str, int], total: int) -> dict[str, Fraction]:
-    """The same, moved by equal shares of what each keeps until they sum to `total`."""
+    """Sparsities with exactly `total` zeros: the kept weights of all linears are scaled by one factor."""
     kept = {name: sizes[name] - count for name, count in zeros.items()}
     wanted = sum(sizes.values()) - total
     scale = Fraction(wanted, sum(kept.values()))
     kept = {name: min(sizes[name], math.floor(count * scale)) for name, count in kept.items()}
-    for name in sorted(kept, key=sizes.get, reverse=True):  # what rounding left goes to the largest
+    for name in sorted(kept, key=sizes.get, reverse=True):  # the remainder of rounding goes to the largest
         more = min(wanted - sum(kept.values()), sizes[name] - kept[name])
         kept[name] += more
     return {name: 1 - Fraction(count, sizes[name]) for name, count in kept.items()}

@@ -1,5 +1,5 @@
-"""The unlabelled texts a pruning method may look at: the task's own, and others, so that what the model does elsewhere
-is kept as well.
+"""Calibration texts: the unlabelled texts that a pruning method looks at. They are the task's own, and others, so that
+the model's function on other texts is kept as well.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 import torch
 
 from sparsebert.data import Examples, general_texts, in_pairs, sameness
-from sparsebert.data.tables import SUFFIXES, lines_of, read, text_columns, texts_of
+from sparsebert.data.tables import OF_TEXTS, read_texts
 from sparsebert.encoders import collate, token_limit, tokenize
 from sparsebert.errors import InputError
 
-Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each, a batch's sequences all of one length
+Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each; all sequences of a batch have one length
 TOKENS_PER_BATCH = 4096
-HELD_OUT = 256  # texts for choices within a method, at most a tenth of all: never calibrated on
-# Parts of a calibration set and their shares of its tokens, where there are other texts than the task's: its texts as
-# they are and joined to longer ones, the others likewise. Set by hand; `study_calibration choose` compares them with
-# other shares, on tasks that are not reported.
+HELD_OUT = 256  # max texts to choose on within a method, at most a tenth of all; never calibrated on
+# Parts of a calibration set and their shares of its tokens, if there are texts other than the task's. Of both kinds
+# there are single texts, and several texts joined to a longer one. Set by hand; `study_calibration choose` compares
+# them with other shares, on tasks that are not reported.
 SHARES = {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}
 SHORTEST_JOINED = 48  # tokens
 NONE, GENERAL = "none", "general"
@@ -30,9 +30,10 @@ NONE, GENERAL = "none", "general"
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Texts in a seeded order: `texts` to calibrate on, `held_out` for choices within a method.
+    """Texts in a seeded order: `texts` to calibrate on, `held_out` to choose on within a method.
 
-    max_length: tokens kept of a text, at most the model's positions. parts: tokens of each part of the set.
+    max_length: max tokens per text, at most the model's positions; the rest is cut. parts: tokens in each part of the
+    set.
     """
 
     texts: Examples
@@ -48,24 +49,25 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Of all `texts`."""
+        """Number of tokens in `texts`."""
         return sum(batch["input_ids"].numel() for batch in self.batches)
 
     @cached_property
     def held_out_batches(self) -> Batches:
-        """`held_out` likewise."""
+        """`held_out` in batches like those of `batches`."""
         return unpadded(self.tokenizer, tokenize(self.tokenizer, self.held_out, self.max_length))
 
     @cached_property
     def padded_batches(self) -> Batches:
-        """The first of `texts` as the released code of Li et al. feeds them: 256 at a time, cut or padded to 64 tokens,
-        as many whole batches as have at most the tokens of `texts`, padding counted. InputError where that is none.
+        """The first of `texts`, batched as in the released code of Li et al.: 256 texts per batch, cut or padded to 64
+        tokens. There are as many whole batches as fit into the number of `tokens`, padding counted. InputError if none
+        fits.
         """
         count = min(self.tokens // 64, len(self.texts)) // 256 * 256
         if not count:
             raise InputError(
-                "--as-published pads 256 texts to 64 tokens each, 16384 in all, "
-                f"got {len(self.texts)} texts of {self.tokens}",
+                "--as-published needs at least 256 texts and 64 tokens for each, 16384 in total, "
+                f"got {len(self.texts)} texts with {self.tokens} tokens",
                 fix="raise --calibration-tokens",
             )
         encoded = tokenize(self.tokenizer, self.texts.take(np.arange(count)), min(64, self.max_length))
@@ -81,8 +83,8 @@ class Calibration:
 
 
 def others(named: list[str]) -> list[str]:
-    """The texts that `--calibration` names, in order: of files (.txt: a text a line; .csv, .tsv, .jsonl, .parquet: the
-    columns of texts), of the packaged set "general", which is the default, or "none".
+    """The texts that `--calibration` names, in order. A name is a file (.txt: one text per line; .csv, .tsv, .jsonl,
+    .parquet: the columns of texts), "general" (the packaged texts, the default) or "none".
     """
     named = named or [GENERAL]
     if NONE in named and len(named) > 1:
@@ -93,17 +95,12 @@ def others(named: list[str]) -> list[str]:
             found += general_texts()
         elif name != NONE:
             path = Path(name)
-            if path.suffix not in (".txt", *SUFFIXES):
-                kinds = ", ".join((".txt", *SUFFIXES))
+            if path.suffix not in OF_TEXTS:
                 raise InputError(
-                    f"calibration must be {GENERAL}, {NONE} or files that end in {kinds}, got {name}",
+                    f"calibration must be {GENERAL}, {NONE} or files that end in {', '.join(OF_TEXTS)}, got {name}",
                     fix="convert or rename it",
                 )
-            if path.suffix == ".txt":
-                found += lines_of(path)
-            else:
-                table = read(path)
-                found += [text for column in text_columns(table) for text in texts_of(table, column)]
+            found += [text for column in read_texts(path) for text in column]
     return found
 
 
@@ -118,12 +115,14 @@ def draw(
     others: Sequence[str] = (),
     shares: dict[str, float] | None = None,
 ) -> Calibration:
-    """Texts of `examples`, and of `others` where there are some, in a seeded random order: some held out, and of the
-    rest about `tokens` tokens, each part its share of them (`shares`; None: SHARES, or the task's alone). Where a part
-    has too few texts the set is smaller; joined texts are joined anew. max_length: tokens kept of a text, None for the
+    """Draws calibration texts from `examples`, and from `others` if there are any, in a seeded random order.
+
+    Some texts are held out. The rest gives about `tokens` tokens, of which each part gets its share. If a part has too
+    few texts, the set is smaller; joined texts never run out, because they are joined anew. shares: of each part; None
+    for SHARES, or for the task's texts alone if there are no others. max_length: max tokens per text; None for the
     model's positions.
 
-    Pair tasks: two texts of `others` are a pair; texts are joined to texts of their side.
+    Pair tasks: two texts of `others` make a pair; texts are joined to texts on the same side of the pair.
     """
     limit = token_limit(model.config, max_length)
     rng = np.random.default_rng(seed)
@@ -132,7 +131,7 @@ def draw(
     if others:
         pools["others"] = _Pool(*in_pairs(others, examples.texts_b is not None))
         if not pools["others"].texts:
-            raise InputError("calibration on pairs needs two other texts or more, got 1", fix="give more texts")
+            raise InputError("calibration on pairs needs at least two other texts, got 1", fix="give more texts")
     shares = shares or (SHARES if others else {"task": 1.0})
     held, rest, apart = {}, {}, {}
     for name, pool in pools.items():
@@ -159,11 +158,11 @@ def draw(
         made = Examples(examples.task, examples.split, texts, texts_b if own.texts_b is not None else None, None)
         return made.take(order), parts
 
-    # The same mixture to choose on, of about as many texts.
+    # The held-out texts are the same mixture, as many tokens as the task's held-out texts allow.
     small = sum(length for *_, length in own.drawn(tokenizer, held["task"], limit)) / shares["task"]
     held_out, _ = composed(held, small)
     texts, parts = composed(rest, tokens, apart)
-    if not len(texts) or (len(texts) > 1 and len(set(sameness(texts))) == 1):  # what the head sees would not vary
+    if not len(texts) or (len(texts) > 1 and len(set(sameness(texts))) == 1):  # the head's input would not vary
         raise InputError(
             f"calibration texts must differ, all {len(examples)} are {examples.texts[0][:60]!r}",
             fix="give texts that differ",
@@ -176,7 +175,7 @@ _JOINED = ", joined"
 
 @dataclass(frozen=True)
 class _Pool:
-    """Texts that a part of a calibration set is drawn from; texts_b of pairs, else None."""
+    """Texts that parts of a calibration set are drawn from. texts_b: the second texts of pairs, else None."""
 
     texts: Sequence[str]
     texts_b: Sequence[str] | None
@@ -193,9 +192,9 @@ class _Pool:
         rng: np.random.Generator | None = None,
         but: Container[tuple[str, ...]] = frozenset(),
     ) -> Iterator[tuple[str, str | None, int]]:
-        """(text, text_b, tokens kept of both) of these rows in their order. rng: joined at random to any number of
-        tokens from SHORTEST_JOINED to `limit`, without end, in another order each time the rows are through. but:
-        those that are left out, as `sameness` says.
+        """Yields (text, text_b, number of tokens after the cut) of these rows, in order. With an rng: yields joined
+        texts, each of a random number of tokens from SHORTEST_JOINED to `limit`, without end; the rows are shuffled
+        before each time through. but: `sameness` keys of texts to leave out.
         """
         if rng is None:
             yield from self._counted(tokenizer, rows, limit, but)
@@ -227,7 +226,7 @@ class _Pool:
 
 
 def unpadded(tokenizer, encoded: list[dict], tokens: int = TOKENS_PER_BATCH) -> Batches:
-    """Batches of at most about `tokens` tokens, each of texts of one length; longest first."""
+    """Batches of at most `tokens` tokens (or of one longer text), each of texts of one length; longest first."""
     lengths = np.array([len(row["input_ids"]) for row in encoded])
     batches = []
     for length in sorted(set(lengths.tolist()), reverse=True):

@@ -1,4 +1,4 @@
-"""Which rows share a group: those that the same columns serve."""
+"""Clustering of rows into groups: rows that need the same columns share a group."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from sparsebert.ops.admm_prune import admm_prune
 from sparsebert.patterns import Grouped
 
 ROUNDS = 8
-ENOUGH = 2e-3  # stops when a round gains a smaller share of the loss
-QUICK = 40  # iterations of ADMM where a rough support will do: a third of what the final one gets
+ENOUGH = 2e-3  # stops when a round lowers the loss by a smaller share
+QUICK = 40  # iterations of ADMM for a rough support; the final support gets three times as many
 PRICE_STEPS = 300
 
 
 def row_groups(weight: torch.Tensor, h: torch.Tensor, pattern: Grouped, sparsity: float) -> torch.Tensor:
-    """A permutation of the rows, int64 [n_out], after which consecutive rows form groups that lose little.
+    """A permutation of the rows, int64 [n_out], after which consecutive rows form groups with a small loss.
 
-    weight: W*, float64 [n_out, n_in], its rows scaled by the root of what an error in them counts. h: H, float64 [n_in,
-    n_in], symmetric positive definite. Lloyd's iteration in the metric of the loss: a short ADMM finds the columns of
-    every group, then every row goes where least squares on the group's columns loses least, as many to each group
-    (an assignment problem); until that gains nothing more. Starts from groups of rows spread over the whole matrix.
+    weight: W*, float64 [n_out, n_in], each row scaled by the square root of the weight that its errors have. h: H,
+    float64 [n_in, n_in], symmetric positive definite. Lloyd's iteration in the metric of the loss, started from groups
+    of rows spread over the whole matrix. In each round a short ADMM finds the columns of every group. Then every row is
+    assigned to a group, `pattern.rows` to each, so that the total loss of least squares on the groups' columns is
+    smallest (an assignment problem). Stops when a round gains less than ENOUGH.
     """
     groups = len(weight) // pattern.rows
     order = torch.arange(len(weight)).view(pattern.rows, groups).T.flatten()
@@ -52,13 +53,13 @@ def row_losses(weight: torch.Tensor, h: torch.Tensor, supports: torch.Tensor) ->
 
 
 def assigned(gain: np.ndarray, rows: int) -> np.ndarray:
-    """The group of every row, `rows` rows to a group, of the greatest sum of `gain` [n_out, groups].
+    """The group of every row, `rows` rows per group, with the greatest sum of `gain` [n_out, groups].
 
-    Exact, by a linear assignment of rows to seats. As every seat is taken, a price a group changes no choice between
-    assignments; prices at which each group is the first choice of about `rows` rows leave the solver few conflicts, and
-    1536 rows take a twentieth of the time.
+    Exact, by a linear assignment of rows to seats. Every seat is taken, so a price per group changes the sum of all
+    assignments equally. Prices at which each group is the first choice of about `rows` rows leave the solver few
+    conflicts: 1536 rows take a twentieth of the time.
     """
-    step = 0.2 * np.median(gain.std(1))  # of most rows: few rows may have nearly all of the gain
+    step = 0.2 * np.median(gain.std(1))  # the median, because a few rows may have nearly all of the gain
     prices = np.zeros(gain.shape[1])
     for i in range(PRICE_STEPS):
         first = np.bincount((gain - prices).argmax(1), minlength=len(prices))

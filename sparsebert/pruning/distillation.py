@@ -1,4 +1,4 @@
-"""Distillation with the zeros fixed: what closed forms leave undone."""
+"""Distillation towards the dense model with the zeros fixed. It follows the closed forms."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibratio
 
 STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20
 AVERAGED = 50  # steps in the running mean of the weights
-CHECK_EVERY = 50  # steps, on the held-out texts
-SPARSE_BELOW = 0.3  # density of a linear from which its products are quicker without the zeros
-CHANGED = 0.5  # share of the texts with swapped words, and of those joined to another
-SWAPPED = 0.2  # share of the words that have neighbours
+CHECK_EVERY = 50  # steps between two checks on the held-out texts
+SPARSE_BELOW = 0.3  # density of a linear below which its products are quicker without the zeros
+CHANGED = 0.5  # share of the texts with swapped words; also the share of those joined to another text
+SWAPPED = 0.2  # share of the words with neighbours that are swapped
 
 
 def distill(
     model, teacher, calibration: Calibration, *, perturb: bool, seed: int, progress: Progress = no_progress
 ) -> None:
-    """Up to 300 Adam steps on unlabelled calibration texts towards the teacher's function; zeros stay zeros.
+    """Trains the model by 300 Adam steps on the unlabelled calibration texts to give the teacher's outputs; zeros stay
+    zeros.
 
     Loss: the mean divergence from the teacher (heads.Problem; for one label per text KL(teacher ‖ model)). With
-    `perturb`, in half of each batch a fifth of the words are swapped for neighbours, half of the texts are joined to
-    another one, and the teacher sees the same text. Embeddings stay as they are; dropout is off. The weights kept are
-    the start's or a running mean over about 50 steps at every 50th step, whichever is nearest to the teacher on the
-    held-out texts.
+    `perturb`, a fifth of the words in half of the texts are swapped for neighbours, and half of the texts are joined to
+    another one; the teacher sees the same text. The embeddings are not trained; dropout is off. Every 50 steps a
+    running mean of the weights over about 50 steps is checked. The weights nearest to the teacher on the held-out texts
+    are kept: one of these means, or the weights at the start.
     """
     linears = encoder_linears(model)
     masks = {module: module.weight != 0 for module in linears.values()}
@@ -54,7 +55,7 @@ def distill(
 
     best, kept = distance(logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(seed)
-    # Where bf16 products are fast they were not compared with these.
+    # Sparse products were not compared with bf16 products, so they are not used if those are fast.
     fast = [] if bf16_is_fast() else [m for m in linears.values() if masks[m].float().mean() < SPARSE_BELOW]
     with frozen(model.base_model.embeddings), _by_sparse_products({m: masks[m] for m in fast}) as take_weights:
         for step, batch in enumerate(_texts(calibration, perturb, rng)):
@@ -83,8 +84,8 @@ def distill(
 
 
 class _SparseProduct(torch.autograd.Function):
-    """x Wᵀ + b and the gradient for x by the kernel for sparse weights; the gradient for W is a dense product, of which
-    only the part inside the mask means anything.
+    """x Wᵀ + b, and the gradient for x, by the kernel for sparse weights. The gradient for W is a dense product; only
+    its part inside the mask is used.
     """
 
     @staticmethod
@@ -109,14 +110,14 @@ class _SparseProduct(torch.autograd.Function):
 
 @contextmanager
 def _by_sparse_products(masks: dict[nn.Linear, torch.Tensor]) -> Iterator[Callable[[], None]]:
-    """While it lasts, these linears multiply only what their masks keep. Gives the function to call whenever their
-    weights have changed.
+    """Inside this context these linears multiply only the weights that their masks keep. Yields the function to call
+    after every change of their weights.
     """
     packed: dict[nn.Linear, tuple[PackedRows, PackedRows]] = {}
-    sources: dict[nn.Linear, list[torch.Tensor]] = {}  # which of its weights, from 1, each packed value is; 0: none
+    sources: dict[nn.Linear, list[torch.Tensor]] = {}  # for each packed value the number of its weight, from 1; 0: none
     for module, mask in masks.items():
         if mask.numel() > 1 << 24:
-            raise ValueError("float32 counts no further than 2^24")
+            raise ValueError("a linear with sparse products must have at most 2^24 weights, which float32 can number")
         numbers = torch.arange(1, mask.numel() + 1).view(mask.shape) * mask
         packed[module] = tuple(pack(part.float().numpy()) for part in (numbers, numbers.T))
         sources[module] = [torch.from_numpy(part.values.astype(np.int64)) for part in packed[module]]
@@ -141,7 +142,7 @@ def _by_sparse_products(masks: dict[nn.Linear, torch.Tensor]) -> Iterator[Callab
 
 
 def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):
-    """STEPS batches of BATCH texts of similar length, in epochs."""
+    """Yields STEPS batches of BATCH texts of similar length, epoch by epoch."""
     examples, done = calibration.texts, 0
     while done < STEPS:
         if perturb:
@@ -154,8 +155,8 @@ def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):
 
 
 def _parts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Tensor], float]]:
-    """The batch in parts of about TOKENS_PER_BATCH tokens, so that long texts need no more memory than calibration
-    does, and each one's share of the texts.
+    """Yields (part, its share of the batch's texts). A part has about TOKENS_PER_BATCH tokens, so that long texts need
+    no more memory than in calibration.
     """
     texts, length = batch["input_ids"].shape
     size = max(1, TOKENS_PER_BATCH // length)
@@ -165,7 +166,7 @@ def _parts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Ten
 
 
 def _changed(examples: data.Examples, rng: np.random.Generator) -> data.Examples:
-    """The examples, some joined to another, some with swapped words."""
+    """The examples: some are joined to another one, some get swapped words."""
     joined, swapped = rng.random((2, len(examples))) < CHANGED
     others = rng.permutation(len(examples))
 
@@ -180,7 +181,7 @@ def _changed(examples: data.Examples, rng: np.random.Generator) -> data.Examples
 
 
 def swap_words(text: str, rng: np.random.Generator, share: float = SWAPPED) -> str:
-    """The text with about `share` of its words that have neighbours replaced by one of them at random."""
+    """The text, in which about `share` of the words with neighbours are replaced by a random neighbour."""
     near = data.word_neighbors()
 
     def swap(match: re.Match) -> str:

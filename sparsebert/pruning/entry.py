@@ -1,4 +1,4 @@
-"""The two calls of pruning, and the table of all methods."""
+"""The two public functions of pruning, and the table of all methods."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from sparsebert.pruning.trained.method import Trained
 from sparsebert.training.setup import read_by, task_name
 
 METHODS: dict[str, LabelFree | Trained] = {**LABEL_FREE, **TRAINED}
-CUT_SAMPLE = 4096  # training texts of which the share that is cut is told, at most
+CUT_SAMPLE = 4096  # max training texts on which the share of cut texts is measured
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """density: share of non-zeros a linear, by full name. sparsity: share of zeros over all of them. tokens: calibrated
-    on, padding not counted. peak_rss_mb: of the process so far, MiB. training: figures of `TrainResult`, where the
-    method trains. max_length: tokens kept of a calibration text; cut: the share of the task's training texts that have
-    more. rows: read of own files (data.rows_read). left_out: training examples, and texts of --calibration, that are
-    also in a reported split (data.training). calibration: tokens of each part of the set.
+    """Figures of a prune. density: share of non-zeros per linear, by full name. sparsity: share of zeros over all of
+    these linears. tokens: number of tokens calibrated on, without padding. peak_rss_mb: peak memory of the process so
+    far, MiB. training: figures of `TrainResult`, if the method trains. max_length: max tokens per calibration text;
+    cut: the share of the task's training texts that have more. rows: rows read from the user's own files
+    (data.rows_read). left_out: number of training examples, and of texts of --calibration, that are also in a reported
+    split (data.training). calibration: tokens in each part of the calibration set. reused: whether the output was
+    finished before.
     """
 
     method: str
@@ -49,6 +51,7 @@ class PruneResult:
     rows: dict | None = None
     left_out: int = 0
     calibration: dict[str, int] | None = None
+    reused: bool = False
 
     def as_json(self) -> dict:
         fields = asdict(self)
@@ -64,12 +67,12 @@ def prune(
     progress: Progress = no_progress,
     run: Run | None = None,
 ) -> PruneResult:
-    """Prunes the encoder's linears of a stock `transformers` classifier in place; embeddings stay as they are, and so
-    do pooler and classifier but for the methods that solve for them again.
+    """Prunes the encoder's linears of a stock `transformers` classifier in place. The embeddings do not change; pooler
+    and classifier change only if the method solves for them again or trains them.
 
-    calibration: texts to look at, from `draw`; None for a method that looks at none. A linear of n weights gets
-    floor(sparsity * n) zeros exactly, or what its pattern or its allotment makes of that. run: where finished layers
-    are kept. Raises InputError for an unknown method or pattern, one that does not fit the model, too few calibration
+    calibration: texts from `draw`; None for a method that looks at no texts. A linear of n weights gets exactly
+    floor(sparsity * n) zeros, unless its pattern or its allotment gives another number. run: keeps the finished layers.
+    Raises InputError for an unknown method or pattern, a pattern that does not fit the model, too few calibration
     tokens, and moments that cannot be solved.
     """
     config = config or PruneConfig()
@@ -85,7 +88,7 @@ def prune(
     if LABEL_FREE[config.method].looks_at_data:
         batches = calibration.padded_batches if config.as_published else calibration.batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text is many tokens
+        _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text may exceed the number
     LABEL_FREE[config.method].prune(model, calibration, config, run or Run(progress))
     return _result(model, config, start, tokens)
 
@@ -117,11 +120,11 @@ def prune_checkpoint(
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Prunes the classifier in the directory `source` on training texts of `task`, and saves it in `output`. subnet:
-    for the methods that train with labels; the seed is that of `config`.
+    settings of the methods that train with labels; their seed is the seed of `config`.
 
-    The same call again returns at once where `output` is finished, else goes on after the last finished layer, or from
-    the last snapshot, in `<output>.partial`; what other weights, data, settings or code have left at either place is
-    refused, unless `overwrite`.
+    A repeated call returns at once if `output` is finished. Otherwise it continues after the last finished layer, or
+    from the last snapshot, in `<output>.partial`. Files in either place that come from other weights, data, settings or
+    code are refused, unless `overwrite`.
     """
     config, subnet = config or PruneConfig(), subnet or SubnetConfig()
     check(config, subnet)
@@ -130,7 +133,7 @@ def prune_checkpoint(
     target = run.job.output
     if (figures := checkpoint.finished(run.job)) is not None:
         figures.pop("weights_sha256")
-        return PruneResult(**figures | run.read)
+        return PruneResult(**figures | run.read | {"reused": True})
 
     with run.job:
         model, tokenizer, result = run.find(progress)
@@ -144,8 +147,8 @@ def prune_checkpoint(
 
 
 def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool):
-    """The run that `prune_checkpoint` makes of a config that was checked, before its first work: whatever can be
-    refused by now is.
+    """The run of `prune_checkpoint` for a config that was checked, before its work begins. Everything that can be
+    refused this early is refused here.
     """
     spec = encoders.task_for(task, source, labelled=config.method in TRAINED)
     read = read_by(spec, source, subnet.start, subnet.rewind, subnet.bias, subnet.teacher)
@@ -156,8 +159,8 @@ def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, sub
 
 
 class _Trained:
-    """One run of a method that trains: `job` is all that decides its result, `recipe` what is kept of that, `read`
-    what is told of the user's files.
+    """One run of a method that trains. job: its key is made of all that decides the result. recipe: the part of that
+    which is saved in the recipe. read: figures of the user's files.
     """
 
     def __init__(
@@ -166,7 +169,7 @@ class _Trained:
         self.config, self.subnet = config, Subnet(source, spec, target, config, subnet, overwrite)
         setup = self.setup = self.subnet.setup
         self.job, self.spec = self.subnet.job, setup.spec
-        # With the learning rate it is run at.
+        # The config of the setup has the learning rate of the run, even if it is a default.
         self.recipe = {"data_sha256": setup.inputs["data"], **setup.config.model_dump()}
         self.read = {"rows": data.rows_read(setup.spec), "left_out": setup.examples.left_out}
 
@@ -179,7 +182,9 @@ class _Trained:
 
 
 class _Calibrated:
-    """The same of a method without labels, and the texts that it looks at: examples (None: at none), and others."""
+    """One run of a method without labels; job, recipe and read as in _Trained. examples: the task's training texts,
+    None for a method that looks at no texts. others: the other calibration texts.
+    """
 
     def __init__(self, source: Path, spec: data.Task, target: Path, config: PruneConfig, overwrite: bool):
         method, model = LABEL_FREE[config.method], checkpoint.shapes(source)
@@ -199,9 +204,9 @@ class _Calibrated:
             self.others = data.unreported_texts(spec, given)
             left_out = self.examples.left_out + len(given) - len(self.others)
             self.read = {"rows": data.rows_read(spec), "left_out": left_out}
-            # In place of paths, what is there.
+            # The content of the files, instead of their paths.
             settings["calibration"] = f"{len(self.others)} texts, sha256 {digest(self.others)}"
-            if self.others:  # of which some are long
+            if self.others:  # some of them are long
                 self.max_length = encoders.token_limit(stock, config.max_length)
             self.recipe = {"data_sha256": self.examples.sha256}
         inputs = {
@@ -211,7 +216,7 @@ class _Calibrated:
             "precision": "bf16" if bf16_is_fast() else "fp32",
             "data": self.recipe.get("data_sha256"),
         }
-        space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the model of them
+        space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the saved model
         self.job = Job("prune", inputs, method.prune.__module__, target, overwrite=overwrite, space=space)
 
     def find(self, progress: Progress):
@@ -222,7 +227,7 @@ class _Calibrated:
         tokens, seed = self.config.calibration_tokens, self.config.seed
         texts = draw(model, tokenizer, self.examples, tokens, self.max_length, seed, others=self.others)
         result = prune(model, texts, self.config, run=Run(progress, self.job))
-        some = self.examples.sample(CUT_SAMPLE, 0)  # the task's own: joined ones are cut on purpose
+        some = self.examples.sample(CUT_SAMPLE, 0)  # only the task's: joined texts are cut on purpose
         encoded = encoders.tokenize(tokenizer, some, texts.max_length)
         told = {
             "max_length": texts.max_length,
@@ -234,8 +239,8 @@ class _Calibrated:
 
 
 def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
-    """InputError or UnsupportedError for a config no method can carry out, before anything is read. subnet: None where
-    no method that trains will do.
+    """InputError or UnsupportedError for a config that no method can carry out, before anything is read. subnet: None
+    if methods that train are not allowed.
     """
     known = METHODS if subnet is not None else LABEL_FREE
     if config.method not in known:
@@ -249,7 +254,7 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
     if config.method == "knowledge":
         knowledge.steps_of(config)
     if config.as_published and config.calibration:
-        raise InputError("--as-published looks at no texts beside the task's, got --calibration", fix="leave it out")
+        raise InputError("--as-published calibrates on the task's texts only, got --calibration", fix="leave it out")
     if not isinstance(pattern, patterns.Unstructured) and (config.scope == "global" or config.as_published):
         raise InputError(
             f"--scope global and --as-published prune unstructured only, got {pattern}", fix="leave it out"
@@ -257,7 +262,7 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
 
 
 def _require_own_flags(given: PruneConfig | SubnetConfig, method: str) -> None:
-    """InputError for a flag that is set and belongs to other methods."""
+    """InputError for a flag that is set but belongs to other methods."""
     for name, field in type(given).model_fields.items():
         owners = [other for other in METHODS if name in METHODS[other].flags]
         if owners and method not in owners and getattr(given, name) != field.default:
@@ -266,7 +271,7 @@ def _require_own_flags(given: PruneConfig | SubnetConfig, method: str) -> None:
 
 
 def _require_tokens(tokens: int, linears) -> None:
-    """InputError for fewer tokens than the widest linear has inputs: no moments of full rank can be made of them."""
+    """InputError for fewer tokens than the widest linear has inputs: their moments would not have full rank."""
     name, widest = max(linears.items(), key=lambda item: item[1].in_features)
     if tokens < widest.in_features:
         raise InputError(

@@ -1,4 +1,6 @@
-"""The pruning method of this package: every linear is solved for what the dense model's function needs of it."""
+"""The method `knowledge`, this package's own: every linear is solved for, so that the model keeps the function of the
+dense model.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,12 @@ STEPS = {
     "outputs": 1, "allocation": 1, "distill": 2, "perturb": 2,
 }  # fmt: skip
 DAMPING = 1e-2
-METRIC_TOKENS = 50_000  # what tells how errors of two outputs count together
-DAMAGE_TOKENS = 30_000  # what the allotment of the budget looks at
+METRIC_TOKENS = 50_000  # about this many tokens are used for the metrics of outputs
+DAMAGE_TOKENS = 30_000  # about this many tokens are used for the allotment
 
 
 def steps_of(config: PruneConfig) -> set[str]:
-    """The steps that `config` asks for; InputError for a name that is none of the tier's."""
+    """The steps of the config's tier without those of --without; InputError for a name that the tier does not have."""
     tier = 1 if config.tier is None else config.tier
     have = {step for step, lowest in STEPS.items() if lowest <= tier}
     left_out = {step.strip() for step in config.without.split(",") if step.strip()}
@@ -48,18 +50,27 @@ def steps_of(config: PruneConfig) -> set[str]:
 
 @torch.no_grad()
 def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
-    """Layer-wise least squares against the dense model's outputs from the half-pruned model's inputs, and what goes
-    beyond layers. Steps, each of which --without leaves out:
+    """Layer-wise least squares: each linear is fitted to the dense model's outputs on the half-pruned model's inputs.
+    Further steps look beyond single layers. --without leaves out any of these steps:
 
-    Tier 0, closed forms. target: what a linear should give is the dense model's output, exactly: T = C + λW (else W
-    itself). cluster: rows that the same columns serve form the groups of a grouped pattern (else consecutive rows).
-    admm: the support by ADMM over the whole matrix (else by a SparseGPT sweep). refit: exact least squares on the
-    support. cls: in the last layer only the first token's output counts. heads: the pooler is solved for again, and the
-    classifier for the least divergence from the dense model's predictions. Tier 1, one backward pass. outputs: errors
-    of a linear's outputs count, each and two together, by what they do to the logits, so that support and weights are
-    found for tr(B E H Eᵀ), B and H the Kronecker factors. allocation: linears share the budget by the damage they do to
-    the output; patterns with a sparsity of their own have none to share. Tier 2, distill: 300 steps towards the dense
-    model with the zeros fixed. perturb: that on texts with swapped words, and on joined ones.
+    Tier 0, closed forms.
+    target: the linear is fitted to the dense model's outputs, T = C + λW. Without it: to its own weights W.
+    cluster: rows that need the same columns form the groups of a grouped pattern. Without it: consecutive rows.
+    admm: ADMM over the whole matrix finds the support. Without it: a SparseGPT sweep.
+    refit: exact least squares on the support.
+    cls: in the last layer only the first token's output counts.
+    heads: the pooler is solved for again; the classifier is fitted for the least divergence from the dense model's
+    predictions.
+
+    Tier 1, one backward pass for each step.
+    outputs: errors E of a linear's outputs count, singly and in pairs, by their effect on the logits. Support and
+    weights are found for a small tr(B E H Eᵀ), with the Kronecker factors B and H.
+    allocation: each linear gets a part of the budget by the damage it does to the output. Without it, and with patterns
+    that imply their sparsity: the same sparsity for all.
+
+    Tier 2.
+    distill: 300 steps towards the dense model with the zeros fixed.
+    perturb: distillation also on texts with swapped words and on joined texts.
     """
     steps = steps_of(config)
     pattern = parse(config.pattern)
@@ -107,9 +118,10 @@ def sparse(
     sparsity: float | Fraction,
     steps: set[str],
 ) -> torch.Tensor:
-    """V of the pattern near W* = T H⁻¹ (`weight`) under H and the metric of the outputs, float64 [n_out, n_in]."""
+    """V of the pattern, near W* = T H⁻¹ (`weight`) under H and the metric of the outputs: float64 [n_out, n_in]."""
     if metric is not None:
-        # A dead column costs no row anything by itself, but might serve to balance the ridge's share of other rows.
+        # A dead column has no effect on its own row, but with a metric its weights might be used to balance the ridge's
+        # terms of other rows.
         weight, target = weight.masked_fill(q.dead, 0.0), target.masked_fill(q.dead, 0.0)
     order = torch.arange(len(weight))
     if isinstance(pattern, Grouped) and "cluster" in steps:
@@ -132,7 +144,7 @@ def sparse(
 def _allotted(
     model, batches: Batches, pattern: Pattern, sparsity: float, damping: float, cluster: bool, seed: int, run: Run
 ) -> dict[str, str]:
-    """Sparsity of every linear as a fraction in text."""
+    """The allotment: the sparsity of every linear, as the text of a fraction."""
     some = _about(batches, DAMAGE_TOKENS, seed)
     alike = sparsity if cluster else None
     changes = allocate.one_by_one(model, some, pattern, damping, alike, run.part("try sparsities"))
@@ -142,7 +154,7 @@ def _allotted(
 
 
 def _about(batches: Batches, tokens: int, seed: int) -> Batches:
-    """Sequences drawn from every batch, about `tokens` tokens in all."""
+    """Sequences drawn from every batch, about `tokens` tokens in total."""
     share = min(1.0, tokens / sum(batch["input_ids"].numel() for batch in batches))
     generator = torch.Generator().manual_seed(seed)
     some = []

@@ -1,5 +1,5 @@
-"""The pruning methods without labels. One function each, (model, calibration, config, run) -> None, changing the
-model's encoder linears in place. A new method is a function here and a line in LABEL_FREE.
+"""The pruning methods without labels. Each is a function (model, calibration, config, run) -> None, which changes
+the model's encoder linears in place. A new method is a function here and a line in LABEL_FREE.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def magnitude(model, calibration: Calibration | None, config: PruneConfig, run: 
 
 @torch.no_grad()
 def wanda(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
-    """Removes the smallest |w_ij| ‖x̂_j‖₂ of each row, x̂ from the already sparse predecessors; no weight moves.
-    [Sun et al. 2024, eq. 1]
+    """Removes the smallest |w_ij| ‖x̂_j‖₂ of each row, x̂ the inputs in the half-pruned model. The kept weights do not
+    change. [Sun et al. 2024, eq. 1]
     """
     pattern, sparsity = _wanted(config)
     for stage in run.stages(model, calibration.batches):
@@ -65,7 +65,7 @@ def wanda(model, calibration: Calibration, config: PruneConfig, run: Run) -> Non
 
 @torch.no_grad()
 def sparsegpt(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
-    """One sweep over the columns of W, H from the already sparse predecessors, damped by 0.01 of its mean diagonal.
+    """Sweeps once over the columns of W. H comes from the half-pruned model and is damped by 0.01 of its mean diagonal.
     [Frantar & Alistarh 2023]
     """
     pattern, sparsity = _wanted(config)
@@ -77,9 +77,10 @@ def sparsegpt(model, calibration: Calibration, config: PruneConfig, run: Run) ->
 
 @torch.no_grad()
 def obs(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
-    """ExactOBS: each linear by itself on the dense model's inputs, W the target, the budget shared by all its rows.
+    """ExactOBS: each linear is pruned alone, on the dense model's inputs, with W as the target. Its rows may get
+    different numbers of zeros.
 
-    [Frantar & Alistarh 2022.] Departure: a damping of 1e-4 of the mean diagonal, where the released code has none.
+    [Frantar & Alistarh 2022.] Departure: damping by 1e-4 of the mean diagonal; the released code has none.
     """
     pattern, sparsity = _wanted(config)
     for stage in run.stages(model, calibration.batches, sparse_inputs=False):
@@ -90,12 +91,13 @@ def obs(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
 
 @torch.no_grad()
 def adaptive(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
-    """Adaptive knowledge retention: exact OBS whose Hessian comes from the already sparse predecessors (Eq. 6), started
-    from the weights that best give the dense model's outputs on these inputs (Eq. 5); the same share of each row goes.
-    Pooler and classifier are refitted by Eq. 5.
+    """Adaptive knowledge retention: exact OBS with the Hessian of the half-pruned model's inputs (Eq. 6). It starts
+    from the weights that best reproduce the dense model's outputs on these inputs (Eq. 5), and removes the same share
+    of each row. Pooler and classifier are refitted by Eq. 5.
 
-    [Li et al. 2023, Algorithm 1.] Departures of ours: moments over real tokens; the bias by centring (b = mean_y - V
-    mean_x), so that it is neither penalised by the ridge nor pruned. --as-published is their released code instead.
+    [Li et al. 2023, Algorithm 1.] Our departures: moments are taken over real tokens only; the bias follows from
+    centring (b = mean_y - V mean_x), so that it is neither penalised by the ridge nor pruned. --as-published computes
+    what their released code does instead.
     """
     if config.as_published:
         return _adaptive_as_published(model, calibration, config, run)
@@ -110,10 +112,11 @@ def adaptive(model, calibration: Calibration, config: PruneConfig, run: Run) -> 
 
 
 def _adaptive_as_published(model, calibration: Calibration, config: PruneConfig, run: Run) -> None:
-    """What run_layerwise.py of Li et al. computes, bugs included: padding counts as tokens; the half-pruned model runs
-    under the last batch's attention mask; the bias is a column of ones, under the ridge and prunable; the ridge of Eq.
-    5 stays in H, and each inverse adds its own; one weight too few goes of each row; the head is left alone. A solution
-    further than 1 from W (mean square) is tried again with ten times the ridge.
+    """Computes what run_layerwise.py of Li et al. computes, bugs included. Padding counts as tokens. The half-pruned
+    model runs under the last batch's attention mask. The bias is the weight of an input of ones, under the ridge and
+    prunable. The ridge of Eq. 5 stays in H, and each inverse adds another one. One weight too few is removed from each
+    row. The head does not change. A solution whose mean square distance from W is 1 or more is computed again, with ten
+    times the ridge.
     """
     pattern, sparsity = _wanted(config)
     if not isinstance(pattern, Unstructured):
@@ -140,13 +143,13 @@ def _adaptive_as_published(model, calibration: Calibration, config: PruneConfig,
 
 
 def second_moment(stage: Stage) -> torch.Tensor:
-    """[n_in, n_in] float64, mean of x̂ x̂ᵀ, not centred."""
+    """Mean of x̂ x̂ᵀ, not centred: float64 [n_in, n_in]."""
     return stage.moments.gram + torch.outer(stage.moments.mean_x, stage.moments.mean_x)
 
 
 class LabelFree(NamedTuple):
-    """prune: the function. flags: of PruneConfig, that not all methods have. looks_at_data: whether it needs
-    calibration texts.
+    """One method without labels. prune: the function. flags: its fields of PruneConfig that not all methods have.
+    looks_at_data: whether it needs calibration texts.
     """
 
     prune: Callable[[nn.Module, Any, PruneConfig, Run], None]

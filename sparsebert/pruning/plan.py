@@ -1,4 +1,4 @@
-"""What a prune would do, before it is done: the budget, the memory and the time."""
+"""The plan of a prune, made without pruning: the budget, the memory and the time."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.training.loop import CHECKS, step_count
 from sparsebert.training.setup import TrainingSetup
 
-# Share of the speed of a large matrix product (float32; in training, of its own type) that the parts of a prune reach,
-# fitted to MiniLM and BERT-base.
+# Speed of the parts of a prune, as a share of the speed of a large matrix product (in float32; for training in the
+# type of the training). Fitted to MiniLM and BERT-base.
 FORWARD, MOMENTS, SOLVE, COUPLED, TRAINING = 0.5, 0.6, 0.25, 0.6, 0.5
-SAMPLE = 512  # training examples whose tokens are counted
+SAMPLE = 512  # max training examples whose tokens are counted
 
 
 @dataclass(frozen=True)
 class Plan:
-    """weights: prunable ones; zeros: of them. tokens: calibrated on, or trained on in all optimizer_steps, about.
-    calibration: tokens of each part of the texts, where they are enough. steps: of method knowledge. memory_mb: MiB at
-    the peak, and its parts. seconds: a rough guess for this machine, and its parts.
+    """The plan of a prune. weights: number of prunable weights; zeros: how many of them will be zero. tokens: about how
+    many tokens are calibrated on, or trained on in all optimizer_steps. calibration: tokens in each part of the
+    calibration set, if there are enough texts. steps: names of the steps of method knowledge. memory_mb: peak memory in
+    MiB, and its parts. seconds: a rough estimate for this machine, and its parts.
     """
 
     method: str
@@ -63,8 +64,8 @@ def plan(
     *,
     overwrite: bool = False,
 ) -> Plan:
-    """The plan of `prune_checkpoint`; leaves nothing behind. Refuses what that would refuse before its first work, with
-    the same errors.
+    """The plan of `prune_checkpoint`; leaves nothing behind. Raises the errors that `prune_checkpoint` would raise
+    before its work begins.
     """
     subnet = subnet or SubnetConfig()
     check(config, subnet)
@@ -79,8 +80,8 @@ def plan(
 
 
 def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
-    """The plan of `prune`, from shapes alone; its guess of the time from the speed of one matrix product here. own:
-    tokens of the task's texts, where they are known.
+    """The plan of `prune`, from the model's shapes. The time is estimated from the speed of a matrix product on this
+    machine. own: number of tokens in the task's texts, None if not known.
     """
     check(config)
     pattern, linears = parse(config.pattern), encoder_linears(model)
@@ -89,7 +90,7 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
     looks = LABEL_FREE[config.method].looks_at_data
     shares = {"task": 1.0} if config.as_published or config.calibration == (NONE,) else SHARES
     parts = {part: round(share * config.calibration_tokens) for part, share in shares.items()} if looks else {}
-    if parts and own is not None:  # joined ones are made anew, without end
+    if parts and own is not None:  # joined texts are made anew and never run out
         parts["task"] = min(parts["task"], own)
     tokens = sum(parts.values())
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
@@ -105,7 +106,7 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
 
 
 def _mean_tokens(directory: Path, examples: data.Examples, max_length: int) -> tuple[float, int]:
-    """(mean, largest) tokens kept of an example, of a sample."""
+    """(mean, max) tokens per example after the cut, in a sample."""
     some = tokenize(checkpoint.load_tokenizer(directory), examples.sample(SAMPLE, 0), max_length)
     lengths = [len(row["input_ids"]) for row in some]
     return sum(lengths) / len(lengths), max(lengths)
@@ -138,7 +139,7 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
         "model": 4 * (parameters + beside) * mib,
         "gradients_and_moments": 12 * learning * mib,
         "best": 4 * learning * mib if subnet.select == "best" else 0.0,
-        # What the backward pass reads again, as in _memory; autocast leaves much of it float32.
+        # Tensors stored for the backward pass, as in _memory; autocast leaves many of them float32.
         "backward": 1.5 * 4 * subnet.batch_size * longest * widths * mib,
     }
     return Plan(
@@ -153,7 +154,7 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
 
 
 def _budget(linears, pattern: Pattern, config: PruneConfig) -> dict:
-    """The fields of a plan that tell what is pruned. InputError where the pattern does not fit."""
+    """The fields of a plan that say what is pruned. InputError if the pattern does not fit."""
     sparsity = sparsity_of(pattern, config.sparsity)
     for name, module in linears.items():
         require_fits(pattern, *module.weight.shape, sparsity, name)
@@ -175,21 +176,22 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
     widest = max(m.in_features for m in linears.values())
     parts = {"python_and_torch": 400.0, "model": parameters}
     if tokens:
-        # Both runs hold a layer's input and its attention's output, the half-pruned one also its widest activation.
-        # 1.3 and 15, of square float64 matrices: fitted to the peaks of MiniLM, RoBERTa-base and BERT-large.
+        # Both passes hold a layer's input and its attention's output; the half-pruned one also holds the layer's widest
+        # activation. The factor 1.3, and the number of square float64 matrices, 15, are fitted to the peaks of MiniLM,
+        # RoBERTa-base and BERT-large.
         parts["activations"] = 1.3 * 4 * tokens * (4 * width + widest) * mib
         parts["moments"] = 15 * 8 * widest**2 * mib
     if "outputs" in steps:
         parts["row_metrics"] = 4 * sum(m.out_features**2 for m in linears.values()) * mib
     if {"outputs", "allocation", "distill"} & set(steps):
-        # What a backward pass reads again: inputs and outputs of all linears, and half as much between them.
+        # Tensors stored for a backward pass: inputs and outputs of all linears, and half as much between them.
         parts["backward"] = (
             1.5 * 4 * TOKENS_PER_BATCH * sum(m.in_features + m.out_features for m in linears.values()) * mib
         )
     if "allocation" in steps:
         parts["tried_sparsities"] = 2 * len(allocate.LEVELS) * sum(m.weight.numel() for m in linears.values()) * mib
     if "distill" in steps:
-        parts["distillation"] = 7 * parameters  # teacher, gradients, two moments, running mean, the best, a copy
+        parts["distillation"] = 7 * parameters  # teacher, gradients, two moments, running mean, best weights, a copy
 
     def at_once(*names: str) -> float:
         return 400.0 + parameters + sum(parts.get(name, 0.0) for name in names)
@@ -209,7 +211,7 @@ def _seconds(
     if not tokens:
         return {"total": 1.0}
     gram = sum(m.in_features**2 + 2 * m.in_features * min(m.in_features, m.out_features) for m in linears.values())
-    # Factorisations, and the iterations' products: of both sides where errors of outputs count together.
+    # Factorisations, and the products of the iterations; with step `outputs` there are products from both sides.
     coupled = "outputs" in steps
     solve = sum(
         10 * m.in_features**3
@@ -224,7 +226,7 @@ def _seconds(
     if coupled:
         parts["gradients"] = 4 * weights * min(tokens, METRIC_TOKENS) / speed / FORWARD
     if "cluster" in steps and isinstance(pattern, Grouped):
-        # A round: eigenvectors, a short ADMM, and least squares of every row on the columns of every group.
+        # Per round: eigenvectors, a short ADMM, and least squares of every row on the columns of every group.
         rounds = sum(
             10 * m.in_features**3
             + (2.5 * QUICK + density**2 * m.out_features / pattern.rows) * m.in_features**2 * m.out_features
@@ -234,8 +236,8 @@ def _seconds(
     if "allocation" in steps:
         some = min(tokens, DAMAGE_TOKENS)
         parts["allocation"] = (6 + 2 * len(allocate.LEVELS)) * weights * some / speed / FORWARD
-        # Eigenvectors, the climb of ADMM through all levels, and rows solved for what they keep or for what they lose,
-        # the less of the two.
+        # Eigenvectors, the climb of ADMM through all levels, and least squares of each row for its kept or its removed
+        # weights, whichever are fewer.
         solved = sum(min(level, 1 - level) ** 3 for level in allocate.LEVELS) / 3
         climb = 2.5 * PATH_ITERATIONS * len(allocate.LEVELS)
         tries = sum(
@@ -244,16 +246,17 @@ def _seconds(
         )
         parts["tried_sparsities"] = tries / speed / SOLVE
     if "distill" in steps:
-        quicker = 1.4 if density < SPARSE_BELOW and not bf16_is_fast() else 1.0  # as the products leave out the zeros
+        quicker = 1.4 if density < SPARSE_BELOW and not bf16_is_fast() else 1.0  # as products skip the zeros
         parts["distillation"] = STEPS * BATCH * 30 * 8 * weights / speed / FORWARD / quicker
     return {"total": sum(parts.values()), **parts}
 
 
 def _flops_a_second(dtype: torch.dtype = torch.float32) -> float:
+    """The speed of the fastest of several products: what the machine does when nothing else runs on it."""
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.2:
+    end, fastest = time.perf_counter() + 0.3, float("inf")
+    while (start := time.perf_counter()) < end:
         a @ a
-        count += 1
-    return count * 2 * 1024**3 / (time.perf_counter() - start)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * 1024**3 / fastest

@@ -1,4 +1,4 @@
-"""One run of a pruning method: what it reports to, and the finished layers it can go on from."""
+"""One run of a pruning method: its progress callback, and the finished layers that it can continue from."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from sparsebert.pruning.stages import Stage, stages
 
 
 class Run:
-    """progress: told of every linear done. job: what finished layers are kept for; None: they are not kept."""
+    """One run. progress: called after every linear. job: keeps the finished layers; None: they are not kept."""
 
     def __init__(self, progress: Progress = no_progress, job: Job | None = None):
         self.progress, self.job = progress, job
 
     def part(self, what: str) -> Progress:
-        """The progress of one part of the run."""
+        """The progress callback of one part of the run."""
         return lambda done, total: self.progress(done, total, what)
 
     def stages(self, model, batches: Batches, **options) -> Iterator[Stage]:
-        """`stages.stages`, which see, passing the layers that an earlier run of the same key has finished."""
+        """Yields the stages of `stages.stages`; the options are explained there. Layers that are kept in the job are
+        already finished: they get their stored weights and are passed without stages.
+        """
         progress = self.part("reconstruct")
         total, done = len(encoder_linears(model)), 0
         open_layer: list[dict[str, nn.Linear]] = []
@@ -58,7 +60,7 @@ class Run:
         close()
 
     def once(self, name: str, compute: Callable[[], dict]) -> dict:
-        """The JSON document `compute` returns, or returned in an earlier run of the same job."""
+        """The JSON document that `compute` returns; if the job has already kept it, it is not computed again."""
         return compute() if self.job is None else self.job.value(name, compute)
 
     def _save(self, linears: dict[str, nn.Linear]) -> None:

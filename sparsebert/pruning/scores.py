@@ -1,4 +1,4 @@
-"""What counts: which calibration tokens in the moments of a linear, and which of its outputs' errors."""
+"""Weights: of the calibration tokens in the moments of a linear, and of the errors of its outputs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sparsebert.heads import problem_of
 from sparsebert.pruning.calibration import Batches
 from sparsebert.pruning.stages import TokenWeights
 
-FLOOR = 0.1  # of the mean: keeps the rank, and the function on texts unlike these
+FLOOR = 0.1  # share of the identity in a metric: keeps the full rank, and the function on texts unlike these
 
 
 def cls_weights(model, batches: Batches) -> TokenWeights:
-    """Weights under which, in the last layer, only the first token's output counts: of all its linears but key and
-    value. Where there are fewer than 4 first tokens an input, the others count 0.05 each.
+    """Token weights for the linears of the last layer, except key and value: only the first token's output counts. If
+    there are fewer than 4 first tokens per input of the widest of these linears, the other tokens count 0.05 each.
     """
     layer = encoder_layers(model)[-1]
     inside = {id(module) for module in layer.modules()}
@@ -35,10 +35,10 @@ def cls_weights(model, batches: Batches) -> TokenWeights:
 
 
 def output_metrics(model, batches: Batches, seed: int, progress: Progress = no_progress) -> dict[str, torch.Tensor]:
-    """How the errors of two outputs of each linear count together in what they cost the logits: FLOOR I + (1 - FLOOR) E
-    g gᵀ / mean E g², float32 [n_out, n_out], g the gradients of `gradient_pass`, the means over tokens. [Martens &
-    Grosse 2015: the factor of a layer's Gauss-Newton matrix beside the inputs' second moments.] I where the logits do
-    not depend on the linear at all.
+    """The metric of each linear's outputs: how much the errors of two outputs together change the logits. It is FLOOR I
+    + (1 - FLOOR) E g gᵀ / mean E g², float32 [n_out, n_out]. g: the gradients of `gradient_pass`; E: the mean over
+    tokens; mean: over outputs. If the logits do not depend on the linear at all, the metric is I. [Martens & Grosse
+    2015: the factor of a layer's Gauss-Newton matrix beside the inputs' second moments.]
     """
     metrics: dict[str, torch.Tensor] = {}
 
@@ -65,13 +65,13 @@ def gradient_pass(
     seed: int,
     progress: Progress = no_progress,
 ) -> None:
-    """One forward and backward pass; calls see(name, x, g) for every encoder linear of every batch, x and g float32
-    [sequences, length, width], of bf16 products where that is fast.
+    """One forward and backward pass. Calls see(name, x, g) for every encoder linear and every batch: its input x and
+    the gradient g at its output, float32 [sequences, length, width]. The products are bf16 if those are fast.
 
-    g = Jᵀ v with J the logits' Jacobian at the linear's output and v = r / √labels, r random signs, less their mean
-    where the softmax does not see it: E g gᵀ measures the change of the logits, or of their differences, and counts
-    every text alike. (The Fisher information would have v =
-    (diag √p - p √pᵀ) r with the probabilities p, and so hardly look at texts that the model is sure of.)
+    g = Jᵀ v, with J the Jacobian of the logits by the linear's output, and v = r / √labels. r are random signs; their
+    mean is subtracted if a constant added to all logits changes nothing. So E g gᵀ measures the change of the logits,
+    or of their differences, and all texts count equally. (The Fisher information would have v = (diag √p - p √pᵀ) r
+    with the probabilities p, and would hardly look at texts that the model is sure of.)
     """
     generator = torch.Generator().manual_seed(seed)
     shift_invariant = problem_of(model.config.to_dict()).shift_invariant
@@ -90,8 +90,8 @@ def gradient_pass(
 
 @contextmanager
 def _gradients_at(model, see):
-    """While it lasts, a backward pass calls see(name, input, gradient of the output), and no parameter asks for a
-    gradient.
+    """Inside this context a backward pass calls see(name, input, gradient of the output), and no parameter has
+    requires_grad.
     """
 
     def hook(name):

@@ -1,8 +1,8 @@
 """Sparse least squares for one linear: min ‖Y - V X̂‖² + λ‖V - W‖² over V with zeros of a given pattern.
 
 With H = G + λI and T = C + λW (G the Gram matrix of X̂, C its cross moments with Y) the minimum without zeros is W* = T
-H⁻¹, and the objective is const + tr((V - W*) H (V - W*)ᵀ): to re-solve densely and then to prune W* under H loses
-nothing.
+H⁻¹, and the objective is const + tr((V - W*) H (V - W*)ᵀ). So nothing is lost by solving without zeros first, and then
+pruning W* under H.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from sparsebert.errors import InputError
 from sparsebert.heads import Problem
 from sparsebert.pruning.stages import Stage
 
-DEAD = 1e-10  # of the largest variance
-HEAD_RIDGE = 1e-4  # on the squared distance from the least squares solution, beside a KL in nats
+DEAD = 1e-10  # share of the largest variance, below which an input counts as constant
+HEAD_RIDGE = 1e-4  # weight of the squared distance from the least squares solution, beside a KL in nats
 
 
 @dataclass(frozen=True, eq=False)
 class Quadratic:
     """H = gram + λI with λ = damping times the mean diagonal of gram, [n_in, n_in] float64.
 
-    The weight of an input that never varied (a dead column) is worth nothing under H: it is the first to go, or stays
-    as it is. Where none varied, because what comes before is pruned away, H is damping times I: the smallest weights
-    go, and as long as the bias takes up the mean of what they gave, the function is the same. Raises InputError, when H
-    is factored, for one that is not positive definite, naming the pivot and the damping tried.
+    An input that never varied is a dead column: its weights have no effect under H, so they are pruned first, or do not
+    change. If no input varied, because everything before is pruned away, H is damping times I: the smallest weights are
+    pruned, and the function stays the same as long as the bias takes up the mean of their contribution. Raises
+    InputError when H is factored and is not positive definite; it names the pivot and the damping.
     """
 
     gram: torch.Tensor
@@ -46,7 +46,7 @@ class Quadratic:
 
     @cached_property
     def dead(self) -> torch.Tensor:
-        """bool [n_in]: inputs that never varied, but for rounding."""
+        """The inputs that never varied, except for rounding: bool [n_in]."""
         variances = self.gram.diagonal()
         return variances < DEAD * variances.max()
 
@@ -68,19 +68,19 @@ class Quadratic:
 
 
 def set_affine(module: nn.Linear, weight: torch.Tensor, stage: Stage, name: str) -> None:
-    """Sets V and the bias that is best with it, mean_y - V mean_x: neither under the ridge nor pruned."""
+    """Sets V and its best bias, mean_y - V mean_x, which is neither under the ridge nor pruned."""
     module.weight.copy_(weight)
     if module.bias is not None:
         module.bias.copy_(stage.mean_y(name) - weight @ stage.moments.mean_x)
 
 
 def match_logits(module: nn.Linear, x: torch.Tensor, logits: torch.Tensor, problem: Problem) -> None:
-    """Sets the classifier's weight and bias, from where they are, to those of the least mean divergence of V x + b from
-    `logits`, a convex problem for every problem type; least squares on logits would leave a pruned model as sure as
-    the dense one where it is wrong.
+    """Fits the classifier's weight and bias, from their present values, for the least mean divergence of V x + b from
+    `logits`. This is a convex problem for every problem type. Least squares on logits would leave a pruned model as
+    sure as the dense one even when it is wrong.
 
-    x: [texts, n_in]; logits: [texts, labels], the dense model's. HEAD_RIDGE times the squared distance from the start
-    is added.
+    x: [texts, n_in]; logits: [texts, labels], of the dense model. HEAD_RIDGE times the squared distance from the start
+    is added to the divergence.
     """
     x, logits = x.double(), logits.double()
     start = torch.cat([module.weight, module.bias[:, None]], 1).double()

@@ -1,10 +1,10 @@
-"""The staged pass over a classifier: what each group of linears sees in the half-pruned model, and what the dense model
-gave there.
+"""The staged pass over a classifier: for each stage, the inputs in the half-pruned model, and the outputs in the dense
+model.
 
 A *stage* is the linears that share one input (for a BERT layer: query, key and value | attention output | intermediate
 | output; then pooler | classifier). The pass visits stages in the order of execution. Every batch goes through the
-model twice, once dense and once through the linears as they have been changed so far, and waits at each stage until all
-batches have arrived: two forward passes in all, each linear evaluated once per pass.
+dense model once and through the half-pruned model once. It waits at each stage until all batches have arrived. There
+are two forward passes in total, and each linear is evaluated once per pass.
 
 A batch waits in the middle of the model's own forward function, with its residuals and masks in local variables there.
 Each batch therefore runs in a greenlet, which stops inside the call of a linear and goes on later. Hooks alone would
@@ -36,10 +36,10 @@ Affine = tuple[torch.Tensor, torch.Tensor | None]  # (weight, bias) of a linear
 class Stage:
     """Linears that share one input, and its moments.
 
-    linears: by full name, as they are in the model. dense: what each was in the dense model. moments: of the input x̂
-    in the half-pruned model; their y is the outputs of all these linears in the dense model, at `targets`, or (None)
-    the dense model's input. examples: behind the encoder, where nothing is pruned, x̂ and y of every text, float32
-    [texts, width]; else None.
+    linears: the model's modules, by full name. dense: the weight and bias of each in the dense model. moments: of the
+    input x̂ in the half-pruned model, together with y. y: the outputs of all these linears in the dense model;
+    `targets` has the slice of each linear. If targets is None, y is their input in the dense model. examples: for the
+    head, where nothing is pruned, x̂ and y of every text, float32 [texts, width]; else None.
     """
 
     linears: dict[str, nn.Linear]
@@ -50,17 +50,17 @@ class Stage:
 
     @property
     def head(self) -> bool:
-        """Whether these linears are behind the encoder."""
+        """Whether these linears belong to the head."""
         return self.examples is not None
 
     def cross(self, name: str) -> torch.Tensor:
-        """[n_out, n_in] float64, mean of (y - mean_y)(x̂ - mean_x)ᵀ, y the dense model's output of that linear."""
+        """Mean of (y - mean_y)(x̂ - mean_x)ᵀ, y the output of that linear in the dense model: float64 [n_out, n_in]."""
         if self.targets is not None:
             return self.moments.cross[self.targets[name]]
         return self.dense[name][0].double() @ self.moments.cross
 
     def mean_y(self, name: str) -> torch.Tensor:
-        """[n_out] float64, mean of the dense model's output."""
+        """Mean output of that linear in the dense model: float64 [n_out]."""
         if self.targets is not None:
             return self.moments.mean_y[self.targets[name]]
         weight, bias = self.dense[name]
@@ -89,7 +89,7 @@ class Walk:
         self._wait(self._forward.switch(y))
 
     def cross(self, affine: dict[nn.Linear, Affine]) -> None:
-        """Goes through as many linears as are given, with these weights."""
+        """Goes through the given linears, with the given weights."""
         for _ in affine:
             self.go_on(nn.functional.linear(self.x, *affine[self.linear]))
 
@@ -117,11 +117,11 @@ def stages(
     batches: token batches without padding. The model must be in eval mode.
     sparse_inputs: False measures the dense model's inputs (x̂ = x), whatever the caller changes.
     padding: True counts padding as tokens and runs the half-pruned model under the last batch's attention mask, as the
-    released code of Li et al. 2023 does. finished: asked with the linears of each layer before its stages; it may give
-    them their weights and return True, and the layer is passed without stages.
-    Memory: float32, for all calibration tokens, the hidden states of both passes and the widest input of the
+    released code of Li et al. 2023 does. finished: called with the linears of each layer before its stages. If it sets
+    their weights and returns True, the layer is passed without stages.
+    Memory: for all calibration tokens, in float32, the hidden states of both passes and the widest input of the
     half-pruned one.
-    Raises InputError for padded batches, and naming the linears for inputs that are not finite.
+    Raises InputError for padded batches, and for inputs that are not finite, naming their linears.
     """
     if not padding and any("attention_mask" in batch and not batch["attention_mask"].all() for batch in batches):
         raise InputError("calibration batches must have no padding", fix="make them with sparsebert.pruning.draw")
@@ -166,8 +166,8 @@ def stages(
 
 @dataclass
 class HiddenStates:
-    """Of every batch, between two layers: in the dense model, and in the half-pruned one (None: only the dense model is
-    run).
+    """The hidden states of every batch between two layers, in the dense model and in the half-pruned one (None: only
+    the dense model is run).
     """
 
     dense: list[torch.Tensor]
@@ -191,7 +191,7 @@ def _walk(
             for i in range(len(passes.dense)):
                 x = passes.arrive(i)
                 outputs = measured.add(i, x, passes.dense[i].x)
-                for y in outputs:  # they are there already, and the wide inputs need not wait
+                for y in outputs:  # already computed; going on now frees the wide inputs
                     passes.dense[i].go_on(y)
             yield from measured.stages()
             passes.ahead_dense = {} if measured.narrow else measured.affine
@@ -239,16 +239,17 @@ class _Passes:
 class _Measured:
     """The moments of one stage's linears, summed up batch by batch.
 
-    narrow: whether y is the dense model's output. The cross moments C need it; where the linears' outputs together are
-    wider than the input, the dense model's input is taken in its place, from whose moments S follows C = W S.
+    narrow: whether y is the dense model's outputs, which the cross moments C are made of. If the linears' outputs are
+    together at least as wide as the input, y is the dense model's input instead, and C = W S follows from its cross
+    moments S. The head is always narrow.
     """
 
     def __init__(self, names: dict[nn.Linear, str], weights: TokenWeights, head: bool):
         self.names, self.head = names, head
         self.affine = {module: _affine(module) for module in names}
         self.narrow = head or sum(m.out_features for m in names) < next(iter(names)).in_features
-        self.weights: dict[int, list[torch.Tensor] | None] = {}  # those of the tokens, by their identity
-        self.alike: dict[int, list[nn.Linear]] = {}  # the linears of each
+        self.weights: dict[int, list[torch.Tensor] | None] = {}  # token weights, by their id()
+        self.alike: dict[int, list[nn.Linear]] = {}  # the linears with these token weights
         for module, name in names.items():
             token_weights = weights.get(name)
             self.weights[id(token_weights)] = token_weights
@@ -269,7 +270,7 @@ class _Measured:
         return outputs
 
     def stages(self) -> Iterator[Stage]:
-        """One of each way to weight the tokens."""
+        """Yields one stage for each set of token weights."""
         ends = torch.tensor([0, *(m.out_features for m in self.names)]).cumsum(0).tolist()
         slices = {name: slice(*ends[i : i + 2]) for i, name in enumerate(self.names.values())}
         for key, members in self.alike.items():
@@ -286,7 +287,7 @@ def _add(moments: Moments | None, x, y, weights, names) -> Moments | None:
     x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     if weights is not None:
         weights = weights.reshape(-1)
-        if len(weights) != len(x):  # behind the encoder only the first token of each sequence is left
+        if len(weights) != len(x):  # in the head only the first token of each sequence is left
             raise InputError(
                 f"weights of {names} must be one per token, got {len(weights)} for {len(x)}", fix="drop them"
             )
@@ -352,7 +353,7 @@ def _set(affine: dict[nn.Linear, Affine]) -> None:
 
 
 class Stopped(Exception):
-    """Raised inside a forward pass that has shown what it was run for."""
+    """Raised to stop a forward pass that has reached the first layer."""
 
 
 def _first_layer_call(model, layer: nn.Module, batch: dict[str, torch.Tensor]):

@@ -1,4 +1,4 @@
-"""One run of a method that trains with labels, and what it begins and ends with."""
+"""One run of a method that trains with labels: the weights at its start, the training, and the weights at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from sparsebert.training.setup import TrainingSetup, fresh_classifier, head_for,
 
 
 class Subnet:
-    """One run: what it starts from and goes back to, and all that decides its result (`job`)."""
+    """One run. start: directory of the weights to start from. rewind: directory of the weights to go back to, or None.
+    job: its key is made of all that decides the result.
+    """
 
     def __init__(
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
@@ -35,7 +37,7 @@ class Subnet:
         chosen |= {k: v for k, v in self.method.by_pattern(self.pattern).items() if getattr(subnet, k) is None}
         self.settings = subnet.model_copy(update=chosen)
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
-        others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the model of the setup
+        others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the setup's model
         self.setup = TrainingSetup.of(spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
         head_for(self.start, self.setup.spec, own_head=True)
         self.job = Job("prune", self.setup.inputs, __name__, target, overwrite=overwrite, space=self.setup.space)
@@ -62,7 +64,7 @@ class Subnet:
 
 
 def own(name: str, subnet: SubnetConfig) -> TrainedConfig:
-    """The flags of one method among those of all."""
+    """The flags of one method, taken from the flags of all methods."""
     config = TRAINED[name].config
     return config(**{field: getattr(subnet, field) for field in config.model_fields})
 
@@ -76,14 +78,14 @@ def _weights(wanted: str | None, source: Path) -> Path:
     start = origin(source)
     if start == source and checkpoint.read_manifest(source) is not None:
         raise InputError(
-            f"the encoder that {source} was fine-tuned from is not known or not there any more", fix="name its DIR"
+            f"the encoder that {source} was fine-tuned from is not known or no longer there", fix="give its DIR"
         )
     return start
 
 
 @torch.no_grad()
 def _apply(model, keeps: dict[str, torch.Tensor]) -> None:
-    """Zeros where a mask says so; the classifier proper, which is a new one, stays whole."""
+    """Sets to zero what the masks do not keep. The classifier, which is usually a new one, stays dense."""
     linears = encoder_linears(model) | head_linears(model, classifier=False)
     for name, linear in linears.items():
         if name in keeps:

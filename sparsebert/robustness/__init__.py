@@ -1,4 +1,4 @@
-"""How good a classifier is, in and out of distribution, and how far from the dense one it came."""
+"""Measures how good a classifier is, in and out of distribution, and how far it is from the dense model."""
 
 from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood

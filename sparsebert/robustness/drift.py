@@ -1,4 +1,4 @@
-"""How far a model is from the dense one on texts unlike the task's: no labels are needed."""
+"""Measures how far a model is from the dense one on texts unlike the task's. Needs no labels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from sparsebert.heads import Problem
 from sparsebert.robustness import statistics
 from sparsebert.robustness.evaluation import agreement, divergences
 
-LONG, MOST = 150, 100  # words of a longer text at least; of such texts at most
+LONG, MOST = 150, 100  # min words per longer text; max number of longer texts
 OUTSIDE = LONGER, GENERAL = "longer texts", "general texts"
 
 
 def unlike(examples: Examples) -> dict[str, Examples]:
-    """Texts unlike `examples`, packaged all: "longer texts", made of them, and "general texts", sentences of a
-    dictionary that nothing calibrates on (data.general_texts); without labels, pairs if these are.
+    """Texts unlike `examples`, without labels; pairs if these are pairs. "longer texts" are made by joining `examples`;
+    "general texts" are packaged sentences of a dictionary that nothing calibrates on (data.general_texts).
     """
     pairs = in_pairs(general_texts(unseen=True), examples.texts_b is not None)
     general = Examples("general", "unseen", *pairs, None)
@@ -23,8 +23,9 @@ def unlike(examples: Examples) -> dict[str, Examples]:
 
 
 def joined(examples: Examples, words: int, seed: int = 0) -> Examples:
-    """Texts of at least so many words, each made of several in a seeded order, without labels; of pairs both sides are
-    joined, and the first counts. None is in two, and those left over are dropped, unless they are all.
+    """Texts of at least `words` words, without labels. Each is made of several examples in a seeded order. Of pairs
+    both sides are joined, and the words of the first side count. No example is used twice; leftover ones are dropped,
+    unless there is nothing else.
     """
     groups: list[list[int]] = [[]]
     length = 0
@@ -44,13 +45,13 @@ def joined(examples: Examples, words: int, seed: int = 0) -> Examples:
 
 
 def drift(problem: Problem, dense: np.ndarray, logits: np.ndarray) -> dict:
-    """The figures of `logits` [n, labels] beside the dense model's on the same texts: n, kl (mean divergence from
-    dense, nats), kl_ci (95 %), agreement.
+    """Compares `logits` [n, labels] with the dense model's on the same texts. Returns n, kl (mean divergence from
+    dense, nats), kl_ci (95 %), agreement, agreement_ci.
     """
     values = divergences(problem, dense, logits)
     return {
         "n": len(logits),
         "kl": float(values.mean()),
         "kl_ci": statistics.bootstrap_mean(values),
-        "agreement": agreement(problem, problem.predict(logits), problem.predict(dense)),
+        **agreement(problem, problem.predict(logits), problem.predict(dense)),
     }

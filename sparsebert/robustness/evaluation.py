@@ -21,18 +21,22 @@ from sparsebert.robustness.statistics import Interval
 class Evaluation:
     """Figures over n examples; intervals are 95 %. Fractions, not percent.
 
-    metric, score: the main figure of the problem type: accuracy; micro_f1 of several labels; spearman, the rank
-    correlation of one logit with the labels. accuracy: the share of examples that are right, of several labels with
-    all of them; None for one logit.
-    f1, f1_weighted: of class 1, and the mean over classes weighted by their share of the labels; predicted_positive:
-    the share of examples predicted to be of class 1. For tasks whose metric is F1, else None.
+    metric, score: the main figure of the problem type: accuracy; for several labels micro_f1; for one logit spearman,
+        its rank correlation with the labels.
+    accuracy: share of correct examples; with several labels, all of them must be correct; None for one logit.
+    f1, f1_weighted: F1 of class 1, and the mean over classes weighted by their share of the labels; None unless the
+        task's metric is F1.
+    predicted_positive: share of examples predicted as class 1; None unless the task's metric is F1.
     kl_to_dense: mean divergence from the dense model in nats (heads.Problem.divergence; for one label per text KL(dense
-    ‖ this)). agreement: share of equal predictions, of one logit the rank correlation with the dense model's.
-    difference: score minus the dense model's, paired. These and what follows from them are None without a dense model.
-    engine: what computed the logits, "sparsebert" or "torch", where `evaluate` did. max_length: tokens kept of a text;
-    cut: the share of the texts that have more. rows: read of own files (data.rows_read).
-    ood: the figures of `compare_ood` by the name of the test, where any was asked for. outside: those of `drift` by the
-    name of the texts, likewise.
+        ‖ this)).
+    agreement: share of equal predictions; for one logit the rank correlation with the dense model's, without interval.
+    dense_score: the dense model's score on the same examples. difference: score - dense_score, paired.
+    mcnemar_p: p-value of the paired comparison (statistics.mcnemar), for one label per text; else None.
+    These five figures and their intervals are None without a dense model.
+    engine: what computed the logits, "sparsebert" or "torch", if `evaluate` did. max_length: max tokens kept per text.
+    cut: share of the texts that have more tokens. rows: rows read from the user's own files (data.rows_read).
+    ood: name of the test -> figures of `compare_ood`, for the tests that were requested.
+    outside: name of the texts -> figures of `drift`, if they were requested.
     """
 
     task: str
@@ -51,6 +55,9 @@ class Evaluation:
     kl_to_dense: float | None = None
     kl_ci: Interval | None = None
     agreement: float | None = None
+    agreement_ci: Interval | None = None
+    dense_score: float | None = None
+    dense_score_ci: Interval | None = None
     difference: float | None = None
     difference_ci: Interval | None = None
     mcnemar_p: float | None = None
@@ -63,9 +70,9 @@ class Evaluation:
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
-    """The figures of `logits` [n, labels] on `examples`, paired with those of the dense model where given, both in the
-    order of the task's labels (heads.columns). Raises InputError where their number does not fit the task, or
-    is not that of the dense model's labels, CheckpointError where one is not finite.
+    """The figures of `logits` [n, labels] on `examples`, paired with the dense model's if given. Both are in the order
+    of the task's labels (heads.columns). Raises InputError if the number of labels does not fit the task or differs
+    from the dense model's, CheckpointError if a logit is not finite.
     """
     problem = heads.PROBLEMS[task.problem]
     for each in (logits, dense):
@@ -79,11 +86,7 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
         correct = (predicted == examples.labels).reshape(n, -1).all(axis=1)
         figures["accuracy"] = float(correct.mean())
         figures["accuracy_ci"] = statistics.wilson(int(correct.sum()), n)
-    if problem is heads.SINGLE_LABEL:
-        figures |= {"score": figures["accuracy"], "score_ci": figures["accuracy_ci"]}
-    else:
-        figures["score"] = problem.metric(logits, examples.labels)
-        figures["score_ci"] = statistics.bootstrap(lambda rows: problem.metric(logits[rows], examples.labels[rows]), n)
+    figures |= _score(problem, logits, examples.labels, "score")
     if task.metric == "f1":
         figures |= statistics.f1_figures(predicted, examples.labels)
         figures["predicted_positive"] = float((predicted == 1).mean())
@@ -98,12 +101,13 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
 
 
 def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dense_predicted) -> dict:
-    """The figures beside the dense model's, of logits and of predictions."""
+    """The figures that compare logits and predictions with the dense model's."""
     divergence = divergences(problem, dense, logits)
     figures = {
         "kl_to_dense": float(divergence.mean()),
         "kl_ci": statistics.bootstrap_mean(divergence),
-        "agreement": agreement(problem, predicted, dense_predicted),
+        **agreement(problem, predicted, dense_predicted),
+        **_score(problem, dense, examples.labels, "dense_score"),
     }
     if problem is heads.SINGLE_LABEL:
         correct, dense_correct = predicted == examples.labels, dense_predicted == examples.labels
@@ -124,15 +128,26 @@ def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dens
     }
 
 
-def agreement(problem: Problem, predicted: np.ndarray, dense_predicted: np.ndarray) -> float:
-    """Share of equal predictions; of one logit the rank correlation of the two."""
+def _score(problem: Problem, logits: np.ndarray, labels: np.ndarray, name: str) -> dict:
+    """The problem type's metric and its 95 % interval, under `name` and `name`_ci."""
+    score, n = problem.metric(logits, labels), len(labels)
+    if problem is heads.SINGLE_LABEL:
+        return {name: score, f"{name}_ci": statistics.wilson(round(score * n), n)}
+    return {name: score, f"{name}_ci": statistics.bootstrap(lambda rows: problem.metric(logits[rows], labels[rows]), n)}
+
+
+def agreement(problem: Problem, predicted: np.ndarray, dense_predicted: np.ndarray) -> dict:
+    """agreement: share of equal predictions; for one logit, the rank correlation of the two. agreement_ci: its 95 %
+    interval; None for one logit.
+    """
     if problem is heads.ONE_LOGIT:
-        return heads.rank_correlation(predicted, dense_predicted)
-    return float((predicted == dense_predicted).reshape(len(predicted), -1).all(axis=1).mean())
+        return {"agreement": heads.rank_correlation(predicted, dense_predicted), "agreement_ci": None}
+    same = (predicted == dense_predicted).reshape(len(predicted), -1).all(axis=1)
+    return {"agreement": float(same.mean()), "agreement_ci": statistics.wilson(int(same.sum()), len(same))}
 
 
 def divergences(problem: Problem, dense: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """float64 [n], the divergence of each text's logits from the dense model's, nats."""
+    """float64 [n], the divergence of each text's logits from the dense model's, in nats."""
     import torch
 
     reference, got = (torch.from_numpy(np.asarray(part, dtype=np.float64)) for part in (dense, logits))
@@ -140,8 +155,8 @@ def divergences(problem: Problem, dense: np.ndarray, logits: np.ndarray) -> np.n
 
 
 def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
-    """What `logits` [n, labels] predict, as heads.Problem.predict gives it; of a three-way model on a two-way task
-    neutral and contradiction are class 1.
+    """The predictions of `logits` [n, labels], as heads.Problem.predict gives them. For a three-way model on a two-way
+    task, neutral and contradiction become class 1.
     """
     labels = logits.shape[1]
     if labels != (len(task.labels) or 1) and not (task.three_way and labels == 3):

@@ -1,8 +1,8 @@
 """Out-of-distribution tests: sets on which the shortcuts that a task's training data teach lead to wrong answers.
 
 HANS (McCoy et al. 2019) for NLI, where a hypothesis made of the premise's words need not follow from it; PAWS (Zhang et
-al. 2019) for paraphrases, where two sentences of the same words may differ; FEVER-Symmetric (Schuster et al. 2019) for
-fact checking, where the claim alone tells nothing.
+al. 2019) for paraphrases, where two sentences of the same words may differ in meaning; FEVER-Symmetric (Schuster et al.
+2019) for fact checking, where the claim alone does not give the label away.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ ALL = "all"
 
 
 def named(task: Task, names: str) -> tuple[Task, ...]:
-    """The OOD tests of a task by their names with commas, each once, or all of them. Raises InputError for a name that
-    is none of them.
+    """The OOD tests of a task that `names` lists, separated by commas, each once; all of them for "all". Raises
+    InputError for a task without OOD tests, and for a name that is not one of them.
     """
     if not task.ood:
         having = ", ".join(name for name, other in data.TASKS.items() if other.ood)
@@ -35,26 +35,26 @@ def named(task: Task, names: str) -> tuple[Task, ...]:
         if name not in task.ood:
             raise InputError(
                 f"ood must be {', '.join(task.ood)} or {ALL} for task {task.name!r}, got {name!r}",
-                fix="choose of these, with commas between",
+                fix="choose from these, separated by commas",
             )
     return tuple(data.TASKS[name] for name in dict.fromkeys(wanted))
 
 
 def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> dict:
-    """The figures of `logits` [n, labels] on an OOD test, paired with those of the dense model where given: fractions,
-    JSON. Those of `compare` that are not None, and
+    """The figures of `logits` [n, labels] on an OOD test, paired with the dense model's if given: fractions, JSON. They
+    are those of `compare` that are not None, apart from task, metric and score. For two-way entailment (HANS) also:
 
-    of two-way entailment (HANS): `entailment` and `non_entailment`, the share of each class that is found, with Wilson
-    intervals, None where there is no example of the class; the same for each group under `by_<groups>`; for a
-    three-way model `summed`: accuracy and both shares where p(neutral) + p(contradiction) > p(entailment) decides for
-    non-entailment. All other figures go by the largest logit, as published. `auroc`: the probability that an example of
-    entailment gets more of it, in log odds, than one of non-entailment: 0.5 is chance, whatever the model prefers to
-    answer. None where a class has no example or a logit is not finite.
+    entailment, non_entailment: share of each class that is found, with Wilson intervals; None if the class has no
+        example. `by_<groups>`: the same per group.
+    summed: for a three-way model: accuracy and both shares if non-entailment is predicted whenever p(neutral) +
+        p(contradiction) > p(entailment). All other figures use the largest logit, as published.
+    auroc: the probability that an example of entailment has higher log odds of entailment than one of non-entailment.
+        0.5 is chance, whichever answer the model prefers. None if a class has no example or a logit is not finite.
 
     Raises what `compare` does. Source: [McCoy et al. 2019; Liu et al. 2022, whose code takes the largest logit].
     """
     evaluation = asdict(compare(task, examples, logits, dense))
-    apart = {"task", "metric", "score", "score_ci"}  # the metric is the accuracy in all of them
+    apart = {"task", "metric", "score", "score_ci"}  # the metric is the accuracy in all OOD tests
     figures = {name: value for name, value in evaluation.items() if name not in apart and value is not None}
     if task.labels != data.ENTAILMENT:
         return figures
@@ -67,7 +67,7 @@ def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.nd
             str(group): {"n": int((groups == group).sum()), **_found(correct[groups == group], labels[groups == group])}
             for group in np.unique(groups)
         }
-    from sklearn.metrics import roc_auc_score  # 0.2 s, for HANS alone
+    from sklearn.metrics import roc_auc_score  # takes 0.2 s; only HANS needs it
 
     entailment, *others = logits.astype(np.float64).T
     odds = entailment - np.logaddexp.reduce(others)
@@ -81,7 +81,7 @@ def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.nd
 
 
 def _found(correct: np.ndarray, labels: np.ndarray) -> dict:
-    """The share of each class that is correct, with its interval."""
+    """The share of each class that is correct, with its interval; None for a class without examples."""
     figures: dict = {}
     for label, name in enumerate(("entailment", "non_entailment")):
         n, hits = int((labels == label).sum()), int(correct[labels == label].sum())

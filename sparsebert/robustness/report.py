@@ -1,4 +1,6 @@
-"""One self-contained HTML page: tables and plotly charts, the script inline, nothing fetched when it is opened."""
+"""Builds one self-contained HTML page: tables and plotly charts. The script is inline, so nothing is fetched when it is
+opened.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ _COLOURS = {
     "dense": "#5b6770",
     "torch": "#5b6770",
     "magnitude": "#d98c3f",
-    "adaptive": "#1f7a8c",
+    "adaptive": "#7f6aa8",
+    "knowledge": "#1f7a8c",
     "sparsebert": "#1f7a8c",
 }
 _STYLE = """
@@ -42,8 +45,8 @@ def write_report(
 ) -> None:
     """Writes the demo's report to `path`, whole or not at all.
 
-    evaluations: model name -> figures, "dense" first. density: method -> linear -> share of non-zeros. timings: one
-    a batch size, with latency_ms (milliseconds a text) of torch and sparsebert, speedup and its interval.
+    evaluations: model name -> figures, "dense" first. density: method -> linear -> share of non-zeros. timings: one per
+    batch size, with latency_ms (milliseconds per text) of torch and sparsebert, speedup and its interval.
     """
     try:
         import plotly.graph_objects as go
@@ -55,17 +58,17 @@ def write_report(
         ("Accuracy", "Whiskers are 95 % Wilson intervals.", "", _accuracy(go, evaluations)),
         (
             "Distance from the dense model",
-            "Mean KL(dense ‖ pruned) in nats on the same sentences: lower keeps more of what the model knew.",
+            "Mean KL(dense ‖ pruned) in nats on the same sentences: lower is closer to the dense model.",
             "",
             _kl(go, evaluations),
         ),
         (
             "Latency",
-            "Same weights, sentences and threads; the two take turns. Median over rounds.",
+            "Same weights, sentences and threads; the two run alternately. Median over rounds.",
             "wide",
             _latency(go, timings),
         ),
-        ("Density of every linear", "Share of weights kept.", "wide", _density(go, density)),
+        ("Density of every linear", "Share of weights kept, by layer and linear.", "wide", _density(go, density)),
     ]
     config = {"displayModeBar": False, "responsive": True}
     charts = "".join(
@@ -113,7 +116,7 @@ def _layout(figure, y_title: str, height: int = 320):
 
 
 def _bars(go, y_title: str, values: dict[str, float], intervals: dict[str, tuple[float, float]], spec: str):
-    """One bar a model, with its interval as a whisker."""
+    """One bar per model, with its interval as a whisker."""
     names = list(values)
     whiskers = {
         "type": "data",
@@ -147,20 +150,26 @@ def _kl(go, evaluations: dict[str, Evaluation]):
 
 
 def _density(go, density: dict[str, dict[str, float]]):
-    figure = go.Figure()
-    for method, by_name in density.items():
-        figure.add_scatter(
-            x=[_short(name) for name in by_name],
-            y=list(by_name.values()),
-            name=method,
-            mode="lines+markers",
-            # Of different sizes, so that both show where they are equal.
-            marker={"color": _colour(method), "size": 14 if method == "magnitude" else 7},
-        )
-    _layout(figure, "share kept", height=380)
-    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.1})
-    figure.update_yaxes(tickformat=".1%", rangemode="tozero")
-    figure.update_xaxes(tickangle=-60, tickfont={"size": 9})
+    """A heat map per method, of layers x linears, all in the same colours."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(1, len(density), subplot_titles=list(density), shared_yaxes=True, horizontal_spacing=0.03)
+    for column, by_name in enumerate(density.values(), 1):
+        cells = {_place(name): share for name, share in by_name.items()}
+        layers, linears = (list(dict.fromkeys(part)) for part in zip(*cells, strict=True))
+        shares = [[cells.get((layer, linear)) for layer in layers] for linear in linears]
+        heat = go.Heatmap(
+            x=[f"layer {layer}" for layer in layers], y=linears, z=shares, coloraxis="coloraxis",
+            texttemplate="%{z:.0%}", textfont={"size": 9}, xgap=1, ygap=1,
+        )  # fmt: skip
+        figure.add_trace(heat, 1, column)
+    _layout(figure, "", height=300)
+    figure.update_layout(
+        margin={"l": 150, "t": 40},
+        coloraxis={"colorscale": [[0, "#f4f7f8"], [1, "#1f7a8c"]], "cmin": 0, "colorbar": {"tickformat": ".0%"}},
+    )
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 10})
+    figure.update_xaxes(tickfont={"size": 9})
     return figure
 
 
@@ -172,7 +181,7 @@ def _latency(go, timings: list[dict]):
             x=[f"batch {timing['batch']}" for timing in timings], y=values, name=name, marker_color=_colour(name),
             text=[f"{value:.2f}" for value in values], textposition="outside",
         )  # fmt: skip
-    _layout(figure, "ms a sentence")
+    _layout(figure, "ms per sentence")
     figure.update_layout(showlegend=True, barmode="group", legend={"orientation": "h", "y": 1.15})
     return figure
 
@@ -195,8 +204,9 @@ def _quality_table(evaluations: dict[str, Evaluation]) -> str:
         rows += f"<tr><td>{html.escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     heads = ("model", "accuracy, 95 % interval", "points from dense, paired", "KL to dense", "same label", *OUTSIDE)
     note = (
-        f"On the right KL and same label away from the task: {OUTSIDE[0]} are the sentences joined to at least {LONG} "
-        f"words, {OUTSIDE[1]} are of a dictionary; none was calibrated on, but others of both kinds were."
+        f"The columns on the right give KL and same label on other texts: {OUTSIDE[0]} are the sentences joined to "
+        f"at least {LONG} words, {OUTSIDE[1]} are from a dictionary; none was calibrated on, but others of both kinds "
+        "were."
     )
     table = "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{rows}</table>"
     return f"{table}<p>{html.escape(note)}</p>"
@@ -211,9 +221,9 @@ def _speed_table(timings: list[dict]) -> str:
         ]  # fmt: skip
         rows += f"<tr><td>batch {timing['batch']}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     heads = (
-        "sentences a call",
-        "dense torch fp32, ms a sentence",
-        "sparsebert, ms a sentence",
+        "sentences per call",
+        "dense torch fp32, ms per sentence",
+        "sparsebert, ms per sentence",
         "speed-up, 95 % interval",
         "max logit error",
     )
@@ -224,7 +234,7 @@ def _speed_table(timings: list[dict]) -> str:
     )
 
 
-def _short(name: str) -> str:
-    """`bert.encoder.layer.3.attention.self.query` as `3 attention.self.query`."""
-    head, _, tail = name.partition(".layer.")
-    return tail.replace(".", " ", 1) if tail else head
+def _place(name: str) -> tuple[str, str]:
+    """`bert.encoder.layer.3.attention.self.query` as ("3", "attention.self.query")."""
+    layer, _, linear = name.partition(".layer.")[2].partition(".")
+    return (layer, linear.removesuffix(".dense")) if linear else ("", name)

@@ -16,7 +16,6 @@ from sparsebert.robustness import ood as out_of_distribution
 from sparsebert.robustness.drift import drift
 from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood
-from sparsebert.robustness.statistics import wilson
 
 
 def evaluate(
@@ -30,14 +29,14 @@ def evaluate(
     max_length: int | None = None,
     progress: Progress = no_progress,
 ) -> Evaluation:
-    """Evaluates the classifier in directory `model` on the reported split of `task`, paired with the one in `vs` where
+    """Evaluates the classifier in directory `model` on the reported split of `task`, paired with the one in `vs` if
     given.
 
-    ood: names of the task's OOD tests, with commas, or "all": they are evaluated likewise. n: a seeded random subset of
-    that many examples, of every set. max_length: tokens kept of a text, in place of what each task needs. Logits are
-    float32, of whatever Classifier.load takes; labels are matched by name.
-    Raises InputError where a model's labels are not the task's or a test is none of the task's, and DataError for a
-    set that is not there, before any model is loaded.
+    ood: names of the task's OOD tests, separated by commas, or "all"; they are evaluated in the same way. n: size of a
+    seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. Logits are
+    float32, for everything that Classifier.load accepts; labels are matched by name.
+    Raises InputError for an unknown test and DataError for a missing set, both before any model is loaded, and
+    InputError if a model's labels are not the task's.
     """
     spec = task_for(task, model)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
@@ -47,7 +46,7 @@ def evaluate(
         sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
     sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
     orders = [[order_for(of, classifier) for classifier in classifiers] for of, _ in sets]
-    logits: list[list[np.ndarray]] = [[] for _ in sets]  # of each set, one of every classifier, in the task's order
+    logits: list[list[np.ndarray]] = [[] for _ in sets]  # per set, one array per classifier, in the task's order
     alone = len(sets) * len(classifiers) == 1
     for which, (classifier, suffix) in enumerate(zip(classifiers, ("", " (dense)"), strict=False)):
         for (of, examples), got, order in zip(sets, logits, orders, strict=True):
@@ -74,10 +73,10 @@ def kept(
     max_length: int | None = None,
     progress: Progress = no_progress,
 ) -> dict:
-    """How near the classifier in `pruned` is to the one that it was pruned from, on at most `n` texts of the task's
-    reported split; labels are not looked at: the figures of `drift`, and agreement_ci (95 %; None for one logit).
+    """Compares the classifier in `pruned` with the dense one that it was pruned from, on at most `n` texts of the
+    task's reported split; labels are ignored. Returns the figures of `drift`.
 
-    Raises InputError where the two have other labels, and DataError where the texts are not there.
+    Raises InputError if the two have different labels, and DataError if the texts are missing.
     """
     spec = data.get_task(task, labelled=False)
     examples = data.load(spec, spec.test, limit=n)
@@ -89,21 +88,18 @@ def kept(
         classifier.predict(examples, max_length=spec.max_length, progress=_part(progress, what))
         for classifier, what in zip(both, ("dense", "pruned"), strict=True)
     )
-    problem = both[0].problem
-    figures = drift(problem, want, got[:, order])
-    same = None if problem is heads.ONE_LOGIT else round(figures["agreement"] * len(examples))
-    return figures | {"agreement_ci": None if same is None else wilson(same, len(examples))}
+    return drift(both[0].problem, want, got[:, order])
 
 
 def order_for(task: Task, classifier: Classifier) -> np.ndarray:
-    """Where the task's labels stand among the classifier's outputs, by name; for a three-way model on two-way
-    entailment those of NLI. InputError where they are of another problem type, or other labels.
+    """Where the task's labels are among the classifier's outputs, by name; for a three-way model on two-way entailment,
+    where the labels of NLI are. InputError if the problem type or the labels differ.
     """
     if classifier.problem.name != task.problem:
         raise InputError(
             f"{classifier.directory} is a {classifier.problem.name} model, the labels of {task.name!r} are "
             f"{task.problem}",
-            fix="evaluate on labels of its kind",
+            fix="evaluate it on a task of its problem type",
         )
     if classifier.problem is heads.ONE_LOGIT:
         return np.arange(1)

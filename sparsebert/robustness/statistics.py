@@ -11,7 +11,7 @@ from scipy import stats
 from sparsebert.errors import InputError
 
 Interval = tuple[float, float]
-SIGN_FLIP_SEEDS = 20  # above them 2^n flips are not gone through
+SIGN_FLIP_SEEDS = 20  # with more, the 2^n flips are not enumerated
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -21,8 +21,8 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Interval:
-    """Percentile bootstrap interval of the mean of `values` [n], 10,000 resamples. A constant sample has a degenerate
-    one.
+    """Percentile bootstrap interval of the mean of `values` [n], 10,000 resamples. For a constant sample it has no
+    width.
     """
     values = np.asarray(values, dtype=np.float64)
     if np.ptp(values) == 0:
@@ -34,8 +34,8 @@ def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Interval:
 
 
 def bootstrap(figure: Callable[[np.ndarray], float], n: int, seed: int = 0, resamples: int = 2000) -> Interval:
-    """Percentile bootstrap interval of a figure of n examples that is no mean. figure: of the rows it is given, int64
-    [n], some more than once.
+    """Percentile bootstrap interval of a figure of n examples that is not a mean. figure: function of the rows to use,
+    int64 [n], some of them more than once.
     """
     rng = np.random.default_rng(seed)
     low, high = np.quantile([figure(rng.integers(n, size=n)) for _ in range(resamples)], (0.025, 0.975))
@@ -45,7 +45,8 @@ def bootstrap(figure: Callable[[np.ndarray], float], n: int, seed: int = 0, resa
 def paired_difference(correct_a: np.ndarray, correct_b: np.ndarray) -> Interval:
     """Interval of accuracy(a) - accuracy(b) of two classifiers on the same examples; bool [n] each.
 
-    [Bonett & Price 2012, adjusted Wald]: holds its coverage for small n and does not collapse where the two agree.
+    [Bonett & Price 2012, adjusted Wald]: keeps its coverage for small n, and its width does not shrink to 0 if the two
+    agree.
     """
     n = len(correct_a) + 2
     only_a = (int((correct_a & ~correct_b).sum()) + 1) / n
@@ -62,17 +63,17 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
 
 
 def f1_by_class(confusion: np.ndarray) -> np.ndarray:
-    """F1 of each class, 2 hits / (labelled + predicted), 0 for a class of neither; confusion [..., labels, labels], the
-    label before the prediction, result float64 [..., labels].
+    """F1 of each class, 2 hits / (labelled + predicted), or 0 if a class is neither labelled nor predicted. confusion:
+    [..., labels, labels], the label before the prediction. Result: float64 [..., labels].
     """
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
     return 2 * hits / np.maximum(1, confusion.sum(axis=-1) + confusion.sum(axis=-2))
 
 
 def f1_figures(predicted: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict[str, float | Interval]:
-    """Both figures that go by the name of F1, of int [n] predictions and labels:
-    `f1`, of class 1, and `f1_weighted`, the mean over classes weighted by their share of the labels, each with the
-    percentile bootstrap interval of 10,000 resamples under its name and `_ci`.
+    """Two figures, both called F1, of int [n] predictions and labels: `f1` of class 1, and `f1_weighted`, the mean over
+    classes weighted by their share of the labels. The percentile bootstrap interval of each, from 10,000 resamples, is
+    under its name and `_ci`.
     """
     classes = max(2, int(predicted.max()) + 1, int(labels.max()) + 1)
     cells = np.bincount(labels * classes + predicted, minlength=classes**2)
@@ -93,8 +94,8 @@ def f1_figures(predicted: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict
 
 @dataclass(frozen=True)
 class PairedSeeds:
-    """Mean of a - b over seeds, its t interval, the p-value of the paired t-test, and that of the sign-flip test, exact
-    over all 2^n flips; None above 20 seeds. Both p-values are two-sided.
+    """Mean of a - b over seeds, its t interval, and two-sided p-values of the paired t-test and of the sign-flip test.
+    The sign-flip test is exact, over all 2^n flips; None above 20 seeds.
     """
 
     difference: float
@@ -104,15 +105,16 @@ class PairedSeeds:
 
 
 def paired_over_seeds(a: np.ndarray, b: np.ndarray) -> PairedSeeds:
-    """Compares two procedures by a figure of each on the same seeds; float [seeds] each.
+    """Compares two procedures by one figure of each on the same seeds; float [seeds] each.
 
-    The sign-flip test asks how many of the 2^n sums of ±(a - b) are as far from 0 as the observed one: with n seeds no
-    p-value below 2^(1 - n) can come of it. Differences that are all the same have an interval of no width and a t_p of
-    0, or of 1 where they are 0. Raises InputError for fewer than two seeds, other shapes, and what is not finite.
+    The sign-flip test's p-value is the share of the 2^n sums of ±(a - b) that are as far from 0 as the observed one, or
+    farther; with n seeds it cannot be below 2^(1 - n). If all differences are equal, the interval has no width and t_p
+    is 0, or 1 if they are all 0. Raises InputError for fewer than two seeds, different shapes, and values that are not
+    finite.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
-        raise InputError(f"a and b must have the same seeds, got {a.shape} and {b.shape}", fix="pass one value a seed")
+        raise InputError(f"a and b must have the same seeds, got {a.shape} and {b.shape}", fix="pass a value per seed")
     differences = a - b
     interval = mean_interval(differences)
     mean, error = float(differences.mean()), float(stats.sem(differences))
@@ -125,7 +127,7 @@ def paired_over_seeds(a: np.ndarray, b: np.ndarray) -> PairedSeeds:
 
 def mean_interval(values: np.ndarray) -> Interval:
     """t interval of the mean of `values` [seeds]: mean ± t(0.975, n - 1) s / √n. Raises InputError for fewer than two
-    values, another shape, and what is not finite.
+    values, another shape, and values that are not finite.
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < 2:
@@ -137,10 +139,10 @@ def mean_interval(values: np.ndarray) -> Interval:
 
 
 def _sign_flip(differences: np.ndarray) -> float:
-    # Half of the flips, those that keep the first sign: the others are their mirror images.
+    # Only the half of the flips that keeps the first sign: the others are their mirror images.
     sums = differences[:1]
     for difference in differences[1:]:
         sums = np.concatenate([sums + difference, sums - difference])
-    # Sums of the same magnitudes in another order differ by rounding: ties are meant to count.
+    # Sums of the same magnitudes in another order differ by rounding; with the slack, ties count.
     slack = 1e-12 * np.abs(differences).sum()
     return float((np.abs(sums) >= abs(differences.sum()) - slack).mean())

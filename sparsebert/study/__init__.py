@@ -1,4 +1,4 @@
-"""Grids of experiments: `read_grid` the cells of one, `run_grid` them from a ledger, `publish` what they say."""
+"""Grids of experiments: `read_grid` reads the cells, `run_grid` runs them with a ledger, `publish` reports them."""
 
 from sparsebert.study.grid import read_grid, read_shard
 from sparsebert.study.report import publish

@@ -24,11 +24,13 @@ from sparsebert.training.recipe import read_yaml
 class Cell(BaseModel):
     """One trained and evaluated model.
 
-    paradigm: "dense" is fine-tuning alone; "finetuned" prunes a fine-tuned model; "rewound" puts the zeros found into
-    the pretrained weights and fine-tunes these; "pretrained" trains a mask over the pretrained weights, and nothing
-    else. dense_loss: of the fine-tuned model the others start from; loss: of pruning (of the training, where there is
-    no pruning); final_loss: of the fine-tuning after rewinding. start_at: share of the fine-tuning after which pruning
-    takes over, 1 for the finished model. gradual: None for a fixed sparsity, of soft movement for its own default.
+    paradigm: "dense" only fine-tunes; "finetuned" prunes a fine-tuned model; "rewound" puts the zeros that were found
+        into the pretrained weights and fine-tunes these; "pretrained" only trains a mask over the pretrained weights.
+    dense_loss: loss of the fine-tuned model that the other paradigms start from.
+    loss: loss of pruning (of the training, if there is no pruning).
+    final_loss: loss of the fine-tuning after rewinding.
+    start_at: share of the fine-tuning after which pruning begins, 1 for the finished model.
+    gradual: None for a fixed sparsity; for soft movement, None means its own default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -56,12 +58,12 @@ class Cell(BaseModel):
 
     @property
     def setting(self) -> dict:
-        """All of it but the seed: cells with the same setting are repetitions."""
+        """All fields except the seed: cells with the same setting are repetitions."""
         return self.model_dump(exclude={"seed"})
 
     @property
     def label(self) -> str:
-        """The setting for people."""
+        """The setting as a text for people."""
         if self.paradigm == "dense":
             return self.loss + (" + OOD examples" if self.mix_ood else "")
         parts = [self.method, self.loss]
@@ -83,7 +85,7 @@ class Cell(BaseModel):
 
 
 class Comparison(BaseModel):
-    """Two settings compared by a figure of theirs, paired by seed. a, b: fields that choose them."""
+    """Two settings, compared by one of their figures and paired by seed. a, b: the fields that select each setting."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -95,9 +97,12 @@ class Comparison(BaseModel):
 
 @dataclass(frozen=True)
 class Grid:
-    """train, prune: task -> fields of TrainConfig and SubnetConfig, and under the name of a loss or method those that
-    differ there. cells: in the order they are run. least: rows, steps and seeds below which a setting's figures are
-    marked as smoke.
+    """The content of a grid file.
+
+    train, prune: task -> fields of TrainConfig and SubnetConfig; under the name of a loss or method, the fields that
+        differ for it.
+    cells: in the order in which they are run.
+    least: rows, steps and seeds; a setting with fewer of any has its figures marked as smoke.
     """
 
     name: str
@@ -110,12 +115,12 @@ class Grid:
     least: dict[str, int]
 
     def train_config(self, cell: Cell, loss: str, **changes) -> TrainConfig:
-        """How a dense model of this cell is fine-tuned."""
+        """The settings for fine-tuning a dense model of this cell."""
         fields = {**_chosen(self.train[cell.task], LOSSES, loss), "loss": loss, "seed": cell.seed, **changes}
         return _config(TrainConfig, fields, f"train of {cell.task}")
 
     def prune_configs(self, cell: Cell) -> tuple[PruneConfig, SubnetConfig]:
-        """How it is pruned."""
+        """The settings for pruning it."""
         first = _config(
             PruneConfig,
             {"method": cell.method, "sparsity": cell.sparsity, "pattern": cell.pattern, "seed": cell.seed},
@@ -123,19 +128,19 @@ class Grid:
         )
         method = TRAINED[cell.method]
         settings = _chosen(_chosen(self.prune[cell.task], LOSSES, cell.loss), TRAINED, cell.method)
-        others = SubnetConfig.model_fields.keys() - method.config.model_fields.keys()  # a task's are of all its methods
+        others = SubnetConfig.model_fields.keys() - method.config.model_fields.keys()  # task settings cover all methods
         fields = {name: value for name, value in settings.items() if name not in others}
         fields |= {"loss": cell.loss, "mix_ood": cell.mix_ood}
         if not method.selects:
             fields["select"] = "last"
         fields |= {name: value for name in ("gradual", "init") if (value := getattr(cell, name)) is not None}
         if "gradual" in method.by_pattern(parse(cell.pattern)):
-            fields.setdefault("gradual", cell.sparsity)  # where a cell names none it is fixed, for any pattern
+            fields.setdefault("gradual", cell.sparsity)  # if the cell sets none, the sparsity is fixed, for any pattern
         return first, _config(SubnetConfig, fields, f"prune of {cell.task}")
 
 
 def read_grid(name: str) -> Grid:
-    """The grid in a YAML file, or the packaged one of that name, every cell checked. InputError for anything else."""
+    """The grid in a YAML file, or the packaged grid of that name, all cells checked. InputError for anything else."""
     path, content = read_yaml("grid", name)
     if not isinstance(content, dict) or not {"model", "tasks", "cells"} <= content.keys():
         raise InputError(f"grid {path} must have model, tasks and cells", fix="see the packaged grid srnets-small")
@@ -145,7 +150,7 @@ def read_grid(name: str) -> Grid:
     cells = [cell for entry in content["cells"] for cell in _expand(entry, path)]
     unknown = sorted({cell.task for cell in cells} - tasks.keys())
     if unknown:
-        raise InputError(f"grid {path} has cells of {unknown[0]} and no settings for it", fix="add it to tasks")
+        raise InputError(f"grid {path} has cells of {unknown[0]}, but no settings for it", fix="add it to tasks")
     repeated = [cell for cell, count in Counter(cells).items() if count > 1]
     if repeated:
         raise InputError(f"grid {path} has a cell twice: {repeated[0].label}", fix="write it once")
@@ -191,7 +196,7 @@ def _check(grid: Grid, cell: Cell) -> None:
 
 
 def _expand(entry: dict, path: Path) -> list[Cell]:
-    """Every combination of the fields that are lists."""
+    """The cells of one entry: every combination of the fields that are lists."""
     if not isinstance(entry, dict):
         raise InputError(f"grid {path}: a cell must map fields to values, got {entry!r}", fix="correct the grid")
     values = [value if isinstance(value, list) else [value] for value in entry.values()]
@@ -199,7 +204,7 @@ def _expand(entry: dict, path: Path) -> list[Cell]:
 
 
 def _chosen(settings: dict, names: Iterable[str], chosen: str) -> dict:
-    """The settings without those under one of the names, but for the chosen one's, which go over the others."""
+    """The settings without those nested under `names`; the ones under `chosen` are merged in and override others."""
     return {**{name: value for name, value in settings.items() if name not in names}, **settings.get(chosen, {})}
 
 

@@ -1,4 +1,6 @@
-"""What a grid's cells say: settings over seeds, paired comparisons, curves; as tables, one HTML page, parquet."""
+"""Reports the results of a grid: settings over seeds, paired comparisons and curves, as tables, one HTML page and
+parquet.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ LEFT_OUT = "Left out for time"
 
 @dataclass(frozen=True)
 class Line:
-    """One setting: figures by name, the values of its seeds. rows, steps: of the training that made the cell. smoke:
-    fewer rows, steps or seeds than the grid's `least`, too few to conclude from.
+    """One setting. figures: name -> the values of its seeds. rows, steps: of the training that made the cell. smoke:
+    True if rows, steps or seeds are below the grid's `least`, too few to conclude from.
     """
 
     task: str
@@ -37,7 +39,7 @@ class Line:
 
 
 def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | None = None) -> dict:
-    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns what they say, as JSON."""
+    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns their content as JSON."""
     notes = (
         "Means over seeds with half of their 95 % t interval, in percent. Rows are training examples, fewer than the "
         "paper's: no figure here compares with one of its tables. The encoder is all-MiniLM-L6-v2, whose training "
@@ -67,7 +69,7 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
 
 
 def lines_of(grid: Grid, outcome: Outcome) -> list[Line]:
-    """One a setting, in the grid's order."""
+    """One line per setting, in the grid's order."""
     found: dict[str, list[tuple[Cell, dict]]] = {}
     for cell, result in outcome.done:
         found.setdefault(json.dumps(cell.setting, sort_keys=True), []).append((cell, result))
@@ -96,7 +98,7 @@ def flat(evaluation: dict) -> dict[str, float]:
 
 
 def headline(task: str, line: Line) -> list[str]:
-    """The figures a table shows of a task."""
+    """The figures that a table shows for a task."""
     wanted = {
         "mnli": ["accuracy", "hans.accuracy", "hans.entailment", "hans.non_entailment"],
         "qqp": ["accuracy", "f1", "paws_qqp.f1_weighted", "paws_wiki.f1_weighted", "paws_qqp.predicted_positive"],
@@ -105,7 +107,7 @@ def headline(task: str, line: Line) -> list[str]:
 
 
 def compared(lines: list[Line], comparison: Comparison) -> dict | None:
-    """The paired difference of a comparison over the seeds both settings have; None for fewer than two of them."""
+    """The paired difference of a comparison over the seeds that both settings have; None for fewer than two."""
     a, b = (_only(lines, fields) for fields in (comparison.a, comparison.b))
     if a is None or b is None:
         return None
@@ -120,13 +122,13 @@ def compared(lines: list[Line], comparison: Comparison) -> dict | None:
 
 
 def _only(lines: list[Line], fields: dict) -> Line | None:
-    """The line of the setting that has these fields and else the defaults."""
+    """The line of the setting that has these fields and the defaults of all others; None if there is none."""
     wanted = Cell(**fields).setting
     return next((line for line in lines if line.cell.setting == wanted), None)
 
 
 def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
-    """The tables of the page as markdown."""
+    """The tables of the HTML page as markdown."""
     lines = lines_of(grid, outcome)
     parts = [f"# {grid.name}", _head(grid, outcome), notes]
     for task in dict.fromkeys(line.task for line in lines):
@@ -143,7 +145,7 @@ def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
 
 
 def _head(grid: Grid, outcome: Outcome) -> str:
-    """Where and how the cells came about."""
+    """The machines, the command and the environments with which the cells were computed."""
     results = [result for _, result in outcome.done]
     machines = dict.fromkeys(result["machine"] for result in results)
     variables = [setting(r["environment"]) if "environment" in r else "not recorded" for r in results]
@@ -155,7 +157,7 @@ def _head(grid: Grid, outcome: Outcome) -> str:
 
 
 def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:
-    """Writes the HTML page, whole or not at all: curves of in-distribution and out-of-distribution figures against
+    """Writes the HTML page, whole or not at all: curves of in-distribution and out-of-distribution figures over
     sparsity, then the tables.
     """
     try:
@@ -182,7 +184,7 @@ def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:
 
 
 def write_parquet(path: Path, outcome: Outcome) -> None:
-    """One row a cell: its fields, its figures, its training, the code that computed it."""
+    """Writes one row per cell: its fields, its figures, its training, the code that computed it."""
     import pyarrow
     import pyarrow.parquet
 
@@ -222,7 +224,7 @@ def _comparisons(found: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 
 def _left_out(outcome: Outcome) -> list[str]:
-    """One line a setting, with its seeds."""
+    """One line per setting that has cells left out, with their seeds."""
     missing: dict[str, list[int]] = {}
     for cell in outcome.left_out:
         missing.setdefault(f"{cell.task}: {cell.label} {cell.sparsity:.0%}", []).append(cell.seed)
@@ -251,7 +253,7 @@ def _html_table(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _curves(go, lines: list[Line], name: str):
-    """One curve a setting without its sparsity; dense models as level lines."""
+    """One curve over sparsity per setting; dense models as horizontal lines."""
     figure = go.Figure()
     curves: dict[str, list[Line]] = {}
     for line in lines:

@@ -1,4 +1,4 @@
-"""Runs a grid of cells from a ledger: killed and started again, it goes on with the cell it was at."""
+"""Runs a grid of cells with a ledger. If it is killed and started again, it continues with the cell that it was at."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sparsebert.study.grid import Cell, Grid
 from sparsebert.training import train
 
 KIND = "srnets cell"
-CODE = code_of("sparsebert.pruning.subnets")[:12]  # of the version that computes cells; it trains and prunes
+CODE = code_of("sparsebert.pruning.subnets")[:12]  # hash of the code that trains and prunes the cells
 
 
 @dataclass
 class Outcome:
-    """done: finished cells with their figures, in the grid's order, those of earlier runs and other shards among them.
-    left_out: cells for which there was no time.
+    """done: finished cells with their figures, in the grid's order, including those of earlier runs and other shards.
+    left_out: unfinished cells, for which there was no time or which belong to other shards.
     """
 
     done: list[tuple[Cell, dict]] = field(default_factory=list)
@@ -44,13 +44,17 @@ def run_grid(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Runs what is not finished of the grid in the folder `output`; the ledger is `output`/units.sqlite.
+    """Runs the unfinished cells of the grid in the folder `output`; the ledger is `output`/units.sqlite.
 
-    A cell's key is its settings, the data and the start's weights; the code that computed it is noted with it (`code`)
-    and does not make it void, as a grid takes longer than a version of the code lives. hours: no cell is begun that
-    would probably end later, by what cells of its kind took. shard: (i, n), every n-th group of the cells that share a
-    task and a seed, and so their fine-tuned models. others: cells.jsonl of other runs, whose cells are taken over;
-    `output`/cells.jsonl is written after each cell. overwrite: begin a damaged ledger anew, from its cells.jsonl.
+    A cell's key is made of its settings, the data and the weights that it starts from. The code that computed it is
+    recorded with it (`code`) but is not part of the key, because a grid takes longer to run than a version of the code
+    lasts.
+
+    hours: a cell that would probably end later is not begun, estimated from how long similar cells took.
+    shard: (i, n), every n-th group, from the i-th on, of the cells that share a task and a seed, and so their
+        fine-tuned models.
+    others: cells.jsonl of other runs, whose cells are taken over; `output`/cells.jsonl is written after each cell.
+    overwrite: replace a damaged ledger by a new one, filled from its cells.jsonl.
     """
     start = time.monotonic()
     output = place(output)
@@ -103,7 +107,7 @@ def run_grid(
 
 
 def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwrite: bool = False) -> dict:
-    """Trains, prunes and evaluates one cell; fine-tuned models stay in `models` for the cells that start from them."""
+    """Trains, prunes and evaluates one cell. Fine-tuned models stay in `models` for other cells to start from."""
 
     def part(what: str) -> Callable:
         return lambda done, total, inner="": progress(done, total, f"{what} {inner}".strip())
@@ -153,7 +157,7 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwr
 
 
 def _inputs(grid: Grid) -> list[tuple[Cell, dict]]:
-    """Every cell and all that decides its result."""
+    """Every cell with everything that decides its result."""
     source = checkpoint.source_sha256(checkpoint.resolve(grid.model))
     shas = {}
     for task, mix_ood in {(cell.task, cell.mix_ood) for cell in grid.cells}:
@@ -176,5 +180,5 @@ def _inputs(grid: Grid) -> list[tuple[Cell, dict]]:
 
 
 def _kind(cell: Cell) -> tuple:
-    """What a cell's time depends on, roughly."""
+    """The fields on which the time of a cell mainly depends."""
     return cell.task, cell.paradigm, cell.method, cell.loss if cell.paradigm == "dense" else ""

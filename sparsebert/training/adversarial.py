@@ -1,4 +1,4 @@
-"""Training on the worst of small changes to what a text's tokens are to the model."""
+"""Adversarial training: on small perturbations of the word embeddings or hidden states that raise the loss most."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def freeze(model: nn.Module, config: TrainConfig) -> None:
-    """FreeLB leaves the embeddings as they are: moving them would undo the perturbation."""
+    """Freezes the embeddings for FreeLB: training them would undo the perturbation."""
     if config.adversarial == "freelb":
         model.base_model.embeddings.requires_grad_(False)
 
@@ -26,10 +26,11 @@ def backward(
     """Adds the gradients of one batch's loss to the parameters, and returns the loss. bf16: forward passes under
     autocast.
 
-    "none": the loss. "freelb": the mean over `ascent_steps` K of the loss at perturbations δ_1 = 0, δ_{k+1} = δ_k
-    + `ascent_size` g_k / ‖g_k‖ of the word embeddings, g_k the gradient there, the norm a token's [Zhu et al. 2020, as
-    run by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ of the last layer's inputs, found by K
-    such steps through that layer alone, then the loss of the whole model at δ [after SMAAT, Kara et al. 2024].
+    "none": the plain loss. "freelb": the mean of the losses at K = `ascent_steps` perturbations of the word embeddings,
+    δ_1 = 0 and δ_{k+1} = δ_k + `ascent_size` g_k / ‖g_k‖. g_k is the gradient at δ_k, and the norm is per token [Zhu et
+    al. 2020, as run by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ perturbs the last layer's
+    inputs. It is found by K such steps through that layer and the head alone; the loss is that of the whole model at δ
+    [after SMAAT, Kara et al. 2024].
     """
     if config.adversarial == "none":
         loss = loss_of(model, batch, targets, criterion, bf16)
@@ -66,7 +67,7 @@ def _worst(
     criterion: Criterion,
     bf16: bool,
 ) -> torch.Tensor:
-    """δ after `ascent_steps` steps through the last layer and the head, from its inputs `hidden`."""
+    """δ after `ascent_steps` steps through the last layer and the head. hidden: the last layer's inputs."""
     layers = encoder_layers(model)
     reached = [None]
     with frozen(model), layers_skipped(layers[:-1], reached):
@@ -89,14 +90,14 @@ def perturbed_loss(model: nn.Module, batch: Batch, targets: Targets, config: Tra
 
 
 def loss_of(model: nn.Module, inputs: Batch, targets: Targets, criterion: Criterion, bf16: bool) -> torch.Tensor:
-    """A batch's loss, whose gradients have not been taken yet."""
+    """The loss of a batch, before the backward pass."""
     with autocast(bf16, targets.labels.device):
         logits = model(**inputs).logits
     return criterion(logits.float(), targets)
 
 
 def _ascent(start: torch.Tensor, batch: Batch, config: TrainConfig):
-    """Yields (start + δ, a leaf; ascend) `ascent_steps` times; ascend(gradient) moves δ and returns it."""
+    """Yields (start + δ as a leaf tensor, ascend) `ascent_steps` times; ascend(gradient) moves δ and returns it."""
     real = batch["attention_mask"][..., None]
     delta = torch.zeros_like(start)
 
@@ -111,7 +112,7 @@ def _ascent(start: torch.Tensor, batch: Batch, config: TrainConfig):
 
 
 class _Reached(Exception):
-    """Raised inside a forward pass that has come far enough."""
+    """Raised to stop a forward pass that has reached the layer."""
 
 
 def _reaching(model: nn.Module, layer: nn.Module, batch: Batch) -> torch.Tensor:
@@ -134,7 +135,7 @@ def _reaching(model: nn.Module, layer: nn.Module, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _moved(layer: nn.Module, delta: torch.Tensor):
-    """While it lasts, the layer's input is moved by delta."""
+    """Inside this context delta is added to the layer's input."""
     handle = layer.register_forward_pre_hook(lambda _module, args: (args[0] + delta, *args[1:]))
     try:
         yield

@@ -1,7 +1,7 @@
-"""Bias models: what can be said of a label from superficial features alone. Their predictions for a training example
-come from a model that was not fitted to it.
+"""Bias models: they predict a label from superficial features alone. The prediction for a training example comes from a
+model that was not fitted to it.
 
-Every function returns log p_b, float32 [examples, labels].
+Predictions are the logarithms of probabilities, log p_b: float32 [examples, labels].
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsebert.jobs import digest, file_sha256
 
 FOLDS = 5
 WEAK_EXAMPLES = 2000
-LEAST = 1e-6  # probability; a bias model that is sure of a wrong label would make the loss infinite
+LEAST = 1e-6  # lowest probability; a bias model that is sure of a wrong label would make the loss infinite
 
 
 def predictions(kind: str, spec: Task, examples: Examples, model, tokenizer, weak: Callable, seed: int) -> np.ndarray:
@@ -30,13 +30,13 @@ def predictions(kind: str, spec: Task, examples: Examples, model, tokenizer, wea
     classifier's directory, or "auto" for the task's own.
 
     model: the classifier to be trained, whose input embeddings are the word vectors. weak: (examples, number) -> a
-    model fine-tuned on them for one epoch. Raises InputError where the task has no bias model of that kind, the labels
-    do not match, or the model was fitted to examples it would have to judge.
+    model fine-tuned on them for one epoch. Raises InputError if the task has no bias model of that kind, if the labels
+    do not match, or if the model was fitted to examples it would have to judge.
     """
     if kind == "auto":
         if spec.bias is None:
             raise InputError(
-                f"the loss needs a bias model, and task {spec.name!r} has none of its own", fix="name one: --bias weak"
+                f"the loss needs a bias model, and task {spec.name!r} has no default one", fix="name one: --bias weak"
             )
         kind = spec.bias
     if kind == "weak":
@@ -52,24 +52,24 @@ def predictions(kind: str, spec: Task, examples: Examples, model, tokenizer, wea
 
 
 def content(kind: str, spec: Task) -> str:
-    """What decides the predictions of a bias model beside the examples and the encoder: its name, or the content hash
-    of what the path `kind` holds.
+    """The key of a bias model, which decides its predictions together with the examples and the encoder: its name, or
+    the content hash of the file or directory `kind`.
     """
     if kind in ("auto", "weak", *FEATURES):
         return kind
     if kind.endswith(".npy"):
         if not Path(kind).is_file():
-            raise InputError(f"bias file {kind} is not there", fix="correct --bias")
-        return digest([file_sha256(Path(kind)), data.load(spec, spec.train).sha256])  # whose rows it is in the order of
+            raise InputError(f"bias file {kind} does not exist", fix="correct --bias")
+        return digest([file_sha256(Path(kind)), data.load(spec, spec.train).sha256])  # its rows follow this split
     return checkpoint.source_sha256(checkpoint.resolve(kind))
 
 
 def out_of_fold(features: np.ndarray, examples: Examples, spec: Task, seed: int) -> np.ndarray:
-    """Balanced logistic regression of one label against the others, each example judged by a model of the other four
-    fifths, in which none is the same; the others share their probability equally.
+    """Balanced logistic regression of one label against the others. Each example is judged by a model of the other four
+    fifths, which hold no example that is the same. The other labels share their probability equally.
 
-    The label is entailment where there is one, else the last. features: float64 [examples, n]. Settings of [Clark et
-    al. 2019]: liblinear, C = 100, balanced classes.
+    The one label is entailment if the task has it, else the last. features: float64 [examples, n]. Settings of [Clark
+    et al. 2019]: liblinear, C = 100, balanced classes.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
@@ -98,8 +98,8 @@ def out_of_fold(features: np.ndarray, examples: Examples, spec: Task, seed: int)
 
 
 class WordVectors:
-    """The vector of a word: the mean of its word pieces' rows of an embedding table, less the table's mean row, of
-    length 1. `table`: float [vocabulary, n].
+    """Word vectors. The vector of a word is the mean of its word pieces' rows in an embedding table, minus the table's
+    mean row, scaled to length 1. table: float [vocabulary, n].
     """
 
     def __init__(self, tokenizer, table: np.ndarray):
@@ -117,16 +117,17 @@ class WordVectors:
 
 
 def words_of(text: str) -> list[str]:
-    """Its words without punctuation, as they are written."""
+    """The words of a text, without punctuation; the case does not change."""
     return re.findall(r"\w+(?:['’]\w+)?", text)
 
 
 def overlap(examples: Examples, words: WordVectors) -> np.ndarray:
-    """How much of text b (hypothesis, second question) is in text a: float64 [examples, 7].
+    """Features of how much of text b (hypothesis, second question) is in text a: float64 [examples, 7].
 
-    1 all words of b are in a; 2 b is a contiguous part of a; 3 the share of b's words in a; 4, 5, 7 over b's words,
-    mean, least and second least of the largest cosine with a word of a; 6 log max(words of a - words of b, 1). Words
-    are compared in lower case. [Liu et al. 2022, App. B; 6 and 7 from the code of Clark et al. 2019]
+    1: whether all words of b are in a. 2: whether b is a contiguous part of a. 3: the share of b's words that are in a.
+    4, 5, 7: the mean, least and second least, over b's words, of the largest cosine with a word of a. 6: log max(number
+    of words in a - number of words in b, 1). Features 1 to 3 compare words in lower case. [Liu et al. 2022, App. B; 6
+    and 7 from the code of Clark et al. 2019]
     """
     features = np.zeros((len(examples), 7))
     for row, (text_a, text_b) in enumerate(zip(examples.texts, examples.texts_b, strict=True)):
@@ -144,7 +145,9 @@ def overlap(examples: Examples, words: WordVectors) -> np.ndarray:
 
 
 def claim(examples: Examples, words: WordVectors) -> np.ndarray:
-    """Text b (the claim) alone: the largest entry of its words' vectors, by dimension. [Liu et al. 2022, App. B]"""
+    """Features of text b (the claim) alone: in each dimension the largest entry of its words' vectors, [examples, n].
+    [Liu et al. 2022, App. B]
+    """
     n = words(["a"]).shape[1]
     return np.stack([words(found).max(0) if (found := words_of(text)) else np.zeros(n) for text in examples.texts_b])
 
@@ -153,11 +156,11 @@ FEATURES = {"overlap": overlap, "claim": claim}
 
 
 def weak_learner(spec: Task, examples: Examples, tokenizer, weak: Callable, seed: int) -> np.ndarray:
-    """Two models fine-tuned for one epoch on 2,000 examples, each from one half and asked about the other: no features
-    are chosen by hand. [Utama et al. 2020b]
+    """Predictions of two models, each fine-tuned for one epoch on at most 2,000 examples of one half, for the other
+    half. No features are chosen by hand. [Utama et al. 2020b]
     """
     rng = np.random.default_rng((seed, 2))
-    groups = data.same_groups(examples)  # those that are the same are in one half
+    groups = data.same_groups(examples)  # examples that are the same go into one half
     second = (rng.permutation(groups.max() + 1) % 2 == 1)[groups]
     halves = tuple(rng.permutation(np.flatnonzero(part)) for part in (~second, second))
     if min(map(len, halves)) < 2:
@@ -179,7 +182,7 @@ def read_log_probs(path: Path, spec: Task, examples: Examples) -> np.ndarray:
     wanted = (len(whole), len(spec.labels))
     if stored.shape != wanted or stored.dtype.kind != "f" or not np.isfinite(np.exp(stored)).all():
         raise InputError(
-            f"bias file {path} must hold log probabilities [{wanted[0]}, {wanted[1]}], one row a training example of "
+            f"bias file {path} must hold log probabilities [{wanted[0]}, {wanted[1]}], one row per training example of "
             f"{spec.name}, got {stored.dtype} {list(stored.shape)}",
             fix="make it for this training split",
         )
@@ -191,12 +194,12 @@ def read_log_probs(path: Path, spec: Task, examples: Examples) -> np.ndarray:
 
 
 def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
-    """log p_b by a fine-tuned classifier that saw none of the examples, and nor did what it descends from."""
+    """log p_b by a fine-tuned classifier. InputError if it, or one of its ancestors, was trained on the examples."""
     source = checkpoint.resolve(directory)
     recipe = checkpoint.read_recipe(source)
     if recipe.get("command") != "train":
         raise InputError(
-            f"bias model {directory} must come from `sparsebert train`, which notes what it was trained on; its recipe "
+            f"bias model {directory} must come from `sparsebert train`, which records its training data; its recipe "
             f"says {recipe.get('command')!r}",
             fix="train it, or use --bias weak",
         )
@@ -218,7 +221,7 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
 
 
 def training_examples(directory: Path, recipe: dict) -> Examples:
-    """Those that the model of this recipe learnt from. InputError where they are not to be had any more."""
+    """The examples that the model of this recipe was trained on. InputError if they cannot be read any more."""
     try:
         spec = task_for(recipe["task"], directory)
         rest, _ = data.hold_out(data.training(spec), recipe["hold_out"])
@@ -227,10 +230,10 @@ def training_examples(directory: Path, recipe: dict) -> Examples:
             examples = data.mix_ood(spec, examples)
     except SparsebertError as error:
         raise InputError(
-            f"what {directory} was trained on is not to be had any more: {error.problem}", fix="use --bias weak"
+            f"the training examples of {directory} cannot be read any more: {error.problem}", fix="use --bias weak"
         ) from error
     if recipe.get("data_sha256", examples.sha256) != examples.sha256:
-        raise InputError(f"what {directory} was trained on, {recipe['task']}, has changed since", fix="use --bias weak")
+        raise InputError(f"the training examples of {directory}, {recipe['task']}, have changed", fix="use --bias weak")
     return examples
 
 
@@ -243,7 +246,7 @@ def _log(probabilities: np.ndarray) -> np.ndarray:
 
 
 def summary(log_probs: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """How good the bias model is on what it was asked: its accuracy, and its mean probability of the label."""
+    """Figures of a bias model on the examples it predicted: its accuracy, and its mean probability of the label."""
     return {
         "accuracy": float((log_probs.argmax(1) == labels).float().mean()),
         "mean_probability_of_label": float(log_probs.gather(1, labels[:, None]).exp().mean()),

@@ -1,6 +1,6 @@
 """Mask training, soft movement and magnitude pruning inside stock `transformers.Trainer`.
 
->>> # First: a Trainer's optimizer takes what asks for gradients.
+>>> # Before the Trainer, whose optimizer takes the parameters with requires_grad.
 >>> masks = MaskTraining(model, parse("32x1"), 0.7, init="soft", gradual=0.0)
 >>> Trainer(model, arguments, train_dataset=rows, callbacks=[SubnetCallback(masks)]).train()
 >>> masks.fold()  # zeros into the weights; save the model as any other
@@ -16,7 +16,7 @@ from sparsebert.training.loop import Hook
 class SubnetCallback(TrainerCallback):
     """Calls a hook (MaskTraining, SoftMovement, MagnitudePruning, FixedZeros) at the Trainer's steps.
 
-    The schedule of the learning rate is the Trainer's own, so MagnitudePruning with `rewind_to` gets one over the whole
+    The Trainer keeps its learning-rate schedule, so MagnitudePruning with `rewind_to` gets one schedule over the whole
     run.
     """
 

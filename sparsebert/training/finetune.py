@@ -20,12 +20,13 @@ from sparsebert.training.setup import TrainingSetup, fresh_classifier, read_by, 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """steps: optimizer steps in all; resumed_from: how many of them an earlier run had done (all, where the directory
-    was already finished); loss: mean over the last 50 steps; seconds: of the run that finished it. chosen: the step
-    whose weights were kept, and held_out its accuracy, where there was a choice. bias: the accuracy of the bias model
-    on the training examples, and its mean probability of their labels, where the loss has one. max_length: tokens kept
-    of a text; cut: the share of the training texts that have more. rows: read of own files (data.rows_read).
-    left_out: training examples that are also in a reported split (data.training).
+    """Figures of a training run. steps: optimizer steps in total; resumed_from: how many of them an earlier call had
+    done (all, if the directory was already finished). loss: mean over the last 50 steps. seconds: of the call that
+    finished it. chosen: the step whose weights were kept, and held_out their score, if the best weights were kept.
+    bias: the accuracy of the bias model on the training examples, and its mean probability of their labels, if the loss
+    needs one. max_length: max tokens per text; cut: the share of the training texts that have more. rows: rows read
+    from the user's own files (data.rows_read). left_out: number of training examples that are also in a reported split
+    (data.training).
     """
 
     directory: Path
@@ -56,14 +57,14 @@ def train(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> TrainResult:
-    """Fine-tunes `model` (a directory or `minilm`) on the training split of `task`, adversarially where the config says
+    """Fine-tunes `model` (a directory or `minilm`) on the training split of `task`, adversarially if the config says
     so, and saves it in `output`. The zeros of a pruned model stay zeros.
 
-    The same call again returns at once where `output` is finished, else goes on from the last snapshot in
-    `<output>.partial`; what other settings, data or code have left at either place is refused, unless `overwrite`.
-    Raises InputError for a task without a training split, what the loss needs and does not have, and a run that
-    diverges (its last snapshot stays); OutputError for what is refused and from writing; DataError and CheckpointError
-    from reading.
+    A repeated call returns at once if `output` is finished. Otherwise it continues from the last snapshot in
+    `<output>.partial`. Files in either place that come from other settings, data or code are refused, unless
+    `overwrite`. Raises InputError for a task without a training split, for a loss without the models it needs, and for
+    a run that diverges (its last snapshot is kept); OutputError for refused files and when writing fails; DataError and
+    CheckpointError when reading fails.
     """
     start = time.perf_counter()
     config = config or TrainConfig()
@@ -78,10 +79,10 @@ def train(
     setup = TrainingSetup.of(spec, config, source)
     job = Job("train", setup.inputs, __name__, target, overwrite=overwrite, space=setup.space)
     if (figures := checkpoint.finished(job)) is not None:
-        read = {"rows": data.rows_read(spec), "left_out": setup.examples.left_out}  # this time
+        read = {"rows": data.rows_read(spec), "left_out": setup.examples.left_out}  # as read by this call
         return TrainResult(directory=target, resumed_from=figures["steps"], **figures | read)
     for directory in aside.values():
-        checkpoint.finished(job, directory)  # refuses what must not be replaced
+        checkpoint.finished(job, directory)  # raises if it must not be replaced
 
     with job, torch.random.fork_rng(devices=[]):
         classifier, tokenizer = fresh_classifier(source, setup.spec, config.seed)
@@ -89,7 +90,7 @@ def train(
             "command": "train", **checkpoint.made_from(model, setup.inputs["model"]), "task": task_name(spec),
             "data_sha256": setup.inputs["data"], **config.model_dump(),
         }  # fmt: skip
-        # A pruned model says so in its config, and still is one afterwards.
+        # The config of a pruned model says that it is pruned, and it still is after training.
         summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": setup.spec.max_length}
         pruned = "sparsity" in summary
 
@@ -113,11 +114,11 @@ def train(
 
 
 def shares(text: str) -> list[float]:
-    """Those that `--keep` names, each above 0 and below 1."""
+    """The shares that `--keep` names, each above 0 and below 1."""
     try:
         found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         found = [0.0]
     if not all(0 < share < 1 for share in found):
-        raise InputError(f"keep must be shares above 0 and below 1 with commas, got {text!r}", fix="write 0.25,0.5")
+        raise InputError(f"keep must be comma-separated shares above 0 and below 1, got {text!r}", fix="write 0.25,0.5")
     return found

@@ -1,5 +1,5 @@
-"""What a training step on a CPU spends its time on beside products, without what it need not do: attention that stores
-no scores, dropout that stores no mask, an embedding gradient that is zero but for the batch's tokens.
+"""Faster parts for training on a CPU, beside the matrix products: attention that stores no scores, dropout that stores
+no mask, and an embedding gradient that is written only in the rows of the batch's tokens.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from transformers.masking_utils import flash_attention_mask
 from sparsebert.ops.attention import attention
 from sparsebert.ops.dropout import dropout
 
-NAME = "sparsebert"  # of the attention, to transformers
+NAME = "sparsebert"  # name of the attention in transformers
 
 
 def fuse(model: nn.Module) -> None:
-    """Has a transformers encoder train by them from now on, with the same parameters under the same names. What is
-    random follows torch's generator, but is not what torch would draw. Gradients of embeddings are only had in `.grad`.
+    """Makes a transformers encoder use these parts from now on, with the same parameters under the same names. Dropout
+    is seeded by torch's generator, but does not drop the same values as torch would. The gradients of embeddings are
+    found in `.grad` only.
     """
     model.set_attn_implementation(NAME)
     for module in model.modules():
@@ -39,12 +40,13 @@ class Dropout(nn.Dropout):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding whose weight's gradient is one tensor for good, of which only the rows of the batch before are made
-    zero again: a new one, tens of MB of fresh memory for a vocabulary of 30,000, is a tenth of a step.
+    """nn.Embedding that keeps one tensor for its weight's gradient. Only the rows of the batch before are set to zero
+    again. A new tensor in each step would take a tenth of the step: it is tens of MB of fresh memory for a vocabulary
+    of 30,000.
     """
 
     own_gradient: torch.Tensor | None = None
-    written: Sequence[torch.Tensor] = ()  # the rows of it that may not be zero
+    written: Sequence[torch.Tensor] = ()  # the rows of own_gradient that may not be zero
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -63,7 +65,7 @@ class Embedding(nn.Embedding):
             weight.grad = self.own_gradient
         if weight.grad is self.own_gradient:
             self.written = [*self.written, rows]
-        # Of each row of the batch once, however often its token occurs.
+        # Each row is added once, however often its token occurs in the batch.
         added = torch.ops.aten.embedding_dense_backward(gradient, places, len(rows), -1, False)
         if self.padding_idx is not None:
             added[rows == self.padding_idx] = 0
@@ -95,4 +97,4 @@ def _seed() -> int:
 
 
 AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, flash_attention_mask)  # which leaves it one row a sequence, None if all is kept
+AttentionMaskInterface.register(NAME, flash_attention_mask)  # the mask: one row per sequence, None if all is kept

@@ -12,18 +12,18 @@ from sparsebert.ops.topk_mask import pattern_mask
 from sparsebert.patterns import NofM, Pattern, Unstructured, require_fits
 from sparsebert.training.loop import Hook, rise_and_fall
 
-LEVEL = 0.1  # share of the weights that goes at once
+LEVEL = 0.1  # max share of the weights that is pruned at once
 
 
 class MagnitudePruning(Hook):
-    """Removes the smallest |w| of each linear in equal portions of at most a tenth of its weights, the first before
-    training begins, the others evenly over the run, and holds what is gone at zero.
+    """Removes the smallest |w| of each linear in equal portions of at most a tenth of its weights: the first before
+    training begins, the others evenly over the run. Removed weights stay zero.
 
-    rewind_to: parameters by name, to which all weights return at every pruning; the run then ends with a pruning, so
-    that nothing is trained any more, and each stretch between prunings has a learning-rate schedule and an optimizer of
-    its own. Without, one schedule spans the run, which ends with training. (The authors' code restarts the whole run's
-    schedule at each pruning, so that no level is ever annealed.) head: the pooler as well, unstructured; the classifier
-    stays dense. N:M: all at once, as it has one sparsity.
+    rewind_to: parameters by name; at every pruning all weights return to them. The run then ends with a pruning, with
+    no training after it, and each stretch between prunings has a new learning-rate schedule and a new optimizer state.
+    Without rewind_to, one schedule spans the run, which ends with training. (The authors' code restarts the whole run's
+    schedule at each pruning, so that no level is ever annealed.) head: also prune the pooler, unstructured; the
+    classifier stays dense. N:M: all zeros are made at once, because the pattern has one sparsity.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MagnitudePruning(Hook):
         self.keep = {name: state[name].to(keep.device) for name, keep in self.keep.items()}
 
     def _starts(self, total: int) -> list[int]:
-        """The step before which each level is pruned to."""
+        """For each level, the step before which the weights are pruned to it."""
         if self.rewind_to is not None:
             return [total] if self.levels == 1 else [round(i * total / (self.levels - 1)) for i in range(self.levels)]
         return [round(level * total / self.levels) for level in range(self.levels)]
@@ -85,7 +85,7 @@ class MagnitudePruning(Hook):
     @torch.no_grad()
     def _prune(self, sparsity: float) -> None:
         for name, (module, kind) in self.linears.items():
-            # What is gone is 0 and goes first again, so the portions nest.
+            # Weights already pruned are 0, so they are pruned first the next time, and the portions nest.
             self.keep[name] = pattern_mask(module.weight.abs().cpu(), kind, sparsity).to(module.weight.device)
         if self.rewind_to is not None:
             for name, parameter in self.model.named_parameters():
@@ -95,7 +95,7 @@ class MagnitudePruning(Hook):
 
 
 class FixedZeros(Hook):
-    """Holds the zeros of the encoder's linears, as they are when it is made."""
+    """Keeps the zeros that the encoder's linears have when the hook is made."""
 
     def __init__(self, model: nn.Module):
         self.keep = {module: module.weight != 0 for module in encoder_linears(model).values()}

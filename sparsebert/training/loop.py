@@ -1,7 +1,7 @@
-"""The one training loop: resumable, seeded, whatever it trains.
+"""The training loop that all methods share: seeded and resumable.
 
-Everything random in step k follows from (seed, k), so that a run that was killed and resumed ends in the same weights
-as one that was not.
+Everything random in step k follows from (seed, k). A run that was killed and resumed therefore ends with the same
+weights as one that was not.
 """
 
 from __future__ import annotations
@@ -23,58 +23,58 @@ from sparsebert.training import adversarial, fused
 from sparsebert.training.losses import LOSSES, Targets
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-SLOTS = ("step", "exp_avg", "exp_avg_sq")  # what an optimizer keeps of a parameter
-STEPS_PER_SNAPSHOT = 100  # a kill loses fewer steps than this; writing one costs about a step's time
-CHECKS = 20  # of the held-out examples in a run that keeps the best weights
+SLOTS = ("step", "exp_avg", "exp_avg_sq")  # the optimizer state of a parameter
+STEPS_PER_SNAPSHOT = 100  # a killed run loses fewer steps than this; writing a snapshot takes about as long as a step
+CHECKS = 20  # number of checks on the held-out examples in a run that keeps the best weights
 
 
 class Hook:
-    """What else happens around the steps of a run; this one does nothing. One that does is also usable with stock
-    `transformers.Trainer`, by `training.callbacks`.
+    """Callbacks around the steps of a run. This base class does nothing. Its subclasses also work with stock
+    `transformers.Trainer`, through `training.callbacks`.
     """
 
     weight_decay = True
     choose_from = 0.0  # share of the run after which its weights may be chosen as the best
 
     def before(self, step: int, total: int) -> bool:
-        """Before optimizer step `step` of `total`, and once after the last. True: the optimizer shall begin anew."""
+        """Called before optimizer step `step` of `total`, and once after the last. True: resets the optimizer state."""
         return False
 
     def regularise(self) -> None:
-        """When the gradients of the loss are there: may add those of a penalty."""
+        """Called after the backward pass of the loss: may add the gradients of a penalty."""
 
     def settle(self) -> None:
-        """Before the model is asked about held-out examples."""
+        """Called before the model is checked on the held-out examples."""
 
     def after(self) -> None:
-        """After the optimizer has moved the weights."""
+        """Called after the optimizer has changed the weights."""
 
     def share_of_lr(self, step: int, total: int) -> float | None:
         """Share of the peak learning rate at a step; None: warm-up and decay over the whole run."""
         return None
 
     def own_lr(self, name: str) -> float | None:
-        """The peak learning rate of a parameter that has its own, and then no weight decay; None: that of the run."""
+        """The peak learning rate of a parameter, which then has no weight decay; None: the rate of the run."""
         return None
 
     def fold(self) -> object:
-        """When all is done: leaves the model a stock one, with the zeros in its weights."""
+        """Called at the end: makes the model a stock one again, with the zeros in its weights."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What a snapshot must hold beside the trained parameters."""
+        """The tensors that a snapshot must hold beside the trained parameters."""
         return {}
 
     def restore(self, state: dict[str, torch.Tensor]) -> None:
-        """Takes over what `state` gave."""
+        """Takes over the tensors that `state` returned."""
 
 
 def step_count(examples: int, config: LearnConfig) -> int:
-    """Optimizer steps of a run on so many examples."""
+    """Number of optimizer steps of a run on this many examples."""
     return config.steps or max(1, round(config.epochs * -(-examples // config.batch_size)))
 
 
 def batch_rows(encoded: list[dict], config: LearnConfig) -> list[np.ndarray]:
-    """The rows of every step, in order."""
+    """The rows of the examples of every step, in the order of the steps."""
     total = step_count(len(encoded), config)
     steps: list[np.ndarray] = []
     epoch = 0
@@ -85,7 +85,7 @@ def batch_rows(encoded: list[dict], config: LearnConfig) -> list[np.ndarray]:
 
 
 def seed_of(seed: int, step: int) -> int:
-    """That of everything random in one step."""
+    """The seed of all random choices in one step."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:7])
 
 
@@ -98,15 +98,15 @@ def rise_and_fall(step: int, total: int, warmup: float) -> float:
 
 
 def precision_of(config: LearnConfig) -> str:
-    """What `auto` means here."""
+    """The precision of a run: "fp32" or "bf16", which `auto` chooses by this machine."""
     return config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
 
 
 class TrainingLoop:
-    """Model, optimizer and step count, with the snapshots they can be rebuilt from.
+    """Model, optimizer and step count, with the snapshots that they can be rebuilt from.
 
-    job: what snapshots are kept for; None for a run too short to need any. Trains the parameters that ask for a
-    gradient. score: how good the model is on held-out examples, higher better, where the best weights are to be kept.
+    Trains every parameter with requires_grad. job: keeps the snapshots; None for a run too short to need any. score:
+    returns the model's score on the held-out examples, higher is better; None if the best weights are not to be kept.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class TrainingLoop:
         self.device = next(model.parameters()).device
         self.step, self.losses, self.saved_at = 0, [], 0
         self.best: dict[str, torch.Tensor] = {}
-        self.scores: list[tuple[int, float]] = []  # of the steps at which the held-out examples were asked
+        self.scores: list[tuple[int, float]] = []  # (step, score) of each check on the held-out examples
         if isinstance(config, TrainConfig):
             adversarial.freeze(model, config)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -136,7 +136,7 @@ class TrainingLoop:
             decays = p.ndim >= 2 and own is None and self.hook.weight_decay
             rates = (config.lr if own is None else own, config.weight_decay if decays else 0.0)
             groups.setdefault(rates, []).append(p)
-        # fused: one pass over the parameters; unfused, the optimizer is a third of a MiniLM step on two cores.
+        # fused: one pass over the parameters; unfused, the optimizer takes a third of a MiniLM step on two cores.
         self.optimizer = OPTIMIZERS[getattr(config, "optimizer", "adamw")](
             [{"params": ps, "lr": lr, "peak": lr, "weight_decay": decay} for (lr, decay), ps in groups.items()],
             fused=True,
@@ -173,7 +173,7 @@ class TrainingLoop:
             self._save()
 
     def finish(self) -> None:
-        """Leaves the model with the weights that are to be kept."""
+        """Ends the run: the model gets the weights that are to be kept."""
         self.hook.before(self.total_steps, self.total_steps)
         if self.best:
             with torch.no_grad():

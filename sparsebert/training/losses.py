@@ -1,4 +1,4 @@
-"""What a classifier is trained towards: cross-entropy, and the losses that learn less from what a bias model knows."""
+"""Losses: the plain one, and debiased ones, which learn less from what a bias model already predicts."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sparsebert.heads import SINGLE_LABEL, Problem
 
 @dataclass(frozen=True)
 class Targets:
-    """labels: of every example, as `data.Examples` has them. bias: log p_b of the bias model, float32 [n, labels].
-    teacher: log p_t of the teacher, likewise. The last two are None where the loss needs none. problem: what the
-    outputs mean.
+    """The targets of examples. labels: as in `data.Examples`. bias: log p_b of the bias model, float32 [n, labels].
+    teacher: log p_t of the teacher, float32 [n, labels]. Either is None if the loss does not need it. problem: the
+    problem type.
     """
 
     labels: torch.Tensor
@@ -25,11 +25,11 @@ class Targets:
     problem: Problem = SINGLE_LABEL
 
     def __getitem__(self, rows) -> Targets:
-        """Those of some rows."""
+        """The targets of some rows."""
         return self._each(lambda part: part[rows])
 
     def to(self, device: torch.device) -> Targets:
-        """The same on another device."""
+        """The targets on another device."""
         return self._each(lambda part: part.to(device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
@@ -47,7 +47,7 @@ def ce(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def poe(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Product of experts: mean of -log softmax(log p_m + log p_b)[y]. The bias model learns nothing; inference is by
+    """Product of experts: mean of -log softmax(log p_m + log p_b)[y]. The bias model is not trained; inference uses
     p_m alone. [Clark et al. 2019; Liu et al. 2022, Eq. 6]
     """
     return cross_entropy(log_softmax(logits, dim=1) + targets.bias, targets.labels)
@@ -60,14 +60,15 @@ def reweight(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 
 def reweight_normalized(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """The same divided by the batch's mean weight, as the authors' code does."""
+    """`reweight` divided by the batch's mean weight, as in the authors' code."""
     weights, losses = _weighted(logits, targets)
     return (weights * losses).sum() / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def confreg(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Confidence regularisation: mean of -S · log p_m, S_j = p_t,j^(1-β) / Σ_k p_t,k^(1-β), β = p_b[y]: the teacher's
-    distribution, the flatter the surer the bias model is of the label. [Utama et al. 2020; Liu et al. 2022, Eq. 8]
+    """Confidence regularisation: mean of -S · log p_m, S_j = p_t,j^(1-β) / Σ_k p_t,k^(1-β), β = p_b[y]. S is
+    the teacher's distribution; the surer the bias model is of the label, the flatter S is. [Utama et al. 2020; Liu et
+    al. 2022, Eq. 8]
     """
     scaled = (1 - _bias_of_label(targets))[:, None] * targets.teacher
     return -(scaled.softmax(dim=1) * log_softmax(logits, dim=1)).sum(1).mean()

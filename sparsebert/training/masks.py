@@ -1,5 +1,5 @@
-"""Masks learnt by gradients: over frozen weights (mask training, Liu et al. 2022, Alg. 2), or with the weights learning
-beside them (soft movement, Sanh et al. 2020).
+"""Masks learnt by gradients: over frozen weights (mask training, Liu et al. 2022, Alg. 2), or trained together with
+the weights (soft movement, Sanh et al. 2020).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from sparsebert.ops.topk_mask import pattern_mask, topk_threshold
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, Unstructured, kept_in, require_fits
 from sparsebert.training.loop import Hook
 
-THRESHOLD = 0.01  # φ to begin with, and
-KEPT_SCORE = 0.02  # the score of what is kept then, α φ with α = 2
-MOST_SPARSE = 0.995  # of any one linear, where the model's sparsity is shared unequally
+THRESHOLD = 0.01  # φ at the start
+KEPT_SCORE = 0.02  # score of the weights kept at the start: α φ with α = 2
+MOST_SPARSE = 0.995  # max sparsity of one linear, if linears get different sparsities
 
 
 class MaskedLinear(nn.Linear):
-    """y = x (W ⊙ 1[scores ≥ threshold])ᵀ + b; `scores` learn by straight-through gradients."""
+    """y = x (W ⊙ 1[scores ≥ threshold])ᵀ + b; `scores` are trained by straight-through gradients."""
 
     def __init__(self, linear: nn.Linear, scores: torch.Tensor, threshold: torch.Tensor):
         nn.Module.__init__(self)
@@ -38,19 +38,20 @@ class MaskedLinear(nn.Linear):
 
 
 class MaskTraining(Hook):
-    """Masks over the linears of a classifier, in place: everything is frozen but their scores, until `fold`.
+    """Trains masks over the linears of a classifier, in place. Until `fold`, all but the masks' scores is frozen.
 
-    init: "hard": scores are 0 for the smallest |w|, which `pattern` at `sparsity` leaves out, else 0.02, φ = 0.01.
-    "soft": scores are |w| (of a group of rows, their mean). Every `update_every` of the run, and before held-out
-    examples are asked, φ becomes the largest score of what is to go at the sparsity of that moment; in between it
-    stays, and the number of zeros floats. gradual: the sparsity to begin with, s_i; s(t) = s + (s_i - s)(1 - t/T)³, T
-    the share `settle` of the run. head: pooler and classifier as well, always unstructured.
+    init: "hard": scores are 0 for the smallest |w|, which `pattern` prunes at the first sparsity, else 0.02; φ = 0.01.
+    "soft": scores are |w| (the mean over a group of rows). The mask keeps scores of at least φ, the threshold. After
+    every share `update_every` of the run, and before each check on held-out examples, φ is set just above the largest
+    score that the sparsity of that moment prunes. In between φ stays the same, and the number of zeros may change.
+    gradual: the first sparsity, s_i; None: `sparsity`. s(t) = s + (s_i - s)(1 - t/T)³, T the share `settle` of the run.
+    head: also mask pooler and classifier, always unstructured.
 
-    Two departures from the authors' code: T is not the end of the run, so that every mask that may be chosen has the
-    wanted sparsity, and the mask that is kept has it too (theirs was cut at s_i).
+    Two departures from the authors' code: T is before the end of the run, so that every mask that may be chosen has the
+    wanted sparsity; and the mask that is kept has the wanted sparsity too (theirs was cut at s_i).
 
-    With stock `transformers.Trainer` use it through `SubnetCallback`. Raises InputError where the pattern does not fit,
-    is V:N:M, or the sparsity would fall.
+    With stock `transformers.Trainer` use it through `SubnetCallback`. Raises InputError if the pattern does not fit or
+    is V:N:M, if the sparsity would fall, and for N:M with `gradual`.
     """
 
     weight_decay = False
@@ -71,7 +72,7 @@ class MaskTraining(Hook):
             raise InputError(f"masks are trained for unstructured, N:M and ROWSx1, got {pattern}", fix="choose one")
         if gradual is not None and gradual > sparsity:
             raise InputError(
-                f"gradual sparsity must not fall, got {gradual:g} to {sparsity:g}", fix="begin with a lower one"
+                f"gradual sparsity must not fall, got {gradual:g} to {sparsity:g}", fix="lower the gradual sparsity"
             )
         if gradual is not None and isinstance(pattern, NofM):
             raise InputError(f"pattern {pattern} has one sparsity, got a gradual one", fix="leave --gradual out")
@@ -112,13 +113,13 @@ class MaskTraining(Hook):
 
     @torch.no_grad()
     def keeps(self) -> dict[str, torch.Tensor]:
-        """Which weights are kept at the wanted sparsity, exactly: bool [n_out, n_in] by full name of the linear."""
+        """Masks of exactly the wanted sparsity, True = kept: bool [n_out, n_in] by full name of the linear."""
         shares = self._sparsities(self.sparsity)
         return {name: _mask(masked, self.patterns[name], shares[name]) for name, masked in self.masked.items()}
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """Writes the zeros into the weights and returns the model, its linears stock ones again."""
+        """Writes the zeros into the weights and returns the model, with stock linears again."""
         for name, keep in self.keeps().items():
             masked = self.masked[name]
             linear = nn.Linear(masked.in_features, masked.out_features, masked.bias is not None, device="meta")
@@ -129,11 +130,11 @@ class MaskTraining(Hook):
         return self.model.requires_grad_(True)
 
     def _choose_trained(self, model: nn.Module) -> None:
-        """Which parameters learn, before there are scores."""
+        """Sets which parameters are trained, before there are scores."""
         model.requires_grad_(False)
 
     def _sparsities(self, sparsity: float) -> dict[str, float]:
-        """Of every linear, where that of the model is `sparsity`."""
+        """The sparsity of every linear, if the model's is `sparsity`."""
         return dict.fromkeys(self.masked, sparsity)
 
     def _begin(self, weight: torch.Tensor, pattern: Pattern, init: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,17 +154,17 @@ class MaskTraining(Hook):
 
 
 class SoftMovement(MaskTraining):
-    """Masks and weights trained together: kept is what moves away from zero. [Sanh et al. 2020]
+    """Trains masks and weights together: weights that move away from zero are kept. [Sanh et al. 2020]
 
-    As MaskTraining, but: the weights learn as well, not the embeddings. Scores begin at 0, all kept, and gather
-    -∂L/∂W ⊙ W. The encoder's linears share one threshold, so that some become sparser than others, none above 99.5 %
-    (N:M, pooler and classifier: one each). To the loss comes λ times the mean over linears of their mean σ(score), λ
-    rising to `penalty` as the sparsity does. scores_lr: the peak learning rate of the scores; that of the weights is
-    the run's.
+    Differences from MaskTraining: the weights are trained too, except the embeddings. Scores begin at 0, with all
+    weights kept, and accumulate -∂L/∂W ⊙ W. The encoder's linears share one threshold, so that some become sparser than
+    others, none above 99.5 % (N:M, pooler and classifier: one threshold each). The loss gets a penalty: λ times the
+    mean over linears of their mean σ(score). λ rises to `penalty` as the sparsity rises. scores_lr: the peak learning
+    rate of the scores; the weights have the run's.
 
-    A departure from the paper: there the threshold is σ(score) = 0.1 and λ decides the sparsity, counted afterwards;
-    here the threshold is where the wanted sparsity is. In stock `transformers.Trainer` scores learn at its one rate,
-    and the penalty is added to gradients that are clipped already.
+    A departure from the paper: there the threshold is σ(score) = 0.1, and λ decides the sparsity, which is counted
+    afterwards; here the threshold is set for the wanted sparsity. In stock `transformers.Trainer` the scores have the
+    Trainer's one learning rate, and the penalty is added to gradients that are already clipped.
     """
 
     weight_decay = True
@@ -217,18 +218,18 @@ class SoftMovement(MaskTraining):
         for name, own in scores.items():
             n, multiple = own.numel(), getattr(self.patterns[name], "kept_multiple", 1)
             gone = min(int((own < threshold).sum()), n - max(multiple, math.ceil((1 - MOST_SPARSE) * n)))
-            shares[name] = (gone + 0.5) / n  # of which n are `gone`, however the quotient is rounded
+            shares[name] = (gone + 0.5) / n  # n times it rounds down to `gone`, however the quotient is rounded
         return shares
 
 
 def _rows(pattern: Pattern) -> int:
-    """How many rows share a score."""
+    """Number of rows that share a score."""
     return pattern.rows if isinstance(pattern, Grouped) else 1
 
 
 def _threshold(scores: torch.Tensor, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    """The least number above every score that is to go: the k-th smallest, k = floor(s n), excluded. Where nothing is
-    to go, -inf. N:M: one for each m consecutive scores.
+    """The threshold that prunes the k = floor(s n) smallest scores: the next float32 above the k-th smallest. If
+    nothing is to be pruned, -inf. N:M: one for each m consecutive scores.
     """
     if isinstance(pattern, NofM):
         goes = topk_threshold(scores.view(len(scores), -1, pattern.m).cpu(), pattern.n + 1)
@@ -243,6 +244,6 @@ def _threshold(scores: torch.Tensor, pattern: Pattern, sparsity: float) -> torch
 
 def _mask(masked: MaskedLinear, pattern: Pattern, sparsity: float) -> torch.Tensor:
     scores = masked.scores.cpu()
-    # pattern_mask adds scores of a group up and wants none below 0; equal ones of a group stay equal.
+    # pattern_mask adds up the scores of a group and takes none below 0. All rows of a group get the same score.
     scores = (scores - scores.min()).repeat_interleave(_rows(pattern), 0)
     return pattern_mask(scores, pattern, sparsity).to(masked.weight.device)

@@ -1,4 +1,4 @@
-"""Several models fine-tuned by one file."""
+"""Recipes: several models fine-tuned by one file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def train_recipe(
     """Fine-tunes every model of a recipe into `output`/<name>, in order; resumes as `train` does.
 
     recipe: a YAML file with `models` (name -> fields of TrainConfig) and `common` fields, or the name of a packaged
-    one. Raises InputError for one that does not hold that.
+    recipe. Raises InputError for a file of another form.
     """
     configs = read_recipe(recipe)
     results = {}
@@ -40,8 +40,8 @@ def train_recipe(
 
 
 def read_yaml(kind: str, name: str | Path) -> tuple[Path, object]:
-    """(path, content) of the YAML file `name`, or of the packaged one in assets/<kind>s of that name. InputError,
-    naming the flag --<kind>, where it is none.
+    """(path, content) of the packaged YAML file assets/<kind>s/<name>.yaml, or else of the YAML file `name`. If there
+    is no such YAML file, InputError, which names the flag --<kind>.
     """
     packaged = resources.files("sparsebert") / "assets" / f"{kind}s" / f"{name}.yaml"
     path = Path(str(packaged)) if packaged.is_file() else Path(name)
@@ -52,7 +52,7 @@ def read_yaml(kind: str, name: str | Path) -> tuple[Path, object]:
 
 
 def read_recipe(recipe: str | Path) -> dict[str, TrainConfig]:
-    """The configurations of a recipe file, or of the packaged one of that name."""
+    """The configurations in a recipe file, or in the packaged recipe of that name."""
     path, content = read_yaml("recipe", recipe)
     if not isinstance(content, dict) or not isinstance(content.get("models"), dict):
         raise InputError(f"recipe {path} must map `models` to names and settings", fix="see recipe quick-soup")

@@ -1,4 +1,4 @@
-"""What a run learns from and towards: its examples, the models its loss asks, and the run itself."""
+"""The setup of a training run: its examples, the models that its loss needs, and the run itself."""
 
 from __future__ import annotations
 
@@ -40,15 +40,17 @@ from sparsebert.training.loop import (
 )
 from sparsebert.training.losses import LOSSES, Targets
 
-# (start, task name, output, config): fine-tunes a teacher by cross-entropy. `finetune.train`, which is above.
+# (start, task name, output, config): fine-tunes a teacher by cross-entropy. It is `finetune.train`, whose module
+# imports this one.
 Train = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """examples: learnt from. held_out: to choose on. origin: the pretrained encoder that the run descends from, from
-    which bias models and teachers are made, where the loss needs such. teacher: None for one that is trained first.
-    inputs: all that decides the result, for `Job`. space: bytes that the run will write, about.
+    """The setup of a run. examples: to train on. held_out: to choose on. origin: the pretrained encoder that the run
+    descends from; bias models and teachers are made from it, if the loss needs them. teacher: its directory; None: if
+    the loss needs a teacher, it is trained first. inputs: all that decides the result, for `Job`. space: about how many
+    bytes the run will write.
     """
 
     spec: Task
@@ -70,9 +72,9 @@ class TrainingSetup:
         default_lr: Callable[[int], float] | None = None,
         settings: dict | None = None,
     ) -> TrainingSetup:
-        """Reads the examples and checks what the loss needs. default_lr: the learning rate for a number of steps, where
-        the config names none. settings: flags that decide the result beside those of the config, or in place of them.
-        Raises InputError for what is missing or does not match.
+        """Reads the examples and checks what the loss needs. default_lr: the learning rate for a number of steps, if
+        the config has none. settings: further flags that decide the result; they replace flags of the config with the
+        same name. Raises InputError if something is missing or does not match.
         """
         needs = LOSSES[config.loss]
         spec = limited(spec, checkpoint.shapes(source).config, config.max_length)
@@ -80,9 +82,9 @@ class TrainingSetup:
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source) if needs.bias or needs.teacher else source
-        # In place of paths, what is there.
+        # Paths are replaced by hashes of their content, here or below.
         settings = {**config.model_dump(), "precision": precision_of(config), **(settings or {})}
-        del settings["max_length"]  # which the task has, where it is the default, too
+        del settings["max_length"]  # in the inputs it is the task's, also if none was given
         inputs = {
             "model": checkpoint.source_sha256(source),
             "data": examples.sha256,
@@ -115,8 +117,8 @@ class TrainingSetup:
         progress: Progress,
         after_step: Callable[[TrainingLoop], None] = lambda run: None,
     ) -> dict:
-        """Trains what asks for a gradient, from its last snapshot where there is one, and returns figures of the run. A
-        teacher that is not given is trained first by `train`, into <output>.teacher.
+        """Trains every parameter with requires_grad, from the last snapshot if there is one, and returns figures of the
+        run. If the loss needs a teacher and none is given, `train` first makes one in <output>.teacher.
         """
         config = self.config
         encoded = tokenize(tokenizer, self.examples, self.spec.max_length)
@@ -153,7 +155,7 @@ class TrainingSetup:
         return figures
 
     def _targets(self, device: torch.device, teacher: Path | None, progress: Progress) -> tuple[Targets, dict]:
-        """What the examples are trained towards, and figures of the bias model."""
+        """The targets of the examples, and figures of the bias model."""
         needs, spec, config = LOSSES[self.config.loss], self.spec, self.config
         labels = torch.from_numpy(self.examples.labels)
         log_bias = log_teacher = None
@@ -201,7 +203,7 @@ class TrainingSetup:
 
 
 def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
-    """(those to learn from, those held out to choose on). InputError where the task and the config do not fit, before
+    """(examples to train on, held-out examples to choose on). InputError if the task and the config do not fit, before
     anything is read.
     """
     if spec.train is None:
@@ -222,7 +224,7 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
         raise InputError(f"loss {config.loss} uses no teacher, got {config.teacher!r}", fix="leave --teacher out")
     if needs.bias and config.bias == "auto" and spec.bias is None:
         raise InputError(
-            f"loss {config.loss} needs a bias model, and task {spec.name!r} has none of its own",
+            f"loss {config.loss} needs a bias model, and task {spec.name!r} has no default one",
             fix="name one: --bias weak",
         )
     whole = data.training(spec)
@@ -233,14 +235,14 @@ def examples_of(spec: Task, config: LearnConfig) -> tuple[Examples, Examples]:
 
 
 def _require_classes(spec: Task, examples: Examples) -> None:
-    """DataError for a class of a file that has no example to learn from, and for a file of one class."""
+    """DataError for a class without training examples, and for a task of one class."""
     if spec.problem != "single_label":
         return
     empty = sorted(set(range(len(spec.labels))) - set(examples.labels.tolist()))
     if empty or len(spec.labels) < 2:
         what = f"none is {spec.labels[empty[0]]}" if empty else f"all are {spec.labels[0]}"
         raise DataError(
-            f"task {spec.name!r}: there must be training examples of two classes or more, and of each: {what}",
+            f"task {spec.name!r}: training examples must be of at least two classes, and of each class: {what}",
             fix="add examples, or number the classes 0, 1, … without gaps",
         )
 
@@ -248,9 +250,10 @@ def _require_classes(spec: Task, examples: Examples) -> None:
 def fresh_classifier(
     source: Path, spec: Task, seed: int, device: torch.device | None = None, *, own_head: bool = False
 ):
-    """(classifier, tokenizer) of a directory for the labels of a task, its outputs in their order. A head whose labels
-    are the task's by name is kept; else one is drawn from the seed, which is said where another is there. device: None
-    for a GPU where torch finds one, else the CPU. own_head: refuse a head of other labels, with InputError.
+    """(classifier, tokenizer) of a directory for the labels of a task, its outputs in their order. The directory's head
+    is kept if its labels are the task's by name. Else a new head is drawn from the seed, with a warning if the
+    directory has a head. device: None for a GPU if torch finds one, else the CPU. own_head: refuse a head of other
+    labels, with InputError.
     """
     torch.manual_seed(seed)
     found = head_for(source, spec, own_head)
@@ -270,7 +273,7 @@ def fresh_classifier(
 
 
 def head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
-    """Which output of the directory's head is each label of the task; None where it has no head, or another one."""
+    """Output of the directory's head for each label of the task; None if there is no head, or one of other labels."""
     if not checkpoint.has_head(source):
         return None
     config = checkpoint.read_config(source)
@@ -279,7 +282,7 @@ def head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
         if problem.name != spec.problem:
             raise InputError(
                 f"{source} is a {problem.name} model, the labels of {spec.name!r} are {spec.problem}",
-                fix="choose a model or a task of the other's kind",
+                fix="choose a model and a task of the same kind",
             )
         return np.arange(1) if problem is heads.ONE_LOGIT else heads.columns(names, spec.labels, str(source))
     except (InputError, UnsupportedError) as error:
@@ -290,8 +293,8 @@ def head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
 
 
 def own_classifier(source: Path, spec: Task):
-    """(classifier, tokenizer) of a fine-tuned directory, verified whole, its outputs in the order of the task's labels.
-    InputError where it has other labels.
+    """(classifier, tokenizer) of a fine-tuned directory, fully verified, its outputs in the order of the task's labels.
+    InputError if it has other labels.
     """
     columns = head_for(source, spec, own_head=True)
     model, tokenizer = checkpoint.load(source)
@@ -301,18 +304,18 @@ def own_classifier(source: Path, spec: Task):
 
 
 def read_by(spec: Task, source: Path, *models: str | None) -> list[Path]:
-    """What a run on a task reads, and its output may not replace: directories of models, the task's own folder."""
+    """The paths that a run on a task reads and must not overwrite: directories of models, the task's own folder."""
     named = [Path(model) for model in models if model is not None and Path(model).is_dir()]
     return [source, *([] if spec.folder is None else [spec.folder]), *named]
 
 
 def task_name(spec: Task) -> str:
-    """What a recipe calls a task, from any working directory."""
+    """The name of a task in a recipe, the same from any working directory."""
     return spec.name if spec.folder is None else str(spec.folder)
 
 
 def origin(source: Path) -> Path:
-    """The model that a directory descends from. CheckpointError where that is not there any more."""
+    """The model that a directory descends from. CheckpointError if it no longer exists."""
     return [directory for directory, _ in checkpoint.ancestors(source)][-1]
 
 

@@ -1,4 +1,4 @@
-"""One model out of several fine-tuned ones: greedy averaging of their weights."""
+"""Soup: one model made from several fine-tuned ones, by greedy averaging of their weights."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from sparsebert.training.setup import own_classifier, read_by, task_name
 
 @dataclass(frozen=True)
 class SoupResult:
-    """members: the directories averaged, in the order they came in. scores: of each candidate alone, by directory.
-    score: of the average. All on the held-out examples; higher is better.
+    """Figures of a soup. members: the averaged directories, in the order in which they were accepted. scores: of each
+    candidate alone, by directory. score: of the average. All scores are on the held-out examples; higher is better.
     """
 
     members: list[str]
@@ -37,14 +37,12 @@ class SoupResult:
 
 
 def accuracy(model, tokenizer, examples: Examples, max_length: int, problem: Problem) -> float:
-    """The metric of the problem type: of one label per text the share of the examples that the model gets right."""
+    """The metric of the problem type; for one label per text, the share of the examples that the model gets right."""
     return problem.metric(predict(model, tokenizer, examples, max_length=max_length), examples.labels)
 
 
 def perturbed(model, tokenizer, examples: Examples, max_length: int, problem: Problem) -> float:
-    """Minus the mean loss when each text's word embeddings have been moved against the model, by the steps FreeLB
-    takes.
-    """
+    """Minus the mean loss when each text's word embeddings are moved against the model, by the steps of FreeLB."""
     encoded = tokenize(tokenizer, examples, max_length)
     targets = Targets(torch.from_numpy(examples.labels), problem=problem)
     model.eval().requires_grad_(False)
@@ -54,7 +52,7 @@ def perturbed(model, tokenizer, examples: Examples, max_length: int, problem: Pr
     return -total / len(examples)
 
 
-# What candidates are ordered and accepted by; higher is better. Accuracy under attack joins them with the attacks.
+# The scores that candidates are ordered and accepted by; higher is better. Accuracy under attack will join them.
 SCORES: dict[str, Callable[..., float]] = {"accuracy": accuracy, "perturbed": perturbed}
 
 
@@ -68,14 +66,14 @@ def soup(
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> SoupResult:
-    """Greedy weight averaging: candidates in falling order of their score; each is added where the uniform mean of all
-    accepted ones with it scores no worse. [Li et al. 2023, Algorithm 3; Wortsman et al. 2022]
+    """Greedy weight averaging: candidates are tried in falling order of their score. Each is added if the uniform mean
+    of all accepted ones and itself scores no worse. [Li et al. 2023, Algorithm 3; Wortsman et al. 2022]
 
-    directories: at least one model fine-tuned by `train` on `task` from the same start, with the same `hold_out`: the
-    score is taken on the examples that none of them was trained on. Writes the average to `output`; the same call again
-    returns at once where that is finished, else takes the scores already known from `<output>.partial`; what other work
-    has left at either place is refused, unless `overwrite`. Raises InputError for models that do not belong together;
-    OutputError from writing.
+    directories: at least one model fine-tuned by `train` on `task`. All must have the same start and the same
+    `hold_out`: the score is taken on the examples that none of them was trained on. Writes the average to `output`. A
+    repeated call returns at once if `output` is finished; otherwise it takes the scores that are already in
+    `<output>.partial`. Files of other work in either place are refused, unless `overwrite`. Raises InputError for
+    models that do not belong together, and OutputError when writing fails.
     """
     if score not in SCORES:
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
@@ -129,8 +127,8 @@ def soup(
 
 
 def greedy(scored: Callable[..., float], n: int) -> tuple[list[int], float, list[float]]:
-    """(members, their score, scores of all n candidates alone): in falling order of their score, each is accepted where
-    all with it score no worse.
+    """(members, their score, scores of all n candidates alone). In falling order of its score, each candidate is
+    accepted if all accepted ones and itself score no worse together.
     """
     alone = [scored(i) for i in range(n)]
     best, *rest = np.argsort([-value for value in alone], kind="stable").tolist()
@@ -153,7 +151,7 @@ def _states(sources: list[Path], spec: Task) -> list[dict[str, torch.Tensor]]:
 
 
 def _shared(sources: list[Path], task: str) -> dict:
-    """What the recipes of all the models say alike: the start, the task and how many examples were left out."""
+    """The fields that all models' recipes must share: the start, the task and the number of held-out examples."""
     found = []
     for source in sources:
         recipe = checkpoint.read_recipe(source)
@@ -172,8 +170,8 @@ def _shared(sources: list[Path], task: str) -> dict:
 
 
 def _require_untrained(sources: list[Path], spec: Task, rest: Examples) -> None:
-    """InputError where a model's recipe says that it learnt from other examples than the task has now beside those held
-    out: these could be among them.
+    """InputError if a model's recipe says that it was trained on other examples than the task has now, without the
+    held-out ones. Held-out examples could be among them.
     """
     for source in sources:
         recipe = checkpoint.read_recipe(source)
@@ -181,13 +179,13 @@ def _require_untrained(sources: list[Path], spec: Task, rest: Examples) -> None:
         learnt = data.mix_ood(spec, learnt) if recipe.get("mix_ood") else learnt
         if recipe.get("data_sha256") != learnt.sha256:
             raise InputError(
-                f"{source} learnt from other examples of {spec.name} than are there now, perhaps from those held out",
+                f"{source} was trained on other examples of {spec.name} than there are now, perhaps on held-out ones",
                 fix="train it again",
             )
 
 
 def mean(states: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The uniform mean of each tensor, in float64 until it is stored."""
+    """The uniform mean of each tensor, computed in float64 and stored in the dtype of the tensor."""
     return {
         name: sum(state[name].double() for state in states).div(len(states)).to(tensor.dtype)
         if tensor.is_floating_point()

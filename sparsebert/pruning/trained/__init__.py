@@ -1,4 +1,4 @@
-"""The methods that train with labels. A new one is a file here, and its line in this one."""
+"""The methods that train with labels. A new method is a file here and an entry in TRAINED."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRAINED = {method.name: method for method in (mask.METHOD, imp.METHOD, imp.REWOU
 
 
 def flat(methods: Iterable[Trained]) -> type[TrainedConfig]:
-    """One class with the flags of all methods, each described with the names of those that have it; what several have
-    is one flag, of one type and default.
+    """One class with the flags of all methods. The description of a flag names the methods that have it. If several
+    methods have a flag, its type and default must be the same in all.
     """
     fields: dict[str, tuple] = {}
     said: dict[str, dict[str, list[str]]] = {}
@@ -27,7 +27,7 @@ def flat(methods: Iterable[Trained]) -> type[TrainedConfig]:
                 continue
             of_first = fields.setdefault(name, (field.annotation, copy.copy(field)))[1]
             if (of_first.annotation, of_first.default) != (field.annotation, field.default):
-                raise TypeError(f"{name} of {method.name} must be of the type and default that other methods have")
+                raise TypeError(f"{name} of {method.name} must have the type and default that it has in other methods")
             said.setdefault(name, {}).setdefault(field.description, []).append(method.name)
     for name, (_, field) in fields.items():
         field.description = "; ".join(f"{', '.join(names)}: {text}" for text, names in said[name].items())

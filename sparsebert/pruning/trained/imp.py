@@ -9,7 +9,7 @@ from sparsebert.pruning.trained.method import Floats, Start, Trained, TrainedCon
 
 
 class RewoundConfig(TrainedConfig):
-    """The flags of magnitude pruning that rewinds."""
+    """The flags of magnitude pruning with rewinding."""
 
     rewind: str | None = Field(None, description="to what it rewinds: pretrained, or a DIR [default: its start]")
 
@@ -25,7 +25,7 @@ def _hook(start: Start, rewound=None):
 
 def _require_last(config: RewoundConfig, sparsity: float) -> None:
     if config.select == "best":
-        raise InputError("imp-rw ends with weights that were not trained: nothing to select", fix="leave --select out")
+        raise InputError("imp-rw ends with untrained weights, so there is nothing to select", fix="leave --select out")
 
 
 METHOD = Trained("imp", TrainedConfig, _hook, floats=lambda scores, parameters: Floats(beside=0, learning=parameters))

@@ -9,9 +9,10 @@ from pydantic import Field
 from sparsebert.patterns import Grouped, Pattern
 from sparsebert.pruning.trained.method import LR, Floats, RisingConfig, Start, Trained, require_rising
 
-# The paper's mask training on MNLI: 5 epochs of 392,702 examples in batches of 32 at this learning rate. Scores walk at
-# random as far as lr √steps, there .012, about the distance 0.01 that they begin from the threshold; runs of other
-# lengths keep that. In proportion to the steps instead, 600 steps on MNLI ended at chance.
+# Steps of the paper's mask training on MNLI: 5 epochs of 392,702 examples in batches of 32, at learning rate LR. Scores
+# walk at random over a distance of about lr √steps. There that is 0.012, close to their initial distance from the
+# threshold, 0.01. Runs of other lengths keep lr √steps. With lr in proportion to 1 / steps instead, 600 steps on MNLI
+# ended at chance.
 STEPS = 61_360
 
 
@@ -19,11 +20,12 @@ class MaskConfig(RisingConfig):
     """The flags of mask training."""
 
     rewind: str | None = Field(
-        None, description="afterwards put the found zeros into these weights instead: pretrained, or a DIR"
+        None, description="put the zeros that were found into other weights: pretrained, or a DIR [default: do not]"
     )
     init: Literal["hard", "soft"] | None = Field(
         None,
-        description="scores begin as kept or not, or as |w| [default: hard; soft where the sparsity rises]",
+        description="scores at the start: hard (one value for kept, one for pruned) or soft (by |w|) [default: hard; "
+        "soft if the sparsity rises]",
     )
 
 
@@ -37,7 +39,7 @@ def _hook(start: Start):
 
 
 def _by_pattern(pattern: Pattern) -> dict:
-    # Fixed, a mask of 32x1 over frozen weights ended 14 points lower on MNLI (bench/results/srnets.md).
+    # At a fixed sparsity, a 32x1 mask over frozen weights ended 14 points lower on MNLI (bench/results/srnets.md).
     return {"gradual": 0.0} if isinstance(pattern, Grouped) else {}
 
 

@@ -1,4 +1,4 @@
-"""What a method that trains with labels says of itself. Imports no torch: the command line reads flags from here."""
+"""The parts of a method that trains with labels. Imports no torch, because the command line reads flags from here."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ LR = 5e-5
 
 
 class TrainedConfig(LearnConfig):
-    """The flags of every such method. A method's own are the further fields of its own class."""
+    """The flags that all of these methods have. A method with more flags has a subclass with more fields."""
 
-    epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples; may be a fraction")
-    lr: Positive | None = Field(None, description="peak learning rate [default: 5e-5; mask 5e-5 sqrt(61360 / steps)]")
+    epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples, such as 3 or 0.5")
+    lr: Positive | None = Field(
+        None, description="peak learning rate [default: 5e-5; for mask 5e-5 × √(61360 / steps)]"
+    )
     start: str | None = Field(
         None,
         description="weights to start from: pretrained (the encoder that DIR was fine-tuned from, with a new head), or "
-        "another DIR, such as one of `train --keep` [default: those of DIR]",
+        "another DIR, such as one that train --keep saved [default: the weights of DIR]",
     )
     head: Literal["masked", "dense"] = Field(
-        "masked", description="pooler and classifier (imp: pooler): pruned as the encoder's linears are, or left dense"
+        "masked", description="masked: also prune the pooler and the classifier (imp: the pooler). dense: prune neither"
     )
 
 
@@ -42,12 +44,17 @@ class RisingConfig(TrainedConfig):
         None,
         ge=0,
         lt=1,
-        description="sparsity to begin with, from where it rises to --sparsity by a cubic [default: mask --sparsity, "
-        "of groups of rows 0; soft-movement 0]",
+        description="sparsity at the start; it rises from there to --sparsity, quickly at first (a cubic) [default: "
+        "for mask --sparsity, but 0 if the pattern is groups of rows; for soft-movement 0]",
     )
-    update_every: float = Field(0.016, gt=0, le=1, description="share of the run after which thresholds are set anew")
+    update_every: float = Field(
+        0.016, gt=0, le=1, description="how often the mask is chosen again, as a share of all steps"
+    )
     settle: float = Field(
-        0.7, ge=0, le=1, description="share of the run after which --gradual has arrived and `best` may be chosen"
+        0.7,
+        ge=0,
+        le=1,
+        description="share of all steps after which the sparsity is --sparsity, and --select best may choose",
     )
 
     @property
@@ -56,17 +63,17 @@ class RisingConfig(TrainedConfig):
 
 
 def require_rising(config: RisingConfig, sparsity: float) -> None:
-    """InputError where the sparsity would fall."""
+    """InputError if the sparsity would fall."""
     if config.gradual is not None and config.gradual > sparsity:
         raise InputError(
             f"a mask's sparsity must not fall, got --gradual {config.gradual:g} to --sparsity {sparsity:g}",
-            fix="begin with a lower one",
+            fix="lower --gradual",
         )
 
 
 class Start(NamedTuple):
-    """What a hook is made of. config: of the method's own class. rewound: the parameters, by name, to which a method
-    goes back while it trains; for no other method.
+    """What a hook is made from. config: of the method's config class. rewound: returns the parameters, by name, that a
+    method goes back to while it trains; only for a method that rewinds "during" its run.
     """
 
     model: Any
@@ -77,7 +84,7 @@ class Start(NamedTuple):
 
 
 class Floats(NamedTuple):
-    """What a run holds in memory. beside: beside the model; learning: of which there are gradients and moments."""
+    """Numbers of floats that a run holds in memory. beside: beside the model; learning: with gradients and moments."""
 
     beside: int
     learning: int
@@ -87,11 +94,13 @@ class Floats(NamedTuple):
 class Trained:
     """One method that trains with labels.
 
-    config: its flags. hook: what it does around the steps of the training loop; `fold` ends it. floats: of a model's
-    prunable (scores) and all parameters. check: (config, sparsity), raises InputError for settings that no run can
-    have, before anything is read. by_pattern: fields that it sets where the user has not. lr: the default peak learning
-    rate for a number of steps. rewinds: whether --rewind is gone back to during the run, or the zeros found are put
-    there afterwards, from the hook's `keeps`. selects: whether weights of before the end may be kept (--select best).
+    config: the class of its flags. hook: makes the hook around the steps of the training loop; the hook's `fold` ends
+    the training. floats: from the number of scores (one per weight, or per group of weights) and of all parameters of
+    a model. check: (config, sparsity), raises InputError for settings that no run can have, before anything is read.
+    by_pattern: values of the fields that the user has not set. lr: the default peak learning rate, from the number of
+    steps. rewinds: "during": the run goes back to the weights of --rewind; "after": the zeros of the hook's `keeps` are
+    put into these weights at the end; None: no --rewind. selects: whether weights from before the end may be kept
+    (--select best).
     """
 
     name: str
@@ -106,5 +115,5 @@ class Trained:
 
     @property
     def flags(self) -> set[str]:
-        """Those that a method without labels does not have."""
+        """The flags that a method without labels does not have."""
         return self.config.model_fields.keys() - PruneConfig.model_fields.keys()

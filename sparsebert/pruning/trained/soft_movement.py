@@ -13,7 +13,9 @@ class SoftMovementConfig(RisingConfig):
 
     scores_lr: Positive | None = Field(None, description="peak learning rate of the scores [default: 0.01]")
     penalty: float | None = Field(
-        None, ge=0, description="weight of the mean sigmoid of the scores in the loss [default: 400]"
+        None,
+        ge=0,
+        description="weight of the mean of sigmoid(scores) in the loss [default: 400]",
     )
 
 

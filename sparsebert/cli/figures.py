@@ -1,0 +1,144 @@
+"""Figures as rows of tables, in words and units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from sparsebert.config import BenchConfig
+
+if TYPE_CHECKING:
+    from sparsebert.pruning.plan import Plan
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+Words = dict[str, tuple[str, Callable[[float], str]]]
+_OF_SCORE: dict[str, Words] = {  # by metric: the main figure, the same of the dense model, and their difference
+    "accuracy": {
+        "score": ("accuracy", _share),
+        "dense_score": ("accuracy of the dense model", _share),
+        "difference": ("difference in points, paired", _points),
+        "agreement": ("same label as the dense model", _share),
+    },
+    "micro_f1": {
+        "score": ("micro F1", _share),
+        "dense_score": ("micro F1 of the dense model", _share),
+        "difference": ("difference in points, paired", _points),
+        "agreement": ("all labels as the dense model", _share),
+        "accuracy": ("all labels right", _share),
+    },
+    "spearman": {
+        "score": ("rank correlation with the labels", _number),
+        "dense_score": ("the same of the dense model", _number),
+        "difference": ("difference, paired", _signed),
+        "agreement": ("rank correlation with the dense model", _number),
+    },
+}
+_WORDS: Words = {
+    "mcnemar_p": ("McNemar's p", _number),
+    "kl_to_dense": ("KL to the dense model in nats, 0 if equal", _number),
+    "f1": ("F1 of class 1", _share),
+    "f1_weighted": ("F1, weighted by class", _share),
+    "predicted_positive": ("predicted to be class 1", _share),
+    "entailment": ("entailment found", _share),
+    "non_entailment": ("non-entailment found", _share),
+    "auroc": ("AUROC of entailment", _number),
+}
+
+
+def rows_of(figures: dict) -> list[list[str]]:
+    """[figure, value, 95 % interval] of the figures of `Evaluation` or `compare_ood` that are not None."""
+    metric = figures.get("metric", "accuracy")  # OOD tests have no other
+    if metric == "accuracy":
+        figures = {**figures, "score": figures["accuracy"], "score_ci": figures["accuracy_ci"], "accuracy": None}
+    rows = _rows(figures, _OF_SCORE[metric] | _WORDS)
+    groups = {"summed probabilities": figures.get("summed") or {}}
+    for name, found in figures.items():
+        if name.startswith("by_"):
+            groups |= found
+    for group, found in groups.items():
+        rows += [[f"{group}: {row[0]}", *row[1:]] for row in _rows(found, {"accuracy": ("accuracy", _share)} | _WORDS)]
+    return rows
+
+
+def _rows(figures: dict, words: Words) -> list[list[str]]:
+    return [
+        [said, form(value), _interval(figures.get(f"{name}_ci"), form)]
+        for name, (said, form) in words.items()
+        if (value := figures.get(name)) is not None
+    ]
+
+
+def _interval(limits, form: Callable[[float], str]) -> str:
+    return "" if limits is None else f"[{form(limits[0])}, {form(limits[1])}]"
+
+
+def rows_of_plan(plan: Plan, verbose: bool) -> list[list[str]]:
+    """[what, how much] of a plan; verbose: its parts, too."""
+    rows = [["zeros", f"{plan.zeros:,} of {plan.weights:,} weights ({plan.zeros / plan.weights:.2%})"]]
+    if plan.optimizer_steps:
+        rows += [["optimizer steps", f"{plan.optimizer_steps:,}"]]
+    rows += [["tokens, about", f"{plan.tokens:,}"]]
+    if verbose:
+        rows += [["linears", str(plan.linears)], ["steps", ", ".join(plan.steps) or "one"]]
+        rows += [[f"tokens: {part}", f"{count:,}"] for part, count in plan.calibration.items()]
+    parts = (("memory", "MiB", plan.memory_mb), ("time", "s", plan.seconds))
+    for what, unit, figures in parts:
+        names = figures if verbose else list(figures)[:1]  # the first is the whole
+        rows += [[f"{what}, about: {name.replace('_', ' ')}", f"{figures[name]:,.0f} {unit}"] for name in names]
+    return rows
+
+
+def tables_of_timing(result: dict, config: BenchConfig, explain: bool) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) of the engines, and with `explain` of the linears. result: of `rivals.time_rivals`."""
+    from sparsebert.engine.measure import ratio_text
+
+    rows = [
+        [
+            f"{row['engine']} {row['dtype']}",
+            f"{row['p50_ms']:.3f}",
+            f"{row['p99_ms']:.3f}",
+            f"{row['seq_per_s']:.0f}",
+            ratio_text(row["ratio"], row["ratio_ci"]),
+            f"{row['error']:.1e}" + ("" if row["match"] else " differs"),
+        ]
+        for row in result["rows"]
+    ]
+    texts = "1 text" if config.batch == 1 else f"{config.batch} texts"
+    lengths = f"as long as those of {config.task}" if config.seq == "mix" else f"of {config.seq} tokens"
+    machine = f"{result['rows'][0]['threads']} threads, {result['machine']['isa']} on {result['machine']['cpu']}"
+    columns = ["engine", "median ms/call", "p99 ms/call", "texts/s", "its time / ours [95 %]", "max logit error"]
+    tables = [(f"{texts} per call, {lengths}; {machine}", columns, rows)]
+    if explain:
+        rows = [
+            [
+                str(row["layer"]),
+                row["linear"],
+                "x".join(map(str, row["shape"])),
+                f"{row['density']:.1%}",
+                row["form"] + (f", short: {row['short']}" if row["short"] else ""),
+                row["kernel"],
+                f"{row['gflops']:.0f}",
+                f"{row['share_of_peak']:.0%}",
+                row["why"],
+            ]
+            for row in result["layers"]
+        ]
+        columns = ["layer", "linear", "shape", "kept", "form", "kernel", "Gflop/s", "of peak", "why"]
+        tables.append(("linears", columns, rows))
+    return tables
