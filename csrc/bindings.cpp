@@ -1,5 +1,5 @@
-// Python's view of the compiled core. sparsebert.ops states the contracts and checks them with messages; the checks
-// here only keep a wrong direct call from touching memory that is not its own.
+// The Python bindings of the compiled core. sparsebert.ops states the contracts and checks them with full messages; the
+// checks here only keep a wrong direct call from accessing memory outside its arrays.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -54,11 +54,12 @@ void require(bool holds, const char* rule) {
   if (!holds) throw std::invalid_argument(rule);
 }
 
-// Lets other threads of Python run, and this one compute as IEEE 754 has it: whoever has denormals flushed to zero (torch
-// can) would get other results from this thread than from the workers. What the caller had set is back afterwards.
+// Releases the GIL, and sets this thread's floating-point environment to the defaults of IEEE 754: if the caller had
+// denormals flushed to zero (torch can do that), this thread would give other results than the workers. The destructor
+// restores the caller's environment.
 class Released {
  public:
-  // trimmed: large working memory is given back at the end.
+  // trimmed: frees large working memory at the end.
   explicit Released(bool trimmed = false) : trimmed_(trimmed) {
     fegetenv(&environment_);
     fesetenv(FE_DFL_ENV);
@@ -69,8 +70,9 @@ class Released {
     if (trimmed_) trim_scratch();
     fesetenv(&environment_);
 #if defined(__GLIBCXX__)
-    // In a process that is ending, Python ends the other threads that ask for it, by unwinding their stacks. Nothing
-    // above here bears that, as it would run without Python, so this thread waits for the end instead.
+    // When a process ends, Python ends the other threads that ask for the GIL by unwinding their stacks. The callers of
+    // this destructor cannot bear that, as their cleanup would run without the GIL. So this thread waits for the end of
+    // the process.
     try {
       PyEval_RestoreThread(state_);
     } catch (abi::__forced_unwind&) {
@@ -87,14 +89,14 @@ class Released {
   PyThreadState* state_;
 };
 
-// numpy and torch let a bool hold any byte, C++ does not.
+// numpy and torch allow any byte in a bool, C++ does not.
 void require_bools(const Array<bool>& array) {
   const auto* bytes = static_cast<const std::uint8_t*>(static_cast<const void*>(array.data()));
   require(std::all_of(bytes, bytes + array.size(), [](std::uint8_t byte) { return byte <= 1; }),
           "masks must hold 0 and 1");
 }
 
-// Arrays that C++ points into: a list of them keeps what it points at alive.
+// Keeps the arrays alive that C++ points into.
 class Kept {
  public:
   template <typename T>
@@ -129,7 +131,7 @@ struct PyLinear {
   Activation activation;
   std::int64_t n_in, n_out;
 
-  // Points into this object, which must stay where it is as long as the view is used.
+  // The view points into this object, which must not move while the view is used.
   Linear view() const {
     return {std::get_if<SlicedMatrix>(&matrix), std::get_if<GroupedMatrix>(&matrix), std::get_if<TiledMatrix>(&matrix),
             bias,                            activation,                          n_in,
@@ -137,7 +139,7 @@ struct PyLinear {
   }
 };
 
-// A layer with this matrix, which `kept` keeps alive.
+// A layer with this matrix, whose arrays `kept` keeps alive.
 template <typename Matrix>
 PyLinear linear_of(Kept kept, const Matrix& matrix, std::int64_t n_in, std::int64_t n_out,
                    const std::optional<Array<float>>& bias, const std::string& activation) {
@@ -262,7 +264,7 @@ py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& line
   return y;
 }
 
-// A packed encoder as Python holds it: what it points into must not move, so it does not.
+// A packed encoder as Python holds it. It contains pointers into itself, so it must not be copied or moved.
 class PyEncoder {
  public:
   using Norm = std::pair<Array<float>, Array<float>>;
@@ -319,7 +321,7 @@ class PyEncoder {
     require(threads >= 1, "threads must be at least 1");
     require(ids.ndim() == 1 && types.ndim() == 1 && types.size() == ids.size(), "ids and types must be [tokens]");
     require(starts.ndim() == 1 && starts.size() >= 1, "starts must be [sequences + 1]");
-    // Copied, as another thread may write to the caller's while this one runs.
+    // Copied, because another thread may write to the caller's arrays while this one runs.
     const std::vector<std::int32_t> own_ids(ids.data(), ids.data() + ids.size());
     const std::vector<std::int32_t> own_types(types.data(), types.data() + types.size());
     const std::vector<std::int64_t> own_starts(starts.data(), starts.data() + starts.size());
@@ -354,12 +356,12 @@ class PyEncoder {
   LayerNorm norm(const Norm& arrays, std::int64_t n) {
     require(arrays.first.ndim() == 1 && arrays.first.size() == n && arrays.second.ndim() == 1 &&
                 arrays.second.size() == n,
-            "norms must have a weight and a bias a value");
+            "norms must have one weight and one bias per value");
     return {kept_.data(arrays.first), kept_.data(arrays.second)};
   }
 
   Kept kept_;
-  std::vector<PyLinear> linears_;  // never grows past what was reserved: their views point into it
+  std::vector<PyLinear> linears_;  // never grows past its reserved capacity: views point into it
   Linear projection_{};
   std::vector<EncoderLayer> layers_;
   std::int64_t vocabulary_, types_;
@@ -441,7 +443,7 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
   require(factor.shape(0) == n_in && factor.shape(1) == n_in, "factor must be [n_in, n_in]");
   require(group >= 1 && rows % group == 0, "group must divide the rows");
   require(m >= 0 && (m == 0 || (n_in % m == 0 && block % m == 0)), "m must divide n_in and block");
-  require(!shared || m >= 4, "m must be at least 4 where columns are shared");
+  require(!shared || m >= 4, "m must be at least 4 if columns are shared");
   if (m == 0) {
     require(removals.size() == (n_in + block - 1) / block, "removals must be one a block");
     for (std::int64_t b = 0; b < removals.size(); ++b) {
@@ -461,7 +463,7 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
   return pruned;
 }
 
-// Null where there is none.
+// Null if there is no array.
 template <typename T>
 const T* data_or_null(const std::optional<Array<T>>& array) { return array ? array->data() : nullptr; }
 
@@ -628,7 +630,7 @@ void run_masked_matmul_backward(FloatsOrBf16 x, FloatsOrBf16 dy, const Array<flo
                          d_scores_data);
 }
 
-// The data of an array of `size` values.
+// The data of an array, which must have `size` values.
 void* data_of(FloatsOrBf16& array, std::int64_t size, bool bf16, bool written) {
   return std::visit(
       [=](auto& values) -> void* {

@@ -254,8 +254,8 @@ struct AdmmState {
   float* scores;             // [rows, n_in], x²
 };
 
-// One iteration: Z = x where kept, else 0; U += B - Z; B = argmin tr((B - B0) Hn (B - B0)ᵀ) + rho |B - Z + U|²; then U
-// *= shrink, and x and scores are computed again. keep: [rows, n_in]. The result does not depend on `threads` (>= 1).
+// One iteration: Z = x where kept, else 0; U += B - Z; B = argmin tr((B - B0) Hn (B - B0)ᵀ) + rho |B - Z + U|². Then
+// U *= shrink, and x and scores are computed again. keep: [rows, n_in]. The result does not depend on `threads` (>= 1).
 // Throws std::bad_alloc if about 8 bytes per weight cannot be allocated.
 void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
 
@@ -276,7 +276,7 @@ struct MaskedWeight {
 //   x     [tokens, n_in] row-major, tokens >= 0
 //   bias  [n_out] or null
 //   y     [tokens, n_out], written whole; must not overlap x
-// If few weights are kept, only these are multiplied; an infinite x then does not turn into NaN at the others. The
+// If few weights are kept, only these are multiplied; an infinite x then gives no NaN at the other weights. The
 // result does not depend on `threads` (>= 1). Throws std::bad_alloc if memory cannot be allocated for a packed copy of
 // x and, per thread, some 100 KB and 384 bytes per token, or 2 KB per term of a sum.
 void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
@@ -299,8 +299,8 @@ struct Dropout {
   float scale() const { return 65536.0f / static_cast<float>(65536 - limit); }
 };
 
-// y = x scaled up, or 0 if dropped. Value i of block b of 128 values takes its random number from the counter (16 b + i
-// % 16, as 64 bits; 0, 0): the 16-bit half i / 16 of the output, counted from the lower half of the first word.
+// y = x scaled up, or 0 if dropped. Value i of block b of 128 values takes its random number from the output for the
+// counter (16 b + i % 16, as 64 bits; 0, 0): its 16-bit half i / 16, counted from the lower half of the first word.
 //   x, y  [n], bf16 or floats; they may be the same array
 // The result does not depend on `threads` (>= 1).
 void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, Isa isa, int threads, void* y);

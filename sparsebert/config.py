@@ -216,7 +216,7 @@ class DemoConfig(Settings):
     seed: Seed = Field(0, description="random seed")
 
 
-def validated(config_class: type[BaseModel], fields: dict, where: str = "", fix: str | None = None) -> BaseModel:
+def validated(config_class: type[Settings], fields: dict, where: str = "", fix: str | None = None) -> Settings:
     """`config_class(**fields)`. Raises InputError, in one line, for a value that pydantic refuses. where: file and part
     that the fields are from, with a colon, for the message. fix: None if they are flags.
     """

@@ -328,7 +328,7 @@ def test_rivals_are_held_to_the_same_instructions(monkeypatch):
 def test_compare_refuses_a_wrong_output(directory, tmp_path, monkeypatch):
     stock = models.stock(shutil.copytree(directory, tmp_path / "stock"))  # no golden logits to catch it first
     right = engine.sparse_encoder
-    for factor, says in ((1.5, "must be torch.s"), (np.nan, "logits must be finite")):
+    for factor, says in ((1.5, "must match torch.s"), (np.nan, "logits must be finite")):
         monkeypatch.setattr(engine, "sparse_encoder", lambda *a, f=factor, **k: right(*a, **k) * np.float32(f))
         with pytest.raises(CheckpointError, match=says):
             time_rivals(stock, *encoded(stock, rounds=1))

@@ -34,7 +34,7 @@ void project_task(const void* context, std::int64_t task) {
   run.kernel->project(run.job, task);
 }
 
-// Tasks in a row share a panel, so that it is read from memory once and from the second-level cache from then on.
+// Consecutive tasks share a panel, so that it is read from memory once and then from the second-level cache.
 void update_task(const void* context, std::int64_t task) {
   const Run& run = *static_cast<const Run*>(context);
   run.kernel->update(run.job, task % run.blocks, task / run.blocks);

@@ -7,12 +7,12 @@ namespace {
 constexpr int tile_floats = tile_width * lanes;
 static_assert(admm_panel % tile_floats == 0 && admm_block_rows % tile_rows == 0, "tiles fill panels and blocks");
 
-// x <- shrink (x - Z), with a factor of 0 or shrink: a branch would be mispredicted at every other weight.
+// x <- shrink (x - Z), as a product with 0 or shrink: a branch would be mispredicted at every other weight.
 inline void shrink_rest(float* __restrict x, const unsigned char* __restrict keep, std::int64_t n, float shrink) {
   for (std::int64_t j = 0; j < n; ++j) x[j] *= shrink * static_cast<float>(1 - keep[j]);
 }
 
-// z <- Z, and then as above.
+// z <- Z, then x <- shrink (x - Z).
 inline void split(float* __restrict x, const unsigned char* __restrict keep, std::int64_t n, float shrink,
                   float* __restrict z) {
   for (std::int64_t j = 0; j < n; ++j) z[j] = x[j] * static_cast<float>(keep[j]);
@@ -45,8 +45,8 @@ void project(const AdmmPruneJob& job, std::int64_t block) {
   }
 }
 
-// The row's kept values times the rows of one panel of Q. Sums go to `chains` accumulators in turn: enough independent
-// ones to keep two multiply-adds a cycle busy, as many as fit 16 registers.
+// Multiplies the row's kept values by the rows of one panel of Q. The terms go to `chains` accumulators alternately:
+// enough to keep two multiply-adds per cycle busy, and as many as fit 16 registers.
 constexpr int chains = 3;
 inline void multiply_list(const float* values, const std::int32_t* cols, std::int64_t count, const float* q,
                           f32 (&sum)[tile_width]) {
@@ -131,7 +131,8 @@ void expand(const AdmmPruneJob& job, std::int64_t block, std::int64_t panel) {
         }
         continue;
       }
-      // Through memory: an index that the compiler cannot resolve would keep acc out of the registers above too.
+      // Through memory: an index that the compiler cannot resolve would keep acc out of registers in the code above
+      // too.
       float tile[tile_rows][tile_floats];
 #pragma GCC unroll 8
       for (int i = 0; i < tile_rows; ++i) {

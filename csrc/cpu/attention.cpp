@@ -15,7 +15,7 @@ const AttentionKernel& kernel_for([[maybe_unused]] Isa isa) {
   return attention_scalar::kernel;
 }
 
-// task(number, working memory) for every head of every sequence.
+// Calls task(number, working memory) for every head of every sequence.
 template <typename Task>
 void for_heads(const Attention& job, const AttentionKernel& kernel, bool backward, int threads, const Task& task) {
   if (job.tokens == 0) return;

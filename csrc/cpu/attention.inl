@@ -1,24 +1,24 @@
-// The arithmetic of attention for training, written once for every vector width: one head of one sequence at a time, all
-// sums of floats. Included after bf16.inl and philox.inl, by their rules.
+// The arithmetic of attention for training, written once for every vector width: one head of one sequence at a time,
+// with all sums in float32. Included after bf16.inl and philox.inl, by their rules.
 //
-// Queries are innermost, `width` of them at a time, one a lane, with all keys one below the other: the softmax needs no
-// sum across lanes. Where the sum goes over queries (dK and dV), a head's values are innermost. So queries and dO are
-// held both ways. Keys that are not kept are left out as they are read; what follows their last one up to a multiple of
-// key_group is zero, and so is what follows the last query, which therefore adds nothing to any gradient.
+// Queries are innermost, `width` of them at a time, one per lane, and the keys are rows: the softmax then needs no sum
+// across lanes. For sums over queries (dK and dV), the values of the head are innermost. So queries and dO are stored
+// in both layouts. Keys that are not kept are skipped when keys are read. The rows after the last key, up to a multiple
+// of key_group, are zero, and so are the rows after the last query, which therefore add nothing to any gradient.
 
 namespace {
 
 constexpr int vectors = 2;
 constexpr std::int64_t width = vectors * lanes;
 constexpr int tile_rows = lanes == 16 ? 8 : 4;
-constexpr int key_group = 8;  // keys that one draw decides about
+constexpr int key_group = 8;  // keys that one call of draw() decides about
 constexpr float log2_e = 1.44269504f;
 constexpr float ln_2 = 0.69314718f;
 
 inline std::int64_t whole(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Room {
-  std::int64_t keys, queries, size;  // of a head, each rounded up
+  std::int64_t keys, queries, size;  // sizes of a head, each rounded up
 
   explicit Room(const Attention& job)
       : keys(whole(job.tokens, key_group)), queries(whole(job.tokens, width)), size(whole(job.size, lanes)) {}
@@ -33,7 +33,7 @@ std::int64_t floats(const Attention& job, bool backward) {
 
 inline void fill_zeros(float* to, std::int64_t n) { __builtin_memset(to, 0, static_cast<std::size_t>(n) * sizeof(float)); }
 
-// The rows of one head: where it begins in a tensor [sequences, tokens, heads, size].
+// The rows of one head in a tensor [sequences, tokens, heads, size]: where they begin, and their distance.
 struct Head {
   std::int64_t begin, stride;
   const bool* keep;
@@ -58,7 +58,7 @@ inline void read_rows(const T* from, const Attention& job, const Head& head, con
   }
 }
 
-// Those that are kept; returns how many.
+// Reads the kept keys and their values; returns their number.
 template <typename T>
 inline std::int64_t read_keys(const T* k, const T* v, const Attention& job, const Head& head, const Room& room,
                               float* keys, float* values) {
@@ -93,7 +93,7 @@ inline void transpose_rows(const float* rows, std::int64_t n, std::int64_t size,
   }
 }
 
-// panel [size][width], the queries from `first` on -> their rows.
+// Writes a panel [size][width] with the queries from `first` on to their rows.
 template <typename T>
 inline void write_queries(const float* panel, const Attention& job, const Head& head, const Room& room,
                           std::int64_t first, float* rows, T* out) {
@@ -104,7 +104,7 @@ inline void write_queries(const float* panel, const Attention& job, const Head& 
   }
 }
 
-// out[row][query] = the sum over k < depth of left[row, k] * right[k][query], for whole tiles of rows.
+// Calls use(row, vector, sums) with the sums over k < depth of left[row, k] * right[k][query], for whole tiles of rows.
 template <typename Use>
 inline void times_queries(const float* left, std::int64_t row_stride, std::int64_t step, const float* right,
                           std::int64_t right_step, std::int64_t depth, std::int64_t rows, Use use) {
@@ -148,13 +148,14 @@ inline void add_over_queries(const float* left, const float* right, std::int64_t
   if (k < size) add_over_queries<1>(left, right + k, size, queries, keys, sums + k);
 }
 
-// 2^v, whose smallest is 2^-126; a NaN stays one.
+// 2^v, but at least 2^-126; a NaN stays a NaN.
 inline f32 power_of_2(f32 v) {
   const f32 power = exp2(v < splat(-126.0f) ? splat(-126.0f) : v);
   return v == v ? power : v;
 }
 
-// Calls use(key, c, which) for each of n keys and the queries from `first` on: `which` is all ones where dropout keeps.
+// Calls use(key, c, which) for each of n keys and the queries from `first` on: `which` is all ones in the lanes that
+// dropout keeps.
 template <typename Use>
 inline void for_kept(const Attention& job, std::int64_t task, std::int64_t first, std::int64_t n, Use use) {
   for (std::int64_t group = 0; group * key_group < n; ++group) {

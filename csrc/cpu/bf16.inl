@@ -8,7 +8,7 @@ typedef std::uint16_t short_bits_unaligned __attribute__((vector_size(vector_byt
 
 inline f32 widen(short_bits v) { return reinterpret_cast<f32>(__builtin_convertvector(v, bits) << 16); }
 
-// To the nearest bf16, of two equally near ones the even; a NaN stays one. In the upper halves.
+// Rounds to the nearest bf16, ties to even; a NaN stays a NaN. The results are in the upper halves of the words.
 inline bits rounded(f32 v) {
   const bits word = reinterpret_cast<bits>(v);
   const bits near = word + 0x7fffu + ((word >> 16) & 1u);
@@ -41,7 +41,7 @@ inline Bf16 narrow(float value) {
   return static_cast<Bf16>(v.word >> 16);
 }
 
-// A vector of values, of either type in memory.
+// Loads and stores a vector of values that are float or bf16 in memory.
 inline f32 load_value(const float* p) { return load(p); }
 inline f32 load_value(const Bf16* p) { return widen(*reinterpret_cast<const short_bits_unaligned*>(p)); }
 inline void store_value(float* p, f32 v) { store(p, v); }
@@ -49,7 +49,7 @@ inline void store_value(Bf16* p, f32 v) {
   *reinterpret_cast<short_bits_unaligned*>(p) = __builtin_convertvector(rounded(v) >> 16, short_bits);
 }
 
-// n values as floats, and back.
+// Converts n values to floats, and back.
 inline void read_values(const Bf16* from, std::int64_t n, float* to) {
   std::int64_t i = 0;
   for (; i + lanes <= n; i += lanes) store(to + i, load_value(from + i));

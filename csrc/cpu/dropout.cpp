@@ -8,7 +8,7 @@
 namespace sparsebert {
 namespace {
 
-// Of a task: 128 KB of floats.
+// Blocks per task: 128 KB of floats.
 constexpr std::int64_t task_blocks = 256;
 
 const DropoutKernel& kernel_for([[maybe_unused]] Isa isa) {

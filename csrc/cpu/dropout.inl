@@ -2,7 +2,7 @@
 
 namespace {
 
-// `block` blocks behind the first of all.
+// Computes one whole block, whose index is `block`.
 template <typename T>
 inline void drop_block(const T* x, const Dropout& dropout, std::int64_t block, T* y) {
   constexpr int counters = 16;

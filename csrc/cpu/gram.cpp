@@ -11,14 +11,14 @@
 namespace sparsebert {
 namespace {
 
-// Floats packed at a time, 4 MiB: some of a shared third-level cache. 8 and 16 MiB were slower, 1 MiB no faster.
+// Floats packed at a time: 4 MiB, a part of a shared third-level cache. 8 and 16 MiB were slower, 1 MiB no faster.
 constexpr std::int64_t group_floats = 1 << 20;
 constexpr std::int64_t pack_tokens = 64;
 // Columns of a block, a multiple of every width; both sides, 256 tokens deep, take 196 KB of a second-level cache.
 constexpr std::int64_t block_columns = 96;
-// Parts of a sum over tokens: fixed, so that the result does not depend on the threads.
+// Max parts of a sum over tokens: fixed, so that the result does not depend on the threads.
 constexpr std::int64_t max_parts = 64;
-// Floats moved or multiplied below which waking a second core, some 5 us, costs more than it saves.
+// With fewer floats moved or multiplied, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -42,7 +42,7 @@ void sums_task(const void* context, std::int64_t task) {
 }
 
 struct GroupRun {
-  GramPackJob x, y;  // y.operand.n is 0 where there is none
+  GramPackJob x, y;  // y.operand.n is 0 if there is no y
   GramSums sums;
   const GramKernel* kernel;
 };
@@ -66,7 +66,7 @@ void multiply(const GroupRun& run, const GramOperand& rows, double* sums, std::i
                         sums + row * n_in + column, n_in});
 }
 
-// Whole blocks first, the halves on the diagonal last, where they even out the end.
+// Whole blocks come first. The half blocks on the diagonal come last, so that the threads finish at similar times.
 void multiply_task(const void* context, std::int64_t task) {
   const GroupRun& run = *static_cast<const GroupRun*>(context);
   const std::int64_t side = blocks(run.x.operand.n);
@@ -78,7 +78,7 @@ void multiply_task(const void* context, std::int64_t task) {
   multiply(run, run.x.operand, run.sums.xx, task, task + distance, distance == 0);
 }
 
-// out[c] += the sums of the parts. False where one is then not finite.
+// out[c] += the sums of the parts. Returns false if a result is not finite.
 bool add_parts(const GramPackJob& job, double* out) {
   const std::int64_t parts = ceil_div(job.tokens, job.part_tokens);
   const std::int64_t n = job.operand.n;
@@ -119,8 +119,8 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
   const GramKernel& kernel = kernel_for(isa);
   const std::int64_t x_columns = ceil_div(n_in, kernel.width) * kernel.width;
   const std::int64_t y_columns = ceil_div(n_y, kernel.width) * kernel.width;
-  // Whole depths, so that which tokens share a float32 sum depends on their place in the batch alone.
-  // Whole blocks of columns, so that a group does not depend on the kernel's width.
+  // Whole depths, so that only a token's place in the batch decides with which tokens it shares a float32 sum. Whole
+  // blocks of columns, so that the size of a group does not depend on the kernel's width.
   const std::int64_t columns = (blocks(n_in) + blocks(n_y)) * block_columns;
   const std::int64_t depths = std::max<std::int64_t>(1, group_floats / columns / gram_depth);
   const std::int64_t group = std::min(tokens, depths * gram_depth);
@@ -152,7 +152,7 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
         sums,
         &kernel};
   };
-  // Nothing is added before all is known to be finite; the last group is kept packed, and multiplied first.
+  // Nothing is added before all sums are known to be finite. The last group stays packed and is multiplied first.
   std::fill_n(sum_x, n_in + n_y, 0.0);
   const std::int64_t last = (tokens - 1) / group * group;
   for (std::int64_t first = 0; first <= last; first += group) {

@@ -9,12 +9,12 @@ typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), align
 
 constexpr int width = tile_vectors * lanes;
 constexpr int half = lanes / 2;
-// Tokens before a tile's last one at which its float64 sums are sent for: some 1,500 cycles of AVX-512, a memory's
-// latency. Sent for at the tile's start they would have left the first-level cache again by its end.
+// A tile's float64 sums are prefetched this many tokens before its last one: some 1,500 cycles of AVX-512, the latency
+// of memory. Prefetched at the tile's start, they would leave the first-level cache again before its end.
 constexpr std::int64_t prefetch_depth = 128;
 static_assert(width % tile_rows == 0, "a panel is cut into whole tiles");
 
-// As many floats as a vector has doubles.
+// Loads as many floats as a vector has doubles.
 inline half_unaligned load_half(const float* p) { return *reinterpret_cast<const half_unaligned*>(p); }
 inline f64 widen(half_unaligned v) { return __builtin_convertvector(v, f64); }
 
@@ -74,7 +74,7 @@ void pack_part(const GramPackJob& job, std::int64_t part) {
       const float root = roots != nullptr ? roots[t] : 1.0f;
 #pragma GCC unroll 4
       for (int v = 0; v < tile_vectors; ++v) {
-        // The processor does not foresee that the next panel's piece of this row comes next in it.
+        // The processor does not foresee that the next panel will read the next piece of this row.
         __builtin_prefetch(in + t * n + width + v * lanes);
         const f32 scaled = (load(in + t * n + v * lanes) - shift[v]) * root;
         if (keep) store(out + t * width + v * lanes, scaled);
@@ -103,8 +103,8 @@ void pack(const GramPackJob& job, std::int64_t part) {
   job.keep ? pack_part<true>(job, part) : pack_part<false>(job, part);
 }
 
-// sums[i][j] += sum over k < depth of a[k][i] b[k][j], i below tile_rows and j below `vectors` vectors, in float32; of
-// the sums only `rows` x `columns` exist.
+// sums[i][j] += sum over k < depth of a[k][i] b[k][j], for i below tile_rows and j below `vectors` vectors, in float32.
+// Only `rows` x `columns` of the sums exist.
 template <int vectors>
 inline void add_tile(const float* a, const float* b, std::int64_t depth, double* sums, std::int64_t stride,
                      std::int64_t rows, std::int64_t columns) {
@@ -141,7 +141,7 @@ inline void add_tile(const float* a, const float* b, std::int64_t depth, double*
   }
 }
 
-// The tile at row i of one panel and its column panel, without the first `skip` vectors of the latter.
+// Adds the tile of some rows and one panel of columns, without the panel's first `skip` vectors.
 template <int skip>
 inline void add_tile_from(std::int64_t skipped, const float* a, const float* b, std::int64_t depth, double* sums,
                           std::int64_t stride, std::int64_t rows, std::int64_t columns) {
@@ -159,7 +159,7 @@ void multiply(const GramBlock& block) {
       const std::int64_t rows = block.upper && j + width < block.n_rows ? j + width : block.n_rows;
       for (std::int64_t i = 0; i < rows; i += tile_rows) {
         const float* a = block.rows + i / width * width * block.tokens + k * width + i % width;
-        // On the diagonal, whole vectors of columns below the tile's first row are not wanted.
+        // On the diagonal, vectors of columns that are wholly left of the tile's first row are not needed.
         const std::int64_t skipped = block.upper && i > j ? (i - j) / lanes : 0;
         add_tile_from<0>(skipped, a, b, depth, block.sums + i * block.stride + j, block.stride, block.n_rows - i,
                          block.n_columns - j);

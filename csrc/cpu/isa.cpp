@@ -9,7 +9,7 @@ namespace sparsebert {
 namespace {
 
 #if defined(__x86_64__)
-// Linux gives a process the tiles' registers only when it asks for them.
+// Linux lets a process use the tile registers only after it has asked for them.
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -26,8 +26,8 @@ bool may_use_tiles() {
 bool isa_supported(Isa isa) {
   if (isa == Isa::scalar) return true;
 #if defined(__x86_64__)
-  // The compiler's run-time library also asks the operating system (xgetbv), so a kernel that does not save the wide
-  // registers counts as lacking them.
+  // The compiler's run-time library also asks the operating system (xgetbv): if that does not save the wide registers,
+  // they count as missing.
   __builtin_cpu_init();
   if (isa == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -18,7 +18,7 @@ const MaskedLstsqKernel& kernel_for([[maybe_unused]] Isa isa) {
   return masked_lstsq_scalar::kernel;
 }
 
-// Solves a group of rows; what MaskedLstsqKernel::solve returns.
+// Solves a group of rows; returns the result of MaskedLstsqKernel::solve.
 std::int64_t solve(const MaskedLstsqKernel& kernel, const MaskedLstsqJob& job, std::int64_t group) {
   const RowGroups& groups = job.groups;
   const std::int32_t* rows = groups.rows + groups.row_ptr[group];

@@ -1,4 +1,5 @@
-// What the driver (masked_lstsq.cpp) and the kernels (masked_lstsq_<isa>.cpp) share: one job, one task a group of rows.
+// What the driver (masked_lstsq.cpp) and the kernels (masked_lstsq_<isa>.cpp) share: a job. A task is one group of
+// rows.
 #pragma once
 
 #include "../ops.h"
@@ -17,7 +18,8 @@ struct MaskedLstsqJob {
 struct MaskedLstsqKernel {
   // Doubles of working memory to solve for k columns and g rows.
   std::int64_t (*workspace)(std::int64_t k, std::int64_t g);
-  // Writes the rows of v of one group. cols: its support S, increasing. Returns -1 or what goes into ops.h's `failed`.
+  // Writes the rows of v of one group. cols: its support S, increasing. Returns the group's value of `failed`, see
+  // ops.h.
   std::int64_t (*solve)(const MaskedLstsqJob& job, const std::int32_t* cols, std::int64_t k, const std::int32_t* rows,
                         std::int64_t g, double* work);
 };

@@ -1,7 +1,8 @@
 // The arithmetic of masked_lstsq, written once for every vector width. Included after vector.inl, by its rules.
-// A group solves A x = b with A = H on its support. A = Uᵀ U, U upper triangular, is found row tile by row tile, each
-// from all rows above it (left-looking): the products of a tile never leave the registers, and the right-hand sides,
-// taken as further columns of A, come out of the same code as U⁻ᵀ b. All padding is zeros and stays zeros.
+// Each group solves A x = b with A = H on its support. The factor U of A = Uᵀ U, upper triangular, is computed one row
+// tile after the other, each from all rows above it (left-looking). The products of a tile never leave the registers.
+// The right-hand sides are treated as further columns of A, so the same code turns them into U⁻ᵀ b. All padding is zero
+// and stays zero.
 
 typedef Vector<double>::type f64;
 
@@ -11,7 +12,8 @@ constexpr int vector_size = Vector<double>::size;
 constexpr int panel = tile_width * vector_size;
 static_assert(panel % tile_rows == 0, "the rows of a tile are columns of one panel");
 
-// Cut into panels of `panel` columns, row after row within a panel, so that each is read as one stream whatever k is.
+// Everything is cut into panels of `panel` columns, row after row within a panel, so that each panel is read as one
+// stream whatever k is.
 struct System {
   std::int64_t k;   // columns of the support
   double* u;        // panel p of U: rows 0 to (p + 1) panel, at panel_of(p)
@@ -27,7 +29,7 @@ std::int64_t workspace(std::int64_t k, std::int64_t g) {
   return panel_of(ceil_div(k, panel)) + ceil_div(g, panel) * padded(k) * panel + padded(k);
 }
 
-// acc <- U⁻ᵀ acc for one tile's rows; triangle is U there, rows `step` apart.
+// acc <- U⁻ᵀ acc for one tile's rows. triangle: U on the tile's diagonal, with rows `step` apart.
 template <int width>
 inline void substitute(const double* triangle, std::int64_t step, const double* inverse, f64 (&acc)[tile_rows][width]) {
 #pragma GCC unroll 8
@@ -63,11 +65,11 @@ inline void store_tile(double* c, const f64 (&acc)[tile_rows][width]) {
   }
 }
 
-// Rows [row, row + tile_rows) of U in the panel that holds their diagonal. Returns -1 or the failing pivot.
+// Computes rows [row, row + tile_rows) of U in the panel that holds their diagonal. Returns -1, or the failing pivot.
 std::int64_t diagonal_tile(const System& s, std::int64_t row) {
   double* above = s.u + panel_of(row / panel);
   double* c = above + row * panel;
-  const std::int64_t first = row % panel;  // the tile's first diagonal element within its rows
+  const std::int64_t first = row % panel;  // column of the tile's first diagonal element in the panel
   f64 acc[tile_rows][tile_width] = {};
   remainder(above + first, above, row, c, acc);
   store_tile(c, acc);
@@ -96,7 +98,7 @@ std::int64_t diagonal_tile(const System& s, std::int64_t row) {
   return -1;
 }
 
-// Rows [row, row + panel) of one panel to the right of theirs, or of right-hand sides.
+// Computes rows [row, row + panel) of one panel to the right of their diagonal, or of right-hand sides.
 template <int width>
 void panel_rows(const System& s, std::int64_t row, double* right) {
   const double* above = s.u + panel_of(row / panel);
@@ -137,7 +139,7 @@ void back_substitute(const System& s, double* x) {
   }
 }
 
-// Calls fn<width> for the vectors that `columns` of a panel fill.
+// Calls fn.run<width>() with the number of vectors that `columns` columns of a panel take.
 template <int width, typename Fn>
 inline void with_width(std::int64_t columns, const Fn& fn) {
   if constexpr (width > 1) {
@@ -161,7 +163,7 @@ struct BackSubstitute {
   void run() const { back_substitute<width>(s, x); }
 };
 
-// Rows [row, row + panel) of H on the support, from the diagonal on; only H's upper triangle is read.
+// Copies rows [row, row + panel) of H on the support, from the diagonal on; reads only H's upper triangle.
 void gather(const MaskedLstsqJob& job, const System& s, const std::int32_t* cols, std::int64_t row) {
   const std::int64_t panels = ceil_div(s.k, panel);
   for (std::int64_t i = row; i < row + panel; ++i) {
@@ -170,7 +172,7 @@ void gather(const MaskedLstsqJob& job, const System& s, const std::int32_t* cols
       double* to = s.u + panel_of(p) + i * panel;
       const std::int32_t* here = cols + p * panel;
       if (p > row / panel && (p + 1) * panel <= s.k) {
-        // A whole panel: by far the most of them, and a loop the compiler can unroll.
+        // A whole panel: by far the most common case, and a loop that the compiler can unroll.
         for (std::int64_t j = 0; j < panel; ++j) to[j] = from[here[j]];
       } else {
         for (std::int64_t j = 0; j < panel; ++j) {
@@ -182,7 +184,7 @@ void gather(const MaskedLstsqJob& job, const System& s, const std::int32_t* cols
   }
 }
 
-// v = w - cᵀ H_R: for some rows of one panel of solutions c, on `width` vectors of columns from `col` on.
+// v = t - cᵀ H_S: for some rows of one panel of solutions c, on `width` vectors of columns from `col` on.
 constexpr int update_rows = 4;
 template <int width>
 inline void update(const MaskedLstsqJob& job, const System& s, const std::int32_t* cols, const double* c,

@@ -19,7 +19,7 @@ constexpr int word_group = 16;
 #include "tile.inl"
 #include "masked_matmul.inl"
 
-// What is sparse is multiplied dense, until it was measured where that stops paying.
+// Sparse weights are multiplied as if dense, until measurements show from which sparsity on this stops paying.
 const MaskedMatmulKernel kernel = {values_a_word, word_group, tile_rows, tile_columns, 0.0,     pack,
                                    multiply,      0,          nullptr,   nullptr,      count_kept};
 }  // namespace sparsebert::masked_matmul_amx

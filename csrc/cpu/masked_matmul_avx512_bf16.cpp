@@ -18,7 +18,7 @@ constexpr int word_group = 1;
 #include "tile.inl"
 #include "masked_matmul.inl"
 
-// What is sparse is multiplied as floats.
+// Sparse weights are multiplied as floats.
 const MaskedMatmulKernel kernel = {values_a_word, word_group, tile_rows, tile_columns, 0.12,    pack,
                                    multiply,      0,          nullptr,   nullptr,      count_kept};
 }  // namespace sparsebert::masked_matmul_avx512_bf16

@@ -1,12 +1,12 @@
-// Panels: the token innermost, so that everything an encoder does is plain vector arithmetic, one token a lane. Written
-// once for every vector width; included after vector.inl, by its rules.
+// Panels have the token innermost, so that all arithmetic of an encoder is plain vector arithmetic, one token per lane.
+// Written once for every vector width; included after vector.inl, by its rules.
 
 typedef Vector<float>::type f32;
 typedef Vector<int>::type i32;
 
 namespace {
 
-// Masks of the perfect shuffle: zip(a, b) = a0 b0 a1 b1 ...; its lower half with first = 0, its upper with lanes / 2.
+// Perfect shuffle: zip(a, b) = a0 b0 a1 b1 ...; its lower half with first = 0, its upper half with first = lanes / 2.
 template <int first, int... i>
 inline f32 zip(f32 a, f32 b, Indices<i...>) {
   return __builtin_shuffle(a, b, i32{(first + i / 2 + (i % 2) * lanes)...});
@@ -29,7 +29,7 @@ inline void transpose(f32 (&v)[lanes]) {
   }
 }
 
-// How a value is read of several tokens' rows: `lanes` of one row side by side, or one.
+// How a token's row is read: `lanes` neighbouring values, or one value.
 struct ReadVector {
   f32 operator()(const float* from) const { return load(from); }
 };
@@ -37,8 +37,9 @@ struct ReadFloat {
   float operator()(const float* from) const { return *from; }
 };
 
-// Values `begin` to `end` of tokens, each in a row -> a panel of this width, of whose tokens `filled` exist; the others
-// become zero. row(t, k, read) gives what `read` makes of the value k of token t, and of what follows it.
+// Packs values `begin` to `end` of tokens, each token in a row, into a panel of this width. `filled` of its tokens
+// exist; the others become zero. row(t, k, read) returns what `read` gives for value k of token t and the values after
+// it.
 template <typename Row>
 inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t width, std::int64_t filled, float* panel,
                         Row row) {
@@ -63,7 +64,7 @@ inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t width
   }
 }
 
-// 2^e for e in [-126, 126], given its values on [-1/2, 1/2] as a polynomial, highest power first.
+// 2^e for e in [-126, 126]; the coefficients are those of a polynomial for 2^e on [-1/2, 1/2], highest power first.
 template <int n>
 inline f32 exp2_by(const float (&coefficients)[n], f32 e) {
   // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits, from where it becomes the exponent.
@@ -76,20 +77,20 @@ inline f32 exp2_by(const float (&coefficients)[n], f32 e) {
   return reinterpret_cast<f32>(reinterpret_cast<i32>(power) + (reinterpret_cast<i32>(shifted) << 23));
 }
 
-// To 2e-7 of itself.
+// 2^e with a relative error of 2e-7.
 inline f32 exp2(f32 e) {
   constexpr float coefficients[] = {0.0013400432653725147f, 0.009676037356257439f, 0.05550327152013779f,
                                     0.2402210682630539f,    0.6931471824645996f,   1.0f};
   return exp2_by(coefficients, e);
 }
 
-// e^v for v <= 0, to 1e-6 of itself down to e^-87, below which it stands still. A NaN stays.
+// e^v for v <= 0, with a relative error of 1e-6; constant for v below -87. A NaN stays a NaN.
 inline f32 exp_negative(f32 v) {
   const f32 power = exp2((v < splat(-87.0f) ? splat(-87.0f) : v) * 1.44269504f);
   return v == v ? power : v;
 }
 
-// To 2e-7. A NaN stays.
+// tanh with an error of 2e-7. A NaN stays a NaN.
 inline f32 tanh(f32 v) {
   const f32 zero{};
   const f32 power = exp_negative((v < zero ? v : -v) * 2.0f);
@@ -98,8 +99,8 @@ inline f32 tanh(f32 v) {
 }
 
 // gelu(v) = v Phi(v) = max(v, 0) - a Phi(-a), a = |v|: no cancellation, so small results keep their relative accuracy.
-// Phi(-a) = 2^-q(a), with q a polynomial fitted to minimise the error of a Phi(-a) on [0, 12.5]; beyond, where it is
-// below 2e-30, a stands still. Error of a Phi(-a): 8e-8 absolute, and 0.3 % relative up to a = 5.
+// Phi(-a) = 2^-q(a), with q a polynomial fitted to minimise the error of a Phi(-a) on [0, 12.5]. Larger a are set to
+// 12.5, where a Phi(-a) is below 2e-30. Error of a Phi(-a): 8e-8 absolute, and 0.3 % relative up to a = 5.
 inline f32 gelu(f32 v) {
   const f32 zero{};
   f32 a = v < zero ? -v : v;
@@ -111,7 +112,7 @@ inline f32 gelu(f32 v) {
   q = q * a + 0.4587709605693817f;
   q = q * a + 1.1512017250061035f;
   q = q * a + 0.999993085861206f;
-  return (v < zero ? zero : v) - a * exp2(-q);  // in this order a NaN stays
+  return (v < zero ? zero : v) - a * exp2(-q);  // in this order a NaN stays a NaN
 }
 
 inline f32 activate(f32 v, Activation activation) {
@@ -124,7 +125,7 @@ inline f32 activate(f32 v, Activation activation) {
   return v;
 }
 
-// The sum over k < n of term(k), in four sums that go on independently.
+// The sum over k < n of term(k), as four independent sums.
 template <typename Term>
 inline f32 sum_of(std::int64_t n, Term term) {
   f32 sum[4] = {};
@@ -148,7 +149,7 @@ inline auto embedding(const Job& job, std::int64_t first) {
   };
 }
 
-// Exactly n elements.
+// Copies exactly n elements.
 template <typename T>
 inline void copy(const T* from, T* to, std::int64_t n) {
   constexpr int step = Vector<T>::size;
@@ -156,7 +157,8 @@ inline void copy(const T* from, T* to, std::int64_t n) {
   for (; n > 0; --n) *to++ = *from++;
 }
 
-// Calls piece(token, panel, lane, count) for the parts of start to stop that lie side by side in a panel.
+// Calls piece(token, panel, lane, count) for each part of the tokens start to stop that lies in one panel; `token`
+// counts from start.
 template <typename Piece>
 inline void for_pieces(std::int64_t start, std::int64_t stop, std::int64_t width, Piece piece) {
   for (std::int64_t t = start; t < stop;) {

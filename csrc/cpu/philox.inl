@@ -1,5 +1,5 @@
-// Random numbers by counter [Salmon et al. 2011, Philox4x32-7]: any of them is had from its number alone, so that a
-// backward pass draws again what the forward pass drew. Included after vector.inl, by its rules.
+// Counter-based random numbers [Salmon et al. 2011, Philox4x32-7]: each is computed from its counter alone, so that a
+// backward pass can generate the numbers of the forward pass again. Included after vector.inl, by its rules.
 
 namespace {
 
@@ -10,7 +10,7 @@ typedef Vector<std::uint64_t>::type u64;
 struct Draws {
   u32 words[4];
 
-  // All ones where number i is at least `limit`.
+  // All ones in the lanes where number i is at least `limit`.
   i32 at_least(int i, std::uint32_t limit) const {
     const u32 word = words[i / 2];
     const u32 number = i % 2 == 0 ? word & 0xffffu : word >> 16;
@@ -25,7 +25,7 @@ inline void multiply_wide(u32 a, std::uint32_t factor, u32& high, u32& low) {
   high = reinterpret_cast<u32>((even >> 32) | (odd & 0xffffffff00000000u));
 }
 
-// Of the counter (first + lane, second, third, 0) under the key `seed`.
+// The numbers for the counter (first + lane, second, third, 0) with the key `seed`.
 inline Draws draw(std::uint64_t seed, std::uint32_t first, std::uint32_t second, std::uint32_t third) {
   u32 c0 = splat(first), c1 = splat(second), c2 = splat(third), c3{};
   for (int i = 0; i < lanes; ++i) c0[i] += static_cast<std::uint32_t>(i);

@@ -6,7 +6,7 @@
 namespace sparsebert::sparse_matmul_avx2 {
 constexpr int lanes = 8;
 constexpr int widest_rows = 4;
-// Four vectors of a group are multiplied by halves, each of which would have half of the first-level cache's sets.
+// With four vectors a group would be multiplied in two halves, each with only half of the first-level cache's sets.
 constexpr int widest_groups = 3;
 #include "vector.inl"
 #include "panel.inl"

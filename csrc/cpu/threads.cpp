@@ -22,11 +22,11 @@
 namespace sparsebert {
 namespace {
 
-// How long an idle worker, or a caller whose last tasks are running elsewhere, looks before it gives up its core. Long
-// enough to bridge the gap between two calls in a row, short beside a scheduler tick.
+// How long an idle worker, or a caller whose last tasks are running on other threads, spins before it gives up its
+// core. Long enough to bridge the gap between two consecutive calls, short compared with a scheduler tick.
 constexpr std::chrono::microseconds spin_time{30};
-// How long a caller then lets others run in between before it sleeps: a task takes less, unless its worker was put aside
-// for another process.
+// How long a caller then yields between spins before it sleeps: a task takes less, unless its worker was preempted by
+// another process.
 constexpr std::chrono::microseconds yield_time{1000};
 
 inline void relax() {
@@ -65,14 +65,15 @@ struct Worker {
   int shunned_cpu = -1;  // the core it was last told to keep off
 };
 
-// Workers that a process keeps at most: more than one a core only share it.
+// Max number of workers that a process keeps: more than one per core only share it.
 int most_workers() {
   static const int most = std::max(64, 4 * static_cast<int>(std::thread::hardware_concurrency())) - 1;
   return most;
 }
 
-// Keeps a worker off the core its caller runs on. Left alone, Linux may wake it right there, where it waits behind the
-// caller until the next load balancing, some milliseconds; a job is over by then. It stays free among the other cores.
+// Keeps a worker off the core that its caller runs on. Otherwise Linux may wake it on that core, where it waits behind
+// the caller until the next load balancing, some milliseconds later; a job is over by then. The worker may use all
+// other cores.
 void keep_off([[maybe_unused]] Worker& worker, [[maybe_unused]] int cpu) {
 #if defined(__linux__)
   if (cpu < 0 || worker.shunned_cpu == cpu) return;
@@ -103,16 +104,16 @@ int current_cpu() {
 
 class Pool {
  public:
-  // False, with nothing done, when another job is running.
+  // Returns false and does nothing if another job is running.
   bool run(std::int64_t n_tasks, int threads, Task fn, const void* context) {
     if (busy_.exchange(true)) return false;
     const int wanted = static_cast<int>(std::min<std::int64_t>(threads, n_tasks)) - 1;
     helpers_ = std::min(wanted, grow(wanted));
     fn_ = fn;
     context_ = context;
-    // Neighbouring tasks, which often touch the same data, go to one thread, and those of a like place among the tasks
-    // of several jobs in a row to the same one: what it wrote is still in its own cache. On some processors a line of
-    // another core's costs as much as one from memory.
+    // Neighbouring tasks often touch the same data, so they go to one thread. In consecutive jobs, tasks at a similar
+    // place go to the same thread, because the data that it wrote is still in its own cache. On some processors a line
+    // from another core's cache costs as much as one from memory.
     for (int i = 0; i <= helpers_; ++i) {
       share(i).next.store(n_tasks * i / (helpers_ + 1), std::memory_order_relaxed);
       share(i).end = n_tasks * (i + 1) / (helpers_ + 1);
@@ -125,7 +126,7 @@ class Pool {
       rouse(*workers_[i]);
     }
     work(0);
-    // A worker that arrives from here on finds the job closed; those inside are waited for, as they use the context.
+    // A worker that arrives after this finds the job closed; workers inside are waited for, as they use the context.
     open_.store(false);
     wait_for_workers();
     busy_.store(false);
@@ -133,7 +134,7 @@ class Pool {
   }
 
  private:
-  // The share of the thread `own`, 0 being the caller, then what others have left of theirs.
+  // Runs the share of the thread `own` (0: the caller), then tasks that are left of the others' shares.
   void work(int own) {
     for (int i = 0; i <= helpers_; ++i) {
       Share& from = share((own + i) % (helpers_ + 1));
@@ -153,7 +154,7 @@ class Pool {
         std::this_thread::yield();
         continue;
       }
-      // The core that is given up here is one that a worker may need: other processes have the rest.
+      // The caller gives up its core here; a worker may need it, as other processes may use the other cores.
       for (int i = 0; i < helpers_; ++i) let_anywhere(*workers_[i]);
       std::unique_lock<std::mutex> lock(mutex_);
       waiting_.store(true);
@@ -162,7 +163,8 @@ class Pool {
     }
   }
 
-  // A worker counts down, then looks whether the caller sleeps; the caller says so, then counts: one of them sees.
+  // A worker lowers `inside_`, then reads `waiting_`; the caller sets `waiting_`, then reads `inside_`. So at least one
+  // of them sees the other's change.
   void leave() {
     if (inside_.fetch_sub(1) != 1 || !waiting_.load()) return;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -192,16 +194,16 @@ class Pool {
         sleep_until_changed(worker, seen);
       }
       seen = generation_.load();
-      // We enter, then look; the caller closes, then counts. Both orders are sequentially consistent, so either the
-      // caller sees us inside or we see the job closed.
+      // The worker enters, then reads `open_`; the caller closes the job, then counts the workers inside. Both orders
+      // are sequentially consistent, so either the caller sees the worker inside, or the worker sees the job closed.
       inside_.fetch_add(1);
       if (open_.load() && index < helpers_) work(index + 1);
       leave();
     }
   }
 
-  // Tries to have `wanted` workers and returns how many there are. A process at its limit of threads or memory gets
-  // fewer, and the same results.
+  // Starts workers until there are `wanted`, and returns how many there are. A process at its limit of threads or
+  // memory gets fewer workers, and the same results.
   int grow(int wanted) {
     wanted = std::min(wanted, most_workers());
     while (static_cast<int>(workers_.size()) < wanted && start_worker()) {
@@ -210,8 +212,8 @@ class Pool {
   }
 
   bool start_worker() {
-    // Signals belong to the threads of the program, so a worker starts with them blocked, but for those that its own
-    // faults raise: blocked, they would end the process before a handler could say anything.
+    // Signals are for the program's own threads, so a worker starts with signals blocked, except those that its own
+    // faults raise: if these were blocked, a fault would end the process before a handler could report it.
     sigset_t all, before;
     sigfillset(&all);
     for (const int own : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP, SIGSYS}) sigdelset(&all, own);
@@ -233,12 +235,12 @@ class Pool {
     return started;
   }
 
-  std::atomic<bool> busy_{false};               // a caller is in run(); it alone touches what is not atomic
+  std::atomic<bool> busy_{false};               // a caller is in run(); only it writes fields that are not atomic
   std::vector<std::unique_ptr<Worker>> workers_;
   std::atomic<std::uint64_t> generation_{0};    // counts jobs; a change wakes the workers
-  std::atomic<bool> open_{false};               // the fields below hold a job that may be joined
-  std::atomic<int> inside_{0};                  // workers between entering and leaving
-  std::mutex mutex_;                            // of the caller that sleeps until they are none
+  std::atomic<bool> open_{false};               // workers may join the job that the fields below hold
+  std::atomic<int> inside_{0};                  // number of workers between entering and leaving
+  std::mutex mutex_;                            // for the caller that sleeps until none is inside
   std::condition_variable left_;
   std::atomic<bool> waiting_{false};
   Share share_;                                 // the caller's; a worker has its own
@@ -250,7 +252,7 @@ class Pool {
 // Never destroyed: its workers live until the process ends.
 std::atomic<Pool*> current_pool{nullptr};
 
-// The workers of the parent do not exist in the child, and its locks may be held by threads that are gone.
+// The parent's workers do not exist in the child, and its locks may be held by threads that no longer exist.
 void forget_pool() { current_pool.store(nullptr); }
 
 Pool* get_pool() {

@@ -1,5 +1,5 @@
-// A small pool of worker threads. Our own rather than OpenMP: a process that also holds PyTorch would hold two OpenMP
-// run-times, each with its own spinning workers on the same cores.
+// A small pool of worker threads. It does not use OpenMP, because a process that also holds PyTorch would then hold two
+// OpenMP run-times, each with its own spinning workers on the same cores.
 #pragma once
 
 #include <atomic>
@@ -11,14 +11,15 @@ namespace sparsebert {
 using Task = void (*)(const void* context, std::int64_t task);
 
 // Runs fn(context, i) once for every i in [0, n_tasks), on at most `threads` threads including the caller, and returns
-// when all are done. Tasks are handed out in order, one at a time. fn must not throw.
-// From inside a task, or while another thread is in here, the caller does all of its tasks alone.
-// In a child process after fork the workers are started anew on first use. A process keeps at most 63 workers, or four a
-// core where that is more, whatever `threads`; whoever waits longer than some microseconds gives up its core.
+// when all are done. Each thread begins with a share of neighbouring tasks, which it takes in order, one at a time;
+// then it takes tasks that are left of the other shares. fn must not throw.
+// If called from inside a task, or while another thread is in this function, the caller runs all its tasks alone. In a
+// child process after fork the workers are started anew on first use. A process keeps at most 63 workers, or 4 per core
+// minus 1 if that is more, whatever `threads` is. A thread that waits longer than some microseconds gives up its core.
 void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept;
 
-// The same for anything that is called with the task, and may throw: once all tasks are done or have failed, the first
-// exception is thrown here.
+// The same for any callable fn(i), which may throw: once all tasks are done or have failed, the first exception is
+// thrown here.
 template <typename Fn>
 void parallel(std::int64_t n_tasks, int threads, const Fn& fn) {
   struct Run {

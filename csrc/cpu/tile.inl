@@ -1,9 +1,9 @@
 // bf16 and tiles: 16 rows of 64 bytes, multiplied as matrices. Included after panel.inl, by its rules, with lanes = 16.
-// SPARSEBERT_TILES says what multiplies them: 2, the registers of AMX; 1, dot products of AVX-512 BF16; 0, plain C++:
-// slow, for reference.
+// SPARSEBERT_TILES chooses the instructions: 2, the tile registers of AMX; 1, the dot products of AVX-512 BF16; 0,
+// plain C++, which is slow and serves as reference.
 //
-// A vector of 32 bf16 is 16 words of two: of tokens 2i and 2i + 1, everywhere where tokens are innermost. Its even and
-// its odd tokens make a float vector each, so that nothing has to be shuffled.
+// A vector of 32 bf16 is 16 words of two. If tokens are innermost, word i holds tokens 2i and 2i + 1. The even tokens
+// make one float vector and the odd tokens another, so that nothing has to be shuffled.
 
 typedef Vector<std::uint16_t>::type u16;
 typedef Vector<std::uint32_t>::type u32;
@@ -15,10 +15,10 @@ constexpr std::int64_t panel_width = 32;
 inline f32 even(u16 v) { return reinterpret_cast<f32>(reinterpret_cast<u32>(v) << 16); }
 inline f32 odd(u16 v) { return reinterpret_cast<f32>(reinterpret_cast<u32>(v) & 0xffff0000u); }
 
-// To the nearest bf16, of two equally near ones the even; a NaN stays one.
+// Rounds to the nearest bf16, ties to even; a NaN stays a NaN.
 inline u16 round_pairs(f32 evens, f32 odds) {
 #if SPARSEBERT_TILES >= 1
-  // The halves come one behind the other.
+  // The instruction puts all evens first, then all odds.
   const auto halves = reinterpret_cast<__m512i>(
       _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(odds), reinterpret_cast<__m512>(evens)));
   const u16 order = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
@@ -56,17 +56,17 @@ inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t fille
   }
 }
 
-// What is rounded to bf16, to 2^-9 of itself, needs no better than the following.
+// The next functions are only as exact as is useful if the result is rounded to bf16 (a relative error of 2^-9).
 
-// 2^e for e <= 126, to 1e-4 of itself down to 2^-126, below which it stands still. Of a NaN nothing need be left: where
-// it came from, it also is among what the power is multiplied with.
+// 2^e for e <= 126, with a relative error of 1e-4; constant for e below -126. A NaN may get lost: the values that the
+// power is multiplied with are then NaN too.
 inline f32 exp2_roughly(f32 e) {
   constexpr float coefficients[] = {0.05517166852951050f, 0.2426111251115799f, 0.6932609677314758f,
                                     0.9999280571937561f};
   return exp2_by(coefficients, e < splat(-126.0f) ? splat(-126.0f) : e);
 }
 
-// v (1/2 + c P(c^2)), c = v but within [-4, 4], where the bracket is 0 and 1: off by at most 2e-4.
+// v (1/2 + c P(c^2)), with c = v clamped to [-4, 4], at whose ends the bracket is 0 and 1. Error at most 2e-4.
 inline f32 gelu_roughly(f32 v) {
   f32 c = v < splat(-4.0f) ? splat(-4.0f) : v;
   c = c > splat(4.0f) ? splat(4.0f) : c;
@@ -80,7 +80,8 @@ inline f32 gelu_roughly(f32 v) {
   return v * (c * (p * (square - 16.0f) + 0.125f) + 0.5f);
 }
 
-// Two rows of 32 tokens as the two right-hand tiles' rows: words of (a, b) of the even, and of the odd tokens.
+// Two rows a and b of 32 tokens -> one row of each right-hand tile: words (a, b) of the even tokens, and of the odd
+// ones.
 inline u32 pair_even(u16 a, u16 b) {
   return (reinterpret_cast<u32>(a) & 0xffffu) | (reinterpret_cast<u32>(b) << 16);
 }
@@ -96,7 +97,7 @@ struct TileConfig {
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles are of one thread, and of all its libraries: what they were set to comes back.
+// All libraries of a thread share its tile configuration, so the destructor restores the configuration that it found.
 class Tiles {
  public:
   Tiles() {
@@ -125,7 +126,7 @@ class Tiles {
 
 #else
 
-// Tiles 0 to 3 are sums, 4 to 7 are read where they lie.
+// Tiles 0 to 3 hold sums; tiles 4 to 7 are read directly from memory.
 struct Tiles {
   alignas(64) float sums[4][16][16];
   const char* from[8];

@@ -1,4 +1,4 @@
-// Finds the k-th highest score by halving a range of float keys, then marks; the passes are in topk_mask.inl.
+// Finds the k-th highest score by bisection over float keys, then marks what is kept; the passes are in topk_mask.inl.
 #include "topk_mask.h"
 
 #include <algorithm>
@@ -14,8 +14,8 @@
 namespace sparsebert {
 namespace {
 
-// Scores that a task passes over: 64 KB, which stay in a second-level cache. A longer vector is cut into chunks of
-// this, and its threshold first looked for near that of a sample.
+// Scores per task: 64 KB, which stay in a second-level cache. A longer vector is cut into chunks of this size, and its
+// threshold is first searched near the threshold of a sample.
 constexpr std::int64_t chunk_scores = 1 << 14;
 constexpr std::int64_t sample_scores = 1 << 13;
 constexpr float infinity = std::numeric_limits<float>::infinity();
@@ -30,7 +30,7 @@ const TopkMaskKernel& kernel_for([[maybe_unused]] Isa isa) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Keys are integers in the order of the floats. -0 has one of its own, next to that of +0.
+// Keys are integers in the order of the floats. -0 has its own key, next to the key of +0.
 std::int64_t key_of(float score) {
   std::int32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
@@ -101,7 +101,7 @@ void selected_rows(const void* context, std::int64_t task) {
   }
 }
 
-// One vector in chunks.
+// One vector, cut into chunks.
 struct LongJob {
   const TopkMaskKernel* kernel;
   const float* scores;  // [n]
@@ -109,10 +109,10 @@ struct LongJob {
   std::int64_t n;
   float low, high;
   float* candidates;    // [chunks, chunk_scores + 1], each chunk's scores from low to high
-  std::int64_t* found;  // [chunks], how many these are, or -1 where there is a NaN
-  std::int64_t* above;  // [chunks], how many are above `high`
+  std::int64_t* found;  // [chunks], the number of candidates, or -1 if there is a NaN
+  std::int64_t* above;  // [chunks], the number of scores above `high`
   float threshold;
-  std::int64_t* ties;   // [chunks], how many that equal the threshold each keeps
+  std::int64_t* ties;   // [chunks], the number of scores equal to the threshold that are kept
 
   std::int64_t length(std::int64_t chunk) const { return std::min(chunk_scores, n - chunk * chunk_scores); }
 };
@@ -129,7 +129,7 @@ void mark_chunk(const void* context, std::int64_t chunk) {
                    job.keep + chunk * chunk_scores);
 }
 
-// Sets low and high where the k-th highest of the vector is to be expected, by a sample of it.
+// Sets low and high to a range in which the k-th highest of the vector is likely to lie, from a sample of the vector.
 void bracket(LongJob& job, std::int64_t k, float* sample) {
   const std::int64_t stride = job.n / sample_scores;
   for (std::int64_t i = 0; i < sample_scores; ++i) {
@@ -137,7 +137,7 @@ void bracket(LongJob& job, std::int64_t k, float* sample) {
     const std::uint32_t jitter = static_cast<std::uint32_t>(i) * 2654435761u >> 8;
     sample[i] = job.scores[i * stride + jitter % stride];
   }
-  // Four standard deviations of the rank in the sample; should the vector's k-th lie outside, the search goes on there.
+  // Four standard deviations of the rank in the sample. If the vector's k-th is outside, the search continues there.
   const double share = static_cast<double>(k) / job.n;
   const double margin = 4 * std::sqrt(share * (1 - share) * sample_scores) + 4;
   const auto upper = static_cast<std::int64_t>(share * sample_scores - margin);
@@ -146,7 +146,7 @@ void bracket(LongJob& job, std::int64_t k, float* sample) {
   job.low = lower > sample_scores ? -infinity : select(*job.kernel, sample, sample_scores, lower).threshold;
 }
 
-// False where there is a NaN.
+// Returns false if there is a NaN.
 bool long_vector(const Job& all, std::int64_t row, int threads) {
   const std::int64_t chunks = ceil_div(all.n, chunk_scores);
   const std::size_t candidates_bytes = chunks * (chunk_scores + 1) * sizeof(float);

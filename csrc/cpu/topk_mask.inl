@@ -29,7 +29,7 @@ inline bool any(i32 mask) {
 
 std::int64_t count(const float* scores, std::int64_t n, float threshold) {
   constexpr int chains = 4;
-  i32 below[chains] = {};  // of a lane at most n / lanes, and n is below 2^31 (a chunk or a row)
+  i32 below[chains] = {};  // at most n / lanes per lane, and n is below 2^31 (a chunk or a row)
   std::int64_t i = 0;
   for (; i + chains * lanes <= n; i += chains * lanes) {
 #pragma GCC unroll 4
@@ -91,20 +91,20 @@ void mark(const float* scores, std::int64_t n, float threshold, std::int64_t tie
   }
 }
 
-// before += which lanes have, `r` places on in their group of n (and round), a score that comes before theirs; then the
-// same for the places after.
+// Adds 1 to `before` in the lanes whose score comes after the score `r` places further in their group of n
+// (cyclically); then does the same for r + 1 to n - 1 places.
 template <int n, int r, int... i>
 inline void rank_rotated(f32 score, i32& before, Indices<i...> all) {
   if constexpr (r < n) {
     const f32 other = __builtin_shuffle(score, i32{(i / n * n + (i + r) % n)...});
-    // Of equals the one of lower index comes first: the other one where it went round.
+    // Of equal scores the one of lower index comes first: the other one if it wrapped around.
     const i32 lower = i32{(i % n + r >= n ? -1 : 0)...};
     before -= (other > score) | ((other == score) & lower);
     rank_rotated<n, r + 1>(score, before, all);
   }
 }
 
-// Vectors of whole groups of n scores each; one last part of a vector.
+// Ranks vectors of whole groups of n scores each, the last vector perhaps in part.
 template <int n>
 bool rank_groups(const float* scores, std::int64_t size, std::int64_t k, bool* keep) {
   typedef typename Count<lanes>::type all;
@@ -131,7 +131,7 @@ bool rank_groups(const float* scores, std::int64_t size, std::int64_t k, bool* k
   return !any(nan);
 }
 
-// Any length: every score of a row is compared with every vector of it.
+// Ranks rows of any length: every score of a row is compared with every vector of it.
 bool rank_rows(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, bool* keep) {
   const int wanted = static_cast<int>(k);
   alignas(64) float row[ranked_length] = {};

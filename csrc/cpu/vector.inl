@@ -1,7 +1,7 @@
 // Vectors of one instruction set, and the register tile that the dense kernels are made of. Included inside a namespace
-// that names the ISA and defines `lanes`, the floats of a vector, under that ISA's target pragma. Like everything
-// included there it includes nothing and calls no library template: such a function would be emitted here as a shared
-// symbol, with instructions that other callers of it may not be able to run.
+// that names the ISA and defines `lanes`, the floats per vector, under that ISA's target pragma. Files included there
+// include no header and call no library template: its function would be emitted here as a shared symbol, with
+// instructions that other callers of it may not be able to run.
 
 namespace {
 
@@ -39,8 +39,8 @@ struct Count<0, i...> {
   typedef Indices<i...> type;
 };
 
-// acc[i][n] += sum over k < depth of a[i * a_row + k * a_step] * (vector n at b + k * b_step). Both operands step
-// through k; nothing needs alignment. Two multiply-adds a cycle of latency 4 want rows * width >= 8.
+// acc[i][n] += sum over k < depth of a[i * a_row + k * a_step] * (vector n at b + k * b_step). Nothing needs alignment.
+// Two multiply-adds per cycle of latency 4 need rows * width >= 8.
 template <typename T, int rows, int width>
 inline void multiply_tile(const T* a, std::int64_t a_row, std::int64_t a_step, const T* b, std::int64_t b_step,
                           std::int64_t depth, typename Vector<T>::type (&acc)[rows][width]) {

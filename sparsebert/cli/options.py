@@ -10,11 +10,10 @@ from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 import typer
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
-from sparsebert.config import validated
+from sparsebert.config import Settings, validated
 
 EXPERT, LABELLED = "Expert options", "Options of the methods that train with labels"
 
@@ -24,7 +23,7 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
-def flags(config_class: type[BaseModel], basic: tuple[str, ...] | None = None, **more: type[BaseModel]) -> Callable:
+def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **more: type[Settings]) -> Callable:
     """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
 
     basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.

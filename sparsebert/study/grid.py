@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from sparsebert import data
-from sparsebert.config import PruneConfig, TrainConfig, validated
+from sparsebert.config import PruneConfig, Settings, TrainConfig, validated
 from sparsebert.errors import InputError, first_line
 from sparsebert.patterns import parse
 from sparsebert.pruning import check
@@ -21,7 +21,7 @@ from sparsebert.training.losses import LOSSES
 from sparsebert.training.recipe import read_yaml
 
 
-class Cell(BaseModel):
+class Cell(Settings):
     """One trained and evaluated model.
 
     paradigm: "dense" only fine-tunes; "finetuned" prunes a fine-tuned model; "rewound" puts the zeros that were found
@@ -32,8 +32,6 @@ class Cell(BaseModel):
     start_at: share of the fine-tuning after which pruning begins, 1 for the finished model.
     gradual: None for a fixed sparsity; for soft movement, None means its own default.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     task: str
     paradigm: Literal["dense", "finetuned", "rewound", "pretrained"] = "dense"
@@ -84,10 +82,8 @@ class Cell(BaseModel):
         return ", ".join(parts)
 
 
-class Comparison(BaseModel):
+class Comparison(Settings):
     """Two settings, compared by one of their figures and paired by seed. a, b: the fields that select each setting."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     figure: str
@@ -208,7 +204,7 @@ def _chosen(settings: dict, names: Iterable[str], chosen: str) -> dict:
     return {**{name: value for name, value in settings.items() if name not in names}, **settings.get(chosen, {})}
 
 
-def _config(config_class: type[BaseModel], fields: dict, where: str):
+def _config(config_class: type[Settings], fields: dict, where: str):
     try:
         return validated(config_class, fields, f"{where}: ", "correct the grid")
     except TypeError as error:
