@@ -445,7 +445,7 @@ py::array_t<double> run_obs_sweep(const Array<double>& weight, const Array<doubl
   require(m >= 0 && (m == 0 || (n_in % m == 0 && block % m == 0)), "m must divide n_in and block");
   require(!shared || m >= 4, "m must be at least 4 if columns are shared");
   if (m == 0) {
-    require(removals.size() == (n_in + block - 1) / block, "removals must be one a block");
+    require(removals.size() == (n_in + block - 1) / block, "removals must be one per block");
     for (std::int64_t b = 0; b < removals.size(); ++b) {
       const std::int64_t most = rows / group * std::min(block, n_in - b * block);
       require(removals.at(b) >= 0 && removals.at(b) <= most, "removals must be at most what a block holds");

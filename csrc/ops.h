@@ -13,9 +13,9 @@ using Bf16 = std::uint16_t;  // the upper half of a float32
 
 enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
 
-// A slice: rows that are stored side by side. A block: rows that are sorted into slices, anew in each slab, so that the
-// rows of a slice have similar numbers of entries. A slab: columns whose part of a panel stays in the first-level
-// cache, and whose index within the slab fits a byte.
+// A slice: rows that are stored side by side. A block: rows that are sorted into slices, separately in each slab, so
+// that the rows of a slice have similar numbers of entries. A slab: columns whose part of a panel stays in the
+// first-level cache, and whose index within the slab fits a byte.
 constexpr std::int64_t slice_rows = 4;
 constexpr std::int64_t block_rows = 64;
 constexpr std::int64_t slab_cols = 192;

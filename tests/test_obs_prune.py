@@ -233,7 +233,7 @@ def test_the_bindings_refuse_what_would_leave_their_memory():
             core.obs_prune(*arguments, "scalar", 1)
     for arguments, message in (
         ((w, h[1:], 1, 0, 0, False, none, 12), "factor must be"),
-        ((w, h, 1, 0, 0, False, none, 12), "removals must be one a block"),
+        ((w, h, 1, 0, 0, False, none, 12), "removals must be one per block"),
         ((w, h, 1, 0, 0, False, np.int64([49]), 12), "removals must be at most"),
         ((w, h, 1, 2, 4, False, none, 6), "m must divide"),
         ((w, h, 1, 1, 3, True, none, 3), "m must be at least 4"),

@@ -1,4 +1,5 @@
-// The arithmetic of dropout, written once for every vector width. Included after bf16.inl and philox.inl, by their rules.
+// The arithmetic of dropout, written once for every vector width. Included after bf16.inl and philox.inl, by their
+// rules.
 
 namespace {
 

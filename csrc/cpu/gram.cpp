@@ -18,7 +18,7 @@ constexpr std::int64_t pack_tokens = 64;
 constexpr std::int64_t block_columns = 96;
 // Max parts of a sum over tokens: fixed, so that the result does not depend on the threads.
 constexpr std::int64_t max_parts = 64;
-// With fewer floats moved or multiplied, waking a second core, some 5 us, costs more than it saves.
+// With fewer floats to move or multiply, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -159,7 +159,7 @@ void multiply(const GramBlock& block) {
       const std::int64_t rows = block.upper && j + width < block.n_rows ? j + width : block.n_rows;
       for (std::int64_t i = 0; i < rows; i += tile_rows) {
         const float* a = block.rows + i / width * width * block.tokens + k * width + i % width;
-        // On the diagonal, vectors of columns that are wholly left of the tile's first row are not needed.
+        // In a block on the diagonal, vectors of columns that lie wholly below the diagonal are not needed.
         const std::int64_t skipped = block.upper && i > j ? (i - j) / lanes : 0;
         add_tile_from<0>(skipped, a, b, depth, block.sums + i * block.stride + j, block.stride, block.n_rows - i,
                          block.n_columns - j);

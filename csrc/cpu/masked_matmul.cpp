@@ -11,21 +11,23 @@
 namespace sparsebert {
 namespace {
 
-// Words of a sum that go on in registers: of a task's panels of columns they take 96 KB of a second-level cache.
+// Max words that are summed in registers at a time: in a task's panels of columns they take 96 KB of a second-level
+// cache.
 constexpr std::int64_t most_depth = 256;
 constexpr std::int64_t task_columns = 96;
-// Of the block of G that a task makes.
+// Size of the block of G that a task computes.
 constexpr std::int64_t gradient_rows = 96;
 constexpr std::int64_t gradient_columns = 192;
-// Values that a task of packing reads, at least.
+// Min values that a packing task reads.
 constexpr std::int64_t packed_values = 1 << 15;
-// Rows of which what is kept is counted.
+// Number of rows whose kept weights are counted to estimate the share.
 constexpr std::int64_t sampled_rows = 32;
-// The tokens from which it may be faster to multiply only what is kept.
+// From this number of tokens on, it may be faster to multiply only the kept weights.
 constexpr std::int64_t sparse_tokens = 128;
-// A task's results, which take turns with the part of a panel that is in the first-level cache; at most 256.
+// Columns of the result per task of the sparse product, computed one after the other while a part of a panel is in the
+// first-level cache; at most 256.
 constexpr std::int64_t sparse_columns = 256;
-// Products below which waking a second core, some 5 us, costs more than it saves.
+// With fewer products, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_products = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -56,7 +58,8 @@ std::int64_t floats(const MatmulPanels& job) { return ceil_div(count(job) * job.
 
 void pack(const MaskedMatmulKernel& kernel, const MatmulPanels& job, int threads) {
   const std::int64_t panels = count(job), stride = job.words * job.width;
-  // Down the columns a task takes some words of all panels: the source's rows are then read one behind the other.
+  // If words run down the columns, a task takes some words of all panels, so that it reads the source's rows one after
+  // the other.
   const std::int64_t unit = job.across ? job.source.cols * kernel.values_a_word : stride * kernel.values_a_word;
   const std::int64_t least = job.across ? 16 : 1;  // whole cache lines of a panel
   const std::int64_t step = ceil_div(packed_values / std::max<std::int64_t>(unit, 1) + 1, least) * least;
@@ -77,7 +80,7 @@ std::int64_t work_floats(const MaskedMatmulKernel& kernel, const MatmulJob& job,
   return own + (once ? 0 : block.tiles * block.panels * kernel.tile_rows * kernel.tile_columns);
 }
 
-// Blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
+// Multiplies in blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
 void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tiles, std::int64_t panels, int threads) {
   const std::int64_t words = std::max<std::int64_t>(job.right.words, 1);
   job.depth = ceil_div(ceil_div(words, ceil_div(words, most_depth)), kernel.word_group) * kernel.word_group;
@@ -100,7 +103,7 @@ double kept_share(const MaskedMatmulKernel& kernel, const MaskedWeight& weight) 
   return static_cast<double>(kept) / static_cast<double>(rows * weight.n_in);
 }
 
-// times_weight by what is kept alone.
+// times_weight, with only the kept weights multiplied.
 void times_kept(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bool across, const MatmulSource& x,
                 const float* bias, int threads, void* out) {
   MatmulPanels left = panels_of(kernel, x, false, kernel.panel_tokens);
@@ -118,7 +121,7 @@ void times_kept(const MaskedMatmulKernel& kernel, const MaskedWeight& weight, bo
   });
 }
 
-// out = x (kept weight)ᵀ, or x (kept weight) where `across`.
+// out = x (kept weight)ᵀ, or x (kept weight) if `across`.
 void times_weight(Isa isa, const MaskedWeight& weight, bool across, const MatmulSource& x, const float* bias,
                   int threads, void* out) {
   const MaskedMatmulKernel& kernel = kernel_for(isa, x.bf16);
@@ -128,14 +131,15 @@ void times_weight(Isa isa, const MaskedWeight& weight, bool across, const Matmul
   MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows, kernel.word_group > 1);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
   pack(kernel, left, threads);
-  // Pairs are rounded when they are made.
+  // Pairs are rounded when they are packed.
   const bool round = x.bf16 && kernel.values_a_word == 1;
   const MatmulSource kept{weight.weight, false, round, weight.n_out, weight.n_in, &weight};
   const MatmulPanels right = panels_of(kernel, kept, across, kernel.tile_columns);
   const std::int64_t columns = across ? weight.n_in : weight.n_out;
   const MatmulJob job{left.panels, right, x.rows, columns, 0, x.bf16, out, bias, nullptr, nullptr, nullptr};
   const std::int64_t panels = std::max<std::int64_t>(1, task_columns / kernel.tile_columns);
-  // Where there are fewer tasks than would keep the threads busy to the end, rows are cut too and weights packed anew.
+  // If there are too few tasks to keep all threads busy to the end, rows are cut too, and each part packs the weights
+  // again.
   const std::int64_t tiles = ceil_div(x.rows, kernel.tile_rows);
   const std::int64_t cuts = threads == 1 ? 1 : ceil_div(2 * std::int64_t{threads}, ceil_div(count(right), panels));
   multiply(kernel, job, ceil_div(tiles, cuts), panels, threads);
@@ -152,7 +156,7 @@ void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t token
 
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
                             Isa isa, int threads, void* dx, float* d_weight, float* d_scores) {
-  if (tokens == 0) {  // sums of nothing
+  if (tokens == 0) {  // empty sums
     if (d_weight != nullptr) std::fill_n(d_weight, weight.n_out * weight.n_in, 0.0f);
     if (d_scores != nullptr) std::fill_n(d_scores, weight.n_out / weight.share * weight.n_in, 0.0f);
     return;

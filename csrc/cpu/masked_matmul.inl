@@ -1,7 +1,7 @@
-// The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included after
-// bf16.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x tile_vectors
-// vectors of sums, values_a_word and word_group. With SPARSEBERT_MATRICES a tile is four of tile.inl's, of 16 words each
-// way; else its sums are vectors in registers.
+// The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included
+// after bf16.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x
+// tile_vectors vectors of sums, values_a_word and word_group. With SPARSEBERT_MATRICES a tile is four tiles of
+// tile.inl, of 16 x 16 words each; else its sums are vectors in registers.
 
 namespace {
 
@@ -9,13 +9,14 @@ typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), align
 
 constexpr int tile_columns = tile_vectors * lanes;
 constexpr std::int64_t line = 16;  // floats of a cache line
-// Values of a row that are read at a time, whose copies for a transposition stay in the first-level cache.
+// Values of a row that are read at a time: few enough that the copies for a transposition stay in the first-level
+// cache.
 constexpr int chunk = 256;
 static_assert(chunk % (values_a_word * lanes * 2) == 0, "a chunk is whole transpositions");
 static_assert(tile_rows % lanes == 0 || 2 * tile_rows == lanes, "a row of a panel is vectors, or half of one");
 static_assert(chunk >= tile_columns, "a chunk holds a panel's columns");
 
-// Without a division, which is as long as the rest of a short row, where there is nothing to divide.
+// Without a division if there is nothing to divide: it would take as long as the rest of a short row.
 inline std::int64_t score_row_of(const MaskedWeight& mask, std::int64_t row) {
   return mask.share == 1 ? row : row / mask.share;
 }
@@ -29,7 +30,7 @@ inline void keep(const MaskedWeight& mask, std::int64_t row, std::int64_t begin,
   float expanded[chunk + lanes];
   const bool many = mask.reach > 0;
   if (many) {
-    // A vector for each threshold, of which the next one writes over what is too much.
+    // Stores whole vectors of each threshold; the next threshold overwrites the excess.
     const float* thresholds = mask.thresholds + score_row * (mask.n_in / mask.reach) + begin / mask.reach;
     for (std::int64_t c = 0, next = mask.reach - begin % mask.reach; c < count; next += mask.reach) {
       for (const f32 t = splat(*thresholds++); c < count && c < next; c += lanes) store(expanded + c, t);
@@ -48,7 +49,7 @@ inline void keep(const MaskedWeight& mask, std::int64_t row, std::int64_t begin,
   }
 }
 
-// Values `begin` to `begin + count` of a row, then zeros up to `room`, all zeros where the row does not exist.
+// Reads values `begin` to `begin + count` of a row, then zeros up to `room`; all zeros if the row does not exist.
 inline void read_row(const MatmulSource& source, std::int64_t row, std::int64_t begin, std::int64_t count,
                      std::int64_t room, float* out) {
   if (begin + count > source.cols) count = begin < source.cols ? source.cols - begin : 0;
@@ -66,7 +67,7 @@ inline void read_row(const MatmulSource& source, std::int64_t row, std::int64_t 
   for (std::int64_t c = count; c < room; ++c) out[c] = 0.0f;
 }
 
-// `lanes` words of values side by side, and of values one below the other.
+// `lanes` words, made from neighbouring values of a row; words_across makes them from values one below the other.
 inline f32 words_along(const float* row) {
 #if SPARSEBERT_TILES >= 1
   return reinterpret_cast<f32>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(load(row + lanes)),
@@ -88,10 +89,10 @@ inline f32 words_across(const float* upper, [[maybe_unused]] const float* lower)
 #endif
 }
 
-// The words of a row one behind the other -> side by side with those of the panel's other rows.
+// Packs words that run along a row: puts each side by side with those of the panel's other rows.
 template <int width>
 void pack_along(const MatmulPanels& job, std::int64_t panel, std::int64_t begin, std::int64_t end, float* out) {
-  // A panel narrower than a vector has two vectors of each row transposed at once.
+  // If a panel is narrower than a vector, two vectors of each row are transposed at once.
   constexpr int side = width < lanes ? width : lanes;
   constexpr int parts = lanes / side;
   constexpr int step = parts * lanes;  // words
@@ -127,20 +128,20 @@ void pack_along(const MatmulPanels& job, std::int64_t panel, std::int64_t begin,
   }
 }
 
-// Words of the bf16 of two rows, the lower one `cols` behind the upper.
+// Words of the bf16 of two rows, the lower row `cols` values after the upper.
 inline f32 interleaved(const Bf16* upper, std::int64_t cols) {
   const bits low = __builtin_convertvector(*reinterpret_cast<const short_bits_unaligned*>(upper), bits);
   const bits high = __builtin_convertvector(*reinterpret_cast<const short_bits_unaligned*>(upper + cols), bits);
   return reinterpret_cast<f32>(low | (high << 16));
 }
 
-// Panels `first` to `last`, whose words go down the columns.
+// Packs panels `first` to `last`, whose words run down the columns.
 template <int width>
 void pack_across(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
                  float* out, std::int64_t stride) {
   constexpr std::int64_t at_once = chunk / width;
-  // Words that go to a panel one behind the other: the panels' distance is often a multiple of 4096 bytes, and then few
-  // of their lines fit the first-level cache.
+  // Words written to one panel before the next panel: panels are often a multiple of 4096 bytes apart, and then few of
+  // their lines fit the first-level cache.
   constexpr int group = 8;
   constexpr int side = width < lanes ? lanes : width;
   const MatmulSource& source = job.source;
@@ -188,7 +189,7 @@ void pack_panels(const MatmulPanels& job, std::int64_t first, std::int64_t last,
 
 #if SPARSEBERT_MATRICES
 
-// Panels of tile_rows as tiles, the words of a group one behind the other.
+// Packs panels of tile_rows as tiles, with the words of a group one after the other.
 void pack_grouped(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
                   float* out, std::int64_t stride) {
   if (job.across) {
@@ -247,8 +248,8 @@ typedef float Tile[tile_rows][tile_columns];
 
 static_assert(tile_rows == 32 && tile_columns == 32 && word_group == 16, "a tile is four of tile.inl's");
 
-// The products of `depth` words of a panel of rows and one of columns. Calls between(row) for each row of the tile, on
-// the way.
+// sums = the products of `depth` words of a panel of rows and one of columns. Calls between(row) for each row of the
+// tile, spread over the work.
 template <typename Between>
 inline void products([[maybe_unused]] Tiles& tiles, const float* a, const float* b, std::int64_t depth, Tile& sums,
                      Between between) {
@@ -277,8 +278,8 @@ inline void products([[maybe_unused]] Tiles& tiles, const float* a, const float*
 
 #else
 
-// acc += the products of `depth` words of a panel of rows and one of columns; `next` is what will be multiplied then,
-// and lies where the processor does not foresee it.
+// acc += the products of `depth` words of a panel of rows and one of columns. `next` is multiplied afterwards; it is
+// prefetched, because the processor does not foresee it.
 inline void add_products(const float* a, const float* b, std::int64_t depth, const float* next,
                          f32 (&acc)[tile_rows][tile_vectors]) {
   for (std::int64_t k = 0; k < depth; ++k, a += tile_rows, b += tile_columns, next += tile_rows) {
@@ -289,7 +290,7 @@ inline void add_products(const float* a, const float* b, std::int64_t depth, con
 #pragma GCC unroll 16
     for (int i = 0; i < tile_rows; ++i) {
 #if SPARSEBERT_TILES >= 1
-      std::uint32_t pair;  // not a float, of which arithmetic may flush what looks denormal
+      std::uint32_t pair;  // not a float: float arithmetic may flush values that look denormal
       __builtin_memcpy(&pair, a + i, sizeof pair);
       const auto left = reinterpret_cast<__m512bh>(splat(pair));
 #endif
@@ -308,7 +309,7 @@ inline void add_products(const float* a, const float* b, std::int64_t depth, con
 
 #endif
 
-// What of a tile exists, from this row and column on.
+// The part of a tile that exists: its first row and column, and the number of each.
 struct TilePlace {
   std::int64_t row, rows;
   std::int64_t column, columns;
@@ -320,7 +321,7 @@ inline TilePlace place_of(const MatmulJob& job, std::int64_t tile, std::int64_t 
           job.columns - column < tile_columns ? job.columns - column : tile_columns};
 }
 
-// `columns` sums, and their biases where there are any (bias != nullptr) -> out.
+// Writes `columns` sums, plus their biases unless `bias` is null, to out.
 template <typename T>
 inline void write_sums(const float* sums, const float* bias, std::int64_t columns, T* out) {
   std::int64_t c = 0;
@@ -333,7 +334,7 @@ inline void write_sums(const float* sums, const float* bias, std::int64_t column
   }
 }
 
-// The sums of a row's `columns` columns from `column` on -> out.
+// Writes the sums of a row's `columns` columns from `column` on to out.
 inline void write_row(const MatmulJob& job, std::int64_t row, std::int64_t column, std::int64_t columns,
                       const float* sums) {
   const float* bias = job.bias != nullptr ? job.bias + column : nullptr;
@@ -349,7 +350,8 @@ inline void write_out(const MatmulJob& job, const TilePlace& at, const Tile& til
   for (std::int64_t i = 0; i < at.rows; ++i) write_row(job, at.row + i, at.column, at.columns, tile[i]);
 }
 
-// The rows from `first` on of the tile that share a row of scores; `add`: they are not the first ones of it.
+// Sums the tile's `rows` rows from `first` on, which share a row of scores. `add`: earlier rows of it are already
+// summed.
 inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& tile, std::int64_t score_row,
                        std::int64_t first, std::int64_t rows, bool add) {
   const float* weight = job.weight->weight + (at.row + first) * job.columns + at.column;
@@ -367,8 +369,8 @@ inline void add_scores(const MatmulJob& job, const TilePlace& at, const Tile& ti
   }
 }
 
-// What write_gradients will read and write of a row. Always inline, as are its callers: GCC takes a function that only
-// prefetches for one without effects, and leaves out calls of it.
+// Prefetches what write_gradients will read and write in a row. Always inline, like its callers: GCC takes a function
+// that only prefetches for one without effects, and removes calls to it.
 [[gnu::always_inline]] inline void prefetch_gradients(const MatmulJob& job, const TilePlace& at, std::int64_t row) {
   if (row >= at.rows) return;
   const std::int64_t own = (at.row + row) * job.columns + at.column;
@@ -404,8 +406,8 @@ inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Til
   }
 }
 
-// The part of a masked weight that is packed next, sent for while products are added up: that takes some microseconds a
-// tile and leaves the memory idle.
+// Prefetches the part of a masked weight that is packed next, while products are summed: the sums of a tile take some
+// microseconds, in which the memory is otherwise idle.
 class Ahead {
  public:
   Ahead(const MatmulPanels& job, std::int64_t panel, std::int64_t panels, std::int64_t begin, std::int64_t end)
@@ -448,7 +450,7 @@ class Ahead {
   const float *weight_, *scores_;
 };
 
-// The products of all panels of a block with its tiles, over words k to k + depth.
+// Multiplies all panels of a block by its tiles, over words k to k + depth.
 template <typename Fetch>
 inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::int64_t k, std::int64_t depth,
                            const float* right, std::int64_t stride, float* sums, Fetch fetch) {
@@ -483,7 +485,7 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
           for (int n = 0; n < tile_vectors; ++n) acc[i][n] = load(waiting + i * tile_columns + n * lanes);
         }
       }
-      // The next tile's panel, on the first pass over this one's.
+      // Prefetches the next tile's panel, in the first pass over this one.
       const float* next = p == 0 ? left + words * tile_rows : left;
       for (std::int64_t i = 0; i < tile_rows; ++i) {
         const std::int64_t from = i * piece, here = depth - from < piece ? depth - from : piece;
@@ -506,14 +508,14 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
 void multiply(const MatmulJob& job, const MatmulBlock& block, float* work) {
   const std::int64_t words = job.right.words, panel_end = block.panel + block.panels;
   std::int64_t k = 0;
-  // Once even where there is nothing to add up.
+  // Runs once even if there is nothing to sum.
   do {
     const std::int64_t depth = words - k < job.depth ? words - k : job.depth;
     const std::int64_t end = k + depth;
     if (job.right.panels != nullptr) {
       const std::int64_t stride = words * tile_columns;
       const float* right = job.right.panels + block.panel * stride + k * tile_columns;
-      // A tile before they are needed: the tile itself may take less time than memory does.
+      // Prefetched one tile before they are needed: the tile itself may take less time than a memory access.
       const auto fetch = [&](const TilePlace& coming, std::int64_t i, bool last) __attribute__((always_inline)) {
         if (last) prefetch_gradients(job, coming, i);
       };

@@ -1,24 +1,25 @@
-// The products with a weight of which little is kept: only that is multiplied. Tokens are innermost, as in
-// sparse_matmul, but what is kept of a row is collected anew each time. Included after masked_matmul.inl, by its rules,
-// where words are floats.
+// The products with a weight of which little is kept: only the kept weights are multiplied. Tokens are innermost, as in
+// sparse_matmul, but the kept weights of a row are collected again in each call. Included after masked_matmul.inl, by
+// its rules, if words are floats.
 
 namespace {
 
 constexpr int token_vectors = 4;
 constexpr int panel_tokens = token_vectors * lanes;
-// Values of a token whose part of a panel stays close: 64 KB with AVX-512, 32 KB with AVX2.
+// Values of a token that are summed at a time, so that their part of a panel stays in a near cache: 64 KB with AVX-512,
+// 32 KB with AVX2.
 constexpr std::int64_t slab = chunk;
 
-// What is kept of the weights of some results, slab by slab; each slab's filled up to an even number with zeros.
+// The kept weights of some results, slab by slab; each slab is filled up with zeros to an even number.
 struct Kept {
   float* values;          // [results, room]
-  std::int32_t* offsets;  // [results, room], of a value's tokens in a panel
+  std::int32_t* offsets;  // [results, room], where a value's tokens begin in a panel
   std::int32_t* counts;   // [results, slabs]
   std::int64_t room, slabs;
 };
 
 inline std::int64_t slabs_of(const MatmulJob& job) { return (job.right.words + slab - 1) / slab; }
-// A vector is written ahead.
+// One vector more, because whole vectors are written.
 inline std::int64_t room_of(const MatmulJob& job) { return job.right.words + slabs_of(job) + lanes; }
 
 std::int64_t sparse_floats(const MatmulJob& job, std::int64_t results) {
@@ -26,7 +27,7 @@ std::int64_t sparse_floats(const MatmulJob& job, std::int64_t results) {
   return padded * (2 * room_of(job) + slabs_of(job) + panel_tokens) + lanes;
 }
 
-// Appends what of a vector is not zero; its first value's tokens are at `offset`. Returns how many there are then.
+// Appends the non-zero values of a vector, whose first value's tokens are at `offset`. Returns the new count.
 inline std::int64_t append(const Kept& kept, std::int64_t result, std::int64_t count, f32 v, std::int32_t offset) {
   float* values = kept.values + result * kept.room + count;
   std::int32_t* offsets = kept.offsets + result * kept.room + count;
@@ -51,7 +52,7 @@ inline std::int64_t append(const Kept& kept, std::int64_t result, std::int64_t c
 #endif
 }
 
-// Ends a slab whose values began at `begun`. Returns the count with what fills it up.
+// Ends a slab whose values began at `begun`. Returns the count including the padding.
 inline std::int64_t end_slab(const Kept& kept, std::int64_t result, std::int64_t s, std::int64_t begun,
                              std::int64_t count) {
   if ((count - begun) % 2 != 0) {
@@ -63,7 +64,7 @@ inline std::int64_t end_slab(const Kept& kept, std::int64_t result, std::int64_t
   return count;
 }
 
-// Results whose weights lie along a row of the matrix.
+// Collects the kept weights of results whose weights lie along a row of the matrix.
 inline void collect_along(const MatmulJob& job, std::int64_t first, std::int64_t last, const Kept& kept) {
   alignas(64) float row[slab];
   for (std::int64_t r = first; r < last; ++r) {
@@ -81,7 +82,8 @@ inline void collect_along(const MatmulJob& job, std::int64_t first, std::int64_t
   }
 }
 
-// Results whose weights go down a column: at most `chunk` of them, `counts` and `begun` one for each.
+// Collects the kept weights of results whose weights lie down a column: at most `chunk` results. `counts` and `begun`
+// have one entry per result.
 inline void collect_across(const MatmulJob& job, std::int64_t first, std::int64_t last, const Kept& kept) {
   alignas(64) float rows[lanes][chunk];
   std::int64_t counts[chunk] = {}, begun[chunk] = {};
@@ -117,7 +119,7 @@ inline void add_kept(const float* x, const float* values, const std::int32_t* of
   }
 }
 
-// The sums of some results for a panel's tokens, token innermost -> the rows of these tokens.
+// Writes the sums of some results for a panel's tokens, token innermost, to the rows of these tokens.
 inline void write_tokens(const MatmulJob& job, std::int64_t panel, std::int64_t first, std::int64_t last,
                          const float* sums) {
   for (std::int64_t t = 0; t < panel_tokens; t += lanes) {
@@ -134,7 +136,7 @@ inline void write_tokens(const MatmulJob& job, std::int64_t panel, std::int64_t 
   }
 }
 
-// Results `first` to `last`, at most `chunk`, of all tokens; job.left is panels of panel_tokens.
+// Computes results `first` to `last`, at most `chunk` of them, of all tokens; job.left is in panels of panel_tokens.
 void multiply_sparse(const MatmulJob& job, std::int64_t first, std::int64_t last, float* work) {
   const std::int64_t results = last - first, padded = (results + lanes - 1) / lanes * lanes;
   const std::int64_t room = room_of(job), slabs = slabs_of(job);
@@ -143,7 +145,7 @@ void multiply_sparse(const MatmulJob& job, std::int64_t first, std::int64_t last
   auto* offsets = reinterpret_cast<std::int32_t*>(values + padded * room);
   const Kept kept{values, offsets, offsets + padded * room, room, slabs};
   job.right.across ? collect_across(job, first, last, kept) : collect_along(job, first, last, kept);
-  // Collecting alone would wait for memory: the next results' weights come during these ones' products.
+  // Collecting would wait for memory, so the next results' weights are prefetched during the products of these.
   MatmulPanels one = job.right;
   one.width = 1;
   Ahead ahead(one, last, results, 0, job.right.words);
@@ -154,7 +156,7 @@ void multiply_sparse(const MatmulJob& job, std::int64_t first, std::int64_t last
     const float* x = job.left + panel * job.right.words * panel_tokens;
     for (std::int64_t r = 0; r < results; ++r) place[r] = r * room;
     for (std::int64_t s = 0; s < slabs; ++s) {
-      // Two results at once: as many sums as keep two multiply-adds a cycle busy.
+      // Two results at once: enough sums to keep two multiply-adds per cycle busy.
       for (std::int64_t r = 0; r < results; r += 2) {
         const int second = r + 1 < results ? 1 : 0;
         const std::int64_t counts[2] = {kept.counts[r * slabs + s], second ? kept.counts[(r + 1) * slabs + s] : 0};

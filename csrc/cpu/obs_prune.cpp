@@ -1,5 +1,5 @@
-// Cuts an obs_prune and an obs_sweep into tasks, and chooses what a block of columns loses; the arithmetic
-// is in obs_prune_*.inl.
+// Cuts an obs_prune and an obs_sweep into tasks, and chooses which weights of a block of columns are removed; the
+// arithmetic is in obs_prune_*.inl.
 #include "obs_prune.h"
 
 #include <algorithm>
@@ -13,9 +13,9 @@
 namespace sparsebert {
 namespace {
 
-// Removals that wait for the next base. A step reads half of them on average and, spread over the wait, half of the
-// base and writes it back: 64 balances the two at 768 columns, where they take 0.4 MB of a 1 MB second-level cache, and
-// is within 5 % of the best at 384 and 1536.
+// Removals between two bases. A step reads half of them on average. A new base reads half of the old base and writes it
+// back; this cost is spread over the steps between two bases. 64 balances the two costs at 768 columns, where the
+// removals take 0.4 MB of a second-level cache of 1 MB, and is within 5 % of the best at 384 and 1536.
 constexpr std::int64_t deferred = 64;
 
 const ObsPruneKernel& kernel_for([[maybe_unused]] Isa isa) {
@@ -31,11 +31,12 @@ struct TraceRun {
   const ObsPruneKernel* kernel;
   std::int64_t groups;
   std::int64_t bytes;
-  char* memory;  // `bytes` a worker
+  char* memory;  // `bytes` per worker
   std::atomic<std::int64_t>* next;
 };
 
-// One task a thread, which takes groups until none is left: memory is then one piece a thread, had before any starts.
+// One task per thread, which takes groups until none is left. So each thread needs one piece of memory, which is
+// allocated before any of them starts.
 void trace_worker(const void* context, std::int64_t worker) {
   const TraceRun& run = *static_cast<const TraceRun*>(context);
   for (std::int64_t group; (group = run.next->fetch_add(1)) < run.groups;) {
@@ -43,17 +44,17 @@ void trace_worker(const void* context, std::int64_t worker) {
   }
 }
 
-// Rows of a chunk, about: few enough that a chunk's block of columns and its errors stay in a second-level cache, many
-// enough to use what is read of the factor.
+// Approximate rows per chunk: few enough that a chunk's block of columns and its errors stay in a second-level cache,
+// many enough to make good use of the part of the factor that is read.
 constexpr std::int64_t wanted_chunk_rows = 96;
 
-// Scores of a block are counted in bins of 1/64 octave, 2048 to either side of the last threshold; the outermost bins
-// take what lies beyond. Only the bin that holds the threshold is looked at again.
+// The scores of a block are counted in bins of 1/64 octave, 2048 to either side of the last threshold; the outermost
+// bins also count all scores beyond them. Only the scores in the threshold's bin are looked at again.
 constexpr int bins = 4096;
 constexpr int bin_shift = 46;
 
 struct Scored {
-  std::uint64_t key;  // the score's bits: scores are at least 0, so they are ordered as integers
+  std::uint64_t key;  // the score's bits: scores are at least 0, so their bits have the same order
   std::int64_t index;
 };
 
@@ -72,9 +73,9 @@ struct SweepRun {
   std::int64_t block;
   std::int64_t blocks;
   std::int64_t bin_base;
-  std::int64_t bin;       // that holds the threshold
+  std::int64_t bin;       // the one that holds the threshold
   std::uint32_t* counts;  // [chunks, bins]
-  Scored* candidates;     // [chunks, chunk_panels * panel * block], those in the bin
+  Scored* candidates;     // [chunks, chunk_panels * panel * block], the scores in the bin
   std::int64_t* found;    // [chunks]
 
   std::int64_t bin_of(std::uint64_t key) const {
@@ -82,7 +83,7 @@ struct SweepRun {
   }
   std::int64_t columns_of(std::int64_t b) const { return std::min(job.block, job.n_in - b * job.block); }
 
-  // fn(score, index) for every score of the chunk.
+  // Calls fn(score, index) for every score of the chunk.
   template <typename Fn>
   void each_score(std::int64_t chunk, Fn fn) const {
     const std::int64_t panel = kernel->panel, columns = columns_of(block);
@@ -109,7 +110,7 @@ void sweep_task(const void* context, std::int64_t chunk) {
   }
 }
 
-// Otherwise: sweeps the block before, whose threshold is known now, and counts the scores of the next one.
+// Otherwise: sweeps the previous block, whose threshold is known now, and counts the scores of the current one.
 void step_task(const void* context, std::int64_t chunk) {
   const SweepRun& run = *static_cast<const SweepRun*>(context);
   if (run.block > 0) run.kernel->sweep_block(run.job, chunk, run.block - 1);
@@ -134,7 +135,7 @@ void collect_task(const void* context, std::int64_t chunk) {
 // The score and index of the `removals`-th lowest of the block just counted.
 Threshold choose(SweepRun& run, std::int64_t removals, int threads) {
   if (removals == 0) return {-1.0, -1};
-  std::int64_t left = removals;  // of those in the bin
+  std::int64_t left = removals;  // in the end, the rank within the bin
   for (run.bin = 0;; ++run.bin) {
     std::int64_t count = 0;
     for (std::int64_t chunk = 0; chunk < run.chunks; ++chunk) count += run.counts[chunk * bins + run.bin];
@@ -157,7 +158,7 @@ Threshold choose(SweepRun& run, std::int64_t removals, int threads) {
   return threshold;
 }
 
-// Cuts `count` elements off the front of memory; with no memory yet, only counts.
+// Cuts `count` elements off the front of memory; if memory is null, only counts.
 template <typename T>
 T* take(char* memory, std::size_t& offset, std::int64_t count) {
   const std::size_t at = offset;
@@ -167,7 +168,7 @@ T* take(char* memory, std::size_t& offset, std::int64_t count) {
 
 std::size_t lay_out(SweepRun& run, char* memory) {
   SweepJob& job = run.job;
-  const std::int64_t rows = run.chunks * job.chunk_panels * run.kernel->panel;  // filled up
+  const std::int64_t rows = run.chunks * job.chunk_panels * run.kernel->panel;  // including padding
   std::size_t offset = 0;
   job.errors = take<double>(memory, offset, rows * job.n_in);
   job.columns = take<double>(memory, offset, rows * job.block);
@@ -203,7 +204,7 @@ void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const
   if (rows == 0 || n_in == 0) return;
   const ObsPruneKernel& kernel = kernel_for(isa);
   block = std::min(block, n_in);
-  // Two chunks a thread at least, as far as panels go.
+  // At least two chunks per thread, if there are enough panels.
   const std::int64_t wanted = std::clamp<std::int64_t>(rows / (2 * std::int64_t{threads}), kernel.panel,
                                                        std::max(wanted_chunk_rows, kernel.panel));
   std::int64_t chunk_rows = wanted / kernel.panel * kernel.panel;

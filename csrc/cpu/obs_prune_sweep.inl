@@ -8,12 +8,12 @@ struct Sweep {
   std::int64_t rows, panels;
   const double* weight;  // [rows, n_in], of the chunk
   double* pruned;        // likewise
-  double* errors;        // [panels, n_in, panel], minus e
+  double* errors;        // [panels, n_in, panel], the negated e
   double* columns;       // [panels, block, panel], the block of W
   double* scores;        // [panels, block, panel]
-  double* gone;          // [panels, block, panel], 1 where the weight goes, else 0
+  double* gone;          // [panels, block, panel], 1 where the weight is removed, else 0
   double* sums;          // [m]
-  double* factor;        // [block, sweep_depth], the part of the factor that is met at present
+  double* factor;        // [block, sweep_depth], the part of the factor in use
 };
 
 inline Sweep view(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
@@ -44,7 +44,8 @@ inline void load_tile(const double* from, f64 (&tile)[cols][panel_vectors]) {
   }
 }
 
-// `cols` columns of one panel: adds what `depth` removals change. factor: row i holds what column i takes from them.
+// Adds the changes by `depth` removals to `cols` columns of one panel. factor: row i holds column i's factors for their
+// errors.
 template <int cols>
 inline void apply_tile(const double* factor, std::int64_t stride, const double* errors, std::int64_t depth,
                        double* columns) {
@@ -69,7 +70,7 @@ inline void apply(const double* factor, std::int64_t stride, const double* error
   for (; c < count; ++c) apply_tile<1>(factor + c * stride, stride, errors, depth, columns + c * panel);
 }
 
-// (w / U_jj)^2 of columns [first, last).
+// Scores of columns [first, last): (w / U_jj)^2.
 inline void score(const SweepJob& job, const double* columns, std::int64_t first, std::int64_t last,
                   std::int64_t origin, double* scores) {
   for (std::int64_t c = first; c < last; ++c) {
@@ -97,7 +98,8 @@ void sum_groups(const SweepJob& job, const Sweep& s) {
   }
 }
 
-// A block is reached: it takes what all earlier blocks removed; where its mask is chosen over all rows, also scores.
+// Reaches a block: applies the removals of all earlier blocks to it. If its mask is chosen over all rows, also computes
+// its scores.
 void reach_block(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
   const Sweep s = view(job, chunk, block);
   for (std::int64_t p = 0; p < s.panels; ++p) {
@@ -112,7 +114,8 @@ void reach_block(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
   const std::int64_t width = s.end - s.first;
   for (std::int64_t k = 0; k < s.first; k += sweep_depth) {
     const std::int64_t depth = k + sweep_depth < s.first ? sweep_depth : s.first - k;
-    // Copied: the factor's rows are often a multiple of KBs apart, and 128 of them then fall on few sets of a cache.
+    // Copied, because the factor's rows are often several whole KB apart, and 128 of them then fall on few sets of a
+    // cache.
     for (std::int64_t c = 0; c < width; ++c) {
       const double* row = job.factor + (s.first + c) * job.n_in + k;
       for (std::int64_t i = 0; i < depth; ++i) s.factor[c * sweep_depth + i] = row[i];
@@ -129,9 +132,9 @@ void reach_block(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
   if (job.pattern.group > 1) sum_groups(job, s);
 }
 
-// What is at or below the threshold goes.
+// Marks the weights at or below the threshold as removed.
 void choose_below(const SweepJob& job, const Sweep& s, std::int64_t chunk, std::int64_t p) {
-  std::int64_t index[panel];  // of column 0 of the block, at each row: unsummed, the place in the row-major block
+  std::int64_t index[panel];  // of column 0 of the block at each row; for group = 1, the place in the row-major block
   for (int lane = 0; lane < panel; ++lane) {
     index[lane] = (chunk * job.chunk_rows + p * panel + lane) / job.pattern.group * (s.end - s.first);
   }
@@ -146,12 +149,13 @@ void choose_below(const SweepJob& job, const Sweep& s, std::int64_t chunk, std::
   }
 }
 
-// In each row, of the m scores at `scores` all but the n highest go; of equals the lower column stays.
+// In each row, marks all but the n highest of the m scores at `scores` as removed; of equal scores the lower column
+// stays.
 inline void choose_of_m(const SweepJob& job, const double* scores, double* gone) {
   for (int n = 0; n < panel_vectors; ++n) {
     for (std::int64_t j = 0; j < job.pattern.m; ++j) {
       const f64 own = load(scores + j * panel + n * f64_lanes);
-      i64 rank{};  // minus the number of scores that come first
+      i64 rank{};  // minus the number of scores that come before
       for (std::int64_t k = 0; k < j; ++k) rank += load(scores + k * panel + n * f64_lanes) >= own;
       for (std::int64_t k = j + 1; k < job.pattern.m; ++k) rank += load(scores + k * panel + n * f64_lanes) > own;
       store(gone + j * panel + n * f64_lanes, rank <= -job.pattern.n ? splat(1.0) : f64{});
@@ -159,9 +163,8 @@ inline void choose_of_m(const SweepJob& job, const double* scores, double* gone)
   }
 }
 
-// In each block of v rows and the m columns from the block's column `c` on, 4 columns stay by their sums, and of these
-// n in each row.
-// A score that is NaN comes last, so that of any m exactly 4 have a rank below 4.
+// For each group of v rows and the m columns from the block's column `c` on: the 4 columns with the highest sums stay,
+// and of these n in each row. A sum that is NaN comes last, so that of any m columns exactly 4 have a rank below 4.
 void choose_vnm(const SweepJob& job, const Sweep& s, std::int64_t c) {
   double* sums = s.sums;
   for (std::int64_t row = 0; row < s.rows; row += job.pattern.group) {
@@ -196,8 +199,8 @@ void choose_vnm(const SweepJob& job, const Sweep& s, std::int64_t c) {
   }
 }
 
-// Decided columns from `column` on of one panel, in registers: they take what the removals from `begin` on change, then
-// lose theirs from left to right.
+// Sweeps columns of one panel from `column` on, whose masks are decided, in registers: applies the removals from column
+// `begin` on, then the removals of these columns from left to right.
 template <int cols>
 inline void sweep_tile(const SweepJob& job, double* errors, std::int64_t begin, std::int64_t column,
                        const double* gone, double* columns) {
@@ -238,7 +241,7 @@ inline void sweep_columns(const SweepJob& job, double* errors, std::int64_t firs
   }
 }
 
-// Chooses, or reads the choice off the threshold, and sweeps the block that was reached.
+// Sweeps the block that was reached: chooses its mask (N:M, V:N:M), or takes it from the threshold.
 void sweep_block(const SweepJob& job, std::int64_t chunk, std::int64_t block) {
   const Sweep s = view(job, chunk, block);
   const std::int64_t together = job.pattern.shared ? s.panels : 1;  // panels whose masks are chosen together

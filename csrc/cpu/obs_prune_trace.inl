@@ -2,25 +2,25 @@
 
 namespace {
 
-// Columns live at positions, in their original order, and positions are cut into panels of `panel`, so that what one
-// panel needs is contiguous: removed[panel][deferred][panel], weight[panel][group][panel]. A position that may lose no
-// more, or that only fills up the last panel, has the weight NaN in the group's first row: its score is then NaN too,
-// which is never the lowest.
+// Columns are stored at positions, in their original order. Positions are cut into panels of `panel`, so that the data
+// of one panel is contiguous: removed[panel][deferred][panel], weight[panel][group][panel]. A position whose column may
+// no longer be removed, or that only fills up the last panel, has the weight NaN in the group's first row. Its score is
+// then NaN too, which is never the lowest.
 struct Trace {
   double* base;     // [stride rows, stride], i <= j; unused until the first new base
-  double* removed;  // v of the removals since the base was written
+  double* removed;  // the v of the removals since the base was written
   double* weight;
   double* pivots;   // [positions], diagonal of the current inverse
-  double* column;   // [positions], of the base
-  double* rows;     // [tile_rows, positions], of the next base, before its open columns are picked
-  double* left;     // [deferred, tile_rows], minus the v at these rows
+  double* column;   // [positions], one column of the base
+  double* rows;     // [tile_rows, positions], rows of the next base, before the open columns are picked
+  double* left;     // [deferred, tile_rows], the negated v at these rows
   double* factors;  // [max(deferred, group)]
   std::int32_t* columns;   // [positions], the original column of each
   std::int32_t* open;      // [positions]
   std::int32_t* run_ends;  // [positions]
-  std::int32_t* lost;      // [banks], removals of each
+  std::int32_t* lost;      // [banks], removals per bank
 
-  std::int64_t stride;  // of base; of the shared inverse, n_in
+  std::int64_t stride;  // between rows of base; in the shared inverse it is n_in
   std::int64_t size;    // positions in use
   std::int64_t held;    // removals since the base was written
   bool shared;          // the base is still the inverse that was given
@@ -28,7 +28,7 @@ struct Trace {
 
 struct Lowest {
   f64 score[panel_vectors];
-  i64 where[panel_vectors];  // panel of the score, by lane
+  i64 where[panel_vectors];  // panel of the score, per lane
 };
 
 inline std::int64_t panels_of(std::int64_t positions) { return (positions + panel - 1) / panel; }
@@ -40,7 +40,7 @@ inline T* take(char*& memory, std::int64_t count) {
   return taken;
 }
 
-// The working memory of a trace, cut up; returns where it ends.
+// Cuts up the working memory of a trace; returns its end.
 inline char* lay_out(const TraceJob& job, char* memory, Trace& trace) {
   const std::int64_t positions = panels_of(job.n_in) * panel;
   const std::int64_t later = job.steps > job.deferred ? job.n_in - job.deferred : 0;  // columns of the first new base
@@ -124,7 +124,7 @@ void score_all(const TraceJob& job, const Trace& trace, Lowest& lowest) {
   }
 }
 
-// The position of the lowest score, the lower one of equals; -1 where no score is below infinity.
+// The position of the lowest score, of equal ones the lower position; -1 if no score is below infinity.
 inline std::int64_t position_of(const Lowest& lowest, double& score) {
   std::int64_t best = -1;
   score = __builtin_inf();
@@ -141,7 +141,7 @@ inline std::int64_t position_of(const Lowest& lowest, double& score) {
   return best;
 }
 
-// Counts a removal against its bank, and closes what is left of the bank when that was the last it may lose.
+// Counts a removal in its bank, and closes the bank's other columns if it may lose no more.
 void count_in_bank(const TraceJob& job, Trace& trace, std::int64_t position) {
   if (job.banks.width == 0) return;
   const std::int64_t bank = trace.columns[position] / job.banks.width;
@@ -151,7 +151,7 @@ void count_in_bank(const TraceJob& job, Trace& trace, std::int64_t position) {
   for (; i < trace.size && trace.columns[i] / job.banks.width == bank; ++i) close(job, trace, i);
 }
 
-// Removes the column at `position`: its v joins the others; weights, pivots and scores follow.
+// Removes the column at `position`: appends its v to the others, and updates weights, pivots and scores.
 void remove_column(const TraceJob& job, Trace& trace, std::int64_t position, Lowest& lowest) {
   const std::int64_t size = trace.size;
   if (trace.shared) {
@@ -199,8 +199,8 @@ void remove_column(const TraceJob& job, Trace& trace, std::int64_t position, Low
   ++trace.held;
 }
 
-// Writes the base anew: the current inverse, on the open columns only. In place, from the first row on: row i comes
-// from a row that is not above i, and all of its tile is read before any of it is written.
+// Writes a new base: the current inverse, on the open columns only. It is written in place, from the first row on: row
+// i comes from row i or a later one, and all rows of a tile are read before any of them is written.
 void rebase(const TraceJob& job, Trace& trace) {
   const double* old = trace.shared ? job.inverse : trace.base;
   const std::int64_t old_stride = trace.shared ? job.n_in : trace.stride;
@@ -254,7 +254,7 @@ void rebase(const TraceJob& job, Trace& trace) {
       double* to = trace.base + (i + r) * trace.stride;
       std::int64_t at = i;
       for (std::int64_t run = first_run; run < runs; ++run) {
-        // Whole vectors: what is copied too far is overwritten by the next run, or lies below the diagonal.
+        // Copies whole vectors: values copied too far are overwritten by the next run, or lie below the diagonal.
         const std::int64_t length = trace.run_ends[run] - trace.open[at];
         const double* begin = from + trace.open[at];
         for (std::int64_t j = 0; j < length; j += f64_lanes) store(to + at + j, load(begin + j));
@@ -292,7 +292,7 @@ void trace_group(const TraceJob& job, std::int64_t group, void* memory) {
     }
     const std::int64_t position = position_of(lowest, losses[step]);
     if (position < 0) {
-      // The inverse has lost its positive diagonal to rounding: the caller sees it by the loss.
+      // The inverse has lost its positive diagonal to rounding; the caller sees this from the NaN losses.
       for (; step < job.steps; ++step) {
         order[step] = 0;
         losses[step] = __builtin_nan("");

@@ -12,11 +12,11 @@
 namespace sparsebert {
 namespace {
 
-// Tokens that go through all layers together, for each thread: enough for the weights to be read seldom, few enough for
-// their activations to stay in the caches.
+// Tokens per thread that go through all layers together: enough that the weights are read seldom, few enough that the
+// activations stay in the caches.
 constexpr std::int64_t batch_tokens = 128;
-// Floats touched below which a second core is not woken: within a call it looks for work all the time, so less than for
-// a sparse_matmul of its own.
+// With fewer floats to process, a second core is not used. Less than for a separate sparse_matmul, because within a
+// call the other cores keep looking for work and need not be woken.
 constexpr std::int64_t serial_work = 1 << 14;
 
 const SparseEncoderKernel<float>& encoder_kernel([[maybe_unused]] const SparseMatmulKernel<float>& matmul) {
@@ -35,7 +35,7 @@ const SparseEncoderKernel<Bf16>& encoder_kernel([[maybe_unused]] const SparseMat
   return sparse_encoder_scalar_tiled::kernel;
 }
 
-// Panels have one width from the embeddings to the pooler: that of the form which most linears have.
+// Panels have one width from the embeddings to the pooler: the width for the form that most linears have.
 bool mostly_groups(const Encoder& encoder) {
   std::int64_t rows = 0;
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
@@ -57,13 +57,13 @@ class Batch {
     matmul_ = &sparse_matmul_kernel<T>(isa, tokens);
     kernel_ = &encoder_kernel(*matmul_);
     shape_ = panel_shape(*matmul_, tokens, mostly_groups(encoder));
-    // The pooler's panels hold first tokens, so that they are as many as there are sequences.
+    // The pooler's panels hold the first token of each sequence, so they hold as many tokens as there are sequences.
     first_kernel_ = &sparse_matmul_kernel<T>(isa, sequences.count);
     first_shape_ = panel_shape(*first_kernel_, sequences.count, encoder.pooler.sliced == nullptr);
   }
 
-  // Queries, keys, values and what attention makes of them are gone before the wider layer is computed, so they share
-  // memory with it; so do the embeddings before a projection, and the first tokens in the pooler.
+  // Queries, keys, values and the result of attention are no longer needed when the wider layer is computed, so they
+  // share memory with it. So do the embeddings before a projection, and the first tokens in the pooler.
   void run(float* logits, float* states) {
     const std::int64_t tokens = shape_.panels * shape_.width(), firsts = first_shape_.panels * first_shape_.width();
     std::int64_t widest = std::max(4 * encoder_.hidden, encoder_.embedding);
@@ -82,7 +82,7 @@ class Batch {
   }
 
  private:
-  static constexpr std::int64_t overrun = 64;  // what attention may read past the queries, keys and values
+  static constexpr std::int64_t overrun = 64;  // elements that attention may read past queries, keys and values
 
   template <typename Fn>
   void run_parallel(std::int64_t n, std::int64_t elements, const Fn& fn) {
@@ -148,7 +148,7 @@ class Batch {
     }
     run_linear(*first_kernel_, first_shape_, encoder_.pooler, work_, pooled, false, threads_);
     const std::int64_t pooled_floats = sequences_.count * encoder_.pooler.n_out;
-    // The call's own memory, where the states were, is sparse_matmul's from here on; the rows lie in a task's.
+    // From here on, sparse_matmul uses the call's buffer, which held the states; the rows are in the task's buffer.
     auto* rows = static_cast<float*>(
         scratch(static_cast<std::size_t>(pooled_floats) * sizeof(float), Scratch::task));
     unpack(*first_kernel_, first_shape_, pooled, encoder_.pooler.n_out, rows);

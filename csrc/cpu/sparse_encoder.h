@@ -13,7 +13,7 @@ struct EmbedJob {
   const Encoder* encoder;
   const std::int32_t* ids;        // [tokens]
   const std::int32_t* types;      // [tokens]
-  const std::int32_t* positions;  // [tokens], within the token's sequence
+  const std::int32_t* positions;  // [tokens], the position in the token's sequence
   T* out;                         // panels of [embedding]
 };
 
@@ -27,11 +27,11 @@ struct NormJob {
   float eps;
 };
 
-// Softmax attention of one sequence and head, which is a task.
+// Softmax attention. A task is one head of one sequence.
 template <typename T>
 struct AttentionJob {
   PanelShape shape;
-  const T* qkv;  // panels of [3 * hidden]; a vector may be read past the last one
+  const T* qkv;  // panels of [3 * hidden]; up to a vector may be read past the last panel
   T* out;        // panels of [hidden]
   std::int64_t hidden;
   std::int64_t heads;
@@ -41,7 +41,7 @@ template <typename T>
 struct SparseEncoderKernel {
   void (*embed)(const EmbedJob<T>& job, std::int64_t panel);
   void (*normalize)(const NormJob<T>& job, std::int64_t panel, std::int64_t vector);
-  // Bytes of working memory for a sequence of n tokens and heads of so many values.
+  // Bytes of working memory for a sequence of n tokens and heads of `head_size` values.
   std::int64_t (*attention_bytes)(std::int64_t n, std::int64_t head_size);
   void (*attend)(const AttentionJob<T>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* work);
 };

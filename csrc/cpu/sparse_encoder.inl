@@ -27,19 +27,19 @@ void normalize(const NormJob<float>& job, std::int64_t panel, std::int64_t vecto
   }
 }
 
-// A row of a sequence's queries, keys or values: whole vectors may be written past its end.
+// Floats per row of a sequence's queries, keys or values: whole vectors may be written past its end.
 inline std::int64_t row_floats(std::int64_t n) { return (n + lanes - 1) / lanes * lanes + lanes; }
 
 std::int64_t attention_bytes(std::int64_t n, std::int64_t head_size) {
   return (3 * head_size * row_floats(n) + n * 2 * lanes) * 4;
 }
 
-// Keys, or values of a head, that are multiplied at once with 1 or 2 vectors of queries.
+// Keys, or values of a head, that are multiplied at a time with 1 or 2 vectors of queries.
 constexpr int attention_rows = lanes == 16 ? 8 : 4;
 
-// q_k: [head_size][stride] of one head's queries (scaled) from the first here on, and its keys; v likewise. The result
-// replaces the queries. All sums go over the head's values, or over the keys, in their order: a query's result does not
-// depend on where its sequence lies.
+// q: [head_size][stride] of one head's queries (scaled), starting at the first to compute; k and v: its keys and
+// values, likewise. The result replaces the queries. All sums run over the head's values, or over the keys, in order,
+// so that a query's result does not depend on where its sequence lies.
 template <int count>
 inline void attend_queries(float* q, const float* k, const float* v, std::int64_t stride, std::int64_t n,
                            std::int64_t head_size, float* scores) {

@@ -31,12 +31,12 @@ void normalize(const NormJob<Bf16>& job, std::int64_t panel, std::int64_t) {
   }
 }
 
-// How a sequence of one head lies in working memory, in whole blocks of 32 tokens and 32 values: everything past its
-// end is zero where sums run over it.
+// The layout of one head of a sequence in working memory, in whole blocks of 32 tokens and 32 values. Where sums run
+// over the padding, it is zero.
 struct HeadLayout {
-  std::int64_t blocks;   // of tokens
-  std::int64_t chunks;   // of the head's values that queries and keys are multiplied over
-  std::int64_t v_tiles;  // of 16 values that are attended to
+  std::int64_t blocks;   // blocks of tokens
+  std::int64_t chunks;   // chunks of the head's values that queries and keys are multiplied over
+  std::int64_t v_tiles;  // tiles of 16 of the head's values, for the product with V
   std::int64_t rows() const { return chunks * 32; }
   std::int64_t stride() const { return blocks * 32; }
 };
@@ -47,15 +47,16 @@ HeadLayout head_layout(std::int64_t n, std::int64_t head_size) {
 
 constexpr std::int64_t tile_words = 256;
 
-// Rows of queries, keys and values, a row's slack for whole vectors; the tiles made of queries and of keys; scores and
-// weights of two tiles of queries; and two tiles of sums.
+// Bytes for: the rows of queries, keys and values, with slack for whole vectors; the tiles made of queries and of keys;
+// the scores and weights of two tiles of queries; and two tiles of sums.
 std::int64_t attention_bytes(std::int64_t n, std::int64_t head_size) {
   const HeadLayout head = head_layout(n, head_size);
   return (3 * head.rows() * head.stride() + 32) * 2 + 2 * head.blocks * head.chunks * 2 * tile_words * 4 +
          head.stride() * 2 * 16 * 4 + head.blocks * 2 * tile_words * 4 + 4 * tile_words * 4;
 }
 
-// Rows of two consecutive values of 32 tokens -> words of both, of the even and of the odd tokens, as tiles.
+// 32 rows of values of 32 tokens -> two tiles, of the even and of the odd tokens, whose words hold two consecutive
+// values.
 inline void pair_rows(const Bf16* rows, std::int64_t stride, f32 (&evens)[16], f32 (&odds)[16]) {
   for (int i = 0; i < 16; ++i) {
     const u16 a = load(rows + 2 * i * stride), b = load(rows + (2 * i + 1) * stride);
@@ -64,8 +65,8 @@ inline void pair_rows(const Bf16* rows, std::int64_t stride, f32 (&evens)[16], f
   }
 }
 
-// scores [blocks][key even, odd][16][query even, odd][16] of n keys -> weights as tiles [query even, odd][blocks], each
-// a word of two keys, times `sum`, the inverse of what they sum up to.
+// scores [blocks][key even, odd][16][query even, odd][16] of n keys -> weights as tiles [query even, odd][blocks],
+// whose words hold two keys. The weights are not normalised: `sum` becomes 1 / their sum.
 inline void softmax(const float* scores, std::int64_t n, float share, float* weights, std::int64_t blocks,
                     f32 (&sum)[2]) {
   f32 most[2] = {splat(-__builtin_inff()), splat(-__builtin_inff())};
@@ -101,8 +102,8 @@ inline void softmax(const float* scores, std::int64_t n, float share, float* wei
   for (int query = 0; query < 2; ++query) sum[query] = 1.0f / (total[query][0] + total[query][1]);
 }
 
-// Tokens are taken in blocks of 32, their even and their odd ones a tile each: of queries as columns, of keys as rows.
-// The weights' words then are those of a key and the next one, as the product with the values wants them.
+// Tokens are taken in blocks of 32: their even tokens make one tile, their odd tokens another. Queries are columns,
+// keys are rows. The words of the weights then hold a key and the next one, as the product with the values needs them.
 void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop, std::int64_t head_index,
             void* memory) {
   const std::int64_t n = stop - start, size = job.hidden / job.heads;
@@ -150,9 +151,9 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
     }
   }
 
-  const float share = 1.44269504f / __builtin_sqrtf(static_cast<float>(size));  // powers are of two
+  const float share = 1.44269504f / __builtin_sqrtf(static_cast<float>(size));  // includes log2(e): powers are of two
   const Bf16* values = rows + 2 * head.rows() * stride;
-  Bf16* result = rows;  // the queries' rows: their tiles are made
+  Bf16* result = rows;  // overwrites the queries' rows, whose tiles are made already
   Tiles tiles;
   for (std::int64_t queries = 0; queries < head.blocks; ++queries) {
     for (std::int64_t keys = 0; keys < head.blocks; ++keys) {

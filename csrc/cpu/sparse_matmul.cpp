@@ -12,15 +12,15 @@
 namespace sparsebert {
 namespace {
 
-// Panels at a time, for each thread: what a second-level cache of 1 MiB holds from packing to unpacking.
+// Bytes of panels per thread at a time: as much as a second-level cache of 1 MiB holds from packing to unpacking.
 constexpr std::int64_t scratch_bytes = 1 << 20;
 constexpr std::int64_t transposed = 128;  // inputs or outputs that one task transposes
-// Floats moved or multiplied below which waking a second core, some 5 us, costs more than it saves.
+// With fewer floats to move or multiply, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Entries that are multiplied.
+// The number of entries that are multiplied.
 std::int64_t stored(const Linear& linear) {
   if (linear.sliced != nullptr) return linear.sliced->entries * slice_rows;
   std::int64_t sum = 0;
@@ -33,7 +33,7 @@ std::int64_t stored(const Linear& linear) {
   return sum;
 }
 
-// Blocks of rows, or groups, that are multiplied on their own.
+// The number of blocks of rows, or of groups, which are multiplied one by one.
 std::int64_t units(const Linear& linear) {
   if (linear.sliced != nullptr) return linear.sliced->blocks;
   return linear.grouped != nullptr ? linear.grouped->groups : linear.tiled->groups;
@@ -76,7 +76,7 @@ template <typename T>
 double peak_flops(const SparseMatmulKernel<T>& kernel) {
   const std::int64_t steps = (std::int64_t{1} << 24) / kernel.saturated_flops;
   double best = std::numeric_limits<double>::infinity();
-  volatile float kept = 0.0f;  // or the compiler would leave the work out
+  volatile float kept = 0.0f;  // without it the compiler would leave the work out
   for (int i = 0; i < 9; ++i) {
     const auto start = std::chrono::steady_clock::now();
     kept = kept + kernel.saturate(steps);
@@ -90,8 +90,8 @@ double peak_flops(const SparseMatmulKernel<T>& kernel) {
 template <>
 const SparseMatmulKernel<float>& sparse_matmul_kernel([[maybe_unused]] Isa isa, [[maybe_unused]] std::int64_t tokens) {
 #if defined(__x86_64__)
-  // Up to 8 tokens leave half of a wide vector empty, and a panel of half the width stays in the first-level cache. The
-  // two kernels give the same bits.
+  // Up to 8 tokens would leave half of a wide vector empty, and a panel of half the width stays in the first-level
+  // cache. The two kernels give the same bits.
   if (isa >= Isa::avx512 && tokens > 8) return sparse_matmul_avx512::kernel;
   if (isa != Isa::scalar) return sparse_matmul_avx2::kernel;
 #endif
@@ -120,7 +120,7 @@ void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, co
                 bool add, int threads) {
   const std::int64_t all = units(linear);
   const std::int64_t blocks = ceil_div(shape.panels, kernel.task_panels);
-  // Several tasks a thread, so that unequal rows or a busy core even out.
+  // Several tasks per thread, so that unequal rows or a busy core even out.
   const std::int64_t wanted = threads == 1 ? 1 : ceil_div(4 * std::int64_t{threads}, blocks);
   const std::int64_t unit = std::max<std::int64_t>(1, ceil_div(all, wanted));
   const std::int64_t parts = ceil_div(all, unit);

@@ -5,9 +5,9 @@
 
 namespace sparsebert {
 
-// Tokens are cut into panels of `width`, the token innermost, so that one kept weight meets `width` tokens with plain
-// vector loads: [n_panels][n][width], aligned to 64 bytes. The width is one to a few vectors of the kernel's ISA; only
-// the last panel may be partly filled.
+// Tokens are cut into panels of `width`, with the token innermost, so that one kept weight is multiplied by `width`
+// tokens with plain vector loads: [n_panels][n][width], aligned to 64 bytes. The width is one to a few vectors of the
+// kernel's ISA; only the last panel may be partly filled.
 struct PanelShape {
   std::int64_t tokens;
   std::int64_t panels;
@@ -16,14 +16,14 @@ struct PanelShape {
   std::int64_t width() const { return std::int64_t{width_vectors} * lanes; }
 };
 
-// [tokens, n] row-major float32 and the same in panels of float or Bf16.
+// A job that moves values between rows, [tokens, n] row-major float32, and panels of float or Bf16.
 template <typename T>
 struct TransposeJob {
   PanelShape shape;
   float* rows;
   T* panels;  // tokens past the last one: zeros after packing
   std::int64_t n;
-  std::int64_t part;  // of n, what one task moves, a multiple of 16
+  std::int64_t part;  // how many of the n values one task moves, a multiple of 16
 };
 
 // Panels of x -> panels of y.
@@ -40,15 +40,15 @@ struct LinearJob {
 template <typename T>
 struct SparseMatmulKernel {
   int lanes;          // tokens in a vector
-  int widest_rows;    // vectors in the widest panel for a matrix in rows of their own
-  int widest_groups;  // and for one in groups or tiles, at most as many
-  int task_panels;    // panels that a task of multiply covers, where there are as many
+  int widest_rows;    // vectors in the widest panel for a matrix in the form rows
+  int widest_groups;  // the same for groups or tiles; at most widest_rows
+  int task_panels;    // max panels that a task of multiply covers
   void (*pack)(const TransposeJob<T>& job, std::int64_t panel, std::int64_t part);
   void (*unpack)(const TransposeJob<T>& job, std::int64_t panel, std::int64_t part);
-  // Of these panels, and one part of the rows; `work` is work_bytes(job) of working memory.
+  // Multiplies one part of the rows by these panels; `work` is work_bytes(job) of working memory.
   void (*multiply)(const LinearJob<T>& job, std::int64_t panel, std::int64_t panels, std::int64_t part, void* work);
   std::int64_t (*work_bytes)(const LinearJob<T>& job);
-  // So many times saturated_flops operations, as fast as the instructions go: from registers, or tiles in the cache.
+  // Computes `steps` times saturated_flops operations at full speed, from registers or from tiles in the cache.
   float (*saturate)(std::int64_t steps);
   std::int64_t saturated_flops;
 };
@@ -62,15 +62,15 @@ namespace sparse_matmul_avx512_bf16 { extern const SparseMatmulKernel<Bf16> kern
 namespace sparse_matmul_amx { extern const SparseMatmulKernel<Bf16> kernel; }
 #endif
 
-// The kernel for so many tokens, and how they are cut: as few panels as the widest for rows or for `groups` allows, then
-// all as narrow as that number allows. 65 tokens make two panels of 48 (three vectors of 16), not one of 64 and one of 16 that would read
-// every weight for a single token.
+// The kernel for this number of tokens, and how they are cut: into as few panels as the widest panel for rows, or for
+// `groups`, allows, and these as narrow as their number allows. 65 tokens make two panels of 48 (three vectors of 16),
+// not one of 64 and one of 16 that would read every weight for a single token.
 template <typename T>
 const SparseMatmulKernel<T>& sparse_matmul_kernel(Isa isa, std::int64_t tokens);
 template <typename T>
 PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens, bool groups);
 
-// One linear layer on all panels. Throws std::bad_alloc when the working memory cannot be had.
+// Computes one linear layer on all panels. Throws std::bad_alloc if the working memory cannot be allocated.
 template <typename T>
 void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, const Linear& linear, const T* x, T* y,
                 bool add, int threads);

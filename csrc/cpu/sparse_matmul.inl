@@ -19,8 +19,8 @@ void unpack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t par
   float* y = job.rows + panel * width * n;
   const std::int64_t filled = job.shape.tokens - panel * width;
 
-  // Token by token of a few, so that a line of y is whole before the next rows come: their distance may be a multiple of
-  // 4096 bytes, and then few of them fit the first-level cache.
+  // Goes through all values of `lanes` tokens before the next tokens, so that a line of y is complete before the next
+  // rows come: rows may be a multiple of 4096 bytes apart, and then few of them fit the first-level cache.
   const std::int64_t begin = part * job.part, vectors = begin + (end - begin) / lanes * lanes;
   for (std::int64_t t = 0; t < width && t < filled; t += lanes) {
     for (std::int64_t r = begin; r < vectors; r += lanes) {
@@ -44,7 +44,7 @@ void unpack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t par
   }
 }
 
-// Finishes the sums of one row for `count` vectors -> y.
+// Finishes `count` vectors of sums of one row and writes them to y.
 template <int count>
 inline void finish_row(const LinearJob<float>& job, std::int64_t row, const f32 (&sums)[count], float* y) {
   const float bias = job.linear->bias != nullptr ? job.linear->bias[row] : 0.0f;
@@ -56,14 +56,15 @@ inline void finish_row(const LinearJob<float>& job, std::int64_t row, const f32 
   }
 }
 
-// One slab of a slice. `x` is the slab's part of a panel, `y` the panel of results, where the sums wait between slabs: a
-// sum's products come in the order of its columns, whatever the width. Absent rows go to `spare`.
+// Multiplies one slab of a slice. `x` is the slab's part of a panel, `y` the panel of results, where the sums are kept
+// between slabs. The products of a sum are added in the order of its columns, whatever the width. Absent rows go to
+// `spare`.
 template <int width_vectors>
 inline void multiply_slice(const LinearJob<float>& job, const std::int32_t* rows, std::int64_t count,
                            const std::uint8_t* cols, const float* values, bool first, bool last, const float* x,
                            float* y, float* spare) {
   constexpr int width = width_vectors * lanes;
-  // As many rows at once as keep two multiply-adds a cycle busy and fit the 16 registers of AVX2.
+  // As many rows at once as keep two multiply-adds per cycle busy and fit the 16 registers of AVX2.
   constexpr int at_once = width_vectors <= 2 ? 4 : 2;
   const Activation activation = last ? job.linear->activation : Activation::none;
 #pragma GCC unroll 2
@@ -99,7 +100,7 @@ inline void multiply_slice(const LinearJob<float>& job, const std::int32_t* rows
   }
 }
 
-// Some blocks of rows times one panel.
+// Multiplies some blocks of rows by one panel.
 template <int width_vectors>
 void multiply_blocks(const LinearJob<float>& job, std::int64_t block, std::int64_t end, const float* x, float* y) {
   constexpr int width = width_vectors * lanes;
@@ -122,8 +123,8 @@ void multiply_blocks(const LinearJob<float>& job, std::int64_t block, std::int64
   }
 }
 
-// `tiles` times group_tile rows of a group and `count` vectors of a panel. A sum's products come in the order of the
-// columns, whatever the tile.
+// Multiplies `tiles` times group_tile rows of a group by `count` vectors of a panel. The products of a sum are added in
+// the order of the columns, whatever the tile.
 template <int tiles, int count>
 inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std::int64_t tile, const float* x,
                            std::int64_t width, float* y) {
@@ -153,7 +154,8 @@ inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std:
   }
 }
 
-// A group times `count` vectors of a panel, as many rows at once as keep the multiply-adds busy and fit the registers.
+// Multiplies a group by `count` vectors of a panel, with as many rows at once as keep the multiply-adds busy and fit
+// the registers.
 template <int count>
 inline void multiply_group(const LinearJob<float>& job, std::int64_t group, const float* x, std::int64_t width,
                            float* y) {
@@ -191,7 +193,7 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
 
 std::int64_t work_bytes(const LinearJob<float>&) { return 0; }
 
-constexpr int saturated = 12;  // multiply-adds that go on independently: more than two a cycle of latency 4 need
+constexpr int saturated = 12;  // independent multiply-adds: more than two per cycle of latency 4 need
 
 float saturate(std::int64_t steps) {
   f32 sums[saturated];

@@ -2,7 +2,7 @@
 
 namespace {
 
-// A chunk of a list, gathered: the even tokens' tile and the odd ones'.
+// Words of a gathered chunk of a column list: a tile of the even tokens and one of the odd tokens.
 constexpr std::int64_t chunk_words = 2 * 16 * 16;
 constexpr std::int64_t task_panels = 4;
 
@@ -39,7 +39,7 @@ void unpack(const TransposeJob<Bf16>& job, std::int64_t panel, std::int64_t part
   }
 }
 
-// The listed rows of a panel -> right-hand tiles.
+// Gathers the listed rows of a panel into right-hand tiles.
 inline void gather(const Bf16* x, const std::uint16_t* cols, std::int64_t chunks, std::uint32_t* words) {
   for (std::int64_t i = 0; i < chunks * 16; ++i) {
     const u16 a = load(x + std::int64_t{cols[2 * i]} * panel_width);
@@ -50,7 +50,7 @@ inline void gather(const Bf16* x, const std::uint16_t* cols, std::int64_t chunks
   }
 }
 
-// A group's tiles, whole.
+// Expands a group's tiles from masks and values to whole tiles.
 inline void expand(const std::uint32_t* masks, const Bf16* values, std::int64_t rows, Bf16* tiles) {
   for (std::int64_t r = 0; r < rows; ++r, tiles += tile_cols) {
 #if SPARSEBERT_TILES >= 1
@@ -62,7 +62,7 @@ inline void expand(const std::uint32_t* masks, const Bf16* values, std::int64_t 
   }
 }
 
-// Finishes the sums [rows][even, odd] of a tile in a panel -> y.
+// Finishes the sums of a tile's rows, for the even and the odd tokens of a panel, and writes them to y.
 template <Activation activation, bool add>
 inline void finish_rows(const std::int32_t* rows, const float* bias, const float* evens, const float* odds, Bf16* y) {
 #pragma GCC unroll 4
@@ -116,7 +116,7 @@ inline void multiply_group([[maybe_unused]] Tiles& tiles, const Bf16* left, cons
   }
 }
 
-// Sums of a group, one group's tiles, and the gathered lists of a task's panels.
+// Bytes for the sums of a group, one group's tiles, and the gathered lists of a task's panels.
 std::int64_t work_bytes(const LinearJob<Bf16>& job) {
   const std::int64_t chunks = job.linear->tiled->most_chunks;
   return 4 * 1024 + chunks * (2 * tile_rows * tile_cols * 2 + task_panels * chunk_words * 4);
@@ -134,7 +134,7 @@ void multiply_as(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t pa
   std::int64_t list = -1, gathered_chunks = 0;
   for (std::int64_t g = part * job.unit; g < end; ++g) {
     const std::int64_t chunks = w.chunks[g], rows = w.tiles[g] * tile_rows;
-    if (w.col_begin[g] != list || chunks > gathered_chunks) {  // an empty list begins where another does
+    if (w.col_begin[g] != list || chunks > gathered_chunks) {  // an empty list may begin where another list does
       list = w.col_begin[g];
       gathered_chunks = chunks;
       for (std::int64_t p = 0; p < panels; ++p) {
@@ -172,7 +172,7 @@ void multiply(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t panel
   }
 }
 
-// Four products that go on independently, again and again, of tiles that stay in the first-level cache.
+// Repeats four independent products of tiles that stay in the first-level cache.
 float saturate(std::int64_t steps) {
   alignas(64) std::uint32_t words[16][16];
   alignas(64) float sums[4][16][16];
@@ -196,7 +196,7 @@ float saturate(std::int64_t steps) {
   TILE_STORE(1, sums[1], 64);
   TILE_STORE(2, sums[2], 64);
   TILE_STORE(3, sums[3], 64);
-  return (sums[0][0][0] + sums[1][0][0]) + (sums[2][0][0] + sums[3][0][0]);  // all, or the compiler leaves some out
+  return (sums[0][0][0] + sums[1][0][0]) + (sums[2][0][0] + sums[3][0][0]);  // all, or the compiler would drop some
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ using Task = void (*)(const void* context, std::int64_t task);
 // when all are done. Each thread begins with a share of neighbouring tasks, which it takes in order, one at a time;
 // then it takes tasks that are left of the other shares. fn must not throw.
 // If called from inside a task, or while another thread is in this function, the caller runs all its tasks alone. In a
-// child process after fork the workers are started anew on first use. A process keeps at most 63 workers, or 4 per core
+// child process after fork new workers are started on first use. A process keeps at most 63 workers, or 4 per core
 // minus 1 if that is more, whatever `threads` is. A thread that waits longer than some microseconds gives up its core.
 void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept;
 
