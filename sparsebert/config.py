@@ -228,7 +228,7 @@ def validated(config_class: type[Settings], fields: dict, where: str = "", fix: 
         rule = first["msg"].removeprefix("Input should be ")
         wrong = f"{name} must be {rule}" if rule != first["msg"] else f"{name}: {rule}"
         if fix is None and name == "sparsity" and isinstance(given := first["input"], float) and 1 < given < 100:
-            fix = f"for {given:g} % write --sparsity {given / 100:g}"
+            fix = f"for {given:.12g} % write --sparsity {given / 100:.12g}"
         raise InputError(
             f"{where}{wrong}, got {first['input']!r}", fix=fix or f"correct --{name.replace('_', '-')}"
         ) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -188,7 +189,8 @@ def label_count(config: dict) -> int:
 
 def label_names(config: dict) -> tuple[str, ...]:
     """The names of a config.json's labels, in the order of the logits; LABEL_i for one without a name. Raises
-    InputError for an id2label that does not map the ids 0, 1, … to strings, and for a label2id that contradicts it.
+    InputError for an id2label that does not map the ids 0, 1, … to different strings, and for a label2id that
+    contradicts it.
     """
     names = config.get("id2label") or {}
     count = label_count(config)
@@ -199,6 +201,10 @@ def label_names(config: dict) -> tuple[str, ...]:
         raise InputError(
             f"config.json: id2label must name the labels 0 to {count - 1} by strings, got {shown}",
             fix="correct it",
+        )
+    if repeated := [name for name, count in Counter(found).items() if count > 1]:
+        raise InputError(
+            f"config.json: id2label gives the name {repeated[0]!r} to several labels", fix="give each its own name"
         )
     for name, i in (config.get("label2id") or {}).items():
         if name in found and found.index(name) != i:
@@ -299,11 +305,12 @@ def columns(names: Sequence[str], wanted: Sequence[str], whose: str = THE_MODEL)
 
 
 def _naming(whose: str, wanted: Sequence[str]) -> str:
-    """The command that gives a model these labels."""
+    """The command that gives a model as many labels."""
     place = whose if whose != THE_MODEL else "DIR"
-    names = ",".join(wanted) if len(wanted) <= 6 else "NAME,…"
+    # Placeholders: in which order the names belong is what nobody here knows.
     return (
-        f"name them in the order of its outputs: sparsebert reseal {shlex.quote(place)} --labels {shlex.quote(names)} "
+        f"name them in the order of its outputs: sparsebert reseal {shlex.quote(place)} --labels "
+        f"{','.join(['NAME'] * min(len(wanted), 6))}{',…' if len(wanted) > 6 else ''} "
         f"(without a manifest, first sparsebert seal {shlex.quote(place)})"
     )
 

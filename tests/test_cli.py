@@ -716,7 +716,7 @@ def test_texts_are_classified_a_line_each(dense, capsys, monkeypatch):
     code, out, _ = run(capsys, "predict", dense, *texts)
     lines = [f"{data.SENTIMENT[row.argmax()]} {row.max():.3f}\t{text}" for row, text in zip(scores, texts, strict=True)]
     assert code == 0 and out.splitlines() == lines
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a gripping film\r\ndull\n"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a gripping film\r\ndull\n")))
     assert run(capsys, "predict", dense, "-")[1] == out
     found = document(run(capsys, "predict", dense, *texts, "--json")[1])
     assert found["problem"] == "single_label" and [row["text"] for row in found["texts"]] == texts
@@ -726,7 +726,7 @@ def test_texts_are_classified_a_line_each(dense, capsys, monkeypatch):
 
 
 def test_blank_lines_of_standard_input_are_left_out_and_counted(dense, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\na gripping film\n  \ndull"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\na gripping film\n  \ndull")))
     code, out, err = run(capsys, "predict", dense, "-")
     assert code == 0 and [line.split("\t")[1] for line in out.splitlines()] == ["a gripping film", "dull"]
     assert err == "2 blank lines were left out\n"
@@ -822,6 +822,7 @@ def test_eval_tells_the_dense_accuracy_the_difference_and_units(dense, tmp_path,
     assert found["agreement_ci"][0] <= found["agreement"] <= found["agreement_ci"][1]
     table = out.rpartition("{")[0]
     assert f"{found['dense_score']:.1%}" in table and f"{100 * found['difference']:+.1f}" in table
+    assert f"[{found['kl_ci'][0]:.4f}, {found['kl_ci'][1]:.4f}]" in table
     for words in ("accuracy of the dense model", "difference in points, paired", "same label as the dense model"):
         assert words in table
     assert "metric" not in table and "max_length" not in table
@@ -835,3 +836,40 @@ def test_a_percentage_is_told_how_to_be_a_share(dense, tmp_path, capsys):
 def test_a_slip_in_the_name_of_a_directory_is_told(dense, capsys):
     slip = dense.with_name("dnese")
     assert f"did you mean {dense}?" in refused(capsys, "predict", slip, "a text")
+
+
+def test_standard_input_is_read_as_a_file_is(dense, capsys, monkeypatch):
+    def given(raw: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
+
+    given(b"\xef\xbb\xbfa gripping film\r\n")
+    want = run(capsys, "predict", dense, "a gripping film")[1]
+    assert run(capsys, "predict", dense, "-")[1] == want
+    for raw, says in (
+        ("a film\n".encode("utf-16"), "must be UTF-8, is UTF-16"),
+        (b"a\0b\n", "line 1: must be text, has a NUL"),
+        (b"ok\n\xff\n", "line 2: must be UTF-8, has byte 0xff"),
+        (b"a\rb\r", "end with carriage returns"),
+        (b"\n \n", "must hold at least one line"),
+    ):
+        given(raw)
+        assert "standard input" in (line := refused(capsys, "predict", dense, "-")) and says in line
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in refused(capsys, "predict", dense, "-")
+
+
+def test_a_terminal_that_lacks_a_character_gets_its_code(dense):
+    code = start("predict", dense, "é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    out, err = code.communicate(timeout=60)
+    assert code.returncode == 0 and out.endswith("\\xe9\n"), err
+
+
+def test_the_next_command_is_one_that_the_labels_of_the_file_allow(dense, tmp_path, capsys, monkeypatch):
+    own = tmp_path / "own.csv"
+    own.write_text("text,label\n" + "".join(f"a film number {i},{('apple', 'pear')[i % 2]}\n" for i in range(60)))
+    monkeypatch.chdir(tmp_path)
+    settings = ["--task", own, "--method", "magnitude", "--sparsity", 0.3, "--output=-sparse"]
+    code, _, err = run(capsys, "prune", dense, *settings)
+    assert code == 0 and f"next: sparsebert bench ./-sparse --task {own}\n" in err
+    line = refused(capsys, "eval", tmp_path / "-sparse", "--task", own)
+    assert "--labels NAME,NAME " in line, "the order of the names is the reader's to know"

@@ -222,3 +222,8 @@ def test_a_message_lists_six_labels_at_most():
     with pytest.raises(InputError) as caught:
         heads.columns(many[:6], ["x" * 99, *many[1:6]])
     assert "class f, wanted" in str(caught.value) and f"wanted are {'x' * 40}, class b" in str(caught.value)
+
+
+def test_two_labels_of_one_name_are_refused():
+    with pytest.raises(InputError, match="id2label gives the name 'a' to several labels; give each its own name"):
+        heads.label_names({"id2label": {"0": "a", "1": "b", "2": "a"}})

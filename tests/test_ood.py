@@ -247,6 +247,9 @@ def test_the_document_has_the_figures_of_every_test(sets, model, capsys):
     shares = {"entailment", "entailment_ci", "non_entailment", "non_entailment_ci"}
     paired = {"difference", "difference_ci", "mcnemar_p"}
     assert {"n", "accuracy", "accuracy_ci", "by_heuristic", "summed", *shares, *paired} <= hans.keys()
+    assert hans["dense_score"] + hans["difference"] == pytest.approx(hans["accuracy"])
+    same = json.loads(command(capsys, *arguments, "--vs", model, "--json")[1])["ood"]["hans"]
+    assert same["dense_score"] == same["accuracy"] and same["difference"] == 0 and same["agreement"] == 1
     assert hans["n"] == 60 == sum(group["n"] for group in hans["by_heuristic"].values())
     assert all({"n", *shares} == group.keys() for group in hans["by_heuristic"].values())
     code, out, _ = command(capsys, *arguments[:3])

@@ -547,7 +547,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
         "folder.csv": "is a device",
     }
     for name, message in kinds.items():
-        with pytest.raises(DataError, match=f"must be a file, {message}; name a .csv"):
+        with pytest.raises(DataError, match=f"must be a file, {message}; name one that ends in .txt, .parquet, .csv"):
             data.get_task(str(tmp_path / name))
     (tmp_path / "table.xlsx").write_text("x")
     with pytest.raises(DataError, match=r"must end in \.parquet, .*; convert"):
@@ -688,3 +688,13 @@ def test_labels_that_are_not_of_one_kind_are_named(tmp_path, labels, says):
     with pytest.raises(DataError) as refused:
         data.get_task(str(path))
     assert f"{path}, {says}" in str(refused.value) or f"{path}: {says}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "header", ["sentence,sentence2", "text,text2", "text,Text_b", "text,premise", "Sentence 1,text"]
+)
+def test_a_second_column_of_texts_is_never_dropped(tmp_path, header):
+    path = tmp_path / "pairs.csv"
+    path.write_text(f"{header},label\n" + "".join(f"a {i},b {i},{i % 2}\n" for i in range(9)))
+    with pytest.raises(DataError, match=r"has texts in (text|sentence), and perhaps in .*text and text_b, or rename"):
+        data.get_task(str(path))

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 from dataclasses import replace
 from fractions import Fraction
 
+import greenlet
 import pytest
 import torch
 from models import classifier, saved, tokenizer
@@ -498,3 +500,20 @@ def test_magnitude_asks_for_no_data(tmp_path):
     assert result.sparsity == 0.5
     with pytest.raises(InputError, match="no training split"):
         prune_checkpoint(source, "fever_symm_v1", tmp_path / "other", PruneConfig())
+
+
+def test_a_pass_that_is_left_early_frees_its_batches():
+    model = classifier()
+    texts = draw(model, tokenizer(), MR, 400, 64, 0)
+
+    def waiting() -> int:
+        gc.collect()
+        return sum(isinstance(thing, greenlet.greenlet) and bool(thing) for thing in gc.get_objects())
+
+    before = waiting()
+    walked = stages(model, texts.batches)
+    next(walked)
+    assert waiting() > before
+    walked.close()
+    assert waiting() == before
+    assert not any("forward" in vars(module) for module in model.modules())

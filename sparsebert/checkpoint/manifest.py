@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -163,7 +164,8 @@ def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | Non
         if hashlib.sha256(data).hexdigest() != sha256:
             fix = REBUILD
             if name == "config.json":
-                fix = f"restore it, or, if only label names were changed: sparsebert reseal {folder.path}"
+                place = shlex.quote(str(folder.path))
+                fix = f"restore it, or, if only label names were changed: sparsebert reseal {place}"
             raise CheckpointError(f"{folder.path / name} differs from its manifest (sha256)", fix=fix)
 
 

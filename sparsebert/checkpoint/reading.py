@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -124,7 +125,7 @@ class Files:
         if absent:
             raise CheckpointError(
                 f"{self.directory} must be a complete classifier, lacks {', '.join(absent)}",
-                fix=f"fine-tune it first: sparsebert train {self.directory}",
+                fix=f"fine-tune it first: sparsebert train {shlex.quote(str(self.directory))}",
             )
         for name, shape in shapes.items():
             for _, entry in self._entries[name]:
@@ -198,10 +199,9 @@ class Files:
     def warn_unsealed(self) -> None:
         """Warns that damage to a directory without a manifest would go unnoticed."""
         if self.manifest is None:
+            seal = f"sparsebert seal {shlex.quote(str(self.directory))}"
             warnings.warn(
-                f"{self.directory} is unsealed: damage would go unnoticed; run sparsebert seal {self.directory}",
-                SparsebertWarning,
-                stacklevel=3,
+                f"{self.directory} is unsealed: damage would go unnoticed; run {seal}", SparsebertWarning, stacklevel=3
             )
 
     def require_same(self) -> None:
@@ -215,7 +215,7 @@ class Files:
             raise CheckpointError(
                 f"{self.directory} has lost {MANIFEST}, config.json says it was sealed",
                 fix=f"copy the folder {Path(MANIFEST).parent} from its source, or check the weights against the hash "
-                f"in config.json: sparsebert seal {self.directory}",
+                f"in config.json: sparsebert seal {shlex.quote(str(self.directory))}",
             )
 
     def verify_golden(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def seal(directory: str | Path) -> dict:
     if files.manifest is not None:
         raise InputError(
             f"{files.directory} is sealed already",
-            fix=f"if label names in config.json were changed: sparsebert reseal {files.directory}",
+            fix=f"if label names in config.json were changed: sparsebert reseal {shlex.quote(str(files.directory))}",
         )
     said = (files.config.get("sparsebert") or {}).get("weights_sha256")
     if said is not None and said != files.weights_sha256:
@@ -87,7 +88,8 @@ def reseal(directory: str | Path, *, labels: Sequence[str] | None = None) -> dic
     """
     files = Files(resolve(directory).absolute(), changed="config.json")
     if files.manifest is None:
-        raise InputError(f"{files.directory} is not sealed", fix=f"seal it: sparsebert seal {files.directory}")
+        place = shlex.quote(str(files.directory))
+        raise InputError(f"{files.directory} is not sealed", fix=f"seal it: sparsebert seal {place}")
     config, data = dict(files.config), files.contents["config.json"]
     if labels is not None:
         _require_names(labels, files)

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if sys.stdout is None:
         return _refuse("standard output is closed; open it, or send it to a file")
+    if hasattr(sys.stdout, "reconfigure"):  # of the console's encoding, which may lack a text's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         os.getcwd()
     except OSError:  # of which torch's libraries would abort

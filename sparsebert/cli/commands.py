@@ -116,7 +116,7 @@ def train(
             ["saved in", str(output)],
         ]
         table(f"{model} fine-tuned on {task}", ["", ""], rows)
-        then("sparsebert", "prune", output, "--task", task, "-o", f"{output}-sparse")
+        then("sparsebert", "prune", output, "--task", Path(task), "-o", Path(f"{output}-sparse"))
     emit({"task": task, "seed": config.seed, **result.as_json()}, json)
 
 
@@ -137,6 +137,7 @@ def prune(
     subnet: SubnetConfig,
 ) -> None:
     from sparsebert.pruning import prune_checkpoint
+    from sparsebert.robustness import labels_fit
 
     if dry_run:
         from sparsebert.pruning.plan import plan
@@ -159,15 +160,16 @@ def prune(
             interval = kept["agreement_ci"]
             told = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
             what = "rank correlation with the dense model" if interval is None else "same label as the dense model"
-            rows += [[f"{what}, {kept['n']:,} test texts", f"{kept['agreement']:.1%}{told}"]]
+            value = f"{kept['agreement']:.4f}" if interval is None else f"{kept['agreement']:.1%}{told}"
+            rows += [[f"{what}, {kept['n']:,} test texts", value]]
             rows += [["KL to the dense model in nats, 0 if equal", f"{kept['kl']:.4f}"]]
         rows += [["saved in (same size on disk: zeros are stored)", str(output)]]
         how = "was pruned before, in" if result.reused else "pruned in"
         table(f"{config.method}, {config.pattern}: {how} {result.seconds:.0f} s", ["", ""], rows)
-        if kept is not None and _has_labels(task):
-            then("sparsebert", "eval", output, "--task", task, "--vs", directory)
+        if kept is not None and labels_fit(output, task):
+            then("sparsebert", "eval", output, "--task", Path(task), "--vs", directory)
         else:
-            then("sparsebert", "bench", output, "--task", task)
+            then("sparsebert", "bench", output, "--task", Path(task))
     emit({**result.as_json(), "kept": kept}, json)
 
 
@@ -185,17 +187,6 @@ def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict 
     except (DataError, InputError) as error:
         print(f"not compared with the dense model: {error}", file=sys.stderr)
         return None
-
-
-def _has_labels(task: str) -> bool:
-    from sparsebert import data
-    from sparsebert.errors import DataError
-
-    try:
-        data.get_task(task)
-    except DataError:
-        return False
-    return True
 
 
 @app.command()
@@ -261,7 +252,7 @@ def evaluate(
         for name, found in {task: figures, **(result.ood or {})}.items():
             title = f"{directory} on {found['n']:,} examples of {name}, {found['split']}"
             table(title, ["figure", "value", "95 % interval"], rows_of(found))
-        then("sparsebert", "bench", directory, "--task", task)
+        then("sparsebert", "bench", directory, "--task", Path(task))
     emit(figures, json)
 
 
@@ -290,10 +281,13 @@ def predict(
         raise InputError("predict needs either texts or --file", fix="give one of them")
     if file is not None:
         rows = list(zip(*data.read_texts(file), strict=True))
+        print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read, blank lines left out", file=sys.stderr)
     elif texts == ["-"]:
-        lines = [line.strip() for line in sys.stdin]
-        rows = [(line,) for line in lines if line]
-        if blank := len(lines) - len(rows):
+        if sys.stdin is None:
+            raise InputError("standard input is closed", fix="give texts as arguments, or --file")
+        found, blank = data.lines_of(sys.stdin.buffer.read(), "standard input")
+        rows = [(line,) for line in found]
+        if blank:
             print(f"{blank:,} blank lines were left out", file=sys.stderr)
     else:
         rows = [(text,) for text in texts]

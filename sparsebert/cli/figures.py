@@ -78,7 +78,7 @@ def rows_of(figures: dict) -> list[list[str]]:
 
 def _rows(figures: dict, words: Words) -> list[list[str]]:
     return [
-        [said, form(value), _interval(figures.get(f"{name}_ci"), form)]
+        [said, form(value), _interval(figures.get("kl_ci" if name == "kl_to_dense" else f"{name}_ci"), form)]
         for name, (said, form) in words.items()
         if (value := figures.get(name)) is not None
     ]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def say_what_was_read(result) -> None:
 
 
 def then(*command: object) -> None:
-    """Names the command that people would type next, as a shell takes it."""
-    print(f"next: {shlex.join(map(str, command))}", file=sys.stderr)
+    """Names the command that people would type next, quoted for a shell. A Path is never taken for a flag."""
+    parts = [f"./{part}" if isinstance(part, Path) and str(part).startswith("-") else str(part) for part in command]
+    print(f"next: {shlex.join(parts)}", file=sys.stderr)
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

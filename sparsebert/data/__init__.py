@@ -20,7 +20,7 @@ from sparsebert.data.examples import (
     word_neighbors,
 )
 from sparsebert.data.own import get_task, rows_read
-from sparsebert.data.tables import read_texts
+from sparsebert.data.tables import lines_of, read_texts
 from sparsebert.data.tasks import ENTAILMENT, FACT, NLI, PARAPHRASE, SENTIMENT, TASKS, Task
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "get_task",
     "hold_out",
     "in_pairs",
+    "lines_of",
     "load",
     "mix_ood",
     "normalised",

@@ -90,22 +90,25 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
 
 
 def read_texts(path: Path) -> list[list[str]]:
-    """The columns of texts in a file, one, or two of pairs: the non-blank lines of a .txt, else those of its table."""
+    """The text columns of a file, one, or two for pairs: the non-blank lines of a .txt, else those of its table."""
     if path.suffix == ".txt":
-        return [_lines_of_text(path)]
+        _require_file(path)
+        return [lines_of(path.read_bytes(), path)[0]]
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(OF_TEXTS)}", fix="convert or rename it")
     table = read(path)
     return [texts_of(table, column) for column in text_columns(table)]
 
 
-def _lines_of_text(path: Path) -> list[str]:
-    """The non-blank lines of a UTF-8 text file, stripped. DataError if there are none, or if it is no such file."""
-    _require_file(path)
-    found = [line.strip() for line in _decoded(path).split("\n") if line.strip()]
+def lines_of(raw: bytes, where: Path | str) -> tuple[list[str], int]:
+    """(the non-blank lines of UTF-8 text, stripped; how many were blank). DataError if there are none, or if it is no
+    such text; where: what it is from, for messages.
+    """
+    lines = [line.strip() for line in _decoded(raw, where).removesuffix("\n").split("\n")]
+    found = [line for line in lines if line]
     if not found:
-        raise DataError(f"{path} must hold at least one line of text, holds none", fix="add texts")
-    return found
+        raise DataError(f"{where} must hold at least one line of text, holds none", fix="add texts")
+    return found, len(lines) - len(found)
 
 
 def _require_file(path: Path) -> None:
@@ -113,17 +116,17 @@ def _require_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = {0: "absent", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         what = "a broken link" if not mode and os.path.islink(path) else kinds.get(stat.S_IFMT(mode), "a device")
-        raise DataError(f"{path} must be a file, is {what}", fix="name a .csv, .tsv, .jsonl or .parquet file")
+        raise DataError(f"{path} must be a file, is {what}", fix=f"name one that ends in {', '.join(OF_TEXTS)}")
     if path.stat().st_size > LARGEST:
         raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
 
 
 def _lines(path: Path) -> Table:
-    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path))
+    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path.read_bytes(), path))
 
 
-def _decoded(path: Path) -> str:
-    raw = path.read_bytes()
+def _decoded(raw: bytes, path: Path | str) -> str:
+    """The text of a file, or of what `path` names in messages."""
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path} must be UTF-8, is UTF-16", fix="save the file as UTF-8")
     try:
@@ -331,7 +334,18 @@ def text_columns(table: Table) -> tuple[str, ...]:
         )
     if not found:
         table.column("text")  # raises the error, which lists the columns
+    usual = {_folded(name) for names in _TEXT_COLUMNS for name in names}
+    if more := [name for name in table.names if name not in found[0] and _folded(name) in usual]:
+        raise DataError(
+            f"{table.path} has texts in {' and '.join(found[0])}, and perhaps in {shown(more[0])}",
+            fix="name the two columns of pairs text and text_b, or rename the others",
+        )
     return found[0]
+
+
+def _folded(column: str) -> str:
+    """A column's name without case and separators."""
+    return re.sub(r"[\W_]", "", column).lower()
 
 
 def texts_of(table: Table, name: str) -> list[str]:

@@ -103,6 +103,7 @@ def place(path: str | Path) -> Path:
     """An output path with its links resolved. OutputError for a path that no file system accepts."""
     try:
         target = Path(path).resolve()
+        str(target).encode()  # records name it, in UTF-8
         target.lstat()
     except FileNotFoundError:
         pass

@@ -324,9 +324,9 @@ def _waiting(linears) -> Iterator[None]:
 
     def forward_of(module):
         def forward(x):
-            here = getcurrent()
-            if isinstance(here, _ForwardPass):
-                return here.parent.switch((module, x))
+            # Not kept in a variable: a greenlet that its own waiting frame refers to is never freed.
+            if isinstance(getcurrent(), _ForwardPass):
+                return getcurrent().parent.switch((module, x))
             return nn.functional.linear(x, module.weight, module.bias)
 
         return forward

@@ -86,7 +86,7 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
         correct = (predicted == examples.labels).reshape(n, -1).all(axis=1)
         figures["accuracy"] = float(correct.mean())
         figures["accuracy_ci"] = statistics.wilson(int(correct.sum()), n)
-    figures |= _score(problem, logits, examples.labels, "score")
+    figures |= _score(problem, logits, predicted, examples.labels, "score")
     if task.metric == "f1":
         figures |= statistics.f1_figures(predicted, examples.labels)
         figures["predicted_positive"] = float((predicted == 1).mean())
@@ -107,7 +107,7 @@ def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dens
         "kl_to_dense": float(divergence.mean()),
         "kl_ci": statistics.bootstrap_mean(divergence),
         **agreement(problem, predicted, dense_predicted),
-        **_score(problem, dense, examples.labels, "dense_score"),
+        **_score(problem, dense, dense_predicted, examples.labels, "dense_score"),
     }
     if problem is heads.SINGLE_LABEL:
         correct, dense_correct = predicted == examples.labels, dense_predicted == examples.labels
@@ -128,11 +128,13 @@ def _paired(problem: Problem, examples: Examples, logits, dense, predicted, dens
     }
 
 
-def _score(problem: Problem, logits: np.ndarray, labels: np.ndarray, name: str) -> dict:
+def _score(problem: Problem, logits: np.ndarray, predicted: np.ndarray, labels: np.ndarray, name: str) -> dict:
     """The problem type's metric and its 95 % interval, under `name` and `name`_ci."""
-    score, n = problem.metric(logits, labels), len(labels)
-    if problem is heads.SINGLE_LABEL:
-        return {name: score, f"{name}_ci": statistics.wilson(round(score * n), n)}
+    n = len(labels)
+    if problem is heads.SINGLE_LABEL:  # `predicted` may count two of a model's labels as one
+        hits = int((predicted == labels).sum())
+        return {name: hits / n, f"{name}_ci": statistics.wilson(hits, n)}
+    score = problem.metric(logits, labels)
     return {name: score, f"{name}_ci": statistics.bootstrap(lambda rows: problem.metric(logits[rows], labels[rows]), n)}
 
 

@@ -11,7 +11,7 @@ from sparsebert import data, heads
 from sparsebert.data import Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import InputError
+from sparsebert.errors import DataError, InputError
 from sparsebert.robustness import ood as out_of_distribution
 from sparsebert.robustness.drift import drift
 from sparsebert.robustness.evaluation import Evaluation, compare
@@ -89,6 +89,17 @@ def kept(
         for classifier, what in zip(both, ("dense", "pruned"), strict=True)
     )
     return drift(both[0].problem, want, got[:, order])
+
+
+def labels_fit(model: str | Path, task: str) -> bool:
+    """Whether `evaluate` would find the labels of the task, and the model's among them."""
+    try:
+        spec = task_for(task, model)
+        classifier = Classifier.load(model)
+        order_for(data.among(spec, data.load(spec, spec.test), classifier.names)[0], classifier)
+    except (DataError, InputError):
+        return False
+    return True
 
 
 def order_for(task: Task, classifier: Classifier) -> np.ndarray:
