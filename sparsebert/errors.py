@@ -4,6 +4,7 @@ The command line prints one as a single line and exits with code 2.
 """
 
 import reprlib
+from pathlib import Path
 
 LONGEST = 500  # max characters of a problem, or of its fix, in a message
 
@@ -37,6 +38,18 @@ def first_line(error: BaseException) -> str:
     """The first line of another library's message, or the error's name if it has no message."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def alike(path: Path, *, folders: bool = False) -> Path | None:
+    """The file or folder beside `path` whose name is most like its name, if one is. folders: only folders."""
+    import difflib  # for bad input only
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir() or not folders]
+    except (OSError, ValueError):
+        return None
+    close = difflib.get_close_matches(path.name, names, 1, 0.8)
+    return path.parent / close[0] if close else None
 
 
 class SparsebertError(Exception):

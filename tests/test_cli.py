@@ -500,7 +500,7 @@ def test_other_settings_at_the_same_output_are_refused_unless_overwrite(dense, t
     run(capsys, *prune, "--sparsity", 0.9)
     before = checkpoint.weights_sha256(tmp_path / "out")
     line = refused(capsys, *prune)
-    assert "out was made with --sparsity 0.9, not the default; repeat those settings, choose another -o" in line
+    assert "out was made with --sparsity 0.9, not 0.875; repeat those settings, choose another -o" in line
     assert checkpoint.weights_sha256(tmp_path / "out") == before
     code, out, _ = run(capsys, *prune, "--overwrite")
     assert code == 0 and document(out)["sparsity"] == 0.875
@@ -744,8 +744,9 @@ def test_the_texts_and_pairs_of_a_file_are_classified(dense, tmp_path, capsys):
     assert [(row["text"], row["text_b"]) for row in found] == [("it rained", "it was wet"), ("it rained", "it was dry")]
     assert np.array([list(row["scores"].values()) for row in found]) == pytest.approx(scores)
     assert run(capsys, "predict", dense, "--file", table)[1].splitlines()[0].endswith("\tit rained\tit was wet")
-    for arguments in ([], ["a text", "--file", table]):
-        assert "predict needs either texts or --file" in refused(capsys, "predict", dense, *arguments)
+    for arguments, got in (([], "neither"), (["a text", "--file", table], "both")):
+        assert f"predict needs either texts or --file, got {got}" in refused(capsys, "predict", dense, *arguments)
+    assert f"{table} is a file; --file classifies the texts in it" in run(capsys, "predict", dense, table)[2]
     assert "must end in .txt, .parquet" in refused(capsys, "predict", dense, "--file", tmp_path / "texts.doc")
 
 
@@ -836,6 +837,9 @@ def test_a_percentage_is_told_how_to_be_a_share(dense, tmp_path, capsys):
 def test_a_slip_in_the_name_of_a_directory_is_told(dense, capsys):
     slip = dense.with_name("dnese")
     assert f"did you mean {dense}?" in refused(capsys, "predict", slip, "a text")
+    (file := dense.with_name("mine.csv")).write_text("text,label\na,b\n")
+    line = refused(capsys, "eval", dense, "--task", file.with_name("mine.cvs"))
+    assert "there is no file, folder or task" in line and f"did you mean {file}?" in line
 
 
 def test_standard_input_is_read_as_a_file_is(dense, capsys, monkeypatch):

@@ -508,7 +508,7 @@ def test_a_pass_that_is_left_early_frees_its_batches():
 
     def waiting() -> int:
         gc.collect()
-        return sum(isinstance(thing, greenlet.greenlet) and bool(thing) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), greenlet.greenlet) and bool(thing) for thing in gc.get_objects())
 
     before = waiting()
     walked = stages(model, texts.batches)
@@ -517,3 +517,9 @@ def test_a_pass_that_is_left_early_frees_its_batches():
     walked.close()
     assert waiting() == before
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_default_that_is_written_out_is_the_same_work(tmp_path):
+    source, tokens = saved(tmp_path / "dense"), {"calibration_tokens": 200}
+    prune_checkpoint(source, "mr", tmp_path / "out", PruneConfig(**tokens))
+    assert prune_checkpoint(source, "mr", tmp_path / "out", PruneConfig(sparsity=0.875, tier=1, **tokens)).reused

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import shlex
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sparsebert.checkpoint.files import Folder
-from sparsebert.errors import CheckpointError, InputError, UnsupportedError, first_line, shown
+from sparsebert.errors import CheckpointError, InputError, UnsupportedError, alike, first_line, shown
 
 WEIGHTS = "model.safetensors"
 # Other formats of weights, and how to convert them to safetensors.
@@ -64,28 +63,18 @@ def _in_hub_cache(name: str) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             here = name.rpartition("/")[2]
-            like = _alike(Path(name))
+            like = alike(Path(name), folders=True)
             raise CheckpointError(
                 f"no directory {name}, and no model of that id in the hub cache",
                 fix=f"did you mean {like}?"
                 if like
                 else f"check the path, or download it: hf download {name} --local-dir {here}",
             ) from None
-    like = _alike(Path(name))
+    like = alike(Path(name), folders=True)
     raise CheckpointError(
         f"model must be a directory, 'minilm' or a model's id, got {shown(name)}",
         fix=f"did you mean {like}?" if like else "check the path",
     )
-
-
-def _alike(path: Path) -> Path | None:
-    """The folder beside `path` whose name is most like its name, if one is."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    except (OSError, ValueError):
-        return None
-    close = difflib.get_close_matches(path.name, names, 1, 0.8)
-    return path.parent / close[0] if close else None
 
 
 def config(folder: Folder) -> NoReturn:

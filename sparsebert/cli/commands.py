@@ -278,7 +278,7 @@ def predict(
     from sparsebert.heads import answers
 
     if bool(texts) == (file is not None):
-        raise InputError("predict needs either texts or --file", fix="give one of them")
+        raise InputError(f"predict needs either texts or --file, got {'both' if texts else 'neither'}", fix="give one")
     if file is not None:
         rows = list(zip(*data.read_texts(file), strict=True))
         print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read, blank lines left out", file=sys.stderr)
@@ -291,6 +291,8 @@ def predict(
             print(f"{blank:,} blank lines were left out", file=sys.stderr)
     else:
         rows = [(text,) for text in texts]
+        if len(texts) == 1 and len(texts[0]) < 256 and os.path.isfile(texts[0]):
+            print(f"warning: {texts[0]} is a file; --file classifies the texts in it", file=sys.stderr)
     engine = Engine.load(directory)
     logits = engine.logits((row if len(row) == 2 else row[0] for row in rows), truncate=True)
     found = answers(engine.problem, engine.labels, logits)
@@ -303,7 +305,8 @@ def predict(
         return
     for row, answer in zip(rows, found, strict=True):
         said = ", ".join(f"{label} {score:.3f}" for label, score in answer.predicted.items())
-        print("\t".join([said or "no label", *(cut(text, 200) for text in row)]))
+        longest = 200 if sys.stdout.isatty() else sys.maxsize
+        print("\t".join([said or "no label", *(cut(text, longest) for text in row)]))
 
 
 @app.command()

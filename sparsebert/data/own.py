@@ -15,7 +15,7 @@ import numpy as np
 from sparsebert.data.examples import Examples, sameness
 from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, text_columns, texts_of
 from sparsebert.data.tasks import TASKS, Task
-from sparsebert.errors import DataError, InputError, shown
+from sparsebert.errors import DataError, InputError, alike, shown
 from sparsebert.heads import fold
 
 MAX_CLASSES = 1000  # a column with more values is not a label
@@ -41,6 +41,8 @@ def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
         wanted = False
     if wanted:
         return _of_tables(path, {"": read(path)}, labelled, values)
+    if like := alike(path):
+        raise InputError(f"there is no file, folder or task {shown(name)}", fix=f"did you mean {like}?")
     raise InputError(
         f"task must be one of {', '.join(TASKS)}, a folder or a file, got {shown(name)}", fix="choose one of these"
     )

@@ -193,6 +193,10 @@ class _Calibrated:
         self.spec = encoders.limited(spec, stock, config.max_length)
         self.max_length, self.examples, self.recipe, self.read = self.spec.max_length, None, {}, {}
         settings = config.model_dump(exclude={"max_length"})
+        # A default that is written out is the same work.
+        settings["sparsity"] = sparsity_of(parse(config.pattern), config.sparsity)
+        if config.method == "knowledge":
+            settings["tier"] = knowledge.tier_of(config)
         if method.looks_at_data:
             if spec.train is None:
                 raise InputError(

@@ -35,9 +35,14 @@ METRIC_TOKENS = 50_000  # about this many tokens are used for the metrics of out
 DAMAGE_TOKENS = 30_000  # about this many tokens are used for the allotment
 
 
+def tier_of(config: PruneConfig) -> int:
+    """The tier of `config`, 1 by default."""
+    return 1 if config.tier is None else config.tier
+
+
 def steps_of(config: PruneConfig) -> set[str]:
     """The steps of the config's tier without those of --without; InputError for a name that the tier does not have."""
-    tier = 1 if config.tier is None else config.tier
+    tier = tier_of(config)
     have = {step for step, lowest in STEPS.items() if lowest <= tier}
     left_out = {step.strip() for step in config.without.split(",") if step.strip()}
     if unknown := left_out - have:

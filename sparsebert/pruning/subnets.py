@@ -38,6 +38,7 @@ class Subnet:
         self.settings = subnet.model_copy(update=chosen)
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
         others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the setup's model
+        others["sparsity"] = self.sparsity  # a default that is written out is the same work
         self.setup = TrainingSetup.of(spec, self.settings, self.start, default_lr=self.method.lr, settings=others)
         head_for(self.start, self.setup.spec, own_head=True)
         self.job = Job("prune", self.setup.inputs, __name__, target, overwrite=overwrite, space=self.setup.space)
