@@ -21,8 +21,8 @@ Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each; all s
 TOKENS_PER_BATCH = 4096
 HELD_OUT = 256  # max texts to choose on within a method, at most a tenth of all; never calibrated on
 # Parts of a calibration set and their shares of its tokens, if there are texts other than the task's. Of both kinds
-# there are single texts, and several texts joined to a longer one. Set by hand; `study_calibration choose` compares
-# them with other shares, on tasks that are not reported.
+# there are single texts, and several texts joined to a longer one. Chosen by `study_calibration choose`, on tasks that
+# are not reported: the least drift elsewhere of the mixtures that stay within about 10 % of the task's texts alone.
 SHARES = {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}
 SHORTEST_JOINED = 48  # tokens
 NONE, GENERAL = "none", "general"
