@@ -21,7 +21,8 @@ MADE_OF = {
     "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; its settings are not recorded",
     "calibration": "mr-0, mr-1: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1); outside: "
     "`python -m bench.make_outside`",
-    "calibration_choose": "agnews-0: `sparsebert train minilm --task agnews --n 6000 --epochs 1`; qnli-0: the same of qnli",
+    "calibration_choose": "agnews-0: `sparsebert train minilm --task agnews --n 6000 --epochs 1`; qnli-0: the same of "
+    "qnli",
     "end_to_end": "PATH: the python of an environment with deepsparse 1.8.0",
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": f"{DENSE} && python -m bench.study_frontier DENSE/plain-0 --prune FOLDER. `dense` was right on as many "
