@@ -1,6 +1,6 @@
 """Latency of `Engine.logits` against KL to dense and accuracy, for classifiers that were really pruned.
 
-python -m bench.study_frontier DENSE MODEL… [--task mr] [--threads N] [--plot FILE] [--json] [--markdown FILE]
+python -m bench.study_frontier DENSE MODEL… [--task sst2] [--threads N] [--plot FILE] [--json] [--markdown FILE]
 python -m bench.study_frontier DENSE --prune FOLDER …
 python -m bench.study_frontier --redraw TABLE --plot FILE
 
@@ -203,7 +203,7 @@ def main() -> int:
     parser.add_argument(
         "--rivals", default="torch,onnxruntime,openvino", help="torch, and others of `sparsebert bench`"
     )
-    parser.add_argument("--task", default="mr")
+    parser.add_argument("--task", default="sst2")
     parser.add_argument("--threads", type=int, default=_dispatch.threads())
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--plot", type=Path, help="also draw the table to this file (needs matplotlib)")
@@ -211,10 +211,14 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     if args.redraw is not None:
+        if args.plot is None:
+            parser.error("--redraw needs --plot FILE")
         plot(read_table(args.redraw), args.plot)
         return 0
     if args.dense is None or bool(args.models) == (args.prune is not None):
         parser.error("name models, or --prune FOLDER to make them in")
+    if "torch" not in named(args.rivals):
+        parser.error("--rivals needs torch, which the others are compared with")
     args.models = args.models or pruned(args.dense, args.task, args.prune)
     rows, facts = measure([args.dense, *args.models], args)
     title = f"Latency against quality of pruned MiniLM, {args.task}"

@@ -63,18 +63,12 @@ def _in_hub_cache(name: str) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except (HFValidationError, LocalEntryNotFoundError):
             here = name.rpartition("/")[2]
-            like = alike(Path(name), folders=True)
-            raise CheckpointError(
-                f"no directory {name}, and no model of that id in the hub cache",
-                fix=f"did you mean {like}?"
-                if like
-                else f"check the path, or download it: hf download {name} --local-dir {here}",
-            ) from None
+            problem = f"no directory {name}, and no model of that id in the hub cache"
+            cure = f"check the path, or download it: hf download {name} --local-dir {here}"
+    else:
+        problem, cure = f"model must be a directory, 'minilm' or a model's id, got {shown(name)}", "check the path"
     like = alike(Path(name), folders=True)
-    raise CheckpointError(
-        f"model must be a directory, 'minilm' or a model's id, got {shown(name)}",
-        fix=f"did you mean {like}?" if like else "check the path",
-    )
+    raise CheckpointError(problem, fix=f"did you mean {like}?" if like else cure)
 
 
 def config(folder: Folder) -> NoReturn:
