@@ -5,7 +5,7 @@ its logits.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -78,15 +78,24 @@ def set_labels(model, names: Sequence[str], columns: np.ndarray | None = None) -
 
 
 @contextmanager
-def layers_skipped(layers: Iterable[nn.Module], cell: list) -> Iterator[None]:
-    """Inside the block, each of these layers returns cell[0] without computing anything."""
-    for layer in layers:
-        layer.forward = lambda *args, **kwargs: cell[0]
+def forwards_replaced(modules: Iterable[nn.Module], forward_of: Callable[[nn.Module], Callable]) -> Iterator[None]:
+    """Inside the block, `forward_of(module)` runs in place of the forward of each module."""
+    before = {module: vars(module).get("forward") for module in modules}  # None: its class has the only one
+    for module in before:
+        module.forward = forward_of(module)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def layers_skipped(layers: Iterable[nn.Module], cell: list):
+    """A context in which each of these layers returns cell[0] without computing anything."""
+    return forwards_replaced(layers, lambda _: lambda *args, **kwargs: cell[0])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 The command line prints one as a single line and exits with code 2.
 """
 
+import re
 import reprlib
 from pathlib import Path
 
@@ -10,10 +11,10 @@ LONGEST = 500  # max characters of a problem, or of its fix, in a message
 
 
 def cut(text: str, longest: int = LONGEST) -> str:
-    """The text on one line. If it is longer than `longest`, its middle is left out, so that a long path keeps both
-    ends.
+    """The text on one line: other white space than spaces becomes a space. If it is longer than `longest`, its middle
+    is left out, so that a long path keeps both ends.
     """
-    text = " ".join(text.split())
+    text = re.sub(r"[^\S \xa0]+", " ", text).strip()
     if len(text) <= longest:
         return text
     half = longest // 2

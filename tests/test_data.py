@@ -373,10 +373,8 @@ def test_a_missing_column_is_told_with_twenty_that_are_there_and_the_nearest(tmp
 @pytest.mark.parametrize(
     ("name", "body", "fix"),
     [
-        ("train.csv", "a\tb\n1\t2\n", "separate columns by commas in .csv, by tabs in .tsv"),
-        ("train.csv", "a;b\n1;2\n", "separate columns by commas in .csv, by tabs in .tsv"),
-        ("train.tsv", "a,b\n1,2\n", "separate columns by commas in .csv, by tabs in .tsv"),
         ("train.csv", "a,b\n1,2\n", "name a column 'text' on the first line"),
+        ("train.csv", "Review,label\na,0\n", "rename 'Review' to 'text'"),
         ("train.tsv", '"text"\t"label"\n1\t2\n', "write .tsv without quotes, or save it as .csv"),
     ],
 )
@@ -385,6 +383,34 @@ def test_a_missing_column_is_told_what_the_likely_cause_is(tmp_path, name, body,
     with pytest.raises(DataError, match="must have a column 'text'") as caught:
         data.get_task(str(tmp_path))
     assert caught.value.fix == fix
+
+
+@pytest.mark.parametrize(("column", "fix"), [
+    ("Sentiment", "rename 'Sentiment' to 'label'"),
+    ("stars", "rename 'stars' to 'label'"),
+    ("lable", "rename 'lable' to 'label'"),
+    ("date", "name a column 'label' on the first line (prune and predict need none)"),
+])  # fmt: skip
+def test_a_missing_label_is_told_which_column_may_be_it(tmp_path, column, fix):
+    (path := tmp_path / "mine.csv").write_text(f"text,{column}\na,0\nb,1\n")
+    with pytest.raises(DataError, match="must have a column 'label'") as caught:
+        data.get_task(str(path))
+    assert caught.value.fix == fix
+
+
+@pytest.mark.parametrize(("name", "header", "wanted"), [
+    ("a.csv", "text;label", "commas"), ("a.csv", "text\tlabel", "commas"), ("a.tsv", "text,label", "tabs"),
+])  # fmt: skip
+def test_columns_separated_otherwise_are_told_before_any_row(tmp_path, name, header, wanted):
+    (path := tmp_path / name).write_text(f"{header}\none, two, three\t\n")
+    with pytest.raises(DataError, match=f"its columns separated by {wanted}, begins with '{header[:4]}"):
+        data.get_task(str(path))
+
+
+def test_a_model_directory_is_no_task(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(DataError, match="is a model directory, not a task"):
+        data.get_task(str(tmp_path))
 
 
 def test_a_file_of_two_gibibytes_is_refused_unread(tmp_path):

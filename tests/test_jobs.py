@@ -336,7 +336,7 @@ def test_other_work_at_the_same_place_is_refused_naming_the_difference(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("part", "name"), [("code_of", "the code"), ("_core", "the compiled core"), ("_isa", "instruction set")]
+    ("part", "name"), [("code_of", "code"), ("_core", "compiled core"), ("_isa", "instruction set")]
 )
 def test_changed_code_and_machines_are_said(tmp_path, monkeypatch, part, name):
     unfinished(tmp_path / "out")
@@ -344,6 +344,27 @@ def test_changed_code_and_machines_are_said(tmp_path, monkeypatch, part, name):
     with pytest.raises(OutputError, match=rf"unfinished run with {name} \w+…?, not another; choose another -o, or "):
         with made(tmp_path / "out"):
             raise AssertionError("was begun")
+
+
+def test_other_contents_are_said_in_words(tmp_path):
+    with Job("test", {"data": "ab" * 32}, CODE, tmp_path / "out") as job:
+        job.value("chosen", lambda: 1)
+    with (
+        pytest.raises(OutputError, match=r"with other texts or labels in --task \(sha256 abababab…, not cdcdcdcd…\);"),
+        Job("test", {"data": "cd" * 32}, CODE, tmp_path / "out"),
+    ):
+        raise AssertionError("was begun")
+
+
+def test_what_an_unfinished_run_has_stored_is_known_before_and_after(tmp_path):
+    assert made(tmp_path / "out").unfinished() == ""
+    unfinished(tmp_path / "out")
+    last = made(tmp_path / "out").unfinished()
+    assert last
+    with made(tmp_path / "out") as job:
+        assert job.resumed == last
+    with pytest.raises(OutputError, match="unfinished run"):
+        made(tmp_path / "out", sparsity=0.123).unfinished()
 
 
 def test_a_model_and_many_differences_are_cut_short(tmp_path):

@@ -232,7 +232,7 @@ REFUSED = {
         "column 'label', has 'text', 'lable'; rename 'lable' to 'label'",
         ("train.csv", GOOD),
     ),
-    "semicolons": ("train.csv", "text;label\na;0\n", "separate columns by commas", ("train.csv", GOOD)),
+    "semicolons": ("train.csv", "text;label\na;0\n", "columns separated by commas", ("train.csv", GOOD)),
     "two readings": (
         "train.csv",
         as_csv([("a", "b", "c", "d", 0)], ("premise", "hypothesis", "sentence1", "sentence2", "label")),

@@ -462,11 +462,11 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_layer(tmp_path, tier
     assert not (tmp_path / "out").exists()
     assert [p.name for p in (tmp_path / "out.partial").glob("*.safetensors")] == ["bert.encoder.layer.0.safetensors"]
     told = []
-    prune_checkpoint(
+    result = prune_checkpoint(
         source, "mr", tmp_path / "out", config, progress=lambda done, _total, what="": told.append((what, done))
     )
     assert next(done for what, done in told if what == "reconstruct") == 6  # the whole finished layer at once
-    assert ("damage", 1) not in told
+    assert ("damage", 1) not in told and result.resumed
     assert checkpoint.weights_sha256(tmp_path / "out") == checkpoint.weights_sha256(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
 
@@ -517,6 +517,14 @@ def test_a_pass_that_is_left_early_frees_its_batches():
     walked.close()
     assert waiting() == before
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_pass_gives_back_the_forwards_that_it_replaces():
+    model = classifier()
+    linear = next(iter(encoders.encoder_linears(model).values()))
+    own = linear.forward = functools.partial(torch.nn.functional.linear, weight=linear.weight, bias=linear.bias)
+    replaced = [linear.forward is not own for _ in stages(model, draw(model, tokenizer(), MR, 400, 64, 0).batches)]
+    assert any(replaced) and linear.forward is own
 
 
 def test_a_default_that_is_written_out_is_the_same_work(tmp_path):

@@ -89,19 +89,20 @@ class TextEncoder:
             types.append(kinds if self._types else [0] * len(row))
         return ids, types
 
+    def exceeds(self, text: Text, most: int) -> bool:
+        """Whether a text or pair has more than `most` tokens. A long text is only read until that is certain."""
+        count = self._special(text)
+        for part in _parts(text):
+            stream = _Stream(self._tokenizer, part, self._pieces, left=False)
+            stream.fetch(most + 1 - count)
+            count += stream.count
+        return count > most
+
     def _refuse_long(self, text: Text, found: Encoding | None, most: int, number: int) -> None:
-        """Raises InputError for a text of more than `most` tokens. A long text is only read until that is certain."""
-        if found is not None:
-            has = str(len(found))
-        else:
-            count = self._special(text)
-            for part in _parts(text):
-                stream = _Stream(self._tokenizer, part, self._pieces, left=False)
-                stream.fetch(most + 1 - count)
-                count += stream.count
-            if count <= most:
-                return
-            has = f"more than {most}"
+        """Raises InputError for a text of more than `most` tokens."""
+        if found is None and not self.exceeds(text, most):
+            return
+        has = f"more than {most}" if found is None else str(len(found))
         raise InputError(
             f"texts must have at most {most} tokens, texts[{number}] has {has}",
             fix="pass truncate=True to cut them, or shorten it",

@@ -45,7 +45,9 @@ def resolve(model: str | Path) -> Path:
         if path.is_dir():
             return path
         if path.exists():
-            raise CheckpointError(f"model must be a directory, {path} is a file", fix=f"name its folder: {path.parent}")
+            texts = path.suffix in (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+            cure = "files of texts are for --task or --file" if texts else f"name its folder: {path.parent}"
+            raise CheckpointError(f"model must be a directory, {path} is a file", fix=cure)
     except (OSError, ValueError) as error:  # a name that no file system accepts
         raise CheckpointError(
             f"model {shown(str(model))} cannot be read: {first_line(error)}", fix="check the path"

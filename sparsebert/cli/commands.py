@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsebert.cli.figures import rows_of, rows_of_plan, tables_of_timing
+from sparsebert.cli.figures import rows_of, rows_of_machine, rows_of_plan, tables_of_timing
 from sparsebert.cli.options import flags, option
 from sparsebert.cli.output import emit, progress, say_what_was_read, table, then
 from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
@@ -147,6 +147,8 @@ def prune(
             table(
                 f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows_of_plan(planned, verbose)
             )
+            if config.method not in TRAINED and not labels_fit(directory, task):
+                print("the labels of the task are not the model's: prune needs none, eval does", file=sys.stderr)
         emit(planned.as_json(), json)
         return
     with progress(f"prune ({config.method})") as update:
@@ -170,7 +172,7 @@ def prune(
             then("sparsebert", "eval", output, "--task", Path(task), "--vs", directory)
         else:
             then("sparsebert", "bench", output, "--task", Path(task))
-    emit({**result.as_json(), "kept": kept}, json)
+    emit({**result.as_json(), "output": str(output), "kept": kept}, json)
 
 
 def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict | None:
@@ -294,7 +296,10 @@ def predict(
         if len(texts) == 1 and len(texts[0]) < 256 and os.path.isfile(texts[0]):
             print(f"warning: {texts[0]} is a file; --file classifies the texts in it", file=sys.stderr)
     engine = Engine.load(directory)
-    logits = engine.logits((row if len(row) == 2 else row[0] for row in rows), truncate=True)
+    given = [row if len(row) == 2 else row[0] for row in rows]
+    logits = engine.logits(given, truncate=True)
+    if were_cut := sum(map(engine.truncates, given)):
+        print(f"{were_cut:,} of {len(rows):,} texts were cut at {engine.truncates_at} tokens", file=sys.stderr)
     found = answers(engine.problem, engine.labels, logits)
     if json:
         told = [
@@ -434,11 +439,7 @@ def doctor(
     if facts["isa"] is not None:
         facts["ns_per_entry"] = asdict(costs(facts["isa"]))
     if not json:
-        rows = [
-            [name, "; ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)]
-            for name, value in facts.items()
-        ]
-        table("sparsebert doctor", ["", ""], rows)
+        table("sparsebert doctor", ["", ""], rows_of_machine(facts))
     emit(facts, json)
 
 

@@ -27,6 +27,14 @@ def _points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
+def _mebibytes(value: float) -> str:
+    return f"{value:,.0f} MiB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
 Words = dict[str, tuple[str, Callable[[float], str]]]
 _OF_SCORE: dict[str, Words] = {  # by metric: the main figure, the same of the dense model, and their difference
     "accuracy": {
@@ -97,11 +105,34 @@ def rows_of_plan(plan: Plan, verbose: bool) -> list[list[str]]:
     if verbose:
         rows += [["linears", str(plan.linears)], ["steps", ", ".join(plan.steps) or "one"]]
         rows += [[f"tokens: {part}", f"{count:,}"] for part, count in plan.calibration.items()]
-    parts = (("memory", "MiB", plan.memory_mb), ("time", "s", plan.seconds))
-    for what, unit, figures in parts:
+    for what, form, figures in (("memory", _mebibytes, plan.memory_mb), ("time", _time, plan.seconds)):
         names = figures if verbose else list(figures)[:1]  # the first is the whole
-        rows += [[f"{what}, about: {name.replace('_', ' ')}", f"{figures[name]:,.0f} {unit}"] for name in names]
+        rows += [[f"{what}, about: {name.replace('_', ' ')}", form(figures[name])] for name in names]
+    if plan.done:
+        rows += [["done before", "all of it" if plan.done == "finished" else f"up to {plan.done}"]]
     return rows
+
+
+def rows_of_machine(facts: dict) -> list[list[str]]:
+    """[what, how it is here] of the facts of `machine.describe`, with the costs under "ns_per_entry"."""
+    words = {
+        "cpu": "processor",
+        "memory_gib": "memory, GiB",
+        "isa": "instruction set",
+        "isa_off": "instruction sets that are off",
+        "bf16_training": "training in bf16",
+        "gpu": "GPU",
+        "data": "folder of data",
+        "cache": "folder of packed models",
+        "ns_per_entry": "ns per stored weight: short, middling, long batches",
+    }
+
+    def told(value) -> str:
+        if isinstance(value, dict):
+            return "\n".join(f"{name} {told(part)}" for name, part in value.items())
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+    return [[words.get(name, name), told(value)] for name, value in facts.items()]
 
 
 def tables_of_timing(result: dict, config: BenchConfig, explain: bool) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -114,7 +145,7 @@ def tables_of_timing(result: dict, config: BenchConfig, explain: bool) -> list[t
             f"{row['p50_ms']:.3f}",
             f"{row['p99_ms']:.3f}",
             f"{row['seq_per_s']:.0f}",
-            ratio_text(row["ratio"], row["ratio_ci"]),
+            ratio_text(row["ratio"], row["ratio_ci"]) if row is not result["rows"][0] else "1",
             f"{row['error']:.1e}" + ("" if row["match"] else " differs"),
         ]
         for row in result["rows"]
@@ -122,7 +153,7 @@ def tables_of_timing(result: dict, config: BenchConfig, explain: bool) -> list[t
     texts = "1 text" if config.batch == 1 else f"{config.batch} texts"
     lengths = f"as long as those of {config.task}" if config.seq == "mix" else f"of {config.seq} tokens"
     machine = f"{result['rows'][0]['threads']} threads, {result['machine']['isa']} on {result['machine']['cpu']}"
-    columns = ["engine", "median ms/call", "p99 ms/call", "texts/s", "its time / ours [95 %]", "max logit error"]
+    columns = ["engine", "median, ms", "p99, ms", "texts/s", "time / ours [95 %]", "max error"]
     tables = [(f"{texts} per call, {lengths}; {machine}", columns, rows)]
     if explain:
         rows = [

@@ -33,6 +33,8 @@ def say_what_was_read(result) -> None:
         counts = ", ".join(f"{count:,} of {split}" for split, count in result.rows.items() if split != "split")
         how = f", split by a {result.rows['split']}" if result.rows["split"] != "files" else ""
         print(f"rows read: {counts}{how}", file=sys.stderr)
+    if getattr(result, "resumed", ""):
+        print(f"resumed an earlier run, which had got up to {result.resumed}", file=sys.stderr)
     if getattr(result, "left_out", 0):
         print(f"{result.left_out:,} texts were left out: they are in what is reported", file=sys.stderr)
     if result.cut:
@@ -46,15 +48,16 @@ def then(*command: object) -> None:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Prints a table on stdout; columns after the first are right-aligned."""
+    """Prints a table on stdout. Columns after the first are right-aligned, unless a cell is as long as a sentence."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(box=box.SIMPLE_HEAD)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right")
+        left = i == 0 or any(len(row[i]) > 40 for row in rows)
+        drawn.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))  # plain: a path may look like markup
     console = Console(width=None if sys.stdout.isatty() else 120)

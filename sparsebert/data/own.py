@@ -69,6 +69,8 @@ def _in_folder(folder: Path) -> dict[str, Table]:
                 found[split] = read(paths[0])
                 break
     if not found:
+        if (folder / "config.json").exists():
+            raise DataError(f"{folder} is a model directory, not a task", fix="name a file of texts and labels")
         others = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
         raise DataError(
             f"task folder {folder} must hold train and test as one of {', '.join(SUFFIXES)}, found neither",

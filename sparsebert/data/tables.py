@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsebert.errors import DataError, first_line, shown
+from sparsebert.errors import DataError, alike, first_line, shown
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 OF_TEXTS = (".txt", *SUFFIXES)  # files that texts without labels are read from
@@ -35,6 +35,11 @@ _TEXT_COLUMNS = (
     ("query", "passage"),
     ("sentence",),
 )
+# Other usual names, which a message proposes to rename.
+_MEANT = {
+    "text": ("review", "content", "comment", "message", "body", "document", "tweet", "utterance"),
+    "label": ("labels", "class", "category", "sentiment", "target", "topic", "intent", "rating", "stars", "score"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,11 @@ class Table:
         if name not in self.columns:
             found = ", ".join(map(shown, self.names[:20]))
             second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # never meant as the first text
-            near = difflib.get_close_matches(name, [other for other in self.names if other not in second], n=1)
-            hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line"
-            if len(self.names) == 1 and re.search("[,;\t|]", self.names[0]):
-                hint = "separate columns by commas in .csv, by tabs in .tsv"
-            elif any(other.startswith('"') for other in self.names):
+            near = [other for other in self.names if _folded(other) in _MEANT.get(name, ())]
+            near += difflib.get_close_matches(name, [other for other in self.names if other not in second], n=1)
+            needs = " (prune and predict need none)" if name == "label" else ""
+            hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line{needs}"
+            if any(other.startswith('"') for other in self.names):
                 hint = "write .tsv without quotes, or save it as .csv"
             raise DataError(f"{self.path} must have a column {name!r}, has {found}", fix=hint)
         return self.columns[name]
@@ -116,7 +121,9 @@ def _require_file(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kinds = {0: "absent", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
         what = "a broken link" if not mode and os.path.islink(path) else kinds.get(stat.S_IFMT(mode), "a device")
-        raise DataError(f"{path} must be a file, is {what}", fix=f"name one that ends in {', '.join(OF_TEXTS)}")
+        like = alike(path) if what == "absent" else None
+        cure = f"did you mean {like}?" if like else f"name one that ends in {', '.join(OF_TEXTS)}"
+        raise DataError(f"{path} must be a file, is {what}", fix=cure)
     if path.stat().st_size > LARGEST:
         raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
 
@@ -209,6 +216,12 @@ def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Tabl
     if not rows:
         raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
     names = [name.strip() for name in rows[0]]
+    if len(names) == 1 and re.search("[,;\t|]", names[0]):
+        wanted = "commas" if path.suffix == ".csv" else "tabs"
+        raise DataError(
+            f"{path} must have its columns separated by {wanted}, begins with {shown(names[0])}",
+            fix="separate them so, or save the file as .jsonl",
+        )
     _require_names(path, names)
     for row, place in zip(rows[1:], at[1:], strict=True):
         if len(row) != len(names):

@@ -147,6 +147,15 @@ class Engine:
         packed = [linear.weight for linear in self.encoder.linears]
         return sum(w.nnz for w in packed) / sum(w.n_in * w.n_out for w in packed)
 
+    @property
+    def truncates_at(self) -> int:
+        """Max tokens that `logits` keeps of a text with `truncate`: the positions, or the tokenizer's limit if less."""
+        return self._tokenizer.max_length
+
+    def truncates(self, text: str | tuple[str, str]) -> bool:
+        """Whether `logits` cuts this text or pair with `truncate`."""
+        return self._tokenizer.exceeds(text, self.truncates_at)
+
     def explain(self, *, measure: bool = False) -> list[dict]:
         """How each linear runs, first to last: layer, name, shape [n_out, n_in], density, form and kernel in long
         batches, why, and `short`: the form in short batches, None if it is the same.
@@ -196,7 +205,7 @@ class Engine:
             raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
         limit = self.encoder.max_length
         if max_length is None:
-            max_length = self._tokenizer.max_length if truncate else limit
+            max_length = self.truncates_at if truncate else limit
         elif not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= limit:
             raise InputError(
                 f"max_length must be an integer from 3 to {limit}, got {shown(max_length)}",

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -123,7 +124,7 @@ class Job:
     As a context manager it holds the folder `<output>.partial`, which `keep` and `value` write to. What they have
     stored is there for the next run of the same job, however this one ends. Each file is written whole, and compared
     with its checksum before it is used. `finish` removes the folder; so does the end of a block that has stored
-    nothing.
+    nothing. resumed: what the last stored result of an earlier run is; empty if there was none.
     """
 
     def __init__(self, kind: str, inputs: dict, code: str, output: Path, *, overwrite: bool = False, space: int = 0):
@@ -134,6 +135,7 @@ class Job:
         }  # fmt: skip
         self.key = digest(self.record)
         self.partial = output.with_name(f"{output.name}.partial")
+        self.resumed = ""
         self._state: dict = {}
         self._lock: int | None = None
         self._held = False
@@ -172,6 +174,12 @@ class Job:
             else:
                 shutil.rmtree(self.partial, ignore_errors=True)
         self._leave()
+
+    def unfinished(self) -> str:
+        """What the last result is that an unfinished run of this job has stored; empty if there is none. Raises
+        OutputError if another job has left results in its place that may not be replaced.
+        """
+        return (self._own() or {}).get("last", "")
 
     def finish(self) -> None:
         """Removes the stored results: the finished output is in its place, since this run or an earlier one."""
@@ -230,10 +238,7 @@ class Job:
                 f"another process is at work on {self.output}", fix="wait for it, or choose another -o"
             ) from error
         self._held = True
-        state = self._read()
-        if state and not self._same(state):
-            self.refuse(state["job"], f"{self.partial} holds an unfinished run")
-            state = None
+        state = self._own()
         damaged = None if state is None else self._damaged(state)
         if damaged is not None:
             if not self.overwrite:
@@ -259,7 +264,7 @@ class Job:
             }
             self._commit("")
         else:
-            self._state = state
+            self._state, self.resumed = state, state["last"]
 
     def _read(self) -> dict | None:
         """The state that a job, this or another, has left; None if there is none, an empty one if it is damaged."""
@@ -271,6 +276,14 @@ class Job:
             return None
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             return {}
+
+    def _own(self) -> dict | None:
+        """As `_read`, but None if another job has left it. Raises OutputError if that may not be replaced."""
+        state = self._read()
+        if state and not self._same(state):
+            self.refuse(state["job"], f"{self.partial} holds an unfinished run")
+            return None
+        return state
 
     def _same(self, state: dict | None) -> bool:
         return bool(state) and state["key"] == self.key
@@ -311,7 +324,7 @@ class Job:
             return "by a version of this package that did not record its settings", ""
         here, there = _flat(self.record["inputs"]), _flat(other["inputs"])
         shown = [
-            f"{name} {_shown(there.get(name))}, not {_shown(here.get(name))}"
+            _told(name, there.get(name), here.get(name))
             for name in sorted(here | there)
             if here.get(name) != there.get(name)
         ]
@@ -321,8 +334,8 @@ class Job:
         if not shown:  # only then: other work usually has other code anyway
             again = ""
             shown = [
-                f"{name} {_shown(other[part])}, not {_shown(self.record[part])}"
-                for part, name in (("code", "the code"), ("core", "the compiled core"), ("isa", "instruction set"))
+                _told(name, other[part], self.record[part])
+                for part, name in (("code", "code"), ("core", "compiled core"), ("isa", "instruction set"))
                 if self.record[part] != other[part]
             ]
         more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
@@ -342,7 +355,17 @@ def _flat(inputs: dict, before: str = "") -> dict:
     return found
 
 
+def _told(name: str, there: Any, here: Any) -> str:
+    """How one input of another job, `there`, differs, for messages."""
+    if all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (there, here)):
+        return f"other {_CONTENTS.get(name, name)} (sha256 {there[:8]}…, not {here[:8]}…)"
+    return f"{name} {_shown(there)}, not {_shown(here)}"
+
+
+# What the inputs are whose values are hashes.
+_CONTENTS = {"data": "texts or labels in --task", "model": "weights or tokenizer in the model directory"}
+
+
 def _shown(value: Any) -> str:
-    """A value for messages: hashes and long texts are cut."""
-    text = "the default" if value is None else str(value) or "none"
-    return f"{text[:8]}…" if len(text) == 64 and set(text) <= set("0123456789abcdef") else text[:60]
+    """A value for messages; long ones are cut."""
+    return ("the default" if value is None else str(value) or "none")[:60]

@@ -14,7 +14,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from sparsebert import data
-from sparsebert.encoders import Progress, autocast, bucketed, collate, encoder_linears, frozen, no_progress, tokenize
+from sparsebert.encoders import (
+    Progress,
+    autocast,
+    bucketed,
+    collate,
+    encoder_linears,
+    forwards_replaced,
+    frozen,
+    no_progress,
+    tokenize,
+)
 from sparsebert.heads import problem_of
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.sparse_matmul import Linear, PackedRows, pack, sparse_matmul
@@ -132,13 +142,8 @@ def _by_sparse_products(masks: dict[nn.Linear, torch.Tensor]) -> Iterator[Callab
     def forward_of(module):
         return lambda x: _SparseProduct.apply(x, module.weight, module.bias, *packed[module])
 
-    for module in masks:
-        module.forward = forward_of(module)
-    try:
+    with forwards_replaced(masks, forward_of):
         yield take_weights
-    finally:
-        for module in masks:
-            del module.forward
 
 
 def _texts(calibration: Calibration, perturb: bool, rng: np.random.Generator):

@@ -35,7 +35,7 @@ class PruneResult:
     cut: the share of the task's training texts that have more. rows: rows read from the user's own files
     (data.rows_read). left_out: number of training examples, and of texts of --calibration, that are also in a reported
     split (data.training). calibration: tokens in each part of the calibration set. reused: whether the output was
-    finished before.
+    finished before. resumed: the last result of an earlier run that this one continued; empty if it began anew.
     """
 
     method: str
@@ -52,6 +52,7 @@ class PruneResult:
     left_out: int = 0
     calibration: dict[str, int] | None = None
     reused: bool = False
+    resumed: str = ""
 
     def as_json(self) -> dict:
         fields = asdict(self)
@@ -143,7 +144,7 @@ def prune_checkpoint(
         summary["max_length"] = run.spec.max_length
         checkpoint.save(model, tokenizer, target, recipe=recipe, job=run.job, figures=asdict(result), summary=summary)
         run.job.finish()
-    return result
+    return replace(result, resumed=run.job.resumed)
 
 
 def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool):

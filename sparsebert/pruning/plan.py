@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,8 @@ class Plan:
     """The plan of a prune. weights: number of prunable weights; zeros: how many of them will be zero. tokens: about how
     many tokens are calibrated on, or trained on in all optimizer_steps. calibration: tokens in each part of the
     calibration set, if there are enough texts. steps: names of the steps of method knowledge. memory_mb: peak memory in
-    MiB, and its parts. seconds: a rough estimate for this machine, and its parts.
+    MiB, and its parts. seconds: a rough estimate for this machine, and its parts. done: "finished", or the last result
+    of an unfinished run of the same work; empty if it was not begun.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Plan:
     steps: list[str]
     memory_mb: dict[str, float]
     seconds: dict[str, float]
+    done: str = ""
 
     def as_json(self) -> dict:
         return asdict(self)
@@ -71,12 +73,13 @@ def plan(
     check(config, subnet)
     directory = checkpoint.resolve(source)
     run, model = run_of(directory, task, output, config, subnet, overwrite), checkpoint.shapes(directory)
+    done = run.job.unfinished() if checkpoint.finished(run.job) is None else "finished"
     if config.method in TRAINED:
-        return _plan_training(model, directory, run.setup, config, subnet)
+        return replace(_plan_training(model, directory, run.setup, config, subnet), done=done)
     own = None
     if run.examples is not None:
         own = round(len(run.examples) * _mean_tokens(directory, run.examples, run.max_length)[0])
-    return plan_model(model, config, own)
+    return replace(plan_model(model, config, own), done=done)
 
 
 def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:

@@ -15,14 +15,14 @@ one for every batch, and only one of them may run at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from sparsebert.encoders import encoder_layers, layers_skipped
+from sparsebert.encoders import encoder_layers, forwards_replaced, layers_skipped
 from sparsebert.errors import InputError
 from sparsebert.ops.gram import Moments, gram
 from sparsebert.pruning.calibration import Batches
@@ -316,9 +316,8 @@ def _order(walk: Walk) -> list[list[nn.Linear]]:
     return order
 
 
-@contextmanager
-def _waiting(linears) -> Iterator[None]:
-    """Inside this context a linear that a walk reaches hands its input to the walk's owner and waits for its output.
+def _waiting(linears):
+    """A context in which a linear that a walk reaches hands its input to the walk's owner and waits for its output.
     Outside walks linears work as usual: the caller of `stages` may run the model.
     """
 
@@ -331,13 +330,7 @@ def _waiting(linears) -> Iterator[None]:
 
         return forward
 
-    for module in linears:
-        module.forward = forward_of(module)
-    try:
-        yield
-    finally:
-        for module in linears:
-            del module.forward
+    return forwards_replaced(linears, forward_of)
 
 
 def _affine(module: nn.Linear, *, copy: bool = True) -> Affine:
