@@ -1,7 +1,7 @@
 # `make demo` and `make test` need Python 3.11 or newer and g++ 11 or newer; everything else is installed into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: demo test lint wheel tables drawings clean
 demo: .venv/installed

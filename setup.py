@@ -18,7 +18,7 @@ def sources(*patterns: str) -> list[str]:
 core = Pybind11Extension(
     "sparsebert._C",
     sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
-    depends=sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/*.inl"),
+    depends=sources("csrc/**/*.h", "csrc/**/*.inl"),
     cxx_std=17,
     # Contraction turns a * b + c into one fused multiply-add; GCC's default depends on the language standard. psabi
     # warns about wide vectors passed by value; after inlining there are none.

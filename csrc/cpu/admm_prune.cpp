@@ -7,6 +7,9 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../admm_prune.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
 
@@ -14,14 +17,6 @@ namespace {
 constexpr double dense_from = 0.35;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-const AdmmPruneKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return admm_prune_avx512::kernel;
-  if (isa == Isa::avx2) return admm_prune_avx2::kernel;
-#endif
-  return admm_prune_scalar::kernel;
-}
 
 struct Run {
   AdmmPruneJob job;

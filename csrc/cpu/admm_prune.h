@@ -1,4 +1,4 @@
-// What the driver (admm_prune.cpp) and the kernels (admm_prune_<isa>.cpp) share: one job, and three kinds of task.
+// What the driver (admm_prune.cpp) and the kernels (admm_prune.inl) share: one job, and three kinds of task.
 #pragma once
 
 #include "../ops.h"
@@ -27,10 +27,5 @@ struct AdmmPruneKernel {
   void (*expand)(const AdmmPruneJob& job, std::int64_t block, std::int64_t panel);
 };
 
-namespace admm_prune_scalar { extern const AdmmPruneKernel kernel; }
-#if defined(__x86_64__)
-namespace admm_prune_avx2 { extern const AdmmPruneKernel kernel; }
-namespace admm_prune_avx512 { extern const AdmmPruneKernel kernel; }
-#endif
 
 }  // namespace sparsebert

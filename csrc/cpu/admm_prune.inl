@@ -1,9 +1,12 @@
-// The arithmetic of admm_prune, written once for every vector width. Included after vector.inl, by its rules.
+// The arithmetic of admm_prune, written once for every vector width. Compiled by isa/floats.h.
 
 typedef Vector<float>::type f32;
 
 namespace {
 
+// A tile of the products: as many sums as the registers hold beside their operands.
+constexpr int tile_rows = lanes == 16 ? 8 : 4;
+constexpr int tile_width = lanes == 4 ? 2 : 3;
 constexpr int tile_floats = tile_width * lanes;
 static_assert(admm_panel % tile_floats == 0 && admm_block_rows % tile_rows == 0, "tiles fill panels and blocks");
 

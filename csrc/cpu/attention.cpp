@@ -4,16 +4,11 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../attention.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
-
-const AttentionKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return attention_avx512::kernel;
-  if (isa == Isa::avx2) return attention_avx2::kernel;
-#endif
-  return attention_scalar::kernel;
-}
 
 // Calls task(number, working memory) for every head of every sequence.
 template <typename Task>

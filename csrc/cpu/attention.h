@@ -1,4 +1,4 @@
-// What the driver (attention.cpp) and the kernels (attention_<isa>.cpp) share.
+// What the driver (attention.cpp) and the kernels (attention.inl) share.
 #pragma once
 
 #include "../ops.h"
@@ -14,10 +14,5 @@ struct AttentionKernel {
                           void* dq, void* dk, void* dv);
 };
 
-namespace attention_scalar { extern const AttentionKernel kernel; }
-#if defined(__x86_64__)
-namespace attention_avx2 { extern const AttentionKernel kernel; }
-namespace attention_avx512 { extern const AttentionKernel kernel; }
-#endif
 
 }  // namespace sparsebert

@@ -1,10 +1,14 @@
 // The arithmetic of attention for training, written once for every vector width: one head of one sequence at a time,
-// with all sums in float32. Included after bf16.inl and philox.inl, by their rules.
+// with all sums in float32. Compiled by isa/floats.h.
 //
 // Queries are innermost, `width` of them at a time, one per lane, and the keys are rows: the softmax then needs no sum
 // across lanes. For sums over queries (dK and dV), the values of the head are innermost. So queries and dO are stored
 // in both layouts. Keys that are not kept are skipped when keys are read. The rows after the last key, up to a multiple
 // of key_group, are zero, and so are the rows after the last query, which therefore add nothing to any gradient.
+
+#include "panel.inl"
+#include "bf16.inl"
+#include "philox.inl"
 
 namespace {
 
@@ -325,3 +329,5 @@ void attend_backward(const Attention& job, std::int64_t task, float* work, const
 }
 
 }  // namespace
+
+const AttentionKernel kernel = {floats, attend, attend_backward};

@@ -5,19 +5,14 @@
 
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../dropout.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
 
 // Blocks per task: 128 KB of floats.
 constexpr std::int64_t task_blocks = 256;
-
-const DropoutKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return dropout_avx512::kernel;
-  if (isa == Isa::avx2) return dropout_avx2::kernel;
-#endif
-  return dropout_scalar::kernel;
-}
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// What the driver (dropout.cpp) and the kernels (dropout_<isa>.cpp) share.
+// What the driver (dropout.cpp) and the kernels (dropout.inl) share.
 #pragma once
 
 #include "../ops.h"
@@ -15,10 +15,5 @@ struct DropoutKernel {
                void* y);
 };
 
-namespace dropout_scalar { extern const DropoutKernel kernel; }
-#if defined(__x86_64__)
-namespace dropout_avx2 { extern const DropoutKernel kernel; }
-namespace dropout_avx512 { extern const DropoutKernel kernel; }
-#endif
 
 }  // namespace sparsebert

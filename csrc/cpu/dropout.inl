@@ -1,5 +1,8 @@
-// The arithmetic of dropout, written once for every vector width. Included after bf16.inl and philox.inl, by their
-// rules.
+// The arithmetic of dropout, written once for every vector width. Compiled by isa/floats.h.
+
+#include "panel.inl"
+#include "bf16.inl"
+#include "philox.inl"
 
 namespace {
 
@@ -44,3 +47,5 @@ void drop(const void* x, std::int64_t n, bool bf16, const Dropout& dropout, std:
 }
 
 }  // namespace
+
+const DropoutKernel kernel = {drop};

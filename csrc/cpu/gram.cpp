@@ -8,6 +8,9 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../gram.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
 
@@ -22,14 +25,6 @@ constexpr std::int64_t max_parts = 64;
 constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
-const GramKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return gram_avx512::kernel;
-  if (isa == Isa::avx2) return gram_avx2::kernel;
-#endif
-  return gram_scalar::kernel;
-}
 
 struct SumsRun {
   TokenSumsJob job;

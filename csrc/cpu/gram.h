@@ -1,4 +1,4 @@
-// What the driver (gram.cpp) and the kernels (gram_<isa>.cpp) share.
+// What the driver (gram.cpp) and the kernels (gram.inl) share.
 #pragma once
 
 #include "../ops.h"
@@ -57,10 +57,5 @@ struct GramKernel {
   void (*multiply)(const GramBlock& block);
 };
 
-namespace gram_scalar { extern const GramKernel kernel; }
-#if defined(__x86_64__)
-namespace gram_avx2 { extern const GramKernel kernel; }
-namespace gram_avx512 { extern const GramKernel kernel; }
-#endif
 
 }  // namespace sparsebert

@@ -1,7 +1,10 @@
-// The arithmetic of gram, written once for every vector width. Included after vector.inl, by its rules, in a namespace
-// that also defines the tile: tile_rows x tile_vectors vectors of float32 sums, as many as the registers hold.
+// The arithmetic of gram, written once for every vector width. Compiled by isa/floats.h.
 
 namespace {
+
+// A tile: as many vectors of float32 sums as the registers hold beside their operands.
+constexpr int tile_rows = lanes == 16 ? 8 : 4;
+constexpr int tile_vectors = lanes == 4 ? 2 : 3;
 
 typedef Vector<float>::type f32;
 typedef Vector<double>::type f64;

@@ -7,16 +7,11 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../masked_lstsq.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
-
-const MaskedLstsqKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return masked_lstsq_avx512::kernel;
-  if (isa == Isa::avx2) return masked_lstsq_avx2::kernel;
-#endif
-  return masked_lstsq_scalar::kernel;
-}
 
 // Solves a group of rows; returns the result of MaskedLstsqKernel::solve.
 std::int64_t solve(const MaskedLstsqKernel& kernel, const MaskedLstsqJob& job, std::int64_t group) {

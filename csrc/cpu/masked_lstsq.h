@@ -1,4 +1,4 @@
-// What the driver (masked_lstsq.cpp) and the kernels (masked_lstsq_<isa>.cpp) share: a job. A task is one group of
+// What the driver (masked_lstsq.cpp) and the kernels (masked_lstsq.inl) share: a job. A task is one group of
 // rows.
 #pragma once
 
@@ -24,10 +24,5 @@ struct MaskedLstsqKernel {
                         std::int64_t g, double* work);
 };
 
-namespace masked_lstsq_scalar { extern const MaskedLstsqKernel kernel; }
-#if defined(__x86_64__)
-namespace masked_lstsq_avx2 { extern const MaskedLstsqKernel kernel; }
-namespace masked_lstsq_avx512 { extern const MaskedLstsqKernel kernel; }
-#endif
 
 }  // namespace sparsebert

@@ -1,4 +1,4 @@
-// The arithmetic of masked_lstsq, written once for every vector width. Included after vector.inl, by its rules.
+// The arithmetic of masked_lstsq, written once for every vector width. Compiled by isa/floats.h.
 // Each group solves A x = b with A = H on its support. The factor U of A = Uᵀ U, upper triangular, is computed one row
 // tile after the other, each from all rows above it (left-looking). The products of a tile never leave the registers.
 // The right-hand sides are treated as further columns of A, so the same code turns them into U⁻ᵀ b. All padding is zero
@@ -8,6 +8,9 @@ typedef Vector<double>::type f64;
 
 namespace {
 
+// A tile of sums: as many as the registers hold beside their operands.
+constexpr int tile_rows = lanes == 16 ? 8 : 4;
+constexpr int tile_width = lanes == 4 ? 2 : 3;
 constexpr int vector_size = Vector<double>::size;
 constexpr int panel = tile_width * vector_size;
 static_assert(panel % tile_rows == 0, "the rows of a tile are columns of one panel");

@@ -8,6 +8,11 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../masked_matmul.inl"
+#include "isa/floats.h"
+#define SPARSEBERT_KERNEL "../masked_matmul.inl"
+#include "isa/tiles.h"
+
 namespace sparsebert {
 namespace {
 
@@ -32,14 +37,9 @@ constexpr std::int64_t serial_products = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-const MaskedMatmulKernel& kernel_for([[maybe_unused]] Isa isa, [[maybe_unused]] bool bf16) {
-#if defined(__x86_64__)
-  if (isa == Isa::amx && bf16) return masked_matmul_amx::kernel;
-  if (isa == Isa::avx512_bf16 && bf16) return masked_matmul_avx512_bf16::kernel;
-  if (isa >= Isa::avx512) return masked_matmul_avx512::kernel;
-  if (isa == Isa::avx2) return masked_matmul_avx2::kernel;
-#endif
-  return bf16 ? masked_matmul_scalar_tiled::kernel : masked_matmul_scalar::kernel;
+const MaskedMatmulKernel& kernel_for(Isa isa, bool bf16) {
+  const bool tiles = bf16 && (isa == Isa::scalar || isa >= Isa::avx512_bf16);
+  return tiles ? tile_kernel_for(isa) : kernel_for(isa);
 }
 
 // A product's operand; `across` and `grouped` as in MatmulPanels.

@@ -1,4 +1,4 @@
-// What the driver (masked_matmul.cpp) and the kernels (masked_matmul_<isa>.cpp) share.
+// What the driver (masked_matmul.cpp) and the kernels (masked_matmul.inl) share.
 //
 // A product sums over words. A word is a float, or a pair of bf16 if the kernel multiplies bf16. Both operands come in
 // panels of `width` rows or columns of the result, with one word of each side by side: [panels][words][width], with
@@ -71,13 +71,5 @@ struct MaskedMatmulKernel {
   std::int64_t (*count_kept)(const MaskedWeight& mask, std::int64_t row);
 };
 
-namespace masked_matmul_scalar { extern const MaskedMatmulKernel kernel; }
-namespace masked_matmul_scalar_tiled { extern const MaskedMatmulKernel kernel; }
-#if defined(__x86_64__)
-namespace masked_matmul_avx2 { extern const MaskedMatmulKernel kernel; }
-namespace masked_matmul_avx512 { extern const MaskedMatmulKernel kernel; }
-namespace masked_matmul_avx512_bf16 { extern const MaskedMatmulKernel kernel; }
-namespace masked_matmul_amx { extern const MaskedMatmulKernel kernel; }
-#endif
 
 }  // namespace sparsebert

@@ -1,10 +1,29 @@
-// The arithmetic of masked_matmul, written once for every vector width, for floats and for pairs of bf16. Included
-// after bf16.inl (and tile.inl, for pairs), by its rules, in a namespace that also defines the tile: tile_rows x
-// tile_vectors vectors of sums, values_a_word and word_group. With SPARSEBERT_MATRICES a tile is four tiles of
-// tile.inl, of 16 x 16 words each; else its sums are vectors in registers.
+// The arithmetic of masked_matmul, written once for every vector width, for floats (compiled by isa/floats.h) and for
+// pairs of bf16 (by isa/tiles.h). A tile is tile_rows x tile_vectors vectors of sums. With SPARSEBERT_MATRICES it is four
+// tiles of tile.inl, of 16 x 16 words each; else its sums are vectors in registers.
+#include "panel.inl"
+#include "bf16.inl"
+#if defined(SPARSEBERT_TILES)
+#include "tile.inl"
+#endif
+#if defined(SPARSEBERT_TILES) && SPARSEBERT_TILES != 1
+#define SPARSEBERT_MATRICES 1
+#else
+#define SPARSEBERT_MATRICES 0
+#endif
 
 namespace {
 
+#if SPARSEBERT_MATRICES
+constexpr int tile_rows = 32, tile_vectors = 2, word_group = 16;
+#else
+constexpr int tile_rows = lanes == 16 ? 8 : 4, tile_vectors = lanes == 4 ? 2 : 3, word_group = 1;
+#endif
+#if defined(SPARSEBERT_TILES)
+constexpr int values_a_word = 2;
+#else
+constexpr int values_a_word = 1;
+#endif
 typedef float half_unaligned __attribute__((vector_size(vector_bytes / 2), aligned(4)));
 
 constexpr int tile_columns = tile_vectors * lanes;
@@ -251,29 +270,17 @@ static_assert(tile_rows == 32 && tile_columns == 32 && word_group == 16, "a tile
 // sums = the products of `depth` words of a panel of rows and one of columns. Calls between(row) for each row of the
 // tile, spread over the work.
 template <typename Between>
-inline void products([[maybe_unused]] Tiles& tiles, const float* a, const float* b, std::int64_t depth, Tile& sums,
+inline void products(const float* a, const float* b, std::int64_t depth, Tile& sums,
                      Between between) {
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
+  TileBlock<2> block;
+  block.zero();
   std::int64_t row = 0;
   for (std::int64_t k = 0; k < depth; k += word_group, a += word_group * tile_rows, b += word_group * tile_columns) {
     for (; row * depth <= k * tile_rows; ++row) between(row);
-    TILE_LOAD(4, a, 64);
-    TILE_LOAD(5, a + 16 * word_group, 64);
-    TILE_LOAD(6, b, 4 * tile_columns);
-    TILE_LOAD(7, b + 16, 4 * tile_columns);
-    TILE_DOT(0, 4, 6);
-    TILE_DOT(1, 4, 7);
-    TILE_DOT(2, 5, 6);
-    TILE_DOT(3, 5, 7);
+    block.step({a, 16 * word_group * 4, 64}, {b, 64, 4 * tile_columns});
   }
   for (; row < tile_rows; ++row) between(row);
-  TILE_STORE(0, sums[0], 4 * tile_columns);
-  TILE_STORE(1, sums[0] + 16, 4 * tile_columns);
-  TILE_STORE(2, sums[16], 4 * tile_columns);
-  TILE_STORE(3, sums[16] + 16, 4 * tile_columns);
+  block.store_to(sums[0], 16 * tile_columns, 16, tile_columns);
 }
 
 #else
@@ -457,7 +464,7 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
   const std::int64_t words = job.right.words;
   const bool last = k + depth >= words;
 #if SPARSEBERT_MATRICES
-  [[maybe_unused]] Tiles tiles;
+  [[maybe_unused]] const Tiles tiles;
 #endif
   for (std::int64_t t = 0; t < block.tiles; ++t) {
     const float* left = job.left + ((block.tile + t) * words + k) * tile_rows;
@@ -469,7 +476,7 @@ inline void multiply_depth(const MatmulJob& job, const MatmulBlock& block, std::
       alignas(64) Tile tile;
       float* to = last ? tile[0] : waiting;
 #if SPARSEBERT_MATRICES
-      products(tiles, left, right + p * stride, depth, tile, [&](std::int64_t row) { fetch(coming, row, last); });
+      products(left, right + p * stride, depth, tile, [&](std::int64_t row) { fetch(coming, row, last); });
       if (k > 0 || !last) {
         for (int i = 0; i < tile_rows * tile_columns; i += lanes) {
           store(to + i, k > 0 ? load(tile[0] + i) + load(waiting + i) : load(tile[0] + i));
@@ -548,3 +555,20 @@ std::int64_t count_kept(const MaskedWeight& mask, std::int64_t row) {
 }
 
 }  // namespace
+
+#if !defined(SPARSEBERT_TILES)
+#include "masked_matmul_sparse.inl"
+
+const MaskedMatmulKernel kernel = {values_a_word, word_group,   tile_rows,     tile_columns,    0.35,      pack,
+                                   multiply,      panel_tokens, sparse_floats, multiply_sparse, count_kept};
+#else
+// Sparse weights are multiplied as floats; on AMX as if dense, until measurements show from which sparsity on this stops
+// paying.
+const MaskedMatmulKernel kernel = {values_a_word, word_group,
+                                   tile_rows,     tile_columns,
+                                   SPARSEBERT_MATRICES ? 0.0 : 0.12,
+                                   pack,          multiply,
+                                   0,             nullptr,
+                                   nullptr,       count_kept};
+#endif
+#undef SPARSEBERT_MATRICES

@@ -10,6 +10,9 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../obs_prune.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
 
@@ -17,14 +20,6 @@ namespace {
 // back; this cost is spread over the steps between two bases. 64 balances the two costs at 768 columns, where the
 // removals take 0.4 MB of a second-level cache of 1 MB, and is within 5 % of the best at 384 and 1536.
 constexpr std::int64_t deferred = 64;
-
-const ObsPruneKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return obs_prune_avx512::kernel;
-  if (isa == Isa::avx2) return obs_prune_avx2::kernel;
-#endif
-  return obs_prune_scalar::kernel;
-}
 
 struct TraceRun {
   TraceJob job;

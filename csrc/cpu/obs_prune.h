@@ -1,4 +1,4 @@
-// What the driver (obs_prune.cpp) and the kernels (obs_prune_<isa>.cpp) share.
+// What the driver (obs_prune.cpp) and the kernels (obs_prune.inl) share.
 #pragma once
 
 #include "../ops.h"
@@ -60,10 +60,5 @@ struct ObsPruneKernel {
   void (*sweep_block)(const SweepJob& job, std::int64_t chunk, std::int64_t block);
 };
 
-namespace obs_prune_scalar { extern const ObsPruneKernel kernel; }
-#if defined(__x86_64__)
-namespace obs_prune_avx2 { extern const ObsPruneKernel kernel; }
-namespace obs_prune_avx512 { extern const ObsPruneKernel kernel; }
-#endif
 
 }  // namespace sparsebert

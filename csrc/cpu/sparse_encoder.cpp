@@ -9,6 +9,11 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../sparse_encoder.inl"
+#include "isa/floats.h"
+#define SPARSEBERT_KERNEL "../sparse_encoder_tiled.inl"
+#include "isa/tiles.h"
+
 namespace sparsebert {
 namespace {
 
@@ -19,20 +24,13 @@ constexpr std::int64_t batch_tokens = 128;
 // call the other cores keep looking for work and need not be woken.
 constexpr std::int64_t serial_work = 1 << 14;
 
-const SparseEncoderKernel<float>& encoder_kernel([[maybe_unused]] const SparseMatmulKernel<float>& matmul) {
-#if defined(__x86_64__)
-  if (&matmul == &sparse_matmul_avx512::kernel) return sparse_encoder_avx512::kernel;
-  if (&matmul == &sparse_matmul_avx2::kernel) return sparse_encoder_avx2::kernel;
-#endif
-  return sparse_encoder_scalar::kernel;
-}
-
-const SparseEncoderKernel<Bf16>& encoder_kernel([[maybe_unused]] const SparseMatmulKernel<Bf16>& matmul) {
-#if defined(__x86_64__)
-  if (&matmul == &sparse_matmul_amx::kernel) return sparse_encoder_amx::kernel;
-  if (&matmul == &sparse_matmul_avx512_bf16::kernel) return sparse_encoder_avx512_bf16::kernel;
-#endif
-  return sparse_encoder_scalar_tiled::kernel;
+template <typename T>
+const SparseEncoderKernel<T>& encoder_kernel(Isa isa) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return kernel_for(isa);
+  } else {
+    return tile_kernel_for(isa);
+  }
 }
 
 // Panels have one width from the embeddings to the pooler: the width for the form that most linears have.
@@ -54,11 +52,11 @@ class Batch {
   Batch(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads)
       : encoder_(encoder), sequences_(sequences), isa_(isa), threads_(threads) {
     const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
-    matmul_ = &sparse_matmul_kernel<T>(isa, tokens);
-    kernel_ = &encoder_kernel(*matmul_);
+    matmul_ = &sparse_matmul_kernel<T>(isa_for<T>(isa, tokens));
+    kernel_ = &encoder_kernel<T>(isa_for<T>(isa, tokens));
     shape_ = panel_shape(*matmul_, tokens, mostly_groups(encoder));
     // The pooler's panels hold the first token of each sequence, so they hold as many tokens as there are sequences.
-    first_kernel_ = &sparse_matmul_kernel<T>(isa, sequences.count);
+    first_kernel_ = &sparse_matmul_kernel<T>(isa_for<T>(isa, sequences.count));
     first_shape_ = panel_shape(*first_kernel_, sequences.count, encoder.pooler.sliced == nullptr);
   }
 

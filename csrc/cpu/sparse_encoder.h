@@ -1,4 +1,4 @@
-// What the driver (sparse_encoder.cpp) and the kernels (sparse_encoder_<isa>.cpp) share: the steps between the linears,
+// What the driver (sparse_encoder.cpp) and the kernels (sparse_encoder.inl) share: the steps between the linears,
 // all on panels as in sparse_matmul.h.
 #pragma once
 
@@ -46,13 +46,5 @@ struct SparseEncoderKernel {
   void (*attend)(const AttentionJob<T>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* work);
 };
 
-namespace sparse_encoder_scalar { extern const SparseEncoderKernel<float> kernel; }
-namespace sparse_encoder_scalar_tiled { extern const SparseEncoderKernel<Bf16> kernel; }
-#if defined(__x86_64__)
-namespace sparse_encoder_avx2 { extern const SparseEncoderKernel<float> kernel; }
-namespace sparse_encoder_avx512 { extern const SparseEncoderKernel<float> kernel; }
-namespace sparse_encoder_avx512_bf16 { extern const SparseEncoderKernel<Bf16> kernel; }
-namespace sparse_encoder_amx { extern const SparseEncoderKernel<Bf16> kernel; }
-#endif
 
 }  // namespace sparsebert

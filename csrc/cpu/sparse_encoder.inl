@@ -1,5 +1,6 @@
-// The arithmetic of sparse_encoder between its linears, written once for every vector width. Included after panel.inl,
-// by its rules.
+// The arithmetic of sparse_encoder between its linears, written once for every vector width. Compiled by isa/floats.h.
+
+#include "panel.inl"
 
 namespace {
 

@@ -1,4 +1,7 @@
-// sparse_encoder between its linears, on bf16 tiles. Included after tile.inl, by its rules.
+// sparse_encoder between its linears, on bf16 tiles. Compiled by isa/tiles.h.
+
+#include "panel.inl"
+#include "tile.inl"
 
 namespace {
 
@@ -154,45 +157,30 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
   const float share = 1.44269504f / __builtin_sqrtf(static_cast<float>(size));  // includes log2(e): powers are of two
   const Bf16* values = rows + 2 * head.rows() * stride;
   Bf16* result = rows;  // overwrites the queries' rows, whose tiles are made already
-  Tiles tiles;
+  [[maybe_unused]] const Tiles tiles;
   for (std::int64_t queries = 0; queries < head.blocks; ++queries) {
     for (std::int64_t keys = 0; keys < head.blocks; ++keys) {
       const float* right = q_tiles + 2 * queries * head.chunks * tile_words;
       const float* left = k_tiles + 2 * keys * head.chunks * tile_words;
       float* to = scores + keys * 4 * tile_words;
-      TILE_ZERO(0);
-      TILE_ZERO(1);
-      TILE_ZERO(2);
-      TILE_ZERO(3);
+      TileBlock<2> block;
+      block.zero();
       for (std::int64_t chunk = 0; chunk < head.chunks; ++chunk) {
-        TILE_LOAD(4, left + chunk * tile_words, 64);
-        TILE_LOAD(5, left + (head.chunks + chunk) * tile_words, 64);
-        TILE_LOAD(6, right + chunk * tile_words, 64);
-        TILE_LOAD(7, right + (head.chunks + chunk) * tile_words, 64);
-        TILE_DOT(0, 4, 6);
-        TILE_DOT(1, 4, 7);
-        TILE_DOT(2, 5, 6);
-        TILE_DOT(3, 5, 7);
+        const std::int64_t other = head.chunks * tile_words * 4;
+        block.step({left + chunk * tile_words, other, 64}, {right + chunk * tile_words, other, 64});
       }
-      TILE_STORE(0, to, 128);
-      TILE_STORE(1, to + 16, 128);
-      TILE_STORE(2, to + 2 * tile_words, 128);
-      TILE_STORE(3, to + 2 * tile_words + 16, 128);
+      block.store_to(to, 2 * tile_words, 16, 32);
     }
     f32 sum[2];
     softmax(scores, n, share, weights, head.blocks, sum);
     for (std::int64_t tile = 0; tile < head.v_tiles; ++tile) {
-      TILE_ZERO(0);
-      TILE_ZERO(1);
+      TileBlock<1> block;
+      block.zero();
       for (std::int64_t keys = 0; keys < head.blocks; ++keys) {
-        TILE_LOAD(4, values + tile * 16 * stride + keys * 32, stride * 2);
-        TILE_LOAD(6, weights + keys * tile_words, 64);
-        TILE_LOAD(7, weights + (head.blocks + keys) * tile_words, 64);
-        TILE_DOT(0, 4, 6);
-        TILE_DOT(1, 4, 7);
+        block.step({values + tile * 16 * stride + keys * 32, 0, stride * 2},
+                   {weights + keys * tile_words, head.blocks * tile_words * 4, 64});
       }
-      TILE_STORE(0, sums, 64);
-      TILE_STORE(1, sums + tile_words, 64);
+      block.store_to(sums, 0, tile_words, 16);
       for (int i = 0; i < 16; ++i) {
         store(result + (tile * 16 + i) * stride + queries * 32,
               round_pairs(load(sums + i * 16) * sum[0], load(sums + tile_words + i * 16) * sum[1]));

@@ -9,6 +9,11 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../sparse_matmul.inl"
+#include "isa/floats.h"
+#define SPARSEBERT_KERNEL "../sparse_matmul_tiled.inl"
+#include "isa/tiles.h"
+
 namespace sparsebert {
 namespace {
 
@@ -48,7 +53,7 @@ void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, 
 
 template <typename T>
 void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
-  const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa, tokens);
+  const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa_for<T>(isa, tokens));
   const PanelShape whole = panel_shape(kernel, tokens, linear.sliced == nullptr);
   const std::int64_t width = whole.width();
   if ((stored(linear) + linear.n_in) * width * whole.panels < serial_work) threads = 1;
@@ -88,23 +93,13 @@ double peak_flops(const SparseMatmulKernel<T>& kernel) {
 }  // namespace
 
 template <>
-const SparseMatmulKernel<float>& sparse_matmul_kernel([[maybe_unused]] Isa isa, [[maybe_unused]] std::int64_t tokens) {
-#if defined(__x86_64__)
-  // Up to 8 tokens would leave half of a wide vector empty, and a panel of half the width stays in the first-level
-  // cache. The two kernels give the same bits.
-  if (isa >= Isa::avx512 && tokens > 8) return sparse_matmul_avx512::kernel;
-  if (isa != Isa::scalar) return sparse_matmul_avx2::kernel;
-#endif
-  return sparse_matmul_scalar::kernel;
+const SparseMatmulKernel<float>& sparse_matmul_kernel(Isa isa) {
+  return kernel_for(isa);
 }
 
 template <>
-const SparseMatmulKernel<Bf16>& sparse_matmul_kernel([[maybe_unused]] Isa isa, std::int64_t) {
-#if defined(__x86_64__)
-  if (isa == Isa::amx) return sparse_matmul_amx::kernel;
-  if (isa == Isa::avx512_bf16) return sparse_matmul_avx512_bf16::kernel;
-#endif
-  return sparse_matmul_scalar_tiled::kernel;
+const SparseMatmulKernel<Bf16>& sparse_matmul_kernel(Isa isa) {
+  return tile_kernel_for(isa);
 }
 
 template <typename T>
@@ -151,8 +146,8 @@ void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Is
 }
 
 double peak_flops(Isa isa, bool bf16) {
-  return bf16 ? peak_flops(sparse_matmul_kernel<Bf16>(isa, 1 << 10))
-              : peak_flops(sparse_matmul_kernel<float>(isa, 1 << 10));
+  return bf16 ? peak_flops(sparse_matmul_kernel<Bf16>(isa))
+              : peak_flops(sparse_matmul_kernel<float>(isa));
 }
 
 }  // namespace sparsebert

@@ -1,4 +1,4 @@
-// What the drivers (sparse_matmul.cpp, sparse_encoder.cpp) and the kernels (sparse_matmul_<isa>.cpp) share.
+// What the drivers (sparse_matmul.cpp, sparse_encoder.cpp) and the kernels (sparse_matmul.inl) share.
 #pragma once
 
 #include "../ops.h"
@@ -53,20 +53,20 @@ struct SparseMatmulKernel {
   std::int64_t saturated_flops;
 };
 
-namespace sparse_matmul_scalar { extern const SparseMatmulKernel<float> kernel; }
-namespace sparse_matmul_scalar_tiled { extern const SparseMatmulKernel<Bf16> kernel; }
-#if defined(__x86_64__)
-namespace sparse_matmul_avx2 { extern const SparseMatmulKernel<float> kernel; }
-namespace sparse_matmul_avx512 { extern const SparseMatmulKernel<float> kernel; }
-namespace sparse_matmul_avx512_bf16 { extern const SparseMatmulKernel<Bf16> kernel; }
-namespace sparse_matmul_amx { extern const SparseMatmulKernel<Bf16> kernel; }
-#endif
 
-// The kernel for this number of tokens, and how they are cut: into as few panels as the widest panel for rows, or for
-// `groups`, allows, and these as narrow as their number allows. 65 tokens make two panels of 48 (three vectors of 16),
-// not one of 64 and one of 16 that would read every weight for a single token.
 template <typename T>
-const SparseMatmulKernel<T>& sparse_matmul_kernel(Isa isa, std::int64_t tokens);
+const SparseMatmulKernel<T>& sparse_matmul_kernel(Isa isa);
+
+// The instruction set whose kernels multiply this number of tokens. Up to 8 tokens would leave half of a wide vector
+// empty, and a panel of half the width stays in the first-level cache; the results are the same bits.
+template <typename T>
+Isa isa_for(Isa isa, std::int64_t tokens) {
+  return sizeof(T) == sizeof(float) && isa >= Isa::avx512 && tokens <= 8 ? Isa::avx2 : isa;
+}
+
+// How tokens are cut: into as few panels as the widest panel for rows, or for `groups`, allows, and these as narrow as
+// their number allows. 65 tokens make two panels of 48 (three vectors of 16), not one of 64 and one of 16 that would
+// read every weight for a single token.
 template <typename T>
 PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens, bool groups);
 

@@ -1,6 +1,13 @@
-// The arithmetic of sparse_matmul, written once for every vector width. Included after panel.inl, by its rules.
+// The arithmetic of sparse_matmul, written once for every vector width. Compiled by isa/floats.h.
+
+#include "panel.inl"
 
 namespace {
+
+// Vectors in the widest panel. With four vectors of AVX2 a group would be multiplied in two halves, each with only half
+// of the first-level cache's sets.
+constexpr int widest_rows = 4;
+constexpr int widest_groups = lanes == 8 ? 3 : 4;
 
 void pack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t part) {
   const std::int64_t n = job.n;

@@ -1,4 +1,7 @@
-// sparse_matmul on bf16 tiles. Included after tile.inl, by its rules. A panel is 32 tokens wide on any processor.
+// sparse_matmul on bf16 tiles. Compiled by isa/tiles.h. A panel is 32 tokens wide on any processor.
+
+#include "panel.inl"
+#include "tile.inl"
 
 namespace {
 
@@ -88,32 +91,13 @@ inline void finish_rows(const std::int32_t* rows, const float* bias, const float
 }
 
 template <int group_tiles>
-inline void multiply_group([[maybe_unused]] Tiles& tiles, const Bf16* left, const std::uint32_t* right,
-                           std::int64_t chunks, float* sums) {
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  if constexpr (group_tiles == 2) {
-    TILE_ZERO(2);
-    TILE_ZERO(3);
-  }
+inline void multiply_group(const Bf16* left, const std::uint32_t* right, std::int64_t chunks, float* sums) {
+  TileBlock<group_tiles> block;
+  block.zero();
   for (std::int64_t c = 0; c < chunks; ++c, left += group_tiles * tile_rows * tile_cols, right += chunk_words) {
-    TILE_LOAD(4, left, 64);
-    TILE_LOAD(6, right, 64);
-    TILE_LOAD(7, right + chunk_words / 2, 64);
-    TILE_DOT(0, 4, 6);
-    TILE_DOT(1, 4, 7);
-    if constexpr (group_tiles == 2) {
-      TILE_LOAD(5, left + tile_rows * tile_cols, 64);
-      TILE_DOT(2, 5, 6);
-      TILE_DOT(3, 5, 7);
-    }
+    block.step({left, tile_rows * tile_cols * 2, 64}, {right, chunk_words / 2 * 4, 64});
   }
-  TILE_STORE(0, sums, 64);
-  TILE_STORE(1, sums + 256, 64);
-  if constexpr (group_tiles == 2) {
-    TILE_STORE(2, sums + 512, 64);
-    TILE_STORE(3, sums + 768, 64);
-  }
+  block.store_to(sums, 512, 256, 16);
 }
 
 // Bytes for the sums of a group, one group's tiles, and the gathered lists of a task's panels.
@@ -130,7 +114,7 @@ void multiply_as(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t pa
   const std::int64_t end = (part + 1) * job.unit < w.groups ? (part + 1) * job.unit : w.groups;
   const std::int64_t x_floats = job.linear->n_in * panel_width, y_floats = job.linear->n_out * panel_width;
   auto* gathered = reinterpret_cast<std::uint32_t*>(expanded + w.most_chunks * 2 * tile_rows * tile_cols);
-  Tiles tiles;
+  [[maybe_unused]] const Tiles tiles;
   std::int64_t list = -1, gathered_chunks = 0;
   for (std::int64_t g = part * job.unit; g < end; ++g) {
     const std::int64_t chunks = w.chunks[g], rows = w.tiles[g] * tile_rows;
@@ -151,10 +135,10 @@ void multiply_as(const LinearJob<Bf16>& job, std::int64_t panel, std::int64_t pa
       Bf16* y = job.y + (panel + p) * y_floats;
       const std::int32_t* ids = w.rows + g * 2 * tile_rows;
       if (w.tiles[g] == 2) {
-        multiply_group<2>(tiles, left, right, chunks, sums);
+        multiply_group<2>(left, right, chunks, sums);
         finish_rows<activation, add>(ids + tile_rows, job.linear->bias, sums + 512, sums + 768, y);
       } else {
-        multiply_group<1>(tiles, left, right, chunks, sums);
+        multiply_group<1>(left, right, chunks, sums);
       }
       finish_rows<activation, add>(ids, job.linear->bias, sums, sums + 256, y);
     }
@@ -177,25 +161,11 @@ float saturate(std::int64_t steps) {
   alignas(64) std::uint32_t words[16][16];
   alignas(64) float sums[4][16][16];
   for (auto& row : words) store(row, splat(std::uint32_t{0x3f803f80u}));
-  [[maybe_unused]] Tiles tiles;
-  TILE_ZERO(0);
-  TILE_ZERO(1);
-  TILE_ZERO(2);
-  TILE_ZERO(3);
-  TILE_LOAD(4, words, 64);
-  TILE_LOAD(5, words, 64);
-  TILE_LOAD(6, words, 64);
-  TILE_LOAD(7, words, 64);
-  for (std::int64_t step = 0; step < steps; ++step) {
-    TILE_DOT(0, 4, 6);
-    TILE_DOT(1, 4, 7);
-    TILE_DOT(2, 5, 6);
-    TILE_DOT(3, 5, 7);
-  }
-  TILE_STORE(0, sums[0], 64);
-  TILE_STORE(1, sums[1], 64);
-  TILE_STORE(2, sums[2], 64);
-  TILE_STORE(3, sums[3], 64);
+  [[maybe_unused]] const Tiles tiles;
+  TileBlock<2> block;
+  block.zero();
+  for (std::int64_t step = 0; step < steps; ++step) block.step({words, 0, 64}, {words, 0, 64});
+  block.store_to(sums[0][0], 512, 256, 16);
   return (sums[0][0][0] + sums[1][0][0]) + (sums[2][0][0] + sums[3][0][0]);  // all, or the compiler would drop some
 }
 

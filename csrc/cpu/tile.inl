@@ -117,45 +117,40 @@ class Tiles {
   TileConfig before_;
 };
 
-#define TILE_ZERO(t) asm volatile("tilezero %%tmm" #t ::)
-#define TILE_LOAD(t, from, stride) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(static_cast<std::int64_t>(stride)) : "memory")
-#define TILE_STORE(t, to, stride) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(static_cast<std::int64_t>(stride)) : "memory")
-#define TILE_DOT(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
-
 #else
 
-// Tiles 0 to 3 hold sums; tiles 4 to 7 are read directly from memory.
-struct Tiles {
-  alignas(64) float sums[4][16][16];
-  const char* from[8];
-  std::int64_t stride[8];
-};
+// Nothing to set up without tile registers.
+struct Tiles {};
 
-inline const std::uint32_t* row_of(const Tiles& tiles, int tile, int row) {
-  return reinterpret_cast<const std::uint32_t*>(tiles.from[tile] + row * tiles.stride[tile]);
-}
+#endif
+
+// Two neighbouring tiles in memory: the first, and the bytes from one to the other, and from row to row.
+struct TilePair {
+  const void* first;
+  std::int64_t next, stride;
+
+  const char* row(int tile, int r) const { return static_cast<const char*>(first) + tile * next + r * stride; }
+};
 
 #if SPARSEBERT_TILES == 1
 
-inline void tile_dot(Tiles& tiles, int c, int a, int b) {
+inline void tile_dot(float (&to)[16][16], const TilePair& left, int a, const TilePair& right, int b) {
   f32 sums[16];
 #pragma GCC unroll 16
-  for (int m = 0; m < 16; ++m) sums[m] = load(tiles.sums[c][m]);
+  for (int m = 0; m < 16; ++m) sums[m] = load(to[m]);
   for (int k = 0; k < 16; ++k) {
-    const auto right = reinterpret_cast<__m512bh>(load(row_of(tiles, b, k)));
+    const auto row = reinterpret_cast<__m512bh>(load(reinterpret_cast<const std::uint32_t*>(right.row(b, k))));
 #pragma GCC unroll 16
     for (int m = 0; m < 16; ++m) {
-      const auto left = reinterpret_cast<__m512bh>(splat(row_of(tiles, a, m)[k]));
-      sums[m] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m]), right, left));
+      const auto pair = reinterpret_cast<__m512bh>(splat(reinterpret_cast<const std::uint32_t*>(left.row(a, m))[k]));
+      sums[m] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m]), row, pair));
     }
   }
 #pragma GCC unroll 16
-  for (int m = 0; m < 16; ++m) store(tiles.sums[c][m], sums[m]);
+  for (int m = 0; m < 16; ++m) store(to[m], sums[m]);
 }
 
-#else
+#elif SPARSEBERT_TILES == 0
 
 inline float of_bf16(std::uint32_t bits) {
   union {
@@ -165,35 +160,77 @@ inline float of_bf16(std::uint32_t bits) {
   return both.value;
 }
 
-inline void tile_dot(Tiles& tiles, int c, int a, int b) {
+inline void tile_dot(float (&to)[16][16], const TilePair& left, int a, const TilePair& right, int b) {
   for (int m = 0; m < 16; ++m) {
     f32 evens{}, odds{};
     for (int k = 0; k < 16; ++k) {
-      const u32 right = load(row_of(tiles, b, k));
-      const std::uint32_t left = row_of(tiles, a, m)[k];
-      evens += reinterpret_cast<f32>(right << 16) * of_bf16(left & 0xffffu);
-      odds += reinterpret_cast<f32>(right & 0xffff0000u) * of_bf16(left >> 16);
+      const u32 row = load(reinterpret_cast<const std::uint32_t*>(right.row(b, k)));
+      const std::uint32_t pair = reinterpret_cast<const std::uint32_t*>(left.row(a, m))[k];
+      evens += reinterpret_cast<f32>(row << 16) * of_bf16(pair & 0xffffu);
+      odds += reinterpret_cast<f32>(row & 0xffff0000u) * of_bf16(pair >> 16);
     }
-    store(tiles.sums[c][m], load(tiles.sums[c][m]) + (evens + odds));
+    store(to[m], load(to[m]) + (evens + odds));
   }
 }
 
 #endif
 
-inline void tile_load(Tiles& tiles, int tile, const void* from, std::int64_t stride) {
-  tiles.from[tile] = static_cast<const char*>(from);
-  tiles.stride[tile] = stride;
-}
+// The float32 sums of products of `rows` left tiles by two right tiles. While one is in use, `Tiles` must exist, and no
+// other block may be used.
+template <int rows>
+struct TileBlock {
+  static_assert(rows == 1 || rows == 2, "the tile registers hold two rows of two tiles of sums beside the operands");
 
-inline void tile_store(const Tiles& tiles, int tile, void* to, std::int64_t stride) {
-  for (int r = 0; r < 16; ++r) __builtin_memcpy(static_cast<char*>(to) + r * stride, tiles.sums[tile][r], 64);
-}
+#if SPARSEBERT_TILES == 2
+#define TILE_LOAD(t, pair, tile) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((pair).row(tile, 0)), "r"((pair).stride) : "memory")
+#define TILE_STORE(t, to, stride) \
+  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
 
-#define TILE_ZERO(t) __builtin_memset(tiles.sums[t], 0, sizeof tiles.sums[t])
-#define TILE_LOAD(t, from, stride) tile_load(tiles, t, from, stride)
-#define TILE_STORE(t, to, stride) tile_store(tiles, t, to, stride)
-#define TILE_DOT(c, a, b) tile_dot(tiles, c, a, b)
-
+  void zero() {
+    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" ::);
+    if constexpr (rows == 2) asm volatile("tilezero %%tmm2\n\ttilezero %%tmm3" ::);
+  }
+  void step(const TilePair& left, const TilePair& right) {
+    TILE_LOAD(4, left, 0);
+    TILE_LOAD(6, right, 0);
+    TILE_LOAD(7, right, 1);
+    asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::);
+    if constexpr (rows == 2) {
+      TILE_LOAD(5, left, 1);
+      asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
+    }
+  }
+  // Writes the tile of sums in row r, column c to `to` + r * below + c * beside, its rows `stride` floats apart.
+  void store_to(float* to, std::int64_t below, std::int64_t beside, std::int64_t stride) const {
+    TILE_STORE(0, to, 4 * stride);
+    TILE_STORE(1, to + beside, 4 * stride);
+    if constexpr (rows == 2) {
+      TILE_STORE(2, to + below, 4 * stride);
+      TILE_STORE(3, to + below + beside, 4 * stride);
+    }
+  }
+#undef TILE_LOAD
+#undef TILE_STORE
+#else
+  void zero() { __builtin_memset(sums, 0, sizeof sums); }
+  void step(const TilePair& left, const TilePair& right) {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < 2; ++c) tile_dot(sums[r][c], left, r, right, c);
+    }
+  }
+  // Writes the tile of sums in row r, column c to `to` + r * below + c * beside, its rows `stride` floats apart.
+  void store_to(float* to, std::int64_t below, std::int64_t beside, std::int64_t stride) const {
+    for (int r = 0; r < rows; ++r) {
+      for (int c = 0; c < 2; ++c) {
+        for (int m = 0; m < 16; ++m) {
+          __builtin_memcpy(to + r * below + c * beside + m * stride, sums[r][c][m], 64);
+        }
+      }
+    }
+  }
+  alignas(64) float sums[rows][2][16][16];
 #endif
+};
 
 }  // namespace

@@ -11,6 +11,9 @@
 #include "scratch.h"
 #include "threads.h"
 
+#define SPARSEBERT_KERNEL "../topk_mask.inl"
+#include "isa/floats.h"
+
 namespace sparsebert {
 namespace {
 
@@ -19,14 +22,6 @@ namespace {
 constexpr std::int64_t chunk_scores = 1 << 14;
 constexpr std::int64_t sample_scores = 1 << 13;
 constexpr float infinity = std::numeric_limits<float>::infinity();
-
-const TopkMaskKernel& kernel_for([[maybe_unused]] Isa isa) {
-#if defined(__x86_64__)
-  if (isa >= Isa::avx512) return topk_mask_avx512::kernel;
-  if (isa == Isa::avx2) return topk_mask_avx2::kernel;
-#endif
-  return topk_mask_scalar::kernel;
-}
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 

@@ -1,4 +1,4 @@
-// What the driver (topk_mask.cpp) and the kernels (topk_mask_<isa>.cpp) share: the passes over one stretch of scores.
+// What the driver (topk_mask.cpp) and the kernels (topk_mask.inl) share: the passes over one stretch of scores.
 #pragma once
 
 #include "../ops.h"
@@ -21,10 +21,5 @@ struct TopkMaskKernel {
   bool (*rank)(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, bool* keep);
 };
 
-namespace topk_mask_scalar { extern const TopkMaskKernel kernel; }
-#if defined(__x86_64__)
-namespace topk_mask_avx2 { extern const TopkMaskKernel kernel; }
-namespace topk_mask_avx512 { extern const TopkMaskKernel kernel; }
-#endif
 
 }  // namespace sparsebert

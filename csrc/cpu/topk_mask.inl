@@ -1,4 +1,4 @@
-// The passes of topk_mask, written once for every vector width. Included after vector.inl, by its rules.
+// The passes of topk_mask, written once for every vector width. Compiled by isa/floats.h.
 
 namespace {
 

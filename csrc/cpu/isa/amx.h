@@ -1,17 +1,15 @@
+// The tile registers of AMX, for bf16.
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#include "sparse_matmul.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vbmi2,avx2,fma,popcnt,amx-tile,amx-bf16")
 #define SPARSEBERT_TILES 2
-namespace sparsebert::sparse_matmul_amx {
+namespace sparsebert::amx {
 constexpr int lanes = 16;
-#include "vector.inl"
-#include "panel.inl"
-#include "tile.inl"
-#include "sparse_matmul_tiled.inl"
-}  // namespace sparsebert::sparse_matmul_amx
+#include "../vector.inl"
+#include SPARSEBERT_KERNEL
+}  // namespace sparsebert::amx
+#undef SPARSEBERT_TILES
 #pragma GCC pop_options
 #endif

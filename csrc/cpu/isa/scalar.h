@@ -1,0 +1,7 @@
+// No instruction set in particular: vectors of four floats, which the compiler lowers to whatever its baseline has
+// (SSE2, NEON, or single floats).
+namespace sparsebert::scalar {
+constexpr int lanes = 4;
+#include "../vector.inl"
+#include SPARSEBERT_KERNEL
+}  // namespace sparsebert::scalar
