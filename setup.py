@@ -17,7 +17,7 @@ def sources(*patterns: str) -> list[str]:
 # instructions.
 core = Pybind11Extension(
     "sparsebert._C",
-    sources("csrc/*.cpp", "csrc/cpu/*.cpp"),
+    sources("csrc/*/*.cpp"),
     depends=sources("csrc/**/*.h", "csrc/**/*.inl"),
     cxx_std=17,
     # Contraction turns a * b + c into one fused multiply-add; GCC's default depends on the language standard. psabi

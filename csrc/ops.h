@@ -9,6 +9,16 @@ namespace sparsebert {
 // Slowest first, in the order of sparsebert.environment.ISAS. The last two are avx512 with different kernels for bf16.
 enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
 
+namespace cpu {
+
+// What a call may use: an instruction set that can run here, and at most `threads` (>= 1) threads.
+struct Context {
+  Isa isa;
+  int threads;
+};
+
+}  // namespace cpu
+
 using Bf16 = std::uint16_t;  // the upper half of a float32
 
 enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
@@ -68,11 +78,16 @@ struct TiledMatrix {
   std::int64_t most_chunks;         // the largest of `chunks`
 };
 
-// y = activation(x Wᵀ + bias) for W [n_out, n_in] in one of three forms; the pointers to the other two are null.
+enum class Form : int { rows, groups, tiles };
+
+// y = activation(x Wᵀ + bias) for W [n_out, n_in] in one of the forms.
 struct Linear {
-  const SlicedMatrix* sliced;
-  const GroupedMatrix* grouped;
-  const TiledMatrix* tiled;
+  Form form;
+  union {  // by the form
+    const SlicedMatrix* sliced;
+    const GroupedMatrix* grouped;
+    const TiledMatrix* tiled;
+  };
   const float* bias;  // [n_out], or null for none
   Activation activation;
   std::int64_t n_in;  // at most 65536
@@ -82,10 +97,10 @@ struct Linear {
 // Runs a linear layer with float32 accumulation. If W is in tiles, x and y are rounded to bf16.
 //   x     [tokens, n_in] row-major floats, any number of tokens from 0; needs no alignment beyond a float's
 //   y     [tokens, n_out] row-major floats, written whole; must not overlap x
-// A token's result depends neither on other tokens, nor on their number, nor on `threads` (>= 1); avx2 and avx512 give
+// A token's result depends neither on other tokens, nor on their number, nor on `context.threads`; avx2 and avx512 give
 // the same bits in float32. Throws std::bad_alloc if memory cannot be allocated: for the copies of x and y in panels at
 // most max(threads MiB, (n_in + n_out) * 256 B), and with tiles some 320 B more per thread and input.
-void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y);
+void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y);
 
 // Peak operations per second of one core with this instruction set, in float32 from registers or in bf16 on tiles; a
 // multiply-add counts as two. No kernel exceeds it. Takes some milliseconds.
@@ -96,6 +111,7 @@ struct LayerNorm {
   const float* bias;
 };
 
+// attention_out and down are added to their layer's states, and have no activation.
 struct EncoderLayer {
   Linear qkv;  // query, key and value stacked
   Linear attention_out;
@@ -134,10 +150,10 @@ struct Sequences {
 // between them are bf16, or none is in tiles. The classifier is never in tiles.
 //   logits  [count, classifier.n_out] row-major floats, written whole
 //   states  [tokens, hidden], the last layer's output, or null if it is not wanted
-// A sequence's result depends neither on other sequences nor on `threads` (>= 1); avx2 and avx512 give the same bits in
+// A sequence's result depends neither on other sequences nor on `context.threads`; avx2 and avx512 give the same bits in
 // float32. Throws std::bad_alloc if working memory for 128 tokens per thread, or for the longest sequence, cannot be
 // allocated.
-void sparse_encoder(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
+void sparse_encoder(const Encoder& encoder, const Sequences& sequences, cpu::Context context, float* logits,
                     float* states);
 
 // The rows of a mask, in groups of equal rows.
@@ -156,9 +172,9 @@ struct RowGroups {
 //   v           [rows, n_in]; written on each row's S, with `complement` in whole rows; must not overlap target
 //   failed      [count], -1, or the index in S of the first pivot that is not above 0; the group's v is then undefined
 // A thread takes the groups of its share in order, so the costliest should come first. The result does not depend on
-// `threads` (>= 1). Throws std::bad_alloc if a thread's working memory, about 4 |S|² bytes, cannot be allocated.
+// `threads`. Throws std::bad_alloc if a thread's working memory, about 4 |S|² bytes, cannot be allocated.
 void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
-                  Isa isa, int threads, double* v, std::int64_t* failed);
+                  cpu::Context context, double* v, std::int64_t* failed);
 
 // A row may lose at most `removals` of each `width` consecutive columns; width 0: no such limit.
 struct Banks {
@@ -174,9 +190,9 @@ struct Banks {
 //   steps    at most n_in, and at most n_in / width * removals with banks
 //   order    [rows / group, steps], columns; losses [rows / group, steps], their scores when they were removed
 // A trace ends with losses of NaN if its inverse loses its positive diagonal to rounding. Results do not depend on
-// `threads` (>= 1). Needs about 8 * n_in^2 bytes per thread; throws std::bad_alloc.
+// `threads`. Needs about 8 * n_in^2 bytes per thread; throws std::bad_alloc.
 void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
-               Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses);
+               Banks banks, std::int64_t steps, cpu::Context context, std::int32_t* order, double* losses);
 
 // The weights that an obs_sweep removes. A set is `group` consecutive rows of one column. m = 0: in each block of
 // columns, the removals[block] sets with the lowest sums of scores, chosen over all rows together. m > 0: each row
@@ -195,18 +211,18 @@ struct SweepPattern {
 //   factor  [n_in, n_in], Uᵀ: lower triangular; only that half is read
 //   block   columns whose masks are chosen together, at least 1; a multiple of m if m > 0
 //   pruned  [rows, n_in], written whole; must not overlap weight
-// Results do not depend on `threads` (>= 1). Needs about 8 * rows * n_in bytes; throws std::bad_alloc.
+// Results do not depend on `context.threads`. Needs about 8 * rows * n_in bytes; throws std::bad_alloc.
 void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const double* factor,
-               const SweepPattern& pattern, std::int64_t block, Isa isa, int threads, double* pruned);
+               const SweepPattern& pattern, std::int64_t block, cpu::Context context, double* pruned);
 
 // sums[c] = sum over tokens of w (values - shift)[c]. The difference is float32, the product and the sum are float64.
 //   values   [tokens, n] row-major floats; tokens and n are at least 1
 //   weights  [tokens] floats of at least 0, or null for ones
 //   shift    [n] floats
 //   sums     [n] doubles, written whole; an entry is not finite if one of its values is not
-// The result does not depend on `threads` (>= 1). Throws std::bad_alloc if 64 n doubles cannot be allocated.
+// The result does not depend on `context.threads`. Throws std::bad_alloc if 64 n doubles cannot be allocated.
 void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const float* weights, const float* shift,
-                Isa isa, int threads, double* sums);
+                cpu::Context context, double* sums);
 
 // Running sums over tokens, of x and y minus their shifts.
 struct GramSums {
@@ -222,16 +238,16 @@ struct GramSums {
 //            arguments of y are null
 //   shift_x, shift_y  [n_in], [n_y] floats
 //   weights  [tokens] floats of at least 0, or null for ones
-// The result does not depend on `threads` (>= 1); avx2 and avx512 give the same bits. Throws std::bad_alloc and adds
+// The result does not depend on `context.threads`; avx2 and avx512 give the same bits. Throws std::bad_alloc and adds
 // nothing if the packed copy of x and y cannot be allocated: at most about 1.1 * max(4 MiB, (n_in + n_y + 192) KiB).
 bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
-          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, const GramSums& sums);
+          const float* shift_y, const float* weights, std::int64_t tokens, cpu::Context context, const GramSums& sums);
 
 // keep = the k highest scores of each row, exactly k; of equal scores, those of lower index. -0 equals +0.
 //   scores  [rows, n]; keep [rows, n], written whole; k is 0 to n
-// Returns false, with keep undefined, if a score is NaN. The result does not depend on `threads` (>= 1). A row of more
+// Returns false, with keep undefined, if a score is NaN. The result does not depend on `context.threads`. A row of more
 // than 16,384 scores needs 4 bytes per score and 64 KiB; throws std::bad_alloc if they cannot be allocated.
-bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
+bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, cpu::Context context,
                bool* keep);
 
 // A matrix in panels is stored as [panels, rows, admm_panel], with zeros past its last column. A task of admm_prune
@@ -255,9 +271,9 @@ struct AdmmState {
 };
 
 // One iteration: Z = x where kept, else 0; U += B - Z; B = argmin tr((B - B0) Hn (B - B0)ᵀ) + rho |B - Z + U|². Then
-// U *= shrink, and x and scores are computed again. keep: [rows, n_in]. The result does not depend on `threads` (>= 1).
+// U *= shrink, and x and scores are computed again. keep: [rows, n_in]. The result does not depend on `context.threads`.
 // Throws std::bad_alloc if about 8 bytes per weight cannot be allocated.
-void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads);
+void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, cpu::Context context);
 
 // A matrix of weights and its mask. A weight is kept if its score is at least its threshold; one whose score is NaN is
 // not kept.
@@ -277,10 +293,10 @@ struct MaskedWeight {
 //   bias  [n_out] or null
 //   y     [tokens, n_out], written whole; must not overlap x
 // If few weights are kept, only these are multiplied; an infinite x then gives no NaN at the other weights. The
-// result does not depend on `threads` (>= 1). Throws std::bad_alloc if memory cannot be allocated for a packed copy of
+// result does not depend on `context.threads`. Throws std::bad_alloc if memory cannot be allocated for a packed copy of
 // x and, per thread, some 100 KB and 384 bytes per token, or 2 KB per term of a sum.
 void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
-                   Isa isa, int threads, void* y);
+                   cpu::Context context, void* y);
 
 // Computes the gradients, given dy [tokens, n_out] of x's type; leaves out those whose pointer is null.
 //   dx        [tokens, n_in] of x's type, dy (weight where kept, else 0)
@@ -288,7 +304,7 @@ void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t token
 //   d_scores  [n_out / share, n_in], the sum over the rows that share a score of G * weight, kept or not
 // Otherwise like masked_matmul, with a packed copy of dy too.
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
-                            Isa isa, int threads, void* dx, float* d_weight, float* d_scores);
+                            cpu::Context context, void* dx, float* d_weight, float* d_scores);
 
 // A value is dropped if its 16-bit random number, from Philox4x32-7 with the key `seed`, is below `limit`. The others
 // are scaled up, so that the mean does not change.
@@ -302,8 +318,8 @@ struct Dropout {
 // y = x scaled up, or 0 if dropped. Value i of block b of 128 values takes its random number from the output for the
 // counter (16 b + i % 16, as 64 bits; 0, 0): its 16-bit half i / 16, counted from the lower half of the first word.
 //   x, y  [n], bf16 or floats; they may be the same array
-// The result does not depend on `threads` (>= 1).
-void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, Isa isa, int threads, void* y);
+// The result does not depend on `context.threads`.
+void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, cpu::Context context, void* y);
 
 // Attention of each token to the kept tokens of its sequence, in each attention head.
 struct Attention {
@@ -322,12 +338,12 @@ struct Attention {
 // out = dropout(softmax(scale q kᵀ)) v, [sequences, tokens, heads, size]; 0 if no key is kept.
 //   stats  [sequences, heads, 2, tokens], for the backward pass: the largest base-2 exponent of each softmax,
 //          and 1 / its sum
-// The result does not depend on `threads` (>= 1). Needs 16 size + 128 bytes per token and thread, 32 size + 384 in the
+// The result does not depend on `context.threads`. Needs 16 size + 128 bytes per token and thread, 32 size + 384 in the
 // backward pass; throws std::bad_alloc if they cannot be allocated.
-void attention(const Attention& job, Isa isa, int threads, void* out, float* stats);
+void attention(const Attention& job, cpu::Context context, void* out, float* stats);
 
 // Computes the gradients, of q's type and shape; all are written whole.
-void attention_backward(const Attention& job, const float* stats, const void* d_out, Isa isa, int threads, void* dq,
+void attention_backward(const Attention& job, const float* stats, const void* d_out, cpu::Context context, void* dq,
                         void* dk, void* dv);
 
 }  // namespace sparsebert

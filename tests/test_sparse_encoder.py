@@ -250,3 +250,19 @@ def test_ids_that_another_thread_changes_meanwhile_leave_no_memory():
     path = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, "-c", CHANGED], env=os.environ | {"PYTHONPATH": path}, cwd=folder + "/..")
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["attention_out", "down"])
+def test_a_linear_that_is_added_to_the_states_has_no_activation(name):
+    layer = encoder().layers[0]
+    linear = replace(getattr(layer, name), activation="relu")
+    with pytest.raises(InputError, match=f"{name} is added to the states and must have no activation, has relu"):
+        replace(layer, **{name: linear})
+    norms = (layer.attention_norm, layer.norm)
+    linears = {part: getattr(layer, part).core for part in ("qkv", "attention_out", "up", "down")} | {name: linear.core}
+    whole = encoder()
+    with pytest.raises(ValueError, match="must have no activation"):
+        _dispatch.core().Encoder(
+            whole.words, whole.positions, whole.embedding_norm, None, [(*linears.values(), *norms)], whole.heads,
+            whole.eps, whole.pooler.core, whole.classifier.core,
+        )  # fmt: skip

@@ -42,7 +42,7 @@ void expand_task(const void* context, std::int64_t task) {
 
 }  // namespace
 
-void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, Isa isa, int threads) {
+void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float shrink, cpu::Context context) {
   const std::int64_t blocks = ceil_div(state.rows, admm_block_rows);
   const std::int64_t panels = ceil_div(state.n_in, admm_panel);
   const std::int64_t size = state.rows * state.n_in;
@@ -59,10 +59,10 @@ void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float 
     job.values = reinterpret_cast<float*>(job.counts + state.rows);
     job.cols = reinterpret_cast<std::int32_t*>(job.values + n);
   }
-  const Run run{job, &kernel_for(isa), blocks};
-  parallel_for(blocks, threads, project_task, &run);
-  parallel_for(panels * blocks, threads, update_task, &run);
-  parallel_for(panels * blocks, threads, expand_task, &run);
+  const Run run{job, &kernel_for(context.isa), blocks};
+  parallel_for(blocks, context.threads, project_task, &run);
+  parallel_for(panels * blocks, context.threads, update_task, &run);
+  parallel_for(panels * blocks, context.threads, expand_task, &run);
 }
 
 }  // namespace sparsebert

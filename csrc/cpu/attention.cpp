@@ -22,16 +22,16 @@ void for_heads(const Attention& job, const AttentionKernel& kernel, bool backwar
 
 }  // namespace
 
-void attention(const Attention& job, Isa isa, int threads, void* out, float* stats) {
-  const AttentionKernel& kernel = kernel_for(isa);
-  for_heads(job, kernel, false, threads,
+void attention(const Attention& job, cpu::Context context, void* out, float* stats) {
+  const AttentionKernel& kernel = kernel_for(context.isa);
+  for_heads(job, kernel, false, context.threads,
             [&](std::int64_t task, float* work) { kernel.attend(job, task, work, out, stats); });
 }
 
-void attention_backward(const Attention& job, const float* stats, const void* d_out, Isa isa, int threads, void* dq,
+void attention_backward(const Attention& job, const float* stats, const void* d_out, cpu::Context context, void* dq,
                         void* dk, void* dv) {
-  const AttentionKernel& kernel = kernel_for(isa);
-  for_heads(job, kernel, true, threads, [&](std::int64_t task, float* work) {
+  const AttentionKernel& kernel = kernel_for(context.isa);
+  for_heads(job, kernel, true, context.threads, [&](std::int64_t task, float* work) {
     kernel.attend_backward(job, task, work, stats, d_out, dq, dk, dv);
   });
 }

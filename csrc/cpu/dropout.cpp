@@ -16,10 +16,10 @@ constexpr std::int64_t task_blocks = 256;
 
 }  // namespace
 
-void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, Isa isa, int threads, void* y) {
-  const DropoutKernel& kernel = kernel_for(isa);
+void dropout(const void* x, std::int64_t n, bool bf16, const Dropout& dropped, cpu::Context context, void* y) {
+  const DropoutKernel& kernel = kernel_for(context.isa);
   const std::int64_t blocks = (n + dropout_block - 1) / dropout_block;
-  parallel((blocks + task_blocks - 1) / task_blocks, threads, [&](std::int64_t task) {
+  parallel((blocks + task_blocks - 1) / task_blocks, context.threads, [&](std::int64_t task) {
     kernel.drop(x, n, bf16, dropped, task * task_blocks, std::min((task + 1) * task_blocks, blocks), y);
   });
 }

@@ -95,13 +95,13 @@ void multiply_group(const GroupRun& run, int threads) {
 }  // namespace
 
 void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const float* weights, const float* shift,
-                Isa isa, int threads, double* sums) {
-  if (tokens * n < serial_work) threads = 1;
+                cpu::Context context, double* sums) {
+  if (tokens * n < serial_work) context.threads = 1;
   const std::int64_t part_tokens = std::max(gram_depth, ceil_div(tokens, max_parts));
   const std::int64_t parts = ceil_div(tokens, part_tokens);
   auto* partial = static_cast<double*>(scratch(static_cast<std::size_t>(parts * n) * sizeof(double)));
-  const SumsRun run{{values, weights, shift, tokens, n, part_tokens, partial}, &kernel_for(isa)};
-  parallel_for(parts, threads, sums_task, &run);
+  const SumsRun run{{values, weights, shift, tokens, n, part_tokens, partial}, &kernel_for(context.isa)};
+  parallel_for(parts, context.threads, sums_task, &run);
   std::fill_n(sums, n, 0.0);
   for (std::int64_t part = 0; part < parts; ++part) {
     for (std::int64_t c = 0; c < n; ++c) sums[c] += partial[part * n + c];
@@ -109,9 +109,9 @@ void token_sums(const float* values, std::int64_t tokens, std::int64_t n, const 
 }
 
 bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* y, std::int64_t n_y,
-          const float* shift_y, const float* weights, std::int64_t tokens, Isa isa, int threads, const GramSums& sums) {
+          const float* shift_y, const float* weights, std::int64_t tokens, cpu::Context context, const GramSums& sums) {
   if (y == nullptr) n_y = 0;
-  const GramKernel& kernel = kernel_for(isa);
+  const GramKernel& kernel = kernel_for(context.isa);
   const std::int64_t x_columns = ceil_div(n_in, kernel.width) * kernel.width;
   const std::int64_t y_columns = ceil_div(n_y, kernel.width) * kernel.width;
   // Whole depths, so that only a token's place in the batch decides with which tokens it shares a float32 sum. Whole
@@ -133,7 +133,7 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
     roots = partial + parts * (n_in + n_y);
     for (std::int64_t t = 0; t < tokens; ++t) roots[t] = std::sqrt(weights[t]);
   }
-  if (group * n_in * (n_in + n_y) < serial_work) threads = 1;
+  if (group * n_in * (n_in + n_y) < serial_work) context.threads = 1;
 
   const auto group_from = [&](std::int64_t first, bool keep) {
     const std::int64_t here = std::min(group, tokens - first);
@@ -152,15 +152,15 @@ bool gram(const float* x, std::int64_t n_in, const float* shift_x, const float* 
   const std::int64_t last = (tokens - 1) / group * group;
   for (std::int64_t first = 0; first <= last; first += group) {
     const GroupRun run = group_from(first, first == last);
-    pack_group(run, threads);
+    pack_group(run, context.threads);
     if (!add_parts(run.x, sum_x) || !add_parts(run.y, sum_y)) return false;
   }
   for (std::int64_t c = 0; c < n_in; ++c) sums.x[c] += sum_x[c];
   for (std::int64_t c = 0; c < n_y; ++c) sums.y[c] += sum_y[c];
   for (std::int64_t first = last; first >= 0; first -= group) {
     const GroupRun run = group_from(first, true);
-    if (first < last) pack_group(run, threads);
-    multiply_group(run, threads);
+    if (first < last) pack_group(run, context.threads);
+    multiply_group(run, context.threads);
   }
   return true;
 }

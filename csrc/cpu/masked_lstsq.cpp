@@ -35,10 +35,10 @@ std::int64_t solve(const MaskedLstsqKernel& kernel, const MaskedLstsqJob& job, s
 }  // namespace
 
 void masked_lstsq(const double* target, const double* h, std::int64_t n_in, const RowGroups& groups, bool complement,
-                  Isa isa, int threads, double* v, std::int64_t* failed) {
-  const MaskedLstsqKernel& kernel = kernel_for(isa);
+                  cpu::Context context, double* v, std::int64_t* failed) {
+  const MaskedLstsqKernel& kernel = kernel_for(context.isa);
   const MaskedLstsqJob job{target, h, n_in, groups, complement, v};
-  parallel(groups.count, threads, [&](std::int64_t group) { failed[group] = solve(kernel, job, group); });
+  parallel(groups.count, context.threads, [&](std::int64_t group) { failed[group] = solve(kernel, job, group); });
 }
 
 }  // namespace sparsebert

@@ -148,37 +148,37 @@ void times_weight(Isa isa, const MaskedWeight& weight, bool across, const Matmul
 }  // namespace
 
 void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t tokens, bool bf16, const float* bias,
-                   Isa isa, int threads, void* y) {
+                   cpu::Context context, void* y) {
   if (tokens == 0) return;
-  if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
-  times_weight(isa, weight, false, {x, bf16, false, tokens, weight.n_in, nullptr}, bias, threads, y);
+  if (tokens * weight.n_in * weight.n_out < serial_products) context.threads = 1;
+  times_weight(context.isa, weight, false, {x, bf16, false, tokens, weight.n_in, nullptr}, bias, context.threads, y);
 }
 
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
-                            Isa isa, int threads, void* dx, float* d_weight, float* d_scores) {
+                            cpu::Context context, void* dx, float* d_weight, float* d_scores) {
   if (tokens == 0) {  // empty sums
     if (d_weight != nullptr) std::fill_n(d_weight, weight.n_out * weight.n_in, 0.0f);
     if (d_scores != nullptr) std::fill_n(d_scores, weight.n_out / weight.share * weight.n_in, 0.0f);
     return;
   }
-  if (tokens * weight.n_in * weight.n_out < serial_products) threads = 1;
-  const MaskedMatmulKernel& kernel = kernel_for(isa, bf16);
+  if (tokens * weight.n_in * weight.n_out < serial_products) context.threads = 1;
+  const MaskedMatmulKernel& kernel = kernel_for(context.isa, bf16);
   const MatmulSource inputs{x, bf16, false, tokens, weight.n_in, nullptr};
   const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
-  if (dx != nullptr) times_weight(isa, weight, true, gradients, nullptr, threads, dx);
+  if (dx != nullptr) times_weight(context.isa, weight, true, gradients, nullptr, context.threads, dx);
   if (d_weight == nullptr && d_scores == nullptr) return;
   MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows, kernel.word_group > 1);
   MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left) + floats(right)) * sizeof(float)));
   right.panels = left.panels + floats(left);
-  pack(kernel, left, threads);
-  pack(kernel, right, threads);
+  pack(kernel, left, context.threads);
+  pack(kernel, right, context.threads);
   // Whole tiles and whole sets of rows that share a score, so that only one task writes to a score.
   const std::int64_t unit = std::lcm(weight.share, std::int64_t{kernel.tile_rows});
   const std::int64_t tiles = unit * std::max<std::int64_t>(1, gradient_rows / unit) / kernel.tile_rows;
   multiply(kernel, {left.panels, right, weight.n_out, weight.n_in, 0, false, nullptr, nullptr, &weight, d_weight,
             d_scores},
-           tiles, std::max<std::int64_t>(1, gradient_columns / kernel.tile_columns), threads);
+           tiles, std::max<std::int64_t>(1, gradient_columns / kernel.tile_columns), context.threads);
 }
 
 }  // namespace sparsebert

@@ -182,25 +182,25 @@ std::size_t lay_out(SweepRun& run, char* memory) {
 }  // namespace
 
 void obs_prune(const double* weight, std::int64_t rows, std::int64_t n_in, const double* inverse, std::int64_t group,
-               Banks banks, std::int64_t steps, Isa isa, int threads, std::int32_t* order, double* losses) {
-  const ObsPruneKernel& kernel = kernel_for(isa);
+               Banks banks, std::int64_t steps, cpu::Context context, std::int32_t* order, double* losses) {
+  const ObsPruneKernel& kernel = kernel_for(context.isa);
   const TraceJob job{weight, inverse, n_in, group, banks, steps, deferred, order, losses};
   const std::int64_t groups = rows / group;
-  const std::int64_t workers = std::min<std::int64_t>(threads, groups);
+  const std::int64_t workers = std::min<std::int64_t>(context.threads, groups);
   const std::int64_t bytes = kernel.trace_bytes(job);
   std::atomic<std::int64_t> next{0};
   const TraceRun run{job, &kernel, groups, bytes,
                      static_cast<char*>(scratch(static_cast<std::size_t>(workers * bytes))), &next};
-  parallel_for(workers, threads, trace_worker, &run);
+  parallel_for(workers, context.threads, trace_worker, &run);
 }
 
 void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const double* factor,
-               const SweepPattern& pattern, std::int64_t block, Isa isa, int threads, double* pruned) {
+               const SweepPattern& pattern, std::int64_t block, cpu::Context context, double* pruned) {
   if (rows == 0 || n_in == 0) return;
-  const ObsPruneKernel& kernel = kernel_for(isa);
+  const ObsPruneKernel& kernel = kernel_for(context.isa);
   block = std::min(block, n_in);
   // At least two chunks per thread, if there are enough panels.
-  const std::int64_t wanted = std::clamp<std::int64_t>(rows / (2 * std::int64_t{threads}), kernel.panel,
+  const std::int64_t wanted = std::clamp<std::int64_t>(rows / (2 * std::int64_t{context.threads}), kernel.panel,
                                                        std::max(wanted_chunk_rows, kernel.panel));
   std::int64_t chunk_rows = wanted / kernel.panel * kernel.panel;
   if (pattern.group > 1) chunk_rows = std::max<std::int64_t>(1, chunk_rows / pattern.group) * pattern.group;
@@ -215,13 +215,13 @@ void obs_sweep(const double* weight, std::int64_t rows, std::int64_t n_in, const
   run.blocks = (n_in + block - 1) / block;
   lay_out(run, static_cast<char*>(scratch(lay_out(run, nullptr))));
   if (pattern.m > 0) {
-    parallel_for(chunks, threads, sweep_task, &run);
+    parallel_for(chunks, context.threads, sweep_task, &run);
     return;
   }
   run.bin_base = static_cast<std::int64_t>(bits_of(1.0) >> bin_shift) - bins / 2;
   for (run.block = 0; run.block <= run.blocks; ++run.block) {
-    parallel_for(chunks, threads, step_task, &run);
-    if (run.block < run.blocks) threshold = choose(run, pattern.removals[run.block] * pattern.group, threads);
+    parallel_for(chunks, context.threads, step_task, &run);
+    if (run.block < run.blocks) threshold = choose(run, pattern.removals[run.block] * pattern.group, context.threads);
   }
 }
 

@@ -35,29 +35,29 @@ const SparseEncoderKernel<T>& encoder_kernel(Isa isa) {
 
 // Panels have one width from the embeddings to the pooler: the width for the form that most linears have.
 bool mostly_groups(const Encoder& encoder) {
-  std::int64_t rows = 0;
+  std::int64_t groups = 0;
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
     const EncoderLayer& layer = encoder.layers[i];
     for (const Linear* linear : {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
-      rows += linear->sliced != nullptr;
+      groups += format_of(*linear).groups ? 1 : -1;
     }
   }
-  return 2 * rows <= 4 * encoder.n_layers;
+  return groups >= 0;
 }
 
 // One batch of whole sequences on its way through the layers; T is float or Bf16.
 template <typename T>
 class Batch {
  public:
-  Batch(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads)
-      : encoder_(encoder), sequences_(sequences), isa_(isa), threads_(threads) {
+  Batch(const Encoder& encoder, const Sequences& sequences, cpu::Context context)
+      : encoder_(encoder), sequences_(sequences), context_(context) {
     const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
-    matmul_ = &sparse_matmul_kernel<T>(isa_for<T>(isa, tokens));
-    kernel_ = &encoder_kernel<T>(isa_for<T>(isa, tokens));
+    matmul_ = &sparse_matmul_kernel<T>(isa_for<T>(context.isa, tokens));
+    kernel_ = &encoder_kernel<T>(isa_for<T>(context.isa, tokens));
     shape_ = panel_shape(*matmul_, tokens, mostly_groups(encoder));
     // The pooler's panels hold the first token of each sequence, so they hold as many tokens as there are sequences.
-    first_kernel_ = &sparse_matmul_kernel<T>(isa_for<T>(isa, sequences.count));
-    first_shape_ = panel_shape(*first_kernel_, sequences.count, encoder.pooler.sliced == nullptr);
+    first_kernel_ = &sparse_matmul_kernel<T>(isa_for<T>(context.isa, sequences.count));
+    first_shape_ = panel_shape(*first_kernel_, sequences.count, format_of(encoder.pooler).groups);
   }
 
   // Queries, keys, values and the result of attention are no longer needed when the wider layer is computed, so they
@@ -84,11 +84,11 @@ class Batch {
 
   template <typename Fn>
   void run_parallel(std::int64_t n, std::int64_t elements, const Fn& fn) {
-    parallel(n, elements < serial_work ? 1 : threads_, fn);
+    parallel(n, elements < serial_work ? 1 : context_.threads, fn);
   }
 
   void linear(const Linear& linear, const T* x, T* y, bool add = false) {
-    run_linear(*matmul_, shape_, linear, x, y, add, threads_);
+    run_linear(*matmul_, shape_, linear, x, y, add, context_.threads);
   }
 
   void normalize(T* x, std::int64_t n, const LayerNorm& norm) {
@@ -144,13 +144,13 @@ class Batch {
       T* to = work_ + s / first_width * n * first_width + s % first_width;
       for (std::int64_t k = 0; k < n; ++k) to[k * first_width] = from[k * width];
     }
-    run_linear(*first_kernel_, first_shape_, encoder_.pooler, work_, pooled, false, threads_);
+    run_linear(*first_kernel_, first_shape_, encoder_.pooler, work_, pooled, false, context_.threads);
     const std::int64_t pooled_floats = sequences_.count * encoder_.pooler.n_out;
     // From here on, sparse_matmul uses the call's buffer, which held the states; the rows are in the task's buffer.
     auto* rows = static_cast<float*>(
         scratch(static_cast<std::size_t>(pooled_floats) * sizeof(float), Scratch::task));
     unpack(*first_kernel_, first_shape_, pooled, encoder_.pooler.n_out, rows);
-    sparse_matmul(rows, sequences_.count, encoder_.classifier, isa_, 1, logits);
+    sparse_matmul(rows, sequences_.count, encoder_.classifier, {context_.isa, 1}, logits);
   }
 
   void unpack(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, T* panels, std::int64_t n, float* rows) {
@@ -160,8 +160,7 @@ class Batch {
 
   const Encoder& encoder_;
   Sequences sequences_;
-  Isa isa_;
-  int threads_;
+  cpu::Context context_;
   const SparseMatmulKernel<T>* matmul_;
   const SparseMatmulKernel<T>* first_kernel_;
   const SparseEncoderKernel<T>* kernel_;
@@ -173,13 +172,13 @@ class Batch {
 };
 
 template <typename T>
-void run_batches(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
+void run_batches(const Encoder& encoder, const Sequences& sequences, cpu::Context context, float* logits,
                  float* states) {
   const std::int64_t* starts = sequences.starts;
   for (std::int64_t first = 0; first < sequences.count;) {
     std::int64_t last = first + 1;
-    while (last < sequences.count && starts[last + 1] - starts[first] <= batch_tokens * threads) ++last;
-    Batch<T> batch(encoder, {sequences.ids, sequences.types, starts + first, last - first}, isa, threads);
+    while (last < sequences.count && starts[last + 1] - starts[first] <= batch_tokens * context.threads) ++last;
+    Batch<T> batch(encoder, {sequences.ids, sequences.types, starts + first, last - first}, context);
     batch.run(logits + first * encoder.classifier.n_out,
               states != nullptr ? states + starts[first] * encoder.hidden : nullptr);
     first = last;
@@ -188,17 +187,17 @@ void run_batches(const Encoder& encoder, const Sequences& sequences, Isa isa, in
 
 }  // namespace
 
-void sparse_encoder(const Encoder& encoder, const Sequences& sequences, Isa isa, int threads, float* logits,
+void sparse_encoder(const Encoder& encoder, const Sequences& sequences, cpu::Context context, float* logits,
                     float* states) {
   if (scratch_is_poisoned()) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     std::fill_n(logits, sequences.count * encoder.classifier.n_out, nan);
     if (states != nullptr) std::fill_n(states, sequences.starts[sequences.count] * encoder.hidden, nan);
   }
-  if (encoder.pooler.tiled != nullptr) {
-    run_batches<Bf16>(encoder, sequences, isa, threads, logits, states);
+  if (format_of(encoder.pooler).bf16) {
+    run_batches<Bf16>(encoder, sequences, context, logits, states);
   } else {
-    run_batches<float>(encoder, sequences, isa, threads, logits, states);
+    run_batches<float>(encoder, sequences, context, logits, states);
   }
 }
 

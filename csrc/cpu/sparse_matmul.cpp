@@ -25,24 +25,27 @@ constexpr std::int64_t serial_work = 1 << 18;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The number of entries that are multiplied.
-std::int64_t stored(const Linear& linear) {
-  if (linear.sliced != nullptr) return linear.sliced->entries * slice_rows;
+std::int64_t entries_in_groups(const Linear& linear) {
+  const GroupedMatrix& w = *linear.grouped;
   std::int64_t sum = 0;
-  if (linear.grouped != nullptr) {
-    for (std::int64_t g = 0; g < linear.grouped->groups; ++g) sum += linear.grouped->col_count[g] * group_rows;
-  } else {
-    const TiledMatrix& w = *linear.tiled;
-    for (std::int64_t g = 0; g < w.groups; ++g) sum += std::int64_t{w.chunks[g]} * w.tiles[g] * tile_rows * tile_cols;
-  }
+  for (std::int64_t g = 0; g < w.groups; ++g) sum += w.col_count[g] * group_rows;
   return sum;
 }
 
-// The number of blocks of rows, or of groups, which are multiplied one by one.
-std::int64_t units(const Linear& linear) {
-  if (linear.sliced != nullptr) return linear.sliced->blocks;
-  return linear.grouped != nullptr ? linear.grouped->groups : linear.tiled->groups;
+std::int64_t entries_in_tiles(const Linear& linear) {
+  const TiledMatrix& w = *linear.tiled;
+  std::int64_t sum = 0;
+  for (std::int64_t g = 0; g < w.groups; ++g) sum += std::int64_t{w.chunks[g]} * w.tiles[g] * tile_rows * tile_cols;
+  return sum;
 }
+
+// In the order of Form.
+constexpr Format formats[] = {
+    {false, false, [](const Linear& linear) { return linear.sliced->blocks; },
+     [](const Linear& linear) { return linear.sliced->entries * slice_rows; }},
+    {false, true, [](const Linear& linear) { return linear.grouped->groups; }, entries_in_groups},
+    {true, true, [](const Linear& linear) { return linear.tiled->groups; }, entries_in_tiles},
+};
 
 template <typename T>
 void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, std::int64_t, std::int64_t),
@@ -52,15 +55,16 @@ void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, 
 }
 
 template <typename T>
-void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
-  const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa_for<T>(isa, tokens));
-  const PanelShape whole = panel_shape(kernel, tokens, linear.sliced == nullptr);
+void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y) {
+  const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa_for<T>(context.isa, tokens));
+  const Format& format = format_of(linear);
+  const PanelShape whole = panel_shape(kernel, tokens, format.groups);
   const std::int64_t width = whole.width();
-  if ((stored(linear) + linear.n_in) * width * whole.panels < serial_work) threads = 1;
+  if ((format.stored(linear) + linear.n_in) * width * whole.panels < serial_work) context.threads = 1;
 
   const std::int64_t elements = (linear.n_in + linear.n_out) * width;  // a panel of x and one of y
   const std::int64_t group = std::clamp<std::int64_t>(
-      threads * scratch_bytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, whole.panels);
+      context.threads * scratch_bytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, whole.panels);
   auto* x_panels = static_cast<T*>(scratch(static_cast<std::size_t>(group * elements) * sizeof(T)));
   T* y_panels = x_panels + group * linear.n_in * width;
 
@@ -71,9 +75,9 @@ void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, Is
     // Packing only reads the rows.
     const TransposeJob<T> in{shape, const_cast<float*>(x) + first * width * linear.n_in, x_panels, linear.n_in,
                              transposed};
-    transpose(in, kernel.pack, threads);
-    run_linear(kernel, shape, linear, x_panels, y_panels, false, threads);
-    transpose({shape, y + first * width * linear.n_out, y_panels, linear.n_out, transposed}, kernel.unpack, threads);
+    transpose(in, kernel.pack, context.threads);
+    run_linear(kernel, shape, linear, x_panels, y_panels, false, context.threads);
+    transpose({shape, y + first * width * linear.n_out, y_panels, linear.n_out, transposed}, kernel.unpack, context.threads);
   }
 }
 
@@ -91,6 +95,8 @@ double peak_flops(const SparseMatmulKernel<T>& kernel) {
 }
 
 }  // namespace
+
+const Format& format_of(const Linear& linear) { return formats[static_cast<int>(linear.form)]; }
 
 template <>
 const SparseMatmulKernel<float>& sparse_matmul_kernel(Isa isa) {
@@ -113,7 +119,7 @@ PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens,
 template <typename T>
 void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, const Linear& linear, const T* x, T* y,
                 bool add, int threads) {
-  const std::int64_t all = units(linear);
+  const std::int64_t all = format_of(linear).units(linear);
   const std::int64_t blocks = ceil_div(shape.panels, kernel.task_panels);
   // Several tasks per thread, so that unequal rows or a busy core even out.
   const std::int64_t wanted = threads == 1 ? 1 : ceil_div(4 * std::int64_t{threads}, blocks);
@@ -135,13 +141,13 @@ template void run_linear(const SparseMatmulKernel<float>&, const PanelShape&, co
 template void run_linear(const SparseMatmulKernel<Bf16>&, const PanelShape&, const Linear&, const Bf16*, Bf16*, bool,
                          int);
 
-void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, Isa isa, int threads, float* y) {
+void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y) {
   if (tokens == 0 || linear.n_out == 0) return;
   if (scratch_is_poisoned()) std::fill_n(y, tokens * linear.n_out, std::numeric_limits<float>::quiet_NaN());
-  if (linear.tiled != nullptr) {
-    multiply_rows<Bf16>(x, tokens, linear, isa, threads, y);
+  if (format_of(linear).bf16) {
+    multiply_rows<Bf16>(x, tokens, linear, context, y);
   } else {
-    multiply_rows<float>(x, tokens, linear, isa, threads, y);
+    multiply_rows<float>(x, tokens, linear, context, y);
   }
 }
 

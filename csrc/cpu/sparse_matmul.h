@@ -33,7 +33,7 @@ struct LinearJob {
   const Linear* linear;
   const T* x;
   T* y;
-  bool add;           // y += linear(x), without activation
+  bool add;           // y += linear(x); only without an activation
   std::int64_t unit;  // blocks of rows, or groups, that one task covers
 };
 
@@ -63,6 +63,15 @@ template <typename T>
 Isa isa_for(Isa isa, std::int64_t tokens) {
   return sizeof(T) == sizeof(float) && isa >= Isa::avx512 && tokens <= 8 ? Isa::avx2 : isa;
 }
+
+// What the drivers need to know about a form.
+struct Format {
+  bool bf16;    // the elements of its panels, else floats
+  bool groups;  // which of a kernel's widest panels suits it
+  std::int64_t (*units)(const Linear& linear);   // blocks of rows, or groups, which are multiplied one by one
+  std::int64_t (*stored)(const Linear& linear);  // entries that are multiplied
+};
+const Format& format_of(const Linear& linear);
 
 // How tokens are cut: into as few panels as the widest panel for rows, or for `groups`, allows, and these as narrow as
 // their number allows. 65 tokens make two panels of 48 (three vectors of 16), not one of 64 and one of 16 that would

@@ -180,7 +180,7 @@ void multiply_width(const LinearJob<float>& job, std::int64_t panel, std::int64_
   constexpr int width = width_vectors * lanes;
   const float* x = job.x + panel * job.linear->n_in * width;
   float* y = job.y + panel * job.linear->n_out * width;
-  const bool sliced = job.linear->sliced != nullptr;
+  const bool sliced = job.linear->form == Form::rows;
   const std::int64_t units = sliced ? job.linear->sliced->blocks : job.linear->grouped->groups;
   const std::int64_t end = (part + 1) * job.unit < units ? (part + 1) * job.unit : units;
   if (sliced) return multiply_blocks<width_vectors>(job, part * job.unit, end, x, y);

@@ -189,18 +189,18 @@ bool long_vector(const Job& all, std::int64_t row, int threads) {
 
 }  // namespace
 
-bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, Isa isa, int threads,
+bool topk_mask(const float* scores, std::int64_t rows, std::int64_t n, std::int64_t k, cpu::Context context,
                bool* keep) {
   if (rows == 0 || n == 0) return true;
   std::atomic<bool> finite{true};
   // k = 0 still looks for NaN.
-  Job job{&kernel_for(isa), scores, keep, rows, n, std::max<std::int64_t>(k, 1), 0, &finite};
+  Job job{&kernel_for(context.isa), scores, keep, rows, n, std::max<std::int64_t>(k, 1), 0, &finite};
   job.rows_a_task = std::max<std::int64_t>(1, chunk_scores / n);
-  if (rows * n < 2 * chunk_scores) threads = 1;
+  if (rows * n < 2 * chunk_scores) context.threads = 1;
   if (n <= chunk_scores) {
-    parallel_for(ceil_div(rows, job.rows_a_task), threads, n <= ranked_length ? ranked_rows : selected_rows, &job);
+    parallel_for(ceil_div(rows, job.rows_a_task), context.threads, n <= ranked_length ? ranked_rows : selected_rows, &job);
   } else {
-    for (std::int64_t row = 0; row < rows && finite; ++row) finite = long_vector(job, row, threads);
+    for (std::int64_t row = 0; row < rows && finite; ++row) finite = long_vector(job, row, context.threads);
   }
   if (k == 0) std::fill_n(keep, rows * n, false);
   return finite;

@@ -21,6 +21,7 @@ class EncoderLayer:
     """One transformer layer whose norms come after the residual sums. H is the hidden size, I the intermediate size.
 
     qkv: H -> 3 H, query, key and value stacked; attention_out: H -> H; up: H -> I with the activation; down: I -> H.
+    attention_out and down are added to the states; InputError if one of them has an activation.
     """
 
     qkv: Linear
@@ -29,6 +30,13 @@ class EncoderLayer:
     up: Linear
     down: Linear
     norm: Norm
+
+    def __post_init__(self):
+        for name in ("attention_out", "down"):
+            if (activation := getattr(self, name).activation) != "none":
+                raise InputError(
+                    f"{name} is added to the states and must have no activation, has {activation}", fix="use none"
+                )
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,171 @@
+#include "common.h"
+#include "linear.h"
+
+namespace sparsebert::bind {
+namespace {
+
+constexpr std::pair<const char*, Activation> activations[] = {
+    {"none", Activation::none}, {"gelu", Activation::gelu}, {"relu", Activation::relu}, {"tanh", Activation::tanh}};
+
+Activation activation_named(const std::string& wanted) {
+  for (const auto& [name, activation] : activations) {
+    if (wanted == name) return activation;
+  }
+  throw std::invalid_argument("activation " + wanted + " is not known");
+}
+
+// A layer with this matrix, whose arrays `kept` keeps alive.
+template <typename Matrix>
+PyLinear linear_of(Kept kept, const Matrix& matrix, std::int64_t n_in, std::int64_t n_out,
+                   const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(!bias || (bias->ndim() == 1 && bias->size() == n_out), "bias must be [n_out]");
+  const float* bias_data = kept.data(bias);
+  return {std::move(kept), matrix, bias_data, activation_named(activation), n_in, n_out};
+}
+
+void require_rows(const Array<std::int32_t>& rows, std::int64_t n_out) {
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
+  }
+}
+
+void require_cols(const Array<std::uint16_t>& cols, std::int64_t n_in) {
+  require(std::all_of(cols.data(), cols.data() + cols.size(), [n_in](std::uint16_t col) { return col < n_in; }),
+          "cols must stay below n_in");
+}
+
+PyLinear sliced_linear(const Array<std::int32_t>& rows, const Array<std::uint8_t>& counts,
+                       const Array<std::uint8_t>& cols, const Array<float>& values, std::int64_t n_in,
+                       std::int64_t n_out, const std::optional<Array<float>>& bias, const std::string& activation) {
+  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t slabs = ceil_div(n_in, slab_cols), slices = ceil_div(n_out, slice_rows);
+  const std::int64_t blocks = ceil_div(n_out, block_rows), block_slices = block_rows / slice_rows;
+  require(n_in >= 1 && n_out >= 1 && rows.size() == slabs * slices * slice_rows && counts.size() == slabs * slices,
+          "every slab must have all slices");
+  Array<std::int64_t> begin({slabs, blocks});
+  std::int64_t entry = 0;
+  for (std::int64_t slab = 0; slab < slabs; ++slab) {
+    const std::int64_t start = entry;
+    for (std::int64_t slice = 0; slice < slices; ++slice) {
+      if (slice % block_slices == 0) begin.mutable_data()[slab * blocks + slice / block_slices] = entry;
+      entry += counts.data()[slab * slices + slice];
+    }
+    require(entry * slice_rows <= cols.size(), "counts must add up to the entries");
+    const std::int64_t width = std::min(slab_cols, n_in - slab * slab_cols);
+    const bool inside = std::all_of(cols.data() + start * slice_rows, cols.data() + entry * slice_rows,
+                                    [width](std::uint8_t col) { return col < width; });
+    require(inside, "cols must stay within their slab");
+  }
+  require(entry * slice_rows == cols.size() && cols.size() == values.size(), "counts must add up to the entries");
+  require_rows(rows, n_out);
+  Kept kept;
+  const SlicedMatrix w{kept.data(rows),   kept.data(counts), kept.data(begin), kept.data(cols),
+                       kept.data(values), slabs,             slices,           blocks,          entry};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
+}
+
+PyLinear grouped_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>& col_begin,
+                        const Array<std::int32_t>& col_count, const Array<std::uint16_t>& cols,
+                        const Array<std::int64_t>& value_begin, const Array<float>& values, std::int64_t n_in,
+                        std::int64_t n_out, const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(rows.ndim() == 2 && rows.shape(1) == group_rows, "rows must be [groups, group_rows]");
+  const std::int64_t groups = rows.shape(0);
+  require(col_begin.size() == groups && col_count.size() == groups && value_begin.size() == groups,
+          "every group must have columns and values");
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t begin = col_begin.at(g), count = col_count.at(g), at = value_begin.at(g);
+    require(begin >= 0 && count >= 0 && begin + count <= cols.size(), "columns of a group must lie in cols");
+    require(at >= 0 && at + count * group_rows <= values.size(), "values of a group must lie in values");
+  }
+  require_rows(rows, n_out);
+  require_cols(cols, n_in);
+  Kept kept;
+  const GroupedMatrix w{kept.data(rows),        kept.data(col_begin), kept.data(col_count), kept.data(cols),
+                        kept.data(value_begin), kept.data(values),    groups};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
+}
+
+PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>& tiles,
+                      const Array<std::int64_t>& col_begin, const Array<std::int32_t>& chunks,
+                      const Array<std::uint16_t>& cols, const Array<std::int64_t>& value_begin,
+                      const Array<std::int64_t>& mask_begin, const Array<Bf16>& values,
+                      const Array<std::uint32_t>& masks, std::int64_t n_in, std::int64_t n_out,
+                      const std::optional<Array<float>>& bias, const std::string& activation) {
+  require(rows.ndim() == 2 && rows.shape(1) == 2 * tile_rows, "rows must be [groups, 2 * tile_rows]");
+  const std::int64_t groups = rows.shape(0);
+  require(tiles.size() == groups && col_begin.size() == groups && chunks.size() == groups &&
+              value_begin.size() == groups && mask_begin.size() == groups,
+          "every group must have tiles, columns and values");
+  std::int64_t most_chunks = 0;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t count = chunks.at(g);
+    most_chunks = std::max(most_chunks, count);
+    require(tiles.at(g) == 1 || tiles.at(g) == 2, "a group must have 1 or 2 tiles");
+    require(col_begin.at(g) >= 0 && count >= 0 && col_begin.at(g) + count * tile_cols <= cols.size(),
+            "columns of a group must lie in cols");
+    const std::int64_t words = count * tiles.at(g) * tile_rows;
+    std::int64_t entries = words * tile_cols;
+    if (mask_begin.at(g) >= 0) {
+      require(mask_begin.at(g) + words <= masks.size(), "masks of a group must lie in masks");
+      entries = 0;
+      for (std::int64_t i = 0; i < words; ++i) entries += __builtin_popcount(masks.at(mask_begin.at(g) + i));
+    }
+    require(value_begin.at(g) >= 0 && value_begin.at(g) + entries <= values.size(),
+            "values of a group must lie in values");
+  }
+  require_rows(rows, n_out);
+  require_cols(cols, n_in);
+  Kept kept;
+  const TiledMatrix w{kept.data(rows),        kept.data(tiles),      kept.data(col_begin), kept.data(chunks),
+                      kept.data(cols),        kept.data(value_begin), kept.data(mask_begin), kept.data(values),
+                      kept.data(masks),       groups,                most_chunks};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
+}
+
+py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& linear, const std::string& isa,
+                                     int threads) {
+  const cpu::Context context = context_of(isa, threads);
+  require(x.ndim() == 2 && x.shape(1) == linear.n_in, "x must be [tokens, n_in]");
+  const std::int64_t tokens = x.shape(0);
+  py::array_t<float> y({tokens, linear.n_out});
+  const float* x_data = x.data();
+  float* y_data = y.mutable_data();
+  const Linear view = linear.view();
+  {
+    const Released released;
+    sparse_matmul(x_data, tokens, view, context, y_data);
+  }
+  return y;
+}
+
+}  // namespace
+
+void bind_sparse_matmul(py::module_& m) {
+  m.def("peak_flops", [](const std::string& isa, bool bf16) { return peak_flops(context_of(isa, 1).isa, bf16); },
+        py::arg("isa"), py::arg("bf16"));
+  m.attr("GROUP_ROWS") = group_rows;
+  m.attr("GROUP_TILE") = group_tile;
+  py::class_<PyLinear>(m, "Linear",
+                       "A packed linear layer; arrays are kept, not copied, and must not change.");
+  m.attr("SLICE_ROWS") = slice_rows;
+  m.attr("BLOCK_ROWS") = block_rows;
+  m.attr("SLAB_COLS") = slab_cols;
+  m.def("sliced_linear", &sliced_linear, py::arg("rows").noconvert(), py::arg("counts").noconvert(),
+        py::arg("cols").noconvert(), py::arg("values").noconvert(), py::arg("n_in"), py::arg("n_out"),
+        py::arg("bias").noconvert().none(true), py::arg("activation"));
+  m.def("grouped_linear", &grouped_linear, py::arg("rows").noconvert(), py::arg("col_begin").noconvert(),
+        py::arg("col_count").noconvert(), py::arg("cols").noconvert(), py::arg("value_begin").noconvert(),
+        py::arg("values").noconvert(), py::arg("n_in"), py::arg("n_out"), py::arg("bias").noconvert().none(true),
+        py::arg("activation"));
+  m.attr("TILE_ROWS") = tile_rows;
+  m.attr("TILE_COLS") = tile_cols;
+  m.def("tiled_linear", &tiled_linear, py::arg("rows").noconvert(), py::arg("tiles").noconvert(),
+        py::arg("col_begin").noconvert(), py::arg("chunks").noconvert(), py::arg("cols").noconvert(),
+        py::arg("value_begin").noconvert(), py::arg("mask_begin").noconvert(), py::arg("values").noconvert(),
+        py::arg("masks").noconvert(), py::arg("n_in"), py::arg("n_out"), py::arg("bias").noconvert().none(true),
+        py::arg("activation"));
+  m.def("sparse_matmul", &run_sparse_matmul, py::arg("x").noconvert(), py::arg("linear"), py::arg("isa"),
+        py::arg("threads"), "y = activation(x Wᵀ + bias).");
+}
+
+}  // namespace sparsebert::bind
