@@ -7,9 +7,11 @@ pytest bench/bench_sparse_encoder.py --benchmark-only      the quick cases, one 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +21,10 @@ import transformers
 
 from bench import harness
 from bench.shapes import random_mask
+from sparsebert.architectures import facts as facts_of
 from sparsebert.engine import architectures
 from sparsebert.engine.costs import costs
-from sparsebert.engine.engine import pack_cheapest
+from sparsebert.engine.formats import pack_cheapest
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
@@ -81,7 +84,8 @@ def classifier(name: str, pattern: str, sparsity: float) -> tuple[torch.nn.Modul
                 module.weight *= torch.from_numpy(random_mask(*module.weight.shape, sparsity, PATTERNS[pattern], rng))
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     table = costs(_dispatch.float32_isas()[-1])
-    return model, architectures.build(weights, config.to_dict(), lambda weight: pack_cheapest(weight, table))[-1]
+    facts = facts_of(json.loads(config.to_json_string()), Path(name))
+    return model, architectures.build(weights, facts, lambda weight: pack_cheapest(weight, table))[-1]
 
 
 def lengths_of(case: Case) -> np.ndarray:

@@ -20,7 +20,7 @@ from bench import harness
 from bench.shapes import LINEARS, SPARSITIES, TOKENS, Linear, random_input, random_mask, random_weight
 from sparsebert import environment
 from sparsebert.engine.costs import costs
-from sparsebert.engine.engine import pack_cheapest
+from sparsebert.engine.formats import pack_cheapest
 from sparsebert.engine.rivals import torch_threads
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear as Packed

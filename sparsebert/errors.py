@@ -14,7 +14,7 @@ def cut(text: str, longest: int = LONGEST) -> str:
     """The text on one line: other white space than spaces becomes a space. If it is longer than `longest`, its middle
     is left out, so that a long path keeps both ends.
     """
-    text = re.sub(r"[^\S \xa0]+", " ", text).strip()
+    text = re.sub(r" *[^\S \xa0]+ *", " ", text).strip()
     if len(text) <= longest:
         return text
     half = longest // 2

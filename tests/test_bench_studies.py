@@ -1,11 +1,13 @@
-"""The cells of bench/study_pruning: each is computed once, and the ledger keeps them if their file is torn."""
+"""The cells of bench/study_pruning: each is computed once, and the ledger keeps them if their file is torn. A bench
+that builds an engine of its own still gives torch's logits.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from bench import study_pruning
+from bench import bench_sparse_encoder, study_pruning
 from bench.study_pruning import Cells, shared, summary
 from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError
@@ -85,3 +87,8 @@ def test_rungs_are_of_the_same_cells_and_each_setting_has_one():
     assert all([(c["weights"], c["draw"]) for c in found] == [("v", 0)] for found in shared(cells).values())
     configs = [config for _, _, config in study_pruning.settings("ladder")]
     assert all(configs.count(config) == 1 for config in configs)
+
+
+def test_the_bench_of_the_encoder_times_what_gives_the_logits_of_torch():
+    rows = bench_sparse_encoder.measure(bench_sparse_encoder.QUICK_CASES[0], threads=1, rounds=1)
+    assert rows and all(0 <= row["error"] < bench_sparse_encoder.TOLERANCE for row in rows)

@@ -23,7 +23,7 @@ import sparsebert
 from sparsebert import checkpoint, data, environment
 from sparsebert.cli.timing import texts_of
 from sparsebert.config import BenchConfig, PruneConfig
-from sparsebert.engine import Engine, costs, engine
+from sparsebert.engine import Engine, costs, engine, formats
 from sparsebert.engine.rivals import time_rivals
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
@@ -66,7 +66,7 @@ def test_bf16_logits_are_near_transformers(directory, texts, tile_isa, monkeypat
     monkeypatch.setenv("SPARSEBERT_ISA", tile_isa)
     loaded = Engine.load(directory, dtype="bf16")
     want = stock_logits(directory, texts)
-    assert np.abs(loaded.logits(texts) - want).max() < engine.BF16_TOLERANCE * np.abs(want).max()
+    assert np.abs(loaded.logits(texts) - want).max() < formats.DTYPES["bf16"].tolerance * np.abs(want).max()
     assert {row["form"] for row in loaded.explain()} == {"tiles"}
     assert {row["kernel"] for row in loaded.explain()} == {f"{tile_isa} bf16"}
 
@@ -393,8 +393,8 @@ def test_costs_are_measured_stored_and_read_again(tmp_path, monkeypatch):
 def test_the_cheapest_form_is_chosen_for_each_length_of_a_batch(rows, forms):
     weight = np.zeros((64, 64), np.float32)
     weight[:, :16] = 1
-    packed = engine.pack_cheapest(weight, costs_with(rows))
-    assert [engine._explained(form)[0] for form in packed] == forms
+    packed = formats.pack_cheapest(weight, costs_with(rows))
+    assert [formats.explained(form)[0] for form in packed] == forms
     assert all(form.nnz == 64 * 16 for form in packed)
     assert len({id(form) for form in packed}) == len(set(forms)), "packed once a form"
 
@@ -402,8 +402,8 @@ def test_the_cheapest_form_is_chosen_for_each_length_of_a_batch(rows, forms):
 def test_a_full_weight_is_dense_unless_rows_are_cheaper():
     weight = np.ones((64, 64), np.float32)
     for cost, form in ((1.5, "dense"), (0.5, "rows")):
-        packed = engine.pack_cheapest(weight, costs_with((cost,) * 3))
-        assert {engine._explained(one)[0] for one in packed} == {form}
+        packed = formats.pack_cheapest(weight, costs_with((cost,) * 3))
+        assert {formats.explained(one)[0] for one in packed} == {form}
 
 
 def test_explain_gives_the_reason_of_each_form_by_its_figures(tmp_path):
@@ -434,7 +434,7 @@ def test_explain_gives_the_reason_of_each_form_by_its_figures(tmp_path):
 @pytest.mark.parametrize(("value", "stored"), [(1.0, "100%"), (0.0, "0%")])
 def test_what_is_said_of_tiles(value, stored):
     weight = np.full((64, 64), value, np.float32)
-    form, why = engine._explained(engine.pack_tiles(weight))
+    form, why = formats.explained(formats.pack_tiles(weight))
     assert form == "tiles" and why.startswith(f"{stored} of the matrix in tiles")
 
 

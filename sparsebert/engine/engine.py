@@ -15,26 +15,13 @@ import numpy as np
 from sparsebert import checkpoint, environment, heads
 from sparsebert.checkpoint import Changed, Files
 from sparsebert.engine import architectures, cache, inputs
-from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
+from sparsebert.engine.costs import LONG, TOKENS, costs, kind_of
+from sparsebert.engine.formats import DTYPES, explained, has_choice, pack_cheapest
 from sparsebert.engine.measure import interleave
 from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, shown
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
-from sparsebert.ops.sparse_matmul import (
-    Linear,
-    Packed,
-    PackedRows,
-    PackedTiles,
-    pack,
-    pack_groups,
-    pack_tiles,
-    places_in_groups,
-    sparse_matmul,
-)
-
-DTYPES = ("auto", "fp32", "bf16")
-# The largest allowed difference of bf16 logits from the golden ones, as a share of the largest golden logit.
-BF16_TOLERANCE = 0.05
+from sparsebert.ops.sparse_matmul import Linear, Packed, sparse_matmul
 
 Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
 
@@ -83,8 +70,8 @@ class Engine:
         is faster. Raises CheckpointError for a damaged directory and UnsupportedError for a model that the engine does
         not run.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {shown(dtype)}", fix="pass one of these")
+        if dtype not in (known := ("auto", *DTYPES)):
+            raise InputError(f"dtype must be one of {', '.join(known)}, got {shown(dtype)}", fix="pass one of these")
         settings = {
             "dtype": dtype,
             "threads": None if threads is None else _dispatch.threads(threads),
@@ -106,7 +93,7 @@ class Engine:
         table = costs(_dispatch.isa())
 
         def forms(weight: np.ndarray) -> tuple[Packed, ...]:
-            return (pack_tiles(weight),) if dtype == "bf16" else pack_cheapest(weight, table)
+            return pack_cheapest(weight, table, dtype)
 
         def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
             return architectures.build(weights, files.facts, forms)
@@ -114,15 +101,14 @@ class Engine:
         def packed(anew: bool) -> tuple[PackedEncoder, ...]:
             if not settings["cached"]:
                 return make(files.weights)
-            key = {"dtype": dtype} | ({} if dtype == "bf16" else {"costs": asdict(table)})
+            key = {"dtype": dtype} | ({"costs": asdict(table)} if has_choice(dtype) else {})
             return cache.packed(files, key, make, anew=anew)
 
         def verified(encoders: tuple[PackedEncoder, ...]) -> Engine:
             engine = cls(encoders[-1:] if settings["batch_invariant"] else encoders, files, settings, dtype)
             for encoder in dict.fromkeys(engine._encoders):
                 _ = encoder.core  # made now, because making it takes a lock, and a fork would copy the lock
-                relative = BF16_TOLERANCE if dtype == "bf16" else 0.0
-                files.verify_golden(partial(engine._run, encoder), relative=relative)
+                files.verify_golden(partial(engine._run, encoder), relative=DTYPES[dtype].tolerance)
             return engine
 
         try:
@@ -165,17 +151,14 @@ class Engine:
         those that the core could do in that time and dtype without waiting for memory.
         """
         peak = _dispatch.core().peak_flops(self.isa, self.dtype == "bf16") if measure else None
-        if self.dtype == "bf16":
-            kernel = self.isa if self.isa in environment.BF16_ISAS else "scalar"
-        else:
-            kernel = _dispatch.float32_isa(self.isa)
+        kernel = DTYPES[self.dtype].kernel(self.isa)
         rows = []
         for i, layer in enumerate(self.encoder.layers):
             for name in ("qkv", "attention_out", "up", "down"):
                 linear = getattr(layer, name)
                 weight = linear.weight
-                form, why = _explained(weight)
-                short = _explained(getattr(self._encoders[0].layers[i], name).weight)[0]
+                form, why = explained(weight)
+                short = explained(getattr(self._encoders[0].layers[i], name).weight)[0]
                 row = {
                     "layer": i, "linear": name, "shape": [weight.n_out, weight.n_in],
                     "density": weight.nnz / (weight.n_in * weight.n_out), "form": form,
@@ -269,11 +252,9 @@ class Engine:
 
 
 def _warn_of_portable_path(dtype: str) -> None:
-    isa = _dispatch.isa()
-    if environment.isa_cap() is None and (isa == "scalar" or (dtype == "bf16" and isa not in environment.BF16_ISAS)):
-        lacking = "AVX2" if dtype == "fp32" else "AMX and no AVX-512 BF16"
+    if environment.isa_cap() is None and not DTYPES[dtype].has_kernel(_dispatch.isa()):
         warnings.warn(
-            f"no {lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
+            f"no {DTYPES[dtype].lacking} here: the engine runs {dtype} on its portable path, see `sparsebert doctor`",
             SparsebertWarning,
             stacklevel=3,
         )
@@ -285,33 +266,8 @@ def dtype_of(config: dict, isa: str) -> str:
     return "bf16" if declared == "bfloat16" and isa == "amx" else "fp32"
 
 
-def pack_cheapest(weight: np.ndarray, table: Costs) -> tuple[Packed, ...]:
-    """A float32 weight in the cheapest form for each of TOKENS; each form is packed once."""
-    forms = {"groups": pack_groups, "dense": partial(pack_groups, whole=True), "rows": pack}
-    places = places_in_groups(weight)
-    chosen = []
-    for rows, groups in zip(table.rows, table.groups, strict=True):
-        cost = {"groups": groups * places, "dense": groups * weight.size, "rows": rows * np.count_nonzero(weight)}
-        chosen.append(min(cost, key=cost.get))
-    made = {form: forms[form](weight) for form in set(chosen)}
-    return tuple(made[form] for form in chosen)
-
-
 def _seconds(linear: Linear, isa: str) -> float:
     """Seconds of the fastest of several calls, on one thread."""
     x = np.random.default_rng(0).standard_normal((TOKENS[LONG], linear.weight.n_in), np.float32)
     call = partial(sparse_matmul, x, linear, threads=1, isa=isa)
     return interleave({"linear": call}, rounds=7, warmup=0).minimum("linear")
-
-
-def _explained(weight: Packed) -> tuple[str, str]:
-    """A packed form's name and why it was chosen."""
-    size, stored = weight.n_in * weight.n_out, weight.stored
-    if isinstance(weight, PackedTiles):
-        whole = float((weight.mask_begin < 0).mean())
-        return "tiles", f"{stored / size:.0%} of the matrix in tiles, {whole:.0%} of the groups' tiles stored whole"
-    if isinstance(weight, PackedRows):
-        return "rows", "rows share too few kept columns for groups to be cheaper"
-    if len(np.unique(weight.col_begin)) == 1 and stored >= size:
-        return "dense", f"{weight.nnz / size:.0%} is kept: the dense form is cheaper"
-    return "groups", f"groups of rows with the same columns; {weight.nnz / stored:.0%} of their places kept"

@@ -20,7 +20,8 @@ import numpy as np
 
 from sparsebert import checkpoint, machine
 from sparsebert.config import BenchConfig
-from sparsebert.engine.engine import BF16_TOLERANCE, Engine
+from sparsebert.engine.engine import Engine
+from sparsebert.engine.formats import DTYPES
 from sparsebert.engine.measure import Timings, in_order
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 from sparsebert.ops import _dispatch
@@ -28,7 +29,7 @@ from sparsebert.ops import _dispatch
 OURS = "sparsebert"
 # Logits match if they differ from torch's float32 logits by at most what another order of a float32 sum makes, plus
 # this share of the largest logit.
-SHARE = {"fp32": 0.0, "bf16": BF16_TOLERANCE, "int8": 0.25}
+SHARE = {name: dtype.tolerance for name, dtype in DTYPES.items()} | {"int8": 0.25}
 SETTLE_S = 5e-3  # in which the workers of the previous engine stop spinning
 
 Call = Callable[[int], np.ndarray]  # a batch's number -> its logits
