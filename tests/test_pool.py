@@ -26,7 +26,7 @@ def built(tmp_path: Path, *flags: str) -> Path:
 @pytest.mark.parametrize("flags", [(), ("-fsanitize=thread",)], ids=["plain", "thread sanitizer"])
 def test_every_task_runs_once_without_a_race(tmp_path, flags):
     done = subprocess.run([str(built(tmp_path, *flags))], capture_output=True, text=True, timeout=300)
-    if "unexpected memory mapping" in done.stderr:  # of a kernel whose addresses are more random than the library knows
+    if "unexpected memory mapping" in done.stderr:  # a kernel with more random addresses than it knows
         require("sanitizers", "ThreadSanitizer does not run on this kernel")
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert int(done.stdout.split()[0]) > 3 * 200 * 19
@@ -34,7 +34,9 @@ def test_every_task_runs_once_without_a_race(tmp_path, flags):
 
 def test_the_sanitizer_would_notice_a_race(tmp_path):
     racing = tmp_path / "racing.cpp"
-    racing.write_text("#include <thread>\nint x;\nint main() { std::thread t([] { ++x; }); ++x; t.join(); return 0; }\n")
+    racing.write_text(
+        "#include <thread>\nint x;\nint main() { std::thread t([] { ++x; }); ++x; t.join(); return 0; }\n"
+    )
     command = ["g++", "-std=c++17", "-g", "-pthread", "-fsanitize=thread", str(racing), "-o", str(tmp_path / "racing")]
     if shutil.which("g++") is None or subprocess.run(command, capture_output=True).returncode:
         require("sanitizers", "g++ has no ThreadSanitizer library")
