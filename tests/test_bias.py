@@ -225,7 +225,9 @@ def test_the_content_of_a_bias_model_is_part_of_the_key(start, tmp_path, kind):
     first = train(start, task, tmp_path / "m", settings)
     assert train(start, task, tmp_path / "m", settings).weights_sha256 == first.weights_sha256
     make(1)
-    with pytest.raises(OutputError, match=r"m was made with --bias [0-9a-f]{8}…, not [0-9a-f]{8}…; repeat"):
+    with pytest.raises(
+        OutputError, match=r"m was made with other contents of --bias \(sha256 [0-9a-f]{8}…, not [0-9a-f]{8}…\); repeat"
+    ):
         train(start, task, tmp_path / "m", settings)
 
 

@@ -358,7 +358,8 @@ def _flat(inputs: dict, before: str = "") -> dict:
 def _told(name: str, there: Any, here: Any) -> str:
     """How one input of another job, `there`, differs, for messages."""
     if all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (there, here)):
-        return f"other {_CONTENTS.get(name, name)} (sha256 {there[:8]}…, not {here[:8]}…)"
+        what = _CONTENTS.get(name, f"contents of {name}" if name.startswith("--") else name)
+        return f"other {what} (sha256 {there[:8]}…, not {here[:8]}…)"
     return f"{name} {_shown(there)}, not {_shown(here)}"
 
 
