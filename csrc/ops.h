@@ -6,8 +6,10 @@
 
 namespace sparsebert {
 
-// Slowest first, in the order of sparsebert.environment.ISAS. The last two are avx512 with different kernels for bf16.
-enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
+// In the order of sparsebert.environment.ISAS, slowest first. avx_vnni is avx2 with other kernels for int8; the last
+// three are avx512 with other kernels for int8, for bf16, or for both. A processor may lack one that stands before one
+// that it has.
+enum class Isa : int { scalar, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx };
 
 namespace cpu {
 
@@ -78,7 +80,36 @@ struct TiledMatrix {
   std::int64_t most_chunks;         // the largest of `chunks`
 };
 
-enum class Form : int { rows, groups, tiles };
+// A quad: the columns of which one instruction adds up the products.
+constexpr std::int64_t quad_cols = 4;
+constexpr std::int64_t most_int8_rows = 32;  // of a group
+
+// How values become bytes: value k is trunc(v * inverse[k] + offset[k]), or 0 or 255 beyond; a NaN is 0. `offset` is the
+// byte of zero plus one half, which rounds. All instruction sets give the same bytes.
+struct Quantizer {
+  const float* inverse;
+  const float* offset;
+};
+
+// W in int8, for an input in bytes. A group is some rows of W that share one list of kept columns, in quads. With w the
+// weights and b the bytes, row r of y is scale[r] * (start[r] + sum over k of w_rk b_k); `start` takes away the bytes of
+// zero. The sum in brackets is exact in int32.
+struct Int8Matrix {
+  const std::int64_t* row_begin;    // [groups + 1], where a group's rows begin in `rows`
+  const std::int32_t* rows;         // per group a multiple of group_tile: the row of W, or -1 to fill up
+  const std::int64_t* col_begin;    // [groups], where a group's columns begin in `cols`; groups may share them
+  const std::int32_t* quads;        // [groups], the group's columns / quad_cols
+  const std::uint16_t* cols;        // column indices below n_in; a list is filled up with any column, of weight zero
+  const std::int64_t* value_begin;  // [groups], where a group's values begin in `values`
+  const std::int8_t* values;        // per group: [rows / group_tile][quads][group_tile][quad_cols]
+  const float* scale;               // [n_out]
+  const std::int32_t* start;        // [n_out]
+  Quantizer input;                  // [n_in]
+  std::int64_t groups;
+  std::int64_t most_quads;          // the largest of `quads`
+};
+
+enum class Form : int { rows, groups, tiles, int8 };
 
 // y = activation(x Wᵀ + bias) for W [n_out, n_in] in one of the forms.
 struct Linear {
@@ -87,6 +118,7 @@ struct Linear {
     const SlicedMatrix* sliced;
     const GroupedMatrix* grouped;
     const TiledMatrix* tiled;
+    const Int8Matrix* int8;
   };
   const float* bias;  // [n_out], or null for none
   Activation activation;
@@ -94,7 +126,8 @@ struct Linear {
   std::int64_t n_out;
 };
 
-// Runs a linear layer with float32 accumulation. If W is in tiles, x and y are rounded to bf16.
+// Runs a linear layer with float32 accumulation. If W is in tiles, x and y are rounded to bf16; in int8, x is rounded to
+// bytes, and the products are added up in int32.
 //   x     [tokens, n_in] row-major floats, any number of tokens from 0; needs no alignment beyond a float's
 //   y     [tokens, n_out] row-major floats, written whole; must not overlap x
 // A token's result depends neither on other tokens, nor on their number, nor on `context.threads`; avx2 and avx512 give
@@ -102,9 +135,9 @@ struct Linear {
 // most max(threads MiB, (n_in + n_out) * 256 B), and with tiles some 320 B more per thread and input.
 void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y);
 
-// Peak operations per second of one core with this instruction set, in float32 from registers or in bf16 on tiles; a
-// multiply-add counts as two. No kernel exceeds it. Takes some milliseconds.
-double peak_flops(Isa isa, bool bf16);
+// Peak operations per second of one core with this instruction set, for linears in this form: from registers, or from
+// tiles in the cache; a multiply-add counts as two. No kernel exceeds it. Takes some milliseconds.
+double peak_flops(Isa isa, Form form);
 
 struct LayerNorm {
   const float* weight;
@@ -147,7 +180,8 @@ struct Sequences {
 };
 
 // Classifies sequences. Either all linears of the layers, the projection and the pooler are in tiles, and the states
-// between them are bf16, or none is in tiles. The classifier is never in tiles.
+// between them are bf16, or none is in tiles. The classifier is never in tiles. Only linears of the layers are in int8;
+// the states, attention and the norms are float32 then.
 //   logits  [count, classifier.n_out] row-major floats, written whole
 //   states  [tokens, hidden], the last layer's output, or null if it is not wanted
 // A sequence's result depends neither on other sequences nor on `context.threads`; avx2 and avx512 give the same bits in

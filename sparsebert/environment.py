@@ -8,8 +8,11 @@ from pathlib import Path
 
 from sparsebert.errors import DataError, InputError, shown
 
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")  # slowest first; a cap allows everything up to it
-BF16_ISAS = ("avx512_bf16", "amx")  # they multiply bf16, and float32 as avx512 does
+# Slowest first; a cap allows everything up to it. Each multiplies what it has no kernels for as the ones before it do.
+ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
+FLOAT32_ISAS = ("scalar", "avx2", "avx512")  # with kernels of their own for float32, and so on
+BF16_ISAS = ("avx512_bf16", "amx")
+INT8_ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni")
 
 
 def isa_cap() -> str | None:
@@ -29,7 +32,9 @@ _RIVAL_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INS
 _RIVAL_CAPS = {
     "scalar": ("SSE41", "default", "SSE4_2"),
     "avx2": ("AVX2", "avx2", "AVX2"),
+    "avx_vnni": ("AVX2_VNNI", "avx2", "AVX2"),
     "avx512": ("AVX512_CORE", "avx512", "AVX512"),
+    "avx512_vnni": ("AVX512_CORE_VNNI", "avx512", "AVX512"),
     "avx512_bf16": ("AVX512_CORE_BF16", "avx512", "AVX512"),
 }
 

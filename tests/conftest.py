@@ -61,7 +61,7 @@ def data_at_hand() -> None:
         require("data", "SPARSEBERT_DATA is not set")
 
 
-@pytest.fixture(params=[isa for isa in environment.ISAS if isa not in environment.BF16_ISAS])
+@pytest.fixture(params=environment.FLOAT32_ISAS)
 def isa(request: pytest.FixtureRequest) -> str:
     """Each float32 instruction set. The test skips (or fails) with the reason for those that this machine lacks."""
     return _supported(request)
@@ -70,6 +70,12 @@ def isa(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(params=["scalar", *environment.BF16_ISAS])
 def tile_isa(request: pytest.FixtureRequest) -> str:
     """Each instruction set of bf16 tiles, likewise."""
+    return _supported(request)
+
+
+@pytest.fixture(params=environment.INT8_ISAS)
+def int8_isa(request: pytest.FixtureRequest) -> str:
+    """Each instruction set that multiplies int8, likewise."""
     return _supported(request)
 
 

@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 from conftest import require
 
+from sparsebert import environment
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder, sparse_encoder, sparse_encoder_ref
-from sparsebert.ops.sparse_matmul import Linear, pack, pack_groups, pack_tiles
+from sparsebert.ops.sparse_matmul import (
+    Linear,
+    PackedInt8,
+    Quantized,
+    pack,
+    pack_groups,
+    pack_int8,
+    pack_tiles,
+    unpack,
+)
 
 VOCABULARY, MAX_LENGTH = 50, 520
 # States are about 1 in size; two layers of sums of up to 520 float32 products.
@@ -104,9 +114,51 @@ def test_tiles_match_the_reference(tile_isa, name):
             assert np.sqrt(np.mean((ours - expected) ** 2)) < TILE_TOLERANCE["rms"]
 
 
-def assert_sequences_alone(form, isa: str) -> None:
+# Bytes of inputs of up to 8 in size round by 2^-6 / 2 at most; attention rounds by 2^-12 of a head's largest value.
+INT8_TOLERANCE = {"most": 0.4, "rms": 0.05}
+
+
+def as_int8(weight: np.ndarray) -> PackedInt8:
+    """The weight on the nearest grid, for inputs from -8 to 8."""
+    step = np.full(weight.shape[1], 2.0**-4, np.float32)
+    scale = np.maximum(np.abs(weight).max(1) * step[0] / 127, 1e-6).astype(np.float32)
+    values = np.rint(weight * step / scale[:, None]).astype(np.int8)
+    return pack_int8(Quantized(values, scale, step, np.full(len(step), 128, np.uint8)))
+
+
+def in_int8(given: PackedEncoder, names=("qkv", "attention_out", "up", "down")) -> PackedEncoder:
+    """The encoder with these linears of its layers in int8."""
+    layers = [
+        replace(layer, **{name: replace(old, weight=as_int8(unpack(old.weight)))
+                          for name in names for old in [getattr(layer, name)]})
+        for layer in given.layers
+    ]  # fmt: skip
+    return replace(given, layers=tuple(layers))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_int8_matches_the_reference(int8_isa, name):
+    packed = in_int8(encoder(**SHAPES[name]))
+    for lengths in LENGTHS:
+        inputs = sequences(lengths)
+        got = sparse_encoder(*inputs, packed, states=True, isa=int8_isa)
+        for ours, expected in zip(got, sparse_encoder_ref(*inputs, packed), strict=True):
+            assert np.abs(ours - expected).max() < INT8_TOLERANCE["most"]
+            assert np.sqrt(np.mean((ours - expected) ** 2)) < INT8_TOLERANCE["rms"]
+
+
+@pytest.mark.parametrize("names", [("qkv",), ("attention_out",), ("up",), ("down",), ("qkv", "up")])
+def test_linears_in_int8_and_in_float32_mix(int8_isa, names):
+    packed = in_int8(encoder(), names)
+    inputs = sequences([27, 1, 40, 9])
+    got = sparse_encoder(*inputs, packed, states=True, isa=int8_isa)
+    for ours, expected in zip(got, sparse_encoder_ref(*inputs, packed), strict=True):
+        assert np.sqrt(np.mean((ours - expected) ** 2)) < INT8_TOLERANCE["rms"]
+
+
+def assert_sequences_alone(form, isa: str, change=lambda packed: packed) -> None:
     """A sequence gives the same bits alone, in a batch, and on any number of threads."""
-    packed = encoder(form)
+    packed = change(encoder(form))
     ids, types, starts = sequences([27, 1, 40, 9, 130, 8, 300, 5, 64])
     together = sparse_encoder(ids, types, starts, packed, isa=isa, threads=1)
     for threads in (2, 3, 8):
@@ -124,6 +176,27 @@ def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_
 
 def test_tiles_give_a_sequence_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(tile_isa):
     assert_sequences_alone(pack_tiles, tile_isa)
+
+
+def test_a_sequence_in_int8_gives_the_same_bits_alone_too(int8_isa):
+    assert_sequences_alone(pack_groups, int8_isa, in_int8)
+
+
+def test_int8_gives_the_same_bits_on_all_isas_with_fused_products():
+    isas = [isa for isa in _dispatch.supported_isas() if isa in environment.INT8_ISAS and isa != "scalar"]
+    packed, inputs = in_int8(encoder(pack_groups)), sequences([27, 1, 40, 9, 130])
+    logits = [sparse_encoder(*inputs, packed, isa=isa) for isa in isas]
+    assert all(np.array_equal(other, logits[0]) for other in logits)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_int8_attention_passes_on_what_is_not_finite(int8_isa, at):
+    packed = encoder(pack_groups, layers=1)
+    bias = packed.layers[0].qkv.bias.copy()
+    bias[48 * at + 5] = np.inf
+    layer = replace(packed.layers[0], qkv=replace(packed.layers[0].qkv, bias=bias))
+    packed = in_int8(replace(packed, layers=(layer,)), ("up",))
+    assert np.isnan(sparse_encoder(*sequences([30, 5]), packed, isa=int8_isa)).all()
 
 
 def test_avx2_and_avx512_give_the_same_bits():

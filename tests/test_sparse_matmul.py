@@ -22,9 +22,11 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import (
     ACTIVATIONS,
     Linear,
+    Quantized,
     from_bf16,
     pack,
     pack_groups,
+    pack_int8,
     pack_tiles,
     places_in_groups,
     sparse_matmul,
@@ -163,6 +165,94 @@ def test_tiles_keep_a_non_finite_input_with_its_token(tile_isa):
     others = np.arange(70) != 33
     assert np.array_equal(y[others], clean[others])
     assert np.isnan(y[33, unpack(linear.weight)[:, 7] != 0]).all()
+
+
+def quantized(n_out: int, n_in: int, sparsity: float, rows: int = 1) -> Quantized:
+    """A weight on a grid whose zeros are the same in every `rows` consecutive rows, for inputs of about 1."""
+    rng = np.random.default_rng(n_out + n_in + rows)
+    kept = rng.random((-(-n_out // rows), n_in)) >= sparsity
+    values = rng.integers(-127, 128, (n_out, n_in)) * np.repeat(kept, rows, 0)[:n_out]
+    scale = (rng.random(n_out) + 0.5) / (73 * 33 * n_in**0.5)
+    step = 0.02 + 0.02 * rng.random(n_in)
+    zero = rng.integers(60, 200, n_in)
+    return Quantized(values.astype(np.int8), scale.astype(np.float32), step.astype(np.float32), zero.astype(np.uint8))
+
+
+# (sparsity, consecutive rows that share their support): dense, groups of each size, unlike rows, and no weights at all.
+QUANTIZED = ((0.0, 1), (0.8, 4), (0.8, 8), (0.8, 16), (0.8, 32), (0.9, 1), (1.0, 1))
+
+
+@pytest.mark.parametrize(("sparsity", "rows"), QUANTIZED)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_int8_matches_the_reference_at_every_remainder(int8_isa, tokens, sparsity, rows):
+    for (n_out, n_in), activation in zip(SHAPES, (*ACTIVATIONS, "none", "gelu", "none"), strict=True):
+        weight = pack_int8(quantized(n_out, n_in, sparsity, rows))
+        x, bias = random_input(tokens, n_in), random_input(1, n_out)[0]
+        for b in (bias, None):
+            linear = Linear(weight, b, activation)
+            y, expected = sparse_matmul(x, linear, isa=int8_isa), sparse_matmul_ref(x, linear)
+            # The sum of products is exact; scale, bias and activation are float32.
+            check(y, expected, 2e-6)
+
+
+@pytest.mark.parametrize(("sparsity", "rows"), QUANTIZED)
+def test_int8_unpacks_to_the_grid(sparsity, rows):
+    for n_out, n_in in SHAPES:
+        given = quantized(n_out, n_in, sparsity, rows)
+        packed = pack_int8(given)
+        assert np.array_equal(unpack(packed), given.weight)
+        assert packed.nnz == np.count_nonzero(given.values)
+        assert packed.stored >= packed.nnz
+
+
+@pytest.mark.parametrize("rows", [4, 8, 16, 32])
+def test_int8_groups_are_as_high_as_the_pattern(rows):
+    packed = pack_int8(quantized(96, 256, 0.8, rows))
+    assert (np.diff(packed.row_begin) == rows).all()
+
+
+def test_int8_gives_the_same_bits_on_every_isa_thread_and_batch():
+    # Of multiples of 2^-6, so that scaling and adding the bias are exact in float32 too.
+    given = quantized(100, 300, 0.8)
+    given = replace(given, scale=np.full(100, 2.0**-6, np.float32), step=np.full(300, 2.0**-5, np.float32))
+    linear = Linear(pack_int8(given), np.float32(np.arange(100)))
+    x = random_input(300, 300)
+    whole = sparse_matmul(x, linear, isa="scalar", threads=1)
+    for isa in set(_dispatch.supported_isas()) - {"amx"}:
+        for threads in (1, 2, 7):
+            assert np.array_equal(sparse_matmul(x, linear, isa=isa, threads=threads), whole)
+        for tokens in (1, 7, 31, 33, 65, 129):
+            assert np.array_equal(sparse_matmul(x[300 - tokens :], linear, isa=isa), whole[300 - tokens :])
+
+
+def test_int8_sums_of_the_largest_products_are_exact(int8_isa):
+    # The largest bytes and weights, whose pairs overflow 16 bits, in the most columns, whose sum nearly fills 32 bits.
+    n_in = 65536
+    for value, x_value, byte in ((127, 1e9, 255), (-127, 1e9, 255), (-128, -1e9, 0)):
+        one = np.ones(n_in, np.float32)
+        given = Quantized(np.full((5, n_in), value, np.int8), one[:5], one, np.full(n_in, 128, np.uint8))
+        y = sparse_matmul(np.full((3, n_in), x_value, np.float32), Linear(pack_int8(given)), isa=int8_isa)
+        assert np.array_equal(y, np.full((3, 5), np.float32(value * (byte - 128) * n_in)))
+
+
+def test_int8_clips_inputs_beyond_the_range(int8_isa):
+    given = Quantized(np.eye(2, dtype=np.int8), np.ones(2, np.float32), np.float32([0.5, 0.25]), np.uint8([0, 255]))
+    x = np.float32([[np.inf, np.inf], [-np.inf, -np.inf], [1e30, 0.3], [0.74, -0.38], [0.75, -0.37], [np.nan, 0.0]])
+    y = sparse_matmul(x, Linear(pack_int8(given)), isa=int8_isa)
+    # In units of a byte, from the byte of zero on; the nearest byte, and a NaN is byte 0.
+    assert y.tolist() == [[255, 0], [0, -255], [255, 0], [1, -2], [2, -1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("scale", 0.0), ("scale", -1.0), ("scale", np.nan), ("scale", np.inf), ("step", 0.0), ("step", 1e-39)],
+)
+def test_int8_refuses_scales_that_are_not_positive_numbers(field, value):
+    given = quantized(5, 7, 0.5)
+    bad = getattr(given, field).copy()
+    bad[3] = value
+    with pytest.raises(InputError, match=f"{field} must be above 0 and finite, got .* at 3"):
+        replace(given, **{field: bad})
 
 
 def test_bf16_rounds_to_the_nearest_and_ties_to_even():

@@ -73,7 +73,7 @@ def test_every_op_has_a_test_and_a_bench_of_its_name():
 def test_every_backend_file_carries_an_ops_name():
     shared = {"isa", "threads", "scratch"}
     for path in (ROOT / "csrc/cpu").glob("*.cpp"):
-        op = re.sub(rf"_({'|'.join(environment.ISAS)})$", "", path.stem)
+        op = re.sub(rf"_({'|'.join((*environment.ISAS, 'int8'))})$", "", path.stem)
         assert op in ops() | shared, f"{path} belongs to no op"
     for path in [*(ROOT / "csrc/cuda").glob("*.cu"), *(ROOT / "kernels").glob("[!_]*.py")]:
         assert path.stem in ops(), f"{path} belongs to no op"

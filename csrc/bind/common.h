@@ -33,8 +33,10 @@ template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
 constexpr std::pair<const char*, Isa> isas[] = {
-    {"scalar", Isa::scalar}, {"avx2", Isa::avx2}, {"avx512", Isa::avx512},
-    {"avx512_bf16", Isa::avx512_bf16}, {"amx", Isa::amx}};
+    {"scalar", Isa::scalar},           {"avx2", Isa::avx2},
+    {"avx_vnni", Isa::avx_vnni},       {"avx512", Isa::avx512},
+    {"avx512_vnni", Isa::avx512_vnni}, {"avx512_bf16", Isa::avx512_bf16},
+    {"amx", Isa::amx}};
 
 inline void require(bool holds, const char* rule) {
   if (!holds) throw std::invalid_argument(rule);

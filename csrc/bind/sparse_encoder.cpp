@@ -51,8 +51,11 @@ class PyEncoder {
       require((packed.view().form == Form::tiles) == (encoder_.pooler.form == Form::tiles),
               "all linears but the classifier must be in tiles, or none");
     }
+    require(encoder_.pooler.form != Form::int8 && projection_.form != Form::int8,
+            "only linears of the layers may be in int8");
     encoder_.classifier = linear(classifier, encoder_.pooler.n_out, -1);
-    require(encoder_.classifier.form != Form::tiles, "the classifier must not be in tiles");
+    require(encoder_.classifier.form != Form::tiles && encoder_.classifier.form != Form::int8,
+            "the classifier must be in float32");
   }
   PyEncoder(const PyEncoder&) = delete;
 

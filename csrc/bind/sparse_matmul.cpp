@@ -122,6 +122,62 @@ PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>
   return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 
+PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int32_t>& rows,
+                     const Array<std::int64_t>& col_begin, const Array<std::int32_t>& quads,
+                     const Array<std::uint16_t>& cols, const Array<std::int64_t>& value_begin,
+                     const Array<std::int8_t>& values, const Array<float>& scale, const Array<float>& step,
+                     const Array<std::uint8_t>& zero, std::int64_t n_in, std::int64_t n_out,
+                     const std::optional<Array<float>>& bias, const std::string& activation) {
+  const std::int64_t groups = quads.size();
+  require(row_begin.size() == groups + 1 && col_begin.size() == groups && value_begin.size() == groups,
+          "every group must have rows, columns and values");
+  require(scale.size() == n_out && step.size() == n_in && zero.size() == n_in,
+          "every row must have a scale, every column a step and a zero");
+  require_rows(rows, n_out);
+  require_cols(cols, n_in);
+  require(row_begin.at(0) == 0 && row_begin.at(groups) == rows.size(), "every row must lie in a group");
+  std::int64_t most_quads = 0;
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g), width = std::int64_t{quads.at(g)} * quad_cols;
+    require(height >= group_tile && height <= most_int8_rows && height % group_tile == 0,
+            "a group must have 4 to 32 rows, a multiple of 4");
+    require(col_begin.at(g) >= 0 && width >= 0 && col_begin.at(g) + width <= cols.size(),
+            "columns of a group must lie in cols");
+    require(value_begin.at(g) >= 0 && value_begin.at(g) + height * width <= values.size(),
+            "values of a group must lie in values");
+    most_quads = std::max<std::int64_t>(most_quads, quads.at(g));
+  }
+  Array<std::int32_t> start({n_out});
+  Array<float> inverse({n_in}), offset({n_in});
+  for (std::int64_t k = 0; k < n_in; ++k) {
+    inverse.mutable_at(k) = 1.0f / step.at(k);
+    offset.mutable_at(k) = static_cast<float>(zero.at(k)) + 0.5f;
+  }
+  std::fill_n(start.mutable_data(), n_out, 0);
+  for (std::int64_t g = 0; g < groups; ++g) {
+    const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g);
+    const std::int8_t* at = values.data() + value_begin.at(g);
+    for (std::int64_t r = 0; r < height; r += group_tile) {
+      for (std::int64_t q = 0; q < quads.at(g); ++q) {
+        const std::uint16_t* col = cols.data() + col_begin.at(g) + q * quad_cols;
+        for (std::int64_t i = 0; i < group_tile; ++i, at += quad_cols) {
+          const std::int32_t row = rows.at(row_begin.at(g) + r + i);
+          std::int32_t sum = 0;
+          for (std::int64_t k = 0; k < quad_cols; ++k) sum += at[k] * std::int32_t{zero.at(col[k])};
+          if (row >= 0) start.mutable_at(row) -= sum;  // at most 65,536 * 128 * 255 in all, if each row has one group
+        }
+      }
+    }
+  }
+  Kept kept;
+  const Int8Matrix w{kept.data(row_begin),   kept.data(rows),   kept.data(col_begin),
+                     kept.data(quads),       kept.data(cols),   kept.data(value_begin),
+                     kept.data(values),      kept.data(scale),  kept.data(start),
+                     {kept.data(inverse), kept.data(offset)},   groups,
+                     most_quads};
+  return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
+}
+
 py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& linear, const std::string& isa,
                                      int threads) {
   const cpu::Context context = context_of(isa, threads);
@@ -141,8 +197,13 @@ py::array_t<float> run_sparse_matmul(const Array<float>& x, const PyLinear& line
 }  // namespace
 
 void bind_sparse_matmul(py::module_& m) {
-  m.def("peak_flops", [](const std::string& isa, bool bf16) { return peak_flops(context_of(isa, 1).isa, bf16); },
-        py::arg("isa"), py::arg("bf16"));
+  m.def(
+      "peak_flops",
+      [](const std::string& isa, const std::string& dtype) {
+        const Form form = dtype == "int8" ? Form::int8 : dtype == "bf16" ? Form::tiles : Form::rows;
+        return peak_flops(context_of(isa, 1).isa, form);
+      },
+      py::arg("isa"), py::arg("dtype"));
   m.attr("GROUP_ROWS") = group_rows;
   m.attr("GROUP_TILE") = group_tile;
   py::class_<PyLinear>(m, "Linear",
@@ -164,6 +225,13 @@ void bind_sparse_matmul(py::module_& m) {
         py::arg("value_begin").noconvert(), py::arg("mask_begin").noconvert(), py::arg("values").noconvert(),
         py::arg("masks").noconvert(), py::arg("n_in"), py::arg("n_out"), py::arg("bias").noconvert().none(true),
         py::arg("activation"));
+  m.attr("QUAD_COLS") = quad_cols;
+  m.attr("MOST_INT8_ROWS") = most_int8_rows;
+  m.def("int8_linear", &int8_linear, py::arg("row_begin").noconvert(), py::arg("rows").noconvert(),
+        py::arg("col_begin").noconvert(), py::arg("quads").noconvert(), py::arg("cols").noconvert(),
+        py::arg("value_begin").noconvert(), py::arg("values").noconvert(), py::arg("scale").noconvert(),
+        py::arg("step").noconvert(), py::arg("zero").noconvert(), py::arg("n_in"), py::arg("n_out"),
+        py::arg("bias").noconvert().none(true), py::arg("activation"));
   m.def("sparse_matmul", &run_sparse_matmul, py::arg("x").noconvert(), py::arg("linear"), py::arg("isa"),
         py::arg("threads"), "y = activation(x Wᵀ + bias).");
 }

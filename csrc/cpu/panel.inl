@@ -125,6 +125,31 @@ inline f32 activate(f32 v, Activation activation) {
   return v;
 }
 
+// The next functions are only as exact as is useful if the result is rounded to bf16 (a relative error of 2^-9) or to
+// bytes.
+
+// 2^e for e <= 126, with a relative error of 1e-4; constant for e below -126. A NaN may get lost: the values that the
+// power is multiplied with are then NaN too.
+inline f32 exp2_roughly(f32 e) {
+  constexpr float coefficients[] = {0.05517166852951050f, 0.2426111251115799f, 0.6932609677314758f,
+                                    0.9999280571937561f};
+  return exp2_by(coefficients, e < splat(-126.0f) ? splat(-126.0f) : e);
+}
+
+// v (1/2 + c P(c^2)), with c = v clamped to [-4, 4], at whose ends the bracket is 0 and 1. Error at most 2e-4.
+inline f32 gelu_roughly(f32 v) {
+  f32 c = v < splat(-4.0f) ? splat(-4.0f) : v;
+  c = c > splat(4.0f) ? splat(4.0f) : c;
+  const f32 square = c * c;
+  f32 p = splat(2.2588203307805088e-08f);
+  p = p * square - 1.227415623361594e-06f;
+  p = p * square + 2.8125232347520068e-05f;
+  p = p * square - 0.00036218372406437993f;
+  p = p * square + 0.002968751359730959f;
+  p = p * square - 0.017054392024874687f;
+  return v * (c * (p * (square - 16.0f) + 0.125f) + 0.5f);
+}
+
 // The sum over k < n of term(k), as four independent sums.
 template <typename Term>
 inline f32 sum_of(std::int64_t n, Term term) {
@@ -167,6 +192,34 @@ inline void for_pieces(std::int64_t start, std::int64_t stop, std::int64_t width
     piece(t - start, t / width, lane, count);
     t += count;
   }
+}
+
+// Floats per row of a sequence's queries, keys or values: whole vectors may be written past its end.
+inline std::int64_t row_floats(std::int64_t n) { return (n + lanes - 1) / lanes * lanes + lanes; }
+
+// Part 0, 1 or 2, the queries, keys or values, of one head of the sequence of tokens `start` to `stop`: [head size]
+// [row_floats(n)] floats, times `scale`.
+template <typename Job>
+inline void read_head(const Job& job, std::int64_t start, std::int64_t stop, std::int64_t head, int part, float scale,
+                      float* to) {
+  const std::int64_t width = job.shape.width(), size = job.hidden / job.heads, stride = row_floats(stop - start);
+  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
+    const float* from = job.qkv + ((3 * panel + part) * job.hidden + head * size) * width + lane;
+    float* at = to + token;
+    for (std::int64_t i = 0; i < size; ++i, from += width, at += stride) {
+      for (std::int64_t t = 0; t < count; t += lanes) store(at + t, load(from + t) * scale);
+    }
+  });
+}
+
+// Writes the head's result, likewise [head size][row_floats(n)].
+template <typename Job>
+inline void write_head(const Job& job, std::int64_t start, std::int64_t stop, std::int64_t head, const float* from) {
+  const std::int64_t width = job.shape.width(), size = job.hidden / job.heads, stride = row_floats(stop - start);
+  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
+    float* to = job.out + (panel * job.hidden + head * size) * width + lane;
+    for (std::int64_t i = 0; i < size; ++i) copy(from + i * stride + token, to + i * width, count);
+  });
 }
 
 }  // namespace

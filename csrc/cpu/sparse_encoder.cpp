@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <type_traits>
 
 #include "scratch.h"
 #include "threads.h"
@@ -45,6 +46,16 @@ bool mostly_groups(const Encoder& encoder) {
   return groups >= 0;
 }
 
+bool has_int8(const Encoder& encoder) {
+  for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
+    const EncoderLayer& layer = encoder.layers[i];
+    for (const Linear* linear : {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
+      if (linear->form == Form::int8) return true;
+    }
+  }
+  return false;
+}
+
 // One batch of whole sequences on its way through the layers; T is float or Bf16.
 template <typename T>
 class Batch {
@@ -52,9 +63,15 @@ class Batch {
   Batch(const Encoder& encoder, const Sequences& sequences, cpu::Context context)
       : encoder_(encoder), sequences_(sequences), context_(context) {
     const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
-    matmul_ = &sparse_matmul_kernel<T>(isa_for<T>(context.isa, tokens));
-    kernel_ = &encoder_kernel<T>(isa_for<T>(context.isa, tokens));
-    shape_ = panel_shape(*matmul_, tokens, mostly_groups(encoder));
+    if (has_int8(encoder)) int8_ = &int8_kernel(context.isa, tokens);
+    const Isa isa = int8_ != nullptr ? floats_beside(*int8_) : isa_for<T>(context.isa, tokens);
+    matmul_ = &sparse_matmul_kernel<T>(isa);
+    kernel_ = &encoder_kernel<T>(isa);
+    attention_ = &kernel_->attention;
+    if constexpr (std::is_same_v<T, float>) {
+      if (int8_ != nullptr) attention_ = &int8_attention(context.isa, int8_->lanes);
+    }
+    shape_ = int8_ != nullptr ? panel_shape(*int8_, tokens) : panel_shape(*matmul_, tokens, mostly_groups(encoder));
     // The pooler's panels hold the first token of each sequence, so they hold as many tokens as there are sequences.
     first_kernel_ = &sparse_matmul_kernel<T>(isa_for<T>(context.isa, sequences.count));
     first_shape_ = panel_shape(*first_kernel_, sequences.count, format_of(encoder.pooler).groups);
@@ -69,10 +86,13 @@ class Batch {
     const std::int64_t head = encoder_.hidden + encoder_.pooler.n_out;
     const std::int64_t shared = std::max(tokens * widest, firsts * head) + overrun;
     const std::int64_t elements = tokens * encoder_.hidden + shared;
-    x_ = static_cast<T*>(scratch(static_cast<std::size_t>(elements) * sizeof(T) +
+    const std::int64_t byte_room = int8_ != nullptr ? tokens * (widest + encoder_.hidden) : 0;
+    x_ = static_cast<T*>(scratch(static_cast<std::size_t>(elements) * sizeof(T) + static_cast<std::size_t>(byte_room) +
                                  static_cast<std::size_t>(shape_.tokens) * sizeof(std::int32_t)));
     work_ = x_ + tokens * encoder_.hidden;
-    positions_ = reinterpret_cast<std::int32_t*>(work_ + shared);
+    bytes_ = reinterpret_cast<std::uint8_t*>(work_ + shared);
+    wide_bytes_ = bytes_ + (int8_ != nullptr ? tokens * encoder_.hidden : 0);
+    positions_ = reinterpret_cast<std::int32_t*>(bytes_ + byte_room);
     embed();
     for (std::int64_t i = 0; i < encoder_.n_layers; ++i) run_layer(encoder_.layers[i]);
     if (states != nullptr) unpack(*matmul_, shape_, x_, encoder_.hidden, states);
@@ -87,8 +107,34 @@ class Batch {
     parallel(n, elements < serial_work ? 1 : context_.threads, fn);
   }
 
-  void linear(const Linear& linear, const T* x, T* y, bool add = false) {
-    run_linear(*matmul_, shape_, linear, x, y, add, context_.threads);
+  // y = linear(x), or y += linear(x). `bytes`: the bytes of x, if they are made already, for a linear in int8.
+  void linear(const Linear& linear, const T* x, T* y, bool add = false, const std::uint8_t* bytes = nullptr) {
+    LinearJob<T> job{shape_, &linear, x, bytes, y, nullptr, nullptr, add, 0};
+    if constexpr (std::is_same_v<T, float>) {
+      if (linear.form == Form::int8) {
+        if (bytes == nullptr) {
+          quantize(*matmul_, shape_, x, linear.n_in, linear.int8->input, bytes_, context_.threads);
+          job.bytes = bytes_;
+        }
+        return run_linear(int8_->linear, job, context_.threads);
+      }
+    }
+    run_linear(matmul_->linear, job, context_.threads);
+  }
+
+  // x += down(up(x)). If both are in int8, what lies between them is bytes from the start.
+  void feed_forward(const EncoderLayer& layer) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (layer.up.form == Form::int8 && layer.down.form == Form::int8) {
+        quantize(*matmul_, shape_, x_, encoder_.hidden, layer.up.int8->input, bytes_, context_.threads);
+        run_linear(int8_->linear,
+                   {shape_, &layer.up, nullptr, bytes_, nullptr, wide_bytes_, &layer.down.int8->input, false, 0},
+                   context_.threads);
+        return linear(layer.down, nullptr, x_, true, wide_bytes_);
+      }
+    }
+    linear(layer.up, x_, work_);
+    linear(layer.down, work_, x_, true);
   }
 
   void normalize(T* x, std::int64_t n, const LayerNorm& norm) {
@@ -117,8 +163,7 @@ class Batch {
     attend(work_, attended);
     linear(layer.attention_out, attended, x_, true);
     normalize(x_, encoder_.hidden, layer.attention_norm);
-    linear(layer.up, x_, work_);
-    linear(layer.down, work_, x_, true);
+    feed_forward(layer);
     normalize(x_, encoder_.hidden, layer.norm);
   }
 
@@ -128,8 +173,8 @@ class Batch {
     run_parallel(sequences_.count * encoder_.heads, shape_.tokens * encoder_.hidden, [&](std::int64_t i) {
       const std::int64_t s = i / encoder_.heads;
       const std::int64_t start = sequences_.starts[s] - first, stop = sequences_.starts[s + 1] - first;
-      const auto bytes = static_cast<std::size_t>(kernel_->attention_bytes(stop - start, size));
-      kernel_->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
+      const auto bytes = static_cast<std::size_t>(attention_->bytes(stop - start, size));
+      attention_->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
     });
   }
 
@@ -144,7 +189,9 @@ class Batch {
       T* to = work_ + s / first_width * n * first_width + s % first_width;
       for (std::int64_t k = 0; k < n; ++k) to[k * first_width] = from[k * width];
     }
-    run_linear(*first_kernel_, first_shape_, encoder_.pooler, work_, pooled, false, context_.threads);
+    run_linear(first_kernel_->linear,
+               LinearJob<T>{first_shape_, &encoder_.pooler, work_, nullptr, pooled, nullptr, nullptr, false, 0},
+               context_.threads);
     const std::int64_t pooled_floats = sequences_.count * encoder_.pooler.n_out;
     // From here on, sparse_matmul uses the call's buffer, which held the states; the rows are in the task's buffer.
     auto* rows = static_cast<float*>(
@@ -161,14 +208,18 @@ class Batch {
   const Encoder& encoder_;
   Sequences sequences_;
   cpu::Context context_;
+  const Int8Kernel* int8_ = nullptr;  // null if no linear is in int8
   const SparseMatmulKernel<T>* matmul_;
   const SparseMatmulKernel<T>* first_kernel_;
   const SparseEncoderKernel<T>* kernel_;
+  const AttentionKernel<T>* attention_;
   PanelShape shape_;
   PanelShape first_shape_;
   T* x_ = nullptr;  // panels of [hidden]
   T* work_ = nullptr;
-  std::int32_t* positions_ = nullptr;  // [tokens]
+  std::uint8_t* bytes_ = nullptr;       // panels of the bytes of [hidden], or of [widest]
+  std::uint8_t* wide_bytes_ = nullptr;  // panels of the bytes of [widest]
+  std::int32_t* positions_ = nullptr;   // [tokens]
 };
 
 template <typename T>

@@ -38,13 +38,20 @@ struct AttentionJob {
 };
 
 template <typename T>
-struct SparseEncoderKernel {
-  void (*embed)(const EmbedJob<T>& job, std::int64_t panel);
-  void (*normalize)(const NormJob<T>& job, std::int64_t panel, std::int64_t vector);
+struct AttentionKernel {
   // Bytes of working memory for a sequence of n tokens and heads of `head_size` values.
-  std::int64_t (*attention_bytes)(std::int64_t n, std::int64_t head_size);
+  std::int64_t (*bytes)(std::int64_t n, std::int64_t head_size);
   void (*attend)(const AttentionJob<T>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* work);
 };
 
+template <typename T>
+struct SparseEncoderKernel {
+  void (*embed)(const EmbedJob<T>& job, std::int64_t panel);
+  void (*normalize)(const NormJob<T>& job, std::int64_t panel, std::int64_t vector);
+  AttentionKernel<T> attention;
+};
+
+// Attention beside linears in int8.
+const AttentionKernel<float>& int8_attention(Isa isa, int lanes);
 
 }  // namespace sparsebert

@@ -28,9 +28,6 @@ void normalize(const NormJob<float>& job, std::int64_t panel, std::int64_t vecto
   }
 }
 
-// Floats per row of a sequence's queries, keys or values: whole vectors may be written past its end.
-inline std::int64_t row_floats(std::int64_t n) { return (n + lanes - 1) / lanes * lanes + lanes; }
-
 std::int64_t attention_bytes(std::int64_t n, std::int64_t head_size) {
   return (3 * head_size * row_floats(n) + n * 2 * lanes) * 4;
 }
@@ -95,34 +92,23 @@ inline void attend_queries(float* q, const float* k, const float* v, std::int64_
 
 void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* memory) {
   auto* work = static_cast<float*>(memory);
-  const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
   const std::int64_t n = stop - start;
   const std::int64_t size = job.hidden / job.heads;
   const std::int64_t stride = row_floats(n);
   const float share = 1.0f / __builtin_sqrtf(static_cast<float>(size));
   float* parts[3] = {work, work + size * stride, work + 2 * size * stride};
   float* scores = work + 3 * size * stride;
-  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
-    for (int part = 0; part < 3; ++part) {
-      const float* from = job.qkv + ((3 * panel + part) * job.hidden + head * size) * width + lane;
-      float* to = parts[part] + token;
-      const float scale = part == 0 ? share : 1.0f;
-      for (std::int64_t i = 0; i < size; ++i, from += width, to += stride) {
-        for (std::int64_t t = 0; t < count; t += lanes) store(to + t, load(from + t) * scale);
-      }
-    }
-  });
+  for (int part = 0; part < 3; ++part) {
+    read_head(job, start, stop, head, part, part == 0 ? share : 1.0f, parts[part]);
+  }
   std::int64_t t = 0;
   for (; t + lanes < n; t += 2 * lanes) {
     attend_queries<2>(parts[0] + t, parts[1], parts[2], stride, n, size, scores);
   }
   if (t < n) attend_queries<1>(parts[0] + t, parts[1], parts[2], stride, n, size, scores);
-  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
-    float* to = job.out + (panel * job.hidden + head * size) * width + lane;
-    for (std::int64_t i = 0; i < size; ++i) copy(parts[0] + i * stride + token, to + i * width, count);
-  });
+  write_head(job, start, stop, head, parts[0]);
 }
 
 }  // namespace
 
-const SparseEncoderKernel<float> kernel = {embed, normalize, attention_bytes, attend};
+const SparseEncoderKernel<float> kernel = {embed, normalize, {attention_bytes, attend}};

@@ -196,4 +196,4 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
 
 }  // namespace
 
-const SparseEncoderKernel<Bf16> kernel = {embed, normalize, attention_bytes, attend};
+const SparseEncoderKernel<Bf16> kernel = {embed, normalize, {attention_bytes, attend}};

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <limits>
+#include <type_traits>
 
 #include "scratch.h"
 #include "threads.h"
@@ -39,12 +40,20 @@ std::int64_t entries_in_tiles(const Linear& linear) {
   return sum;
 }
 
+std::int64_t entries_in_int8(const Linear& linear) {
+  const Int8Matrix& w = *linear.int8;
+  std::int64_t sum = 0;
+  for (std::int64_t g = 0; g < w.groups; ++g) sum += (w.row_begin[g + 1] - w.row_begin[g]) * w.quads[g] * quad_cols;
+  return sum;
+}
+
 // In the order of Form.
 constexpr Format formats[] = {
     {false, false, [](const Linear& linear) { return linear.sliced->blocks; },
      [](const Linear& linear) { return linear.sliced->entries * slice_rows; }},
     {false, true, [](const Linear& linear) { return linear.grouped->groups; }, entries_in_groups},
     {true, true, [](const Linear& linear) { return linear.tiled->groups; }, entries_in_tiles},
+    {false, true, [](const Linear& linear) { return linear.int8->groups; }, entries_in_int8},
 };
 
 template <typename T>
@@ -56,17 +65,23 @@ void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, 
 
 template <typename T>
 void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y) {
-  const SparseMatmulKernel<T>& kernel = sparse_matmul_kernel<T>(isa_for<T>(context.isa, tokens));
   const Format& format = format_of(linear);
-  const PanelShape whole = panel_shape(kernel, tokens, format.groups);
+  const Int8Kernel* int8 = linear.form == Form::int8 ? &int8_kernel(context.isa, tokens) : nullptr;
+  const SparseMatmulKernel<T>& kernel =
+      sparse_matmul_kernel<T>(int8 != nullptr ? floats_beside(*int8) : isa_for<T>(context.isa, tokens));
+  const PanelShape whole = int8 != nullptr ? panel_shape(*int8, tokens) : panel_shape(kernel, tokens, format.groups);
   const std::int64_t width = whole.width();
   if ((format.stored(linear) + linear.n_in) * width * whole.panels < serial_work) context.threads = 1;
 
   const std::int64_t elements = (linear.n_in + linear.n_out) * width;  // a panel of x and one of y
   const std::int64_t group = std::clamp<std::int64_t>(
       context.threads * scratch_bytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, whole.panels);
-  auto* x_panels = static_cast<T*>(scratch(static_cast<std::size_t>(group * elements) * sizeof(T)));
+  // Bytes of x are at most a quarter of its floats.
+  const std::int64_t byte_room = int8 != nullptr ? group * linear.n_in * width : 0;
+  auto* x_panels = static_cast<T*>(
+      scratch(static_cast<std::size_t>(group * elements) * sizeof(T) + static_cast<std::size_t>(byte_room)));
   T* y_panels = x_panels + group * linear.n_in * width;
+  auto* bytes = reinterpret_cast<std::uint8_t*>(y_panels + group * linear.n_out * width);
 
   for (std::int64_t first = 0; first < whole.panels; first += group) {
     PanelShape shape = whole;
@@ -76,13 +91,22 @@ void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, cp
     const TransposeJob<T> in{shape, const_cast<float*>(x) + first * width * linear.n_in, x_panels, linear.n_in,
                              transposed};
     transpose(in, kernel.pack, context.threads);
-    run_linear(kernel, shape, linear, x_panels, y_panels, false, context.threads);
+    LinearJob<T> job{shape, &linear, x_panels, nullptr, y_panels, nullptr, nullptr, false, 0};
+    if constexpr (std::is_same_v<T, float>) {
+      if (int8 != nullptr) {
+        quantize(kernel, shape, x_panels, linear.n_in, linear.int8->input, bytes, context.threads);
+        job.bytes = bytes;
+      }
+      run_linear(int8 != nullptr ? int8->linear : kernel.linear, job, context.threads);
+    } else {
+      run_linear(kernel.linear, job, context.threads);
+    }
     transpose({shape, y + first * width * linear.n_out, y_panels, linear.n_out, transposed}, kernel.unpack, context.threads);
   }
 }
 
-template <typename T>
-double peak_flops(const SparseMatmulKernel<T>& kernel) {
+template <typename Kernel>
+double peak_flops(const Kernel& kernel) {
   const std::int64_t steps = (std::int64_t{1} << 24) / kernel.saturated_flops;
   double best = std::numeric_limits<double>::infinity();
   volatile float kept = 0.0f;  // without it the compiler would leave the work out
@@ -117,29 +141,33 @@ PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens,
 }
 
 template <typename T>
-void run_linear(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, const Linear& linear, const T* x, T* y,
-                bool add, int threads) {
-  const std::int64_t all = format_of(linear).units(linear);
-  const std::int64_t blocks = ceil_div(shape.panels, kernel.task_panels);
+void run_linear(const LinearKernel<T>& kernel, LinearJob<T> job, int threads) {
+  const std::int64_t all = format_of(*job.linear).units(*job.linear);
+  const std::int64_t blocks = ceil_div(job.shape.panels, kernel.task_panels);
   // Several tasks per thread, so that unequal rows or a busy core even out.
   const std::int64_t wanted = threads == 1 ? 1 : ceil_div(4 * std::int64_t{threads}, blocks);
   const std::int64_t unit = std::max<std::int64_t>(1, ceil_div(all, wanted));
   const std::int64_t parts = ceil_div(all, unit);
-  const LinearJob<T> job{shape, &linear, x, y, add, unit};
+  job.unit = unit;
   const auto bytes = static_cast<std::size_t>(kernel.work_bytes(job));
   parallel(blocks * parts, threads, [&](std::int64_t i) {
     const std::int64_t panel = i / parts * kernel.task_panels;
-    const std::int64_t panels = std::min<std::int64_t>(kernel.task_panels, shape.panels - panel);
+    const std::int64_t panels = std::min<std::int64_t>(kernel.task_panels, job.shape.panels - panel);
     kernel.multiply(job, panel, panels, i % parts, bytes == 0 ? nullptr : scratch(bytes, Scratch::task));
   });
 }
 
 template PanelShape panel_shape(const SparseMatmulKernel<float>&, std::int64_t, bool);
 template PanelShape panel_shape(const SparseMatmulKernel<Bf16>&, std::int64_t, bool);
-template void run_linear(const SparseMatmulKernel<float>&, const PanelShape&, const Linear&, const float*, float*, bool,
-                         int);
-template void run_linear(const SparseMatmulKernel<Bf16>&, const PanelShape&, const Linear&, const Bf16*, Bf16*, bool,
-                         int);
+template void run_linear(const LinearKernel<float>&, LinearJob<float>, int);
+template void run_linear(const LinearKernel<Bf16>&, LinearJob<Bf16>, int);
+
+void quantize(const SparseMatmulKernel<float>& kernel, const PanelShape& shape, const float* x, std::int64_t n,
+              const Quantizer& by, std::uint8_t* bytes, int threads) {
+  const std::int64_t parts = ceil_div(n, transposed);
+  const QuantizeJob job{shape, x, bytes, by, n, transposed};
+  parallel(shape.panels * parts, threads, [&](std::int64_t i) { kernel.quantize(job, i / parts, i % parts); });
+}
 
 void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y) {
   if (tokens == 0 || linear.n_out == 0) return;
@@ -151,9 +179,9 @@ void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, cp
   }
 }
 
-double peak_flops(Isa isa, bool bf16) {
-  return bf16 ? peak_flops(sparse_matmul_kernel<Bf16>(isa))
-              : peak_flops(sparse_matmul_kernel<float>(isa));
+double peak_flops(Isa isa, Form form) {
+  if (form == Form::int8) return peak_flops(int8_kernel(isa, 1024));
+  return form == Form::tiles ? peak_flops(sparse_matmul_kernel<Bf16>(isa)) : peak_flops(sparse_matmul_kernel<float>(isa));
 }
 
 }  // namespace sparsebert

@@ -1,6 +1,7 @@
 // The arithmetic of sparse_matmul, written once for every vector width. Compiled by isa/floats.h.
 
 #include "panel.inl"
+#include "epilogue.inl"
 
 namespace {
 
@@ -51,15 +52,15 @@ void unpack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t par
   }
 }
 
-// Finishes `count` vectors of sums of one row and writes them to y.
-template <int count>
-inline void finish_row(const LinearJob<float>& job, std::int64_t row, const f32 (&sums)[count], float* y) {
-  const float bias = job.linear->bias != nullptr ? job.linear->bias[row] : 0.0f;
-#pragma GCC unroll 8
-  for (int n = 0; n < count; ++n) {
-    f32& out = *reinterpret_cast<f32*>(y + n * lanes);
-    const f32 value = activate(sums[n] + bias, job.linear->activation);
-    out = job.add ? out + value : value;
+void quantize(const QuantizeJob& job, std::int64_t panel, std::int64_t part) {
+  const std::int64_t end = (part + 1) * job.part < job.n ? (part + 1) * job.part : job.n;
+  const float* x = job.x + panel * job.n * 4 * lanes;
+  std::uint8_t* bytes = job.bytes + panel * job.n * 4 * lanes;
+  for (std::int64_t k = part * job.part; k < end; ++k) {
+    f32 values[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) values[n] = load(x + (k * 4 + n) * lanes);
+    store(bytes + k * 4 * lanes, quantize(values, job.by.inverse[k], job.by.offset[k]));
   }
 }
 
@@ -216,5 +217,5 @@ float saturate(std::int64_t steps) {
 
 }  // namespace
 
-const SparseMatmulKernel<float> kernel = {lanes,    widest_rows, widest_groups, 1,        pack,
-                                          unpack,   multiply,    work_bytes,    saturate, 2 * saturated * lanes};
+const SparseMatmulKernel<float> kernel = {lanes, widest_rows, widest_groups, {1, multiply, work_bytes},
+                                          pack,  unpack,      quantize,      saturate, 2 * saturated * lanes};

@@ -171,5 +171,5 @@ float saturate(std::int64_t steps) {
 
 }  // namespace
 
-const SparseMatmulKernel<Bf16> kernel = {panel_width, 1,          1,        task_panels,           pack, unpack,
-                                         multiply,    work_bytes, saturate, 4 * 2 * 16 * 16 * 32};
+const SparseMatmulKernel<Bf16> kernel = {panel_width, 1,      1,       {task_panels, multiply, work_bytes},
+                                         pack,        unpack, nullptr, saturate, 4 * 2 * 16 * 16 * 32};

@@ -56,30 +56,6 @@ inline void pack_tokens(std::int64_t begin, std::int64_t end, std::int64_t fille
   }
 }
 
-// The next functions are only as exact as is useful if the result is rounded to bf16 (a relative error of 2^-9).
-
-// 2^e for e <= 126, with a relative error of 1e-4; constant for e below -126. A NaN may get lost: the values that the
-// power is multiplied with are then NaN too.
-inline f32 exp2_roughly(f32 e) {
-  constexpr float coefficients[] = {0.05517166852951050f, 0.2426111251115799f, 0.6932609677314758f,
-                                    0.9999280571937561f};
-  return exp2_by(coefficients, e < splat(-126.0f) ? splat(-126.0f) : e);
-}
-
-// v (1/2 + c P(c^2)), with c = v clamped to [-4, 4], at whose ends the bracket is 0 and 1. Error at most 2e-4.
-inline f32 gelu_roughly(f32 v) {
-  f32 c = v < splat(-4.0f) ? splat(-4.0f) : v;
-  c = c > splat(4.0f) ? splat(4.0f) : c;
-  const f32 square = c * c;
-  f32 p = splat(2.2588203307805088e-08f);
-  p = p * square - 1.227415623361594e-06f;
-  p = p * square + 2.8125232347520068e-05f;
-  p = p * square - 0.00036218372406437993f;
-  p = p * square + 0.002968751359730959f;
-  p = p * square - 0.017054392024874687f;
-  return v * (c * (p * (square - 16.0f) + 0.125f) + 0.5f);
-}
-
 // Two rows a and b of 32 tokens -> one row of each right-hand tile: words (a, b) of the even tokens, and of the odd
 // ones.
 inline u32 pair_even(u16 a, u16 b) {

@@ -150,7 +150,7 @@ class Engine:
         back. `gflops`: 10^9 operations on non-zeros per second. `share_of_peak`: all its operations, as a share of
         those that the core could do in that time and dtype without waiting for memory.
         """
-        peak = _dispatch.core().peak_flops(self.isa, self.dtype == "bf16") if measure else None
+        peak = _dispatch.core().peak_flops(self.isa, self.dtype) if measure else None
         kernel = DTYPES[self.dtype].kernel(self.isa)
         rows = []
         for i, layer in enumerate(self.encoder.layers):

@@ -54,7 +54,12 @@ def float32_isas() -> tuple[str, ...]:
 
 def float32_isa(name: str) -> str:
     """The instruction set whose float32 kernels `name` uses."""
-    return "avx512" if name in environment.BF16_ISAS else name
+    return kernels_of(name, environment.FLOAT32_ISAS)
+
+
+def kernels_of(name: str, isas: tuple[str, ...]) -> str:
+    """The instruction set whose kernels `name` uses: of those that have some, the last one that is not above it."""
+    return [isa for isa in isas if environment.ISAS.index(isa) <= environment.ISAS.index(name)][-1]
 
 
 def isa(wanted: str | None = None) -> str:

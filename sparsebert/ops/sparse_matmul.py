@@ -195,7 +195,111 @@ class PackedTiles:
         )  # fmt: skip
 
 
-Packed = PackedRows | PackedGroups | PackedTiles
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A weight W [n_out, n_in] in int8, for an input in bytes: W[r, k] = scale[r] * values[r, k] / step[k], and byte b of
+    input k stands for (b - zero[k]) * step[k].
+
+    values: int8 [n_out, n_in]. scale: float32 [n_out]. step: float32 [n_in]. Both are above 0, and so is 1 / step[k].
+    zero: uint8 [n_in].
+
+    Raises InputError if the arrays break these rules.
+    """
+
+    values: np.ndarray
+    scale: np.ndarray
+    step: np.ndarray
+    zero: np.ndarray
+
+    def __post_init__(self):
+        _check_array("values", self.values, np.int8, 2)
+        n_out, n_in = self.values.shape
+        _check_shape(n_out, n_in)
+        for name, dtype, size in (("scale", np.float32, n_out), ("step", np.float32, n_in), ("zero", np.uint8, n_in)):
+            _freeze(self, name, dtype, size)
+        for name in ("scale", "step"):
+            array = getattr(self, name)
+            with np.errstate(divide="ignore", over="ignore"):
+                bad = ~((array > 0) & np.isfinite(array) & np.isfinite(np.float32(1) / array))
+            if bad.any():
+                raise InputError(
+                    f"{name} must be above 0 and finite, got {array[bad][0]} at {np.flatnonzero(bad)[0]}",
+                    fix="calibrate it again",
+                )
+
+    @property
+    def weight(self) -> np.ndarray:
+        """W, float32 [n_out, n_in]."""
+        return self.scale[:, None] * self.values.astype(np.float32) / self.step
+
+    def bytes_of(self, x: np.ndarray) -> np.ndarray:
+        """The bytes of inputs, uint8 as x [tokens, n_in]."""
+        low, half = -self.zero.astype(np.float32), np.float32(0.5)
+        scaled = np.clip(x.astype(np.float32) * (np.float32(1) / self.step), low, low + 255)
+        return (scaled + (half - low)).astype(np.uint8)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedInt8:
+    """A `Quantized` weight in groups of rows that share one list of kept columns, in quads of QUAD_COLS columns. All
+    arrays are read-only.
+
+    row_begin: int64 [groups + 1], start of a group's rows in `rows`; a group has 4, 8, 12, ... or MOST_INT8_ROWS rows.
+    rows: int32, row numbers of W, -1 if a group has fewer; each row of W occurs once.
+    col_begin: int64 [groups], start of a group's columns in `cols`; groups may share a list. quads: int32 [groups].
+    cols: uint16, below n_in; a list is filled up to whole quads with its last column, there with zero weights.
+    value_begin: int64 [groups], start in `values`: int8 [rows / GROUP_TILE, quads, GROUP_TILE, QUAD_COLS].
+    scale, step, zero: as in Quantized.
+
+    `pack_int8` makes one. Raises InputError if the arrays break these rules.
+    """
+
+    row_begin: np.ndarray
+    rows: np.ndarray
+    col_begin: np.ndarray
+    quads: np.ndarray
+    cols: np.ndarray
+    value_begin: np.ndarray
+    values: np.ndarray
+    scale: np.ndarray
+    step: np.ndarray
+    zero: np.ndarray
+    n_in: int
+    n_out: int
+
+    def __post_init__(self):
+        _check_shape(self.n_out, self.n_in)
+        groups = len(self.quads)
+        _freeze(self, "row_begin", np.int64, groups + 1)
+        for name, dtype in (("col_begin", np.int64), ("quads", np.int32), ("value_begin", np.int64)):
+            _freeze(self, name, dtype, groups)
+        for name, dtype in (("rows", np.int32), ("cols", np.uint16), ("values", np.int8)):
+            _freeze(self, name, dtype, getattr(self, name).size)
+        for name, dtype, size in (
+            ("scale", np.float32, self.n_out), ("step", np.float32, self.n_in), ("zero", np.uint8, self.n_in),
+        ):  # fmt: skip
+            _freeze(self, name, dtype, size)
+        _check_places(self, "pack_int8")
+
+    @property
+    def nnz(self) -> int:
+        """Number of non-zeros."""
+        return int(np.count_nonzero(self.values))
+
+    @property
+    def stored(self) -> int:
+        """Number of entries that are multiplied: kept ones and empty places."""
+        return int(np.diff(self.row_begin) @ self.quads.astype(np.int64)) * _dispatch.core().QUAD_COLS
+
+    def linear(self, bias: np.ndarray | None, activation: str):
+        """A layer with this weight, as an object of the compiled core."""
+        return _dispatch.core().int8_linear(
+            self.row_begin, self.rows, self.col_begin, self.quads, self.cols, self.value_begin, self.values, self.scale,
+            self.step, self.zero, self.n_in, self.n_out, bias, activation,
+        )  # fmt: skip
+
+
+Packed = PackedRows | PackedGroups | PackedTiles | PackedInt8
 
 
 def pack(weight: np.ndarray) -> PackedRows:
@@ -378,6 +482,81 @@ def _tile_groups(support: np.ndarray, most: int) -> list[tuple[np.ndarray, np.nd
     return groups
 
 
+# Rows of a group -> cost of an entry in int8, measured on Zen 4.
+INT8_COSTS = {4: 1.04, 8: 1.02, 16: 1.01, 32: 1.0}
+
+
+def pack_int8(quantized: Quantized) -> PackedInt8:
+    """Packs a weight in int8. Consecutive rows form groups of 4 to 32 rows, whichever is cheaper. They keep the columns
+    that one of them keeps. `unpack(pack_int8(quantized))` equals `quantized.weight`.
+    """
+    values = quantized.values
+    n_out, n_in = values.shape
+    core = _dispatch.core()
+    groups = int8_groups(values != 0)
+    parts: dict[str, list] = {name: [] for name in ("rows", "begin", "quads", "cols", "value", "values")}
+    lists: dict[bytes, int] = {}
+    n_cols = n_values = 0
+    for first, rows, cols in groups:
+        quads = -(-len(cols) // core.QUAD_COLS)
+        filled = np.pad(cols, (0, quads * core.QUAD_COLS - len(cols)), mode="edge") if len(cols) else cols
+        key = cols.tobytes()
+        if key not in lists:
+            lists[key] = n_cols
+            parts["cols"].append(filled)
+            n_cols += len(filled)
+        block = np.zeros((rows, len(filled)), np.int8)
+        here = values[first : first + rows]
+        block[: len(here), : len(cols)] = here[:, cols]
+        block = block.reshape(rows // core.GROUP_TILE, core.GROUP_TILE, quads, core.QUAD_COLS).transpose(0, 2, 1, 3)
+        parts["rows"].append(np.pad(np.arange(first, first + len(here)), (0, rows - len(here)), constant_values=-1))
+        parts["begin"].append(lists[key])
+        parts["quads"].append(quads)
+        parts["value"].append(n_values)
+        parts["values"].append(block.ravel())
+        n_values += block.size
+    nothing = np.empty(0, np.int64)
+    return PackedInt8(
+        row_begin=np.cumsum([0, *(rows for _, rows, _ in groups)]),
+        rows=np.concatenate(parts["rows"]).astype(np.int32),
+        col_begin=np.array(parts["begin"], np.int64),
+        quads=np.array(parts["quads"], np.int32),
+        cols=np.concatenate([nothing, *parts["cols"]]).astype(np.uint16),
+        value_begin=np.array(parts["value"], np.int64),
+        values=np.concatenate([nothing, *parts["values"]]).astype(np.int8),
+        scale=quantized.scale,
+        step=quantized.step,
+        zero=quantized.zero,
+        n_in=n_in,
+        n_out=n_out,
+    )
+
+
+def int8_groups(support: np.ndarray) -> list[tuple[int, int, np.ndarray]]:
+    """The first row, the number of rows and the columns of each group that `pack_int8` makes. support: bool
+    [n_out, n_in].
+    """
+    heights = sorted(INT8_COSTS)
+    union = np.pad(support, ((0, -len(support) % heights[-1]), (0, 0)))
+    best: list[list[int]] = []  # of each group of the last height, the heights of the groups that it is made of
+    cost = np.empty(0)
+    for height in heights:
+        union = union.reshape(-1, heights[0] if height == heights[0] else 2, union.shape[1]).any(1)
+        own = (union.sum(1) + 1.0) * height * INT8_COSTS[height]
+        if best:
+            parts = cost.reshape(-1, 2).sum(1)
+            best = [[height] if own[i] < parts[i] else best[2 * i] + best[2 * i + 1] for i in range(len(own))]
+            cost = np.minimum(own, parts)
+        else:
+            best, cost = [[height]] * len(own), own
+    groups, first = [], 0
+    for height in (height for part in best for height in part):
+        if first < len(support):
+            groups.append((first, height, np.flatnonzero(support[first : first + height].any(0))))
+        first += height
+    return groups
+
+
 def to_bf16(values: np.ndarray) -> np.ndarray:
     """The bits of the nearest bf16 (ties to even) of finite float32: uint16 of the same shape."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
@@ -394,6 +573,8 @@ def unpack(weight: Packed) -> np.ndarray:
     dense = np.zeros((weight.n_out, weight.n_in), np.float32)
     if isinstance(weight, PackedTiles):
         return _unpack_tiles(weight, dense)
+    if isinstance(weight, PackedInt8):
+        return _unpack_int8(weight, dense)
     if isinstance(weight, PackedRows):
         slabs, slices, _ = weight.rows.shape
         of_slice = np.repeat(np.arange(slabs * slices), weight.counts.ravel())
@@ -430,11 +611,26 @@ def _unpack_tiles(weight: PackedTiles, dense: np.ndarray) -> np.ndarray:
     return dense
 
 
+def _unpack_int8(weight: PackedInt8, dense: np.ndarray) -> np.ndarray:
+    core = _dispatch.core()
+    for g, quads in enumerate(weight.quads):
+        rows = weight.rows[weight.row_begin[g] : weight.row_begin[g + 1]]
+        cols = weight.cols[weight.col_begin[g] :][: quads * core.QUAD_COLS]
+        block = weight.values[weight.value_begin[g] :][: len(rows) * len(cols)]
+        block = block.reshape(len(rows) // core.GROUP_TILE, quads, core.GROUP_TILE, core.QUAD_COLS).transpose(
+            0, 2, 1, 3
+        )
+        block = block.reshape(len(rows), len(cols))
+        at_rows, at_cols = np.nonzero(block)  # entries that fill up a list are zero
+        dense[rows[at_rows], cols[at_cols]] = block[at_rows, at_cols]
+    return weight.scale[:, None] * dense / weight.step
+
+
 @dataclass(frozen=True, eq=False)
 class Linear:
     """y = activation(x Wᵀ + b).
 
-    weight: `pack(W)`, `pack_groups(W)` or `pack_tiles(W)`, W [n_out, n_in].
+    weight: `pack(W)`, `pack_groups(W)`, `pack_tiles(W)` or `pack_int8(quantized)`, W [n_out, n_in].
     bias: float32 [n_out], or None for none.
     activation: "none", "gelu" (y Φ(y), Φ the normal distribution function: the exact form, not the tanh one), "relu" or
     "tanh".
@@ -494,6 +690,10 @@ def sparse_matmul_ref(x: np.ndarray, linear: Linear) -> np.ndarray:
     """Reference for `sparse_matmul`, dense and in float64; y is not rounded. Returns [tokens, n_out]."""
     if isinstance(linear.weight, PackedTiles):
         x = from_bf16(to_bf16(x))
+    if isinstance(linear.weight, PackedInt8):
+        w = linear.weight
+        read = Quantized(np.zeros((w.n_out, w.n_in), np.int8), w.scale, w.step, w.zero).bytes_of(x)
+        x = (read.astype(np.float64) - w.zero) * w.step
     y = x.astype(np.float64) @ unpack(linear.weight).astype(np.float64).T
     if linear.bias is not None:
         y = y + linear.bias.astype(np.float64)
@@ -533,7 +733,7 @@ def _check_array(name: str, array: object, dtype: type, ndim: int) -> None:
         )
 
 
-def _check_places(packed: PackedGroups | PackedTiles, maker: str) -> None:
+def _check_places(packed: PackedGroups | PackedTiles | PackedInt8, maker: str) -> None:
     if not np.array_equal(np.sort(packed.rows[packed.rows >= 0]), np.arange(packed.n_out)):
         raise InputError(f"rows must list each of {packed.n_out} rows once", fix=f"use {maker}(weight)")
     if packed.cols.size and int(packed.cols.max()) >= packed.n_in:

@@ -15,7 +15,7 @@ namespace {
 const auto& kernel_for([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   if (isa >= Isa::avx512) return avx512::kernel;
-  if (isa == Isa::avx2) return avx2::kernel;
+  if (isa >= Isa::avx2) return avx2::kernel;
 #endif
   return scalar::kernel;
 }
