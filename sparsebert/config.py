@@ -16,6 +16,15 @@ MaxLength = Annotated[int | None, Field(ge=3, lt=LARGE)]
 MAX_LENGTH = "max tokens per text; the rest is cut [default: the task's, and for your own files the model's]"
 
 
+CALIBRATION = Field(
+    (),
+    description="unlabelled texts beside the task's, so that the model stays close to the one it is made from on them "
+    "too: FILE (.txt, .csv, .tsv, .jsonl, .parquet), general (packaged sentences) or none; may be repeated "
+    "[default: general]",
+)
+CALIBRATION_TOKENS = Field(250_000, description="number of tokens to calibrate on; more is slower and a little better")
+
+
 class Settings(BaseModel):
     """Checked settings that do not change."""
 
@@ -132,15 +141,11 @@ class PruneConfig(Settings):
     pattern: str = Field(
         "unstructured", description="where zeros may be: unstructured; N:M such as 2:4; groups of rows, such as 32x1"
     )
-    calibration: tuple[str, ...] = Field(
-        (),
-        description="unlabelled texts beside the task's, so that the model stays close to the dense one on them too: "
-        "FILE (.txt, .csv, .tsv, .jsonl, .parquet), general (packaged sentences) or none; may be repeated "
-        "[default: general]",
+    int8: bool = Field(
+        False, description="also round weights and activations to int8, for methods that calibrate on texts"
     )
-    calibration_tokens: Count = Field(
-        250_000, description="number of tokens to calibrate on; more is slower and a little better"
-    )
+    calibration: tuple[str, ...] = CALIBRATION
+    calibration_tokens: Count = CALIBRATION_TOKENS
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
     damping: Positive | None = Field(
         None,
@@ -148,6 +153,15 @@ class PruneConfig(Settings):
         "[default: the method's]",
     )
     seed: Seed = Field(0, description="random seed: of the choice of calibration texts and all other random choices")
+
+
+class QuantizeConfig(Settings):
+    """Settings of rounding to int8."""
+
+    calibration: tuple[str, ...] = CALIBRATION
+    calibration_tokens: Count = CALIBRATION_TOKENS
+    max_length: MaxLength = Field(None, description=MAX_LENGTH)
+    seed: Seed = Field(0, description="random seed of the choice of calibration texts")
 
 
 class EvalConfig(Settings):
@@ -180,8 +194,8 @@ class BenchConfig(Settings):
     batch: Count = Field(1, description="texts per call")
     rounds: Count = Field(7, description="rounds; in each round every engine runs once. An interval needs at least 6")
     threads: int | None = Field(None, ge=1, le=1024, description="threads per engine [default: all cores]")
-    dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="number format of our engine; auto: the one that the checkpoint declares"
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="number format of our engine; auto: the one that the checkpoint was made for"
     )
     rivals: str = Field(
         "torch",

@@ -102,7 +102,21 @@ def _fault(manifest: dict) -> str | None:
     for name, sha256 in manifest["files"].items():
         if not isinstance(sha256, str) or name != Path(name).name:
             return f"file {name}"
+    if "int8" in manifest:
+        int8 = manifest["int8"]
+        if not isinstance(int8, dict) or not isinstance(int8.get("sha256"), str):
+            return "int8"
+        if not _are_logits(int8.get("logits"), len(manifest["golden"].get("texts") or ())):
+            return "int8 golden logits"
     return _golden_fault(manifest["golden"], manifest["format_version"])
+
+
+def _are_logits(rows: object, texts: int) -> bool:
+    """Whether this is a list of equally many finite numbers for each of the texts."""
+    if not (isinstance(rows, list) and len(rows) == texts and all(isinstance(row, list) and row for row in rows)):
+        return False
+    same = len({len(row) for row in rows}) == 1
+    return same and all(type(value) is float and math.isfinite(value) for row in rows for value in row)
 
 
 def _golden_fault(found: dict, version: int) -> str | None:
@@ -117,11 +131,10 @@ def _golden_fault(found: dict, version: int) -> str | None:
         for part in parts:
             if not part.strip() or len(part) > LONGEST_GOLDEN or any("\ud800" <= c <= "\udfff" for c in part):
                 return f"a golden text must be 1 to {LONGEST_GOLDEN} characters of valid Unicode"
-    rows = isinstance(logits, list) and all(isinstance(row, list) and row for row in logits)
-    if not rows or len(logits) != len(texts) or len({len(row) for row in logits}) != 1:
-        return "golden logits"
-    if not all(type(value) is float and math.isfinite(value) for row in logits for value in [*row, tolerance]):
-        return "golden logits and tolerance must be finite numbers"
+    if not _are_logits(logits, len(texts)):
+        return "golden logits must be finite numbers, as many for each text"
+    if type(tolerance) is not float or not math.isfinite(tolerance):
+        return "golden tolerance must be a finite number"
     if version >= 2:
         ids = found.get("ids")
         if not (isinstance(ids, list) and len(ids) == len(texts) and all(isinstance(row, list) for row in ids)):
@@ -169,12 +182,12 @@ def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | Non
             raise CheckpointError(f"{folder.path / name} differs from its manifest (sha256)", fix=fix)
 
 
-def verify_logits(manifest: dict, got: np.ndarray, path: Path, *, relative: float = 0.0) -> None:
-    """Raises CheckpointError unless the logits of the golden texts are the manifest's, within its tolerance. relative:
-    additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
+def verify_logits(manifest: dict, got: np.ndarray, path: Path, *, dtype: str = "fp32", relative: float = 0.0) -> None:
+    """Raises CheckpointError unless the logits of the golden texts are the manifest's for this dtype, within its
+    tolerance. relative: additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
     """
     found = manifest["golden"]
-    want = np.asarray(found["logits"], dtype=np.float32)
+    want = np.asarray((manifest["int8"] if dtype == "int8" else found)["logits"], dtype=np.float32)
     largest = float(np.abs(want).max())
     error = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
     allowed = found["tolerance"] * max(1.0, largest) + relative * largest

@@ -15,12 +15,14 @@ from sparsebert import architectures
 from sparsebert.architectures import Facts
 from sparsebert.checkpoint import manifest as manifests
 from sparsebert.checkpoint import missing, names, tokenizer
+from sparsebert.checkpoint import scales as grids
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import MIB, REBUILD, Folder
 from sparsebert.checkpoint.manifest import MANIFEST
 from sparsebert.checkpoint.missing import WEIGHTS, resolve
+from sparsebert.checkpoint.scales import Scales
 from sparsebert.checkpoint.tensors import Entry, TensorFile, as_float, content_sha256, table_of
-from sparsebert.errors import CheckpointError, SparsebertWarning, UnsupportedError, first_line, shown
+from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, UnsupportedError, first_line, shown
 
 INDEX = "model.safetensors.index.json"
 RECIPE = "sparsebert/recipe.yaml"
@@ -156,6 +158,20 @@ class Files:
         return found
 
     @cached_property
+    def scales(self) -> Scales | None:
+        """The int8 scales; None for a model that was not made for int8."""
+        return grids.read(self.folder, self.manifest)
+
+    def require_scales(self) -> Scales:
+        """The int8 scales; InputError if there are none."""
+        if self.scales is None:
+            place = shlex.quote(str(self.directory))
+            raise InputError(
+                f"{self.directory} has no int8 scales", fix=f"make them: sparsebert quantize {place} --task TASK -o DIR"
+            )
+        return self.scales
+
+    @cached_property
     def _data(self) -> list[np.ndarray]:
         data = [file.read() for file in self._files]
         if self.manifest is not None:
@@ -219,18 +235,22 @@ class Files:
             )
 
     def verify_golden(
-        self, logits: Callable[[list[list[int]], list[list[int]]], np.ndarray], *, relative: float = 0.0
+        self,
+        logits: Callable[[list[list[int]], list[list[int]]], np.ndarray],
+        *,
+        dtype: str = "fp32",
+        relative: float = 0.0,
     ) -> None:
         """Compares token ids and logits of the manifest's golden texts with those computed now; does nothing without a
-        manifest. logits: function from token ids and token types to logits. relative: additional tolerance for
-        arithmetic less exact than float32, as a share of the largest logit.
+        manifest. logits: function from token ids and token types to logits. dtype: int8 has logits of its own.
+        relative: additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
         """
         if self.manifest is None:
             return
         golden = self.manifest["golden"]
         ids, types = self.tokenizer.encode(golden["texts"], max_length=self.facts.max_length, truncate=True)
         require_ids(golden["texts"], ids, golden.get("ids", ids), self.directory)
-        manifests.verify_logits(self.manifest, logits(ids, types), self.directory, relative=relative)
+        manifests.verify_logits(self.manifest, logits(ids, types), self.directory, dtype=dtype, relative=relative)
 
 
 def require_finite(logits: np.ndarray, directory: str | Path, first: int = 0) -> None:

@@ -16,6 +16,7 @@ from sparsebert.checkpoint.classifier import golden as golden_of
 from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
 from sparsebert.checkpoint.missing import resolve
 from sparsebert.checkpoint.reading import INDEX, RECIPE, Files
+from sparsebert.checkpoint.scales import SCALES
 from sparsebert.errors import CheckpointError, InputError, shown
 from sparsebert.jobs import Job, write
 
@@ -56,6 +57,11 @@ def seal(directory: str | Path) -> dict:
         raise InputError(
             f"{files.directory} is sealed already",
             fix=f"if label names in config.json were changed: sparsebert reseal {shlex.quote(str(files.directory))}",
+        )
+    if files.scales is not None:
+        raise InputError(
+            f"{files.directory} holds {SCALES}, whose golden logits are lost with its manifest",
+            fix="remove that file and seal again, or make the model again with sparsebert quantize",
         )
     said = (files.config.get("sparsebert") or {}).get("weights_sha256")
     if said is not None and said != files.weights_sha256:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+import numpy as np
 
 from sparsebert.checkpoint.classifier import quiet_transformers, require_model
 from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
 from sparsebert.checkpoint.reading import RECIPE, Files, read_manifest, read_weights
+from sparsebert.checkpoint.scales import SCALES, Arrays, as_bytes
 from sparsebert.checkpoint.sealing import manifest_of
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from sparsebert.jobs import Job, place, replacing, require_place, require_writable
@@ -25,11 +28,14 @@ def save(
     job: Job | None = None,
     summary: dict | None = None,
     overwrite: bool = False,
+    scales: Arrays | None = None,
+    int8_logits: Callable[[Files, list[list[int]], list[list[int]]], np.ndarray] | None = None,
 ) -> str:
     """Writes a model directory, whole or not at all, and returns the sha256 of its weights.
 
     recipe: the arguments that made it (recipe.yaml). job: the job that made it; figures: what that job measured;
-    `finished` reads both. summary: method, pattern and sparsity, for config.json["sparsebert"]. An older directory
+    `finished` reads both. summary: method, pattern and sparsity, for config.json["sparsebert"]. scales: of the int8
+    grids that the weights lie on; int8_logits gives the logits of token ids and types in int8. An older directory
     written by this package is replaced in one step. Anything else at that path is an OutputError, unless `overwrite` or
     `job.overwrite` is set.
     """
@@ -58,6 +64,13 @@ def save(
                 if path.is_file() and path.name not in written.weight_files
             }
             manifest = manifest_of(written, model, tokenizer, files, job=job, figures=figures)
+            if scales is not None:
+                (staging / SCALES).write_bytes(as_bytes(scales))
+                whole = Files(staging)
+                texts, most = manifest["golden"]["texts"], whole.facts.max_length
+                texts = [text if isinstance(text, str) else tuple(text) for text in texts]
+                logits = int8_logits(whole, *whole.tokenizer.encode(texts, max_length=most, truncate=True))
+                manifest["int8"] = {"sha256": whole.scales.sha256, "logits": logits.tolist()}
             (staging / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             (staging / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     finally:

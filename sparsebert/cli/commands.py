@@ -9,10 +9,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsebert.cli.figures import rows_of, rows_of_machine, rows_of_plan, tables_of_timing
+from sparsebert.cli.figures import rows_of, rows_of_kept, rows_of_machine, rows_of_plan, tables_of_timing
 from sparsebert.cli.options import flags, option
 from sparsebert.cli.output import emit, progress, say_what_was_read, table, then
-from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, TrainConfig
+from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, QuantizeConfig, TrainConfig
 from sparsebert.errors import InputError, cut
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
@@ -158,13 +158,7 @@ def prune(
     if not json:
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()] if verbose else []
         rows += [["zeros in the encoder's linears", f"{result.sparsity:.2%}"]]
-        if kept is not None:
-            interval = kept["agreement_ci"]
-            told = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
-            what = "rank correlation with the dense model" if interval is None else "same label as the dense model"
-            value = f"{kept['agreement']:.4f}" if interval is None else f"{kept['agreement']:.1%}{told}"
-            rows += [[f"{what}, {kept['n']:,} test texts", value]]
-            rows += [["KL to the dense model in nats, 0 if equal", f"{kept['kl']:.4f}"]]
+        rows += rows_of_kept(kept, "the dense model")
         rows += [["saved in (same size on disk: zeros are stored)", str(output)]]
         how = "was pruned before, in" if result.reused else "pruned in"
         table(f"{config.method}, {config.pattern}: {how} {result.seconds:.0f} s", ["", ""], rows)
@@ -172,6 +166,33 @@ def prune(
             then("sparsebert", "eval", output, "--task", Path(task), "--vs", directory)
         else:
             then("sparsebert", "bench", output, "--task", Path(task))
+    emit({**result.as_json(), "output": str(output), "kept": kept}, json)
+
+
+@app.command()
+@flags(QuantizeConfig)
+def quantize(
+    directory: Directory,
+    *,
+    task: TaskName,
+    output: Output,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    config: QuantizeConfig,
+) -> None:
+    """Round the classifier in DIR, pruned or dense, to int8, calibrated on texts of the task. Zeros stay zeros."""
+    from sparsebert.pruning import quantize_checkpoint
+
+    with progress("quantize") as update:
+        result = quantize_checkpoint(directory, task, output, config, overwrite=overwrite, progress=update)
+    say_what_was_read(result)
+    kept = _kept(output, directory, task, config.max_length)
+    if not json:
+        rows = [["zeros in the encoder's linears", f"{result.sparsity:.2%}"], *rows_of_kept(kept, f"{directory}")]
+        rows += [["saved in", str(output)]]
+        how = "was rounded before, in" if result.reused else "rounded in"
+        table(f"{directory} in int8: {how} {result.seconds:.0f} s", ["", ""], rows)
+        then("sparsebert", "bench", output, "--task", Path(task))
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
 
 

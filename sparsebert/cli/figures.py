@@ -96,6 +96,20 @@ def _interval(limits, form: Callable[[float], str]) -> str:
     return "" if limits is None else f"[{form(limits[0])}, {form(limits[1])}]"
 
 
+def rows_of_kept(kept: dict | None, other: str) -> list[list[str]]:
+    """How near a model is to `other`, the one it was made from; no rows if that was not measured."""
+    if kept is None:
+        return []
+    interval = kept["agreement_ci"]
+    told = "" if interval is None else f" [{interval[0]:.1%}, {interval[1]:.1%}]"
+    what = f"rank correlation with {other}" if interval is None else f"same label as {other}"
+    value = f"{kept['agreement']:.4f}" if interval is None else f"{kept['agreement']:.1%}{told}"
+    return [
+        [f"{what}, {kept['n']:,} test texts", value],
+        [f"KL to {other} in nats, 0 if equal", f"{kept['kl']:.4f}"],
+    ]
+
+
 def rows_of_plan(plan: Plan, verbose: bool) -> list[list[str]]:
     """[what, how much] of a plan; verbose: its parts, too."""
     rows = [["zeros", f"{plan.zeros:,} of {plan.weights:,} weights ({plan.zeros / plan.weights:.2%})"]]

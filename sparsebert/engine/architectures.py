@@ -12,16 +12,15 @@ from sparsebert.ops.sparse_encoder import EncoderLayer, Norm, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, Packed, pack_groups
 
 ACTIVATIONS = ("gelu", "relu")
+Pack = Callable[[np.ndarray, tuple[str, ...]], Sequence[Packed]]  # a weight and the names of its linears -> its forms
 
 
-def build(
-    weights: dict[str, np.ndarray], facts: Facts, pack: Callable[[np.ndarray], Sequence[Packed]]
-) -> tuple[PackedEncoder, ...]:
+def build(weights: dict[str, np.ndarray], facts: Facts, pack: Pack) -> tuple[PackedEncoder, ...]:
     """The encoders of a model directory, one for each packed form that `pack` returns: for short batches and for long
     ones.
 
     weights: `checkpoint.Files.weights`. facts: of the same directory. pack: packs the weights of all linears except the
-    classifier. The encoders share their equal parts.
+    classifier, and gets the names of the linears that are stacked in a weight. The encoders share their equal parts.
     Raises UnsupportedError for an activation that the engine does not run.
     """
     if facts.activation not in ACTIVATIONS:
@@ -34,11 +33,11 @@ def build(
     def norm(name: str) -> Norm:
         return weights[f"{name}.weight"], weights[f"{name}.bias"]
 
-    def stacked(*of: str, activation: str = "none", pack: Callable[[np.ndarray], Sequence[Packed]] = pack):
+    def stacked(*of: str, activation: str = "none", pack: Pack = pack):
         weight = np.concatenate([weights[f"{name}.weight"] for name in of])
         bias = np.concatenate([weights[f"{name}.bias"] for name in of])
         made: dict[int, Linear] = {}
-        return tuple(made.setdefault(id(packed), Linear(packed, bias, activation)) for packed in pack(weight))
+        return tuple(made.setdefault(id(packed), Linear(packed, bias, activation)) for packed in pack(weight, of))
 
     positions = weights[f"{names.embeddings}.position_embeddings.weight"][facts.position_offset :]
     types = np.zeros((1, facts.embedding), np.float32)
@@ -46,7 +45,7 @@ def build(
         types = weights[f"{names.embeddings}.token_type_embeddings.weight"]
     pooler = stacked(names.pooler, activation=names.pooler_activation)
     forms = range(len(pooler))
-    classifier = stacked(names.classifier, pack=lambda weight: (pack_groups(weight),) * len(forms))
+    classifier = stacked(names.classifier, pack=lambda weight, _: (pack_groups(weight),) * len(forms))
     projection = (None,) * len(forms)
     if facts.embedding != facts.hidden:
         projection = stacked(f"{names.base}.embeddings_project")

@@ -1,4 +1,4 @@
-"""The costs of the float32 forms of a linear on this machine: the table by which the engine chooses a form."""
+"""The costs of the forms of a linear on this machine: the table by which the engine chooses a form."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,26 +16,28 @@ from sparsebert import environment, jobs, machine
 from sparsebert.engine.measure import interleave
 from sparsebert.errors import OutputError
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_matmul import Linear, Packed, pack, pack_groups, sparse_matmul
+from sparsebert.ops.sparse_matmul import Linear, Packed, Quantized, pack, pack_groups, pack_int8, sparse_matmul
 
 # Batches are short, middling or long. TOKENS: the tokens at which each kind is measured. BOUNDS: where the next begins.
 TOKENS = (8, 32, 128)
 BOUNDS = (16, 64)
 LONG = len(TOKENS) - 1
-VERSION = 2  # of the measurement and of the measured kernels
+VERSION = 3  # of the measurement and of the measured kernels
+ISAS = tuple(name for name in environment.ISAS if name in environment.FLOAT32_ISAS + environment.INT8_ISAS)
 LONGEST = 1 << 20  # characters of the file; a longer one is ignored
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of an entry in the two forms, for each of TOKENS. Only their ratio matters, so any unit will do.
+    """Costs of an entry in each form, for each of TOKENS. Only their ratio matters, so any unit will do.
 
     rows: every row has its own columns; an entry is a non-zero. groups: the rows of a group share their columns; an
-    entry is a place, kept or empty.
+    entry is a place, kept or empty. int8: likewise.
     """
 
     rows: tuple[float, ...]
     groups: tuple[float, ...]
+    int8: tuple[float, ...]
 
 
 def kind_of(tokens: int) -> int:
@@ -49,10 +51,10 @@ def costs(isa: str) -> Costs:
 
     Nothing is timed here, so the same model on the same machine always runs the same kernels.
     """
-    isa = _dispatch.float32_isa(isa)
+    isa = _dispatch.kernels_of(isa, ISAS)
     try:
         stored = _stored()[_machine(isa)]
-        parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups")}
+        parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups", "int8")}
     except (ValueError, KeyError, TypeError):  # no costs of this machine, or a damaged file
         return SHIPPED[isa]
     sound = all(len(part) == len(TOKENS) and all(0 < cost < math.inf for cost in part) for part in parts.values())
@@ -60,13 +62,13 @@ def costs(isa: str) -> Costs:
 
 
 def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Costs]:
-    """Times both forms on every instruction set allowed here, which takes a few seconds, and stores the costs. Raises
+    """Times all forms on every instruction set allowed here, which takes a few seconds, and stores the costs. Raises
     OutputError if there is no place to store them.
     """
     path = _path()
     if path is None:
         raise OutputError("there is no home directory for the costs", fix="set SPARSEBERT_CACHE to a folder")
-    isas = _dispatch.float32_isas()
+    isas = _dispatch.with_kernels(ISAS)
     found = {}
     for done, isa in enumerate(isas):
         progress(done, len(isas))
@@ -104,7 +106,10 @@ def _measured(isa: str) -> Costs:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal((SIZE, SIZE), np.float32)
     rows = pack(weight * (rng.random(weight.shape) < KEPT))
-    return Costs(*(tuple(_ns(packed, tokens, isa) for tokens in TOKENS) for packed in (rows, pack_groups(weight))))
+    one = np.ones(SIZE, np.float32)
+    int8 = pack_int8(Quantized(np.ones((SIZE, SIZE), np.int8), one, one, np.zeros(SIZE, np.uint8)))
+    forms = (rows, pack_groups(weight), int8)
+    return Costs(*(tuple(_ns(packed, tokens, isa) for tokens in TOKENS) for packed in forms))
 
 
 def _ns(packed: Packed, tokens: int, isa: str) -> float:
@@ -116,9 +121,14 @@ def _ns(packed: Packed, tokens: int, isa: str) -> float:
     return max(1e9 * (timings.minimum("packed") - timings.minimum("empty")) / (tokens * packed.stored), 1e-6)
 
 
-# Medians of `measure`: avx2 on a Zen 3 core, the others on a Zen 5 core.
+# Medians of `measure`. Float32: avx2 on a Zen 3 core, the others on a Zen 5 core. int8: on a Zen 4 core, times the
+# ratio of those cores in `groups`. avx_vnni is not measured: it has the costs of avx2.
+_AVX2 = Costs(rows=(0.052, 0.032, 0.033), groups=(0.024, 0.020, 0.0225), int8=(0.070, 0.0158, 0.0172))
+_AVX512 = Costs(rows=(0.036, 0.0163, 0.0146), groups=(0.019, 0.0081, 0.0079), int8=(0.0555, 0.0071, 0.0061))
 SHIPPED = {
-    "scalar": Costs(rows=(0.089, 0.045, 0.045), groups=(0.0445, 0.050, 0.050)),
-    "avx2": Costs(rows=(0.052, 0.032, 0.033), groups=(0.024, 0.020, 0.0225)),
-    "avx512": Costs(rows=(0.036, 0.0163, 0.0146), groups=(0.019, 0.0081, 0.0079)),
+    "scalar": Costs(rows=(0.089, 0.045, 0.045), groups=(0.0445, 0.050, 0.050), int8=(0.125, 0.070, 0.069)),
+    "avx2": _AVX2,
+    "avx_vnni": _AVX2,
+    "avx512": _AVX512,
+    "avx512_vnni": replace(_AVX512, int8=(0.018, 0.0023, 0.0020)),
 }

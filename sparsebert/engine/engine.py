@@ -63,8 +63,10 @@ class Engine:
         encoder that the engine may use. The packed form is kept in the user's cache, and later loads map it from there,
         unless `cached` is false. If the directory is replaced meanwhile, it is loaded once more.
 
-        dtype: of weights and states, fp32 or bf16; sums are fp32. auto: bf16 if `dtype` in config.json is bfloat16 and
-        the processor multiplies it in tiles (amx), as it is fast only there; else fp32. threads: None for the cores
+        dtype: of weights and states, fp32 or bf16; sums are fp32. int8: of weights and of the linears' inputs, for a
+        model that was made for it (`sparsebert quantize`, `prune --int8`). auto: int8 for such a model; bf16 if `dtype`
+        in config.json is bfloat16 and the processor multiplies it in tiles (amx), as it is fast only there; else fp32,
+        and on processors without AVX2. threads: None for the cores
         this process may use. batch_invariant: use one form of every linear for all batches, so that a text's logits
         have the same bits alone and in any batch; otherwise short batches may use another form than long ones if that
         is faster. Raises CheckpointError for a damaged directory and UnsupportedError for a model that the engine does
@@ -78,8 +80,10 @@ class Engine:
             "batch_invariant": batch_invariant,
             "cached": cached,
         }
+        files = checkpoint.read(directory)
+        files.warn_unsealed()
         try:
-            engine = cls._load(checkpoint.read(directory), settings)
+            engine = cls._load(files, settings)
         except Changed:  # the model was being replaced, which is done now
             engine = cls._load(checkpoint.read(directory), settings)
         _warn_of_portable_path(engine.dtype)
@@ -88,12 +92,13 @@ class Engine:
     @classmethod
     def _load(cls, files: Files, settings: dict) -> Engine:
         """`load` with the files opened. Raises Changed if they are no longer the files of the directory."""
-        files.warn_unsealed()
-        dtype = dtype_of(files.config, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
+        dtype = dtype_of(files, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
+        scales = files.require_scales() if dtype == "int8" else None
         table = costs(_dispatch.isa())
 
-        def forms(weight: np.ndarray) -> tuple[Packed, ...]:
-            return pack_cheapest(weight, table, dtype)
+        def forms(weight: np.ndarray, names: tuple[str, ...]) -> tuple[Packed, ...]:
+            grid = None if scales is None else scales.grid(weight, names)
+            return pack_cheapest(weight, table, dtype, grid)
 
         def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
             return architectures.build(weights, files.facts, forms)
@@ -102,13 +107,14 @@ class Engine:
             if not settings["cached"]:
                 return make(files.weights)
             key = {"dtype": dtype} | ({"costs": asdict(table)} if has_choice(dtype) else {})
+            key |= {} if scales is None else {"scales": scales.sha256}
             return cache.packed(files, key, make, anew=anew)
 
         def verified(encoders: tuple[PackedEncoder, ...]) -> Engine:
             engine = cls(encoders[-1:] if settings["batch_invariant"] else encoders, files, settings, dtype)
             for encoder in dict.fromkeys(engine._encoders):
                 _ = encoder.core  # made now, because making it takes a lock, and a fork would copy the lock
-                files.verify_golden(partial(engine._run, encoder), relative=DTYPES[dtype].tolerance)
+                files.verify_golden(partial(engine._run, encoder), dtype=dtype, relative=DTYPES[dtype].tolerance)
             return engine
 
         try:
@@ -121,6 +127,11 @@ class Engine:
                 return verified(packed(True))  # the packed form may be wrong: make it once more
         finally:
             files.require_same()
+
+    @classmethod
+    def unverified(cls, files: Files, dtype: str) -> Engine:
+        """The engine of a directory that is just being made and has no golden logits of this dtype yet."""
+        return cls._load(files, {"dtype": dtype, "threads": None, "batch_invariant": False, "cached": False})
 
     @property
     def encoder(self) -> PackedEncoder:
@@ -260,9 +271,11 @@ def _warn_of_portable_path(dtype: str) -> None:
         )
 
 
-def dtype_of(config: dict, isa: str) -> str:
-    """The dtype for "auto": never less precise than the checkpoint declares, and bf16 only if it is fast."""
-    declared = config.get("dtype") or config.get("torch_dtype")
+def dtype_of(files: Files, isa: str) -> str:
+    """The dtype for "auto": never less precise than the checkpoint declares, and only if it is fast."""
+    if files.scales is not None and DTYPES["int8"].has_kernel(isa):
+        return "int8"
+    declared = files.config.get("dtype") or files.config.get("torch_dtype")
     return "bf16" if declared == "bfloat16" and isa == "amx" else "fp32"
 
 

@@ -47,9 +47,14 @@ def allowed_isas() -> tuple[str, ...]:
     return tuple(name for name in allowed if name in supported_isas())
 
 
+def with_kernels(isas: tuple[str, ...]) -> tuple[str, ...]:
+    """The allowed ones of these instruction sets, slowest first."""
+    return tuple(name for name in allowed_isas() if name in isas)
+
+
 def float32_isas() -> tuple[str, ...]:
     """The allowed instruction sets that have their own float32 kernels, slowest first."""
-    return tuple(name for name in allowed_isas() if name == float32_isa(name))
+    return with_kernels(environment.FLOAT32_ISAS)
 
 
 def float32_isa(name: str) -> str:

@@ -197,7 +197,7 @@ class PackedTiles:
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """A weight W [n_out, n_in] in int8, for an input in bytes: W[r, k] = scale[r] * values[r, k] / step[k], and byte b of
+    """A weight W [n_out, n_in] in int8, W[r, k] = scale[r] * values[r, k] / step[k], for an input in bytes: byte b of
     input k stands for (b - zero[k]) * step[k].
 
     values: int8 [n_out, n_in]. scale: float32 [n_out]. step: float32 [n_in]. Both are above 0, and so is 1 / step[k].
@@ -226,6 +226,21 @@ class Quantized:
                     f"{name} must be above 0 and finite, got {array[bad][0]} at {np.flatnonzero(bad)[0]}",
                     fix="calibrate it again",
                 )
+
+    @classmethod
+    def of_weight(cls, weight: np.ndarray, scale: np.ndarray, step: np.ndarray, zero: np.ndarray) -> Quantized:
+        """The grid whose `weight` is this one, float32 [n_out, n_in]. Raises InputError if an entry is off the grid."""
+        with np.errstate(invalid="ignore", over="ignore"):
+            values = np.clip(np.rint(weight * step / scale[:, None]), -128, 127).astype(np.int8)
+        grid = cls(values, scale, step, zero)
+        off = grid.weight != weight
+        if off.any():
+            row, col = np.argwhere(off)[0]
+            raise InputError(
+                f"{int(off.sum())} of {off.size} weights are off their int8 grid, the first in row {row}, column {col}",
+                fix="quantize the model again",
+            )
+        return grid
 
     @property
     def weight(self) -> np.ndarray:
@@ -530,6 +545,12 @@ def pack_int8(quantized: Quantized) -> PackedInt8:
         n_in=n_in,
         n_out=n_out,
     )
+
+
+def places_in_int8(quantized: Quantized) -> int:
+    """Number of entries that `pack_int8` stores, kept ones and empty places. Packs nothing."""
+    quad = _dispatch.core().QUAD_COLS
+    return sum(rows * -(-len(cols) // quad) * quad for _, rows, cols in int8_groups(quantized.values != 0))
 
 
 def int8_groups(support: np.ndarray) -> list[tuple[int, int, np.ndarray]]:

@@ -15,9 +15,20 @@ _PUBLIC = {
     "draw": "calibration",
     "prune": "entry",
     "prune_checkpoint": "entry",
+    "quantize_checkpoint": "entry",
 }
 
-__all__ = ["METHODS", "Calibration", "PruneResult", "SubnetConfig", "check", "draw", "prune", "prune_checkpoint"]
+__all__ = [
+    "METHODS",
+    "Calibration",
+    "PruneResult",
+    "SubnetConfig",
+    "check",
+    "draw",
+    "prune",
+    "prune_checkpoint",
+    "quantize_checkpoint",
+]
 
 
 def __getattr__(name: str):

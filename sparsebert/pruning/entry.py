@@ -8,15 +8,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from sparsebert import checkpoint, data, encoders, patterns
-from sparsebert.config import PruneConfig
+from sparsebert.config import PruneConfig, QuantizeConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
-from sparsebert.jobs import Job, digest
+from sparsebert.jobs import Job, code_of, digest
 from sparsebert.machine import bf16_is_fast
 from sparsebert.patterns import parse, require_fits, sparsity_of
 from sparsebert.pruning import knowledge
 from sparsebert.pruning.calibration import Calibration, draw, others
 from sparsebert.pruning.methods import LABEL_FREE, LabelFree
+from sparsebert.pruning.quantize import quantize
 from sparsebert.pruning.run import Run
 from sparsebert.pruning.subnets import Subnet, own
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
@@ -35,7 +36,8 @@ class PruneResult:
     cut: the share of the task's training texts that have more. rows: rows read from the user's own files
     (data.rows_read). left_out: number of training examples, and of texts of --calibration, that are also in a reported
     split (data.training). calibration: tokens in each part of the calibration set. reused: whether the output was
-    finished before. resumed: the last result of an earlier run that this one continued; empty if it began anew.
+    finished before. dtype: int8 if weights and inputs were rounded to it. resumed: the last result of an earlier run
+    that this one continued; empty if it began anew.
     """
 
     method: str
@@ -51,6 +53,7 @@ class PruneResult:
     rows: dict | None = None
     left_out: int = 0
     calibration: dict[str, int] | None = None
+    dtype: str = "fp32"
     reused: bool = False
     resumed: str = ""
 
@@ -131,18 +134,50 @@ def prune_checkpoint(
     check(config, subnet)
     source = checkpoint.resolve(source)
     run = run_of(source, task, output, config, subnet, overwrite)
-    target = run.job.output
     if (figures := checkpoint.finished(run.job)) is not None:
         figures.pop("weights_sha256")
         return PruneResult(**figures | run.read | {"reused": True})
+    return _carried_out(run, source, config, progress)
 
+
+def quantize_checkpoint(
+    source: str | Path,
+    task: str,
+    output: str | Path,
+    config: QuantizeConfig | None = None,
+    *,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> PruneResult:
+    """Rounds the classifier in the directory `source`, pruned or dense, to int8 on texts of `task`, and saves it in
+    `output`; the zeros stay. A repeated call returns at once if `output` is finished.
+    """
+    config = config or QuantizeConfig()
+    source = checkpoint.resolve(source)
+    if checkpoint.read(source).scales is not None:
+        raise InputError(f"{source} is in int8 already", fix="quantize the model that it was made from")
+    spec = encoders.task_for(task, source, labelled=False)
+    target = checkpoint.check_output(output, sources=read_by(spec, source), overwrite=overwrite)
+    run = _Calibrated(source, spec, target, config, overwrite)
+    if (figures := checkpoint.finished(run.job)) is not None:
+        figures.pop("weights_sha256")
+        return PruneResult(**figures | run.read | {"reused": True})
+    return _carried_out(run, source, config, progress)
+
+
+def _carried_out(
+    run: _Trained | _Calibrated, source: Path, config: PruneConfig | QuantizeConfig, progress: Progress
+) -> PruneResult:
     with run.job:
         model, tokenizer, result = run.find(progress)
-        recipe = {"command": "prune", **checkpoint.made_from(source, checkpoint.source_sha256(source))}
+        recipe = {"command": run.job.record["kind"], **checkpoint.made_from(source, checkpoint.source_sha256(source))}
         recipe |= {"task": task_name(run.spec), **run.recipe, **config.model_dump()}
         summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
         summary["max_length"] = run.spec.max_length
-        checkpoint.save(model, tokenizer, target, recipe=recipe, job=run.job, figures=asdict(result), summary=summary)
+        checkpoint.save(
+            model, tokenizer, run.job.output, recipe=recipe, job=run.job, figures=asdict(result), summary=summary,
+            scales=run.scales, int8_logits=_int8_logits,
+        )  # fmt: skip
         run.job.finish()
     return replace(result, resumed=run.job.resumed)
 
@@ -161,8 +196,10 @@ def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, sub
 
 class _Trained:
     """One run of a method that trains. job: its key is made of all that decides the result. recipe: the part of that
-    which is saved in the recipe. read: figures of the user's files.
+    which is saved in the recipe. read: figures of the user's files. scales: of int8; None for float32.
     """
+
+    scales = None
 
     def __init__(
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite
@@ -183,29 +220,33 @@ class _Trained:
 
 
 class _Calibrated:
-    """One run of a method without labels; job, recipe and read as in _Trained. examples: the task's training texts,
-    None for a method that looks at no texts. others: the other calibration texts.
+    """One run of a method without labels, or of rounding to int8 alone; job, recipe, read and scales as in _Trained.
+    examples: the task's training texts, None for a method that looks at no texts. others: the other calibration texts.
     """
 
-    def __init__(self, source: Path, spec: data.Task, target: Path, config: PruneConfig, overwrite: bool):
-        method, model = LABEL_FREE[config.method], checkpoint.shapes(source)
+    def __init__(
+        self, source: Path, spec: data.Task, target: Path, config: PruneConfig | QuantizeConfig, overwrite: bool
+    ):
+        model = checkpoint.shapes(source)
         stock = model.config
-        self.source, self.config = source, config
+        self.source, self.config, self.scales = source, config, None
         self.spec = encoders.limited(spec, stock, config.max_length)
         self.max_length, self.examples, self.recipe, self.read = self.spec.max_length, None, {}, {}
         settings = config.model_dump(exclude={"max_length"})
-        # A default that is written out is the same work.
-        settings["sparsity"] = sparsity_of(parse(config.pattern), config.sparsity)
-        if config.method == "knowledge":
-            settings["tier"] = knowledge.tier_of(config)
-        if method.looks_at_data:
+        self.method = LABEL_FREE[config.method] if isinstance(config, PruneConfig) else None
+        if self.method is not None:
+            # A default that is written out is the same work.
+            settings["sparsity"] = sparsity_of(parse(config.pattern), config.sparsity)
+            if config.method == "knowledge":
+                settings["tier"] = knowledge.tier_of(config)
+        if self.method is None or self.method.looks_at_data:
             if spec.train is None:
                 raise InputError(
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
             self.examples = data.training(spec)
             _require_tokens(config.calibration_tokens, encoder_linears(model))
-            given = () if config.as_published else others(config.calibration)
+            given = () if settings.get("as_published") else others(config.calibration)
             self.others = data.unreported_texts(spec, given)
             left_out = self.examples.left_out + len(given) - len(self.others)
             self.read = {"rows": data.rows_read(spec), "left_out": left_out}
@@ -222,25 +263,47 @@ class _Calibrated:
             "data": self.recipe.get("data_sha256"),
         }
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the saved model
-        self.job = Job("prune", inputs, method.prune.__module__, target, overwrite=overwrite, space=space)
+        kind, code = "prune", self.method.prune if self.method is not None else quantize
+        if self.method is None:
+            kind = "quantize"
+        elif settings["int8"]:
+            inputs["quantize"] = code_of(quantize.__module__)
+        self.job = Job(kind, inputs, code.__module__, target, overwrite=overwrite, space=space)
 
     def find(self, progress: Progress):
-        """(model, tokenizer, result)."""
+        """(model, tokenizer, result); sets `scales` if the model was rounded to int8."""
+        start = time.perf_counter()
         model, tokenizer = checkpoint.load(self.source)
+        run = Run(progress, self.job)
         if self.examples is None:
-            return model, tokenizer, prune(model, None, self.config, run=Run(progress, self.job))
+            return model, tokenizer, prune(model, None, self.config, run=run)
         tokens, seed = self.config.calibration_tokens, self.config.seed
         texts = draw(model, tokenizer, self.examples, tokens, self.max_length, seed, others=self.others)
-        result = prune(model, texts, self.config, run=Run(progress, self.job))
+        if self.method is not None:
+            result = prune(model, texts, self.config, run=run)
+        if self.method is None or self.config.int8:
+            self.scales = quantize(model, texts.batches, run.part("round to int8"))
+        if self.method is None:
+            made = getattr(model.config, "sparsebert", None) or {}  # how the model was pruned, if it was
+            kept = {name: made.get(name, before) for name, before in (("method", "none"), ("pattern", "unstructured"))}
+            result = replace(_result(model, PruneConfig(), start, texts.tokens), **kept)
         some = self.examples.sample(CUT_SAMPLE, 0)  # only the task's: joined texts are cut on purpose
         encoded = encoders.tokenize(tokenizer, some, texts.max_length)
         told = {
+            "seconds": time.perf_counter() - start,
+            "dtype": "fp32" if self.scales is None else "int8",
             "max_length": texts.max_length,
             "cut": encoders.cut_share(tokenizer, some, encoded, texts.max_length),
             "calibration": texts.parts,
             **self.read,
         }
         return model, tokenizer, replace(result, **told)
+
+
+def _int8_logits(files: checkpoint.Files, ids: list[list[int]], types: list[list[int]]):
+    from sparsebert.engine import Engine
+
+    return Engine.unverified(files, "int8").forward(ids, types)
 
 
 def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:

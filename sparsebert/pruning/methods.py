@@ -158,10 +158,10 @@ class LabelFree(NamedTuple):
 
 
 LABEL_FREE = {
-    "knowledge": LabelFree(knowledge, frozenset({"calibration", "tier", "without", "damping"})),
-    "adaptive": LabelFree(adaptive, frozenset({"calibration", "as_published", "damping"})),
-    "obs": LabelFree(obs, frozenset({"calibration", "damping"})),
-    "sparsegpt": LabelFree(sparsegpt, frozenset({"calibration", "damping"})),
-    "wanda": LabelFree(wanda, frozenset({"calibration"})),
+    "knowledge": LabelFree(knowledge, frozenset({"calibration", "int8", "tier", "without", "damping"})),
+    "adaptive": LabelFree(adaptive, frozenset({"calibration", "int8", "as_published", "damping"})),
+    "obs": LabelFree(obs, frozenset({"calibration", "int8", "damping"})),
+    "sparsegpt": LabelFree(sparsegpt, frozenset({"calibration", "int8", "damping"})),
+    "wanda": LabelFree(wanda, frozenset({"calibration", "int8"})),
     "magnitude": LabelFree(magnitude, frozenset({"scope"}), looks_at_data=False),
 }

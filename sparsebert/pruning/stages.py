@@ -30,6 +30,7 @@ from sparsebert.pruning.calibration import Batches
 # A linear's full name -> the weight of every token, float32 [sequences, length] for each batch; absent: 1 each.
 TokenWeights = dict[str, list[torch.Tensor]]
 Affine = tuple[torch.Tensor, torch.Tensor | None]  # (weight, bias) of a linear
+Rounding = Callable[[nn.Linear, torch.Tensor], torch.Tensor]  # a linear and its input -> what it is multiplied with
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +40,8 @@ class Stage:
     linears: the model's modules, by full name. dense: the weight and bias of each in the dense model. moments: of the
     input x̂ in the half-pruned model, together with y. y: the outputs of all these linears in the dense model;
     `targets` has the slice of each linear. If targets is None, y is their input in the dense model. examples: for the
-    head, where nothing is pruned, x̂ and y of every text, float32 [texts, width]; else None.
+    head, where nothing is pruned, x̂ and y of every text, float32 [texts, width]; else None. sample: x̂ of some tokens,
+    spread over all texts, float32 [tokens, n_in]; None if none were asked for.
     """
 
     linears: dict[str, nn.Linear]
@@ -47,6 +49,7 @@ class Stage:
     moments: Moments
     targets: dict[str, slice] | None
     examples: tuple[torch.Tensor, torch.Tensor] | None
+    sample: torch.Tensor | None
 
     @property
     def head(self) -> bool:
@@ -88,10 +91,11 @@ class Walk:
         """Goes on to the next linear, with `y` as the output of this one."""
         self._wait(self._forward.switch(y))
 
-    def cross(self, affine: dict[nn.Linear, Affine]) -> None:
-        """Goes through the given linears, with the given weights."""
+    def cross(self, affine: dict[nn.Linear, Affine], rounded: Rounding | None = None) -> None:
+        """Goes through the given linears, with the given weights, and their inputs rounded if it is given."""
         for _ in affine:
-            self.go_on(nn.functional.linear(self.x, *affine[self.linear]))
+            x = self.x if rounded is None else rounded(self.linear, self.x)
+            self.go_on(nn.functional.linear(x, *affine[self.linear]))
 
     def _wait(self, reached) -> None:
         if self._forward.dead:
@@ -109,6 +113,8 @@ def stages(
     sparse_inputs: bool = True,
     heads: bool = False,
     padding: bool = False,
+    sample: int = 0,
+    rounded: Rounding | None = None,
     finished: Callable[[dict[str, nn.Linear]], bool] = lambda linears: False,
 ) -> Iterator[Stage]:
     """Yields the stages of the encoder, then those of the head if `heads`. The caller may change the linears' weights
@@ -117,8 +123,9 @@ def stages(
     batches: token batches without padding. The model must be in eval mode.
     sparse_inputs: False measures the dense model's inputs (x̂ = x), whatever the caller changes.
     padding: True counts padding as tokens and runs the half-pruned model under the last batch's attention mask, as the
-    released code of Li et al. 2023 does. finished: called with the linears of each layer before its stages. If it sets
-    their weights and returns True, the layer is passed without stages.
+    released code of Li et al. 2023 does. sample: about how many tokens a stage's sample has. rounded: rounds the inputs
+    of linears that the half-pruned model has gone through. finished: called with the linears of each layer before its
+    stages. If it sets their weights and returns True, the layer is passed without stages.
     Memory: for all calibration tokens, in float32, the hidden states of both passes and the widest input of the
     half-pruned one.
     Raises InputError for padded batches, and for inputs that are not finite, naming their linears.
@@ -130,6 +137,8 @@ def stages(
     calls = [_first_layer_call(model, layers[0], batch) for batch in batches]
     arguments = [rest for _, rest in calls]
     dense = [hidden for hidden, _ in calls]
+    every = max(1, sum(hidden[..., 0].numel() for hidden in dense) // sample) if sample else 0
+    measure = every, rounded
     hidden_states = HiddenStates(dense, list(dense) if sparse_inputs else None)
     for layer in layers:
         linears = {names[m]: m for m in layer.modules() if isinstance(m, nn.Linear)}
@@ -149,7 +158,7 @@ def stages(
             hidden_states.dense = [run(hidden, i) for i, hidden in enumerate(hidden_states.dense)]
             _set(sparse_affine)
         else:
-            yield from _walk(linears, run, run_sparse, hidden_states, weights or {}, head=False)
+            yield from _walk(linears, run, run_sparse, hidden_states, weights or {}, measure, head=False)
     if heads:
         inside = {module for layer in layers for module in layer.modules()}
         linears = {name: m for m, name in names.items() if isinstance(m, nn.Linear) and m not in inside}
@@ -161,7 +170,7 @@ def stages(
 
         # A walk is past the encoder when it first waits, so the skipping ends when all have started.
         start = layers_skipped(layers, encoded)
-        yield from _walk(linears, run_head, run_head, hidden_states, weights or {}, head=True, starting=start)
+        yield from _walk(linears, run_head, run_head, hidden_states, weights or {}, measure, head=True, starting=start)
 
 
 @dataclass
@@ -175,19 +184,20 @@ class HiddenStates:
 
 
 def _walk(
-    linears: dict[str, nn.Linear], run, run_sparse, states: HiddenStates, weights: TokenWeights, *, head: bool,
-    starting=None,
+    linears: dict[str, nn.Linear], run, run_sparse, states: HiddenStates, weights: TokenWeights,
+    measure: tuple[int, Rounding | None], *, head: bool, starting=None,
 ) -> Iterator[Stage]:  # fmt: skip
-    """Takes both passes through one part of the model, stage by stage. starting: a context to start the walks in."""
+    """Takes both passes through one part of the model, stage by stage. measure: the distance of the sample's tokens (0:
+    no sample), and `rounded`. starting: a context to start the walks in.
+    """
     names = {module: name for name, module in linears.items()}
     with _waiting(linears.values()):
         with starting or nullcontext():
             order = _order(Walk(lambda: run(states.dense[-1], -1)))
-            passes = _Passes(
-                _started(run, states.dense), None if states.sparse is None else _started(run_sparse, states.sparse)
-            )
+            sparse = None if states.sparse is None else _started(run_sparse, states.sparse)
+            passes = _Passes(_started(run, states.dense), sparse, measure[1])
         for modules in order:
-            measured = _Measured({module: names[module] for module in modules}, weights, head)
+            measured = _Measured({module: names[module] for module in modules}, weights, head, measure[0])
             for i in range(len(passes.dense)):
                 x = passes.arrive(i)
                 outputs = measured.add(i, x, passes.dense[i].x)
@@ -215,6 +225,7 @@ class _Passes:
 
     dense: list[Walk]
     sparse: list[Walk] | None
+    rounded: Rounding | None
     ahead_dense: dict[nn.Linear, Affine] = field(default_factory=dict)
     ahead_sparse: dict[nn.Linear, Affine] = field(default_factory=dict)
 
@@ -223,7 +234,7 @@ class _Passes:
         self.dense[i].cross(self.ahead_dense)
         if self.sparse is None:
             return self.dense[i].x
-        self.sparse[i].cross(self.ahead_sparse)
+        self.sparse[i].cross(self.ahead_sparse, self.rounded)
         return self.sparse[i].x
 
     def finish(self, states: HiddenStates) -> None:
@@ -232,7 +243,7 @@ class _Passes:
             walk.cross(self.ahead_dense)
             states.dense.append(walk.output)
         for walk in self.sparse or ():
-            walk.cross(self.ahead_sparse)
+            walk.cross(self.ahead_sparse, self.rounded)
             states.sparse.append(walk.output)
 
 
@@ -244,8 +255,9 @@ class _Measured:
     moments S. The head is always narrow.
     """
 
-    def __init__(self, names: dict[nn.Linear, str], weights: TokenWeights, head: bool):
-        self.names, self.head = names, head
+    def __init__(self, names: dict[nn.Linear, str], weights: TokenWeights, head: bool, every: int):
+        self.names, self.head, self.every = names, head, every
+        self.sample: list[torch.Tensor] = []
         self.affine = {module: _affine(module) for module in names}
         self.narrow = head or sum(m.out_features for m in names) < next(iter(names)).in_features
         self.weights: dict[int, list[torch.Tensor] | None] = {}  # token weights, by their id()
@@ -265,6 +277,8 @@ class _Measured:
             token_weights = self.weights[key]
             of_batch = None if token_weights is None else token_weights[i]
             self.moments[key] = _add(self.moments.get(key), x, y, of_batch, [self.names[m] for m in members])
+        if self.every:
+            self.sample.append(x.flatten(0, -2)[:: self.every].clone())
         if self.head:
             self.examples.append((x.flatten(0, -2), y.flatten(0, -2)))
         return outputs
@@ -280,6 +294,7 @@ class _Measured:
                 moments=self.moments.pop(key),
                 targets=slices if self.narrow else None,
                 examples=tuple(map(torch.cat, zip(*self.examples, strict=True))) if self.head else None,
+                sample=torch.cat(self.sample) if self.every else None,
             )
 
 
