@@ -26,7 +26,8 @@ def random_model(config: BenchConfig, folder: Path) -> Path:
     import torch
     import transformers
 
-    from sparsebert.pruning import prune
+    from sparsebert.pruning import int8_logits, prune
+    from sparsebert.pruning.quantize import quantize
 
     name, sizes = SHAPES[config.random]
     made = getattr(transformers, f"{name}Config")(**sizes, num_labels=2)
@@ -36,7 +37,14 @@ def random_model(config: BenchConfig, folder: Path) -> Path:
     if config.sparsity != 0:
         prune(model, [], PruneConfig(method="magnitude", pattern=config.pattern, sparsity=config.sparsity))
     tokenizer = checkpoint.load_tokenizer(checkpoint.resolve("minilm"))
-    checkpoint.save(model, tokenizer, folder / config.random, recipe={"command": "bench"}, figures={})
+    scales = None
+    if config.dtype == "int8":
+        ids = np.random.default_rng(0).integers(made.vocab_size // 2, made.vocab_size, (64, 64))
+        scales = quantize(model, [{"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(64, 64)}])
+    checkpoint.save(
+        model, tokenizer, folder / config.random, recipe={"command": "bench"}, figures={}, scales=scales,
+        int8_logits=int8_logits,
+    )  # fmt: skip
     return folder / config.random
 
 

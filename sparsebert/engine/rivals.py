@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ OURS = "sparsebert"
 # Logits match if they differ from torch's float32 logits by at most what another order of a float32 sum makes, plus
 # this share of the largest logit.
 SHARE = {name: dtype.tolerance for name, dtype in DTYPES.items()} | {"int8": 0.25}
+MOST_CALIBRATION = 300  # batches, the default of NNCF
 SETTLE_S = 5e-3  # in which the workers of the previous engine stop spinning
 
 Call = Callable[[int], np.ndarray]  # a batch's number -> its logits
@@ -90,6 +92,11 @@ class Work:
     def arrays(self) -> list[dict[str, np.ndarray]]:
         return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self.padded]
 
+    @property
+    def calibration(self) -> list[dict[str, np.ndarray]]:
+        """Batches that rivals in int8 are calibrated on."""
+        return self.arrays[:MOST_CALIBRATION]
+
 
 def _torch(work: Work, bf16: bool = False, compiled: bool = False) -> Call:
     import torch
@@ -103,13 +110,24 @@ def _torch(work: Work, bf16: bool = False, compiled: bool = False) -> Call:
     return call
 
 
-def _onnxruntime(work: Work, int8: bool = False) -> Call:
+def _onnxruntime(work: Work, int8: str | None = None) -> Call:
+    """int8: dynamic scales of the activations, or static ones (QDQ), calibrated on the batches that are timed."""
     onnxruntime = _required("onnxruntime")
     path = work.onnx
-    if int8:
+    if int8 is not None:
         quantization = _required("onnxruntime.quantization")
-        path = work.folder / "model.int8.onnx"
-        quantization.quantize_dynamic(work.onnx, path, weight_type=quantization.QuantType.QInt8)
+        path = work.folder / f"model.{int8}.onnx"
+        if int8 == "dynamic":
+            quantization.quantize_dynamic(work.onnx, path, weight_type=quantization.QuantType.QInt8)
+        else:
+            batches = iter(work.calibration)
+            reader = type("Reader", (quantization.CalibrationDataReader,), {"get_next": lambda _: next(batches, None)})
+            # Signed weights and activations would saturate on processors without VNNI; these are its own defaults else.
+            quantization.quantize_static(
+                work.onnx, path, reader(), activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8, per_channel=True,
+                op_types_to_quantize=["MatMul", "Gemm"],
+            )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = work.threads
     options.log_severity_level = 3
@@ -118,14 +136,23 @@ def _onnxruntime(work: Work, int8: bool = False) -> Call:
     return lambda i: session.run(None, batches[i])[0]
 
 
-def _openvino(work: Work, precision: str) -> Call:
+def _openvino(work: Work, precision: str, int8: bool = False) -> Call:
+    """int8: quantised by NNCF after training, as it does transformers, on the batches that are timed."""
     openvino = _required("openvino")
+    model = openvino.Core().read_model(str(work.onnx))
+    if int8:
+        nncf = _required("nncf")
+        batches = work.calibration
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
+            model = nncf.quantize(
+                model, nncf.Dataset(batches), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(batches)
+            )
     settings = {
         "INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": work.threads, "PERFORMANCE_HINT": "LATENCY",
     }  # fmt: skip
-    model = openvino.Core().compile_model(str(work.onnx), "CPU", settings)
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     batches = work.arrays
-    return lambda i: model(batches[i])[0]
+    return lambda i: compiled(batches[i])[0]
 
 
 # Runs in another environment, whose numpy is older, so it uses no part of this package. Batches are padded to a
@@ -207,9 +234,11 @@ RIVALS = {
     "torch-compile": _Rival("fp32", lambda work: _torch(work, compiled=True)),
     "torch-compile-bf16": _Rival("bf16", lambda work: _torch(work, bf16=True, compiled=True)),
     "onnxruntime": _Rival("fp32", _onnxruntime),
-    "onnxruntime-int8": _Rival("int8", lambda work: _onnxruntime(work, int8=True)),
+    "onnxruntime-int8": _Rival("int8", lambda work: _onnxruntime(work, int8="dynamic")),
+    "onnxruntime-int8-static": _Rival("int8", lambda work: _onnxruntime(work, int8="static")),
     "openvino": _Rival("fp32", lambda work: _openvino(work, "f32")),
     "openvino-bf16": _Rival("bf16", lambda work: _openvino(work, "bf16")),
+    "openvino-int8": _Rival("int8", lambda work: _openvino(work, "f32", int8=True)),
     "deepsparse": _Rival("fp32", _deepsparse),
 }
 
@@ -296,7 +325,7 @@ def time_rivals(
         })  # fmt: skip
     return {
         "machine": machine.card(),
-        "versions": {name: machine.version_of(name) for name in ("torch", "onnxruntime", "openvino")},
+        "versions": {name: machine.version_of(name) for name in ("torch", "onnxruntime", "openvino", "nncf")},
         "density": engine.density,
         "n": len(encoded),
         "tokens": sum(len(row["input_ids"]) for row in encoded),

@@ -13,6 +13,7 @@ _PUBLIC = {
     "SubnetConfig": "trained",
     "check": "entry",
     "draw": "calibration",
+    "int8_logits": "entry",
     "prune": "entry",
     "prune_checkpoint": "entry",
     "quantize_checkpoint": "entry",

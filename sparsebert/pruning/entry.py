@@ -176,7 +176,7 @@ def _carried_out(
         summary["max_length"] = run.spec.max_length
         checkpoint.save(
             model, tokenizer, run.job.output, recipe=recipe, job=run.job, figures=asdict(result), summary=summary,
-            scales=run.scales, int8_logits=_int8_logits,
+            scales=run.scales, int8_logits=int8_logits,
         )  # fmt: skip
         run.job.finish()
     return replace(result, resumed=run.job.resumed)
@@ -300,7 +300,8 @@ class _Calibrated:
         return model, tokenizer, replace(result, **told)
 
 
-def _int8_logits(files: checkpoint.Files, ids: list[list[int]], types: list[list[int]]):
+def int8_logits(files: checkpoint.Files, ids: list[list[int]], types: list[list[int]]):
+    """The logits of token ids and types in int8, of a directory that is being made."""
     from sparsebert.engine import Engine
 
     return Engine.unverified(files, "int8").forward(ids, types)

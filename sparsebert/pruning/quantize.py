@@ -20,12 +20,13 @@ from sparsebert.pruning.stages import Stage, stages
 
 SAMPLE = 4096  # tokens on which the steps of the inputs are chosen
 DAMPING = 1e-4  # as for pruning
+LEAST_STEP = 1e-30  # its reciprocal and the products with weights are finite
 MOST = 127  # largest weight; -128 is not used, so that the grid is symmetric
-# The range of a column is between its own and the widest column's, widest^(1 - share) own^share, times a clip.
+# The range of a column is between its own and the widest column's, widest^(1 - share) own^share. With its own range an
+# input is rounded least, and the weights of wide columns become large beside the others.
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 SCALE_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
-SWEEPS = 4  # over the columns
+SWEEPS = 3  # over the columns
 BLOCK = 64  # columns between which the gradient of all later columns is brought up to date
 
 
@@ -57,9 +58,9 @@ def quantize(model, batches: Batches, progress: Progress = no_progress) -> dict[
 def input_grid(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
     """Step (float32) and zero (uint8) of each input of a stage, [n_in] both.
 
-    The error that is kept small is that of the outputs: of the inputs' rounding and clipping, measured on the sample,
-    and of the weights' rounding, s^2 / 12 for each kept weight with row scale s. Both count as independent. An input
-    that never moves gets the step of the widest one.
+    The error that is kept small is that of the outputs: of the inputs' rounding, measured on the sample, and of the
+    weights' rounding, s^2 / 12 for each kept weight with row scale s. Both count as independent. An input that never
+    moves gets the step of the widest one. What goes beyond the sample's range is clipped.
     """
     x = stage.sample
     if not len(x):
@@ -74,18 +75,16 @@ def input_grid(stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
     square = sum(weight.square().sum(0) for weight in weights)  # effect of an input's error
     variance = x.var(0, correction=0)  # means go into the biases
     best = None
+    zero = torch.where(width > 0, (-low / own * 255).round(), 128.0)
     for share in SHARES:
-        for clip in CLIPS:
-            span = widest ** (1 - share) * own**share * clip
-            step = (span / 255).clamp(min=torch.finfo(torch.float32).tiny * 2**8)
-            zero = torch.where(width > 0, (-low / own * 255).round(), 128.0)
-            error = (_bytes_as_floats(x, step, zero) - x).var(0, correction=0) @ square
-            for weight in weights:
-                scale = (weight.abs() * step).amax(1) / MOST
-                error = error + (scale.square() / 12) @ ((weight != 0).float() @ (variance / step.square()))
-            if best is None or error < best[0]:
-                best = error, step, zero
-    return best[1], best[2].to(torch.uint8)
+        step = (widest ** (1 - share) * own**share / 255).clamp(min=LEAST_STEP)
+        error = (_bytes_as_floats(x, step, zero) - x).var(0, correction=0) @ square
+        for weight in weights:
+            scale = (weight.abs() * step).amax(1) / MOST
+            error = error + (scale.square() / 12) @ ((weight != 0).float() @ (variance / step.square()))
+        if best is None or error < best[0]:
+            best = error, step
+    return best[1], zero.to(torch.uint8)
 
 
 def weight_grid(
@@ -105,7 +104,7 @@ def weight_grid(
     for clip in SCALE_CLIPS:
         tried = torch.where(largest > 0, largest * clip / MOST, 1.0)
         error = (_on_grid(scaled, tried[:, None]) * tried[:, None] - scaled).square() @ diagonal
-        scale = torch.where(error < least, tried, scale)
+        scale = torch.where(error < least, tried, scale).clamp(min=LEAST_STEP)
         least = torch.minimum(least, error)
     unit = scale[:, None] / step  # of the weight
     integers = _swept(weight.T.contiguous(), target.T, h, unit.T.contiguous(), support.T).T
