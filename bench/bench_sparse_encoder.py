@@ -85,7 +85,7 @@ def classifier(name: str, pattern: str, sparsity: float) -> tuple[torch.nn.Modul
     weights = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
     table = costs(_dispatch.float32_isas()[-1])
     facts = facts_of(json.loads(config.to_json_string()), Path(name))
-    return model, architectures.build(weights, facts, lambda weight: pack_cheapest(weight, table))[-1]
+    return model, architectures.build(weights, facts, lambda weight, _: pack_cheapest(weight, table))[-1]
 
 
 def lengths_of(case: Case) -> np.ndarray:

@@ -184,11 +184,13 @@ struct Sequences {
 // the states, attention and the norms are float32 then.
 //   logits  [count, classifier.n_out] row-major floats, written whole
 //   states  [tokens, hidden], the last layer's output, or null if it is not wanted
+//   clipped  [n_layers, 4], or null: for each linear of a layer that is in int8, the number of its inputs that became the
+//            first or the last byte is added
 // A sequence's result depends neither on other sequences nor on `context.threads`; avx2 and avx512 give the same bits in
 // float32. Throws std::bad_alloc if working memory for 128 tokens per thread, or for the longest sequence, cannot be
 // allocated.
 void sparse_encoder(const Encoder& encoder, const Sequences& sequences, cpu::Context context, float* logits,
-                    float* states);
+                    float* states, std::int64_t* clipped);
 
 // The rows of a mask, in groups of equal rows.
 struct RowGroups {

@@ -171,8 +171,8 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_entry_whose_tree_or_header_changed_is_made_anew(directory, fresh_cache, monkeypatch, name):
     # Short and long batches use different forms, so that the entry holds several encoders.
-    table = costs.Costs(rows=(100.0, 100.0, 0.1), groups=(1.0, 1.0, 1.0))
-    monkeypatch.setitem(costs.SHIPPED, _dispatch.float32_isas()[-1], table)
+    table = costs.Costs(rows=(100.0, 100.0, 0.1), groups=(1.0, 1.0, 1.0), int8=(1.0, 1.0, 1.0))
+    monkeypatch.setitem(costs.SHIPPED, _dispatch.with_kernels(costs.ISAS)[-1], table)
     batches = [["a text"], ["a text"] * 40]
     want = [Engine.load(directory, dtype="fp32").logits(batch) for batch in batches]
     (entry,) = fresh_cache.glob("*.safetensors")
@@ -185,8 +185,8 @@ def test_an_entry_whose_tree_or_header_changed_is_made_anew(directory, fresh_cac
 
 
 def test_each_encoder_of_an_engine_is_held_against_the_golden_logits(directory, fresh_cache, monkeypatch):
-    table = costs.Costs(rows=(100.0, 100.0, 0.1), groups=(1.0, 1.0, 1.0))
-    monkeypatch.setitem(costs.SHIPPED, _dispatch.float32_isas()[-1], table)
+    table = costs.Costs(rows=(100.0, 100.0, 0.1), groups=(1.0, 1.0, 1.0), int8=(1.0, 1.0, 1.0))
+    monkeypatch.setitem(costs.SHIPPED, _dispatch.with_kernels(costs.ISAS)[-1], table)
     run, right, wrong = [], engine.sparse_encoder, None
 
     def sparse_encoder(ids, types, starts, encoder, **options):
@@ -350,7 +350,7 @@ def test_an_engine_outlives_its_model_file(directory, fresh_cache, tmp_path, how
 
 def test_a_damaged_table_of_costs_is_not_believed(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
-    isa = _dispatch.float32_isas()[-1]
+    isa = _dispatch.with_kernels(costs.ISAS)[-1]
     name = costs._machine(isa)
     for bad in ("NaN", "Infinity", "-1", "0", "null", '"many"', "[]", "1e999"):
         row = f"[{bad}, 1.0, 1.0]"

@@ -408,7 +408,7 @@ def test_a_full_disk(dense, tmp_path, command):
 
 def test_an_unknown_instruction_set(capsys, dense, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_ISA", "avx1024")
-    assert "scalar, avx2, avx512, avx512_bf16, amx" in refused(capsys, "bench", dense)
+    assert "scalar, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx" in refused(capsys, "bench", dense)
 
 
 def test_a_warning_is_one_line(tmp_path, capsys):

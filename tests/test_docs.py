@@ -206,7 +206,7 @@ def test_every_documented_command_parses(line: str):
         "sparsebert prune DIR --task sst3 -o OUT",
         "sparsebert eval DIR --task sst2 --ood hans",
         "sparsebert bench DIR --rivals tensorrt",
-        "sparsebert bench DIR --dtype int8",
+        "sparsebert bench DIR --dtype int4",
     ],
 )
 def test_a_command_that_is_wrong_is_found(line: str):

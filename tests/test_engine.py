@@ -80,14 +80,15 @@ def test_auto_is_bf16_only_for_a_checkpoint_made_for_it(directory, tmp_path):
             written = {k: v for k, v in config.items() if k != "dtype"} | ({name: declared} if declared else {})
             (stock / "config.json").write_text(json.dumps(written))
             fast = declared == "bfloat16"
-            assert engine.dtype_of(written, "amx") == ("bf16" if fast else "fp32")
-            assert engine.dtype_of(written, "avx512_bf16") == "fp32"  # no faster there
+            files = checkpoint.read(stock)
+            assert engine.dtype_of(files, "amx") == ("bf16" if fast else "fp32")
+            assert engine.dtype_of(files, "avx512_bf16") == "fp32"  # no faster there
             assert Engine.load(stock).dtype == ("bf16" if fast and _dispatch.isa() == "amx" else "fp32")
     assert Engine.load(directory).dtype == "fp32"
 
 
 def test_another_dtype_is_refused(directory):
-    with pytest.raises(InputError, match="dtype must be one of auto, fp32, bf16, got 'fp16'"):
+    with pytest.raises(InputError, match="dtype must be one of auto, fp32, bf16, int8, got 'fp16'"):
         Engine.load(directory, dtype="fp16")
 
 
@@ -117,7 +118,7 @@ def test_pairs_and_truncation_equal_transformers(directory, texts):
 
 
 def test_a_text_gets_the_same_logits_alone_and_in_a_batch(directory, texts, monkeypatch):
-    monkeypatch.setitem(costs.SHIPPED, _dispatch.float32_isas()[-1], ROWS_WHEN_LONG)
+    monkeypatch.setitem(costs.SHIPPED, _dispatch.with_kernels(costs.ISAS)[-1], ROWS_WHEN_LONG)
     loaded = Engine.load(directory, batch_invariant=True)
     together = loaded.logits(texts)
     alone = np.concatenate([loaded.logits([text]) for text in texts])
@@ -306,7 +307,7 @@ def test_deepsparse_runs_in_an_environment_of_its_own(directory, tmp_path):
     settings = {"batch": 3, "rounds": 1, "rivals": "deepsparse"}
     rows = time_rivals(directory, *encoded(directory, **settings, deepsparse_python=str(python)))["rows"]
     assert rows[1]["match"] and rows[1]["p50_ms"] > 0
-    for bad, says in ((None, "--deepsparse-python"), ("/no/python", "cannot be run"), ("/bin/false", "ended")):
+    for bad, says in ((None, "--deepsparse-python"), ("/no/python", "cannot be run"), ("/bin/false", "stopped")):
         with pytest.raises(UnsupportedError, match=says):
             time_rivals(directory, *encoded(directory, **settings, deepsparse_python=bad))
 
@@ -346,14 +347,14 @@ def test_missing_fields_of_config_take_the_architectures_defaults(directory, tex
 
 def costs_with(rows: tuple[float, float, float]) -> costs.Costs:
     """`rows`: cost of a non-zero in rows, in places of groups, for short, middling and long batches."""
-    return costs.Costs(rows=rows, groups=(1.0, 1.0, 1.0))
+    return costs.Costs(rows=rows, groups=(1.0, 1.0, 1.0), int8=(1.0, 1.0, 1.0))
 
 
 ROWS_WHEN_LONG = costs_with((100.0, 100.0, 0.1))
 
 
 def test_short_batches_may_take_another_form(directory, texts, monkeypatch):
-    monkeypatch.setitem(costs.SHIPPED, _dispatch.float32_isas()[-1], ROWS_WHEN_LONG)
+    monkeypatch.setitem(costs.SHIPPED, _dispatch.with_kernels(costs.ISAS)[-1], ROWS_WHEN_LONG)
     loaded = Engine.load(directory, dtype="fp32")
     assert {(row["form"], row["short"]) for row in loaded.explain()} == {("rows", "dense")}
     want = stock_logits(directory, texts)
@@ -372,7 +373,7 @@ def test_explain_measures(directory):
 
 def test_costs_are_measured_stored_and_read_again(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
-    isa = _dispatch.float32_isas()[-1]
+    isa = _dispatch.with_kernels(costs.ISAS)[-1]
     assert costs.costs(isa) == costs.SHIPPED[isa]
     found = costs.measure()
     assert costs.costs(isa) == found[isa]

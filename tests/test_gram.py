@@ -11,6 +11,7 @@ from conftest import require
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsebert import environment
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.gram import Moments, gram, gram_ref
@@ -263,7 +264,7 @@ BAD_CALLS = {
     "every batch must have the same n_y, got None after 3": lambda: gram(X, into=gram(X, Y)),
     "every batch must have the same n_y, got 2 after 3": lambda: gram(X, torch.ones(4, 2), into=gram(X, Y)),
     "threads must be an integer of at least 1, got 0": lambda: gram(X, threads=0),
-    "isa must be one of scalar, avx2, avx512, avx512_bf16, amx, got 'neon'": lambda: gram(X, isa="neon"),
+    f"isa must be one of {', '.join(environment.ISAS)}, got 'neon'": lambda: gram(X, isa="neon"),
 }  # fmt: skip
 
 

@@ -13,7 +13,13 @@ from conftest import require
 from sparsebert import environment
 from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder, sparse_encoder, sparse_encoder_ref
+from sparsebert.ops.sparse_encoder import (
+    EncoderLayer,
+    PackedEncoder,
+    clipped_inputs,
+    sparse_encoder,
+    sparse_encoder_ref,
+)
 from sparsebert.ops.sparse_matmul import (
     Linear,
     PackedInt8,
@@ -187,6 +193,15 @@ def test_int8_gives_the_same_bits_on_all_isas_with_fused_products():
     packed, inputs = in_int8(encoder(pack_groups)), sequences([27, 1, 40, 9, 130])
     logits = [sparse_encoder(*inputs, packed, isa=isa) for isa in isas]
     assert all(np.array_equal(other, logits[0]) for other in logits)
+
+
+def test_inputs_at_an_end_of_their_range_are_counted():
+    packed, inputs = in_int8(encoder(), ("qkv", "up")), sequences([27, 1, 40, 9, 64, 65])
+    assert not clipped_inputs(*inputs, packed).any()  # states are below 8
+    layer = packed.layers[1]
+    narrow = replace(layer.up.weight, step=np.full_like(layer.up.weight.step, 1e-9))
+    packed = replace(packed, layers=(packed.layers[0], replace(layer, up=replace(layer.up, weight=narrow))))
+    assert clipped_inputs(*inputs, packed).tolist() == [[0, 0, 0, 0], [0, 0, len(inputs[0]) * 48, 0]]
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

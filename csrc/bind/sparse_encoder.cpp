@@ -59,9 +59,9 @@ class PyEncoder {
   }
   PyEncoder(const PyEncoder&) = delete;
 
-  std::pair<py::array_t<float>, std::optional<py::array_t<float>>> run(
+  std::tuple<py::array_t<float>, std::optional<py::array_t<float>>, std::optional<py::array_t<std::int64_t>>> run(
       const Array<std::int32_t>& ids, const Array<std::int32_t>& types, const Array<std::int64_t>& starts,
-      bool with_states, const std::string& isa, int threads) const {
+      bool with_states, bool with_clipped, const std::string& isa, int threads) const {
     const cpu::Context context = context_of(isa, threads);
     require(ids.ndim() == 1 && types.ndim() == 1 && types.size() == ids.size(), "ids and types must be [tokens]");
     require(starts.ndim() == 1 && starts.size() >= 1, "starts must be [sequences + 1]");
@@ -80,14 +80,20 @@ class PyEncoder {
     py::array_t<float> logits({count, encoder_.classifier.n_out});
     std::optional<py::array_t<float>> states;
     if (with_states) states.emplace(std::vector<py::ssize_t>{ids.size(), encoder_.hidden});
+    std::optional<py::array_t<std::int64_t>> clipped;
+    if (with_clipped) {
+      clipped.emplace(std::vector<py::ssize_t>{encoder_.n_layers, 4});
+      std::fill_n(clipped->mutable_data(), encoder_.n_layers * 4, 0);
+    }
     const Sequences sequences{own_ids.data(), own_types.data(), own_starts.data(), count};
     float* logits_data = logits.mutable_data();
     float* states_data = states ? states->mutable_data() : nullptr;
+    std::int64_t* clipped_data = clipped ? clipped->mutable_data() : nullptr;
     {
       const Released released;
-      sparse_encoder(encoder_, sequences, context, logits_data, states_data);
+      sparse_encoder(encoder_, sequences, context, logits_data, states_data, clipped_data);
     }
-    return {logits, states};
+    return {logits, states, clipped};
   }
 
  private:
@@ -122,8 +128,8 @@ void bind_sparse_encoder(py::module_& m) {
            py::arg("projection").none(true), py::arg("layers"), py::arg("heads"), py::arg("eps"), py::arg("pooler"),
            py::arg("classifier"))
       .def("run", &PyEncoder::run, py::arg("ids").noconvert(), py::arg("types").noconvert(),
-           py::arg("starts").noconvert(), py::arg("with_states"), py::arg("isa"), py::arg("threads"),
-           "(logits, states or None)");
+           py::arg("starts").noconvert(), py::arg("with_states"), py::arg("with_clipped"), py::arg("isa"),
+           py::arg("threads"), "(logits, states or None, clipped or None)");
 }
 
 }  // namespace sparsebert::bind

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 
@@ -79,7 +80,8 @@ class Batch {
 
   // Queries, keys, values and the result of attention are no longer needed when the wider layer is computed, so they
   // share memory with it. So do the embeddings before a projection, and the first tokens in the pooler.
-  void run(float* logits, float* states) {
+  void run(float* logits, float* states, std::int64_t* clipped) {
+    clipped_ = clipped;
     const std::int64_t tokens = shape_.panels * shape_.width(), firsts = first_shape_.panels * first_shape_.width();
     std::int64_t widest = std::max(4 * encoder_.hidden, encoder_.embedding);
     for (std::int64_t i = 0; i < encoder_.n_layers; ++i) widest = std::max(widest, encoder_.layers[i].up.n_out);
@@ -107,6 +109,15 @@ class Batch {
     parallel(n, elements < serial_work ? 1 : context_.threads, fn);
   }
 
+  // Counts the clipped bytes of this linear's input, if that is wanted.
+  void count(const Linear& linear, const std::uint8_t* bytes) {
+    if (clipped_ == nullptr) return;
+    const EncoderLayer& layer = *layer_;
+    const Linear* all[] = {&layer.qkv, &layer.attention_out, &layer.up, &layer.down};
+    const auto which = std::find(std::begin(all), std::end(all), &linear) - std::begin(all);
+    clipped_[(layer_ - encoder_.layers) * 4 + which] += count_clipped(shape_, bytes, linear.n_in);
+  }
+
   // y = linear(x), or y += linear(x). `bytes`: the bytes of x, if they are made already, for a linear in int8.
   void linear(const Linear& linear, const T* x, T* y, bool add = false, const std::uint8_t* bytes = nullptr) {
     LinearJob<T> job{shape_, &linear, x, bytes, y, nullptr, nullptr, add, 0};
@@ -116,6 +127,7 @@ class Batch {
           quantize(*matmul_, shape_, x, linear.n_in, linear.int8->input, bytes_, context_.threads);
           job.bytes = bytes_;
         }
+        count(linear, job.bytes);
         return run_linear(int8_->linear, job, context_.threads);
       }
     }
@@ -127,6 +139,7 @@ class Batch {
     if constexpr (std::is_same_v<T, float>) {
       if (layer.up.form == Form::int8 && layer.down.form == Form::int8) {
         quantize(*matmul_, shape_, x_, encoder_.hidden, layer.up.int8->input, bytes_, context_.threads);
+        count(layer.up, bytes_);
         run_linear(int8_->linear,
                    {shape_, &layer.up, nullptr, bytes_, nullptr, wide_bytes_, &layer.down.int8->input, false, 0},
                    context_.threads);
@@ -158,6 +171,7 @@ class Batch {
   }
 
   void run_layer(const EncoderLayer& layer) {
+    layer_ = &layer;
     T* attended = work_ + shape_.panels * shape_.width() * 3 * encoder_.hidden;
     linear(layer.qkv, x_, work_);
     attend(work_, attended);
@@ -215,6 +229,8 @@ class Batch {
   const AttentionKernel<T>* attention_;
   PanelShape shape_;
   PanelShape first_shape_;
+  const EncoderLayer* layer_ = nullptr;  // the one that is run
+  std::int64_t* clipped_ = nullptr;
   T* x_ = nullptr;  // panels of [hidden]
   T* work_ = nullptr;
   std::uint8_t* bytes_ = nullptr;       // panels of the bytes of [hidden], or of [widest]
@@ -224,14 +240,14 @@ class Batch {
 
 template <typename T>
 void run_batches(const Encoder& encoder, const Sequences& sequences, cpu::Context context, float* logits,
-                 float* states) {
+                 float* states, std::int64_t* clipped) {
   const std::int64_t* starts = sequences.starts;
   for (std::int64_t first = 0; first < sequences.count;) {
     std::int64_t last = first + 1;
     while (last < sequences.count && starts[last + 1] - starts[first] <= batch_tokens * context.threads) ++last;
     Batch<T> batch(encoder, {sequences.ids, sequences.types, starts + first, last - first}, context);
     batch.run(logits + first * encoder.classifier.n_out,
-              states != nullptr ? states + starts[first] * encoder.hidden : nullptr);
+              states != nullptr ? states + starts[first] * encoder.hidden : nullptr, clipped);
     first = last;
   }
 }
@@ -239,16 +255,16 @@ void run_batches(const Encoder& encoder, const Sequences& sequences, cpu::Contex
 }  // namespace
 
 void sparse_encoder(const Encoder& encoder, const Sequences& sequences, cpu::Context context, float* logits,
-                    float* states) {
+                    float* states, std::int64_t* clipped) {
   if (scratch_is_poisoned()) {
     const float nan = std::numeric_limits<float>::quiet_NaN();
     std::fill_n(logits, sequences.count * encoder.classifier.n_out, nan);
     if (states != nullptr) std::fill_n(states, sequences.starts[sequences.count] * encoder.hidden, nan);
   }
   if (format_of(encoder.pooler).bf16) {
-    run_batches<Bf16>(encoder, sequences, context, logits, states);
+    run_batches<Bf16>(encoder, sequences, context, logits, states, clipped);
   } else {
-    run_batches<float>(encoder, sequences, context, logits, states);
+    run_batches<float>(encoder, sequences, context, logits, states, clipped);
   }
 }
 

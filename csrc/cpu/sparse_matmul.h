@@ -115,6 +115,9 @@ PanelShape panel_shape(const SparseMatmulKernel<T>& kernel, std::int64_t tokens,
 template <typename T>
 void run_linear(const LinearKernel<T>& kernel, LinearJob<T> job, int threads);
 
+// How many bytes of panels of n values are the first or the last one.
+std::int64_t count_clipped(const PanelShape& shape, const std::uint8_t* bytes, std::int64_t n);
+
 // The bytes of panels of n floats.
 void quantize(const SparseMatmulKernel<float>& kernel, const PanelShape& shape, const float* x, std::int64_t n,
               const Quantizer& by, std::uint8_t* bytes, int threads);

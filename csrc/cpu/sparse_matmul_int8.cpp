@@ -22,6 +22,17 @@ const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens) {
   return cost(half) < cost(wide) ? half : wide;
 }
 
+std::int64_t count_clipped(const PanelShape& shape, const std::uint8_t* bytes, std::int64_t n) {
+  const std::int64_t width = shape.width();
+  std::int64_t count = 0;
+  for (std::int64_t t = 0; t < shape.tokens; ++t) {
+    const std::int64_t lane = t % width, place = lane / 4 % (width / 16) * 16 + lane / (width / 4) * 4 + lane % 4;
+    const std::uint8_t* from = bytes + t / width * n * width + place;  // see epilogue.inl
+    for (std::int64_t k = 0; k < n; ++k) count += from[k * width] == 0 || from[k * width] == 255;
+  }
+  return count;
+}
+
 Isa floats_beside(const Int8Kernel& kernel) {
   return kernel.lanes == 16 ? Isa::avx512 : kernel.lanes == 8 ? Isa::avx2 : Isa::scalar;
 }

@@ -16,11 +16,11 @@ from sparsebert import checkpoint, environment, heads
 from sparsebert.checkpoint import Changed, Files
 from sparsebert.engine import architectures, cache, inputs
 from sparsebert.engine.costs import LONG, TOKENS, costs, kind_of
-from sparsebert.engine.formats import DTYPES, explained, has_choice, pack_cheapest
+from sparsebert.engine.formats import DTYPES, FORM_DTYPES, explained, has_choice, pack_cheapest
 from sparsebert.engine.measure import interleave
 from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, shown
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
+from sparsebert.ops.sparse_encoder import PackedEncoder, clipped_inputs, sparse_encoder
 from sparsebert.ops.sparse_matmul import Linear, Packed, sparse_matmul
 
 Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
@@ -153,36 +153,57 @@ class Engine:
         """Whether `logits` cuts this text or pair with `truncate`."""
         return self._tokenizer.exceeds(text, self.truncates_at)
 
-    def explain(self, *, measure: bool = False) -> list[dict]:
+    def explain(self, *, measure: bool = False, texts: Iterable[Text] = ()) -> list[dict]:
         """How each linear runs, first to last: layer, name, shape [n_out, n_in], density, form and kernel in long
         batches, why, and `short`: the form in short batches, None if it is the same.
+
+        texts: as for `logits`, cut if they are too long. With them a linear in int8 has `clipped`: the share of its
+        inputs on these texts that are at an end of the range that it was calibrated for, or beyond it.
 
         measure: also time each one, on 128 tokens and one thread, including the moves of the tokens into panels and
         back. `gflops`: 10^9 operations on non-zeros per second. `share_of_peak`: all its operations, as a share of
         those that the core could do in that time and dtype without waiting for memory.
         """
-        peak = _dispatch.core().peak_flops(self.isa, self.dtype) if measure else None
-        kernel = DTYPES[self.dtype].kernel(self.isa)
+        ids, types = self._encode(
+            inputs.read(texts, len(self.encoder.words), self._facts.padding), self.truncates_at, True
+        )
+        clipped = self._clipped(ids, types) if ids else None
+        peaks: dict[str, float] = {}
         rows = []
         for i, layer in enumerate(self.encoder.layers):
             for name in ("qkv", "attention_out", "up", "down"):
                 linear = getattr(layer, name)
                 weight = linear.weight
                 form, why = explained(weight)
+                dtype = FORM_DTYPES[form]
                 short = explained(getattr(self._encoders[0].layers[i], name).weight)[0]
                 row = {
                     "layer": i, "linear": name, "shape": [weight.n_out, weight.n_in],
                     "density": weight.nnz / (weight.n_in * weight.n_out), "form": form,
                     "short": short if short != form else None,
-                    "kernel": f"{kernel} {self.dtype}",
+                    "kernel": f"{DTYPES[dtype].kernel(self.isa)} {dtype}",
                     "why": why,
                 }  # fmt: skip
+                if clipped is not None and form == "int8":
+                    row["clipped"] = float(clipped[i][name])
                 if measure:
+                    if dtype not in peaks:
+                        peaks[dtype] = _dispatch.core().peak_flops(self.isa, dtype)
                     seconds = _seconds(linear, self.isa)
                     row["gflops"] = 2e-9 * weight.nnz * TOKENS[LONG] / seconds
-                    row["share_of_peak"] = 2 * weight.stored * TOKENS[LONG] / seconds / peak
+                    row["share_of_peak"] = 2 * weight.stored * TOKENS[LONG] / seconds / peaks[dtype]
                 rows.append(row)
         return rows
+
+    def _clipped(self, ids: list[list[int]], types: list[list[int]]) -> list[dict[str, float]]:
+        """The share of inputs of each layer's linears that are clipped."""
+        tokens = sum(map(len, ids))
+        counts = clipped_inputs(*self._arrays(self.encoder, ids, types, 0), self.encoder)
+        linears = ("qkv", "attention_out", "up", "down")
+        return [
+            {name: count / tokens / getattr(layer, name).weight.n_in for name, count in zip(linears, row, strict=True)}
+            for layer, row in zip(self.encoder.layers, counts, strict=True)
+        ]
 
     def logits(self, texts: Iterable[Text], *, max_length: int | None = None, truncate: bool = False) -> np.ndarray:
         """Logits, float32 [texts, labels].
@@ -240,6 +261,15 @@ class Engine:
     def _run(
         self, encoder: PackedEncoder, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], first: int = 0
     ) -> np.ndarray:
+        arrays = self._arrays(encoder, ids, type_ids, first)
+        logits = sparse_encoder(*arrays, encoder, threads=self.threads, isa=self.isa)
+        checkpoint.require_finite(logits, self.directory, first)
+        return logits
+
+    def _arrays(
+        self, encoder: PackedEncoder, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], first: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids, types and starts of `sparse_encoder`."""
         starts = np.cumsum([0, *map(len, ids)])
         if sum(map(len, type_ids)) != starts[-1]:
             raise InputError(
@@ -257,9 +287,7 @@ class Engine:
                 f"{self.config['model_type']} gives no position",
                 fix="remove it from the text",
             )
-        logits = sparse_encoder(flat_ids, flat_types, starts, encoder, threads=self.threads, isa=self.isa)
-        checkpoint.require_finite(logits, self.directory, first)
-        return logits
+        return flat_ids, flat_types, starts
 
 
 def _warn_of_portable_path(dtype: str) -> None:

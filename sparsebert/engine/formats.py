@@ -85,6 +85,9 @@ FORMATS = (  # of equal costs, the first is chosen
 )
 
 
+FORM_DTYPES = {form.name: form.dtypes[0] for form in FORMATS}  # in which a form multiplies
+
+
 def has_choice(dtype: str) -> bool:
     """Whether the cost table decides about forms of this dtype."""
     return sum(dtype in form.dtypes for form in FORMATS) > 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -126,8 +126,17 @@ def sparse_encoder(
         if array.size and not 0 <= array.min() <= array.max() < limit:
             bad = array.min() if array.min() < 0 else array.max()
             raise InputError(f"{name} must be at least 0 and below {limit}, got {bad}", fix="use the model's tokenizer")
-    logits, hidden = encoder.core.run(ids, types, starts, states, _dispatch.isa(isa), _dispatch.threads(threads))
+    run = partial(encoder.core.run, isa=_dispatch.isa(isa), threads=_dispatch.threads(threads))
+    logits, hidden, _ = run(ids, types, starts, with_states=states, with_clipped=False)
     return (logits, hidden) if states else logits
+
+
+def clipped_inputs(ids: np.ndarray, types: np.ndarray, starts: np.ndarray, encoder: PackedEncoder) -> np.ndarray:
+    """How many inputs of each linear in int8 become the first or the last byte, the ends of the range that it was
+    calibrated for: int64 [layers, 4], 0 for other linears. The arrays are those of `sparse_encoder`.
+    """
+    run = partial(encoder.core.run, isa=_dispatch.isa(), threads=_dispatch.threads())
+    return run(ids, types, starts, with_states=False, with_clipped=True)[2]
 
 
 def sparse_encoder_ref(
