@@ -21,6 +21,8 @@ struct Context {
 
 }  // namespace cpu
 
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
 using Bf16 = std::uint16_t;  // the upper half of a float32
 
 enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf(v / sqrt(2))), the exact form
@@ -31,6 +33,7 @@ enum class Activation : int { none, gelu, relu, tanh };  // gelu: 0.5 v (1 + erf
 constexpr std::int64_t slice_rows = 4;
 constexpr std::int64_t block_rows = 64;
 constexpr std::int64_t slab_cols = 192;
+static_assert(slab_cols <= 256, "a column within its slab is a byte");
 
 // W in the form rows, in which each row has its own columns: sliced ELLPACK, one per slab of columns.
 struct SlicedMatrix {

@@ -37,7 +37,6 @@ void require_cols(const Array<std::uint16_t>& cols, std::int64_t n_in) {
 PyLinear sliced_linear(const Array<std::int32_t>& rows, const Array<std::uint8_t>& counts,
                        const Array<std::uint8_t>& cols, const Array<float>& values, std::int64_t n_in,
                        std::int64_t n_out, const std::optional<Array<float>>& bias, const std::string& activation) {
-  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t slabs = ceil_div(n_in, slab_cols), slices = ceil_div(n_out, slice_rows);
   const std::int64_t blocks = ceil_div(n_out, block_rows), block_slices = block_rows / slice_rows;
   require(n_in >= 1 && n_out >= 1 && rows.size() == slabs * slices * slice_rows && counts.size() == slabs * slices,

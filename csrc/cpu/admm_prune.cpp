@@ -16,8 +16,6 @@ namespace {
 // Kept share above which Z Q is cheaper as a product of dense tiles than row by row from lists.
 constexpr double dense_from = 0.35;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 struct Run {
   AdmmPruneJob job;
   const AdmmPruneKernel* kernel;

@@ -24,8 +24,6 @@ constexpr std::int64_t max_parts = 64;
 // With fewer floats to move or multiply, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 struct SumsRun {
   TokenSumsJob job;
   const GramKernel* kernel;

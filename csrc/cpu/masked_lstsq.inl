@@ -24,7 +24,6 @@ struct System {
   double* inverse;  // [padded_k], 1 / U_ii
 };
 
-inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 inline std::int64_t padded(std::int64_t k) { return ceil_div(k, panel) * panel; }
 inline std::int64_t panel_of(std::int64_t p) { return p * (p + 1) / 2 * (panel * panel); }
 

@@ -35,8 +35,6 @@ constexpr std::int64_t sparse_columns = 256;
 // With fewer products, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_products = 1 << 18;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 const MaskedMatmulKernel& kernel_for(Isa isa, bool bf16) {
   const bool tiles = bf16 && (isa == Isa::scalar || isa >= Isa::avx512_bf16);
   return tiles ? tile_kernel_for(isa) : kernel_for(isa);

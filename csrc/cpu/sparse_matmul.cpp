@@ -24,8 +24,6 @@ constexpr std::int64_t transposed = 128;  // inputs or outputs that one task tra
 // With fewer floats to move or multiply, waking a second core, some 5 us, costs more than it saves.
 constexpr std::int64_t serial_work = 1 << 18;
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 std::int64_t entries_in_groups(const Linear& linear) {
   const GroupedMatrix& w = *linear.grouped;
   std::int64_t sum = 0;

@@ -8,7 +8,7 @@ namespace sparsebert {
 
 PanelShape panel_shape(const Int8Kernel& kernel, std::int64_t tokens) {
   const std::int64_t width = std::int64_t{4} * kernel.lanes;
-  return {tokens, (tokens + width - 1) / width, 4, kernel.lanes};
+  return {tokens, ceil_div(tokens, width), 4, kernel.lanes};
 }
 
 const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens) {

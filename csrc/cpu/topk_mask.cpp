@@ -23,8 +23,6 @@ constexpr std::int64_t chunk_scores = 1 << 14;
 constexpr std::int64_t sample_scores = 1 << 13;
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // Keys are integers in the order of the floats. -0 has its own key, next to the key of +0.
 std::int64_t key_of(float score) {
   std::int32_t bits;
