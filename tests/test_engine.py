@@ -268,7 +268,13 @@ def test_texts_of_one_length_are_timed(directory):
 
 @pytest.mark.parametrize(
     ("name", "needs"),
-    [("onnxruntime", "onnx onnxruntime"), ("onnxruntime-int8", "onnx onnxruntime"), ("openvino", "onnx openvino")],
+    [
+        ("onnxruntime", "onnx onnxruntime"),
+        ("onnxruntime-int8", "onnx onnxruntime"),
+        ("onnxruntime-int8-static", "onnx onnxruntime"),
+        ("openvino", "onnx openvino"),
+        ("openvino-int8", "onnx openvino nncf"),
+    ],
 )
 def test_other_runtimes_give_the_same_logits(directory, name, needs):
     for package in needs.split():

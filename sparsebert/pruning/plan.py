@@ -21,6 +21,7 @@ from sparsebert.pruning.distillation import BATCH, SPARSE_BELOW, STEPS
 from sparsebert.pruning.entry import check, run_of
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.methods import LABEL_FREE
+from sparsebert.pruning.quantize import SWEEPS
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.training.loop import CHECKS, step_count
 from sparsebert.training.setup import TrainingSetup
@@ -104,7 +105,7 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
         optimizer_steps=0,
         steps=steps,
         memory_mb=_memory(model, linears, tokens, steps),
-        seconds=_seconds(linears, weights, tokens, steps, pattern, 1 - budget["zeros"] / weights),
+        seconds=_seconds(linears, weights, tokens, steps, pattern, 1 - budget["zeros"] / weights, config.int8),
     )
 
 
@@ -208,7 +209,7 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
 
 
 def _seconds(
-    linears, weights: int, tokens: int, steps: list[str], pattern: Pattern, density: float
+    linears, weights: int, tokens: int, steps: list[str], pattern: Pattern, density: float, int8: bool
 ) -> dict[str, float]:
     speed = _flops_a_second()
     if not tokens:
@@ -251,6 +252,9 @@ def _seconds(
     if "distill" in steps:
         quicker = 1.4 if density < SPARSE_BELOW and not bf16_is_fast() else 1.0  # as products skip the zeros
         parts["distillation"] = STEPS * BATCH * 30 * 8 * weights / speed / FORWARD / quicker
+    if int8:  # a pass of its own; each sweep has two products of float64
+        sweeps = SWEEPS * 8 * sum(m.in_features**2 * m.out_features for m in linears.values())
+        parts["int8"] = parts["forward"] + parts["moments"] + sweeps / speed / SOLVE
     return {"total": sum(parts.values()), **parts}
 
 
