@@ -55,7 +55,7 @@ class PyEncoder {
             "only linears of the layers may be in int8");
     encoder_.classifier = linear(classifier, encoder_.pooler.n_out, -1);
     require(encoder_.classifier.form != Form::tiles && encoder_.classifier.form != Form::int8,
-            "the classifier must be in float32");
+            "the classifier must not be in tiles or in int8");
   }
   PyEncoder(const PyEncoder&) = delete;
 
