@@ -306,7 +306,7 @@ def test_the_binding_refuses_what_would_leave_its_memory():
     core = packed.core
     for ids, types, starts in ((IDS + 50, TYPES, STARTS), (IDS, TYPES + 2, STARTS), (IDS, TYPES, STARTS + 1)):
         with pytest.raises(ValueError, match="must"):
-            core.run(ids, types, starts, False, "scalar", 1)
+            core.run(ids, types, starts, False, False, "scalar", 1)
 
 
 CHANGED = """

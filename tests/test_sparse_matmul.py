@@ -528,6 +528,23 @@ def test_the_binding_refuses_what_would_leave_its_memory():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             core.tiled_linear(*(arrays | {name: arrays[name] + 40}).values(), 70, 40, None, "none")
+    given = pack_int8(quantized(70, 40, 0.5, 4))
+    arrays = {name: getattr(given, name) for name in (
+        "row_begin", "rows", "col_begin", "quads", "cols", "value_begin", "values", "scale", "step", "zero",
+    )}  # fmt: skip
+    for name, message in (
+        ("row_begin", "lie in a group"), ("rows", "rows of W"), ("col_begin", "lie in cols"), ("quads", "lie in cols"),
+        ("cols", "below n_in"), ("value_begin", "lie in values"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            core.int8_linear(*(arrays | {name: arrays[name] + 40}).values(), 40, 70, None, "none")
+    for name, message in (("scale", "a scale"), ("step", "a step"), ("zero", "a zero"), ("quads", "every group must")):
+        with pytest.raises(ValueError, match=message):
+            core.int8_linear(*(arrays | {name: arrays[name][1:]}).values(), 40, 70, None, "none")
+    heights = arrays["row_begin"].copy()
+    heights[1:-1] += 1
+    with pytest.raises(ValueError, match="4 to 32 rows"):
+        core.int8_linear(*(arrays | {"row_begin": heights}).values(), 40, 70, None, "none")
     with pytest.raises(TypeError):
         core.sparse_matmul(X.astype(np.float64), Linear(W).core, "scalar", 1)
 
