@@ -55,3 +55,10 @@ sanitize: .venv/installed
 		--deselect tests/test_masked_lstsq.py::test_memory_that_a_thread_cannot_have_is_an_error_of_the_call \
 		tests/test_sparse_matmul.py tests/test_sparse_encoder.py tests/test_gram.py \
 		tests/test_masked_lstsq.py tests/test_obs_prune.py tests/test_admm_prune.py tests/test_topk_mask.py tests/test_masked_matmul.py
+
+# Up to eight minutes: the engine on this processor against its rivals. The table goes to bench/results/cpu/. Without
+# a network the rivals cannot be installed; the table then names those that are missing.
+.PHONY: cpu-report
+cpu-report: .venv/installed
+	-$(BIN)/python -c 'import nncf, onnxruntime, openvino' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[rivals]'
+	$(BIN)/python -m bench.cpu_report
