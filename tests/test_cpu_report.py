@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
-from bench import cpu_report
+from bench import cpu_report, harness
 from bench.bench_end_to_end import Size
 from bench.tables import RESULTS
 from sparsebert.cli import timing
@@ -61,10 +63,10 @@ def test_a_wrong_output_of_ours_is_refused_and_of_a_rival_is_told():
     def candidate(engine: str, off: float) -> cpu_report.Candidate:
         return cpu_report.Candidate(engine, "fp32", "dense", lambda i: LOGITS + off, [LOGITS])
 
-    LOGITS = cpu_report.np.float32([[0.5, -1.0]])
+    LOGITS = np.float32([[0.5, -1.0]])
     size = Size(1, "8", 1)
     for off in (0.1, float("nan")):
-        with pytest.raises(cpu_report.harness.WrongOutput, match="sparsebert fp32, dense is off by"):
+        with pytest.raises(harness.WrongOutput, match="sparsebert fp32, dense is off by"):
             cpu_report.checked(size, range(1), candidate("sparsebert", off))
         assert cpu_report.checked(size, range(1), candidate("torch", off))[1] is False
     assert cpu_report.checked(size, range(1), candidate("sparsebert", 0.0)) == (0.0, True)
@@ -76,3 +78,13 @@ def test_a_page_is_named_after_its_processor(monkeypatch):
     assert page == RESULTS / "cpu" / "intel-xeon-processor-2-10ghz-family-6-model-143.md"
     monkeypatch.setenv("SPARSEBERT_ISA", "avx2")
     assert cpu_report.page_of("AMD EPYC (family 25, model 17)").name == "amd-epyc-family-25-model-17-avx2.md"
+
+
+def test_rivals_are_calibrated_on_as_many_sentences_as_random_words():
+    def numbers(count: int, sentences: list[int]) -> list[int]:
+        padded = [{"input_ids": torch.tensor([[i]])} for i in range(count)]
+        work = cpu_report.Shared(None, padded, 1, None, None, None, sentences)
+        return [int(batch["input_ids"][0, 0]) for batch in work.calibration]
+
+    assert numbers(5, [4]) == [0, 1, 2, 3, 4, 4, 4, 4]
+    assert numbers(2, []) == [0, 1] and numbers(2, [0, 1]) == [0, 1] and numbers(2, [1]) == [0, 1]

@@ -102,13 +102,15 @@ def _fault(manifest: dict) -> str | None:
     for name, sha256 in manifest["files"].items():
         if not isinstance(sha256, str) or name != Path(name).name:
             return f"file {name}"
+    if (fault := _golden_fault(manifest["golden"], manifest["format_version"])) is not None:
+        return fault
     if "int8" in manifest:
         int8 = manifest["int8"]
         if not isinstance(int8, dict) or not isinstance(int8.get("sha256"), str):
             return "int8"
-        if not _are_logits(int8.get("logits"), len(manifest["golden"].get("texts") or ())):
+        if not _are_logits(int8.get("logits"), len(manifest["golden"]["texts"])):
             return "int8 golden logits"
-    return _golden_fault(manifest["golden"], manifest["format_version"])
+    return None
 
 
 def _are_logits(rows: object, texts: int) -> bool:
@@ -187,7 +189,7 @@ def verify_logits(manifest: dict, got: np.ndarray, path: Path, *, dtype: str = "
     tolerance. relative: additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
     """
     found = manifest["golden"]
-    want = np.asarray((manifest["int8"] if dtype == "int8" else found)["logits"], dtype=np.float32)
+    want = np.asarray((manifest["int8"] if dtype == "int8" else found)["logits"], dtype=np.float64)
     largest = float(np.abs(want).max())
     error = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
     allowed = found["tolerance"] * max(1.0, largest) + relative * largest

@@ -29,8 +29,8 @@ class Scales:
         self.path, self.sha256 = path, hashlib.sha256(data).hexdigest()
         try:
             self._arrays = load(data)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} must be a safetensors file: {error}", fix=REBUILD) from error
+        except (SafetensorError, KeyError) as error:  # a KeyError names a dtype that numpy lacks, such as BF16
+            raise CheckpointError(f"{path} must be a safetensors file of scales: {error}", fix=REBUILD) from error
         for name, array in self._arrays.items():
             kind = PARTS.get(name.rpartition(".")[2])
             if kind is None or array.dtype != kind or array.ndim != 1:
@@ -55,8 +55,16 @@ class Scales:
                         f"{self.path}: {name}.{part} must equal that of {names[0]}, which has the same input",
                         fix=REBUILD,
                     )
+        scale, step, zero = np.concatenate(parts["scale"]), parts["step"][0], parts["zero"][0]
+        n_out, n_in = weight.shape
+        for part, array, size in (("scale", scale, n_out), ("step", step, n_in), ("zero", zero, n_in)):
+            if len(array) != size:
+                raise CheckpointError(
+                    f"{self.path}: {part} of {', '.join(names)} must have {size} entries, has {len(array)}", fix=REBUILD
+                )
         try:
-            return Quantized.of_weight(weight, np.concatenate(parts["scale"]), parts["step"][0], parts["zero"][0])
+            with np.errstate(divide="ignore"):  # by a scale of 0, which is refused in the end
+                return Quantized.of_weight(weight, scale, step, zero)
         except InputError as error:
             raise CheckpointError(f"{self.path}: {', '.join(names)}: {error.problem}", fix=REBUILD) from error
 

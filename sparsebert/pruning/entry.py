@@ -281,6 +281,8 @@ class _Calibrated:
         texts = draw(model, tokenizer, self.examples, tokens, self.max_length, seed, others=self.others)
         if self.method is not None:
             result = prune(model, texts, self.config, run=run)
+        else:
+            _require_tokens(min(texts.tokens, tokens), encoder_linears(model))
         if self.method is None or self.config.int8:
             self.scales = quantize(model, texts.batches, run.part("round to int8"))
         if self.method is None:
