@@ -50,7 +50,7 @@ class Scales:
             for name, array in zip(names, arrays, strict=True):
                 if array is None:
                     raise CheckpointError(f"{self.path} lacks {name}.{part}", fix=REBUILD)
-                if part != "scale" and not np.array_equal(array, arrays[0]):
+                if part != "scale" and not np.array_equal(array, arrays[0], equal_nan=True):
                     raise CheckpointError(
                         f"{self.path}: {name}.{part} must equal that of {names[0]}, which has the same input",
                         fix=REBUILD,
