@@ -35,7 +35,7 @@ from sparsebert.config import BenchConfig, PruneConfig
 from sparsebert.encoders import collate, encoder_linears
 from sparsebert.engine import Engine
 from sparsebert.engine.formats import DTYPES
-from sparsebert.engine.measure import interleave, ratio_text
+from sparsebert.engine.measure import Timings, interleave, ratio_text
 from sparsebert.engine.rivals import OURS, RIVALS, SETTLE_S, SHARE, Call, Work, named, torch_threads
 from sparsebert.errors import UnsupportedError
 from sparsebert.ops import _dispatch
@@ -218,15 +218,17 @@ def measure(
     """One row per candidate. numbers: of the batches. rounds: fewest and most; between them, as many as fit into the
     seconds. Raises harness.WrongOutput.
     """
-    begin = time.monotonic()
+    end, (fewest, most) = time.monotonic() + seconds, rounds
     errors = [checked(size, numbers, candidate) for candidate in candidates]
     # A list of the logits, so that a call ends when they are there.
     calls = {str(of): lambda call=of.call: [call(i) for i in numbers] for of in candidates}
     start = time.monotonic()
-    interleave(calls, 1, warmup=0, settle=SETTLE_S)
+    timings = interleave(calls, fewest, warmup=0, settle=SETTLE_S)
     now = time.monotonic()
-    turns = int(np.clip((seconds - (now - begin)) / (now - start), *rounds))
-    timings = interleave(calls, turns, warmup=0, settle=SETTLE_S)
+    more = min(int((end - now) / (now - start) * fewest), most - fewest)
+    if more > 0:
+        later = interleave(calls, more, warmup=0, settle=SETTLE_S).seconds
+        timings = Timings({name: np.append(each, later[name]) for name, each in timings.seconds.items()})
     rows = []
     for candidate, (error, match) in zip(candidates, errors, strict=True):
         name = str(candidate)
@@ -234,7 +236,7 @@ def measure(
         rows.append({
             "batch": size.batch, "seq": size.seq, "engine": candidate.engine, "dtype": candidate.dtype,
             "pattern": candidate.pattern, "sparsity": 0.0 if candidate.pattern == DENSE else SPARSITY,
-            "threads": threads, "rounds": turns, "ms": timings.median(name) / len(numbers) * 1e3,
+            "threads": threads, "rounds": len(timings.seconds[name]), "ms": timings.median(name) / len(numbers) * 1e3,
             "spread": timings.spread(name), "seq_per_s": size.n / timings.median(name), "error": error,
             "output": "matches" if match else "differs", "ratios": ratios,
         } | {rival: ratio_text(ratio.value, ratio[1:]) for rival, ratio in ratios.items()})  # fmt: skip

@@ -7,7 +7,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bench import bench_sparse_encoder, study_pruning
+from bench import bench_sparse_encoder, bench_sparse_matmul, study_pruning
+from bench.shapes import LINEARS
 from bench.study_pruning import Cells, shared, summary
 from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError
@@ -92,3 +93,16 @@ def test_rungs_are_of_the_same_cells_and_each_setting_has_one():
 def test_the_bench_of_the_encoder_times_what_gives_the_logits_of_torch():
     rows = bench_sparse_encoder.measure(bench_sparse_encoder.QUICK_CASES[0], threads=1, rounds=1)
     assert rows and all(0 <= row["error"] < bench_sparse_encoder.TOLERANCE for row in rows)
+
+
+def test_the_bench_of_linears_times_int8_against_unstructured_float32():
+    case = bench_sparse_matmul.Case(LINEARS[0], "4x1", 0.9, 128)
+    rows = bench_sparse_matmul.measure(case, threads=1, rounds=1)
+    assert {row["dtype"] for row in rows} >= {"fp32", "int8"}
+    for row in rows:
+        assert (row["over_fp32"] is not None) == (row["dtype"] == "int8") and row["over_fp32_low"] is None
+        assert row["dtype"] == "bf16" or 0 < row["error"] < bench_sparse_matmul.TOLERANCE
+    for case in bench_sparse_matmul.CASES:
+        assert ("int8" in {kind.dtype for kind in bench_sparse_matmul.kinds(case)}) == (
+            case.sparsity == 0.9 and case.tokens == 128
+        )

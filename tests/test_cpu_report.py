@@ -16,6 +16,7 @@ from sparsebert.errors import UnsupportedError
 from sparsebert.ops import _dispatch
 
 TINY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+LOGITS = np.float32([[0.5, -1.0]])
 
 
 def not_installed(work):
@@ -50,6 +51,15 @@ def test_every_size_has_a_row_of_each_of_our_models_and_each_rival(rows):
     assert all(row["error"] > 0 for row in rows if row["dtype"] == "int8")
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0, 3), (60, 5)])
+def test_rounds_are_between_the_fewest_and_the_most_as_time_allows(seconds, rounds):
+    candidates = [
+        cpu_report.Candidate(name, "fp32", "dense", lambda i: LOGITS, [LOGITS]) for name in ("torch", "openvino")
+    ]
+    rows = cpu_report.measure(Size(1, "8", 1), range(1), candidates, 1, (3, 5), seconds)
+    assert [(row["engine"], row["rounds"]) for row in rows] == [(name, rounds) for name in ("torch", "openvino")]
+
+
 def test_a_rival_that_is_not_installed_is_named(rows):
     assert rows[-1] == {
         "engine": "openvino", "dtype": "fp32", "output": "not installed",
@@ -63,7 +73,6 @@ def test_a_wrong_output_of_ours_is_refused_and_of_a_rival_is_told():
     def candidate(engine: str, off: float) -> cpu_report.Candidate:
         return cpu_report.Candidate(engine, "fp32", "dense", lambda i: LOGITS + off, [LOGITS])
 
-    LOGITS = np.float32([[0.5, -1.0]])
     size = Size(1, "8", 1)
     for off in (0.1, float("nan")):
         with pytest.raises(harness.WrongOutput, match="sparsebert fp32, dense is off by"):
