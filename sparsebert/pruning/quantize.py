@@ -19,7 +19,7 @@ from sparsebert.pruning.solve import Quadratic, set_affine
 from sparsebert.pruning.stages import Stage, stages
 
 SAMPLE = 4096  # tokens on which the steps of the inputs are chosen
-DAMPING = 1e-4  # as for pruning
+DAMPING = 1e-4  # of the mean diagonal, as for the method `adaptive`
 LEAST_STEP = 1e-30  # its reciprocal and the products with weights are finite
 MOST = 127  # largest weight; -128 is not used, so that the grid is symmetric
 # The range of a column is between its own and the widest column's, widest^(1 - share) own^share. With its own range an
