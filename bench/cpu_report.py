@@ -39,7 +39,8 @@ from sparsebert.engine.measure import Timings, interleave, ratio_text
 from sparsebert.engine.rivals import OURS, RIVALS, SETTLE_S, SHARE, Call, Work, named, torch_threads
 from sparsebert.errors import UnsupportedError
 from sparsebert.ops import _dispatch
-from sparsebert.pruning import int8_logits, prune
+from sparsebert.pruning import prune
+from sparsebert.pruning.entry import int8_logits
 
 DEFAULT_RIVALS = "openvino-int8,openvino-bf16,onnxruntime-int8,openvino,torch"
 SIZES = (Size(1, "32", 2), Size(1, "128", 1), Size(8, "128", 8), Size(32, "mix", 32))

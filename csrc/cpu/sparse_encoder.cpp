@@ -3,8 +3,8 @@
 #include "sparse_encoder.h"
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
-#include <iterator>
 #include <limits>
 #include <type_traits>
 
@@ -35,22 +35,23 @@ const SparseEncoderKernel<T>& encoder_kernel(Isa isa) {
   }
 }
 
+// The linears of a layer, in the order in which they run.
+std::array<const Linear*, 4> linears_of(const EncoderLayer& layer) {
+  return {&layer.qkv, &layer.attention_out, &layer.up, &layer.down};
+}
+
 // Panels have one width from the embeddings to the pooler: the width for the form that most linears have.
 bool mostly_groups(const Encoder& encoder) {
   std::int64_t groups = 0;
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
-    const EncoderLayer& layer = encoder.layers[i];
-    for (const Linear* linear : {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
-      groups += format_of(*linear).groups ? 1 : -1;
-    }
+    for (const Linear* linear : linears_of(encoder.layers[i])) groups += format_of(*linear).groups ? 1 : -1;
   }
   return groups >= 0;
 }
 
 bool has_int8(const Encoder& encoder) {
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
-    const EncoderLayer& layer = encoder.layers[i];
-    for (const Linear* linear : {&layer.qkv, &layer.attention_out, &layer.up, &layer.down}) {
+    for (const Linear* linear : linears_of(encoder.layers[i])) {
       if (linear->form == Form::int8) return true;
     }
   }
@@ -112,9 +113,8 @@ class Batch {
   // Counts the clipped bytes of this linear's input, if that is wanted.
   void count(const Linear& linear, const std::uint8_t* bytes) {
     if (clipped_ == nullptr) return;
-    const EncoderLayer& layer = *layer_;
-    const Linear* all[] = {&layer.qkv, &layer.attention_out, &layer.up, &layer.down};
-    const auto which = std::find(std::begin(all), std::end(all), &linear) - std::begin(all);
+    const auto all = linears_of(*layer_);
+    const auto which = std::find(all.begin(), all.end(), &linear) - all.begin();
     clipped_[(layer_ - encoder_.layers) * 4 + which] += count_clipped(shape_, bytes, linear.n_in);
   }
 

@@ -26,7 +26,8 @@ def random_model(config: BenchConfig, folder: Path) -> Path:
     import torch
     import transformers
 
-    from sparsebert.pruning import int8_logits, prune
+    from sparsebert.pruning import prune
+    from sparsebert.pruning.entry import int8_logits
     from sparsebert.pruning.quantize import quantize
 
     name, sizes = SHAPES[config.random]

@@ -20,7 +20,7 @@ from sparsebert.engine.formats import DTYPES, FORM_DTYPES, explained, has_choice
 from sparsebert.engine.measure import interleave
 from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, shown
 from sparsebert.ops import _dispatch
-from sparsebert.ops.sparse_encoder import PackedEncoder, clipped_inputs, sparse_encoder
+from sparsebert.ops.sparse_encoder import LINEARS, PackedEncoder, clipped_inputs, sparse_encoder
 from sparsebert.ops.sparse_matmul import Linear, Packed, sparse_matmul
 
 Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
@@ -66,11 +66,10 @@ class Engine:
         dtype: of weights and states, fp32 or bf16; sums are fp32. int8: of weights and of the linears' inputs, for a
         model that was made for it (`sparsebert quantize`, `prune --int8`). auto: int8 for such a model; bf16 if `dtype`
         in config.json is bfloat16 and the processor multiplies it in tiles (amx), as it is fast only there; else fp32,
-        and on processors without AVX2. threads: None for the cores
-        this process may use. batch_invariant: use one form of every linear for all batches, so that a text's logits
-        have the same bits alone and in any batch; otherwise short batches may use another form than long ones if that
-        is faster. Raises CheckpointError for a damaged directory and UnsupportedError for a model that the engine does
-        not run.
+        and on processors without AVX2. threads: None for the cores this process may use. batch_invariant: use one form
+        of every linear for all batches, so that a text's logits have the same bits alone and in any batch; otherwise
+        short batches may use another form than long ones if that is faster. Raises CheckpointError for a damaged
+        directory and UnsupportedError for a model that the engine does not run.
         """
         if dtype not in (known := ("auto", *DTYPES)):
             raise InputError(f"dtype must be one of {', '.join(known)}, got {shown(dtype)}", fix="pass one of these")
@@ -80,14 +79,19 @@ class Engine:
             "batch_invariant": batch_invariant,
             "cached": cached,
         }
-        files = checkpoint.read(directory)
-        files.warn_unsealed()
         try:
-            engine = cls._load(files, settings)
+            engine = cls._read(directory, settings)
         except Changed:  # the model was being replaced, which is done now
-            engine = cls._load(checkpoint.read(directory), settings)
+            engine = cls._read(directory, settings)
         _warn_of_portable_path(engine.dtype)
         return engine
+
+    @classmethod
+    def _read(cls, directory: str | Path, settings: dict) -> Engine:
+        """`load` once. Raises Changed if the directory is replaced meanwhile."""
+        files = checkpoint.read(directory)
+        files.warn_unsealed()
+        return cls._load(files, settings)
 
     @classmethod
     def _load(cls, files: Files, settings: dict) -> Engine:
@@ -171,7 +175,7 @@ class Engine:
         peaks: dict[str, float] = {}
         rows = []
         for i, layer in enumerate(self.encoder.layers):
-            for name in ("qkv", "attention_out", "up", "down"):
+            for name in LINEARS:
                 linear = getattr(layer, name)
                 weight = linear.weight
                 form, why = explained(weight)
@@ -199,9 +203,8 @@ class Engine:
         """The share of inputs of each layer's linears that are clipped."""
         tokens = sum(map(len, ids))
         counts = clipped_inputs(*self._arrays(self.encoder, ids, types, 0), self.encoder)
-        linears = ("qkv", "attention_out", "up", "down")
         return [
-            {name: count / tokens / getattr(layer, name).weight.n_in for name, count in zip(linears, row, strict=True)}
+            {name: count / tokens / getattr(layer, name).weight.n_in for name, count in zip(LINEARS, row, strict=True)}
             for layer, row in zip(self.encoder.layers, counts, strict=True)
         ]
 

@@ -13,6 +13,7 @@ from sparsebert.errors import InputError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import Linear, sparse_matmul_ref
 
+LINEARS = ("qkv", "attention_out", "up", "down")  # of a layer, in the order in which they run
 Norm = tuple[np.ndarray, np.ndarray]  # weight and bias of a layer norm, float32 [n] each
 
 
@@ -66,7 +67,7 @@ class PackedEncoder:
     @property
     def linears(self) -> list[Linear]:
         """The linears of all layers."""
-        return [linear for layer in self.layers for linear in (layer.qkv, layer.attention_out, layer.up, layer.down)]
+        return [linear for layer in self.layers for linear in map(partial(getattr, layer), LINEARS)]
 
     @cached_property
     def core(self):

@@ -247,12 +247,6 @@ class Quantized:
         """W, float32 [n_out, n_in]."""
         return self.scale[:, None] * self.values.astype(np.float32) / self.step
 
-    def bytes_of(self, x: np.ndarray) -> np.ndarray:
-        """The bytes of inputs, uint8 as x [tokens, n_in]."""
-        low, half = -self.zero.astype(np.float32), np.float32(0.5)
-        scaled = np.clip(x.astype(np.float32) * (np.float32(1) / self.step), low, low + 255)
-        return (scaled + (half - low)).astype(np.uint8)
-
 
 @dataclass(frozen=True, eq=False)
 class PackedInt8:
@@ -632,6 +626,13 @@ def _unpack_tiles(weight: PackedTiles, dense: np.ndarray) -> np.ndarray:
     return dense
 
 
+def bytes_of(x: np.ndarray, step: np.ndarray, zero: np.ndarray) -> np.ndarray:
+    """The bytes of a linear's inputs in int8, uint8 as x [tokens, n_in]; step and zero as in `Quantized`."""
+    low, half = -zero.astype(np.float32), np.float32(0.5)
+    scaled = np.clip(x.astype(np.float32) * (np.float32(1) / step), low, low + 255)
+    return (scaled + (half - low)).astype(np.uint8)
+
+
 def _unpack_int8(weight: PackedInt8, dense: np.ndarray) -> np.ndarray:
     core = _dispatch.core()
     for g, quads in enumerate(weight.quads):
@@ -713,8 +714,7 @@ def sparse_matmul_ref(x: np.ndarray, linear: Linear) -> np.ndarray:
         x = from_bf16(to_bf16(x))
     if isinstance(linear.weight, PackedInt8):
         w = linear.weight
-        read = Quantized(np.zeros((w.n_out, w.n_in), np.int8), w.scale, w.step, w.zero).bytes_of(x)
-        x = (read.astype(np.float64) - w.zero) * w.step
+        x = (bytes_of(x, w.step, w.zero).astype(np.float64) - w.zero) * w.step
     y = x.astype(np.float64) @ unpack(linear.weight).astype(np.float64).T
     if linear.bias is not None:
         y = y + linear.bias.astype(np.float64)

@@ -13,7 +13,6 @@ _PUBLIC = {
     "SubnetConfig": "trained",
     "check": "entry",
     "draw": "calibration",
-    "int8_logits": "entry",
     "prune": "entry",
     "prune_checkpoint": "entry",
     "quantize_checkpoint": "entry",

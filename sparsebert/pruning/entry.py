@@ -134,9 +134,6 @@ def prune_checkpoint(
     check(config, subnet)
     source = checkpoint.resolve(source)
     run = run_of(source, task, output, config, subnet, overwrite)
-    if (figures := checkpoint.finished(run.job)) is not None:
-        figures.pop("weights_sha256")
-        return PruneResult(**figures | run.read | {"reused": True})
     return _carried_out(run, source, config, progress)
 
 
@@ -159,15 +156,16 @@ def quantize_checkpoint(
     spec = encoders.task_for(task, source, labelled=False)
     target = checkpoint.check_output(output, sources=read_by(spec, source), overwrite=overwrite)
     run = _Calibrated(source, spec, target, config, overwrite)
-    if (figures := checkpoint.finished(run.job)) is not None:
-        figures.pop("weights_sha256")
-        return PruneResult(**figures | run.read | {"reused": True})
     return _carried_out(run, source, config, progress)
 
 
 def _carried_out(
     run: _Trained | _Calibrated, source: Path, config: PruneConfig | QuantizeConfig, progress: Progress
 ) -> PruneResult:
+    """The result of a run: read from its output if that is finished, else computed and saved there."""
+    if (figures := checkpoint.finished(run.job)) is not None:
+        figures.pop("weights_sha256")
+        return PruneResult(**figures | run.read | {"reused": True})
     with run.job:
         model, tokenizer, result = run.find(progress)
         recipe = {"command": run.job.record["kind"], **checkpoint.made_from(source, checkpoint.source_sha256(source))}
