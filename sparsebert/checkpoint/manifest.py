@@ -184,15 +184,21 @@ def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | Non
             raise CheckpointError(f"{folder.path / name} differs from its manifest (sha256)", fix=fix)
 
 
-def verify_logits(manifest: dict, got: np.ndarray, path: Path, *, dtype: str = "fp32", relative: float = 0.0) -> None:
+def verify_logits(
+    manifest: dict, got: np.ndarray, path: Path, *, dtype: str = "fp32", relative: float = 0.0, mixed: bool = False
+) -> None:
     """Raises CheckpointError unless the logits of the golden texts are the manifest's for this dtype, within its
     tolerance. relative: additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
+    mixed: whether some linears are in float32. The logits may then differ by twice as much more as the manifest's of
+    the two dtypes differ by.
     """
     found = manifest["golden"]
     want = np.asarray((manifest["int8"] if dtype == "int8" else found)["logits"], dtype=np.float64)
     largest = float(np.abs(want).max())
     error = float(np.abs(got - want).max()) if got.shape == want.shape else math.inf
     allowed = found["tolerance"] * max(1.0, largest) + relative * largest
+    if mixed and got.shape == want.shape:
+        allowed += 2 * float(np.abs(want - np.asarray(found["logits"], dtype=np.float64)).max())
     if not error <= allowed:
         raise CheckpointError(
             f"{path}: golden logits must agree within {allowed:g}, differ by {error:g}",

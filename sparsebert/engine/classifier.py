@@ -26,8 +26,8 @@ class Classifier:
     """A verified model directory that is ready to predict.
 
     config, tokenizer: transformers' objects. problem: its problem type. names: its label names, in the order of the
-    logits. engine: "sparsebert" or "torch". predict(examples, max_length=…, progress=…): float32 logits, like
-    `encoders.predict`.
+    logits. engine: "sparsebert" or "torch". dtype: fp32 or int8. predict(examples, max_length=…, progress=…): float32
+    logits, like `encoders.predict`.
     """
 
     directory: Path
@@ -36,23 +36,25 @@ class Classifier:
     problem: Problem
     names: tuple[str, ...]
     engine: str
+    dtype: str
     predict: Callable[..., np.ndarray]
 
     @classmethod
     def load(cls, directory: str | Path) -> Classifier:
-        """Loads a directory. Torch runs it on a GPU if there is one. Else the engine runs it in float32; if the engine
-        cannot, or only on its portable path, torch runs it on the CPU.
+        """Loads a directory. A model in int8 runs as it is served, in the engine in int8. Any other runs in float32: by
+        torch on a GPU if there is one, else by the engine, and by torch on the CPU if the engine cannot, or only on its
+        portable path.
         """
         directory = checkpoint.resolve(directory)
         stored = checkpoint.read_config(directory)
         problem, names = heads.problem_of(stored), heads.label_names(stored)
+        dtype = "fp32" if checkpoint.read(directory).scales is None else "int8"
+        engine = _engine(directory, dtype)
         model, tokenizer = checkpoint.load(directory)
         config = model.config
-        on_gpu = torch.cuda.is_available()
-        engine = None if on_gpu else _engine(directory)
         if engine is None:
-            model.to("cuda" if on_gpu else "cpu")
-            return cls(directory, config, tokenizer, problem, names, "torch", partial(predict, model, tokenizer))
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            return cls(directory, config, tokenizer, problem, names, "torch", dtype, partial(predict, model, tokenizer))
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
             # The same tokenizer as in `predict`: transformers may override what tokenizer.json says.
@@ -66,16 +68,16 @@ class Classifier:
                 progress(start + len(batch), len(encoded))
             return logits
 
-        return cls(directory, config, tokenizer, problem, names, "sparsebert", run)
+        return cls(directory, config, tokenizer, problem, names, "sparsebert", dtype, run)
 
 
-def _engine(directory: Path) -> Engine | None:
-    """The engine in float32. None if it does not run this model, or only on its portable path, which is slower than
-    torch.
-    """
-    if _dispatch.isa() == "scalar":
+def _engine(directory: Path, dtype: str) -> Engine | None:
+    """The engine in this dtype. None if torch does float32 faster, or the engine does not run this model."""
+    if dtype == "fp32" and (torch.cuda.is_available() or _dispatch.isa() == "scalar"):
         return None
     try:
-        return Engine.load(directory, dtype="fp32", batch_invariant=True, cached=False)
+        return Engine.load(directory, dtype=dtype, batch_invariant=True, cached=False)
     except UnsupportedError:
+        if dtype != "fp32":
+            raise
         return None

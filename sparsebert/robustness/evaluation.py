@@ -33,8 +33,9 @@ class Evaluation:
     dense_score: the dense model's score on the same examples. difference: score - dense_score, paired.
     mcnemar_p: p-value of the paired comparison (statistics.mcnemar), for one label per text; else None.
     These five figures and their intervals are None without a dense model.
-    engine: what computed the logits, "sparsebert" or "torch", if `evaluate` did. max_length: max tokens kept per text.
-    cut: share of the texts that have more tokens. rows: rows read from the user's own files (data.rows_read).
+    engine: what computed the logits, "sparsebert" or "torch", and dtype: in what numbers, fp32 or int8, if `evaluate`
+        did. max_length: max tokens kept per text. cut: share of the texts that have more tokens.
+    rows: rows read from the user's own files (data.rows_read).
     ood: name of the test -> figures of `compare_ood`, for the tests that were requested.
     outside: name of the texts -> figures of `drift`, if they were requested.
     """
@@ -62,6 +63,7 @@ class Evaluation:
     difference_ci: Interval | None = None
     mcnemar_p: float | None = None
     engine: str | None = None
+    dtype: str | None = None
     max_length: int | None = None
     cut: float | None = None
     rows: dict | None = None

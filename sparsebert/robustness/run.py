@@ -33,8 +33,8 @@ def evaluate(
     given.
 
     ood: names of the task's OOD tests, separated by commas, or "all"; they are evaluated in the same way. n: size of a
-    seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. Logits are
-    float32, for everything that Classifier.load accepts; labels are matched by name.
+    seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. A model in
+    int8 runs in int8, any other in float32 (Classifier.load); labels are matched by name.
     Raises InputError for an unknown test and DataError for a missing set, both before any model is loaded, and
     InputError if a model's labels are not the task's.
     """
@@ -59,8 +59,8 @@ def evaluate(
     encoded = tokenize(classifiers[0].tokenizer, examples, of.max_length)
     cut = cut_share(classifiers[0].tokenizer, examples, encoded, of.max_length)
     return replace(
-        compare(*sets[0], *logits[0]), engine=classifiers[0].engine, ood=figures or None, max_length=of.max_length,
-        cut=cut, rows=data.rows_read(spec),
+        compare(*sets[0], *logits[0]), engine=classifiers[0].engine, dtype=classifiers[0].dtype, ood=figures or None,
+        max_length=of.max_length, cut=cut, rows=data.rows_read(spec),
     )  # fmt: skip
 
 
