@@ -12,7 +12,7 @@ from sparsebert.errors import DataError, InputError, shown
 ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 FLOAT32_ISAS = ("scalar", "avx2", "avx512")  # with kernels of their own for float32, and so on
 BF16_ISAS = ("avx512_bf16", "amx")
-INT8_ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni")
+INT8_ISAS = ("scalar", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx")
 
 
 def isa_cap() -> str | None:

@@ -201,8 +201,8 @@ x86_only = pytest.mark.skipif(
 PLACES = {
     "amx": (r"^(tile|td|ldtilecfg|sttilecfg)|%tmm\d", ("amx",)),
     "avx512_bf16": (r"^v(dp|cvtn?e?2?ps2?)\w*(bf16|pbh)|^vpexpandw", ("avx512_bf16", "amx")),
-    "avx512_vnni": (r"^vpdp.*(%zmm|%k[0-7])|^vpdp.*%[xy]mm(1[6-9]|2\d|3[01])\b", ("avx512_vnni",)),
-    "avx_vnni": (r"^(\{vex\} )?vpdp[bw]", ("avx_vnni", "avx512_vnni")),
+    "avx512_vnni": (r"^vpdp.*(%zmm|%k[0-7])|^vpdp.*%[xy]mm(1[6-9]|2\d|3[01])\b", ("avx512_vnni", "amx")),
+    "avx_vnni": (r"^(\{vex\} )?vpdp[bw]", ("avx_vnni", "avx512_vnni", "amx")),
     "avx512": (r"%zmm\d|%k[0-7]\b|%[xy]mm(1[6-9]|2\d|3[01])\b", ("avx512", "amx")),
     "avx2": (r"%ymm\d|^v(?!err|erw|m[a-z]+$)", ("avx2", "avx_vnni", "avx512", "amx")),
 }

@@ -52,7 +52,8 @@ bool isa_supported(Isa isa) {
   const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
   if (isa == Isa::avx512_bf16) return bf16;
   if (isa == Isa::amx) {
-    return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
+    return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           __builtin_cpu_supports("amx-int8") && may_use_tiles();
   }
 #endif
   return false;

@@ -272,7 +272,7 @@ static_assert(tile_rows == 32 && tile_columns == 32 && word_group == 16, "a tile
 template <typename Between>
 inline void products(const float* a, const float* b, std::int64_t depth, Tile& sums,
                      Between between) {
-  TileBlock<2> block;
+  TileBlock<Bf16, 2> block;
   block.zero();
   std::int64_t row = 0;
   for (std::int64_t k = 0; k < depth; k += word_group, a += word_group * tile_rows, b += word_group * tile_columns) {

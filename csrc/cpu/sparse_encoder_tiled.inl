@@ -163,7 +163,7 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
       const float* right = q_tiles + 2 * queries * head.chunks * tile_words;
       const float* left = k_tiles + 2 * keys * head.chunks * tile_words;
       float* to = scores + keys * 4 * tile_words;
-      TileBlock<2> block;
+      TileBlock<Bf16, 2> block;
       block.zero();
       for (std::int64_t chunk = 0; chunk < head.chunks; ++chunk) {
         const std::int64_t other = head.chunks * tile_words * 4;
@@ -174,7 +174,7 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
     f32 sum[2];
     softmax(scores, n, share, weights, head.blocks, sum);
     for (std::int64_t tile = 0; tile < head.v_tiles; ++tile) {
-      TileBlock<1> block;
+      TileBlock<Bf16, 1> block;
       block.zero();
       for (std::int64_t keys = 0; keys < head.blocks; ++keys) {
         block.step({values + tile * 16 * stride + keys * 32, 0, stride * 2},

@@ -3,6 +3,9 @@
 
 #include "panel.inl"
 #include "epilogue.inl"
+#if defined(SPARSEBERT_TILES)
+#include "tile_block.inl"
+#endif
 
 typedef Vector<std::uint8_t>::type u8;
 typedef Vector<std::int16_t>::type i16;
@@ -17,6 +20,13 @@ constexpr int rows_at_once = registers == 32 ? 4 : 2;
 // Rows of a group up to which its quads are spread again for each rows_at_once of them. The shuffles run beside the
 // products on Zen 4; keeping their results takes stores and loads.
 constexpr std::int64_t most_spread_anew = registers == 32 ? 32 : 0;
+
+// Whether a group of this many rows is multiplied in tiles.
+#if defined(SPARSEBERT_TILES)
+constexpr bool in_tiles(std::int64_t rows) { return rows >= 16; }
+#else
+constexpr bool in_tiles(std::int64_t) { return false; }
+#endif
 
 template <int half, int... i>
 inline u8 unpack_bytes(u8 a, u8 b, Indices<i...>) {
@@ -62,6 +72,32 @@ inline i32 dot(i32 sum, u8 bytes, i32 weights) {
 #endif
 #endif
 }
+
+#if defined(SPARSEBERT_TILES)
+
+// Products of signed weights by unsigned bytes, and their sums in int32.
+template <>
+struct TileDot<std::int8_t> {
+  typedef std::int32_t Sum;
+
+#if SPARSEBERT_TILES == 2
+  static void add_first() { TILE_PRODUCTS("tdpbsud", 4, 0, 1); }
+  static void add_second() { TILE_PRODUCTS("tdpbsud", 5, 2, 3); }
+#else
+  static void add(std::int32_t (&to)[16][lanes], const TilePair& left, int a, const TilePair& right, int b) {
+    for (int m = 0; m < 16; ++m) {
+      i32 sum = load(to[m]);
+      for (int k = 0; k < 16; ++k) {
+        const u8 bytes = load(reinterpret_cast<const std::uint8_t*>(right.row(b, k)));
+        sum = dot(sum, bytes, splat(reinterpret_cast<const std::int32_t*>(left.row(a, m))[k]));
+      }
+      store(to[m], sum);
+    }
+  }
+#endif
+};
+
+#endif
 
 inline void load_quad(const std::uint8_t* x, const std::uint16_t* cols, u8 (&quad)[4]) {
   u8 columns[4];
@@ -123,10 +159,124 @@ inline void multiply_rows(const LinearJob<float>& job, std::int64_t group, std::
   }
 }
 
+#if defined(SPARSEBERT_TILES)
+
+// Rows of a tile of weights, and quads in each of them; bytes of the tile.
+constexpr std::int64_t tile_rows = 16, tile_quads = 16, tile_bytes = 1024;
+
+// Words of vectors a and b of which each holds lanes / 4 quads of four rows -> those of rows `first` and `first` + 1.
+template <int first, int... i>
+inline i32 two_rows(i32 a, i32 b, Indices<i...>) {
+  return __builtin_shuffle(a, b, i32{(i % (lanes / 2) * 4 + first + i / (lanes / 2))...});
+}
+
+// The lower, or the upper, halves of two vectors.
+template <int half, int... i>
+inline i32 halves(i32 a, i32 b, Indices<i...>) {
+  return __builtin_shuffle(a, b, i32{(i % (lanes / 2) + half * (lanes / 2) + i / (lanes / 2) * lanes)...});
+}
+
+// Four rows of `lanes` quads: [quads][rows] -> [rows][tile_quads].
+inline void to_rows(const std::int8_t* values, std::int8_t* tile) {
+  typedef Count<lanes>::type all;
+  i32 v[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) v[i] = reinterpret_cast<i32>(load(values + i * vector_bytes));
+  const i32 low[2] = {two_rows<0>(v[0], v[1], all()), two_rows<0>(v[2], v[3], all())};
+  const i32 high[2] = {two_rows<2>(v[0], v[1], all()), two_rows<2>(v[2], v[3], all())};
+  const i32 rows[4] = {halves<0>(low[0], low[1], all()), halves<1>(low[0], low[1], all()),
+                       halves<0>(high[0], high[1], all()), halves<1>(high[0], high[1], all())};
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) store(reinterpret_cast<std::int32_t*>(tile + r * 4 * tile_quads), rows[r]);
+}
+
+// Up to 16 rows of a group -> its tiles, one for each 16 quads, `stride` bytes apart. Rows and quads past the last are
+// zero. values: of the first row; quads: the group's.
+inline void make_tiles(const std::int8_t* values, std::int64_t rows, std::int64_t quads, std::int8_t* tiles,
+                       std::int64_t stride) {
+  constexpr std::int64_t quad_bytes = group_tile * quad_cols;
+  for (std::int64_t q = 0; q < quads; q += tile_quads, tiles += stride) {
+    if (rows < tile_rows) __builtin_memset(tiles, 0, tile_bytes);
+    for (std::int64_t r = 0; r < rows; r += group_tile) {
+      const std::int8_t* from = values + (r * quads + q * group_tile) * quad_cols;
+      for (std::int64_t i = 0; i < tile_quads; i += lanes) {
+        const std::int64_t here = quads - q - i;
+        std::int8_t part[lanes * quad_bytes];
+        if (here < lanes) {
+          __builtin_memset(part, 0, sizeof part);
+          if (here > 0) __builtin_memcpy(part, from + i * quad_bytes, static_cast<std::size_t>(here * quad_bytes));
+        }
+        to_rows(here < lanes ? part : from + i * quad_bytes, tiles + (r * tile_quads + i) * quad_cols);
+      }
+    }
+  }
+}
+
+// Multiplies 16 * `tiles` rows of a group, from `row` on, of which `rows` are there. spread: its columns' quads.
+template <int tiles>
+inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std::int64_t row, std::int64_t rows,
+                           const std::uint8_t* spread, std::int8_t* left, std::int32_t* sums, float* y,
+                           std::uint8_t* bytes) {
+  const Int8Matrix& w = *job.linear->int8;
+  const std::int64_t quads = w.quads[group], chunks = (quads + tile_quads - 1) / tile_quads;
+  for (std::int64_t t = 0; t < tiles; ++t) {
+    const std::int64_t first = row + t * tile_rows, here = rows - t * tile_rows;
+    make_tiles(w.values + w.value_begin[group] + first * quads * quad_cols, here < tile_rows ? here : tile_rows, quads,
+               left + t * tile_bytes, tiles * tile_bytes);
+  }
+  for (int pair = 0; pair < 2; ++pair) {
+    TileBlock<std::int8_t, tiles> block;
+    block.zero();
+    for (std::int64_t c = 0; c < chunks; ++c) {
+      block.step({left + c * tiles * tile_bytes, tile_bytes, 4 * tile_quads},
+                 {spread + (c * tile_quads * 4 + pair * 2) * vector_bytes, vector_bytes, 4 * vector_bytes});
+    }
+    block.store_to(sums + pair * 2 * lanes, tile_rows * 4 * lanes, lanes, 4 * lanes);
+  }
+  const std::int32_t* ids = w.rows + w.row_begin[group] + row;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    if (ids[r] < 0) continue;
+    const i32 start = splat(w.start[ids[r]]);
+    i32 found[4];
+#pragma GCC unroll 4
+    for (int n = 0; n < 4; ++n) found[n] = load(sums + (r * 4 + n) * lanes) + start;
+    finish(job, ids[r], found, y, bytes);
+  }
+}
+
+// Where working memory is divided: the quads of a group, its tiles of weights, their sums.
+inline std::int64_t spread_bytes(const Int8Matrix& w) {
+  return (w.most_quads + tile_quads - 1) / tile_quads * tile_quads * 4 * vector_bytes;
+}
+inline std::int64_t left_bytes(const Int8Matrix& w) {
+  return (w.most_quads + tile_quads - 1) / tile_quads * 2 * tile_bytes;
+}
+constexpr std::int64_t sums_bytes = 2 * tile_rows * 4 * lanes * 4;
+
+inline void multiply_in_tiles(const LinearJob<float>& job, std::int64_t group, std::uint8_t* spread, float* y,
+                              std::uint8_t* bytes) {
+  const Int8Matrix& w = *job.linear->int8;
+  auto* left = reinterpret_cast<std::int8_t*>(spread + spread_bytes(w));
+  auto* sums = reinterpret_cast<std::int32_t*>(left + left_bytes(w));
+  for (std::int64_t row = 0, rows = w.row_begin[group + 1] - w.row_begin[group]; row < rows; row += 2 * tile_rows) {
+    const std::int64_t here = rows - row < 2 * tile_rows ? rows - row : 2 * tile_rows;
+    if (here > tile_rows) {
+      multiply_tiles<2>(job, group, row, here, spread, left, sums, y, bytes);
+    } else {
+      multiply_tiles<1>(job, group, row, here, spread, left, sums, y, bytes);
+    }
+  }
+}
+
+#endif
+
 void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t panels, std::int64_t part, void* work) {
   const Int8Matrix& w = *job.linear->int8;
   auto* gathered = static_cast<std::uint8_t*>(work);
   const std::int64_t end = (part + 1) * job.unit < w.groups ? (part + 1) * job.unit : w.groups;
+#if defined(SPARSEBERT_TILES)
+  [[maybe_unused]] const Tiles tiles;
+#endif
   for (; panels > 0; --panels, ++panel) {
     const std::uint8_t* x = job.bytes + panel * job.linear->n_in * vector_bytes;
     float* y = job.y + panel * job.linear->n_out * vector_bytes;
@@ -135,7 +285,7 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
     for (std::int64_t group = part * job.unit; group < end; ++group) {
       const std::int64_t rows = w.row_begin[group + 1] - w.row_begin[group], quads = w.quads[group];
       const std::uint16_t* cols = w.cols + w.col_begin[group];
-      if (rows <= most_spread_anew) {
+      if (rows <= most_spread_anew && !in_tiles(rows)) {
         const auto right = [&](std::int64_t q, u8(&quad)[4]) { load_quad(x, cols + q * quad_cols, quad); };
         for (std::int64_t row = 0; row < rows; row += rows_at_once) {
           multiply_rows<rows_at_once>(job, group, row, right, y, bytes);
@@ -152,6 +302,12 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
           for (int n = 0; n < 4; ++n) store(gathered + (q * 4 + n) * vector_bytes, quad[n]);
         }
       }
+#if defined(SPARSEBERT_TILES)
+      if (in_tiles(rows)) {
+        multiply_in_tiles(job, group, gathered, y, bytes);
+        continue;
+      }
+#endif
       const auto right = [&](std::int64_t q, u8(&quad)[4]) {
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) quad[n] = load(gathered + (q * 4 + n) * vector_bytes);
@@ -163,9 +319,32 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
   }
 }
 
+#if defined(SPARSEBERT_TILES)
+
+std::int64_t work_bytes(const LinearJob<float>& job) {
+  return spread_bytes(*job.linear->int8) + left_bytes(*job.linear->int8) + sums_bytes;
+}
+
+constexpr std::int64_t saturated_ops = 2 * 4 * 16 * 16 * 4 * lanes;
+
+// Repeats four independent products of tiles that stay in the first-level cache.
+float saturate(std::int64_t steps) {
+  alignas(64) std::int32_t words[16][16] = {};
+  alignas(64) std::int32_t sums[4][16][lanes];
+  [[maybe_unused]] const Tiles tiles;
+  TileBlock<std::int8_t, 2> block;
+  block.zero();
+  for (std::int64_t step = 0; step < steps; ++step) block.step({words, 0, 64}, {words, 0, 64});
+  block.store_to(sums[0][0], 2 * 16 * lanes, 16 * lanes, lanes);
+  return static_cast<float>((sums[0][0][0] + sums[1][0][0]) + (sums[2][0][0] + sums[3][0][0]));
+}
+
+#else
+
 std::int64_t work_bytes(const LinearJob<float>& job) { return job.linear->int8->most_quads * 4 * vector_bytes; }
 
 constexpr int saturated = 16;
+constexpr std::int64_t saturated_ops = 2 * saturated * vector_bytes;
 
 float saturate(std::int64_t steps) {
   i32 sums[saturated];
@@ -182,6 +361,8 @@ float saturate(std::int64_t steps) {
   return static_cast<float>(sum[0]);
 }
 
+#endif
+
 }  // namespace
 
-const Int8Kernel kernel = {lanes, {task_panels, multiply, work_bytes}, saturate, 2 * saturated * vector_bytes};
+const Int8Kernel kernel = {lanes, {task_panels, multiply, work_bytes}, saturate, saturated_ops};

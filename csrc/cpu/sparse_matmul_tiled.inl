@@ -92,7 +92,7 @@ inline void finish_rows(const std::int32_t* rows, const float* bias, const float
 
 template <int group_tiles>
 inline void multiply_group(const Bf16* left, const std::uint32_t* right, std::int64_t chunks, float* sums) {
-  TileBlock<group_tiles> block;
+  TileBlock<Bf16, group_tiles> block;
   block.zero();
   for (std::int64_t c = 0; c < chunks; ++c, left += group_tiles * tile_rows * tile_cols, right += chunk_words) {
     block.step({left, tile_rows * tile_cols * 2, 64}, {right, chunk_words / 2 * 4, 64});
@@ -162,7 +162,7 @@ float saturate(std::int64_t steps) {
   alignas(64) float sums[4][16][16];
   for (auto& row : words) store(row, splat(std::uint32_t{0x3f803f80u}));
   [[maybe_unused]] const Tiles tiles;
-  TileBlock<2> block;
+  TileBlock<Bf16, 2> block;
   block.zero();
   for (std::int64_t step = 0; step < steps; ++step) block.step({words, 0, 64}, {words, 0, 64});
   block.store_to(sums[0][0], 512, 256, 16);

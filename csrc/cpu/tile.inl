@@ -1,9 +1,10 @@
-// bf16 and tiles: 16 rows of 64 bytes, multiplied as matrices. Included after panel.inl, by its rules, with lanes = 16.
-// SPARSEBERT_TILES chooses the instructions: 2, the tile registers of AMX; 1, the dot products of AVX-512 BF16; 0,
-// plain C++, which is slow and serves as reference.
+// bf16 in tiles. Included after panel.inl, by its rules, with lanes = 16. SPARSEBERT_TILES (tile_block.inl) is 1 for the
+// dot products of AVX-512 BF16.
 //
 // A vector of 32 bf16 is 16 words of two. If tokens are innermost, word i holds tokens 2i and 2i + 1. The even tokens
 // make one float vector and the odd tokens another, so that nothing has to be shuffled.
+
+#include "tile_block.inl"
 
 typedef Vector<std::uint16_t>::type u16;
 typedef Vector<std::uint32_t>::type u32;
@@ -65,69 +66,7 @@ inline u32 pair_odd(u16 a, u16 b) {
   return (reinterpret_cast<u32>(a) >> 16) | (reinterpret_cast<u32>(b) & 0xffff0000u);
 }
 
-#if SPARSEBERT_TILES == 2
-
-struct TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// All libraries of a thread share its tile configuration, so the destructor restores the configuration that it found.
-class Tiles {
- public:
-  Tiles() {
-    const TileConfig whole;
-    asm volatile("sttilecfg %0" : "=m"(before_));
-    asm volatile("ldtilecfg %0" ::"m"(whole));
-  }
-  ~Tiles() {
-    if (before_.palette != 0) {
-      asm volatile("ldtilecfg %0" ::"m"(before_));
-    } else {
-      asm volatile("tilerelease");
-    }
-  }
-
- private:
-  TileConfig before_;
-};
-
-#else
-
-// Nothing to set up without tile registers.
-struct Tiles {};
-
-#endif
-
-// Two neighbouring tiles in memory: the first, and the bytes from one to the other, and from row to row.
-struct TilePair {
-  const void* first;
-  std::int64_t next, stride;
-
-  const char* row(int tile, int r) const { return static_cast<const char*>(first) + tile * next + r * stride; }
-};
-
-#if SPARSEBERT_TILES == 1
-
-inline void tile_dot(float (&to)[16][16], const TilePair& left, int a, const TilePair& right, int b) {
-  f32 sums[16];
-#pragma GCC unroll 16
-  for (int m = 0; m < 16; ++m) sums[m] = load(to[m]);
-  for (int k = 0; k < 16; ++k) {
-    const auto row = reinterpret_cast<__m512bh>(load(reinterpret_cast<const std::uint32_t*>(right.row(b, k))));
-#pragma GCC unroll 16
-    for (int m = 0; m < 16; ++m) {
-      const auto pair = reinterpret_cast<__m512bh>(splat(reinterpret_cast<const std::uint32_t*>(left.row(a, m))[k]));
-      sums[m] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m]), row, pair));
-    }
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < 16; ++m) store(to[m], sums[m]);
-}
-
-#elif SPARSEBERT_TILES == 0
-
+#if SPARSEBERT_TILES == 0
 inline float of_bf16(std::uint32_t bits) {
   union {
     std::uint32_t word;
@@ -135,77 +74,45 @@ inline float of_bf16(std::uint32_t bits) {
   } both = {bits << 16};
   return both.value;
 }
-
-inline void tile_dot(float (&to)[16][16], const TilePair& left, int a, const TilePair& right, int b) {
-  for (int m = 0; m < 16; ++m) {
-    f32 evens{}, odds{};
-    for (int k = 0; k < 16; ++k) {
-      const u32 row = load(reinterpret_cast<const std::uint32_t*>(right.row(b, k)));
-      const std::uint32_t pair = reinterpret_cast<const std::uint32_t*>(left.row(a, m))[k];
-      evens += reinterpret_cast<f32>(row << 16) * of_bf16(pair & 0xffffu);
-      odds += reinterpret_cast<f32>(row & 0xffff0000u) * of_bf16(pair >> 16);
-    }
-    store(to[m], load(to[m]) + (evens + odds));
-  }
-}
-
 #endif
 
-// The float32 sums of products of `rows` left tiles by two right tiles. While one is in use, `Tiles` must exist, and no
-// other block may be used.
-template <int rows>
-struct TileBlock {
-  static_assert(rows == 1 || rows == 2, "the tile registers hold two rows of two tiles of sums beside the operands");
+// Products of bf16, and their sums in float32.
+template <>
+struct TileDot<Bf16> {
+  typedef float Sum;
 
 #if SPARSEBERT_TILES == 2
-#define TILE_LOAD(t, pair, tile) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"((pair).row(tile, 0)), "r"((pair).stride) : "memory")
-#define TILE_STORE(t, to, stride) \
-  asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
-
-  void zero() {
-    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" ::);
-    if constexpr (rows == 2) asm volatile("tilezero %%tmm2\n\ttilezero %%tmm3" ::);
-  }
-  void step(const TilePair& left, const TilePair& right) {
-    TILE_LOAD(4, left, 0);
-    TILE_LOAD(6, right, 0);
-    TILE_LOAD(7, right, 1);
-    asm volatile("tdpbf16ps %%tmm6, %%tmm4, %%tmm0\n\ttdpbf16ps %%tmm7, %%tmm4, %%tmm1" ::);
-    if constexpr (rows == 2) {
-      TILE_LOAD(5, left, 1);
-      asm volatile("tdpbf16ps %%tmm6, %%tmm5, %%tmm2\n\ttdpbf16ps %%tmm7, %%tmm5, %%tmm3" ::);
-    }
-  }
-  // Writes the tile of sums in row r, column c to `to` + r * below + c * beside, its rows `stride` floats apart.
-  void store_to(float* to, std::int64_t below, std::int64_t beside, std::int64_t stride) const {
-    TILE_STORE(0, to, 4 * stride);
-    TILE_STORE(1, to + beside, 4 * stride);
-    if constexpr (rows == 2) {
-      TILE_STORE(2, to + below, 4 * stride);
-      TILE_STORE(3, to + below + beside, 4 * stride);
-    }
-  }
-#undef TILE_LOAD
-#undef TILE_STORE
-#else
-  void zero() { __builtin_memset(sums, 0, sizeof sums); }
-  void step(const TilePair& left, const TilePair& right) {
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < 2; ++c) tile_dot(sums[r][c], left, r, right, c);
-    }
-  }
-  // Writes the tile of sums in row r, column c to `to` + r * below + c * beside, its rows `stride` floats apart.
-  void store_to(float* to, std::int64_t below, std::int64_t beside, std::int64_t stride) const {
-    for (int r = 0; r < rows; ++r) {
-      for (int c = 0; c < 2; ++c) {
-        for (int m = 0; m < 16; ++m) {
-          __builtin_memcpy(to + r * below + c * beside + m * stride, sums[r][c][m], 64);
-        }
+  static void add_first() { TILE_PRODUCTS("tdpbf16ps", 4, 0, 1); }
+  static void add_second() { TILE_PRODUCTS("tdpbf16ps", 5, 2, 3); }
+#elif SPARSEBERT_TILES == 1
+  static void add(float (&to)[16][16], const TilePair& left, int a, const TilePair& right, int b) {
+    f32 sums[16];
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) sums[m] = load(to[m]);
+    for (int k = 0; k < 16; ++k) {
+      const auto row = reinterpret_cast<__m512bh>(load(reinterpret_cast<const std::uint32_t*>(right.row(b, k))));
+#pragma GCC unroll 16
+      for (int m = 0; m < 16; ++m) {
+        const auto pair = reinterpret_cast<__m512bh>(splat(reinterpret_cast<const std::uint32_t*>(left.row(a, m))[k]));
+        sums[m] = reinterpret_cast<f32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sums[m]), row, pair));
       }
     }
+#pragma GCC unroll 16
+    for (int m = 0; m < 16; ++m) store(to[m], sums[m]);
   }
-  alignas(64) float sums[rows][2][16][16];
+#else
+  static void add(float (&to)[16][16], const TilePair& left, int a, const TilePair& right, int b) {
+    for (int m = 0; m < 16; ++m) {
+      f32 evens{}, odds{};
+      for (int k = 0; k < 16; ++k) {
+        const u32 row = load(reinterpret_cast<const std::uint32_t*>(right.row(b, k)));
+        const std::uint32_t pair = reinterpret_cast<const std::uint32_t*>(left.row(a, m))[k];
+        evens += reinterpret_cast<f32>(row << 16) * of_bf16(pair & 0xffffu);
+        odds += reinterpret_cast<f32>(row & 0xffff0000u) * of_bf16(pair >> 16);
+      }
+      store(to[m], load(to[m]) + (evens + odds));
+    }
+  }
 #endif
 };
 

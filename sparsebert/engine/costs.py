@@ -122,13 +122,15 @@ def _ns(packed: Packed, tokens: int, isa: str) -> float:
 
 
 # Medians of `measure`. Float32: avx2 on a Zen 3 core, the others on a Zen 5 core. int8: on a Zen 4 core, times the
-# ratio of those cores in `groups`. avx_vnni is not measured: it has the costs of avx2.
+# ratio of those cores in `groups`. Not measured: avx_vnni, with the costs of avx2, and amx, with those of avx512_vnni.
 _AVX2 = Costs(rows=(0.052, 0.032, 0.033), groups=(0.024, 0.020, 0.0225), int8=(0.070, 0.0158, 0.0172))
 _AVX512 = Costs(rows=(0.036, 0.0163, 0.0146), groups=(0.019, 0.0081, 0.0079), int8=(0.0555, 0.0071, 0.0061))
+_VNNI = replace(_AVX512, int8=(0.018, 0.0023, 0.0020))
 SHIPPED = {
     "scalar": Costs(rows=(0.089, 0.045, 0.045), groups=(0.0445, 0.050, 0.050), int8=(0.125, 0.070, 0.069)),
     "avx2": _AVX2,
     "avx_vnni": _AVX2,
     "avx512": _AVX512,
-    "avx512_vnni": replace(_AVX512, int8=(0.018, 0.0023, 0.0020)),
+    "avx512_vnni": _VNNI,
+    "amx": _VNNI,
 }
