@@ -1,6 +1,7 @@
 // The arithmetic of sparse_encoder between its linears, written once for every vector width. Compiled by isa/floats.h.
 
 #include "panel.inl"
+#include "attend.inl"
 
 namespace {
 
@@ -32,63 +33,33 @@ std::int64_t attention_bytes(std::int64_t n, std::int64_t head_size) {
   return (3 * head_size * row_floats(n) + n * 2 * lanes) * 4;
 }
 
-// Keys, or values of a head, that are multiplied at a time with 1 or 2 vectors of queries.
-constexpr int attention_rows = lanes == 16 ? 8 : 4;
+struct Floats {
+  typedef f32 Sum;
+  static constexpr int rows = lanes == 16 ? 8 : 4;
+  static constexpr float least = -__builtin_inff();
 
-// q: [head_size][stride] of one head's queries (scaled), starting at the first to compute; k and v: its keys and
-// values, likewise. The result replaces the queries. All sums run over the head's values, or over the keys, in order,
-// so that a query's result does not depend on where its sequence lies.
-template <int count>
-inline void attend_queries(float* q, const float* k, const float* v, std::int64_t stride, std::int64_t n,
-                           std::int64_t head_size, float* scores) {
-  constexpr int rows = attention_rows;
-  constexpr std::int64_t width = count * lanes;
-  f32 most[count];
-  for (int c = 0; c < count; ++c) most[c] = splat(-__builtin_inff());
-  const auto score = [&](std::int64_t key, const f32(&acc)[count]) {
-    for (int c = 0; c < count; ++c) {
-      most[c] = acc[c] > most[c] ? acc[c] : most[c];
-      store(scores + key * width + c * lanes, acc[c]);
+  static std::int64_t words(std::int64_t n) { return n; }
+
+  template <int height, int count>
+  static void multiply(const float* a, std::int64_t a_row, std::int64_t a_step, const float* b, std::int64_t b_step,
+                       std::int64_t depth, f32 (&acc)[height][count]) {
+    multiply_tile<float, height, count>(a, a_row, a_step, b, b_step, depth, acc);
+  }
+
+  template <int count>
+  void weigh(float* scores, std::int64_t n, const f32 (&top)[count], f32 (&factor)[count]) const {
+    f32 sum[count] = {};
+    for (std::int64_t key = 0; key < n; ++key) {
+      for (int c = 0; c < count; ++c) {
+        float* at = scores + (key * count + c) * lanes;
+        const f32 power = exp_negative(load(at) - top[c]);
+        sum[c] += power;
+        store(at, power);
+      }
     }
-  };
-  std::int64_t key = 0;
-  for (; key + rows <= n; key += rows) {
-    f32 acc[rows][count] = {};
-    multiply_tile<float, rows, count>(k + key, 1, stride, q, stride, head_size, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) score(key + r, acc[r]);
+    for (int c = 0; c < count; ++c) factor[c] = 1.0f / sum[c];
   }
-  for (; key < n; ++key) {
-    f32 acc[1][count] = {};
-    multiply_tile<float, 1, count>(k + key, 1, stride, q, stride, head_size, acc);
-    score(key, acc[0]);
-  }
-  f32 sum[count] = {};
-  for (key = 0; key < n; ++key) {
-    for (int c = 0; c < count; ++c) {
-      float* at = scores + key * width + c * lanes;
-      const f32 power = exp_negative(load(at) - most[c]);
-      sum[c] += power;
-      store(at, power);
-    }
-  }
-  for (int c = 0; c < count; ++c) sum[c] = 1.0f / sum[c];
-  const auto finish = [&](std::int64_t i, const f32(&acc)[count]) {
-    for (int c = 0; c < count; ++c) store(q + i * stride + c * lanes, acc[c] * sum[c]);
-  };
-  std::int64_t i = 0;
-  for (; i + rows <= head_size; i += rows) {
-    f32 acc[rows][count] = {};
-    multiply_tile<float, rows, count>(v + i * stride, stride, 1, scores, width, n, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) finish(i + r, acc[r]);
-  }
-  for (; i < head_size; ++i) {
-    f32 acc[1][count] = {};
-    multiply_tile<float, 1, count>(v + i * stride, stride, 1, scores, width, n, acc);
-    finish(i, acc[0]);
-  }
-}
+};
 
 void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t stop, std::int64_t head, void* memory) {
   auto* work = static_cast<float*>(memory);
@@ -101,11 +72,7 @@ void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t sto
   for (int part = 0; part < 3; ++part) {
     read_head(job, start, stop, head, part, part == 0 ? share : 1.0f, parts[part]);
   }
-  std::int64_t t = 0;
-  for (; t + lanes < n; t += 2 * lanes) {
-    attend_queries<2>(parts[0] + t, parts[1], parts[2], stride, n, size, scores);
-  }
-  if (t < n) attend_queries<1>(parts[0] + t, parts[1], parts[2], stride, n, size, scores);
+  attend_all(Floats(), parts[0], parts[1], parts[2], stride, stride, n, size, scores, parts[0]);
   write_head(job, start, stop, head, parts[0]);
 }
 

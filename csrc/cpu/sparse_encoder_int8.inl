@@ -2,6 +2,7 @@
 // scale for each head and sequence, and multiplied in pairs. The sums are exact in int32. Compiled by isa/int8.h.
 
 #include "panel.inl"
+#include "attend.inl"
 
 typedef Vector<std::int16_t>::type i16;
 
@@ -22,24 +23,6 @@ inline i32 dot_pairs(i32 sum, i32 a, i32 b) {
 #else
   return sum + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
 #endif
-}
-
-// Words of [rows][stride] whose vectors of queries are multiplied with broadcast words of `left`, two products a word.
-// acc[i][n] += sum over k < depth of left[i * row + k * step] * (vector n at right + k * right_step).
-template <int rows, int count>
-inline void multiply_pairs(const int* left, std::int64_t row, std::int64_t step, const int* right,
-                           std::int64_t right_step, std::int64_t depth, i32 (&acc)[rows][count]) {
-  for (std::int64_t k = 0; k < depth; ++k, left += step, right += right_step) {
-    i32 vectors[count];
-#pragma GCC unroll 4
-    for (int n = 0; n < count; ++n) vectors[n] = load(right + n * lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const i32 words = splat(left[r * row]);
-#pragma GCC unroll 4
-      for (int n = 0; n < count; ++n) acc[r][n] = dot_pairs(acc[r][n], vectors[n], words);
-    }
-  }
 }
 
 // The nearest integers, below 2^15 in size, in the low halves of words; the upper halves are not cleared.
@@ -100,71 +83,49 @@ inline float round_tokens(const float* values, std::int64_t size, std::int64_t s
   return size_of / limit;
 }
 
-constexpr int rows_at_once = registers == 32 ? 8 : 4;
+// unit: of the scores, times log2(e); v_unit: of the values.
+struct Pairs {
+  typedef i32 Sum;
+  static constexpr int rows = registers == 32 ? 8 : 4;
+  static constexpr int least = -2147483647 - 1;
+  float unit, v_unit;
 
-// The results of `count` vectors of queries, which begin at q and at `out`. q, k: words [pairs][stride]; v: words
-// [size][stride / 2]; unit: of the scores, times log2(e).
-template <int count>
-inline void attend_queries(const int* q, const int* k, const int* v, std::int64_t stride, std::int64_t n,
-                           std::int64_t size, float unit, float v_unit, int* scores, float* out) {
-  constexpr int rows = rows_at_once;
-  constexpr std::int64_t width = count * lanes;
-  const std::int64_t pairs = (size + 1) / 2;
-  i32 top[count];
-  for (int c = 0; c < count; ++c) top[c] = splat(-2147483647 - 1);
-  const auto keep = [&](std::int64_t key, const i32(&acc)[count]) {
-#pragma GCC unroll 4
-    for (int c = 0; c < count; ++c) {
-      top[c] = acc[c] > top[c] ? acc[c] : top[c];
-      store(scores + key * width + c * lanes, acc[c]);
-    }
-  };
-  std::int64_t key = 0;
-  for (; key + rows <= n; key += rows) {
-    i32 acc[rows][count] = {};
-    multiply_pairs<rows, count>(k + key, 1, stride, q, stride, pairs, acc);
+  static std::int64_t words(std::int64_t n) { return (n + 1) / 2; }
+
+  template <int height, int count>
+  static void multiply(const int* a, std::int64_t a_row, std::int64_t a_step, const int* b, std::int64_t b_step,
+                       std::int64_t depth, i32 (&acc)[height][count]) {
+    for (std::int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
+      i32 right[count];
+#pragma GCC unroll 2
+      for (int n = 0; n < count; ++n) right[n] = load(b + n * lanes);
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) keep(key + r, acc[r]);
-  }
-  for (; key < n; ++key) {
-    i32 acc[1][count] = {};
-    multiply_pairs<1, count>(k + key, 1, stride, q, stride, pairs, acc);
-    keep(key, acc[0]);
-  }
-
-  i32 sum[count] = {};
-  const auto power = [&](std::int64_t of, int c) {
-    const i32 below = load(scores + of * width + c * lanes) - top[c];
-    return rounded(exp2_roughly(__builtin_convertvector(below, f32) * unit) * most);
-  };
-  for (key = 0; key < n; key += 2) {
-#pragma GCC unroll 4
-    for (int c = 0; c < count; ++c) {
-      const i32 words = pair(power(key, c), key + 1 < n ? power(key + 1, c) : i32{});
-      sum[c] += (words & 0xffff) + (words >> 16);
-      store(scores + key / 2 * width + c * lanes, words);
+      for (int r = 0; r < height; ++r) {
+        const i32 left = splat(a[r * a_row]);
+#pragma GCC unroll 2
+        for (int n = 0; n < count; ++n) acc[r][n] = dot_pairs(acc[r][n], right[n], left);
+      }
     }
   }
 
-  f32 factor[count];
-  for (int c = 0; c < count; ++c) factor[c] = v_unit / __builtin_convertvector(sum[c], f32);
-  const auto finish = [&](std::int64_t i, const i32(&acc)[count]) {
-#pragma GCC unroll 4
-    for (int c = 0; c < count; ++c) store(out + i * stride + c * lanes, __builtin_convertvector(acc[c], f32) * factor[c]);
-  };
-  std::int64_t i = 0;
-  for (; i + rows <= size; i += rows) {
-    i32 acc[rows][count] = {};
-    multiply_pairs<rows, count>(v + i * (stride / 2), stride / 2, 1, scores, width, (n + 1) / 2, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) finish(i + r, acc[r]);
+  template <int count>
+  void weigh(int* scores, std::int64_t n, const i32 (&top)[count], f32 (&factor)[count]) const {
+    i32 sum[count] = {};
+    const auto power = [&](std::int64_t key, int c) {
+      const i32 below = load(scores + (key * count + c) * lanes) - top[c];
+      return rounded(exp2_roughly(__builtin_convertvector(below, f32) * unit) * most);
+    };
+    for (std::int64_t key = 0; key < n; key += 2) {
+#pragma GCC unroll 2
+      for (int c = 0; c < count; ++c) {
+        const i32 both = pair(power(key, c), key + 1 < n ? power(key + 1, c) : i32{});
+        sum[c] += (both & 0xffff) + (both >> 16);
+        store(scores + (key / 2 * count + c) * lanes, both);
+      }
+    }
+    for (int c = 0; c < count; ++c) factor[c] = v_unit / __builtin_convertvector(sum[c], f32);
   }
-  for (; i < size; ++i) {
-    i32 acc[1][count] = {};
-    multiply_pairs<1, count>(v + i * (stride / 2), stride / 2, 1, scores, width, (n + 1) / 2, acc);
-    finish(i, acc[0]);
-  }
-}
+};
 
 std::int64_t attention_bytes(std::int64_t n, std::int64_t size) {
   const std::int64_t stride = row_floats(n);
@@ -186,12 +147,7 @@ void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t sto
   const float bad = (q_unit + k_unit) * 0.0f;  // passes on a value that is not finite
   const float v_unit = round_tokens(values, size, stride, n, most_beside_powers(n), v) + bad;
   const float unit = q_unit * k_unit * 1.44269504f / __builtin_sqrtf(static_cast<float>(size));
-  const int* v_words = reinterpret_cast<const int*>(v);
-  std::int64_t t = 0;
-  for (; t + lanes < n; t += 2 * lanes) {
-    attend_queries<2>(q + t, k, v_words, stride, n, size, unit, v_unit, scores, values + t);
-  }
-  if (t < n) attend_queries<1>(q + t, k, v_words, stride, n, size, unit, v_unit, scores, values + t);
+  attend_all(Pairs{unit, v_unit}, q, k, reinterpret_cast<const int*>(v), stride, stride / 2, n, size, scores, values);
   write_head(job, start, stop, head, values);
 }
 
