@@ -1,8 +1,9 @@
 // Uses the pool of worker threads from several callers at once, for ThreadSanitizer. Prints how many tasks ran; exits
-// with 1 if one did not run exactly once.
+// with 1 if one did not run exactly once, with 2 or 3 if calls at once do not share the cores.
 #include "../csrc/cpu/threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <cstdio>
 #include <stdexcept>
 #include <thread>
@@ -44,9 +45,55 @@ bool a_failure_is_thrown_once_all_are_done(int threads) {
   return false;
 }
 
+// Whether the two tasks of a call run at the same time while another call is running.
+bool two_calls_have_threads_of_their_own() {
+  std::atomic<bool> over{false};
+  std::atomic<int> begun{0}, met{0};
+  std::thread other([&] {
+    sparsebert::parallel(2, 2, [&](std::int64_t) {
+      ++begun;
+      while (!over) std::this_thread::yield();
+    });
+  });
+  while (begun < 2) std::this_thread::yield();
+  sparsebert::parallel(2, 2, [&](std::int64_t) {
+    ++met;
+    for (int i = 0; i < 2000 && met < 2; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    if (met == 2) ++ran;
+  });
+  over = true;
+  other.join();
+  return ran.exchange(0) == 2;
+}
+
+// Whether a call takes only the cores that others leave: none here.
+bool a_call_beside_others_is_alone_without_cores() {
+  sparsebert::share_cores(2);
+  std::atomic<bool> over{false}, alone{true};
+  std::atomic<int> begun{0};
+  std::thread other([&] {
+    sparsebert::parallel(2, 2, [&](std::int64_t) {
+      ++begun;
+      while (!over) std::this_thread::yield();
+    });
+  });
+  while (begun < 2) std::this_thread::yield();
+  const auto caller = std::this_thread::get_id();
+  sparsebert::parallel(8, 2, [&](std::int64_t) {
+    if (std::this_thread::get_id() != caller) alone = false;
+  });
+  over = true;
+  other.join();
+  return alone;
+}
+
 }  // namespace
 
 int main() {
+  sparsebert::share_cores(8);
+  if (!two_calls_have_threads_of_their_own()) return 2;
+  if (!a_call_beside_others_is_alone_without_cores()) return 3;
+  sparsebert::share_cores(8);
   std::atomic<bool> right{true};
   std::vector<std::thread> callers;
   for (int caller = 0; caller < 3; ++caller) {

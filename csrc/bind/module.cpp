@@ -1,4 +1,5 @@
 // The Python module of the compiled core.
+#include "../cpu/threads.h"
 #include "common.h"
 
 namespace sparsebert::bind {
@@ -17,6 +18,7 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled core of sparsebert; call it through sparsebert.ops.";
   m.def("supported_isas", &supported_isas, "Instruction sets that can run here, slowest first.");
+  m.def("share_cores", &share_cores, py::arg("n"), "Sets the number of cores that calls at once may use together.");
   m.def("poison_scratch", &poison_scratch, py::arg("on"), "For tests: fill working memory with NaN before every use.");
   bind_sparse_matmul(m);
   bind_sparse_encoder(m);

@@ -5,6 +5,7 @@
 #include <signal.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -102,9 +103,16 @@ int current_cpu() {
 #endif
 }
 
+// Workers in all pools.
+std::atomic<int> worker_count{0};
+
+// Whether this thread runs a task.
+thread_local bool in_task = false;
+
+// The workers of one caller at a time.
 class Pool {
  public:
-  // Returns false and does nothing if another job is running.
+  // Returns false and does nothing if it has a caller.
   bool run(std::int64_t n_tasks, int threads, Task fn, const void* context) {
     if (busy_.exchange(true)) return false;
     const int wanted = static_cast<int>(std::min<std::int64_t>(threads, n_tasks)) - 1;
@@ -136,6 +144,7 @@ class Pool {
  private:
   // Runs the share of the thread `own` (0: the caller), then tasks that are left of the others' shares.
   void work(int own) {
+    in_task = true;
     for (int i = 0; i <= helpers_; ++i) {
       Share& from = share((own + i) % (helpers_ + 1));
       for (;;) {
@@ -144,6 +153,7 @@ class Pool {
         fn_(context_, task);
       }
     }
+    in_task = false;
   }
 
   void wait_for_workers() {
@@ -205,8 +215,10 @@ class Pool {
   // Starts workers until there are `wanted`, and returns how many there are. A process at its limit of threads or
   // memory gets fewer workers, and the same results.
   int grow(int wanted) {
-    wanted = std::min(wanted, most_workers());
-    while (static_cast<int>(workers_.size()) < wanted && start_worker()) {
+    while (static_cast<int>(workers_.size()) < wanted) {
+      if (worker_count.fetch_add(1) < most_workers() && start_worker()) continue;
+      worker_count.fetch_sub(1);
+      break;
     }
     return static_cast<int>(workers_.size());
   }
@@ -249,27 +261,55 @@ class Pool {
   int helpers_ = 0;
 };
 
+// Cores that callers at once may use together, beyond what the first of them asks for.
+std::atomic<int> cores{static_cast<int>(std::thread::hardware_concurrency())};
+
+// The pools of callers at once.
+class Pools {
+ public:
+  // Returns false and does nothing if no core or no pool is left.
+  bool run(std::int64_t n_tasks, int threads, Task fn, const void* context) {
+    threads = static_cast<int>(std::min<std::int64_t>(threads, n_tasks));
+    const int others = running_.fetch_add(threads);
+    const int left = others == 0 ? threads : std::min(threads, cores.load() - others);
+    const bool done = left > 1 && std::any_of(pools_.begin(), pools_.end(), [&](Pool& pool) {
+      return pool.run(n_tasks, left, fn, context);
+    });
+    running_.fetch_sub(threads);
+    return done;
+  }
+
+ private:
+  std::array<Pool, 16> pools_;
+  std::atomic<int> running_{0};  // threads that the callers have asked for
+};
+
 // Never destroyed: its workers live until the process ends.
-std::atomic<Pool*> current_pool{nullptr};
+std::atomic<Pools*> current_pools{nullptr};
 
 // The parent's workers do not exist in the child, and its locks may be held by threads that no longer exist.
-void forget_pool() { current_pool.store(nullptr); }
+void forget_pools() {
+  current_pools.store(nullptr);
+  worker_count.store(0);
+}
 
-Pool* get_pool() {
-  static const bool registered = pthread_atfork(nullptr, nullptr, forget_pool) == 0;
-  Pool* pool = current_pool.load();
-  if (pool != nullptr || !registered) return pool;
-  Pool* fresh = new (std::nothrow) Pool;
-  if (fresh == nullptr || current_pool.compare_exchange_strong(pool, fresh)) return fresh;
+Pools* get_pools() {
+  static const bool registered = pthread_atfork(nullptr, nullptr, forget_pools) == 0;
+  Pools* pools = current_pools.load();
+  if (pools != nullptr || !registered) return pools;
+  Pools* fresh = new (std::nothrow) Pools;
+  if (fresh == nullptr || current_pools.compare_exchange_strong(pools, fresh)) return fresh;
   delete fresh;
-  return pool;
+  return pools;
 }
 
 }  // namespace
 
+void share_cores(int n) { cores.store(n); }
+
 void parallel_for(std::int64_t n_tasks, int threads, Task fn, const void* context) noexcept {
-  Pool* pool = threads > 1 && n_tasks > 1 ? get_pool() : nullptr;
-  if (pool != nullptr && pool->run(n_tasks, threads, fn, context)) return;
+  Pools* pools = threads > 1 && n_tasks > 1 && !in_task ? get_pools() : nullptr;
+  if (pools != nullptr && pools->run(n_tasks, threads, fn, context)) return;
   for (std::int64_t i = 0; i < n_tasks; ++i) fn(context, i);
 }
 

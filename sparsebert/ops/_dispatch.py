@@ -31,6 +31,7 @@ def core() -> ModuleType:
         raise UnsupportedError(
             f"the compiled core sparsebert._C cannot be imported: {error}", fix="build it with: pip install -e ."
         ) from error
+    _C.share_cores(cores())
     return _C
 
 
