@@ -46,9 +46,10 @@ def masked_matmul_backward(
     (n_out, n_in), share = weight.shape, len(weight) // len(scores)
     constants = _constants(x.dtype, weight, scores, threshold) | _rows_plan(share)
     grid = (triton.cdiv(n_out, constants["SPAN"]), triton.cdiv(n_in, BLOCK))
-    _gradients[grid](
-        dy, x, weight, scores, threshold, d_weight, d_scores, len(x), n_out, n_in, **constants, **OPTIONS[x.dtype]
-    )
+    with torch.cuda.device_of(x):  # a launch goes to the current device
+        _gradients[grid](
+            dy, x, weight, scores, threshold, d_weight, d_scores, len(x), n_out, n_in, **constants, **OPTIONS[x.dtype]
+        )
     return gradients + [gradient for gradient in (d_weight, d_scores) if gradient is not None]
 
 
@@ -57,7 +58,10 @@ def _times_kept(x, weight, scores, threshold, bias, across: bool, out: torch.Ten
     grid = (triton.cdiv(len(x), BLOCK), triton.cdiv(n_in if across else n_out, BLOCK))
     if len(x):
         constants = _constants(x.dtype, weight, scores, threshold) | {"ACROSS": across}
-        _product[grid](x, weight, scores, threshold, bias, out, len(x), n_out, n_in, **constants, **OPTIONS[x.dtype])
+        with torch.cuda.device_of(x):
+            _product[grid](
+                x, weight, scores, threshold, bias, out, len(x), n_out, n_in, **constants, **OPTIONS[x.dtype]
+            )
     return out
 
 
