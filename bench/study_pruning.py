@@ -18,6 +18,7 @@ import copy
 import json
 import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -30,17 +31,21 @@ from scipy import stats
 from bench import harness
 from sparsebert import checkpoint, data, encoders, heads
 from sparsebert.config import PruneConfig
+from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job, Ledger, code_of
 from sparsebert.pruning import draw, prune
 from sparsebert.pruning.distillation import distill
+from sparsebert.pruning.entry import int8_logits
 from sparsebert.pruning.knowledge import STEPS, steps_of
 from sparsebert.pruning.methods import LABEL_FREE
+from sparsebert.pruning.quantize import quantize
 from sparsebert.pruning.run import Run
 from sparsebert.robustness.drift import OUTSIDE, drift, unlike
 from sparsebert.robustness.evaluation import compare
 
 BASE = "adaptive"
+UNSTRUCTURED = "87.5 %"
 KNOWLEDGE = {f"knowledge {tier}": {"method": "knowledge", "tier": tier} for tier in (0, 1, 2)}
 MAIN = {name: {"method": name} for name in reversed(LABEL_FREE) if name != "knowledge"} | {
     "adaptive as published": {"method": "adaptive", "as_published": True},
@@ -52,6 +57,8 @@ SPACES = {
     "50 %": {"sparsity": 0.5},
     "95 %": {"sparsity": 0.95},
     "2:4": {"pattern": "2:4"},
+    "4x1": {"pattern": "4x1"},
+    "8x1": {"pattern": "8x1"},
     "16x1": {"pattern": "16x1"},
     "32x1": {"pattern": "32x1"},
     "75 %": {"sparsity": 0.75},
@@ -83,14 +90,17 @@ def _ladder() -> dict[str, dict]:
 def settings(which: str) -> Iterator[tuple[str, str, dict]]:
     """(space, name, configuration) of every row of a table."""
     if which == "main":
-        yield from (("87.5 %", name, config) for name, config in MAIN.items())
+        yield from ((UNSTRUCTURED, name, config) for name, config in MAIN.items())
     elif which == "ladder":
-        yield from (("87.5 %", name, config) for name, config in _ladder().items())
+        yield from ((UNSTRUCTURED, name, config) for name, config in _ladder().items())
     else:
+        yield from ((UNSTRUCTURED, name, config) for name, config in FEW.items())
         for space, where in SPACES.items():
             yield from ((space, name, config | where) for name, config in FEW.items())
             if where.get("pattern", "").endswith("x1"):
-                yield space, "knowledge 0 - cluster", FEW["knowledge 0"] | where | {"without": "cluster"}
+                for tier, step in ((0, "cluster"), (1, "allocation")):
+                    name = f"knowledge {tier}"
+                    yield space, f"{name} - {step}", KNOWLEDGE[name] | where | {"without": step}
 
 
 CODE = "sparsebert.pruning.methods"
@@ -138,7 +148,8 @@ class Cells:
 def cell(identity: dict, dense: Path, layers: Path) -> dict:
     """Prunes a dense model and compares it with the dense one on the reported split. identity["config"]: fields of
     PruneConfig, and `distilled`: whether to distill here, after another method, as `knowledge` does last. Finished
-    layers are kept in `layers`, for the next setting that differs only in steps after the last layer.
+    layers are kept in `layers`, for the next setting that differs only in steps after the last layer. The pruned model
+    is then rounded to int8 on the same texts, and compared once more.
     """
     spec = data.get_task(identity["task"])
     model, tokenizer = checkpoint.load(dense)
@@ -162,14 +173,29 @@ def cell(identity: dict, dense: Path, layers: Path) -> dict:
         distill(model, teacher, texts, perturb=True, seed=config.seed)
     logits, far = logits_of(model)
     dense_accuracy = float((wanted.argmax(1) == examples.labels).mean())
+    compared = ("accuracy", "kl_to_dense", "agreement", "difference")
+    int8 = asdict(compare(spec, examples, int8_of(model, tokenizer, texts.batches, examples, spec), wanted))
     found = asdict(compare(spec, examples, logits, wanted))
-    kept = ("split", "n", "accuracy", "kl_to_dense", "agreement", "difference")
     problem = heads.PROBLEMS[spec.problem]
-    return {name: found[name] for name in kept} | {
+    return {name: found[name] for name in ("split", "n", *compared)} | {
+        "int8": {name: int8[name] for name in compared},
         "dense_accuracy": dense_accuracy,
         "sparsity": result.sparsity,
         "outside": {name: drift(problem, wanted_far[name], logits) for name, logits in far.items()},
     }
+
+
+def int8_of(model, tokenizer, batches, examples: data.Examples, spec: data.Task) -> np.ndarray:
+    """The logits of the examples, by the engine in int8. Rounds the model."""
+    scales = quantize(model, batches)
+    with tempfile.TemporaryDirectory() as place:
+        directory = Path(place) / "int8"
+        checkpoint.save(
+            model, tokenizer, directory, recipe={"command": "study"}, figures={}, scales=scales, int8_logits=int8_logits
+        )
+        classifier = Classifier.load(directory)
+        assert classifier.dtype == "int8"
+        return classifier.predict(examples, max_length=spec.max_length, progress=encoders.no_progress)
 
 
 def _of_layers(identity: dict, config: PruneConfig) -> dict:
@@ -204,6 +230,16 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
             "agreement": 100 * float(np.mean([c["agreement"] for c in found])),
             "kl": float(np.mean([c["kl_to_dense"] for c in found])),
         }
+        unstructured = {(c["weights"], c["draw"]): c for c in cells.get((UNSTRUCTURED, name), [])}
+        if ratios := [
+            np.log(c["kl_to_dense"] / unstructured[key]["kl_to_dense"])
+            for c in found
+            if space.endswith("x1") and (key := (c["weights"], c["draw"])) in unstructured
+        ]:
+            row["over"] = float(np.exp(np.mean(ratios)))
+        if rounded := [c for c in found if "int8" in c]:
+            for name, figure, unit in (("int8 kl", "kl_to_dense", 1), ("int8 change", "accuracy", 100)):
+                row[name] = unit * float(np.mean([c["int8"][figure] - c[figure] for c in rounded]))
         if far := [c["outside"] for c in found if "outside" in c]:
             row |= {f"kl {texts}": float(np.mean([each[texts]["kl"] for each in far])) for texts in OUTSIDE}
         if pairs:
@@ -222,15 +258,18 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
 
 COLUMNS = {
     "space": "", "method": "", "cells": "d", "sparsity": ".4f", "accuracy": ".2f", "change": "+.2f",
-    "agreement": ".2f", "kl": ".4f", "ratio": ".3f", "low": ".3f", "high": ".3f",
+    "agreement": ".2f", "kl": ".4f", "ratio": ".3f", "low": ".3f", "high": ".3f", "over": ".2f", "int8 kl": "+.4f",
+    "int8 change": "+.2f",
     **{f"kl {texts}": ".4f" for texts in OUTSIDE},
 }  # fmt: skip
 NOTES = (
     "`accuracy`, its `change` from the same dense model, and `agreement` with it in percent; `kl` is the mean KL(dense "
     "‖ pruned) in nats; all are means over cells (a dense model and a draw of calibration texts). `ratio` is the "
     f"geometric mean over draws, then over dense models, of `kl` over the `kl` of `{BASE}` in the same cell, `low` and "
-    "`high` its 95 % interval (t, over dense models, if there are at least three). The columns on the right are `kl` "
-    "on texts unlike the task's (sparsebert.robustness.drift): its test texts joined to at least 150 words, and "
+    "`high` its 95 % interval (t, over dense models, if there are at least three). `over`, for groups that share their "
+    "zeros, is the geometric mean of `kl` over that of unstructured zeros at 87.5 % in the same cell. `int8 kl` and "
+    "`int8 change` are what rounding to int8 adds to `kl` and, in points, to `accuracy`. The columns on the right are "
+    "`kl` on texts unlike the task's (sparsebert.robustness.drift): its test texts joined to at least 150 words, and "
     "sentences of a dictionary; empty if no cell measured it. The machine is the one that made the table."
 )
 

@@ -47,6 +47,22 @@ def test_settings_share_layers_where_only_what_follows_them_differs():
     assert layers(method="adaptive") != layers(method="adaptive", as_published=True)
 
 
+def test_groups_are_compared_with_unstructured_zeros_in_the_same_cell():
+    def cell(weights, kl, **more):
+        return identity(weights=weights) | FIGURES | {"kl_to_dense": kl} | more
+
+    int8 = {"kl_to_dense": 0.41, "accuracy": 0.89, "agreement": 1.0, "difference": 0.0}
+    rows = summary(
+        {
+            (study_pruning.UNSTRUCTURED, "a"): [cell("v", 0.1), cell("w", 0.2), cell("x", 9.0)],
+            ("4x1", "a"): [cell("v", 0.4, int8=int8), cell("w", 0.2)],
+        }
+    )
+    assert "over" not in rows[0] and "int8 kl" not in rows[0]
+    assert rows[1]["over"] == pytest.approx(2.0)
+    assert rows[1]["int8 kl"] == pytest.approx(0.01) and rows[1]["int8 change"] == pytest.approx(-1.0)
+
+
 def test_a_torn_file_of_cells_is_refused_and_its_ledger_has_them_all(tmp_path):
     path = tmp_path / "c.jsonl"
     for draw in (0, 1):
