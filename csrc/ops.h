@@ -50,7 +50,7 @@ struct SlicedMatrix {
 
 // Rows per group, and how many of them are stored side by side, with one value of each per column.
 constexpr std::int64_t group_rows = 8;
-constexpr std::int64_t group_tile = 4;
+constexpr std::int64_t group_slice = 4;
 
 // W in groups of group_rows rows that share one list of kept columns. Any rows may form a group.
 struct GroupedMatrix {
@@ -59,7 +59,7 @@ struct GroupedMatrix {
   const std::int32_t* col_count;    // [groups]
   const std::uint16_t* cols;        // column indices below n_in
   const std::int64_t* value_begin;  // [groups], where a group's values begin in `values`
-  const float* values;              // per group: [group_rows / group_tile][col_count][group_tile]
+  const float* values;              // per group: [group_rows / group_slice][col_count][group_slice]
   std::int64_t groups;
 };
 
@@ -99,12 +99,12 @@ struct Quantizer {
 // zero. The sum in brackets is exact in int32.
 struct Int8Matrix {
   const std::int64_t* row_begin;    // [groups + 1], where a group's rows begin in `rows`
-  const std::int32_t* rows;         // per group a multiple of group_tile: the row of W, or -1 to fill up
+  const std::int32_t* rows;         // per group a multiple of group_slice: the row of W, or -1 to fill up
   const std::int64_t* col_begin;    // [groups], where a group's columns begin in `cols`; groups may share them
   const std::int32_t* quads;        // [groups], the group's columns / quad_cols
   const std::uint16_t* cols;        // column indices below n_in; a list is filled up with any column, of weight zero
   const std::int64_t* value_begin;  // [groups], where a group's values begin in `values`
-  const std::int8_t* values;        // per group: [rows / group_tile][quads][group_tile][quad_cols]
+  const std::int8_t* values;        // per group: [rows / group_slice][quads][group_slice][quad_cols]
   const float* scale;               // [n_out]
   const std::int32_t* start;        // [n_out]
   Quantizer input;                  // [n_in]
@@ -318,11 +318,11 @@ void admm_prune_step(const AdmmState& state, const bool* keep, float rho, float 
 // not kept.
 struct MaskedWeight {
   const float* weight;      // [n_out, n_in]
-  const float* scores;      // [n_out / share, n_in]
-  const float* thresholds;  // [1], or [n_out / share, n_in / reach]
+  const float* scores;      // [n_out / score_rows, n_in]
+  const float* thresholds;  // [1], or [n_out / score_rows, n_in / reach]
   std::int64_t n_out;
   std::int64_t n_in;
-  std::int64_t share;       // consecutive rows that share their scores; divides n_out
+  std::int64_t score_rows;  // consecutive rows that share their scores; divides n_out
   std::int64_t reach;       // consecutive inputs that share a threshold; divides n_in; 0: one threshold for all
 };
 
@@ -340,7 +340,7 @@ void masked_matmul(const MaskedWeight& weight, const void* x, std::int64_t token
 // Computes the gradients, given dy [tokens, n_out] of x's type; leaves out those whose pointer is null.
 //   dx        [tokens, n_in] of x's type, dy (weight where kept, else 0)
 //   d_weight  [n_out, n_in], G = dyᵀ x where kept, else 0
-//   d_scores  [n_out / share, n_in], the sum over the rows that share a score of G * weight, kept or not
+//   d_scores  [n_out / score_rows, n_in], the sum over the rows that share a score of G * weight, kept or not
 // Otherwise like masked_matmul, with a packed copy of dy too.
 void masked_matmul_backward(const MaskedWeight& weight, const void* x, const void* dy, std::int64_t tokens, bool bf16,
                             cpu::Context context, void* dx, float* d_weight, float* d_scores);

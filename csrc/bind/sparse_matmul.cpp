@@ -138,7 +138,7 @@ PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int3
   std::int64_t most_quads = 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g), width = std::int64_t{quads.at(g)} * quad_cols;
-    require(height >= group_tile && height <= most_int8_rows && height % group_tile == 0,
+    require(height >= group_slice && height <= most_int8_rows && height % group_slice == 0,
             "a group must have 4 to 32 rows, a multiple of 4");
     require(col_begin.at(g) >= 0 && width >= 0 && col_begin.at(g) + width <= cols.size(),
             "columns of a group must lie in cols");
@@ -156,10 +156,10 @@ PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int3
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g);
     const std::int8_t* at = values.data() + value_begin.at(g);
-    for (std::int64_t r = 0; r < height; r += group_tile) {
+    for (std::int64_t r = 0; r < height; r += group_slice) {
       for (std::int64_t q = 0; q < quads.at(g); ++q) {
         const std::uint16_t* col = cols.data() + col_begin.at(g) + q * quad_cols;
-        for (std::int64_t i = 0; i < group_tile; ++i, at += quad_cols) {
+        for (std::int64_t i = 0; i < group_slice; ++i, at += quad_cols) {
           const std::int32_t row = rows.at(row_begin.at(g) + r + i);
           std::int32_t sum = 0;
           for (std::int64_t k = 0; k < quad_cols; ++k) sum += at[k] * std::int32_t{zero.at(col[k])};
@@ -204,7 +204,7 @@ void bind_sparse_matmul(py::module_& m) {
       },
       py::arg("isa"), py::arg("dtype"));
   m.attr("GROUP_ROWS") = group_rows;
-  m.attr("GROUP_TILE") = group_tile;
+  m.attr("GROUP_SLICE") = group_slice;
   py::class_<PyLinear>(m, "Linear",
                        "A packed linear layer; arrays are kept, not copied, and must not change.");
   m.attr("SLICE_ROWS") = slice_rows;

@@ -4,7 +4,7 @@
 // Queries are innermost, `width` of them at a time, one per lane, and the keys are rows: the softmax then needs no sum
 // across lanes. For sums over queries (dK and dV), the values of the head are innermost. So queries and dO are stored
 // in both layouts. Keys that are not kept are skipped when keys are read. The rows after the last key, up to a multiple
-// of key_group, are zero, and so are the rows after the last query, which therefore add nothing to any gradient.
+// of draw_keys, are zero, and so are the rows after the last query, which therefore add nothing to any gradient.
 
 #include "panel.inl"
 #include "bf16.inl"
@@ -15,7 +15,7 @@ namespace {
 constexpr int vectors = 2;
 constexpr std::int64_t width = vectors * lanes;
 constexpr int tile_rows = lanes == 16 ? 8 : 4;
-constexpr int key_group = 8;  // keys that one call of draw() decides about
+constexpr int draw_keys = 8;  // keys that one call of draw() decides about
 constexpr float log2_e = 1.44269504f;
 constexpr float ln_2 = 0.69314718f;
 
@@ -25,7 +25,7 @@ struct Room {
   std::int64_t keys, queries, size;  // sizes of a head, each rounded up
 
   explicit Room(const Attention& job)
-      : keys(whole(job.tokens, key_group)), queries(whole(job.tokens, width)), size(whole(job.size, lanes)) {}
+      : keys(whole(job.tokens, draw_keys)), queries(whole(job.tokens, width)), size(whole(job.size, lanes)) {}
 };
 
 std::int64_t floats(const Attention& job, bool backward) {
@@ -77,7 +77,7 @@ inline std::int64_t read_keys(const T* k, const T* v, const Attention& job, cons
     fill_zeros(values + n * room.size + job.size, padding);
     ++n;
   }
-  const std::int64_t rest = (whole(n, key_group) - n) * room.size;
+  const std::int64_t rest = (whole(n, draw_keys) - n) * room.size;
   fill_zeros(keys + n * room.size, rest);
   fill_zeros(values + n * room.size, rest);
   return n;
@@ -162,9 +162,9 @@ inline f32 power_of_2(f32 v) {
 // dropout keeps.
 template <typename Use>
 inline void for_kept(const Attention& job, std::int64_t task, std::int64_t first, std::int64_t n, Use use) {
-  for (std::int64_t group = 0; group * key_group < n; ++group) {
-    const std::int64_t begin = group * key_group;
-    const int here = static_cast<int>(n - begin < key_group ? n - begin : key_group);
+  for (std::int64_t draw_index = 0; draw_index * draw_keys < n; ++draw_index) {
+    const std::int64_t begin = draw_index * draw_keys;
+    const int here = static_cast<int>(n - begin < draw_keys ? n - begin : draw_keys);
     if (job.dropout.limit == 0) {
       for (int i = 0; i < here; ++i) {
         for (int c = 0; c < vectors; ++c) use(begin + i, c, i32{} - 1);
@@ -173,10 +173,10 @@ inline void for_kept(const Attention& job, std::int64_t task, std::int64_t first
     }
     for (int c = 0; c < vectors; ++c) {
       const Draws draws = draw(job.dropout.seed, static_cast<std::uint32_t>(first + c * lanes),
-                               static_cast<std::uint32_t>(group), static_cast<std::uint32_t>(task));
-      if (here == key_group) {
+                               static_cast<std::uint32_t>(draw_index), static_cast<std::uint32_t>(task));
+      if (here == draw_keys) {
 #pragma GCC unroll 8
-        for (int i = 0; i < key_group; ++i) use(begin + i, c, draws.at_least(i, job.dropout.limit));
+        for (int i = 0; i < draw_keys; ++i) use(begin + i, c, draws.at_least(i, job.dropout.limit));
       } else {
         for (int i = 0; i < here; ++i) use(begin + i, c, draws.at_least(i, job.dropout.limit));
       }
@@ -196,11 +196,11 @@ void attend_as(const Attention& job, std::int64_t task, float* work, T* out, flo
   float* panel = powers + room.keys * width;
   const std::int64_t n = read_keys(static_cast<const T*>(job.k), static_cast<const T*>(job.v), job, head, room, keys,
                                    values);
-  const std::int64_t n_room = whole(n, key_group);
+  const std::int64_t n_room = whole(n, draw_keys);
   read_rows(static_cast<const T*>(job.q), job, head, room, job.scale * log2_e, rows);
   transpose_rows(rows, room.queries, room.size, queries, room.queries);
   float* most_out = stats + 2 * task * job.tokens;
-  float* share_out = most_out + job.tokens;
+  float* inverse_out = most_out + job.tokens;
   for (std::int64_t first = 0; first < job.tokens; first += width) {
     f32 most[vectors], sum[vectors] = {};
     for (int c = 0; c < vectors; ++c) most[c] = splat(n > 0 ? -__builtin_inff() : 0.0f);
@@ -215,17 +215,17 @@ void attend_as(const Attention& job, std::int64_t task, float* work, T* out, flo
       sum[c] += power;
       store(at, kept ? power : f32{});
     });
-    f32 share[vectors], factor[vectors];
+    f32 inverse[vectors], factor[vectors];
     for (int c = 0; c < vectors; ++c) {
-      share[c] = n > 0 ? 1.0f / sum[c] : f32{};
-      factor[c] = share[c] * job.dropout.scale();
+      inverse[c] = n > 0 ? 1.0f / sum[c] : f32{};
+      factor[c] = inverse[c] * job.dropout.scale();
     }
     times_queries(values, 1, room.size, powers, width, n, room.size,
                   [&](std::int64_t k, int c, f32 v) { store(panel + k * width + c * lanes, v * factor[c]); });
     write_queries(panel, job, head, room, first, rows, out);
     const std::int64_t count = job.tokens - first < width ? job.tokens - first : width;
     copy(reinterpret_cast<const float*>(most), most_out + first, count);
-    copy(reinterpret_cast<const float*>(share), share_out + first, count);
+    copy(reinterpret_cast<const float*>(inverse), inverse_out + first, count);
   }
 }
 
@@ -243,40 +243,40 @@ void attend_backward_as(const Attention& job, std::int64_t task, float* work, co
   float* queries = query_rows + query_floats;
   float* d_rows = queries + query_floats;
   float* d_outs = d_rows + query_floats;
-  float* shares = d_outs + query_floats;             // the softmax
-  float* dropped = shares + room.keys * width;       // the softmax after dropout
+  float* softmax = d_outs + query_floats;
+  float* dropped = softmax + room.keys * width;       // the softmax after dropout
   float* d_scores = dropped + room.keys * width;
   float* panel = d_scores + room.keys * width;
   const std::int64_t n = read_keys(static_cast<const T*>(job.k), static_cast<const T*>(job.v), job, head, room, keys,
                                    values);
-  const std::int64_t n_room = whole(n, key_group);
+  const std::int64_t n_room = whole(n, draw_keys);
   read_rows(static_cast<const T*>(job.q), job, head, room, job.scale * log2_e, query_rows);
   read_rows(d_out, job, head, room, 1.0f, d_rows);
   transpose_rows(query_rows, room.queries, room.size, queries, room.queries);
   transpose_rows(d_rows, room.queries, room.size, d_outs, room.queries);
   fill_zeros(d_keys, n_room * room.size);
   fill_zeros(d_values, n_room * room.size);
-  fill_zeros(shares + n * width, (n_room - n) * width);
+  fill_zeros(softmax + n * width, (n_room - n) * width);
   fill_zeros(dropped + n * width, (n_room - n) * width);
   const float* all_most = stats + 2 * task * job.tokens;
-  const float* all_shares = all_most + job.tokens;
+  const float* all_inverses = all_most + job.tokens;
   const float scale = job.dropout.scale();
   for (std::int64_t first = 0; first < job.tokens; first += width) {
     const std::int64_t count = job.tokens - first < width ? job.tokens - first : width;
-    f32 most[vectors] = {}, share[vectors] = {}, inner[vectors] = {};
+    f32 most[vectors] = {}, inverse[vectors] = {}, inner[vectors] = {};
     copy(all_most + first, reinterpret_cast<float*>(most), count);
-    copy(all_shares + first, reinterpret_cast<float*>(share), count);
+    copy(all_inverses + first, reinterpret_cast<float*>(inverse), count);
     times_queries(keys, room.size, 1, queries + first, room.queries, job.size, n_room,
                   [&](std::int64_t key, int c, f32 score) {
                     if (key < n) {
-                      store(shares + key * width + c * lanes, power_of_2(score - most[c]) * share[c]);
+                      store(softmax + key * width + c * lanes, power_of_2(score - most[c]) * inverse[c]);
                     }
                   });
     times_queries(values, room.size, 1, d_outs + first, room.queries, job.size, n_room,
                   [&](std::int64_t key, int c, f32 v) { store(d_scores + key * width + c * lanes, v); });
     for_kept(job, task, first, n, [&](std::int64_t key, int c, i32 kept) {
       const std::int64_t at = key * width + c * lanes;
-      const f32 here = kept ? load(shares + at) * scale : f32{};
+      const f32 here = kept ? load(softmax + at) * scale : f32{};
       const f32 product = here * load(d_scores + at);
       inner[c] += product;
       store(dropped + at, here);
@@ -285,7 +285,7 @@ void attend_backward_as(const Attention& job, std::int64_t task, float* work, co
     for (std::int64_t key = 0; key < n_room; ++key) {
       for (int c = 0; c < vectors; ++c) {
         const std::int64_t at = key * width + c * lanes;
-        store(d_scores + at, load(d_scores + at) - load(shares + at) * inner[c]);
+        store(d_scores + at, load(d_scores + at) - load(softmax + at) * inner[c]);
       }
     }
     add_over_queries(d_scores, query_rows + first * room.size, room.size, count, n_room, d_keys);

@@ -44,8 +44,8 @@ const MaskedMatmulKernel& kernel_for(Isa isa, bool bf16) {
 MatmulPanels panels_of(const MaskedMatmulKernel& kernel, const MatmulSource& source, bool across, std::int64_t width,
                        bool grouped = false) {
   const std::int64_t values = across ? source.rows : source.cols;
-  const std::int64_t group = std::int64_t{kernel.values_a_word} * kernel.word_group;
-  return {source, across, width, grouped, ceil_div(values, group) * kernel.word_group, nullptr};
+  const std::int64_t run = std::int64_t{kernel.values_a_word} * kernel.word_run;
+  return {source, across, width, grouped, ceil_div(values, run) * kernel.word_run, nullptr};
 }
 
 std::int64_t count(const MatmulPanels& job) {
@@ -81,7 +81,7 @@ std::int64_t work_floats(const MaskedMatmulKernel& kernel, const MatmulJob& job,
 // Multiplies in blocks of `tiles` tiles of rows and `panels` panels of columns, in parallel.
 void multiply(const MaskedMatmulKernel& kernel, MatmulJob job, std::int64_t tiles, std::int64_t panels, int threads) {
   const std::int64_t words = std::max<std::int64_t>(job.right.words, 1);
-  job.depth = ceil_div(ceil_div(words, ceil_div(words, most_depth)), kernel.word_group) * kernel.word_group;
+  job.depth = ceil_div(ceil_div(words, ceil_div(words, most_depth)), kernel.word_run) * kernel.word_run;
   const std::int64_t all_tiles = ceil_div(job.rows, kernel.tile_rows), all_panels = count(job.right);
   const std::int64_t across = ceil_div(all_panels, panels);
   parallel(ceil_div(all_tiles, tiles) * across, threads, [&](std::int64_t task) {
@@ -126,7 +126,7 @@ void times_weight(Isa isa, const MaskedWeight& weight, bool across, const Matmul
   if (x.rows >= sparse_tokens && kernel.sparse_below > 0 && kept_share(kernel, weight) < kernel.sparse_below) {
     return times_kept(kernel_for(isa, false), weight, across, x, bias, threads, out);
   }
-  MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows, kernel.word_group > 1);
+  MatmulPanels left = panels_of(kernel, x, false, kernel.tile_rows, kernel.word_run > 1);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left)) * sizeof(float)));
   pack(kernel, left, threads);
   // Pairs are rounded when they are packed.
@@ -156,7 +156,7 @@ void masked_matmul_backward(const MaskedWeight& weight, const void* x, const voi
                             cpu::Context context, void* dx, float* d_weight, float* d_scores) {
   if (tokens == 0) {  // empty sums
     if (d_weight != nullptr) std::fill_n(d_weight, weight.n_out * weight.n_in, 0.0f);
-    if (d_scores != nullptr) std::fill_n(d_scores, weight.n_out / weight.share * weight.n_in, 0.0f);
+    if (d_scores != nullptr) std::fill_n(d_scores, weight.n_out / weight.score_rows * weight.n_in, 0.0f);
     return;
   }
   if (tokens * weight.n_in * weight.n_out < serial_products) context.threads = 1;
@@ -165,14 +165,14 @@ void masked_matmul_backward(const MaskedWeight& weight, const void* x, const voi
   const MatmulSource gradients{dy, bf16, false, tokens, weight.n_out, nullptr};
   if (dx != nullptr) times_weight(context.isa, weight, true, gradients, nullptr, context.threads, dx);
   if (d_weight == nullptr && d_scores == nullptr) return;
-  MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows, kernel.word_group > 1);
+  MatmulPanels left = panels_of(kernel, gradients, true, kernel.tile_rows, kernel.word_run > 1);
   MatmulPanels right = panels_of(kernel, inputs, true, kernel.tile_columns);
   left.panels = static_cast<float*>(scratch(static_cast<std::size_t>(floats(left) + floats(right)) * sizeof(float)));
   right.panels = left.panels + floats(left);
   pack(kernel, left, context.threads);
   pack(kernel, right, context.threads);
   // Whole tiles and whole sets of rows that share a score, so that only one task writes to a score.
-  const std::int64_t unit = std::lcm(weight.share, std::int64_t{kernel.tile_rows});
+  const std::int64_t unit = std::lcm(weight.score_rows, std::int64_t{kernel.tile_rows});
   const std::int64_t tiles = unit * std::max<std::int64_t>(1, gradient_rows / unit) / kernel.tile_rows;
   multiply(kernel, {left.panels, right, weight.n_out, weight.n_in, 0, false, nullptr, nullptr, &weight, d_weight,
             d_scores},

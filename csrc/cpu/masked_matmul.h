@@ -23,7 +23,7 @@ struct MatmulPanels {
   MatmulSource source;
   bool across;         // words run down the source's columns, and a panel is a few columns; else along rows
   std::int64_t width;  // the kernel's tile_rows, tile_columns or panel_tokens
-  bool grouped;        // words are in the kernel's groups: panels of tile_rows, if word_group is above 1
+  bool grouped;        // words are in the kernel's runs: panels of tile_rows, if word_run is above 1
   std::int64_t words;
   float* panels;       // [ceil(rows or cols / width)][words][width], aligned to 64 bytes
 };
@@ -40,7 +40,7 @@ struct MatmulJob {
   const float* bias;    // [columns] or null
   const MaskedWeight* weight;  // or null; if given, the product is this weight's gradient G, and it goes to:
   float* d_weight;             // [rows, columns] or null, G where the weight is kept, else 0
-  float* d_scores;             // [rows / share, columns] or null, G * weight summed over the rows that share a score
+  float* d_scores;             // [rows / score_rows, columns] or null, G * weight summed over the rows that share a score
 };
 
 // Tiles of rows and panels of columns that a task covers; its rows share no score with other tasks.
@@ -51,8 +51,8 @@ struct MatmulBlock {
 
 struct MaskedMatmulKernel {
   int values_a_word;  // 1: floats; 2: bf16
-  int word_group;     // both operands have whole groups of this many words; above 1, panels of tile_rows are
-                      // [panels][words / word_group][width][word_group] instead
+  int word_run;     // both operands have whole runs of this many words; above 1, panels of tile_rows are
+                      // [panels][words / word_run][width][word_run] instead
   int tile_rows;
   int tile_columns;
   double sparse_below;  // from 128 tokens on, multiplying only kept weights is faster if their share is below this

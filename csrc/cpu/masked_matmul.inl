@@ -15,9 +15,9 @@
 namespace {
 
 #if SPARSEBERT_MATRICES
-constexpr int tile_rows = 32, tile_vectors = 2, word_group = 16;
+constexpr int tile_rows = 32, tile_vectors = 2, word_run = 16;
 #else
-constexpr int tile_rows = lanes == 16 ? 8 : 4, tile_vectors = lanes == 4 ? 2 : 3, word_group = 1;
+constexpr int tile_rows = lanes == 16 ? 8 : 4, tile_vectors = lanes == 4 ? 2 : 3, word_run = 1;
 #endif
 #if defined(SPARSEBERT_TILES)
 constexpr int values_a_word = 2;
@@ -37,7 +37,7 @@ static_assert(chunk >= tile_columns, "a chunk holds a panel's columns");
 
 // Without a division if there is nothing to divide: it would take as long as the rest of a short row.
 inline std::int64_t score_row_of(const MaskedWeight& mask, std::int64_t row) {
-  return mask.share == 1 ? row : row / mask.share;
+  return mask.score_rows == 1 ? row : row / mask.score_rows;
 }
 
 // out[c] = values[c] where the mask keeps row `row`, column begin + c, else 0; count <= chunk.
@@ -161,15 +161,15 @@ void pack_across(const MatmulPanels& job, std::int64_t first, std::int64_t last,
   constexpr std::int64_t at_once = chunk / width;
   // Words written to one panel before the next panel: panels are often a multiple of 4096 bytes apart, and then few of
   // their lines fit the first-level cache.
-  constexpr int group = 8;
+  constexpr int words = 8;
   constexpr int side = width < lanes ? lanes : width;
   const MatmulSource& source = job.source;
-  alignas(64) float rows[group * values_a_word][chunk + lanes];
+  alignas(64) float rows[words * values_a_word][chunk + lanes];
   for (; first < last; first += at_once, out += at_once * stride) {
     const std::int64_t column = first * width;
     const std::int64_t columns = (last - first < at_once ? last - first : at_once) * width;
-    for (std::int64_t w = begin; w < end; w += group) {
-      const std::int64_t here = end - w < group ? end - w : group;
+    for (std::int64_t w = begin; w < end; w += words) {
+      const std::int64_t here = end - w < words ? end - w : words;
       const bool pairs = values_a_word == 2 && source.bf16 && (w + here) * 2 <= source.rows &&
                          column + (columns + lanes - 1) / lanes * lanes <= source.cols;
       const Bf16* halves = static_cast<const Bf16*>(source.values) + (pairs ? w * 2 * source.cols + column : 0);
@@ -208,27 +208,27 @@ void pack_panels(const MatmulPanels& job, std::int64_t first, std::int64_t last,
 
 #if SPARSEBERT_MATRICES
 
-// Packs panels of tile_rows as tiles, with the words of a group one after the other.
+// Packs panels of tile_rows as tiles, with the words of a run one after the other.
 void pack_grouped(const MatmulPanels& job, std::int64_t first, std::int64_t last, std::int64_t begin, std::int64_t end,
                   float* out, std::int64_t stride) {
   if (job.across) {
     constexpr std::int64_t at_once = chunk / tile_rows;
-    alignas(64) float rows[word_group * values_a_word][chunk];
+    alignas(64) float rows[word_run * values_a_word][chunk];
     for (; first < last; first += at_once, out += at_once * stride) {
       const std::int64_t column = first * tile_rows;
       const std::int64_t columns = (last - first < at_once ? last - first : at_once) * tile_rows;
-      for (std::int64_t w = begin; w < end; w += word_group) {
-        for (int i = 0; i < word_group * values_a_word; ++i) {
+      for (std::int64_t w = begin; w < end; w += word_run) {
+        for (int i = 0; i < word_run * values_a_word; ++i) {
           read_row(job.source, w * values_a_word + i, column, columns, columns, rows[i]);
         }
         for (std::int64_t c = 0; c < columns; c += lanes) {
-          float* to = out + c / tile_rows * stride + (w - begin) * tile_rows + c % tile_rows * word_group;
+          float* to = out + c / tile_rows * stride + (w - begin) * tile_rows + c % tile_rows * word_run;
           f32 v[lanes];
 #pragma GCC unroll 16
           for (int i = 0; i < lanes; ++i) v[i] = words_across(rows[2 * i] + c, rows[2 * i + 1] + c);
           transpose(v);
 #pragma GCC unroll 16
-          for (int i = 0; i < lanes; ++i) store(to + i * word_group, v[i]);
+          for (int i = 0; i < lanes; ++i) store(to + i * word_run, v[i]);
         }
       }
     }
@@ -240,8 +240,8 @@ void pack_grouped(const MatmulPanels& job, std::int64_t first, std::int64_t last
       for (std::int64_t w = begin; w < end; w += chunk / values_a_word) {
         const std::int64_t here = end - w < chunk / values_a_word ? end - w : chunk / values_a_word;
         read_row(job.source, first * tile_rows + r, w * values_a_word, here * values_a_word, here * values_a_word, row);
-        for (std::int64_t k = 0; k < here; k += word_group) {
-          store(out + (w - begin + k) * tile_rows + r * word_group, words_along(row + k * values_a_word));
+        for (std::int64_t k = 0; k < here; k += word_run) {
+          store(out + (w - begin + k) * tile_rows + r * word_run, words_along(row + k * values_a_word));
         }
       }
     }
@@ -265,7 +265,7 @@ typedef float Tile[tile_rows][tile_columns];
 
 #if SPARSEBERT_MATRICES
 
-static_assert(tile_rows == 32 && tile_columns == 32 && word_group == 16, "a tile is four of tile.inl's");
+static_assert(tile_rows == 32 && tile_columns == 32 && word_run == 16, "a tile is four of tile.inl's");
 
 // sums = the products of `depth` words of a panel of rows and one of columns. Calls between(row) for each row of the
 // tile, spread over the work.
@@ -275,9 +275,9 @@ inline void products(const float* a, const float* b, std::int64_t depth, Tile& s
   TileBlock<Bf16, 2> block;
   block.zero();
   std::int64_t row = 0;
-  for (std::int64_t k = 0; k < depth; k += word_group, a += word_group * tile_rows, b += word_group * tile_columns) {
+  for (std::int64_t k = 0; k < depth; k += word_run, a += word_run * tile_rows, b += word_run * tile_columns) {
     for (; row * depth <= k * tile_rows; ++row) between(row);
-    block.step({a, 16 * word_group * 4, 64}, {b, 64, 4 * tile_columns});
+    block.step({a, 16 * word_run * 4, 64}, {b, 64, 4 * tile_columns});
   }
   for (; row < tile_rows; ++row) between(row);
   block.store_to(sums[0], 16 * tile_columns, 16, tile_columns);
@@ -402,11 +402,11 @@ inline void write_gradients(const MatmulJob& job, const TilePlace& at, const Til
     }
   }
   if (job.d_scores == nullptr) return;
-  const std::int64_t share = job.weight->share;
+  const std::int64_t together = job.weight->score_rows;
   std::int64_t score_row = score_row_of(*job.weight, at.row);
-  std::int64_t begun = at.row - score_row * share;  // rows of this score in earlier tiles
+  std::int64_t begun = at.row - score_row * together;  // rows of this score in earlier tiles
   for (std::int64_t i = 0; i < at.rows; ++score_row) {
-    const std::int64_t rows = share - begun < at.rows - i ? share - begun : at.rows - i;
+    const std::int64_t rows = together - begun < at.rows - i ? together - begun : at.rows - i;
     add_scores(job, at, tile, score_row, i, rows, begun > 0);
     i += rows;
     begun = 0;
@@ -559,12 +559,12 @@ std::int64_t count_kept(const MaskedWeight& mask, std::int64_t row) {
 #if !defined(SPARSEBERT_TILES)
 #include "masked_matmul_sparse.inl"
 
-const MaskedMatmulKernel kernel = {values_a_word, word_group,   tile_rows,     tile_columns,    0.35,      pack,
+const MaskedMatmulKernel kernel = {values_a_word, word_run,   tile_rows,     tile_columns,    0.35,      pack,
                                    multiply,      panel_tokens, sparse_floats, multiply_sparse, count_kept};
 #else
 // Sparse weights are multiplied as floats; on AMX as if dense, until measurements show from which sparsity on this stops
 // paying.
-const MaskedMatmulKernel kernel = {values_a_word, word_group,
+const MaskedMatmulKernel kernel = {values_a_word, word_run,
                                    tile_rows,     tile_columns,
                                    SPARSEBERT_MATRICES ? 0.0 : 0.12,
                                    pack,          multiply,

@@ -16,12 +16,12 @@ void normalize(const NormJob<float>& job, std::int64_t panel, std::int64_t vecto
   const std::int64_t n = job.n;
   const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
   float* x = job.x + panel * n * width + vector * lanes;
-  const float share = 1.0f / static_cast<float>(n);
-  const f32 mean = sum_of(n, [&](std::int64_t k) { return load(x + k * width); }) * share;
+  const float inverse = 1.0f / static_cast<float>(n);
+  const f32 mean = sum_of(n, [&](std::int64_t k) { return load(x + k * width); }) * inverse;
   const f32 variance = sum_of(n, [&](std::int64_t k) {
     const f32 d = load(x + k * width) - mean;
     return d * d;
-  }) * share;
+  }) * inverse;
   f32 scale;
   for (int i = 0; i < lanes; ++i) scale[i] = 1.0f / __builtin_sqrtf(variance[i] + job.eps);
   for (std::int64_t k = 0; k < n; ++k) {
@@ -66,11 +66,11 @@ void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t sto
   const std::int64_t n = stop - start;
   const std::int64_t size = job.hidden / job.heads;
   const std::int64_t stride = row_floats(n);
-  const float share = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
   float* parts[3] = {work, work + size * stride, work + 2 * size * stride};
   float* scores = work + 3 * size * stride;
   for (int part = 0; part < 3; ++part) {
-    read_head(job, start, stop, head, part, part == 0 ? share : 1.0f, parts[part]);
+    read_head(job, start, stop, head, part, part == 0 ? scale : 1.0f, parts[part]);
   }
   attend_all(Floats(), parts[0], parts[1], parts[2], stride, stride, n, size, scores, parts[0]);
   write_head(job, start, stop, head, parts[0]);

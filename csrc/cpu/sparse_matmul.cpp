@@ -72,18 +72,18 @@ void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, cp
   if ((format.stored(linear) + linear.n_in) * width * whole.panels < serial_work) context.threads = 1;
 
   const std::int64_t elements = (linear.n_in + linear.n_out) * width;  // a panel of x and one of y
-  const std::int64_t group = std::clamp<std::int64_t>(
+  const std::int64_t at_once = std::clamp<std::int64_t>(
       context.threads * scratch_bytes / (elements * static_cast<std::int64_t>(sizeof(T))), 1, whole.panels);
   // Bytes of x are at most a quarter of its floats.
-  const std::int64_t byte_room = int8 != nullptr ? group * linear.n_in * width : 0;
+  const std::int64_t byte_room = int8 != nullptr ? at_once * linear.n_in * width : 0;
   auto* x_panels = static_cast<T*>(
-      scratch(static_cast<std::size_t>(group * elements) * sizeof(T) + static_cast<std::size_t>(byte_room)));
-  T* y_panels = x_panels + group * linear.n_in * width;
-  auto* bytes = reinterpret_cast<std::uint8_t*>(y_panels + group * linear.n_out * width);
+      scratch(static_cast<std::size_t>(at_once * elements) * sizeof(T) + static_cast<std::size_t>(byte_room)));
+  T* y_panels = x_panels + at_once * linear.n_in * width;
+  auto* bytes = reinterpret_cast<std::uint8_t*>(y_panels + at_once * linear.n_out * width);
 
-  for (std::int64_t first = 0; first < whole.panels; first += group) {
+  for (std::int64_t first = 0; first < whole.panels; first += at_once) {
     PanelShape shape = whole;
-    shape.panels = std::min(group, whole.panels - first);
+    shape.panels = std::min(at_once, whole.panels - first);
     shape.tokens = std::min(tokens - first * width, shape.panels * width);
     // Packing only reads the rows.
     const TransposeJob<T> in{shape, const_cast<float*>(x) + first * width * linear.n_in, x_panels, linear.n_in,

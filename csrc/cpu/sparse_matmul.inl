@@ -131,7 +131,7 @@ void multiply_blocks(const LinearJob<float>& job, std::int64_t block, std::int64
   }
 }
 
-// Multiplies `tiles` times group_tile rows of a group by `count` vectors of a panel. The products of a sum are added in
+// Multiplies `tiles` times group_slice rows of a group by `count` vectors of a panel. The products of a sum are added in
 // the order of the columns, whatever the tile.
 template <int tiles, int count>
 inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std::int64_t tile, const float* x,
@@ -139,8 +139,8 @@ inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std:
   const GroupedMatrix& w = *job.linear->grouped;
   const std::uint16_t* cols = w.cols + w.col_begin[group];
   const std::int64_t kept = w.col_count[group];
-  const float* values = w.values + w.value_begin[group] + tile * kept * group_tile;
-  f32 acc[tiles * group_tile][count] = {};
+  const float* values = w.values + w.value_begin[group] + tile * kept * group_slice;
+  f32 acc[tiles * group_slice][count] = {};
   for (std::int64_t k = 0; k < kept; ++k) {
     const float* in = x + std::int64_t{cols[k]} * width;
     f32 right[count];
@@ -149,15 +149,15 @@ inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std:
 #pragma GCC unroll 4
     for (int i = 0; i < tiles; ++i) {
 #pragma GCC unroll 4
-      for (int r = 0; r < group_tile; ++r) {
-        const float value = values[(i * kept + k) * group_tile + r];
+      for (int r = 0; r < group_slice; ++r) {
+        const float value = values[(i * kept + k) * group_slice + r];
 #pragma GCC unroll 8
-        for (int n = 0; n < count; ++n) acc[i * group_tile + r][n] += right[n] * value;
+        for (int n = 0; n < count; ++n) acc[i * group_slice + r][n] += right[n] * value;
       }
     }
   }
-  const std::int32_t* rows = w.rows + group * group_rows + tile * group_tile;
-  for (int r = 0; r < tiles * group_tile; ++r) {
+  const std::int32_t* rows = w.rows + group * group_rows + tile * group_slice;
+  for (int r = 0; r < tiles * group_slice; ++r) {
     if (rows[r] >= 0) finish_row(job, rows[r], acc[r], y + rows[r] * width);
   }
 }
@@ -168,7 +168,7 @@ template <int count>
 inline void multiply_group(const LinearJob<float>& job, std::int64_t group, const float* x, std::int64_t width,
                            float* y) {
   constexpr int tiles = count == 1 || lanes == 16 ? 2 : 1;
-  for (std::int64_t tile = 0; tile < group_rows / group_tile; tile += tiles) {
+  for (std::int64_t tile = 0; tile < group_rows / group_slice; tile += tiles) {
     multiply_tiles<tiles, count>(job, group, tile, x, width, y);
   }
 }

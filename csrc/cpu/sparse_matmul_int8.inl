@@ -109,7 +109,7 @@ inline void load_quad(const std::uint8_t* x, const std::uint16_t* cols, u8 (&qua
 // Adds up `rows` rows whose weights begin at `values`. right(q, quad) gives quad q of their columns.
 template <int rows, typename Right>
 inline void add_products(const std::int8_t* values, std::int64_t quads, Right right, i32 (&sums)[rows][4]) {
-  for (std::int64_t q = 0; q < quads; ++q, values += group_tile * quad_cols) {
+  for (std::int64_t q = 0; q < quads; ++q, values += group_slice * quad_cols) {
     u8 quad[4];
     right(q, quad);
 #pragma GCC unroll 4
@@ -151,8 +151,8 @@ inline void multiply_rows(const LinearJob<float>& job, std::int64_t group, std::
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) sums[r][n] = start;
   }
-  const std::int64_t tile = row / group_tile * w.quads[group] * group_tile * quad_cols;
-  add_products<rows>(w.values + w.value_begin[group] + tile + row % group_tile * quad_cols, w.quads[group], right, sums);
+  const std::int64_t tile = row / group_slice * w.quads[group] * group_slice * quad_cols;
+  add_products<rows>(w.values + w.value_begin[group] + tile + row % group_slice * quad_cols, w.quads[group], right, sums);
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
     if (ids[r] >= 0) finish(job, ids[r], sums[r], y, bytes);
@@ -194,11 +194,11 @@ inline void to_rows(const std::int8_t* values, std::int8_t* tile) {
 // zero. values: of the first row; quads: the group's.
 inline void make_tiles(const std::int8_t* values, std::int64_t rows, std::int64_t quads, std::int8_t* tiles,
                        std::int64_t stride) {
-  constexpr std::int64_t quad_bytes = group_tile * quad_cols;
+  constexpr std::int64_t quad_bytes = group_slice * quad_cols;
   for (std::int64_t q = 0; q < quads; q += tile_quads, tiles += stride) {
     if (rows < tile_rows) __builtin_memset(tiles, 0, tile_bytes);
-    for (std::int64_t r = 0; r < rows; r += group_tile) {
-      const std::int8_t* from = values + (r * quads + q * group_tile) * quad_cols;
+    for (std::int64_t r = 0; r < rows; r += group_slice) {
+      const std::int8_t* from = values + (r * quads + q * group_slice) * quad_cols;
       for (std::int64_t i = 0; i < tile_quads; i += lanes) {
         const std::int64_t here = quads - q - i;
         std::int8_t part[lanes * quad_bytes];

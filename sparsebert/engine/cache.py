@@ -227,7 +227,7 @@ def _sum(key: str, tree: str, arrays: Weights) -> str:
 def _layout() -> list[int]:
     """The core's constants that decide the layout of packed forms."""
     core = _dispatch.core()
-    return [core.GROUP_ROWS, core.GROUP_TILE, core.SLICE_ROWS, core.BLOCK_ROWS, core.SLAB_COLS, core.TILE_ROWS,
+    return [core.GROUP_ROWS, core.GROUP_SLICE, core.SLICE_ROWS, core.BLOCK_ROWS, core.SLAB_COLS, core.TILE_ROWS,
             core.TILE_COLS, core.QUAD_COLS]  # fmt: skip
 
 

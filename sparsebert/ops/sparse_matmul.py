@@ -90,7 +90,7 @@ class PackedGroups:
     col_begin, col_count: int32 [groups], start and length of a group's columns in `cols`; groups may share them.
     cols: uint16, below n_in, increasing within a group.
     value_begin: int64 [groups], start of a group's values in `values`.
-    values: float32, finite; for each group [GROUP_ROWS / GROUP_TILE, col_count, GROUP_TILE].
+    values: float32, finite; for each group [GROUP_ROWS / GROUP_SLICE, col_count, GROUP_SLICE].
 
     `pack_groups` makes one from a dense weight. Raises InputError if the arrays break these rules.
     """
@@ -257,7 +257,7 @@ class PackedInt8:
     rows: int32, row numbers of W, -1 if a group has fewer; each row of W occurs once.
     col_begin: int64 [groups], start of a group's columns in `cols`; groups may share a list. quads: int32 [groups].
     cols: uint16, below n_in; a list is filled up to whole quads with its last column, there with zero weights.
-    value_begin: int64 [groups], start in `values`: int8 [rows / GROUP_TILE, quads, GROUP_TILE, QUAD_COLS].
+    value_begin: int64 [groups], start in `values`: int8 [rows / GROUP_SLICE, quads, GROUP_SLICE, QUAD_COLS].
     scale, step, zero: as in Quantized.
 
     `pack_int8` makes one. Raises InputError if the arrays break these rules.
@@ -371,7 +371,7 @@ def pack_groups(weight: np.ndarray, *, whole: bool = False) -> PackedGroups:
     """
     _check_weight(weight)
     n_out, n_in = weight.shape
-    size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
+    size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_SLICE
     rows, lists, owner, values = [], [], [], []
     for alike, cols in _alike(np.ones_like(weight, bool) if whole else weight != 0):
         for start in range(0, len(alike), size):
@@ -517,7 +517,7 @@ def pack_int8(quantized: Quantized) -> PackedInt8:
         block = np.zeros((rows, len(filled)), np.int8)
         here = values[first : first + rows]
         block[: len(here), : len(cols)] = here[:, cols]
-        block = block.reshape(rows // core.GROUP_TILE, core.GROUP_TILE, quads, core.QUAD_COLS).transpose(0, 2, 1, 3)
+        block = block.reshape(rows // core.GROUP_SLICE, core.GROUP_SLICE, quads, core.QUAD_COLS).transpose(0, 2, 1, 3)
         parts["rows"].append(np.pad(np.arange(first, first + len(here)), (0, rows - len(here)), constant_values=-1))
         parts["begin"].append(lists[key])
         parts["quads"].append(quads)
@@ -598,7 +598,7 @@ def unpack(weight: Packed) -> np.ndarray:
         real = weight.values != 0  # entries that fill up a row are zero
         dense[rows[real], cols[real]] = weight.values[real]
         return dense
-    size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_TILE
+    size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_SLICE
     for group, begin, count, at in zip(
         weight.rows, weight.col_begin, weight.col_count, weight.value_begin, strict=True
     ):
@@ -639,7 +639,7 @@ def _unpack_int8(weight: PackedInt8, dense: np.ndarray) -> np.ndarray:
         rows = weight.rows[weight.row_begin[g] : weight.row_begin[g + 1]]
         cols = weight.cols[weight.col_begin[g] :][: quads * core.QUAD_COLS]
         block = weight.values[weight.value_begin[g] :][: len(rows) * len(cols)]
-        block = block.reshape(len(rows) // core.GROUP_TILE, quads, core.GROUP_TILE, core.QUAD_COLS).transpose(
+        block = block.reshape(len(rows) // core.GROUP_SLICE, quads, core.GROUP_SLICE, core.QUAD_COLS).transpose(
             0, 2, 1, 3
         )
         block = block.reshape(len(rows), len(cols))
