@@ -703,7 +703,7 @@ def test_the_version_and_the_defaults_of_flags_are_shown(capsys, monkeypatch):
         "[default: 0.875, or what the pattern implies]",
         "[default: general]",
         "[default: knowledge]",
-        "knowledge: 0 closed",
+        "knowledge: 0 is fastest",
     ):
         assert shown in out
     first, expert, labelled = (out.index(panel) for panel in ("─ Options ", "─ Expert options ", "train with labels ─"))
@@ -745,6 +745,8 @@ def test_the_texts_and_pairs_of_a_file_are_classified(dense, tmp_path, capsys):
     assert (
         run(capsys, "predict", dense, "--file", lines)[1] == run(capsys, "predict", dense, "a gripping film", "dull")[1]
     )
+    err = run(capsys, "predict", dense, "--file", lines)[2]
+    assert err == "2 texts read, 1 blank left out\n"
     table.write_text("id,premise,hypothesis\n1,it rained,it was wet\n2,it rained,it was dry\n")
     scores = softmax(Engine.load(dense).logits([("it rained", "it was wet"), ("it rained", "it was dry")]))
     found = document(run(capsys, "predict", dense, "--file", table, "--json")[1])["texts"]
@@ -847,7 +849,7 @@ def test_a_dry_run_says_what_is_done_and_whether_the_labels_fit(dense, tmp_path,
     (tmp_path / "own.csv").write_text("text,label\n" + "".join(f"film {i},{'xy'[i % 2]}\n" for i in range(300)))
     settings = ["--task", tmp_path / "own.csv", "--method", "magnitude", "-o", tmp_path / "p"]
     _, out, err = run(capsys, "prune", dense, *settings, "--dry-run")
-    assert document(out)["done"] == "" and "prune needs none, eval does" in err
+    assert document(out)["done"] == "" and "prune needs no labels, but eval would say: " in err and "negative" in err
     found = document(run(capsys, "prune", dense, *settings)[1])
     assert found["output"] == str(tmp_path / "p") and found["resumed"] == ""
     _, out, _ = run(capsys, "prune", dense, *settings, "--dry-run")

@@ -342,7 +342,7 @@ def test_a_task_of_single_texts_is_read_from_the_hub_and_faults_are_named_there(
 def test_lines_of_texts_are_stripped_and_blank_ones_left_out(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\ufeff one \r\n\n  \ntwo\tb\n\u2028three")
-    assert data.read_texts(path) == [["one", "two\tb", "three"]]
+    assert data.read_texts(path) == ([["one", "two\tb", "three"]], 2)
     path.write_text(" \n\n")
     with pytest.raises(DataError, match=r"texts\.txt must hold at least one line of text, holds none; add texts"):
         data.read_texts(path)
@@ -405,6 +405,12 @@ def test_columns_separated_otherwise_are_told_before_any_row(tmp_path, name, hea
     (path := tmp_path / name).write_text(f"{header}\none, two, three\t\n")
     with pytest.raises(DataError, match=f"its columns separated by {wanted}, begins with '{header[:4]}"):
         data.get_task(str(path))
+
+
+def test_semicolons_are_named_before_quotes(tmp_path):
+    (path := tmp_path / "a.csv").write_text('text;label\n"a film; long";0\n')
+    with pytest.raises(DataError, match="its columns separated by commas, begins with 'text;label'"):
+        data.read_texts(path)
 
 
 def test_a_model_directory_is_no_task(tmp_path):

@@ -257,7 +257,7 @@ def test_the_quick_start_runs_as_it_is_written(tmp_path, monkeypatch, capsys):
         found = re.search(r"^next: (.+)$", printed.err, re.M)
         announced = found[1] if found else ""
         ran.append(name)
-    assert ran == ["seal", "reseal", "prune", "eval", "bench", "predict", "predict"]
+    assert ran == ["seal", "reseal", "prune", "eval", "bench", "predict", "predict", "quantize", "eval"]
     for code in blocks(text, "python"):
         exec(code, {})
     assert len(re.findall(r"'(?:negative|positive)'", capsys.readouterr().out)) == 2

@@ -910,7 +910,7 @@ def test_quantize_ends_with_its_document_and_the_next_command(made, tmp_path, ca
     found = json.loads(out.splitlines()[-1])
     assert code == 0 and found["dtype"] == "int8" and found["output"] == str(tmp_path / "out")
     assert found["kept"]["n"] == 500 and found["kept"]["agreement"] > 0.9 and 0 < found["kept"]["kl"] < 0.01
-    assert f"next: sparsebert bench {tmp_path / 'out'} --task mr" in err
+    assert f"next: sparsebert eval {tmp_path / 'out'} --task mr --vs {made[0]}" in err
     assert contents(tmp_path / "out").keys() == contents(made[1]).keys()
     assert (tmp_path / "out" / SCALES).read_bytes() == (made[1] / SCALES).read_bytes()
 

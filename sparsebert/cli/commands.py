@@ -137,18 +137,18 @@ def prune(
     subnet: SubnetConfig,
 ) -> None:
     from sparsebert.pruning import prune_checkpoint
-    from sparsebert.robustness import labels_fit
 
     if dry_run:
         from sparsebert.pruning.plan import plan
+        from sparsebert.robustness import misfit
 
         planned = plan(directory, task, output, config, subnet, overwrite=overwrite)
         if not json:
             table(
                 f"{config.method}, {config.pattern}: the plan for {directory}", ["", ""], rows_of_plan(planned, verbose)
             )
-            if config.method not in TRAINED and not labels_fit(directory, task):
-                print("the labels of the task are not the model's: prune needs none, eval does", file=sys.stderr)
+            if config.method not in TRAINED and (refused := misfit(directory, task)) is not None:
+                print(f"prune needs no labels, but eval would say: {refused}", file=sys.stderr)
         emit(planned.as_json(), json)
         return
     with progress(f"prune ({config.method})") as update:
@@ -161,11 +161,9 @@ def prune(
         rows += rows_of_kept(kept, "the dense model")
         rows += [["saved in (same size on disk: zeros are stored)", str(output)]]
         how = "was pruned before, in" if result.reused else "pruned in"
-        table(f"{config.method}, {config.pattern}: {how} {result.seconds:.0f} s", ["", ""], rows)
-        if kept is not None and labels_fit(output, task):
-            then("sparsebert", "eval", output, "--task", Path(task), "--vs", directory)
-        else:
-            then("sparsebert", "bench", output, "--task", Path(task))
+        what = f"{config.method}, {config.pattern}" + (", int8" if config.int8 else "")
+        table(f"{what}: {how} {result.seconds:.0f} s", ["", ""], rows)
+        _then_eval_or_bench(output, directory, task, kept)
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
 
 
@@ -189,11 +187,21 @@ def quantize(
     kept = _kept(output, directory, task, config.max_length)
     if not json:
         rows = [["zeros in the encoder's linears", f"{result.sparsity:.2%}"], *rows_of_kept(kept, f"{directory}")]
-        rows += [["saved in", str(output)]]
+        rows += [["saved in (same size on disk: as float32)", str(output)]]
         how = "was rounded before, in" if result.reused else "rounded in"
         table(f"{directory} in int8: {how} {result.seconds:.0f} s", ["", ""], rows)
-        then("sparsebert", "bench", output, "--task", Path(task))
+        _then_eval_or_bench(output, directory, task, kept)
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
+
+
+def _then_eval_or_bench(made: Path, source: Path, task: str, kept: dict | None) -> None:
+    """Names the next command: `eval`, if the task has the labels for it."""
+    from sparsebert.robustness import misfit
+
+    if kept is not None and misfit(made, task) is None:
+        then("sparsebert", "eval", made, "--task", Path(task), "--vs", source)
+    else:
+        then("sparsebert", "bench", made, "--task", Path(task))
 
 
 def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict | None:
@@ -273,7 +281,8 @@ def evaluate(
     figures = asdict(result)
     if not json:
         for name, found in {task: figures, **(result.ood or {})}.items():
-            title = f"{directory} on {found['n']:,} examples of {name}, {found['split']}"
+            runs = "in int8 " if result.dtype == "int8" else ""
+            title = f"{directory} {runs}on {found['n']:,} examples of {name}, {found['split']}"
             table(title, ["figure", "value", "95 % interval"], rows_of(found))
         then("sparsebert", "bench", directory, "--task", Path(task))
     emit(figures, json)
@@ -303,15 +312,17 @@ def predict(
     if bool(texts) == (file is not None):
         raise InputError(f"predict needs either texts or --file, got {'both' if texts else 'neither'}", fix="give one")
     if file is not None:
-        rows = list(zip(*data.read_texts(file), strict=True))
-        print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read, blank lines left out", file=sys.stderr)
+        columns, blank = data.read_texts(file)
+        rows = list(zip(*columns, strict=True))
+        left = f", {blank:,} blank left out" if blank else ""
+        print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read{left}", file=sys.stderr)
     elif texts == ["-"]:
         if sys.stdin is None:
             raise InputError("standard input is closed", fix="give texts as arguments, or --file")
         found, blank = data.lines_of(sys.stdin.buffer.read(), "standard input")
         rows = [(line,) for line in found]
         if blank:
-            print(f"{blank:,} blank lines were left out", file=sys.stderr)
+            print(f"{blank:,} blank {'line was' if blank == 1 else 'lines were'} left out", file=sys.stderr)
     else:
         rows = [(text,) for text in texts]
         if len(texts) == 1 and len(texts[0]) < 256 and os.path.isfile(texts[0]):

@@ -94,15 +94,18 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def read_texts(path: Path) -> list[list[str]]:
-    """The text columns of a file, one, or two for pairs: the non-blank lines of a .txt, else those of its table."""
+def read_texts(path: Path) -> tuple[list[list[str]], int]:
+    """(the text columns of a file, one, or two for pairs: the non-blank lines of a .txt, else those of its table; how
+    many lines of a .txt were blank).
+    """
     if path.suffix == ".txt":
         _require_file(path)
-        return [lines_of(path.read_bytes(), path)[0]]
+        lines, blank = lines_of(path.read_bytes(), path)
+        return [lines], blank
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(OF_TEXTS)}", fix="convert or rename it")
     table = read(path)
-    return [texts_of(table, column) for column in text_columns(table)]
+    return [texts_of(table, column) for column in text_columns(table)], 0
 
 
 def lines_of(raw: bytes, where: Path | str) -> tuple[list[str], int]:
@@ -154,6 +157,9 @@ def _decoded(raw: bytes, path: Path | str) -> str:
 
 def _csv(path: Path, text: str) -> Table:
     text = text if text.endswith("\n") else text + "\n"
+    header = text[: text.index("\n")]
+    if "," not in header:
+        _require_separator(path, header)
     rows, at, long = [], [], []  # long: fields that span several lines
     row, position, line, start = [], 0, 1, 1
     while position < len(text):
@@ -216,12 +222,8 @@ def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Tabl
     if not rows:
         raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
     names = [name.strip() for name in rows[0]]
-    if len(names) == 1 and re.search("[,;\t|]", names[0]):
-        wanted = "commas" if path.suffix == ".csv" else "tabs"
-        raise DataError(
-            f"{path} must have its columns separated by {wanted}, begins with {shown(names[0])}",
-            fix="separate them so, or save the file as .jsonl",
-        )
+    if len(names) == 1:
+        _require_separator(path, names[0])
     _require_names(path, names)
     for row, place in zip(rows[1:], at[1:], strict=True):
         if len(row) != len(names):
@@ -230,6 +232,16 @@ def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Tabl
             )
     columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(names)}
     return Table(path, columns, at[1:], tuple(names))
+
+
+def _require_separator(path: Path, header: str) -> None:
+    """DataError for the only column name of a file if it looks like several."""
+    if re.search("[,;\t|]", header):
+        wanted = "commas" if path.suffix == ".csv" else "tabs"
+        raise DataError(
+            f"{path} must have its columns separated by {wanted}, begins with {shown(header.strip())}",
+            fix="separate them so, or save the file as .jsonl",
+        )
 
 
 def _require_names(where: Path | str, names: list[str]) -> None:

@@ -100,7 +100,7 @@ def others(named: list[str]) -> list[str]:
                     f"calibration must be {GENERAL}, {NONE} or files that end in {', '.join(OF_TEXTS)}, got {name}",
                     fix="convert or rename it",
                 )
-            found += [text for column in read_texts(path) for text in column]
+            found += [text for column in read_texts(path)[0] for text in column]
     return found
 
 

@@ -2,6 +2,6 @@
 
 from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood
-from sparsebert.robustness.run import evaluate, kept, labels_fit
+from sparsebert.robustness.run import evaluate, kept, misfit
 
-__all__ = ["Evaluation", "compare", "compare_ood", "evaluate", "kept", "labels_fit"]
+__all__ = ["Evaluation", "compare", "compare_ood", "evaluate", "kept", "misfit"]

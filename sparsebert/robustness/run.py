@@ -91,15 +91,15 @@ def kept(
     return drift(both[0].problem, want, got[:, order])
 
 
-def labels_fit(model: str | Path, task: str) -> bool:
-    """Whether `evaluate` would find the labels of the task, and the model's among them."""
+def misfit(model: str | Path, task: str) -> DataError | InputError | None:
+    """Why `evaluate` would refuse the labels of the task; None if it finds them, and the model's among them."""
     try:
         spec = task_for(task, model)
         classifier = Classifier.load(model)
         order_for(data.among(spec, data.load(spec, spec.test), classifier.names)[0], classifier)
-    except (DataError, InputError):
-        return False
-    return True
+    except (DataError, InputError) as error:
+        return error
+    return None
 
 
 def order_for(task: Task, classifier: Classifier) -> np.ndarray:
