@@ -620,7 +620,6 @@ def test_a_grid_is_refused_in_one_line_if_it_has(fault, directory, capsys):
         scales[name] = change(right)
     rewrite(directory, scales)
     says(capsys, directory, SCALES, message)
-    assert Engine.load(directory, dtype="fp32", cached=False).dtype == "fp32"  # which needs no scales
 
 
 def test_a_name_of_no_grid_is_refused(directory, capsys):
@@ -925,6 +924,20 @@ def test_eval_measures_what_is_served(made, capsys):
     assert found["accuracy"] == pytest.approx((got.argmax(1) == examples.labels).mean())
     assert found["agreement"] == pytest.approx((got.argmax(1) == want.argmax(1)).mean())
     assert found["kl_to_dense"] == pytest.approx(divergence, rel=0.05)
+
+
+def test_eval_says_fp32_if_no_linear_runs_in_int8(made, monkeypatch, capsys):
+    costing(monkeypatch, (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+    found = json.loads(run(capsys, "eval", made[1], "--task", "mr", "--n", 20, "--json")[1])
+    assert (found["engine"], found["dtype"]) == ("sparsebert", "fp32")
+
+
+def test_damaged_scales_are_noticed_in_every_dtype_and_by_reseal(directory, capsys):
+    for damage in (b"", (directory / SCALES).read_bytes()[:-1] + b"x"):
+        (directory / SCALES).write_bytes(damage)
+        with pytest.raises(CheckpointError, match=r"int8\.safetensors"):
+            Engine.load(directory, dtype="fp32")
+        assert "int8.safetensors" in refused(capsys, "reseal", directory, "--labels", "bad,good")
 
 
 def test_reseal_keeps_the_scales(directory, capsys):

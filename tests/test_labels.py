@@ -25,6 +25,7 @@ from sparsebert.training.setup import fresh_classifier
 
 TINY = {"steps": 2, "batch_size": 4, "n": 24, "precision": "fp32"}
 MR = data.load(data.get_task("mr"), "train", limit=300, seed=0)
+WORDS = [f"a film number {i} of many" for i in range(300)]
 
 
 def reordered(model, names):
@@ -52,6 +53,17 @@ def test_an_evaluation_does_not_depend_on_the_order_of_the_labels(tmp_path):
     other = evaluate(saved(tmp_path / "b", reordered(classifier(), ("POS", "Neg"))), "mr", n=200, vs=tmp_path / "a")
     assert other.accuracy == plain.accuracy and abs(plain.accuracy - 0.5) < 0.4
     assert other.kl_to_dense < 1e-9 and other.agreement == 1.0
+
+
+def test_ids_of_a_file_are_those_of_the_first_model_for_both(tmp_path):
+    names = ("sport", "news", "weather", "film")
+    (own := tmp_path / "own.csv").write_text("text,label\n" + "".join(f"{t},{i % 4}\n" for i, t in enumerate(WORDS)))
+    first = saved(tmp_path / "a", classifier(labels=names))
+    other = saved(tmp_path / "b", reordered(classifier(labels=names), ("film", "weather", "sport", "news")))
+    found = evaluate(first, str(own), vs=other)
+    assert found.agreement == 1.0 and found.kl_to_dense < 1e-9 and found.difference == 0.0
+    with pytest.raises(InputError, match="has the labels"):
+        evaluate(first, str(own), vs=saved(tmp_path / "c", classifier(labels=("a", "b", "c", "d"))))
 
 
 @pytest.mark.parametrize(

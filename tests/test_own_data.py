@@ -698,3 +698,11 @@ def test_a_second_column_of_texts_is_never_dropped(tmp_path, header):
     path.write_text(f"{header},label\n" + "".join(f"a {i},b {i},{i % 2}\n" for i in range(9)))
     with pytest.raises(DataError, match=r"has texts in (text|sentence), and perhaps in .*text and text_b, or rename"):
         data.get_task(str(path))
+
+
+@pytest.mark.parametrize("label", [[[0]], [{"name": "a"}], [None]])
+def test_labels_in_lists_of_something_else_are_refused(tmp_path, label):
+    rows = [json.dumps({"text": f"a film {i}", "label": label}) for i in range(40)]
+    (path := tmp_path / "own.jsonl").write_text("\n".join(rows))
+    with pytest.raises(DataError, match=r"own\.jsonl, line \d+: label must be a list of names or of ids"):
+        data.load(data.get_task(str(path)), "test")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from models import classifier, saved, stock, tokenizer
 
 from sparsebert import checkpoint, config, data, encoders, jobs
-from sparsebert.errors import CheckpointError, InputError, OutputError
+from sparsebert.errors import CheckpointError, InputError, OutputError, SparsebertWarning
 from sparsebert.training import loop, train
 from sparsebert.training.setup import origin
 
@@ -323,3 +324,26 @@ def test_other_settings_are_refused_before_a_teacher_is_trained(start, tmp_path)
 
 def test_every_step_of_a_run_may_be_given(start, tmp_path):
     assert train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"steps": 5})).steps == 5
+
+
+def test_zeros_that_another_tool_made_stay(tmp_path):
+    model = classifier()
+    with torch.no_grad():
+        for module in encoders.encoder_linears(model).values():
+            module.weight[torch.rand(module.weight.shape) < 0.8] = 0.0
+    source = stock(saved(tmp_path / "theirs", model))
+    with pytest.warns(SparsebertWarning, match=r"theirs has (79|80)\.\d% zeros"):
+        train(source, "mr", tmp_path / "tuned", SETTINGS)
+    tuned = checkpoint.read_weights(tmp_path / "tuned")
+    changed = 0
+    for name, module in encoders.encoder_linears(model).items():
+        was, now = module.weight.detach().numpy(), tuned[f"{name}.weight"]
+        assert not now[was == 0].any()
+        changed += int((now != was).sum())
+    assert changed > 0
+
+
+def test_a_dense_model_is_trained_whole(start, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SparsebertWarning)
+        train(start, "mr", tmp_path / "tuned", SETTINGS)

@@ -290,6 +290,7 @@ def read(directory: str | Path, *, head: bool = True) -> Files:
     """
     files = Files(resolve(directory).absolute())
     files.require_seal()
+    _ = files.scales  # compared with the manifest, in whatever dtype the model will run
     if head:
         files.require_head()
     return files

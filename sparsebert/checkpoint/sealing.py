@@ -110,7 +110,8 @@ def reseal(directory: str | Path, *, labels: Sequence[str] | None = None) -> dic
                 f"{shown(now[field])}",
                 fix="restore that field; only names of labels may differ",
             )
-    model, _ = build(files)  # compares weights and tokenizer with the manifest
+    _ = files.scales  # compared with the manifest, and so are weights and tokenizer
+    model, _ = build(files)
     files.verify_golden(logits_function(files, model))
     old = files.manifest["files"].get("config.json")
     files.manifest["files"]["config.json"] = hashlib.sha256(data).hexdigest()

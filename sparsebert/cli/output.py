@@ -124,11 +124,10 @@ def _plain(label: str) -> Progress:
         if now - shown < PLAIN_SECONDS and (done < total or shown == start):
             return
         shown = now
-        left = (now - start) / max(1, done - first) * (total - done)
+        # How fast it goes is not known before the second update.
+        left = f", {_clock((now - start) / (done - first) * (total - done))} left" if done > first else ""
         print(
-            f"{_named(label, what)}: {done}/{total}, {_clock(now - start)} elapsed, {_clock(left)} left",
-            file=sys.stderr,
-            flush=True,
+            f"{_named(label, what)}: {done}/{total}, {_clock(now - start)} elapsed{left}", file=sys.stderr, flush=True
         )
 
     return update

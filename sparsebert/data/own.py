@@ -242,6 +242,9 @@ def _numbered(path: Path, cells, ids: list[int]) -> tuple[str, ...]:
 def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     """Several labels per text: lists of names, lists of ids, or a 0 or 1 per label, which may be floats or booleans."""
     cells = [(table, row, _numbers(value)) for table, row, value in cells]
+    for cell in cells:
+        if not all(isinstance(part, str | int | float) for part in cell[2]):
+            _refuse(*cell, "a list of names or of ids")
     kinds: set[type] = set()
     width = Counter(len(value) for _, _, value in cells).most_common(1)[0][0]
     flags = [len(value) == width > 1 and all(part in (0, 1) for part in value) for _, _, value in cells]

@@ -17,6 +17,7 @@ from sparsebert.engine.engine import Engine
 from sparsebert.errors import UnsupportedError
 from sparsebert.heads import Problem
 from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_matmul import PackedInt8
 
 BATCH = 64  # texts per call of the engine; progress is reported between calls
 
@@ -26,8 +27,8 @@ class Classifier:
     """A verified model directory that is ready to predict.
 
     config, tokenizer: transformers' objects. problem: its problem type. names: its label names, in the order of the
-    logits. engine: "sparsebert" or "torch". dtype: fp32 or int8. predict(examples, max_length=…, progress=…): float32
-    logits, like `encoders.predict`.
+    logits. engine: "sparsebert" or "torch". dtype: int8 if any linear runs in int8, else fp32. predict(examples,
+    max_length=…, progress=…): float32 logits, like `encoders.predict`.
     """
 
     directory: Path
@@ -50,6 +51,8 @@ class Classifier:
         problem, names = heads.problem_of(stored), heads.label_names(stored)
         dtype = "fp32" if checkpoint.read(directory).scales is None else "int8"
         engine = _engine(directory, dtype)
+        if dtype == "int8" and not any(isinstance(linear.weight, PackedInt8) for linear in engine.encoder.linears):
+            dtype = "fp32"  # rows in float32 cost less here
         model, tokenizer = checkpoint.load(directory)
         config = model.config
         if engine is None:

@@ -45,7 +45,7 @@ def evaluate(
     for classifier in classifiers[::-1]:
         sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
     sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
-    orders = [[order_for(of, classifier) for classifier in classifiers] for of, _ in sets]
+    orders = [_orders(of, classifiers) for of, _ in sets]
     logits: list[list[np.ndarray]] = [[] for _ in sets]  # per set, one array per classifier, in the task's order
     alone = len(sets) * len(classifiers) == 1
     for which, (classifier, suffix) in enumerate(zip(classifiers, ("", " (dense)"), strict=False)):
@@ -100,6 +100,18 @@ def misfit(model: str | Path, task: str) -> DataError | InputError | None:
     except (DataError, InputError) as error:
         return error
     return None
+
+
+def _orders(task: Task, classifiers: list[Classifier]) -> list[np.ndarray]:
+    """`order_for` of each classifier. Labels that a file gives as numbers are the first one's ids; the other's outputs
+    are found by its names.
+    """
+    orders = [order_for(task, classifier) for classifier in classifiers]
+    if len(classifiers) == 2 and task.problem != heads.ONE_LOGIT.name and heads.are_anonymous(task.labels):
+        first, other = classifiers
+        if not heads.are_anonymous(first.names):
+            orders[1] = heads.columns(other.names, first.names, str(other.directory))[orders[0]]
+    return orders
 
 
 def order_for(task: Task, classifier: Classifier) -> np.ndarray:

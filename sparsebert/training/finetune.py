@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 
 from sparsebert import checkpoint, data
 from sparsebert.config import TrainConfig
-from sparsebert.encoders import Progress, no_progress, task_for
-from sparsebert.errors import InputError
+from sparsebert.encoders import Progress, encoder_linears, no_progress, task_for
+from sparsebert.errors import InputError, SparsebertWarning
 from sparsebert.jobs import Job
 from sparsebert.training.imp import FixedZeros
 from sparsebert.training.loop import Hook, TrainingLoop
 from sparsebert.training.setup import TrainingSetup, fresh_classifier, read_by, task_name
+
+PRUNED_FROM = 0.01  # share of zeros from which a model counts as pruned by whatever tool; dense ones have next to none
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def train(
     progress: Progress = no_progress,
 ) -> TrainResult:
     """Fine-tunes `model` (a directory or `minilm`) on the training split of `task`, adversarially if the config says
-    so, and saves it in `output`. The zeros of a pruned model stay zeros.
+    so, and saves it in `output`. The zeros of a pruned model stay zeros, whatever tool pruned it.
 
     A repeated call returns at once if `output` is finished. Otherwise it continues from the last snapshot in
     `<output>.partial`. Files in either place that come from other settings, data or code are refused, unless
@@ -90,9 +93,13 @@ def train(
             "command": "train", **checkpoint.made_from(model, setup.inputs["model"]), "task": task_name(spec),
             "data_sha256": setup.inputs["data"], **config.model_dump(),
         }  # fmt: skip
-        # The config of a pruned model says that it is pruned, and it still is after training.
+        # The config of a model that was pruned here says so, and it still is after training.
         summary = {**(getattr(classifier.config, "sparsebert", None) or {}), "max_length": setup.spec.max_length}
-        pruned = "sparsity" in summary
+        zeros = _share_of_zeros(classifier)
+        pruned = "sparsity" in summary or zeros >= PRUNED_FROM
+        if pruned and "sparsity" not in summary:
+            said = f"{source} has {zeros:.1%} zeros in the encoder's linears: they stay zeros"
+            warnings.warn(said, SparsebertWarning, stacklevel=2)
 
         def save(directory: Path, figures: dict) -> str:
             return checkpoint.save(
@@ -111,6 +118,12 @@ def train(
         sha256 = save(target, figures)
         job.finish()
     return TrainResult(directory=target, weights_sha256=sha256, resumed_from=resumed_from, **figures)
+
+
+def _share_of_zeros(model) -> float:
+    """Of the weights of the encoder's linears."""
+    weights = [module.weight for module in encoder_linears(model).values()]
+    return 1 - sum(int(torch.count_nonzero(w)) for w in weights) / sum(w.numel() for w in weights)
 
 
 def shares(text: str) -> list[float]:
