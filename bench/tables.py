@@ -19,7 +19,7 @@ CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 # Table -> how the files were made that its command names, or the cells that it reads.
 MADE_OF = {
     "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; its settings are not recorded",
-    "calibration": "mr-0, mr-1: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1); outside: "
+    "calibration": "mr-0 to mr-2: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1, 2); outside: "
     "`python -m bench.make_outside`",
     "calibration_choose": "agnews-0: `sparsebert train minilm --task agnews --n 6000 --epochs 1`; qnli-0: the same of "
     "qnli",
