@@ -93,6 +93,12 @@ def logits_of(model, texts=TEXTS):
     return torch.cat([model(**tokens(*pair, return_tensors="pt")).logits for pair in pairs]).numpy()
 
 
+def in_directory(folder: Path, model, scales) -> Path:
+    tokens, made = tokenizer(model.config.model_type), {"recipe": {}, "figures": {}}
+    checkpoint.save(model, tokens, folder, **made, scales=scales, int8_logits=entry.int8_logits)
+    return folder
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
@@ -239,16 +245,7 @@ def test_inputs_that_are_all_zero_leave_what_the_model_computes(tmp_path):
     scales = quantize(model, batches(model))
     assert (scales[f"{QUERY}.step"] == 1).all() and (scales[f"{QUERY}.zero"] == 128).all()
     np.testing.assert_allclose(logits_of(in_int8(model, scales)), want, atol=0.05)
-    folder = tmp_path / "m"
-    checkpoint.save(
-        model,
-        tokenizer(model.config.model_type),
-        folder,
-        recipe={},
-        figures={},
-        scales=scales,
-        int8_logits=entry.int8_logits,
-    )
+    folder = in_directory(tmp_path / "m", model, scales)
     np.testing.assert_allclose(Engine.load(folder).logits(TEXTS), want, atol=0.05)
 
 
@@ -431,16 +428,7 @@ def test_what_was_made_in_one_form_loads_in_another_even_if_rounding_moves_logit
     model = pruned("bert", calm=False)
     scales = quantize(model, batches(model, 1000))
     costing(monkeypatch, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5))
-    folder = tmp_path / "m"
-    checkpoint.save(
-        model,
-        tokenizer(model.config.model_type),
-        folder,
-        recipe={},
-        figures={},
-        scales=scales,
-        int8_logits=entry.int8_logits,
-    )
+    folder = in_directory(tmp_path / "m", model, scales)
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
     exact, rounded = (np.array(manifest[name]["logits"]) for name in ("golden", "int8"))
     assert np.abs(exact - rounded).max() > formats.DTYPES["int8"].tolerance * np.abs(rounded).max()
@@ -452,8 +440,8 @@ def test_what_was_made_in_one_form_loads_in_another_even_if_rounding_moves_logit
 def test_every_linear_of_each_architecture_runs_in_int8(kind, texts, tmp_path, monkeypatch):
     costing(monkeypatch, (1.0, 1.0, 1.0), (0.5, 0.5, 0.5))
     model = pruned(kind)
-    scales, folder, texts = quantize(model, batches(model, 700)), tmp_path / "m", texts[:15]
-    checkpoint.save(model, tokenizer(kind), folder, recipe={}, figures={}, scales=scales, int8_logits=entry.int8_logits)
+    scales, texts = quantize(model, batches(model, 700)), texts[:15]
+    folder = in_directory(tmp_path / "m", model, scales)
     engine = Engine.load(folder, cached=False)
     assert engine.dtype == "int8" and {row["form"] for row in engine.explain()} == {"int8"}
     got, want, exact = engine.logits(texts), logits_of(in_int8(model, scales), texts), logits_of(model, texts)
