@@ -4,8 +4,8 @@
 //   least         a sum below all others
 //   words(n)      the number of words that hold n factors of a sum
 //   multiply      as multiply_tile
-//   weigh         scores -> weights of the n keys, as words; `top` is the largest score. Returns what to multiply the
-//                 weighted sums of the values by
+//   weigh         scores -> weights of the n keys, as words; `top` is the largest score. Writes to `factor` what to
+//                 multiply the weighted sums of the values by
 
 namespace {
 

@@ -40,7 +40,7 @@ struct MatmulJob {
   const float* bias;    // [columns] or null
   const MaskedWeight* weight;  // or null; if given, the product is this weight's gradient G, and it goes to:
   float* d_weight;             // [rows, columns] or null, G where the weight is kept, else 0
-  float* d_scores;             // [rows / score_rows, columns] or null, G * weight summed over the rows that share a score
+  float* d_scores;             // [rows / score_rows, columns] or null, G * weight summed over rows that share a score
 };
 
 // Tiles of rows and panels of columns that a task covers; its rows share no score with other tasks.
@@ -51,7 +51,7 @@ struct MatmulBlock {
 
 struct MaskedMatmulKernel {
   int values_a_word;  // 1: floats; 2: bf16
-  int word_run;     // both operands have whole runs of this many words; above 1, panels of tile_rows are
+  int word_run;       // both operands have whole runs of this many words; above 1, panels of tile_rows are
                       // [panels][words / word_run][width][word_run] instead
   int tile_rows;
   int tile_columns;

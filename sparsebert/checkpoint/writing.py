@@ -11,7 +11,7 @@ import numpy as np
 
 from sparsebert.checkpoint.classifier import quiet_transformers, require_model
 from sparsebert.checkpoint.manifest import FORMAT_VERSION, MANIFEST
-from sparsebert.checkpoint.reading import RECIPE, Files, read, read_manifest
+from sparsebert.checkpoint.reading import RECIPE, Files, read_manifest, read_weights
 from sparsebert.checkpoint.scales import SCALES, Arrays, as_bytes
 from sparsebert.checkpoint.sealing import manifest_of
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
@@ -116,8 +116,7 @@ def finished(job: Job, directory: Path | None = None) -> dict | None:
         if manifest is None:
             return None
         if manifest["key"] == job.key:
-            files = read(target, head=False)
-            _ = files.weights, files.scales  # reading verifies them
+            read_weights(target)  # verifies everything
             if directory is None:
                 job.finish()
             return {**manifest["figures"], "weights_sha256": manifest["weights_sha256"]}
