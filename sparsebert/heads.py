@@ -273,6 +273,11 @@ def columns(names: Sequence[str], wanted: Sequence[str], whose: str = THE_MODEL)
     model's own ids, or its names if these are numbers. Raises InputError if the two do not name the same labels. whose:
     the model, for that message.
     """
+    if None not in (ids := list(map(_number, wanted))) and 0 not in ids and set(wanted) - set(names):
+        raise InputError(
+            f"{whose} has the labels {_listed(names)}, wanted are {_listed(wanted)}, and no 0: they may count from 1",
+            fix="write the labels by name, or, if they are the model's ids, as LABEL_1",
+        )
     if len(names) != len(wanted):
         raise InputError(
             f"{whose} has {len(names)} labels ({_listed(names)}), {len(wanted)} are wanted ({_listed(wanted)})",

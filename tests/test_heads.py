@@ -57,6 +57,9 @@ def test_case_punctuation_and_aliases_are_folded(model, task):
         (("joy", "anger"), ("negative", "positive"), "has the labels joy, anger"),
         (("negative", "Neg"), ("negative", "positive"), "has the labels negative, Neg"),
         (NLI, ("LABEL_0", "LABEL_1"), "has 3 labels"),
+        (NLI, ("1", "2"), "and no 0: they may count from 1"),
+        (NLI, ("1", "2", "3"), "write the labels by name"),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("1", "2"), "as LABEL_1"),
     ],
 )
 def test_what_does_not_match_is_refused(model, task, says):
@@ -67,6 +70,10 @@ def test_what_does_not_match_is_refused(model, task, says):
 
 def test_numbers_in_a_file_are_the_models_own_ids():
     assert heads.columns(("positive", "negative"), ("LABEL_0", "LABEL_1")).tolist() == [0, 1]
+
+
+def test_numbers_without_a_0_are_names_of_a_model_that_has_them():
+    assert heads.columns(("5", "1", "3"), ("1", "3", "5")).tolist() == [1, 2, 0]
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=2, max_size=6, unique_by=heads.fold), st.randoms())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import decimal
 import io
 import json
 import os
@@ -706,3 +707,51 @@ def test_labels_in_lists_of_something_else_are_refused(tmp_path, label):
     (path := tmp_path / "own.jsonl").write_text("\n".join(rows))
     with pytest.raises(DataError, match=r"own\.jsonl, line \d+: label must be a list of names or of ids"):
         data.load(data.get_task(str(path)), "test")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "found"),
+    [
+        ([1, 2, 5, 2], ("1", "2", "5"), [0, 1, 2, 1]),
+        ([10, 9, 9, 10], ("9", "10"), [1, 0, 0, 1]),
+        (["LABEL_1", "LABEL_2", "LABEL_1", "LABEL_2"], ("LABEL_0", "LABEL_1", "LABEL_2"), [1, 2, 1, 2]),
+        ([0, 2, 2, 0], ("LABEL_0", "LABEL_1", "LABEL_2"), [0, 2, 2, 0]),
+        ([[1], [2, 5], [2], [1]], ("1", "2", "5"), [[1, 0, 0], [0, 1, 1], [0, 1, 0], [1, 0, 0]]),
+    ],
+)
+def test_numbers_without_a_0_name_the_classes(tmp_path, labels, names, found):
+    rows = [json.dumps({"text": f"a film {i}", "label": label}) for i, label in enumerate(labels)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    task = data.get_task(str(tmp_path))
+    assert task.labels == names and data.load(task, "test").labels.tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "says"),
+    [
+        ("a.csv", "sep=,\ntext,label\na,0\n", "line of column names, begins with 'sep=,'; remove the line"),
+        ("a.csv", "# of a shop\ntext,label\na,0\n", "line of column names, begins with '# of a shop'; remove the line"),
+        ("a.tsv", "# of a shop\ntext\tlabel\na\t0\n", "line of column names, begins with '# of a shop'; remove the"),
+        ("a.csv", "text,label\na,0\nb,N/A\n", "line 3: label must be a class or a number, not a missing value, got 'N"),
+        ("a.csv", "text,label\na,1.5\nb,2.5\nc,inf\n", "line 4: label must be a number, as in most rows, got 'inf'"),
+    ],
+)
+def test_a_line_before_the_header_and_missing_labels_are_named(tmp_path, name, body, says):
+    (path := tmp_path / name).write_text(body)
+    with pytest.raises(DataError) as refused:
+        data.get_task(str(path))
+    assert says in str(refused.value)
+
+
+def test_a_column_named_by_a_hash_is_a_column(tmp_path):
+    (path := tmp_path / "a.csv").write_text(
+        "#,sentence,label\n" + "".join(f"{i},film {i},{i % 2}\n" for i in range(20))
+    )
+    assert data.get_task(str(path)).labels == ("LABEL_0", "LABEL_1")
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    labels = [decimal.Decimal(i % 2) for i in range(40)]
+    pq.write_table(pa.table({"text": [f"a film {i}" for i in range(40)], "label": labels}), tmp_path / "a.parquet")
+    assert data.get_task(str(tmp_path / "a.parquet")).labels == ("LABEL_0", "LABEL_1")

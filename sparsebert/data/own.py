@@ -20,6 +20,7 @@ from sparsebert.heads import fold
 
 MAX_CLASSES = 1000  # a column with more values is not a label
 LARGEST_VALUE = 1e15  # max |label|
+_MISSING = ("nan", "nat", "<na>", "null", "n/a", "#n/a")  # how pandas, R, SQL and spreadsheets write a missing value
 TEST_SHARE = 0.2  # share of one file that becomes the test split
 # File names of each split. The second names are used only if there is no file of the first name.
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
@@ -170,7 +171,7 @@ def _one(path: Path, cells, values: bool) -> tuple[str, tuple[str, ...], np.ndar
     if kinds.keys() <= {int, float}:
         if float in kinds or values:
             return "one_logit", (), np.array(read_as, dtype=np.float32)
-        return "single_label", _numbered(path, cells, read_as), np.array(read_as, dtype=np.int64)
+        return "single_label", *_numbered(cells, read_as)
     if len(kinds) > 1:
         rare = min(kinds, key=kinds.get)
         usual = max(kinds, key=kinds.get)
@@ -208,7 +209,7 @@ def _meant(word: str) -> str:
         return "one class or number (lists of labels: .jsonl or .parquet)"
     if re.fullmatch(r"[+-]?[0-9]+(,[0-9]+|(\.[0-9]+)?\s?%)", word):
         return "a number with a decimal point, or a class name"
-    return "a class or a number, not a missing value" if word.lower() in ("nan", "nat", "<na>", "null") else ""
+    return "a class or a number, not a missing value" if word.lower() in _MISSING else ""
 
 
 def _value(value):
@@ -229,14 +230,27 @@ def _value(value):
     return None
 
 
-def _numbered(path: Path, cells, ids: list[int]) -> tuple[str, ...]:
-    """Names LABEL_i for classes that a file gives as numbers, which are the model's own ids."""
+def _numbered(cells, ids: list[int]) -> tuple[tuple[str, ...], np.ndarray]:
+    """(names, labels) of classes that a file gives as numbers."""
     for cell, value in zip(cells, ids, strict=True):
         if not 0 <= value < MAX_CLASSES:
             _refuse(
                 *cell, f"the id of a class, 0 to {MAX_CLASSES - 1}, or its name (a model of one logit takes any number)"
             )
-    return tuple(f"LABEL_{i}" for i in range(max(ids) + 1))
+    as_ids = any(isinstance(value, str) and "_" in value for _, _, value in cells)  # LABEL_1 is an id, whatever else is
+    classes = _classes(set(ids), as_ids)
+    at = {value: i for i, value in enumerate(classes)}
+    return tuple(classes.values()), np.array([at[value] for value in ids], dtype=np.int64)
+
+
+def _classes(ids: set[int], as_ids: bool = False) -> dict[int, str]:
+    """The names of classes that a file gives as numbers, in the order of the labels. Numbers from 0 on are a model's
+    own ids, LABEL_0 to the largest. Without a 0 they may count from 1, so each is a name of its own, which only a model
+    with this name matches; as_ids: unless the file says that they are ids.
+    """
+    if 0 in ids or as_ids:
+        return {i: f"LABEL_{i}" for i in range(max(ids) + 1)}
+    return {i: str(i) for i in sorted(ids)}
 
 
 def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
@@ -267,9 +281,11 @@ def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
         bad = next((cell for cell in cells if any(not 0 <= part < MAX_CLASSES for part in cell[2])), None)
         if bad is not None:
             _refuse(*bad, f"classes from 0 to {MAX_CLASSES - 1}")
-        seen = range(max(seen) + 1)
-    at = {part: i for i, part in enumerate(sorted(seen))}
-    names = [part if isinstance(part, str) else f"LABEL_{part}" for part in at]
+        classes = _classes(seen)
+    else:
+        classes = {part: part for part in sorted(seen)}
+    at = {part: i for i, part in enumerate(classes)}
+    names = list(classes.values())
     _require_different(path, names)
     rows = np.zeros((len(cells), len(at)), dtype=np.float32)
     for row, (_, _, value) in enumerate(cells):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import difflib
 import json
 import os
@@ -222,6 +223,11 @@ def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Tabl
     if not rows:
         raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
     names = [name.strip() for name in rows[0]]
+    if names[0].startswith("sep=") or (names[0].startswith("#") and len(names) == 1):  # of spreadsheets, a comment
+        raise DataError(
+            f"{path} must begin with a line of column names, begins with {shown(','.join(names))}",
+            fix="remove the line",
+        )
     if len(names) == 1:
         _require_separator(path, names[0])
     _require_names(path, names)
@@ -322,7 +328,8 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
     for name, values in columns.items():
         for row, value in enumerate(found[name], start=1):
             try:
-                values.append(value.as_py())
+                value = value.as_py()
+                values.append(float(value) if isinstance(value, decimal.Decimal) else value)
             except ValueError as error:  # such as UnicodeDecodeError
                 raise DataError(f"{path}, row {row}: {name} must be UTF-8: {error}", fix="save it as UTF-8") from error
     if "label" in columns:
