@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from sparsebert import __version__, environment
-from sparsebert.errors import SparsebertError
+from sparsebert.errors import SparsebertError, UnsupportedError
 from sparsebert.ops import _dispatch
 
 PACKAGES = (
@@ -68,6 +68,7 @@ def describe() -> dict:
         "isa": isa,
         "isa_off": off,
         **_of_torch(),
+        "cuda_kernels": _cuda_kernels(),
         "data": str(data),
         "cache": str(environment.cache_dir() or "none: the user has no home, and SPARSEBERT_CACHE is not set"),
         "versions": {name: version_of(name) for name in PACKAGES},
@@ -115,6 +116,16 @@ def _gpu() -> str:
         if built is None
         else f"none: torch is built for CUDA {built} but finds no device"
     )
+
+
+def _cuda_kernels() -> str:
+    from sparsebert.kernels import cuda_core
+
+    try:
+        cuda_core()
+    except UnsupportedError as error:
+        return f"off: {error}"
+    return "built for sm_80, sm_90a and later; unmeasured, so they run only if called by name"
 
 
 def bf16_is_fast() -> bool:

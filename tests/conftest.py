@@ -36,8 +36,8 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def require(needed: str, reason: str) -> None:
-    """Skips the test because `needed` is missing: an instruction set, cuda, triton, onnx, objdump, g++, sanitizers,
-    docs, or data (the local data sets). Fails it if SPARSEBERT_REQUIRE lists `needed`.
+    """Skips the test because `needed` is missing: an instruction set, cuda, nvcc, triton, onnx, objdump, g++,
+    sanitizers, docs, or data (the local data sets). Fails it if SPARSEBERT_REQUIRE lists `needed`.
     """
     if needed in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
         pytest.fail(f"SPARSEBERT_REQUIRE lists {needed}, but {reason}")

@@ -153,6 +153,7 @@ def test_float32_is_refused_while_matmuls_may_round_to_tf32():
 
 def interpret(file: str) -> None:
     from safetensors.torch import save_file
+
     from sparsebert.kernels.obs_prune import obs_sweep
 
     torch.use_deterministic_algorithms(True)  # which also fills fresh memory with NaN

@@ -17,7 +17,7 @@ from sparsebert import environment
 # A higher rank imports lower ones, never the reverse; equal ranks may not import each other. Leaves import only leaves.
 RANKS = {
     "cli": 10, "study": 9, "serving": 8, "pruning": 8, "training": 7, "robustness": 6, "engine": 5, "encoders": 4,
-    "checkpoint": 3, "data": 2, "jobs": 2, "machine": 2, "ops": 1, "kernels": 0, "_C": 0,
+    "checkpoint": 3, "data": 2, "jobs": 2, "machine": 2, "ops": 1, "kernels": 0, "_C": 0, "_cuda": -1,
 }  # fmt: skip
 LEAVES = {"architectures", "config", "environment", "errors", "heads", "patterns"}
 SOURCES = sorted((ROOT / "sparsebert").rglob("*.py")) + sorted((ROOT / "kernels").rglob("*.py"))

@@ -136,6 +136,7 @@ def rows_of_machine(facts: dict) -> list[list[str]]:
         "isa_off": "instruction sets that are off",
         "bf16_training": "training in bf16",
         "gpu": "GPU",
+        "cuda_kernels": "CUDA kernels",
         "data": "folder of data",
         "cache": "folder of packed models",
         "ns_per_entry": "ns per stored weight: short, middling, long batches",

@@ -1,0 +1,116 @@
+"""masked_lstsq on a GPU: one thread block per group of rows that keep the same columns (csrc/cuda/masked_lstsq.cu)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.kernels import cuda_core
+
+
+def masked_lstsq(
+    target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, *, complement: bool = False
+) -> torch.Tensor:
+    """`sparsebert.ops.masked_lstsq.masked_lstsq` without a row_metric: H_SS v_S = t_S for each row's support S.
+
+    target: T, float64 [rows, n_in]. h: H, float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
+    mask: bool [rows, n_in], True = kept; a row may be empty. All are contiguous and on one GPU.
+    complement: solves for the removed columns instead, which is cheaper if a row keeps more than half of them. target
+    is then W* = T H⁻¹, and h is H⁻¹, of which both halves are read.
+    Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support share one factorisation, by
+    Cholesky in float64; other rows do not affect a row. A system that is too large for shared memory (more than some
+    200 columns on sm_80, 230 on sm_90) is kept in the GPU's memory.
+    Raises InputError for wrong types, shapes or devices, and for an H that is not positive definite on a support,
+    naming row and pivot, for which the host waits for the GPU. Raises UnsupportedError if the CUDA kernels are not
+    built, or do not run on this GPU.
+
+    Unmeasured: it has not run on a GPU yet, so no op calls it.
+    """
+    _check(target, h, mask)
+    core = cuda_core()
+    mask = mask.view(torch.uint8) != 0  # a bool may hold any byte
+    v = target.new_zeros(target.shape)
+    groups = groups_of(mask, complement)
+    count = len(groups.row_ptr) - 1
+    failed = torch.empty(count, dtype=torch.int64, device=v.device)
+    with torch.cuda.device_of(v):
+        try:
+            doubles = core.masked_lstsq_work(groups.k, groups.g, count)
+            work = torch.empty(doubles, dtype=torch.float64, device=v.device)
+            core.masked_lstsq(
+                target=target.data_ptr(),
+                h=h.data_ptr(),
+                n_in=target.shape[1],
+                mask=mask.data_ptr(),
+                row_ptr=groups.row_ptr.data_ptr(),
+                rows=groups.rows.data_ptr(),
+                count=count,
+                complement=complement,
+                k=groups.k,
+                g=groups.g,
+                work=work.data_ptr(),
+                v=v.data_ptr(),
+                failed=failed.data_ptr(),
+                stream=torch.cuda.current_stream().cuda_stream,
+            )
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"masked_lstsq's CUDA kernel cannot run here: {error}", fix="move target, h and mask to the CPU"
+            ) from error
+    bad = (failed >= 0).nonzero().flatten().tolist()
+    if bad:
+        row, pivot = min((int(groups.rows[groups.row_ptr[group]]), int(failed[group])) for group in bad)
+        raise InputError(
+            f"h must be positive definite on every support, pivot {pivot} of row {row} is not above 0",
+            fix="raise the damping or give more calibration tokens",
+        )
+    return v
+
+
+class Groups(NamedTuple):
+    """Rows of equal support side by side, the largest systems first, so that no multiprocessor begins a large one at
+    the end.
+    """
+
+    rows: torch.Tensor  # int32 [rows]
+    row_ptr: torch.Tensor  # int64 [count + 1], indices into rows
+    k: int  # the largest system
+    g: int  # the most rows of a group
+
+
+def groups_of(mask: torch.Tensor, complement: bool) -> Groups:
+    """The groups of a mask, bool [rows, n_in]."""
+    supports, group_of = mask.unique(dim=0, return_inverse=True)
+    sizes = (~supports if complement else supports).sum(1)
+    order = sizes.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    of_row = rank[group_of]
+    counts = of_row.bincount(minlength=len(order))
+    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return Groups(of_row.argsort(stable=True).to(torch.int32), row_ptr, int(sizes.max()), int(counts.max()))
+
+
+def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> None:
+    for name, (tensor, dtype) in {
+        "target": (target, torch.float64), "h": (h, torch.float64), "mask": (mask, torch.bool),
+    }.items():  # fmt: skip
+        if tensor.dtype != dtype or tensor.ndim != 2 or not tensor.is_contiguous():
+            raise InputError(
+                f"{name} must be 2-d contiguous {dtype}, got {tensor.dtype} {list(tensor.shape)}",
+                fix="convert it first",
+            )
+    rows, n_in = target.shape
+    if rows < 1 or n_in < 1:
+        raise InputError(f"target must be [rows >= 1, n_in >= 1], got {[rows, n_in]}", fix="leave empty layers out")
+    if list(h.shape) != [n_in, n_in]:
+        raise InputError(f"h must be [n_in = {n_in}, n_in], got {list(h.shape)}", fix="match target and h")
+    if mask.shape != target.shape:
+        raise InputError(f"mask must match target {[rows, n_in]}, got {list(mask.shape)}", fix="match target and mask")
+    devices = {name: str(tensor.device) for name, tensor in (("target", target), ("h", h), ("mask", mask))}
+    if not target.is_cuda or len(set(devices.values())) > 1:
+        raise InputError(
+            f"target, h and mask must be on one GPU, got {', '.join(devices.values())}", fix="move them to one GPU"
+        )
