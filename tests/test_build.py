@@ -18,6 +18,7 @@ from models import classifier, saved, stock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from bench import cuda_resources
 from sparsebert import Engine, data, environment
 from sparsebert.ops import _dispatch
 
@@ -101,6 +102,20 @@ def test_the_wheel_holds_kernels_and_demo_data_and_no_sources(installed):
     assert data
     top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
     assert top - {"bin"} == {"sparsebert"}
+
+
+def test_the_wheel_holds_the_cuda_kernels_if_nvcc_is_here_and_a_gpu_is_not_needed_to_import_them(installed):
+    if cuda_resources.compiler() is None:
+        assert not list((installed / "sparsebert").glob("_cuda*"))
+        require("nvcc", "nvcc is neither on the PATH nor in /usr/local/cuda")
+    script = (
+        f"import sys; sys.path.insert(0, {str(installed)!r}); import numpy as np\n"
+        "from sparsebert.kernels import cuda_core\n"
+        "cols, values, metadata, rows, chunks = cuda_core().pack_vnm(np.zeros((48, 80), np.uint16), 16, 10)\n"
+        "print(len(cols), len(values), len(metadata), rows, chunks)"
+    )
+    # Three groups of 16 rows, each one strip of 32 rows by one chunk of 32 columns.
+    assert run(sys.executable, "-P", "-c", script, cwd=installed.parent).split() == ["96", "768", "96", "32", "1"]
 
 
 @pytest.fixture(scope="module")
