@@ -20,8 +20,8 @@ def masked_lstsq(
     complement: solves for the removed columns instead, which is cheaper if a row keeps more than half of them. target
     is then W* = T H⁻¹, and h is H⁻¹, of which both halves are read.
     Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support share one factorisation, by
-    Cholesky in float64; other rows do not affect a row. A system that is too large for shared memory (more than some
-    200 columns on sm_80, 230 on sm_90) is kept in the GPU's memory.
+    Cholesky in float64; other rows do not affect a row. Systems are in shared memory if
+    all of them fit (at most 192 columns on sm_80, 224 on sm_90, if few rows share them), else in the GPU's memory.
     Raises InputError for wrong types, shapes or devices, and for an H that is not positive definite on a support,
     naming row and pivot, for which the host waits for the GPU. Raises UnsupportedError if the CUDA kernels are not
     built, or do not run on this GPU.

@@ -1,5 +1,5 @@
-// The CUDA kernels on a CPU, for tests/test_cuda_layout.py: a thread block's steps by one thread after the other, and the
-// instructions of a warp by what the PTX ISA says of them. Compiled by g++ into a library that ctypes loads.
+// The CUDA kernels on a CPU, for tests/test_cuda_layout.py: a thread block's steps by one thread after the other, and
+// the instructions of a warp by what the PTX ISA says of them. Compiled by g++ into a library that ctypes loads.
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
@@ -202,6 +202,16 @@ std::int64_t emulate_masked_lstsq(const double* target, const double* h, std::in
     }
   }
   return doubles;
+}
+
+// Whether all that is loaded by 16 bytes begins on 16, if the system does.
+bool loads_are_aligned(std::int64_t k, std::int64_t g) {
+  const System s{k, g};
+  bool even = system_doubles(s) % 2 == 0;
+  for (std::int64_t p = 0; p < panels(s); ++p) {
+    for (std::int64_t col = 0; col < p * panel; ++col) even = even && place(s, p * panel, col) % 2 == 0;
+  }
+  return even;
 }
 
 // Fills `owner` [doubles] with the number of elements of a system at each place.

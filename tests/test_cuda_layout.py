@@ -29,6 +29,7 @@ def emulator(tmp_path_factory) -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.emulate_sparse_matmul.restype = ctypes.c_char_p
+    loaded.loads_are_aligned.restype = ctypes.c_bool
     for name in ("emulate_masked_lstsq", "places", "doubles_of"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
@@ -179,6 +180,7 @@ def test_each_element_of_a_system_has_one_place(emulator, k, g):
     owner = np.zeros(doubles + 64, np.int32)
     assert emulator.places(*long(k, g), at(owner)) == doubles
     assert owner.max() == 1 and not owner[doubles:].any()
+    assert emulator.loads_are_aligned(*long(k, g))
     padded = -(-k // 16) * 16
     assert owner.sum() == sum(16 * (padded - first + g) for first in range(0, padded, 16)) + padded
     assert doubles * 8 <= (padded + g + 5) * (padded + 16) * 8, "little more than the triangle"

@@ -1,5 +1,5 @@
-// What the CUDA kernels share. Everything but the .cu files is plain C++ too: tests/cuda_layout.cpp compiles it with g++
-// and runs the same code on a CPU.
+// What the CUDA kernels share. Everything but the .cu files is plain C++ too: tests/cuda_layout.cpp compiles it with
+// g++ and runs the same code on a CPU.
 #pragma once
 
 #include "../ops.h"

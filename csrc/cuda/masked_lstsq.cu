@@ -19,7 +19,7 @@ struct ThreadBlock {
 template <bool in_shared>
 __global__ void __launch_bounds__(lstsq_threads, lstsq_resident / lstsq_threads)
     masked_lstsq_kernel(MaskedLstsqJob job, double* work, std::int64_t doubles) {
-  extern __shared__ double dynamic[];
+  extern __shared__ __align__(16) double dynamic[];
   __shared__ MaskedLstsqShared shared;
   for (std::int64_t group = blockIdx.x; group < job.groups.count; group += gridDim.x) {
     if constexpr (in_shared) {

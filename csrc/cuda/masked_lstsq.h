@@ -46,8 +46,8 @@ struct System {
 SPARSEBERT_BOTH std::int64_t padded(const System& s) { return round_up(s.k, panel); }
 SPARSEBERT_BOTH std::int64_t panels(const System& s) { return padded(s) / panel; }
 
-// Rows of the first panel. 2 more than a multiple of 4, so that columns begin on 16 bytes, and so that threads that read
-// one row of neighbouring columns meet in a bank of shared memory in pairs at most.
+// Rows of the first panel. 2 more than a multiple of 4, so that columns begin on 16 bytes, as panels and systems do,
+// and so that threads that read one row of neighbouring columns meet in a bank of shared memory in pairs at most.
 SPARSEBERT_BOTH std::int64_t all_rows(const System& s) { return padded(s) + round_up(s.g + 2, 4) - 2; }
 
 SPARSEBERT_BOTH std::int64_t panel_rows(const System& s, std::int64_t p) { return all_rows(s) - p * panel; }
@@ -118,6 +118,19 @@ SPARSEBERT_KERNEL void list_columns(const ThreadBlock& block, const MaskedLstsqJ
   });
 }
 
+// The 16 elements from `from` on, which is on 16 bytes: half as many loads as one by one.
+SPARSEBERT_KERNEL void load_panel_row(const double* from, double (&to)[panel]) {
+#pragma unroll
+  for (int c = 0; c < panel; c += 2) {
+#if defined(__CUDA_ARCH__)
+    const double2 two = *reinterpret_cast<const double2*>(from + c);
+    to[c] = two.x, to[c + 1] = two.y;
+#else
+    to[c] = from[c], to[c + 1] = from[c + 1];
+#endif
+  }
+}
+
 // Element (row, col) of the system before it is factored.
 SPARSEBERT_KERNEL double given(const MaskedLstsqJob& job, const System& s, const std::int32_t* cols,
                                const std::int32_t* rows, std::int64_t row, std::int64_t col) {
@@ -132,8 +145,9 @@ SPARSEBERT_KERNEL double given(const MaskedLstsqJob& job, const System& s, const
 
 // Gathers panel p, and takes away the products of the panels to its left.
 template <typename ThreadBlock>
-SPARSEBERT_KERNEL void reduce_panel(const ThreadBlock& block, const MaskedLstsqJob& job, const System& s, double* system,
-                                    const std::int32_t* cols, const std::int32_t* rows, std::int64_t p) {
+SPARSEBERT_KERNEL void reduce_panel(const ThreadBlock& block, const MaskedLstsqJob& job, const System& s,
+                                    double* system, const std::int32_t* cols, const std::int32_t* rows,
+                                    std::int64_t p) {
   block.each([&](int thread) {
     const std::int64_t first = p * panel;
     for (std::int64_t row = first + thread; row < padded(s) + s.g; row += block.threads()) {
@@ -145,7 +159,8 @@ SPARSEBERT_KERNEL void reduce_panel(const ThreadBlock& block, const MaskedLstsqJ
         const std::int64_t step = panel_rows(s, q);
         for (int j = 0; j < panel; ++j, column += step) {
           const double own = column[row - q * panel];
-          const double* others = column + (p - q) * panel;
+          double others[panel];
+          load_panel_row(column + (p - q) * panel, others);
 #pragma unroll
           for (int c = 0; c < panel; ++c) sums[c] -= own * others[c];
         }
@@ -248,7 +263,8 @@ SPARSEBERT_KERNEL void back_substitute(const ThreadBlock& block, const System& s
   block.each([&](int thread) {
     for (std::int64_t item = thread; item < s.g * left; item += block.threads()) {
       const std::int64_t i = item / left, col = item % left;
-      const double* factor = system + place(s, p * panel, col);
+      double factor[panel];
+      load_panel_row(system + place(s, p * panel, col), factor);
       double sum = 0.0;
 #pragma unroll
       for (int c = 0; c < panel; ++c) sum += solved[c * step + i] * factor[c];
@@ -301,7 +317,7 @@ SPARSEBERT_KERNEL void write_complement(const ThreadBlock& block, const MaskedLs
   });
 }
 
-// Solves one group, in memory that has room for its system.
+// Solves one group, in memory that has room for its system and begins on 16 bytes.
 template <typename ThreadBlock>
 SPARSEBERT_KERNEL void solve_group(const ThreadBlock& block, const MaskedLstsqJob& job, std::int64_t group,
                                    MaskedLstsqShared& shared, double* system) {

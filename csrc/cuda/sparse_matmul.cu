@@ -19,8 +19,8 @@ struct ThreadBlock {
   }
 
   __device__ void copy(int to, const Bf16* from, bool inside, int) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared + to * 2), "l"(__cvta_generic_to_global(from)),
-                 "r"(inside ? 16 : 0)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared + to * 2),
+                 "l"(__cvta_generic_to_global(from)), "r"(inside ? 16 : 0)
                  : "memory");
   }
   __device__ void commit(int) { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -1,6 +1,6 @@
-// sparse_matmul for V:2:M on sparse tensor cores: y = activation(W x + bias) + residual in bf16, sums in float32. Tokens
-// are the innermost index of x and y, as in the panels of the CPU engine, so that a kept column of W is a row of x that
-// can be copied as it is.
+// sparse_matmul for V:2:M on sparse tensor cores: y = activation(W x + bias) + residual in bf16, sums in float32.
+// Tokens are the innermost index of x and y, as in the panels of the CPU engine, so that a kept column of W is a row of
+// x that can be copied as it is.
 //
 // W [n_out, n_in] is cut into groups of v rows. In each block of m columns a group keeps 4 columns, and each row 2 of
 // these. The kept columns of a group, in chunks of 32, are what one mma.sp.m16n8k32 multiplies: a tile of 16 rows by 32
@@ -18,13 +18,13 @@
 
 namespace sparsebert::cuda {
 
-constexpr int mma_tokens = 8;                                // of mma.sp.m16n8k32; its tile of W is tile_rows x tile_cols
-constexpr int panel_tokens = 128;                            // of a thread block
+constexpr int mma_tokens = 8;                          // of mma.sp.m16n8k32; its tile of W is tile_rows x tile_cols
+constexpr int panel_tokens = 128;                      // of a thread block
 constexpr int warp_tokens = 32;
 constexpr int token_warps = panel_tokens / warp_tokens;
-constexpr int piece = 8;                                     // bf16 of 16 bytes, which are copied at once
-constexpr int buffers = 4;                                   // chunks of x in shared memory
-constexpr int buffer_size = tile_cols * panel_tokens;        // in bf16
+constexpr int piece = 8;                               // bf16 of 16 bytes, which are copied at once
+constexpr int buffers = 4;                             // chunks of x in shared memory
+constexpr int buffer_size = tile_cols * panel_tokens;  // in bf16
 constexpr int strip_heights[] = {128, 64, 32};
 static_assert(tile_rows == 16 && tile_cols == 32, "the tile of mma.sp.m16n8k32");
 
@@ -159,7 +159,9 @@ SPARSEBERT_KERNEL void load_weights(const VnmMatrix& w, std::int64_t strip, std:
   if (chunk >= w.chunks) return;
   const int lane = thread % warp, above = thread / (token_warps * warp) * Shape::tiles;
 #pragma unroll
-  for (int t = 0; t < Shape::tiles; ++t) load_four(w.values + values_place(w, strip, chunk, above + t, lane), to.values[t]);
+  for (int t = 0; t < Shape::tiles; ++t) {
+    load_four(w.values + values_place(w, strip, chunk, above + t, lane), to.values[t]);
+  }
 #pragma unroll
   for (int p = 0; p < Shape::tiles / 2; ++p) {
     to.metadata[p] = w.metadata[metadata_place(w, strip, chunk, above / 2 + p, lane)];
