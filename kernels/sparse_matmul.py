@@ -1,18 +1,50 @@
-"""sparse_matmul for V:2:M on sparse tensor cores (csrc/cuda/sparse_matmul.cu): y = activation(W x + b) + residual."""
+"""sparse_matmul on a GPU: y = activation(W x + b) + residual. Activations are stored by feature, [n, tokens]: a kept
+column is then one row of x in one piece, and the rows of a group may be any rows of W.
+
+Groups of rows that share their columns run by the Triton kernel of this file, V:2:M by sparse tensor cores
+(csrc/cuda/sparse_matmul.cu), and a plain matrix by torch's matmul.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+import triton
+import triton.language as tl
 
 from sparsebert.errors import InputError, UnsupportedError
 from sparsebert.kernels import cuda_core
 from sparsebert.patterns import VNM, require_fits
 
+HEIGHTS = (16, 32, 64)  # rows of a group
+TOKENS = 64  # per program
+# Tensor cores do not multiply float32, which therefore uses more warps and shorter steps. The values were chosen so
+# that no register spills on sm_90, not by timing.
+STEPS = {torch.float32: 16, torch.bfloat16: 32}  # columns that are multiplied at a time
+OPTIONS = {torch.float32: {"num_warps": 8, "num_stages": 3}, torch.bfloat16: {"num_warps": 4, "num_stages": 3}}
+ROWS = 32  # per program of `_finish`
 ACTIVATIONS = ("none", "gelu", "relu", "tanh")  # in the order of csrc/ops.h
 PIECE = 8  # values of bf16 that are copied at once, 16 bytes
-MAX_N_IN = 1 << 16  # column indices are 16 bits wide
+MAX_N_IN = 1 << 16  # column indices of V:2:M are 16 bits wide
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """A weight W [n_out, n_in] on the device, as groups of rows that share one list of kept columns. HEIGHT is one of
+    HEIGHTS.
+
+    rows: int32 [groups, HEIGHT], row numbers of W, -1 if a group has fewer; each row of W occurs once.
+    begin: int32 [groups + 1], start of a group's places in `cols` and `values`.
+    cols: int32 [places], below n_in, in any order; None if every group keeps all columns, in their order.
+    values: float32 or bfloat16 [places, HEIGHT], 0 for a missing row.
+    """
+
+    rows: torch.Tensor
+    begin: torch.Tensor
+    cols: torch.Tensor | None
+    values: torch.Tensor
+    n_out: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,32 +106,71 @@ def pack_vnm(weight: torch.Tensor, pattern: VNM) -> PackedVNM:
 
 def sparse_matmul(
     x: torch.Tensor,
-    weight: PackedVNM,
+    weight: Groups | PackedVNM | torch.Tensor,
     bias: torch.Tensor | None = None,
-    *,
     activation: str = "none",
+    *,
     residual: torch.Tensor | None = None,
+    tokens: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y = activation(W x + b) + residual, with the tokens innermost: x and y are the transposes of what
-    `sparsebert.ops.sparse_matmul.sparse_matmul` takes and gives, so that a kept column of W is a row of x.
+    """y = activation(W x + b) + residual, with sums in float32 and y rounded once.
 
-    x: bfloat16 [n_in, tokens]; rows next to each other if tokens is a multiple of 8, else it is copied once.
-    bias: float32 [n_out]. residual: bfloat16 [n_out, tokens]. All are on the GPU of `weight`.
-    activation: "none", "gelu" (the exact form), "relu" or "tanh".
-    Returns y: bfloat16 [n_out, tokens], a new tensor, whose rows are a multiple of 8 apart. Sums are float32, in an
-    order that depends on nothing but W; y is rounded once. A token's result does not depend on other tokens. inf and
-    NaN of x may also reach rows of W that have a zero there.
-    Raises InputError for a wrong type, shape or device, UnsupportedError if the CUDA kernels are not built, or do not
-    run on this GPU (they need sm_80 or later).
+    x: contiguous [n_in, T], of the weight's dtype; for PackedVNM bfloat16, and copied unless T is a multiple of 8.
+    weight: groups, V:2:M, or W [n_out, n_in], multiplied by torch's matmul. With the first two a token's result is
+    bit-equal whatever the other tokens and their number, and float32 is never rounded to TF32, whatever torch's
+    settings. With W both are up to torch. V:2:M: inf and NaN of x may also reach rows of W that have a zero there.
+    bias: contiguous float32 [n_out]. activation: "none", "gelu" (y Φ(y), the exact form), "relu" or "tanh".
+    residual: contiguous [n_out, T]. tokens: int32 [1] on the device, at most T: only the first so many columns of the
+    result are defined. None: all. Values are loaded and stored several at a time if T is a multiple of 16.
+    Returns out, or a new tensor of x's dtype: contiguous [n_out, T].
+    Raises, for PackedVNM, InputError for a wrong type, shape or device, and UnsupportedError if the CUDA kernels are
+    not built, or do not run on this GPU (they need sm_80 or later).
 
-    Unmeasured: it has not run on a GPU yet, so no op calls it.
+    Unmeasured: it has not run on a GPU yet.
     """
+    if isinstance(weight, PackedVNM):
+        return _vnm(x, weight, bias, activation, residual, out)
+    n_out = weight.n_out if isinstance(weight, Groups) else len(weight)
+    if out is None:
+        out = torch.empty(n_out, x.shape[1], dtype=x.dtype, device=x.device)
+    width = x.shape[1]
+    if not width:
+        return out
+    with torch.cuda.device_of(x):  # a launch goes to the current device
+        if isinstance(weight, Groups):
+            groups, height = weight.rows.shape
+            # Programs of the same tokens follow each other, so that these tokens stay in L2.
+            _product[groups, triton.cdiv(width, TOKENS)](
+                x, weight.rows, weight.begin, weight.cols, weight.values, bias, residual, out, tokens, width,
+                ACTIVATION=activation, HEIGHT=height, TOKENS=TOKENS, STEP=STEPS[x.dtype], **OPTIONS[x.dtype],
+            )  # fmt: skip
+        else:
+            torch.mm(weight, x, out=out)
+            if bias is not None or residual is not None or activation != "none":
+                _finish[triton.cdiv(n_out, ROWS), triton.cdiv(width, TOKENS)](
+                    out, bias, residual, tokens, n_out, width, ACTIVATION=activation, ROWS=ROWS, TOKENS=TOKENS
+                )
+    return out
+
+
+def _vnm(
+    x: torch.Tensor,
+    weight: PackedVNM,
+    bias: torch.Tensor | None,
+    activation: str,
+    residual: torch.Tensor | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """`sparse_matmul` by csrc/cuda/sparse_matmul.cu, whose rows of x and y begin on 16 bytes."""
     _check(x, weight, bias, activation, residual)
     core = cuda_core()
     tokens = x.shape[1]
     stride = -(-tokens // PIECE) * PIECE
     x = _rows_apart(x, stride)
-    y = torch.empty(weight.n_out, stride, dtype=torch.bfloat16, device=x.device)[:, :tokens]
+    y = out
+    if y is None or y.stride(0) % PIECE or y.data_ptr() % 16:
+        y = torch.empty(weight.n_out, stride, dtype=torch.bfloat16, device=x.device)[:, :tokens]
     if residual is not None and residual.stride(1) != 1:
         residual = residual.contiguous()
     with torch.cuda.device_of(x):
@@ -120,14 +191,14 @@ def sparse_matmul(
                 residual=0 if residual is None else residual.data_ptr(),
                 residual_stride=0 if residual is None else residual.stride(0),
                 y=y.data_ptr(),
-                y_stride=stride,
+                y_stride=y.stride(0),
                 stream=torch.cuda.current_stream().cuda_stream,
             )
         except RuntimeError as error:
             raise UnsupportedError(
                 f"sparse_matmul's CUDA kernel cannot run here: {error}", fix="use the engine on the CPU"
             ) from error
-    return y
+    return y.contiguous() if out is None or out is y else out.copy_(y)
 
 
 def _rows_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
@@ -143,8 +214,6 @@ def _rows_apart(x: torch.Tensor, stride: int) -> torch.Tensor:
 def _check(
     x: torch.Tensor, weight: PackedVNM, bias: torch.Tensor | None, activation: str, residual: torch.Tensor | None
 ) -> None:
-    if not isinstance(weight, PackedVNM):
-        raise InputError(f"weight must be packed, got {type(weight).__name__}", fix="pass pack_vnm(weight, pattern)")
     if x.dtype != torch.bfloat16 or x.ndim != 2 or x.shape[0] != weight.n_in:
         raise InputError(
             f"x must be bfloat16 [n_in = {weight.n_in}, tokens], got {x.dtype} {list(x.shape)}",
@@ -171,3 +240,101 @@ def _check(
             f"x, weight, bias and residual must be on one GPU, got {', '.join(sorted(devices))}",
             fix="move them to one GPU",
         )
+
+
+@triton.jit
+def _product(
+    x_ptr,  # [n_in, width]
+    rows_ptr,  # int32 [groups, HEIGHT]; -1: no row
+    begin_ptr,  # int32 [groups + 1]
+    cols_ptr,  # int32 [places], or None: all columns
+    values_ptr,  # [places, HEIGHT], of x's type
+    bias_ptr,  # float32 [n_out], or None
+    residual_ptr,  # [n_out, width], or None
+    out_ptr,  # [n_out, width]
+    tokens_ptr,  # int32 [1], or None: width
+    width,
+    ACTIVATION: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    tokens = width
+    if tokens_ptr is not None:
+        tokens = tl.load(tokens_ptr)
+    first = tl.program_id(1) * TOKENS
+    if first >= tokens:
+        return
+    token = first + tl.arange(0, TOKENS)
+    # Not `tokens`, whose multiples the compiler does not know: it would load and store values one by one.
+    inside = (token < width)[None, :]
+    own = tl.arange(0, HEIGHT)
+    row = tl.load(rows_ptr + tl.program_id(0) * HEIGHT + own)
+    begin, end = tl.load(begin_ptr + tl.program_id(0)), tl.load(begin_ptr + tl.program_id(0) + 1)
+    sums = tl.zeros([HEIGHT, TOKENS], tl.float32)
+    for start in range(begin, end, STEP):
+        place = start + tl.arange(0, STEP)
+        there = place < end
+        if cols_ptr is not None:
+            col = tl.load(cols_ptr + place, mask=there, other=0)
+        else:
+            col = place - begin
+        values = tl.load(
+            values_ptr + place.to(tl.int64)[:, None] * HEIGHT + own[None, :], mask=there[:, None], other=0.0
+        )
+        x = tl.load(x_ptr + col.to(tl.int64)[:, None] * width + token[None, :], mask=there[:, None] & inside, other=0.0)
+        sums = tl.dot(tl.trans(values), x, sums, input_precision="ieee")
+    real = row >= 0
+    if bias_ptr is not None:
+        sums += tl.load(bias_ptr + row, mask=real, other=0.0)[:, None]
+    sums = _activated(sums, ACTIVATION)
+    at = row.to(tl.int64)[:, None] * width + token[None, :]
+    if residual_ptr is not None:
+        sums += tl.load(residual_ptr + at, mask=real[:, None] & inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside)
+
+
+@triton.jit
+def _finish(
+    y_ptr,  # [n_out, width], read and written
+    bias_ptr,  # float32 [n_out], or None
+    residual_ptr,  # [n_out, width], or None
+    tokens_ptr,  # int32 [1], or None: width
+    n_out,
+    width,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = width
+    if tokens_ptr is not None:
+        tokens = tl.load(tokens_ptr)
+    first = tl.program_id(1) * TOKENS
+    if first >= tokens:
+        return
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = first + tl.arange(0, TOKENS)
+    inside = (row < n_out)[:, None] & (token < width)[None, :]
+    at = row.to(tl.int64)[:, None] * width + token[None, :]
+    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + row, mask=row < n_out, other=0.0)[:, None]
+    y = _activated(y, ACTIVATION)
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activated(y, ACTIVATION: tl.constexpr):
+    """The activation of float32 values; NaN stays NaN."""
+    if ACTIVATION == "gelu":
+        return 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
+    if ACTIVATION == "relu":
+        return tl.where(y < 0.0, 0.0, y)
+    if ACTIVATION == "tanh":
+        # exp of a negative number cannot overflow. Off by less than 1e-7, which of a tiny y is not a tiny share.
+        e = tl.exp(-2.0 * tl.abs(y))
+        tanh = (1.0 - e) / (1.0 + e)
+        return tl.where(y < 0.0, -tanh, tanh)
+    return y

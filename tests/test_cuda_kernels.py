@@ -50,7 +50,6 @@ BAD_PRODUCTS = {
         torch.zeros(32, 3), packed()
     ),
     "got torch.bfloat16 [3, 32]": lambda: matmul.sparse_matmul(bf16(3, 32), packed()),
-    "weight must be packed, got Tensor": lambda: matmul.sparse_matmul(bf16(32, 3), bf16(64, 32)),
     "bias must be contiguous float32 [n_out = 64], got torch.float32 [32]": lambda: matmul.sparse_matmul(
         bf16(32, 3), packed(), torch.zeros(32)
     ),

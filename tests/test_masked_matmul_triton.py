@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import require
 from test_masked_matmul import Case, operands, results
-from triton_runs import run_here, usage_on_sm_90
+from triton_runs import prepare_interpreter, run_here, usage_on_sm_90
 
 from sparsebert.ops.masked_matmul import masked_matmul_ref
 
@@ -105,25 +105,10 @@ def test_the_kernels_compile_for_sm_90_and_spill_nothing(compiled, kernel: str, 
     assert usage["REG"] <= 255
 
 
-def dot_of_bfloat16(dot):
-    """The interpreter's dot, repaired: it multiplies the bits of bfloat16 as integers instead of their values."""
-    import numpy as np
-    import triton.language as tl
-
-    def widened(operand):
-        if operand.dtype.scalar == tl.bfloat16:
-            operand.data = (operand.data.astype(np.uint32) << 16).view(np.float32)
-        return operand
-
-    return lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-
-
 def interpret(file: str) -> None:
     from safetensors.torch import save_file
-    from triton.runtime.interpreter import InterpreterBuilder
 
-    InterpreterBuilder.create_dot = dot_of_bfloat16(InterpreterBuilder.create_dot)
-    torch.use_deterministic_algorithms(True)  # which also fills fresh memory with NaN
+    prepare_interpreter()
     found = {}
     for case in CASES:
         for dtype in DTYPES:

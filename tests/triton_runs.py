@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,29 @@ def run_here(script: str, job: str, *args: object, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def prepare_interpreter() -> None:
+    """Fills fresh memory with NaN, and repairs the interpreter's dot, which multiplies the bits of bfloat16 as integers
+    instead of their values.
+    """
+    import numpy as np
+    import torch
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def widened(operand: TensorHandle) -> TensorHandle:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    dot = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
+
+
 def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict, binary: Path) -> dict[str, int]:
-    """Resources that a kernel uses on a GPU of compute capability 9.0: registers, stack, shared memory. types: of the
-    arguments that are not constants. binary: the file that the compiled kernel is written to.
+    """Resources that a kernel uses on a GPU of compute capability 9.0: registers, stack, shared memory; and COPIES, its
+    instructions that copy 16 bytes while it goes on. types: of the arguments that are not constants. binary: the file
+    that the compiled kernel is written to.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -34,8 +55,10 @@ def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict
     # BERT's sizes and torch's addresses are multiples of 16, which a launch tells the compiler.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if types[name] != "constexpr"}
     source = ASTSource(kernel, types, constants, aligned)
-    binary.write_bytes(triton.compile(source, GPUTarget("cuda", 90, 32), options).asm["cubin"])
+    code = triton.compile(source, GPUTarget("cuda", 90, 32), options).asm
+    binary.write_bytes(code["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
     text = subprocess.run([tool, "--dump-resource-usage", binary], capture_output=True, text=True, check=True).stdout
     fields = (field.split(":") for field in text.split(f"Function {kernel.__name__}:")[1].split())
-    return {name: int(value) for name, value in fields if value.isdigit()}
+    used = {name: int(value) for name, value in fields if value.isdigit()}
+    return used | {"COPIES": len(re.findall(r"cp\.async\.cg\.\S*\s.*, (?:0x10|16)\b", code["ptx"]))}

@@ -41,6 +41,7 @@ MOST_GOLDEN_TOKENS = 512
 # summation moves a MiniLM's logits by 2e-6; two orders of magnitude more allow for deeper models and lower ISAs.
 # tests/test_checkpoint.py shows that faults cause far larger differences.
 GOLDEN_TOLERANCE = 5e-4
+PORTABLE = "run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar"  # the fix for logits that differ
 
 
 def golden_texts(max_length: int) -> list[Text]:
@@ -185,12 +186,19 @@ def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | Non
 
 
 def verify_logits(
-    manifest: dict, got: np.ndarray, path: Path, *, dtype: str = "fp32", relative: float = 0.0, mixed: bool = False
+    manifest: dict,
+    got: np.ndarray,
+    path: Path,
+    *,
+    dtype: str = "fp32",
+    relative: float = 0.0,
+    mixed: bool = False,
+    fix: str = PORTABLE,
 ) -> None:
     """Raises CheckpointError unless the logits of the golden texts are the manifest's for this dtype, within its
     tolerance. relative: additional tolerance for arithmetic less exact than float32, as a share of the largest logit.
     mixed: whether some linears are in float32. The logits may then differ by twice as much more as the manifest's of
-    the two dtypes differ by.
+    the two dtypes differ by. fix: of the error.
     """
     found = manifest["golden"]
     want = np.asarray((manifest["int8"] if dtype == "int8" else found)["logits"], dtype=np.float64)
@@ -202,5 +210,5 @@ def verify_logits(
     if not error <= allowed:
         raise CheckpointError(
             f"{path}: golden logits must agree within {allowed:g}, differ by {error:g}",
-            fix="run `sparsebert doctor`, then try SPARSEBERT_ISA=scalar",
+            fix=fix,
         )

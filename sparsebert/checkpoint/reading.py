@@ -241,11 +241,13 @@ class Files:
         dtype: str = "fp32",
         relative: float = 0.0,
         mixed: bool = False,
+        fix: str = manifests.PORTABLE,
     ) -> None:
         """Compares token ids and logits of the manifest's golden texts with those computed now; does nothing without a
         manifest. logits: function from token ids and token types to logits. dtype: int8 has logits of its own.
         relative: additional tolerance for arithmetic less exact than float32, as a share of the largest logit. mixed:
-        whether some linears are in float32 and the others in `dtype`.
+        whether some linears are in float32 and the others in `dtype`. fix: of the error for
+        logits that differ.
         """
         if self.manifest is None:
             return
@@ -253,7 +255,9 @@ class Files:
         ids, types = self.tokenizer.encode(golden["texts"], max_length=self.facts.max_length, truncate=True)
         require_ids(golden["texts"], ids, golden.get("ids", ids), self.directory)
         got = logits(ids, types)
-        manifests.verify_logits(self.manifest, got, self.directory, dtype=dtype, relative=relative, mixed=mixed)
+        manifests.verify_logits(
+            self.manifest, got, self.directory, dtype=dtype, relative=relative, mixed=mixed, fix=fix
+        )
 
 
 def require_finite(logits: np.ndarray, directory: str | Path, first: int = 0) -> None:

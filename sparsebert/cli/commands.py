@@ -467,12 +467,30 @@ def doctor(
     if tune:
         with progress("tune") as update:
             measure(update)
+        _tune_gpu()
     facts = describe()
     if facts["isa"] is not None:
         facts["ns_per_entry"] = asdict(costs(facts["isa"]))
     if not json:
         table("sparsebert doctor", ["", ""], rows_of_machine(facts))
     emit(facts, json)
+
+
+def _tune_gpu() -> None:
+    """Times the forms on the GPU, if there is one on which the engine runs."""
+    from sparsebert.errors import UnsupportedError
+    from sparsebert.machine import version_of
+
+    if "not installed" in (version_of("torch"), version_of("triton")):
+        return
+    from sparsebert.engine import cuda
+
+    try:
+        cuda.require_device()
+    except UnsupportedError:
+        return
+    with progress("tune the GPU") as update:
+        cuda.measure(update)
 
 
 @app.command()

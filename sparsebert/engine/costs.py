@@ -53,8 +53,8 @@ def costs(isa: str) -> Costs:
     """
     isa = _dispatch.kernels_of(isa, ISAS)
     try:
-        stored = _stored()[_machine(isa)]
-        parts = {form: tuple(float(cost) for cost in stored[form]) for form in ("rows", "groups", "int8")}
+        kept = stored()[_machine(isa)]
+        parts = {form: tuple(float(cost) for cost in kept[form]) for form in ("rows", "groups", "int8")}
     except (ValueError, KeyError, TypeError):  # no costs of this machine, or a damaged file
         return SHIPPED[isa]
     sound = all(len(part) == len(TOKENS) and all(0 < cost < math.inf for cost in part) for part in parts.values())
@@ -65,28 +65,39 @@ def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> 
     """Times all forms on every instruction set allowed here, which takes a few seconds, and stores the costs. Raises
     OutputError if there is no place to store them.
     """
-    path = _path()
-    if path is None:
-        raise OutputError("there is no home directory for the costs", fix="set SPARSEBERT_CACHE to a folder")
+    require_place()
     isas = _dispatch.with_kernels(ISAS)
     found = {}
     for done, isa in enumerate(isas):
         progress(done, len(isas))
         found[isa] = _measured(isa)
     progress(len(isas), len(isas))
-    jobs.write(path, json.dumps(_stored() | {_machine(isa): asdict(cost) for isa, cost in found.items()}, indent=1))
+    store({_machine(isa): asdict(cost) for isa, cost in found.items()})
     return found
 
 
-def _stored() -> dict:
-    """The costs that earlier calls of `measure` stored; empty if the file is missing or damaged."""
+def require_place() -> Path:
+    """The file of the stored costs. Raises OutputError if there is no place for it."""
+    path = _path()
+    if path is None:
+        raise OutputError("there is no home directory for the costs", fix="set SPARSEBERT_CACHE to a folder")
+    return path
+
+
+def store(found: dict[str, dict]) -> None:
+    """Keeps measured costs, by the name of what they were measured on; other names keep theirs."""
+    jobs.write(require_place(), json.dumps(stored() | found, indent=1))
+
+
+def stored() -> dict:
+    """The costs that were stored; empty if the file is missing or damaged."""
     path = _path()
     try:
         with open(path or os.devnull, encoding="utf-8") as file:
-            stored = json.loads(file.read(LONGEST))
+            kept = json.loads(file.read(LONGEST))
     except (OSError, ValueError, RecursionError):
         return {}
-    return stored if isinstance(stored, dict) else {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def _path() -> Path | None:

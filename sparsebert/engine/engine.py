@@ -18,12 +18,13 @@ from sparsebert.engine import architectures, cache, inputs
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
 from sparsebert.engine.formats import DTYPES, FORM_DTYPES, explained, has_choice, pack_cheapest
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, shown
+from sparsebert.errors import CheckpointError, InputError, SparsebertWarning, UnsupportedError, shown
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import LINEARS, PackedEncoder, clipped_inputs, sparse_encoder
 from sparsebert.ops.sparse_matmul import Linear, Packed, PackedInt8, sparse_matmul
 
 Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
+DEVICES = ("cpu", "cuda")
 
 
 class Engine:
@@ -58,6 +59,7 @@ class Engine:
         threads: int | None = None,
         batch_invariant: bool = False,
         cached: bool = True,
+        device: str = "cpu",
     ) -> Engine:
         """Loads a model directory and verifies it: every tensor against the manifest, then the golden logits with every
         encoder that the engine may use. The packed form is kept in the user's cache, and later loads map it from there,
@@ -68,22 +70,28 @@ class Engine:
         in config.json is bfloat16 and the processor multiplies it in tiles (amx), as it is fast only there; else fp32,
         and on processors without AVX2. threads: None for the cores this process may use. batch_invariant: use one form
         of every linear for all batches, so that a text's logits have the same bits alone and in any batch; otherwise
-        short batches may use another form than long ones if that is faster. Raises CheckpointError for a damaged
-        directory and UnsupportedError for a model that the engine does not run.
+        short batches may use another form than long ones if that is faster. device: cpu, or cuda for an NVIDIA GPU, see
+        `sparsebert.engine.cuda`. Raises CheckpointError for a damaged directory and UnsupportedError for a model that
+        the engine does not run, or a device that is not here.
         """
         if dtype not in (known := ("auto", *DTYPES)):
             raise InputError(f"dtype must be one of {', '.join(known)}, got {shown(dtype)}", fix="pass one of these")
+        if device not in DEVICES:
+            raise InputError(f"device must be {' or '.join(DEVICES)}, got {shown(device)}", fix="pass one of these")
         settings = {
             "dtype": dtype,
             "threads": None if threads is None else _dispatch.threads(threads),
             "batch_invariant": batch_invariant,
             "cached": cached,
+            "device": device,
         }
+        kind = cls if device == "cpu" else _cuda_engine(settings)
         try:
-            engine = cls._read(directory, settings)
+            engine = kind._read(directory, settings)
         except Changed:  # the model was being replaced, which is done now
-            engine = cls._read(directory, settings)
-        _warn_of_portable_path(engine.dtype)
+            engine = kind._read(directory, settings)
+        if device == "cpu":
+            _warn_of_portable_path(engine.dtype)
         return engine
 
     @classmethod
@@ -98,37 +106,17 @@ class Engine:
         """`load` with the files opened. table: None for this machine's costs. Raises Changed if they are no longer the
         files of the directory.
         """
-        dtype = dtype_of(files, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
-        scales = files.require_scales() if dtype == "int8" else None
-        table = table or costs(_dispatch.isa())
-
-        def forms(weight: np.ndarray, names: tuple[str, ...]) -> tuple[Packed, ...]:
-            grid = None if scales is None else scales.grid(weight, names)
-            return pack_cheapest(weight, table, dtype, grid)
+        dtype, key, forms = cls._plan(files, settings, table)
 
         def make(weights: dict[str, np.ndarray]) -> tuple[PackedEncoder, ...]:
             return architectures.build(weights, files.facts, forms)
 
         def packed(anew: bool) -> tuple[PackedEncoder, ...]:
-            if not settings["cached"]:
-                return make(files.weights)
-            key = {"dtype": dtype} | ({"costs": asdict(table)} if has_choice(dtype) else {})
-            key |= {} if scales is None else {"scales": scales.sha256}
-            return cache.packed(files, key, make, anew=anew)
+            return cache.packed(files, key, make, anew=anew) if settings["cached"] else make(files.weights)
 
         def verified(encoders: tuple[PackedEncoder, ...]) -> Engine:
             engine = cls(encoders[-1:] if settings["batch_invariant"] else encoders, files, settings, dtype)
-            for encoder in dict.fromkeys(engine._encoders):
-                _ = encoder.core  # made now, because making it takes a lock, and a fork would copy the lock
-                # In int8 the cost table may leave some or all linears in float32.
-                rounded = {isinstance(linear.weight, PackedInt8) for linear in encoder.linears}
-                as_made = "fp32" if dtype == "int8" and True not in rounded else dtype
-                files.verify_golden(
-                    partial(engine._run, encoder),
-                    dtype=as_made,
-                    relative=DTYPES[as_made].tolerance,
-                    mixed=as_made == "int8" and False in rounded,
-                )
+            engine._verify(files)
             return engine
 
         try:
@@ -141,6 +129,34 @@ class Engine:
                 return verified(packed(True))  # the packed form may be wrong: make it once more
         finally:
             files.require_same()
+
+    @classmethod
+    def _plan(cls, files: Files, settings: dict, table: Costs | None) -> tuple[str, dict, architectures.Pack]:
+        """The dtype, what besides the files decides the packed form, and the function that packs a weight."""
+        dtype = dtype_of(files, _dispatch.isa()) if settings["dtype"] == "auto" else settings["dtype"]
+        scales = files.require_scales() if dtype == "int8" else None
+        table = table or costs(_dispatch.isa())
+
+        def forms(weight: np.ndarray, names: tuple[str, ...]) -> tuple[Packed, ...]:
+            grid = None if scales is None else scales.grid(weight, names)
+            return pack_cheapest(weight, table, dtype, grid)
+
+        key = {"dtype": dtype} | ({"costs": asdict(table)} if has_choice(dtype) else {})
+        return dtype, key | ({} if scales is None else {"scales": scales.sha256}), forms
+
+    def _verify(self, files: Files) -> None:
+        """Compares the golden logits of each encoder with the manifest's."""
+        for encoder in dict.fromkeys(self._encoders):
+            _ = encoder.core  # made now, because making it takes a lock, and a fork would copy the lock
+            # In int8 the cost table may leave some or all linears in float32.
+            rounded = {isinstance(linear.weight, PackedInt8) for linear in encoder.linears}
+            as_made = "fp32" if self.dtype == "int8" and True not in rounded else self.dtype
+            files.verify_golden(
+                partial(self._run, encoder),
+                dtype=as_made,
+                relative=DTYPES[as_made].tolerance,
+                mixed=as_made == "int8" and False in rounded,
+            )
 
     @classmethod
     def unverified(cls, files: Files, dtype: str) -> Engine:
@@ -305,6 +321,19 @@ class Engine:
                 fix="remove it from the text",
             )
         return flat_ids, flat_types, starts
+
+
+def _cuda_engine(settings: dict) -> type[Engine]:
+    """The engine for GPUs, which alone imports torch and triton. Raises UnsupportedError if it cannot run here."""
+    try:
+        from sparsebert.engine.cuda import CudaEngine, require_device, require_settings
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "triton"):
+            raise
+        raise UnsupportedError(f"device cuda needs {error.name}", fix="pip install 'sparsebert[triton]'") from error
+    require_settings(settings)
+    require_device()
+    return CudaEngine
 
 
 def _warn_of_portable_path(dtype: str) -> None:

@@ -108,6 +108,14 @@ def sparse_encoder(
     bit-equal whatever the other sequences and the number of threads, and in float32 on avx2 and avx512. Raises
     InputError for arrays that break the above, UnsupportedError for an isa this machine cannot run.
     """
+    require_sequences(ids, types, starts, encoder)
+    run = partial(encoder.core.run, isa=_dispatch.isa(isa), threads=_dispatch.threads(threads))
+    logits, hidden, _ = run(ids, types, starts, with_states=states, with_clipped=False)
+    return (logits, hidden) if states else logits
+
+
+def require_sequences(ids: np.ndarray, types: np.ndarray, starts: np.ndarray, encoder: PackedEncoder) -> None:
+    """Raises InputError unless the arrays are what `sparse_encoder` says."""
     for name, array, dtype in (("ids", ids, np.int32), ("types", types, np.int32), ("starts", starts, np.int64)):
         if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 1:
             what = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -127,9 +135,6 @@ def sparse_encoder(
         if array.size and not 0 <= array.min() <= array.max() < limit:
             bad = array.min() if array.min() < 0 else array.max()
             raise InputError(f"{name} must be at least 0 and below {limit}, got {bad}", fix="use the model's tokenizer")
-    run = partial(encoder.core.run, isa=_dispatch.isa(isa), threads=_dispatch.threads(threads))
-    logits, hidden, _ = run(ids, types, starts, with_states=states, with_clipped=False)
-    return (logits, hidden) if states else logits
 
 
 def clipped_inputs(ids: np.ndarray, types: np.ndarray, starts: np.ndarray, encoder: PackedEncoder) -> np.ndarray:

@@ -373,7 +373,7 @@ def pack_groups(weight: np.ndarray, *, whole: bool = False) -> PackedGroups:
     n_out, n_in = weight.shape
     size, tile = _dispatch.core().GROUP_ROWS, _dispatch.core().GROUP_SLICE
     rows, lists, owner, values = [], [], [], []
-    for alike, cols in _alike(np.ones_like(weight, bool) if whole else weight != 0):
+    for alike, cols in rows_alike(np.ones_like(weight, bool) if whole else weight != 0):
         for start in range(0, len(alike), size):
             group = alike[start : start + size]
             part = np.zeros((size, len(cols)), np.float32)
@@ -400,10 +400,10 @@ def pack_groups(weight: np.ndarray, *, whole: bool = False) -> PackedGroups:
 def places_in_groups(weight: np.ndarray) -> int:
     """Number of entries that `pack_groups` stores for a weight, kept ones and empty places. Packs nothing."""
     size = _dispatch.core().GROUP_ROWS
-    return sum(-(-len(rows) // size) * size * len(cols) for rows, cols in _alike(weight != 0))
+    return sum(-(-len(rows) // size) * size * len(cols) for rows, cols in rows_alike(weight != 0))
 
 
-def _alike(support: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def rows_alike(support: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """The rows and the columns of each distinct support in bool [n_out, n_in]."""
     rows: dict[bytes, list[int]] = {}
     for row, key in enumerate(map(bytes, np.packbits(support, axis=1))):
@@ -477,7 +477,7 @@ def _tile_groups(support: np.ndarray, most: int) -> list[tuple[np.ndarray, np.nd
     zero.
     """
     groups, unlike = [], []
-    for rows, cols in _alike(support):
+    for rows, cols in rows_alike(support):
         if len(rows) >= LEAST_ALIKE:
             groups += [(rows[at : at + most], cols) for at in range(0, len(rows), most)]
         else:
