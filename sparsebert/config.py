@@ -199,9 +199,9 @@ class BenchConfig(Settings):
     )
     rivals: str = Field(
         "torch",
-        description="engines to compare with, with commas, of torch, torch-bf16, torch-compile, torch-compile-bf16, "
-        "onnxruntime, onnxruntime-int8, onnxruntime-int8-static, openvino, openvino-bf16, openvino-int8 (by NNCF), "
-        "deepsparse",
+        description="engines to compare with, with commas: none, or of torch, torch-bf16, torch-compile, "
+        "torch-compile-bf16, onnxruntime, onnxruntime-int8, onnxruntime-int8-static, openvino, openvino-bf16, "
+        "openvino-int8 (by NNCF), deepsparse",
     )
     deepsparse_python: str | None = Field(
         None, description="for the rival deepsparse: path of a python that has deepsparse 1.8.0"

@@ -258,6 +258,21 @@ def test_compare_checks_the_output_and_restores_threads(directory):
     assert all(row["ratio_ci"][0] <= row["ratio"] <= row["ratio_ci"][1] for row in rows)
 
 
+def test_another_model_is_timed_in_our_engine_and_its_logits_are_not_compared(directory, tmp_path):
+    dense = saved(tmp_path / "dense")
+    settings = {"rounds": 6, "rivals": "none"}
+    ours, other = time_rivals(directory, *encoded(directory, **settings), vs=dense)["rows"]
+    assert other["engine"] == f"sparsebert, {dense}" and other["sparsity"] == 0 < ours["sparsity"]
+    assert other["p50_ms"] > 0 and other["ratio_ci"][0] <= other["ratio"] <= other["ratio_ci"][1]
+    assert ours["match"] and other["match"] is None and other["error"] is None
+
+
+def test_another_model_must_have_the_same_vocabulary(directory, tmp_path):
+    dense = saved(tmp_path / "other", kind="roberta")
+    with pytest.raises(InputError, match=f"{dense} must have the vocabulary of {directory}"):
+        time_rivals(directory, *encoded(directory, rivals="none"), vs=dense)
+
+
 def test_texts_of_one_length_are_timed(directory):
     texts, config = encoded(directory, seq="40")
     assert [len(text["input_ids"]) for text in texts] == [40] * 5

@@ -381,6 +381,9 @@ def reseal(
 def bench(
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="model directory")] = None,
     *,
+    vs: Annotated[
+        Path | None, option(metavar="DENSE", help="directory of another model, such as the dense one, to time as well")
+    ] = None,
     explain: Annotated[bool, option("--explain", help="also print how each linear is computed, and why")] = False,
     json: Json = False,
     config: BenchConfig,
@@ -401,7 +404,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder, progress("bench") as update:
         if directory is None:
             directory = random_model(config, Path(folder))
-        result = time_rivals(directory, texts_of(directory, config), config, explain=explain, progress=update)
+        result = time_rivals(directory, texts_of(directory, config), config, vs=vs, explain=explain, progress=update)
     if load > cores / 2:
         print(f"warning: this machine was busy (load {load:.1f} on {cores} cores), times will vary", file=sys.stderr)
     if not json:

@@ -161,14 +161,14 @@ def tables_of_timing(result: dict, config: BenchConfig, explain: bool) -> list[t
             f"{row['p99_ms']:.3f}",
             f"{row['seq_per_s']:.0f}",
             ratio_text(row["ratio"], row["ratio_ci"]) if row is not result["rows"][0] else "1",
-            f"{row['error']:.1e}" + ("" if row["match"] else " differs"),
+            "other weights" if row["error"] is None else f"{row['error']:.1e} {'ok' if row['match'] else 'differs'}",
         ]
         for row in result["rows"]
     ]
     texts = "1 text" if config.batch == 1 else f"{config.batch} texts"
     lengths = f"as long as those of {config.task}" if config.seq == "mix" else f"of {config.seq} tokens"
     machine = f"{result['rows'][0]['threads']} threads, {result['machine']['isa']} on {result['machine']['cpu']}"
-    columns = ["engine", "median, ms", "p99, ms", "texts/s", "time / ours [95 %]", "max error"]
+    columns = ["engine", "median, ms", "p99, ms", "texts/s", "time / ours [95 %]", "logits, from torch's"]
     tables = [(f"{texts} per call, {lengths}; {machine}", columns, rows)]
     if explain:
         rows = [

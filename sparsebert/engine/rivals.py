@@ -60,6 +60,7 @@ class Work:
     folder: Path  # for files that rivals read
     deepsparse_python: str | None
     stack: contextlib.ExitStack  # closes what rivals opened
+    calibrate_on: list[dict] | None = None  # like `padded`, for rivals in int8; None for the first of `padded`
 
     @cached_property
     def onnx(self) -> Path:
@@ -90,12 +91,16 @@ class Work:
 
     @property
     def arrays(self) -> list[dict[str, np.ndarray]]:
-        return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in self.padded]
+        return _arrays(self.padded)
 
     @property
     def calibration(self) -> list[dict[str, np.ndarray]]:
         """Batches that rivals in int8 are calibrated on."""
-        return self.arrays[:MOST_CALIBRATION]
+        return _arrays(self.padded[:MOST_CALIBRATION] if self.calibrate_on is None else self.calibrate_on)
+
+
+def _arrays(batches: list[dict]) -> list[dict[str, np.ndarray]]:
+    return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in batches]
 
 
 def _torch(work: Work, bf16: bool = False, compiled: bool = False) -> Call:
@@ -255,8 +260,9 @@ def _required(name: str):
 
 
 def named(rivals: str) -> list[str]:
-    """The rivals of a comma-separated list. Raises InputError for an unknown one."""
+    """The rivals of a comma-separated list, or of none. Raises InputError for an unknown one."""
     names = [name.strip() for name in rivals.split(",") if name.strip()]
+    names = [] if names == ["none"] else names
     for name in names:
         if name not in RIVALS:
             raise InputError(f"rivals must be among {', '.join(RIVALS)}, got {name!r}", fix="correct --rivals")
@@ -268,25 +274,31 @@ def time_rivals(
     encoded: list[dict],
     config: BenchConfig,
     *,
+    vs: str | Path | None = None,
     explain: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict:
     """Times `Engine` and `config.rivals` on the classifier in `directory`: same weights, texts, batches and threads.
 
-    encoded: one dict of token id lists per text, as from `encoders.tokenize`: tokenizing is outside all timings. Rivals
-    get each batch padded to its longest text; their matrices are dense, whatever zeros they hold.
+    vs: another classifier with the same tokens, such as the dense one, which our engine also runs, in the number format
+    that it was made for. encoded: one dict of token id lists per text, as from `encoders.tokenize`: tokenizing is
+    outside all timings. Rivals get each batch padded to its longest text; their matrices are dense, whatever zeros they
+    hold.
     Returns the document that `sparsebert bench` prints: one row per engine, ours first. p50_ms and p99_ms are
     milliseconds per batch. seq_per_s is the median over rounds. ratio is the median over rounds of the engine's time
     over ours, with its 95 % interval (null below 6 rounds). error is the largest difference of a logit from torch's in
-    float32; match says whether the engine's dtype allows that difference. With `explain` also `layers`: how each linear
-    runs, timed. Raises CheckpointError if our logits do not match, and UnsupportedError for a rival that is not
-    installed.
+    float32; match says whether the engine's dtype allows that difference; both are null for `vs`. With `explain` also
+    `layers`: how each linear runs, timed. Raises CheckpointError if our logits do not match, InputError if `vs` has
+    another vocabulary, and UnsupportedError for a rival that is not installed.
     """
     from sparsebert.encoders import collate
 
     threads = _dispatch.threads(config.threads)
     engine = Engine.load(directory, dtype=config.dtype, threads=threads)
+    other = None if vs is None else Engine.load(vs, threads=threads)
     model, tokenizer = checkpoint.load(directory)
+    if vs is not None and checkpoint.load_tokenizer(vs).get_vocab() != tokenizer.get_vocab():
+        raise InputError(f"{vs} must have the vocabulary of {directory}", fix="name the model that it was made from")
     parts = [range(i, min(i + config.batch, len(encoded))) for i in range(0, len(encoded), config.batch)]
     types = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in encoded]
     ragged = [([encoded[i]["input_ids"] for i in rows], [types[i] for i in rows]) for rows in parts]
@@ -296,13 +308,18 @@ def time_rivals(
         work = Work(model, padded, threads, Path(folder), config.deepsparse_python, stack)
         expected = [_torch(work)(i) for i in range(len(parts))]
         calls = {OURS: lambda i: engine.forward(*ragged[i])} | {name: RIVALS[name].prepare(work) for name in names}
+        compared = list(calls)  # the others have weights of their own
+        if other is not None:
+            calls[f"{OURS}, {vs}"] = lambda i: other.forward(*ragged[i])
         dtypes = {OURS: engine.dtype} | {name: RIVALS[name].dtype for name in names}
+        dtypes |= {name: other.dtype for name in calls if name not in compared}
         largest = max(float(np.abs(logits).max()) for logits in expected)
         errors = {
             name: float(np.max([np.abs(call(i) - expected[i]).max() for i in range(len(parts))]))
             for name, call in calls.items()
+            if name in compared
         }
-        allowed = {name: checkpoint.GOLDEN_TOLERANCE + SHARE[dtypes[name]] * largest for name in calls}
+        allowed = {name: checkpoint.GOLDEN_TOLERANCE + SHARE[dtypes[name]] * largest for name in compared}
         if not errors[OURS] <= allowed[OURS]:
             raise CheckpointError(
                 f"{directory}: the engine's logits must match torch's within {allowed[OURS]:g}, "
@@ -311,17 +328,20 @@ def time_rivals(
             )
         timings, batches_s = _in_turn(calls, len(parts), config.rounds, progress)
     rows = []
-    pattern = engine.config.get("sparsebert", {}).get("pattern") or config.pattern
+
+    def pattern_of(of: Engine) -> str:
+        return of.config.get("sparsebert", {}).get("pattern") or config.pattern
+
     for name in calls:
-        ratio = timings.ratio(name, OURS)
+        ratio, of = timings.ratio(name, OURS), other if name not in compared else engine
         rows.append({
-            "engine": name, "dtype": dtypes[name], "pattern": pattern, "sparsity": 1 - engine.density,
+            "engine": name, "dtype": dtypes[name], "pattern": pattern_of(of), "sparsity": 1 - of.density,
             "batch": config.batch, "seq": config.seq, "threads": threads,
             "p50_ms": float(np.percentile(batches_s[name], 50)) * 1e3,
             "p99_ms": float(np.percentile(batches_s[name], 99)) * 1e3,
             "seq_per_s": len(encoded) / timings.median(name),
             "ratio": ratio.value, "ratio_ci": [ratio.low, ratio.high],
-            "error": errors[name], "match": bool(errors[name] <= allowed[name]),
+            "error": errors.get(name), "match": bool(errors[name] <= allowed[name]) if name in errors else None,
         })  # fmt: skip
     return {
         "machine": machine.card(),
