@@ -43,12 +43,14 @@ core = Pybind11Extension(
 )
 
 # Code for A100 and H100/H200, and PTX for what comes after them. The runtime is linked in (nvcc's default), so that the
-# module can be imported without a GPU.
+# module can be imported without a GPU. Stripped and compressed, as it counts in the install without torch.
 CUDA_FLAGS = [
     "-std=c++17",
     "-O3",
     "-gencode=arch=compute_80,code=[sm_80,compute_80]",
     "-gencode=arch=compute_90a,code=sm_90a",
+    "-Xlinker=-s",
+    "-Xfatbin=-compress-all",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
 ]
 

@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -79,22 +79,6 @@ class Texts(NamedTuple):
     ids: list[list[list[int]]]
 
 
-@dataclass(frozen=True)
-class Shared(Work):
-    """The work of rivals, which are prepared once for the batches of all sizes."""
-
-    sentences: list[int]  # numbers of the batches that are not of random words
-
-    @property
-    def calibration(self) -> list[dict[str, np.ndarray]]:
-        """As many batches of sentences as of random words. NNCF averages ranges over batches: with one of sentences
-        among four of random words, its logits of sentences are off by up to half of the largest logit.
-        """
-        arrays, count = self.arrays, len(self.sentences)
-        times = (len(arrays) - count) // count if count else 0
-        return arrays + [arrays[i] for i in self.sentences] * (times - 1)
-
-
 class Clock:
     """Says on stderr what happens when. left: seconds until the minutes are over."""
 
@@ -153,6 +137,15 @@ def to_int8(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return scales
 
 
+def with_more_sentences(padded: list[dict], sentences: list[int]) -> list[dict]:
+    """The batches that rivals in int8 are calibrated on: as many of sentences, whose numbers are given, as of random
+    words. NNCF averages ranges over batches: with one of sentences among four of random words, its logits of sentences
+    are off by up to half of the largest logit.
+    """
+    times = (len(padded) - len(sentences)) // len(sentences) if sentences else 0
+    return padded + [padded[i] for i in sentences] * (times - 1)
+
+
 def prepared(
     model: str, sizes: tuple[Size, ...], rivals: list[str], threads: int, clock: Clock, stack: contextlib.ExitStack
 ) -> tuple[Texts, list[Candidate], dict[str, str]]:
@@ -162,7 +155,9 @@ def prepared(
     texts, dense = batches(source, sizes), random_classifier(model)
     scales, tokenizer = to_int8(dense), checkpoint.load_tokenizer(source)
     sentences = [i for size, numbers in texts.of_size.items() if size.seq == "mix" for i in numbers]
-    work = Shared(dense, texts.padded, threads, folder, None, stack, sentences)
+    work = Work(
+        dense, texts.padded, threads, folder, None, stack, calibrate_on=with_more_sentences(texts.padded, sentences)
+    )
     found: list[Candidate] = []
     for pattern, dtypes in PATTERNS.items():
         clock.say(f"preparing {OURS}, {pattern}")

@@ -92,8 +92,7 @@ def test_a_page_is_named_after_its_processor(monkeypatch):
 def test_rivals_are_calibrated_on_as_many_sentences_as_random_words():
     def numbers(count: int, sentences: list[int]) -> list[int]:
         padded = [{"input_ids": torch.tensor([[i]])} for i in range(count)]
-        work = cpu_report.Shared(None, padded, 1, None, None, None, sentences)
-        return [int(batch["input_ids"][0, 0]) for batch in work.calibration]
+        return [int(batch["input_ids"][0, 0]) for batch in cpu_report.with_more_sentences(padded, sentences)]
 
     assert numbers(5, [4]) == [0, 1, 2, 3, 4, 4, 4, 4]
     assert numbers(2, []) == [0, 1] and numbers(2, [0, 1]) == [0, 1] and numbers(2, [1]) == [0, 1]
