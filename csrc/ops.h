@@ -86,6 +86,7 @@ struct TiledMatrix {
 // A quad: the columns of which one instruction adds up the products.
 constexpr std::int64_t quad_cols = 4;
 constexpr std::int64_t most_int8_rows = 32;  // of a group
+constexpr std::int64_t int8_overrun = 64;    // bytes after the last value that may be read, and do not count
 
 // How values become bytes: value k is trunc(v * inverse[k] + offset[k]), or 0 or 255 beyond; a NaN is 0. `offset` is the
 // byte of zero plus one half, which rounds. All instruction sets give the same bytes.
@@ -104,12 +105,14 @@ struct Int8Matrix {
   const std::int32_t* quads;        // [groups], the group's columns / quad_cols
   const std::uint16_t* cols;        // column indices below n_in; a list is filled up with any column, of weight zero
   const std::int64_t* value_begin;  // [groups], where a group's values begin in `values`
-  const std::int8_t* values;        // per group: [rows / group_slice][quads][group_slice][quad_cols]
+  const std::int8_t* values;        // per group: [rows][quads][quad_cols]; then int8_overrun bytes
   const float* scale;               // [n_out]
   const std::int32_t* start;        // [n_out]
   Quantizer input;                  // [n_in]
   std::int64_t groups;
   std::int64_t most_quads;          // the largest of `quads`
+  std::int64_t entries;             // values
+  std::int64_t tall_entries;        // those in groups of 16 rows or more
 };
 
 enum class Form : int { rows, groups, tiles, int8 };

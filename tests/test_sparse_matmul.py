@@ -541,6 +541,8 @@ def test_the_binding_refuses_what_would_leave_its_memory():
     for name, message in (("scale", "a scale"), ("step", "a step"), ("zero", "a zero"), ("quads", "every group must")):
         with pytest.raises(ValueError, match=message):
             core.int8_linear(*(arrays | {name: arrays[name][1:]}).values(), 40, 70, None, "none")
+    with pytest.raises(ValueError, match="end with INT8_OVERRUN more"):
+        core.int8_linear(*(arrays | {"values": arrays["values"][:-1]}).values(), 40, 70, None, "none")
     heights = arrays["row_begin"].copy()
     heights[1:-1] += 1
     with pytest.raises(ValueError, match="4 to 32 rows"):

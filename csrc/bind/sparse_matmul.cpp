@@ -135,16 +135,18 @@ PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int3
   require_rows(rows, n_out);
   require_cols(cols, n_in);
   require(row_begin.at(0) == 0 && row_begin.at(groups) == rows.size(), "every row must lie in a group");
-  std::int64_t most_quads = 0;
+  std::int64_t most_quads = 0, entries = 0, tall_entries = 0;
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g), width = std::int64_t{quads.at(g)} * quad_cols;
     require(height >= group_slice && height <= most_int8_rows && height % group_slice == 0,
             "a group must have 4 to 32 rows, a multiple of 4");
     require(col_begin.at(g) >= 0 && width >= 0 && col_begin.at(g) + width <= cols.size(),
             "columns of a group must lie in cols");
-    require(value_begin.at(g) >= 0 && value_begin.at(g) + height * width <= values.size(),
-            "values of a group must lie in values");
+    require(value_begin.at(g) >= 0 && value_begin.at(g) + height * width + int8_overrun <= values.size(),
+            "values of a group must lie in values, which end with INT8_OVERRUN more");
     most_quads = std::max<std::int64_t>(most_quads, quads.at(g));
+    entries += height * width;
+    if (height >= 16) tall_entries += height * width;
   }
   Array<std::int32_t> start({n_out});
   Array<float> inverse({n_in}), offset({n_in});
@@ -156,16 +158,13 @@ PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int3
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g);
     const std::int8_t* at = values.data() + value_begin.at(g);
-    for (std::int64_t r = 0; r < height; r += group_slice) {
-      for (std::int64_t q = 0; q < quads.at(g); ++q) {
-        const std::uint16_t* col = cols.data() + col_begin.at(g) + q * quad_cols;
-        for (std::int64_t i = 0; i < group_slice; ++i, at += quad_cols) {
-          const std::int32_t row = rows.at(row_begin.at(g) + r + i);
-          std::int32_t sum = 0;
-          for (std::int64_t k = 0; k < quad_cols; ++k) sum += at[k] * std::int32_t{zero.at(col[k])};
-          if (row >= 0) start.mutable_at(row) -= sum;  // at most 65,536 * 128 * 255 in all, if each row has one group
-        }
+    for (std::int64_t r = 0; r < height; ++r) {
+      const std::int32_t row = rows.at(row_begin.at(g) + r);
+      std::int32_t sum = 0;  // at most 65,536 * 128 * 255 in all, if each row has one group
+      for (std::int64_t k = 0; k < quads.at(g) * quad_cols; ++k, ++at) {
+        sum += *at * std::int32_t{zero.at(cols.at(col_begin.at(g) + k))};
       }
+      if (row >= 0) start.mutable_at(row) -= sum;
     }
   }
   Kept kept;
@@ -173,7 +172,7 @@ PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int3
                      kept.data(quads),       kept.data(cols),   kept.data(value_begin),
                      kept.data(values),      kept.data(scale),  kept.data(start),
                      {kept.data(inverse), kept.data(offset)},   groups,
-                     most_quads};
+                     most_quads,             entries,           tall_entries};
   return linear_of(std::move(kept), w, n_in, n_out, bias, activation);
 }
 
@@ -226,6 +225,7 @@ void bind_sparse_matmul(py::module_& m) {
         py::arg("activation"));
   m.attr("QUAD_COLS") = quad_cols;
   m.attr("MOST_INT8_ROWS") = most_int8_rows;
+  m.attr("INT8_OVERRUN") = int8_overrun;
   m.def("int8_linear", &int8_linear, py::arg("row_begin").noconvert(), py::arg("rows").noconvert(),
         py::arg("col_begin").noconvert(), py::arg("quads").noconvert(), py::arg("cols").noconvert(),
         py::arg("value_begin").noconvert(), py::arg("values").noconvert(), py::arg("scale").noconvert(),

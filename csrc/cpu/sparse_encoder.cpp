@@ -49,13 +49,15 @@ bool mostly_groups(const Encoder& encoder) {
   return groups >= 0;
 }
 
-bool has_int8(const Encoder& encoder) {
+// Of its linears in int8; all zero if it has none.
+Int8Sizes int8_sizes(const Encoder& encoder) {
+  Int8Sizes sizes;
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
     for (const Linear* linear : linears_of(encoder.layers[i])) {
-      if (linear->form == Form::int8) return true;
+      if (linear->form == Form::int8) sizes.add(*linear);
     }
   }
-  return false;
+  return sizes;
 }
 
 // One batch of whole sequences on its way through the layers; T is float or Bf16.
@@ -65,7 +67,8 @@ class Batch {
   Batch(const Encoder& encoder, const Sequences& sequences, cpu::Context context)
       : encoder_(encoder), sequences_(sequences), context_(context) {
     const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
-    if (has_int8(encoder)) int8_ = &int8_kernel(context.isa, tokens);
+    const Int8Sizes sizes = int8_sizes(encoder);
+    if (sizes.rows > 0) int8_ = &int8_kernel(context.isa, tokens, sizes);
     const Isa isa = int8_ != nullptr ? floats_beside(*int8_) : isa_for<T>(context.isa, tokens);
     matmul_ = &sparse_matmul_kernel<T>(isa);
     kernel_ = &encoder_kernel<T>(isa);

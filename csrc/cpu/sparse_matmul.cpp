@@ -38,20 +38,14 @@ std::int64_t entries_in_tiles(const Linear& linear) {
   return sum;
 }
 
-std::int64_t entries_in_int8(const Linear& linear) {
-  const Int8Matrix& w = *linear.int8;
-  std::int64_t sum = 0;
-  for (std::int64_t g = 0; g < w.groups; ++g) sum += (w.row_begin[g + 1] - w.row_begin[g]) * w.quads[g] * quad_cols;
-  return sum;
-}
-
 // In the order of Form.
 constexpr Format formats[] = {
     {false, false, [](const Linear& linear) { return linear.sliced->blocks; },
      [](const Linear& linear) { return linear.sliced->entries * slice_rows; }},
     {false, true, [](const Linear& linear) { return linear.grouped->groups; }, entries_in_groups},
     {true, true, [](const Linear& linear) { return linear.tiled->groups; }, entries_in_tiles},
-    {false, true, [](const Linear& linear) { return linear.int8->groups; }, entries_in_int8},
+    {false, true, [](const Linear& linear) { return linear.int8->groups; },
+     [](const Linear& linear) { return linear.int8->entries; }},
 };
 
 template <typename T>
@@ -64,7 +58,9 @@ void transpose(const TransposeJob<T>& job, void (*task)(const TransposeJob<T>&, 
 template <typename T>
 void multiply_rows(const float* x, std::int64_t tokens, const Linear& linear, cpu::Context context, float* y) {
   const Format& format = format_of(linear);
-  const Int8Kernel* int8 = linear.form == Form::int8 ? &int8_kernel(context.isa, tokens) : nullptr;
+  Int8Sizes sizes;
+  if (linear.form == Form::int8) sizes.add(linear);
+  const Int8Kernel* int8 = linear.form == Form::int8 ? &int8_kernel(context.isa, tokens, sizes) : nullptr;
   const SparseMatmulKernel<T>& kernel =
       sparse_matmul_kernel<T>(int8 != nullptr ? floats_beside(*int8) : isa_for<T>(context.isa, tokens));
   const PanelShape whole = int8 != nullptr ? panel_shape(*int8, tokens) : panel_shape(kernel, tokens, format.groups);
@@ -178,7 +174,7 @@ void sparse_matmul(const float* x, std::int64_t tokens, const Linear& linear, cp
 }
 
 double peak_flops(Isa isa, Form form) {
-  if (form == Form::int8) return peak_flops(int8_kernel(isa, 1024));
+  if (form == Form::int8) return peak_flops(int8_kernel(isa, 1024, {}));
   return form == Form::tiles ? peak_flops(sparse_matmul_kernel<Bf16>(isa)) : peak_flops(sparse_matmul_kernel<float>(isa));
 }
 

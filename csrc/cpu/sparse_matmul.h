@@ -83,8 +83,20 @@ struct Int8Kernel {
 template <typename T>
 const SparseMatmulKernel<T>& sparse_matmul_kernel(Isa isa);
 
-// The kernel for this number of tokens: the narrower of two if that leaves fewer places of a panel empty.
-const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens);
+// What the int8 kernel is chosen by: of one weight, or of all of an encoder.
+struct Int8Sizes {
+  std::int64_t rows = 0, entries = 0, tall_entries = 0;
+
+  void add(const Linear& linear) {
+    rows += linear.n_out;
+    entries += linear.int8->entries;
+    tall_entries += linear.int8->tall_entries;
+  }
+};
+
+// The kernel for this number of tokens: the narrower of two if that leaves fewer places of a panel empty, or costs less
+// than tiles do.
+const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens, const Int8Sizes& sizes);
 // The instruction set of the float32 kernels beside it, and how it cuts tokens.
 Isa floats_beside(const Int8Kernel& kernel);
 PanelShape panel_shape(const Int8Kernel& kernel, std::int64_t tokens);

@@ -11,7 +11,7 @@ PanelShape panel_shape(const Int8Kernel& kernel, std::int64_t tokens) {
   return {tokens, ceil_div(tokens, width), 4, kernel.lanes};
 }
 
-const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens) {
+const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens, const Int8Sizes& sizes) {
   // Weights are read and spread anew for each panel, which costs as much as some 16 tokens.
   const auto cost = [tokens](const Int8Kernel& kernel) {
     const PanelShape shape = panel_shape(kernel, tokens);
@@ -19,6 +19,11 @@ const Int8Kernel& int8_kernel(Isa isa, std::int64_t tokens) {
   };
   const Int8Kernel& wide = int8_kernel_for(isa, false);
   const Int8Kernel& half = int8_kernel_for(isa, true);
+  if (isa == Isa::amx && 2 * sizes.tall_entries > sizes.entries) {
+    // Measured: a panel in tiles costs less than one in half vectors from some 140 kept columns a row on, and always
+    // less than two.
+    return tokens <= panel_shape(half, tokens).width() && sizes.entries < 140 * sizes.rows ? half : wide;
+  }
   return cost(half) < cost(wide) ? half : wide;
 }
 

@@ -106,16 +106,19 @@ inline void load_quad(const std::uint8_t* x, const std::uint16_t* cols, u8 (&qua
   spread(columns, quad);
 }
 
-// Adds up `rows` rows whose weights begin at `values`. right(q, quad) gives quad q of their columns.
+// Adds up `rows` rows of quads of weights. right(q, quad) gives quad q of their columns.
 template <int rows, typename Right>
 inline void add_products(const std::int8_t* values, std::int64_t quads, Right right, i32 (&sums)[rows][4]) {
-  for (std::int64_t q = 0; q < quads; ++q, values += group_slice * quad_cols) {
+  const std::int8_t* row[rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) row[r] = values + r * quads * quad_cols;
+  for (std::int64_t q = 0; q < quads; ++q) {
     u8 quad[4];
     right(q, quad);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
       int word;
-      __builtin_memcpy(&word, values + r * quad_cols, 4);
+      __builtin_memcpy(&word, row[r] + q * quad_cols, 4);
       const i32 weights = splat(word);
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) sums[r][n] = dot(sums[r][n], quad[n], weights);
@@ -124,7 +127,8 @@ inline void add_products(const std::int8_t* values, std::int64_t quads, Right ri
 }
 
 // Finishes one row's sums; `y` is a panel of floats, `bytes` one of bytes.
-inline void finish(const LinearJob<float>& job, std::int64_t row, const i32 (&sums)[4], float* y, std::uint8_t* bytes) {
+[[gnu::always_inline]] inline void finish(const LinearJob<float>& job, std::int64_t row, const i32 (&sums)[4], float* y,
+                                          std::uint8_t* bytes) {
   const float scale = job.linear->int8->scale[row];
   f32 scaled[4];
 #pragma GCC unroll 4
@@ -151,8 +155,8 @@ inline void multiply_rows(const LinearJob<float>& job, std::int64_t group, std::
 #pragma GCC unroll 4
     for (int n = 0; n < 4; ++n) sums[r][n] = start;
   }
-  const std::int64_t tile = row / group_slice * w.quads[group] * group_slice * quad_cols;
-  add_products<rows>(w.values + w.value_begin[group] + tile + row % group_slice * quad_cols, w.quads[group], right, sums);
+  const std::int64_t quads = w.quads[group];
+  add_products<rows>(w.values + w.value_begin[group] + row * quads * quad_cols, quads, right, sums);
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
     if (ids[r] >= 0) finish(job, ids[r], sums[r], y, bytes);
@@ -161,80 +165,29 @@ inline void multiply_rows(const LinearJob<float>& job, std::int64_t group, std::
 
 #if defined(SPARSEBERT_TILES)
 
-// Rows of a tile of weights, and quads in each of them; bytes of the tile.
-constexpr std::int64_t tile_rows = 16, tile_quads = 16, tile_bytes = 1024;
+// Rows of a tile of weights, and quads in each of them.
+constexpr std::int64_t tile_rows = 16, tile_quads = 16;
+static_assert(tile_quads * quad_cols <= int8_overrun, "the last tile of a group may be read beyond its values");
 
-// Words of vectors a and b of which each holds lanes / 4 quads of four rows -> those of rows `first` and `first` + 1.
-template <int first, int... i>
-inline i32 two_rows(i32 a, i32 b, Indices<i...>) {
-  return __builtin_shuffle(a, b, i32{(i % (lanes / 2) * 4 + first + i / (lanes / 2))...});
-}
-
-// The lower, or the upper, halves of two vectors.
-template <int half, int... i>
-inline i32 halves(i32 a, i32 b, Indices<i...>) {
-  return __builtin_shuffle(a, b, i32{(i % (lanes / 2) + half * (lanes / 2) + i / (lanes / 2) * lanes)...});
-}
-
-// Four rows of `lanes` quads: [quads][rows] -> [rows][tile_quads].
-inline void to_rows(const std::int8_t* values, std::int8_t* tile) {
-  typedef Count<lanes>::type all;
-  i32 v[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) v[i] = reinterpret_cast<i32>(load(values + i * vector_bytes));
-  const i32 low[2] = {two_rows<0>(v[0], v[1], all()), two_rows<0>(v[2], v[3], all())};
-  const i32 high[2] = {two_rows<2>(v[0], v[1], all()), two_rows<2>(v[2], v[3], all())};
-  const i32 rows[4] = {halves<0>(low[0], low[1], all()), halves<1>(low[0], low[1], all()),
-                       halves<0>(high[0], high[1], all()), halves<1>(high[0], high[1], all())};
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) store(reinterpret_cast<std::int32_t*>(tile + r * 4 * tile_quads), rows[r]);
-}
-
-// Up to 16 rows of a group -> its tiles, one for each 16 quads, `stride` bytes apart. Rows and quads past the last are
-// zero. values: of the first row; quads: the group's.
-inline void make_tiles(const std::int8_t* values, std::int64_t rows, std::int64_t quads, std::int8_t* tiles,
-                       std::int64_t stride) {
-  constexpr std::int64_t quad_bytes = group_slice * quad_cols;
-  for (std::int64_t q = 0; q < quads; q += tile_quads, tiles += stride) {
-    if (rows < tile_rows) __builtin_memset(tiles, 0, tile_bytes);
-    for (std::int64_t r = 0; r < rows; r += group_slice) {
-      const std::int8_t* from = values + (r * quads + q * group_slice) * quad_cols;
-      for (std::int64_t i = 0; i < tile_quads; i += lanes) {
-        const std::int64_t here = quads - q - i;
-        std::int8_t part[lanes * quad_bytes];
-        if (here < lanes) {
-          __builtin_memset(part, 0, sizeof part);
-          if (here > 0) __builtin_memcpy(part, from + i * quad_bytes, static_cast<std::size_t>(here * quad_bytes));
-        }
-        to_rows(here < lanes ? part : from + i * quad_bytes, tiles + (r * tile_quads + i) * quad_cols);
-      }
-    }
-  }
-}
-
-// Multiplies 16 * `tiles` rows of a group, from `row` on, of which `rows` are there. spread: its columns' quads.
+// Multiplies 16 * `tiles` rows of a group, from `row` on. spread: its columns' quads, and zeros up to a whole tile. They
+// are multiplied by what the last tile of a row reads beyond its quads, of the next row or group.
 template <int tiles>
-inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std::int64_t row, std::int64_t rows,
-                           const std::uint8_t* spread, std::int8_t* left, std::int32_t* sums, float* y,
-                           std::uint8_t* bytes) {
+inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std::int64_t row, const std::uint8_t* spread,
+                           std::int32_t* sums, float* y, std::uint8_t* bytes) {
   const Int8Matrix& w = *job.linear->int8;
-  const std::int64_t quads = w.quads[group], chunks = (quads + tile_quads - 1) / tile_quads;
-  for (std::int64_t t = 0; t < tiles; ++t) {
-    const std::int64_t first = row + t * tile_rows, here = rows - t * tile_rows;
-    make_tiles(w.values + w.value_begin[group] + first * quads * quad_cols, here < tile_rows ? here : tile_rows, quads,
-               left + t * tile_bytes, tiles * tile_bytes);
-  }
+  const std::int64_t quads = w.quads[group], width = quads * quad_cols;
+  const std::int8_t* left = w.values + w.value_begin[group] + row * width;
   for (int pair = 0; pair < 2; ++pair) {
     TileBlock<std::int8_t, tiles> block;
     block.zero();
-    for (std::int64_t c = 0; c < chunks; ++c) {
-      block.step({left + c * tiles * tile_bytes, tile_bytes, 4 * tile_quads},
-                 {spread + (c * tile_quads * 4 + pair * 2) * vector_bytes, vector_bytes, 4 * vector_bytes});
+    for (std::int64_t q = 0; q < quads; q += tile_quads) {
+      block.step({left + q * quad_cols, tile_rows * width, width},
+                 {spread + (q * 4 + pair * 2) * vector_bytes, vector_bytes, 4 * vector_bytes});
     }
     block.store_to(sums + pair * 2 * lanes, tile_rows * 4 * lanes, lanes, 4 * lanes);
   }
   const std::int32_t* ids = w.rows + w.row_begin[group] + row;
-  for (std::int64_t r = 0; r < rows; ++r) {
+  for (std::int64_t r = 0; r < tiles * tile_rows; ++r) {
     if (ids[r] < 0) continue;
     const i32 start = splat(w.start[ids[r]]);
     i32 found[4];
@@ -244,28 +197,23 @@ inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std:
   }
 }
 
-// Where working memory is divided: the quads of a group, its tiles of weights, their sums.
+// Bytes of working memory for the spread quads of a group; the sums of its tiles follow.
 inline std::int64_t spread_bytes(const Int8Matrix& w) {
   return (w.most_quads + tile_quads - 1) / tile_quads * tile_quads * 4 * vector_bytes;
 }
-inline std::int64_t left_bytes(const Int8Matrix& w) {
-  return (w.most_quads + tile_quads - 1) / tile_quads * 2 * tile_bytes;
-}
 constexpr std::int64_t sums_bytes = 2 * tile_rows * 4 * lanes * 4;
 
-inline void multiply_in_tiles(const LinearJob<float>& job, std::int64_t group, std::uint8_t* spread, float* y,
-                              std::uint8_t* bytes) {
-  const Int8Matrix& w = *job.linear->int8;
-  auto* left = reinterpret_cast<std::int8_t*>(spread + spread_bytes(w));
-  auto* sums = reinterpret_cast<std::int32_t*>(left + left_bytes(w));
-  for (std::int64_t row = 0, rows = w.row_begin[group + 1] - w.row_begin[group]; row < rows; row += 2 * tile_rows) {
-    const std::int64_t here = rows - row < 2 * tile_rows ? rows - row : 2 * tile_rows;
-    if (here > tile_rows) {
-      multiply_tiles<2>(job, group, row, here, spread, left, sums, y, bytes);
-    } else {
-      multiply_tiles<1>(job, group, row, here, spread, left, sums, y, bytes);
-    }
-  }
+// Multiplies as many rows of a group as fill tiles, and returns their number.
+inline std::int64_t multiply_in_tiles(const LinearJob<float>& job, std::int64_t group, std::int64_t rows,
+                                      std::uint8_t* spread, float* y, std::uint8_t* bytes) {
+  const std::int64_t quads = job.linear->int8->quads[group];
+  __builtin_memset(spread + quads * 4 * vector_bytes, 0,
+                   static_cast<std::size_t>(-quads & (tile_quads - 1)) * 4 * vector_bytes);
+  auto* sums = reinterpret_cast<std::int32_t*>(spread + spread_bytes(*job.linear->int8));
+  std::int64_t row = 0;
+  for (; rows - row >= 2 * tile_rows; row += 2 * tile_rows) multiply_tiles<2>(job, group, row, spread, sums, y, bytes);
+  for (; rows - row >= tile_rows; row += tile_rows) multiply_tiles<1>(job, group, row, spread, sums, y, bytes);
+  return row;
 }
 
 #endif
@@ -302,17 +250,15 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
           for (int n = 0; n < 4; ++n) store(gathered + (q * 4 + n) * vector_bytes, quad[n]);
         }
       }
+      std::int64_t row = 0;
 #if defined(SPARSEBERT_TILES)
-      if (in_tiles(rows)) {
-        multiply_in_tiles(job, group, gathered, y, bytes);
-        continue;
-      }
+      if (in_tiles(rows)) row = multiply_in_tiles(job, group, rows, gathered, y, bytes);
 #endif
       const auto right = [&](std::int64_t q, u8(&quad)[4]) {
 #pragma GCC unroll 4
         for (int n = 0; n < 4; ++n) quad[n] = load(gathered + (q * 4 + n) * vector_bytes);
       };
-      for (std::int64_t row = 0; row < rows; row += rows_at_once) {
+      for (; row < rows; row += rows_at_once) {
         multiply_rows<rows_at_once>(job, group, row, right, y, bytes);
       }
     }
@@ -322,7 +268,7 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
 #if defined(SPARSEBERT_TILES)
 
 std::int64_t work_bytes(const LinearJob<float>& job) {
-  return spread_bytes(*job.linear->int8) + left_bytes(*job.linear->int8) + sums_bytes;
+  return spread_bytes(*job.linear->int8) + sums_bytes;
 }
 
 constexpr std::int64_t saturated_ops = 2 * 4 * 16 * 16 * 4 * lanes;

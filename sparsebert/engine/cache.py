@@ -33,7 +33,7 @@ from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import EncoderLayer, PackedEncoder
 from sparsebert.ops.sparse_matmul import Linear, PackedGroups, PackedInt8, PackedRows, PackedTiles
 
-FORMAT_VERSION = 5  # of the files and of the packed forms in them
+FORMAT_VERSION = 6  # of the files and of the packed forms in them
 _ROOT = 0  # the user who may write anywhere
 LEFT_BEHIND = 3600.0  # seconds after which no process still writes to a temporary file
 Encoders = tuple[PackedEncoder, ...]
@@ -228,7 +228,7 @@ def _layout() -> list[int]:
     """The core's constants that decide the layout of packed forms."""
     core = _dispatch.core()
     return [core.GROUP_ROWS, core.GROUP_SLICE, core.SLICE_ROWS, core.BLOCK_ROWS, core.SLAB_COLS, core.TILE_ROWS,
-            core.TILE_COLS, core.QUAD_COLS]  # fmt: skip
+            core.TILE_COLS, core.QUAD_COLS, core.INT8_OVERRUN]  # fmt: skip
 
 
 _CLASSES = {

@@ -257,7 +257,7 @@ class PackedInt8:
     rows: int32, row numbers of W, -1 if a group has fewer; each row of W occurs once.
     col_begin: int64 [groups], start of a group's columns in `cols`; groups may share a list. quads: int32 [groups].
     cols: uint16, below n_in; a list is filled up to whole quads with its last column, there with zero weights.
-    value_begin: int64 [groups], start in `values`: int8 [rows / GROUP_SLICE, quads, GROUP_SLICE, QUAD_COLS].
+    value_begin: int64 [groups], start in `values`: int8 [rows, quads, QUAD_COLS]. INT8_OVERRUN zeros end `values`.
     scale, step, zero: as in Quantized.
 
     `pack_int8` makes one. Raises InputError if the arrays break these rules.
@@ -517,7 +517,6 @@ def pack_int8(quantized: Quantized) -> PackedInt8:
         block = np.zeros((rows, len(filled)), np.int8)
         here = values[first : first + rows]
         block[: len(here), : len(cols)] = here[:, cols]
-        block = block.reshape(rows // core.GROUP_SLICE, core.GROUP_SLICE, quads, core.QUAD_COLS).transpose(0, 2, 1, 3)
         parts["rows"].append(np.pad(np.arange(first, first + len(here)), (0, rows - len(here)), constant_values=-1))
         parts["begin"].append(lists[key])
         parts["quads"].append(quads)
@@ -532,7 +531,7 @@ def pack_int8(quantized: Quantized) -> PackedInt8:
         quads=np.array(parts["quads"], np.int32),
         cols=np.concatenate([nothing, *parts["cols"]]).astype(np.uint16),
         value_begin=np.array(parts["value"], np.int64),
-        values=np.concatenate([nothing, *parts["values"]]).astype(np.int8),
+        values=np.concatenate([*parts["values"], np.zeros(core.INT8_OVERRUN, np.int8)]),
         scale=quantized.scale,
         step=quantized.step,
         zero=quantized.zero,
@@ -638,11 +637,7 @@ def _unpack_int8(weight: PackedInt8, dense: np.ndarray) -> np.ndarray:
     for g, quads in enumerate(weight.quads):
         rows = weight.rows[weight.row_begin[g] : weight.row_begin[g + 1]]
         cols = weight.cols[weight.col_begin[g] :][: quads * core.QUAD_COLS]
-        block = weight.values[weight.value_begin[g] :][: len(rows) * len(cols)]
-        block = block.reshape(len(rows) // core.GROUP_SLICE, quads, core.GROUP_SLICE, core.QUAD_COLS).transpose(
-            0, 2, 1, 3
-        )
-        block = block.reshape(len(rows), len(cols))
+        block = weight.values[weight.value_begin[g] :][: len(rows) * len(cols)].reshape(len(rows), len(cols))
         at_rows, at_cols = np.nonzero(block)  # entries that fill up a list are zero
         dense[rows[at_rows], cols[at_cols]] = block[at_rows, at_cols]
     return weight.scale[:, None] * dense / weight.step
