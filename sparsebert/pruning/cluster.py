@@ -25,16 +25,16 @@ def row_groups(weight: torch.Tensor, h: torch.Tensor, pattern: Grouped, sparsity
     smallest (an assignment problem). Stops when a round gains less than ENOUGH.
     """
     groups = len(weight) // pattern.rows
-    order = torch.arange(len(weight)).view(pattern.rows, groups).T.flatten()
+    order = torch.arange(len(weight), device=weight.device).view(pattern.rows, groups).T.flatten()
     chosen, best = order, float("inf")
     for _ in range(ROUNDS):
         keep = admm_prune(weight[order].contiguous(), h, pattern, sparsity, iterations=QUICK)
-        losses = row_losses(weight, h, keep[:: pattern.rows])
+        losses = row_losses(weight, h, keep[:: pattern.rows]).cpu()
         group = assigned(-losses.numpy(), pattern.rows)
         loss = float(losses[torch.arange(len(weight)), torch.from_numpy(group)].sum())
         if loss > best * (1 - ENOUGH):
             break
-        chosen = order = torch.from_numpy(np.argsort(group, kind="stable"))
+        chosen = order = torch.from_numpy(np.argsort(group, kind="stable")).to(weight.device)
         best = loss
     return chosen
 
