@@ -229,7 +229,10 @@ def at_work_on(device: torch.device) -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=gpus):
             yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # The second is what cuBLAS and cuSOLVER say.
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
         raise UnsupportedError(
             f"{gpu_name(device)} has too little memory for this: {first_line(error)}",
             fix=f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
