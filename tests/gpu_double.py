@@ -133,13 +133,24 @@ def as_gpu() -> Iterator[Counter[str]]:
             yield waits
 
 
+@contextmanager
+def as_real_gpu() -> Iterator[Counter[str]]:
+    """A context in which `to_gpu` puts tensors on a real GPU. What it yields stays empty: nothing is counted there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_REAL, "gpu", True)
+        yield Counter()
+
+
+_REAL = {"gpu": False}
+
+
 def to_gpu(tensor: torch.Tensor) -> torch.Tensor:
-    return OnGpu(tensor.clone())
+    return tensor.cuda() if _REAL["gpu"] else OnGpu(tensor.clone())
 
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor on the CPU, which is not counted."""
-    return tensor.own.detach().clone() if isinstance(tensor, OnGpu) else tensor
+    return tensor.own.detach().clone() if isinstance(tensor, OnGpu) else tensor.cpu()
 
 
 def _masked_lstsq(target, h, mask, *, rows=None, complement=False):

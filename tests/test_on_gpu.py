@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from conftest import require
-from gpu_double import GPU, as_gpu, to_cpu, to_gpu
+from gpu_double import GPU, as_gpu, as_real_gpu, to_cpu, to_gpu
 from models import classifier, saved, tokenizer
 from test_admm_prune import PATTERNS, error, problem, separated
 from test_gram import SHAPES as MOMENTS
@@ -35,7 +35,7 @@ from sparsebert.kernels import gram as gram_kernel
 from sparsebert.ops import admm_prune as admm_op
 from sparsebert.ops import gram as gram_op
 from sparsebert.ops.admm_prune import admm_path, admm_prune
-from sparsebert.ops.gram import gram, gram_ref
+from sparsebert.ops.gram import Moments, gram, gram_ref
 from sparsebert.ops.masked_lstsq import masked_lstsq, masked_lstsq_ref
 from sparsebert.ops.masked_matmul import masked_matmul
 from sparsebert.ops.obs_prune import obs_prune, obs_prune_ref, obs_sweep
@@ -53,9 +53,22 @@ MR = data.load(data.get_task("mr"), "train")
 
 
 @pytest.fixture
-def gpu():
+def double():
     with as_gpu() as waits:
         yield waits
+
+
+@pytest.fixture(params=["double", "cuda"])
+def gpu(request):
+    """The double, and a GPU if there is one, where nothing is counted."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            require("cuda", "torch sees no CUDA device")
+        with as_real_gpu() as waits:
+            yield waits
+    else:
+        with as_gpu() as waits:
+            yield waits
 
 
 def triton_is_here() -> None:
@@ -65,18 +78,18 @@ def triton_is_here() -> None:
         require("triton", "triton is not installed")
 
 
-def test_the_double_is_as_strict_as_a_gpu(gpu):
+def test_the_double_is_as_strict_as_a_gpu(double):
     a = to_gpu(torch.ones(3, 4))
     assert a.is_cuda and a.device == GPU and (a @ a.T).is_cuda and torch.zeros(2, device=a.device).is_cuda
     with pytest.raises(RuntimeError, match="on cuda:0 and on the CPU"):
         a + torch.ones(3, 4)
     with pytest.raises((RuntimeError, TypeError)):
         a.numpy()
-    assert not gpu
+    assert not double
     a.sum().item()
     a.cpu()
     a[a > 0]
-    assert gpu.total() == 3
+    assert double.total() == 3
     a[1].mul_(5.0)
     assert to_cpu(a)[:, 0].tolist() == [1.0, 5.0, 1.0]
 
@@ -113,7 +126,7 @@ def test_pattern_mask_is_the_cpus_and_waits_once(gpu, name, sparsity, per_row):
     x = torch.randn(32, 176, generator=torch.Generator().manual_seed(0)).square()
     got = pattern_mask(to_gpu(x), parse(name), sparsity, per_row=per_row)
     assert torch.equal(to_cpu(got), pattern_mask(x, parse(name), sparsity, per_row=per_row))
-    assert gpu.total() == 1
+    assert gpu.total() <= 1
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -127,7 +140,7 @@ def test_gram_matches_the_reference(gpu, monkeypatch, tokens, weighted):
         given = [None if part is None else to_gpu(part) for part in (x, y, weights)]
         gpu.clear()
         moments = gram(*given)
-        assert gpu.total() == 1 and moments.sum_xx.is_cuda and moments.shift_y.is_cuda
+        assert gpu.total() <= 1 and moments.sum_xx.is_cuda and moments.shift_y.is_cuda
         check_moments(on_cpu(moments), expected)
         check_moments(on_cpu(gram(given[0], None, given[2])), (expected[0], None))
         w = torch.ones(tokens, dtype=torch.float64) if weights is None else weights.double()
@@ -136,10 +149,8 @@ def test_gram_matches_the_reference(gpu, monkeypatch, tokens, weighted):
 
 def on_cpu(moments):
     """The same moments on the CPU."""
-    copy = type(moments)(**vars(moments))
-    for name, value in vars(moments).items():
-        setattr(copy, name, to_cpu(value))
-    return copy
+    parts = {name: to_cpu(v) if isinstance(v, torch.Tensor) else v for name, v in vars(moments).items()}
+    return Moments(**parts)
 
 
 def test_gram_adds_batches_and_drops_tokens_of_weight_zero(gpu):
@@ -160,7 +171,7 @@ def test_gram_adds_batches_and_drops_tokens_of_weight_zero(gpu):
 def test_gram_names_what_is_wrong_and_changes_nothing(gpu):
     x, y = random_tokens(300, 7), random_tokens(300, 3, seed=1)
     moments = gram(to_gpu(x), to_gpu(y))
-    before = {name: to_cpu(value) for name, value in vars(on_cpu(moments)).items()}
+    before = vars(on_cpu(moments))
     y[299, 2] = torch.nan
     negative = torch.ones(300)
     negative[5] = -1.0
@@ -318,7 +329,7 @@ def test_masked_matmul_calls_its_kernels_and_never_waits(gpu, case):
     assert not gpu
     for name, value in expected.items():
         assert got[name].is_cuda
-        torch.testing.assert_close(to_cpu(got[name]), value)
+        torch.testing.assert_close(to_cpu(got[name]), value, rtol=1e-5, atol=1e-5)
 
 
 @functools.cache
@@ -328,8 +339,8 @@ def calibration(tokens: int = 1500):
 
 @pytest.fixture
 def in_float32(monkeypatch):
-    """A tenth of the distillation, and float32 products on both devices, whatever is fast here."""
-    for name, value in {"STEPS": 30, "CHECK_EVERY": 5, "BATCH": 32}.items():
+    """Little distillation, and float32 products on both devices, whatever is fast here."""
+    for name, value in {"STEPS": 12, "CHECK_EVERY": 4, "BATCH": 32}.items():
         monkeypatch.setattr(f"sparsebert.pruning.distillation.{name}", value)
     for part in ("sparsebert.encoders", "sparsebert.training.loop"):
         monkeypatch.setattr(f"{part}.bf16_is_fast", lambda device=None: False)
@@ -370,23 +381,23 @@ def pruned(settings: dict, device: str):
     return model, result
 
 
-def pruned_on_gpu(gpu, monkeypatch, settings: dict, allowed: int):
+def pruned_on_gpu(double, monkeypatch, settings: dict, allowed: int):
     """`pruned`, after a check of how often the host has waited."""
     calls = []
     with monkeypatch.context() as patch:
         patch.setattr(stages, "gram", lambda *given, **more: calls.append(1) or gram(*given, **more))
-        gpu.clear()
+        double.clear()
         model, result = pruned(settings, "cuda")
     back = len(list(model.parameters())) + len(list(model.buffers()))
-    assert gpu.total() <= len(calls) + back + 12 * allowed
+    assert double.total() <= len(calls) + back + 12 * allowed
     return model, result
 
 
 @pytest.mark.parametrize(("settings", "allowed"), EXACT, ids=named)
-def test_pruning_gives_the_cpus_weights_and_seldom_waits(gpu, monkeypatch, settings, allowed):
+def test_pruning_gives_the_cpus_weights_and_seldom_waits(double, monkeypatch, settings, allowed):
     triton_is_here()
     expected, told = pruned(settings, "cpu")
-    model, result = pruned_on_gpu(gpu, monkeypatch, settings, allowed)
+    model, result = pruned_on_gpu(double, monkeypatch, settings, allowed)
     assert result.density == told.density
     assert_close(model, expected)
 
@@ -402,12 +413,12 @@ def assert_close(model, expected, atol: float = 1e-5) -> None:
 
 @pytest.mark.parametrize(("settings", "allowed"), ITERATED, ids=named)
 def test_pruning_by_iterations_gives_the_weights_of_the_same_sums_on_the_cpu(
-    gpu, in_float32, monkeypatch, settings, allowed
+    double, in_float32, monkeypatch, settings, allowed
 ):
     """ADMM's iterations amplify the last digits of sums in another order. So the CPU takes the GPU's order here, and
     what is compared is everything else. That the sums are right is tested above.
     """
-    model, result = pruned_on_gpu(gpu, monkeypatch, settings, allowed)
+    model, result = pruned_on_gpu(double, monkeypatch, settings, allowed)
     monkeypatch.setattr(stages, "gram", lambda x, y, weights, into: gram_op._on_gpu(x, y, weights, into))
     monkeypatch.setattr(admm_op, "_Run", lambda b0, hn, threads, isa: admm_kernel.Iterations(b0, hn))
     expected, told = pruned(settings, "cpu")
@@ -416,7 +427,7 @@ def test_pruning_by_iterations_gives_the_weights_of_the_same_sums_on_the_cpu(
 
 
 @pytest.mark.parametrize("tier", [0, 1])
-def test_pruning_by_iterations_gives_a_model_as_near_to_the_dense_one_as_the_cpus(gpu, in_float32, tier):
+def test_pruning_by_iterations_gives_a_model_as_near_to_the_dense_one_as_the_cpus(double, in_float32, tier):
     """Other weights are kept, as between two instruction sets of the CPU, and serve as well."""
     dense = distillation.logits_of(classifier(), calibration().batches)
     problem = problem_of(classifier().config.to_dict())
@@ -429,7 +440,7 @@ def test_pruning_by_iterations_gives_a_model_as_near_to_the_dense_one_as_the_cpu
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_training_takes_the_cpus_steps_and_seldom_waits(gpu, in_float32, masked):
+def test_training_takes_the_cpus_steps_and_seldom_waits(double, in_float32, masked):
     examples = MR.take(range(32))
     rows = encoders.tokenize(tokenizer(), examples, 64)
     kept, losses = {}, {}
@@ -437,12 +448,12 @@ def test_training_takes_the_cpus_steps_and_seldom_waits(gpu, in_float32, masked)
         model = classifier(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).to(device)
         hook = MaskTraining(model, parse("unstructured"), 0.5, gradual=0.0, update_every=0.5) if masked else Hook()
         run = TrainingLoop(model, TrainConfig(steps=4, batch_size=8), 4, hook=hook)
-        gpu.clear()
+        double.clear()
         for step in range(4):
             own = range(8 * step, 8 * step + 8)
             targets = Targets(torch.from_numpy(examples.labels))[list(own)]
             run.advance(encoders.collate(tokenizer(), rows, own), targets)
-        waited = gpu.total()
+        waited = double.total()
         run.finish()
         hook.fold()
         losses[device] = run.losses
@@ -515,7 +526,7 @@ def test_least_squares_need_the_compiled_kernels(monkeypatch):
             device_of(PruneConfig(method=method, device="cuda"))
 
 
-def test_too_little_memory_is_one_line_and_the_model_is_back_where_it_was(gpu, monkeypatch):
+def test_too_little_memory_is_one_line_and_the_model_is_back_where_it_was(double, monkeypatch):
     def greedy(model, *_):
         assert next(model.parameters()).is_cuda
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nGPU 0 has 16 GiB")
@@ -539,7 +550,7 @@ def test_a_command_without_a_gpu_says_so_and_writes_nothing(tmp_path, capsys, mo
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_the_device_is_part_of_a_runs_key(tmp_path, gpu):
+def test_the_device_is_part_of_a_runs_key(tmp_path, double):
     source = saved(tmp_path / "m")
 
     def job(device: str, method: str):
@@ -553,7 +564,7 @@ def test_the_device_is_part_of_a_runs_key(tmp_path, gpu):
         assert found == {"auto": "cuda sm_90", "cpu": "cpu", "cuda": "cuda sm_90"}
 
 
-def test_other_errors_of_a_gpu_are_not_taken_for_too_little_memory(gpu):
+def test_other_errors_of_a_gpu_are_not_taken_for_too_little_memory(double):
     for message, kind in {"CUBLAS_STATUS_ALLOC_FAILED": UnsupportedError, "misaligned address": RuntimeError}.items():
         with pytest.raises(kind, match=message), machine.at_work_on(GPU):
             raise RuntimeError(f"CUDA error: {message}")
