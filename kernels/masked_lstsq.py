@@ -11,12 +11,18 @@ from sparsebert.kernels import cuda_core
 
 
 def masked_lstsq(
-    target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, *, complement: bool = False
+    target: torch.Tensor,
+    h: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    rows: torch.Tensor | None = None,
+    complement: bool = False,
 ) -> torch.Tensor:
     """`sparsebert.ops.masked_lstsq.masked_lstsq` without a row_metric: H_SS v_S = t_S for each row's support S.
 
     target: T, float64 [rows, n_in]. h: H, float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
     mask: bool [rows, n_in], True = kept; a row may be empty. All are contiguous and on one GPU.
+    rows: int64, the rows to solve, at least one; the others of V are zero. None: all.
     complement: solves for the removed columns instead, which is cheaper if a row keeps more than half of them. target
     is then W* = T H⁻¹, and h is H⁻¹, of which both halves are read.
     Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support share one factorisation, by
@@ -26,13 +32,15 @@ def masked_lstsq(
     naming row and pivot, for which the host waits for the GPU. Raises UnsupportedError if the CUDA kernels are not
     built, or do not run on this GPU.
 
-    Unmeasured: it has not run on a GPU yet, so no op calls it.
+    It has not run on a GPU yet.
     """
     _check(target, h, mask)
     core = cuda_core()
     mask = mask.view(torch.uint8) != 0  # a bool may hold any byte
     v = target.new_zeros(target.shape)
-    groups = groups_of(mask, complement)
+    groups = groups_of(mask if rows is None else mask[rows], complement)
+    if rows is not None:
+        groups = groups._replace(rows=rows[groups.rows.long()].to(torch.int32))
     count = len(groups.row_ptr) - 1
     failed = torch.empty(count, dtype=torch.int64, device=v.device)
     with torch.cuda.device_of(v):
@@ -80,17 +88,29 @@ class Groups(NamedTuple):
     g: int  # the most rows of a group
 
 
+class Supports(NamedTuple):
+    """The distinct supports of a mask's rows."""
+
+    supports: torch.Tensor  # bool [count, n_in]
+    group_of: torch.Tensor  # int64 [rows], the support of each row
+    sizes: torch.Tensor  # int64 [count], the number of rows of each
+
+
+def supports_of(mask: torch.Tensor) -> Supports:
+    """The supports of a mask, bool [rows, n_in]. The host waits for the GPU, as their number is not known."""
+    return Supports(*mask.unique(dim=0, return_inverse=True, return_counts=True))
+
+
 def groups_of(mask: torch.Tensor, complement: bool) -> Groups:
     """The groups of a mask, bool [rows, n_in]."""
-    supports, group_of = mask.unique(dim=0, return_inverse=True)
+    supports, group_of, counts = supports_of(mask)
     sizes = (~supports if complement else supports).sum(1)
     order = sizes.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)
-    of_row = rank[group_of]
-    counts = of_row.bincount(minlength=len(order))
-    row_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Groups(of_row.argsort(stable=True).to(torch.int32), row_ptr, int(sizes.max()), int(counts.max()))
+    row_ptr = torch.cat([counts.new_zeros(1), counts[order].cumsum(0)])
+    largest, most = torch.stack([sizes.max(), counts.max()]).tolist()
+    return Groups(rank[group_of].argsort(stable=True).to(torch.int32), row_ptr, largest, most)
 
 
 def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> None:

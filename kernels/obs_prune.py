@@ -1,4 +1,6 @@
-"""obs_sweep on a GPU: SparseGPT's column sweep, with one launch per block of columns for the recurrence."""
+"""obs_sweep on a GPU: SparseGPT's column sweep in Triton, with one launch per block of columns for the recurrence. And
+the `removals` of exact OBS, in products of torch.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsebert.errors import UnsupportedError
+from sparsebert.kernels import require_full_float32
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, zeros_in
 
 # Rows and weights per program. 8 rows are two per warp, so that the work on one hides the shuffles of the other, and
@@ -14,6 +16,9 @@ from sparsebert.patterns import VNM, Grouped, NofM, Pattern, zeros_in
 # registers in float64: at most 239 of 255 registers on sm_90, compiled by Triton 3.4 to 3.9, for blocks of up to 512
 # columns and v up to 128.
 ROWS, WEIGHTS = 8, 4096
+# In `removals`: the downdates of an inverse that wait to be made at once, as one product; and the max number of float64
+# values in the inverses of all groups that are worked on together, 2 GiB.
+DOWNDATES, INVERSES = 64, 1 << 28
 
 
 def obs_sweep(
@@ -31,11 +36,8 @@ def obs_sweep(
     Returns V, of the weight's shape and dtype, zero where removed; the host does not wait for the device. Raises
     UnsupportedError for float32 if torch may round a matmul's factors to TF32.
     """
-    if weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        raise UnsupportedError(
-            "obs_sweep in float32 needs full float32 matmuls, torch.backends.cuda.matmul.fp32_precision is 'tf32'",
-            fix="set it to 'ieee', or pass float64",
-        )
+    if weight.dtype == torch.float32:
+        require_full_float32("obs_sweep in float32", instead="pass float64")
     w, u = weight.detach().clone(memory_format=torch.contiguous_format), u.triu()
     rows, n_in = w.shape
     block, constants = _plan(pattern, block)
@@ -102,6 +104,67 @@ def _lowest(scores: torch.Tensor, before: int, pattern: Pattern, sparsity: float
     lowest = sums.flatten().argsort(stable=True)[:count]
     gone = torch.zeros(groups * cols, dtype=torch.bool, device=scores.device).index_fill_(0, lowest, True)
     return gone.view(groups, cols).repeat_interleave(size, 0)
+
+
+def removals(
+    weight: torch.Tensor, inverse: torch.Tensor, size: int, bank: int, bank_most: int, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `steps` removals of exact OBS of every `size` consecutive rows, which lose whole columns: columns int64
+    [groups, steps], losses float64 [groups, steps]. Each removes the open column p with the lowest sum of w_p² /
+    [H⁻¹]_pp over the rows, of equal ones the lowest p. The host does not wait for the device.
+
+    weight: W*, float64 [rows, n_in]. inverse: H⁻¹, float64 [n_in, n_in], symmetric. bank, bank_most: of every `bank`
+    columns at most `bank_most` are removed; bank 0: of all. Losses that are not finite show that H⁻¹ has lost its
+    positive definiteness.
+    """
+    n_in = weight.shape[1]
+    groups = weight.reshape(-1, size, n_in).split(max(1, INVERSES // n_in**2))
+    found = [_removals(part, inverse, bank, bank_most, steps) for part in groups]
+    order, losses = (torch.cat(part) for part in zip(*found, strict=True))
+    return order, losses
+
+
+def _removals(
+    weight: torch.Tensor, inverse: torch.Tensor, bank: int, bank_most: int, steps: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`removals` of groups that are worked on together; weight: [groups, size, n_in]."""
+    w, (groups, _, n_in) = weight.clone(), weight.shape
+    base = inverse.expand(groups, n_in, n_in)  # with all downdates but those in `factors`
+    diagonal = inverse.diagonal().repeat(groups, 1)
+    factors = w.new_zeros(groups, DOWNDATES, n_in)
+    gone = torch.zeros(groups, n_in, dtype=torch.bool, device=w.device)
+    order = torch.zeros(groups, steps, dtype=torch.int64, device=w.device)
+    losses = w.new_zeros(groups, steps)
+    for step in range(steps):
+        made = step % DOWNDATES
+        if step and not made:
+            base = torch.baddbmm(base, factors.transpose(1, 2), factors, alpha=-1)
+        scores = (w.square().sum(1) / diagonal).masked_fill(_closed(gone, bank, bank_most), torch.inf)
+        losses[:, step], p = scores.min(1)
+        order[:, step] = p
+        # Column p of the inverse, [groups, n_in].
+        across = base.gather(1, p[:, None, None].expand(-1, 1, n_in))[:, 0]
+        if made:
+            some = factors[:, :made]
+            at_p = some.gather(2, p[:, None, None].expand(-1, made, 1))
+            across = across - (at_p.transpose(1, 2) @ some)[:, 0]
+        pivot = across.gather(1, p[:, None])
+        w_p = w.gather(2, p[:, None, None].expand(-1, w.shape[1], 1))
+        w -= w_p / pivot[:, None] * across[:, None]
+        factor = across / pivot.sqrt()
+        factors[:, made] = factor
+        diagonal -= factor.square()
+        gone.scatter_(1, p[:, None], True)
+        w.masked_fill_(gone[:, None], 0.0)
+    return order, losses
+
+
+def _closed(gone: torch.Tensor, bank: int, bank_most: int) -> torch.Tensor:
+    """The columns that may not be removed any more, bool [groups, n_in]."""
+    if not bank:
+        return gone
+    full = gone.view(len(gone), -1, bank).sum(2, keepdim=True) == bank_most
+    return gone | full.expand(-1, -1, bank).reshape(gone.shape)
 
 
 @triton.jit

@@ -25,6 +25,14 @@ CALIBRATION = Field(
 CALIBRATION_TOKENS = Field(250_000, description="number of tokens to calibrate on; more is slower and a little better")
 
 
+Device = Literal["auto", "cpu", "cuda"]
+DEVICE = Field(
+    "auto",
+    description="what to run on: cpu; cuda, the current NVIDIA GPU (its speed is unmeasured); auto: cuda if a GPU can "
+    "be used (see sparsebert doctor), else cpu",
+)
+
+
 class Settings(BaseModel):
     """Checked settings that do not change."""
 
@@ -84,8 +92,9 @@ class LearnConfig(Settings):
     seed: Seed = Field(0, description="random seed: of a new head, the order of the examples, the dropout")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
-        description="bf16: products in bfloat16 (autocast). auto: bf16 if it is fast on this processor, else fp32",
+        description="bf16: products in bfloat16 (autocast). auto: bf16 if it is fast on the device, else fp32",
     )
+    device: Device = DEVICE
 
 
 class TrainConfig(LearnConfig):
@@ -153,6 +162,7 @@ class PruneConfig(Settings):
         "[default: the method's]",
     )
     seed: Seed = Field(0, description="random seed: of the choice of calibration texts and all other random choices")
+    device: Device = DEVICE
 
 
 class QuantizeConfig(Settings):
@@ -178,6 +188,7 @@ class EvalConfig(Settings):
         description="use a random subset of this many examples, of each OOD test too, chosen by --seed [default: all]",
     )
     seed: Seed = Field(0, description="random seed of the subsets")
+    device: Device = DEVICE
 
 
 class BenchConfig(Settings):

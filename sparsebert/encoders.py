@@ -112,11 +112,16 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def autocast(bf16: bool | None = None, device: torch.device | None = None) -> torch.autocast:
-    """A context in which matrix products on `device` (None: the CPU) are bf16 if `bf16` is true; None: if this CPU
+    """A context in which matrix products on `device` (None: the CPU) are bf16 if `bf16` is true; None: if the device
     multiplies bf16 in hardware.
     """
     kind = "cpu" if device is None else device.type
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16_is_fast() if bf16 is None else bf16)
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16_is_fast(device) if bf16 is None else bf16)
+
+
+def moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
@@ -228,8 +233,7 @@ def predict(
     done = 0
     with torch.inference_mode():
         for rows, batch in batches(tokenizer, encoded, batch_size):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            logits[rows] = model(**batch).logits.float().cpu().numpy()
+            logits[rows] = model(**moved(batch, model.device)).logits.float().cpu().numpy()
             done += len(rows)
             progress(done, len(examples))
     require_finite(logits, model.name_or_path or type(model).__name__)

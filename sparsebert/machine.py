@@ -1,16 +1,26 @@
-"""Describes this machine: for `sparsebert doctor`, and for the card at the head of every table of timings."""
+"""Describes this machine: for `sparsebert doctor`, and for the card at the head of every table of timings. Chooses the
+device that torch runs on.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import shlex
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparsebert import __version__, environment
-from sparsebert.errors import SparsebertError, UnsupportedError
+from sparsebert.errors import InputError, SparsebertError, UnsupportedError, first_line, shown
+from sparsebert.kernels import cuda_core
 from sparsebert.ops import _dispatch
+
+if TYPE_CHECKING:  # code that does not train must run without torch
+    import torch
 
 PACKAGES = (
     "torch",
@@ -25,6 +35,9 @@ PACKAGES = (
     "onnxruntime",
     "openvino",
 )
+DEVICES = ("auto", "cpu", "cuda")
+LEAST_CAPABILITY = (8, 0)  # of a GPU: the first with bf16
+ON_THE_CPU = "run it on the CPU: device='cpu'"
 
 
 def card() -> dict:
@@ -105,32 +118,122 @@ def _of_torch() -> dict[str, str]:
 
 
 def _gpu() -> str:
+    try:
+        device = require_device()
+    except UnsupportedError as error:
+        return f"off: {error.problem}"
     import torch
 
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0)
-        return f"{name} (torch trains and evaluates on it; Engine.load(device='cuda') runs on it, unmeasured)"
-    built = torch.version.cuda
-    return (
-        "none: this torch is a CPU build"
-        if built is None
-        else f"none: torch is built for CUDA {built} but finds no device"
-    )
+    others = torch.cuda.device_count() - 1
+    which = f", the current one of {others + 1}" if others else ""
+    return f"{gpu_name(device)}{which} (train, prune and eval run on it, Engine.load(device='cuda') too; unmeasured)"
 
 
 def _cuda_kernels() -> str:
-    from sparsebert.kernels import cuda_core
-
     try:
         cuda_core()
     except UnsupportedError as error:
         return f"off: {error}"
-    return "built for sm_80, sm_90a and later; unmeasured, so they run only if called by name"
+    return "built for sm_80, sm_90a and later, for prune on a GPU; unmeasured"
 
 
-def bf16_is_fast() -> bool:
-    """Whether this CPU multiplies bf16 in hardware: elsewhere oneDNN emulates it, and autocast is slower than fp32."""
+def bf16_is_fast(device: torch.device | None = None) -> bool:
+    """Whether a device multiplies bf16 in hardware; None: the CPU. On other CPUs oneDNN emulates it, and autocast is
+    slower than fp32. Every GPU that `require_device` accepts does.
+    """
     import torch
 
+    if device is not None and device.type == "cuda":
+        return True
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def device_for(wanted: str, *, kernels: bool = False) -> torch.device:
+    """The device that torch runs on. wanted: cpu, cuda for the current NVIDIA GPU, or auto for that GPU if it can be
+    used, else the CPU. kernels: whether the work also needs the compiled CUDA kernels.
+
+    Raises InputError for another word, and for `cuda` UnsupportedError if no GPU can be used, saying why.
+    """
+    import torch
+
+    if wanted not in DEVICES:
+        raise InputError(f"device must be one of {', '.join(DEVICES)}, got {shown(wanted)}", fix="pass one of these")
+    if wanted == "cpu":
+        return torch.device("cpu")
+    try:
+        device = require_device()
+        if kernels:
+            cuda_core()
+        return device
+    except UnsupportedError:
+        if wanted == "cuda":
+            raise
+        return torch.device("cpu")
+
+
+def require_device() -> torch.device:
+    """The current GPU. Raises UnsupportedError if there is none, or if it cannot be used."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise UnsupportedError(
+            f"device cuda needs a torch that is built for CUDA, this is {torch.__version__}",
+            fix=f"install one, see pytorch.org, or {ON_THE_CPU}",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of an old driver, which the error says as well
+            torch.cuda.init()
+        device = torch.device("cuda", torch.cuda.current_device())
+    except (RuntimeError, AssertionError) as error:  # no driver, a driver that is too old, no GPU that is visible
+        raise UnsupportedError(
+            f"device cuda needs an NVIDIA GPU, torch for CUDA {torch.version.cuda} finds none: {first_line(error)}",
+            fix=f"check the driver and CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
+        ) from error
+    found = torch.cuda.get_device_capability(device)
+    if found < LEAST_CAPABILITY:
+        least = ".".join(map(str, LEAST_CAPABILITY))
+        raise UnsupportedError(
+            f"device cuda needs compute capability {least} or above, {gpu_name(device)} has "
+            f"{'.'.join(map(str, found))}",
+            fix=f"choose another GPU by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
+        )
+    return device
+
+
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as drivers report it."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def kind_of(device: torch.device) -> str:
+    """What decides the last digits of a result on this device, for the key of a job: cpu, or cuda and the GPU's
+    compute capability.
+    """
+    import torch
+
+    return "cuda sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else "cpu"
+
+
+@contextmanager
+def at_work_on(device: torch.device) -> Iterator[None]:
+    """A context for long work on a device. Torch's random generators are as before at its end. If the GPU has too
+    little memory for the work, that is an UnsupportedError.
+    """
+    import torch
+
+    gpus = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    except RuntimeError as error:
+        # The second is what cuBLAS and cuSOLVER say.
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"{gpu_name(device)} has too little memory for this: {first_line(error)}",
+            fix=f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
+        ) from error

@@ -92,7 +92,7 @@ def test_a_model_that_does_not_name_its_labels_is_refused_and_its_cure_works(tmp
 def test_training_goes_on_with_a_head_in_another_order(tmp_path):
     source = saved(tmp_path / "swapped", reordered(classifier(), ("positive", "negative")))
     spec = data.get_task("mr")
-    model, tok = fresh_classifier(source, spec, 0)
+    model, tok = fresh_classifier(source, spec, 0, torch.device("cpu"))
     stock, _ = checkpoint.load(source)
     wanted = predict(stock, tok, MR.take(range(20)), max_length=64)[:, ::-1]
     np.testing.assert_allclose(predict(model.eval(), tok, MR.take(range(20)), max_length=64), wanted, atol=1e-5)
@@ -102,7 +102,7 @@ def test_training_goes_on_with_a_head_in_another_order(tmp_path):
 def test_a_head_of_other_labels_is_drawn_anew_by_train_which_says_so(tmp_path):
     source = saved(tmp_path / "emotions", labels=("joy", "anger"))
     with pytest.warns(UserWarning, match="labels joy, anger, wanted are negative, positive: a new head is drawn"):
-        model, _ = fresh_classifier(source, data.get_task("mr"), 0)
+        model, _ = fresh_classifier(source, data.get_task("mr"), 0, torch.device("cpu"))
     stock, _ = checkpoint.load(source)
     assert (model.classifier.weight - stock.classifier.weight).abs().min() > 0
     assert model.classifier.bias.abs().max() == 0

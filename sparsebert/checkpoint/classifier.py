@@ -177,9 +177,9 @@ def logits_of(model, ids: list[list[int]], types: list[list[int]] | None) -> np.
     found = []
     with torch.inference_mode():
         for i, row in enumerate(ids):
-            more = {} if types is None else {"token_type_ids": torch.tensor([types[i]])}
-            found.append(model(input_ids=torch.tensor([row]), **more).logits[0])
-    return torch.stack(found).float().numpy()
+            more = {} if types is None else {"token_type_ids": torch.tensor([types[i]], device=model.device)}
+            found.append(model(input_ids=torch.tensor([row], device=model.device), **more).logits[0])
+    return torch.stack(found).float().cpu().numpy()
 
 
 def require_model(model) -> None:

@@ -154,7 +154,8 @@ def prune(
     with progress(f"prune ({config.method})") as update:
         result = prune_checkpoint(directory, task, output, config, subnet, overwrite=overwrite, progress=update)
     say_what_was_read(result)
-    kept = _kept(output, directory, task, config.max_length)
+    # A model in int8 runs on the CPU.
+    kept = _kept(output, directory, task, config.max_length, "cpu" if config.int8 else config.device)
     if not json:
         rows = [[name, f"{density:.4f}"] for name, density in result.density.items()] if verbose else []
         rows += [["zeros in the encoder's linears", f"{result.sparsity:.2%}"]]
@@ -184,7 +185,7 @@ def quantize(
     with progress("quantize") as update:
         result = quantize_checkpoint(directory, task, output, config, overwrite=overwrite, progress=update)
     say_what_was_read(result)
-    kept = _kept(output, directory, task, config.max_length)
+    kept = _kept(output, directory, task, config.max_length, "cpu")
     if not json:
         rows = [["zeros in the encoder's linears", f"{result.sparsity:.2%}"], *rows_of_kept(kept, f"{directory}")]
         rows += [["saved in (same size on disk: as float32)", str(output)]]
@@ -204,7 +205,7 @@ def _then_eval_or_bench(made: Path, source: Path, task: str, kept: dict | None) 
         then("sparsebert", "bench", made, "--task", Path(task))
 
 
-def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict | None:
+def _kept(pruned: Path, dense: Path, task: str, max_length: int | None, device: str) -> dict | None:
     """How near a pruned model is to the dense one. None if that cannot be measured; stderr says why."""
     from sparsebert import checkpoint
     from sparsebert.errors import DataError
@@ -214,7 +215,7 @@ def _kept(pruned: Path, dense: Path, task: str, max_length: int | None) -> dict 
         return None
     try:
         with progress("compare with dense") as update:
-            return kept(pruned, dense, task, max_length=max_length, progress=update)
+            return kept(pruned, dense, task, max_length=max_length, device=device, progress=update)
     except (DataError, InputError) as error:
         print(f"not compared with the dense model: {error}", file=sys.stderr)
         return None
@@ -275,7 +276,7 @@ def evaluate(
     with progress("evaluate") as update:
         result = run(
             directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, max_length=config.max_length,
-            progress=update,
+            device=config.device, progress=update,
         )  # fmt: skip
     say_what_was_read(result)
     figures = asdict(result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from sparsebert.encoders import Progress, predict, token_limit, tokenize
 from sparsebert.engine.engine import Engine
 from sparsebert.errors import UnsupportedError
 from sparsebert.heads import Problem
+from sparsebert.machine import at_work_on, device_for
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_matmul import PackedInt8
 
@@ -41,23 +41,33 @@ class Classifier:
     predict: Callable[..., np.ndarray]
 
     @classmethod
-    def load(cls, directory: str | Path) -> Classifier:
+    def load(cls, directory: str | Path, device: str = "auto") -> Classifier:
         """Loads a directory. A model in int8 runs as it is served, in the engine in int8. Any other runs in float32: by
-        torch on a GPU if there is one, else by the engine, and by torch on the CPU if the engine cannot, or only on its
-        portable path.
+        torch on a GPU if `device` (machine.device_for) is one, else by the engine, and by torch on the CPU if the
+        engine cannot, or only on its portable path. Raises UnsupportedError for a GPU that cannot be used, and for a
+        model in int8 if `device` is cuda.
         """
         directory = checkpoint.resolve(directory)
         stored = checkpoint.read_config(directory)
         problem, names = heads.problem_of(stored), heads.label_names(stored)
         dtype = "fp32" if checkpoint.read(directory).scales is None else "int8"
-        engine = _engine(directory, dtype)
+        runs_on = device_for(device)
+        if dtype == "int8" and device == "cuda":
+            raise UnsupportedError(f"device cuda runs fp32, {directory} is in int8", fix="run it with --device cpu")
+        engine = _engine(directory, dtype, runs_on)
         if dtype == "int8" and not any(isinstance(linear.weight, PackedInt8) for linear in engine.encoder.linears):
             dtype = "fp32"  # rows in float32 cost less here
         model, tokenizer = checkpoint.load(directory)
         config = model.config
         if engine is None:
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            return cls(directory, config, tokenizer, problem, names, "torch", dtype, partial(predict, model, tokenizer))
+            with at_work_on(runs_on):
+                model.to(runs_on)
+
+            def run_torch(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
+                with at_work_on(runs_on):
+                    return predict(model, tokenizer, examples, max_length=max_length, progress=progress)
+
+            return cls(directory, config, tokenizer, problem, names, "torch", dtype, run_torch)
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
             # The same tokenizer as in `predict`: transformers may override what tokenizer.json says.
@@ -74,9 +84,9 @@ class Classifier:
         return cls(directory, config, tokenizer, problem, names, "sparsebert", dtype, run)
 
 
-def _engine(directory: Path, dtype: str) -> Engine | None:
+def _engine(directory: Path, dtype: str, device: torch.device) -> Engine | None:
     """The engine in this dtype. None if torch does float32 faster, or the engine does not run this model."""
-    if dtype == "fp32" and (torch.cuda.is_available() or _dispatch.isa() == "scalar"):
+    if dtype == "fp32" and (device.type == "cuda" or _dispatch.isa() == "scalar"):
         return None
     try:
         return Engine.load(directory, dtype=dtype, batch_invariant=True, cached=False)

@@ -23,15 +23,15 @@ from sparsebert.engine.cuda_forms import LONG, TOKENS, DeviceLinear, captured, k
 from sparsebert.engine.engine import Engine, Text
 from sparsebert.engine.formats import DTYPES, pack_cheapest
 from sparsebert.errors import InputError, SparsebertError, UnsupportedError, first_line
+from sparsebert.kernels import require_full_float32
 from sparsebert.kernels.sparse_encoder import add_norm, attention, embed
+from sparsebert.machine import ON_THE_CPU, gpu_name, require_device
 from sparsebert.ops.sparse_encoder import LINEARS, EncoderLayer, Norm, PackedEncoder, require_sequences
 
-LEAST_CAPABILITY = (8, 0)  # the first with bf16
 MOST_TOKENS = 8192  # per run of the encoder; longer batches are cut between sequences
 SPARE = 1 << 28  # bytes of the GPU that are left to compiled kernels and to torch's libraries
 # Bytes per entry of a form on the CPU: the weights are stored there in the smallest.
 BYTES = Costs(rows=(5.0,) * 3, groups=(4.0,) * 3, int8=(5.0,) * 3)
-ON_THE_CPU = "run it on the CPU: device='cpu'"
 
 
 def require_settings(settings: dict) -> None:
@@ -40,35 +40,6 @@ def require_settings(settings: dict) -> None:
         raise UnsupportedError("device cuda runs fp32 and bf16, not int8", fix="pass dtype='fp32', or device='cpu'")
     if settings["threads"] is not None:
         raise InputError(f"threads must be None on device cuda, got {settings['threads']}", fix="leave it out")
-
-
-def require_device() -> torch.device:
-    """The current GPU. Raises UnsupportedError if there is none that the engine runs on."""
-    if torch.version.cuda is None:
-        raise UnsupportedError(
-            f"device cuda needs a torch that is built for CUDA, this is {torch.__version__}",
-            fix=f"install one, see pytorch.org, or {ON_THE_CPU}",
-        )
-    if not torch.cuda.is_available():
-        raise UnsupportedError(
-            f"device cuda needs an NVIDIA GPU, torch for CUDA {torch.version.cuda} finds none",
-            fix=f"check the driver and CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
-        )
-    device = torch.device("cuda", torch.cuda.current_device())
-    found = torch.cuda.get_device_capability(device)
-    if found < LEAST_CAPABILITY:
-        least = ".".join(map(str, LEAST_CAPABILITY))
-        raise UnsupportedError(
-            f"device cuda needs compute capability {least} or above, {gpu_name(device)} has "
-            f"{'.'.join(map(str, found))}",
-            fix=f"choose another GPU by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
-        )
-    return device
-
-
-def gpu_name(device: torch.device) -> str:
-    """The GPU's name as drivers report it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def require_memory(needed: int, device: torch.device) -> None:
@@ -185,11 +156,8 @@ class DeviceEncoder:
 
     def _run(self, capacity: int, kind: int) -> None:
         """Launches the forward pass of the tokens in `_inputs`, for at most `capacity` tokens."""
-        if self._dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-            raise UnsupportedError(
-                "fp32 on device cuda needs full float32 matmuls, torch.backends.cuda.matmul.fp32_precision is 'tf32'",
-                fix="set it to 'ieee', or pass dtype='bf16'",
-            )
+        if self._dtype == torch.float32:
+            require_full_float32("fp32 on device cuda", instead="pass dtype='bf16'")
         eps, heads = self._encoder.eps, self._encoder.heads
         ids, types, first, stop = self._inputs[: 4 * capacity].view(4, capacity)
         firsts = self._inputs[4 * capacity :][: capacity // 2]

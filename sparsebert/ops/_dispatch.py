@@ -6,6 +6,8 @@ import functools
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from types import ModuleType
@@ -175,3 +177,35 @@ def clean(mask: torch.Tensor) -> torch.Tensor:
     import torch
 
     return mask.view(torch.uint8) != 0
+
+
+def place(tensor: torch.Tensor) -> tuple[torch.device, str]:
+    """The device that all tensors of a call must be on if its first one is `tensor`, and how messages call it: the GPU
+    that this one is on, else the CPU.
+    """
+    import torch
+
+    return (tensor.device, f"{tensor.device}") if tensor.is_cuda else (torch.device("cpu"), "the CPU")
+
+
+@contextmanager
+def needing_triton(op: str) -> Iterator[None]:
+    """A context in which a kernel in Triton is imported. Raises UnsupportedError if Triton is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{op} on a GPU needs Triton, which cannot be imported: {error}",
+            fix="pip install 'sparsebert[triton]', or run it on the CPU",
+        ) from error
+
+
+def require_finite(finite: dict[str, torch.Tensor]) -> None:
+    """Raises InputError for the first tensor that is not finite. finite: for each tensor's name whether it is, bool [].
+    The host waits once if they are on a GPU.
+    """
+    import torch
+
+    for name, is_finite in zip(finite, torch.stack(list(finite.values())).tolist(), strict=True):
+        if not is_finite:
+            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")

@@ -10,8 +10,9 @@ import torch
 from scipy.linalg import solve_sylvester
 
 from sparsebert.errors import InputError
+from sparsebert.kernels import admm_prune as kernel
 from sparsebert.ops import _dispatch
-from sparsebert.ops.topk_mask import pattern_mask
+from sparsebert.ops.topk_mask import chosen, pattern_mask, require_numbers
 from sparsebert.patterns import VNM, Grouped, NofM, Pattern, Unstructured, kept_in, require_fits
 
 # ρ grows from g / SPREAD to g * SPREAD. g is the geometric mean of the eigenvalues of H scaled to a unit diagonal,
@@ -44,9 +45,9 @@ def admm_prune(
     """Chooses the support of a V with the given pattern and a small tr(B (V - W*) H (V - W*)ᵀ). Returns bool [rows,
     n_in], True = kept.
 
-    weight: W*, float64 [rows, n_in]. h: H, float64 [n_in, n_in], symmetric positive definite. row_metric: B, float64
-    [rows, rows], symmetric positive definite; B_ij weights the product of the errors of outputs i and j. None: the
-    identity.
+    weight: W*, float64 [rows, n_in], on the CPU or a GPU. h: H, float64 [n_in, n_in], symmetric positive definite.
+    row_metric: B, float64 [rows, rows], symmetric positive definite; B_ij weights the product of the errors of outputs
+    i and j. None: the identity.
     iterations: at least 1; half of the default gives an error up to 4 % higher.
     Weights are scaled so that H has a unit diagonal (B0 = W* D, Hn = D⁻¹ H D⁻¹, D² = diag H). Each iteration projects B
     + U onto the pattern (giving Z), adds B - Z to U, and solves a system with Hn + ρ for the next B. During the first
@@ -56,25 +57,26 @@ def admm_prune(
     weights themselves. [Boyd et al. 2011 §9.1; Boža 2024, whose released global branch skips the climb.]
     Iterations run in float32 on B~, where B = B~ Qᵀ and Q holds the eigenvectors of Hn: there the solve is a division.
     The result does not depend on `threads`. With a row_metric, rows are scaled to its unit diagonal as well, and the
-    solve is a division in the eigenvectors of both matrices; these are dense torch products, on torch's threads.
+    solve is a division in the eigenvectors of both matrices; these are dense torch products, on torch's threads, and so
+    are all on a GPU. There `threads` and `isa` are ignored, and the host waits once per iteration after the climb.
     Raises InputError for a wrong type or shape, values that are not finite, a pattern that does not fit, and an H or
-    row_metric that is not positive definite.
+    row_metric that is not positive definite. Raises UnsupportedError on a GPU if torch's matrix products are set to
+    TF32.
     """
     _check(weight, h, row_metric, pattern, sparsity, iterations)
     rows, n_in = weight.shape
     if kept_in(pattern, rows, n_in, sparsity) == rows * n_in:
-        return torch.ones(rows, n_in, dtype=torch.bool)
-    if row_metric is not None:
-        return _coupled(weight, h, row_metric, pattern, sparsity, per_row, iterations)
-    run = _Run(weight, h, _dispatch.threads(threads), _dispatch.isa(isa))
+        return torch.ones(rows, n_in, dtype=torch.bool, device=weight.device)
+    run, size = _begun(weight, h, row_metric, threads, isa)
     last = None
-    for level, rho, growth, climbed in _schedule(pattern, sparsity, iterations, run.size):
-        keep = pattern_mask(run.scores, pattern, level, per_row=per_row)
+    for level, rho, growth, climbed in _schedule(pattern, sparsity, iterations, size):
+        keep = chosen(run.scores, pattern, level, per_row=per_row)
         if climbed:
             if _settled(keep, last):
                 break
             last = keep
         run.step(keep, rho, growth)
+    require_numbers(run.scores)
     return keep
 
 
@@ -103,12 +105,13 @@ def admm_path(
     if not levels or any(a >= b for a, b in itertools.pairwise(levels)) or not 0 <= levels[0] <= levels[-1] < 1:
         raise InputError(f"levels must be rising sparsities in [0, 1), got {list(levels)}", fix="sort them")
     _check(weight, h, None, pattern, levels[-1], iterations)
-    run = _Run(weight, h, _dispatch.threads(threads), _dispatch.isa(isa))
-    supports = torch.empty(len(levels), *weight.shape, dtype=torch.bool)
-    for level, rho, growth, last in _path(levels, iterations, run.size):
-        run.step(pattern_mask(run.scores, pattern, levels[level]), rho, growth)
+    run, size = _begun(weight, h, None, threads, isa)
+    supports = torch.empty(len(levels), *weight.shape, dtype=torch.bool, device=weight.device)
+    for level, rho, growth, last in _path(levels, iterations, size):
+        run.step(chosen(run.scores, pattern, levels[level]), rho, growth)
         if last:
-            supports[level] = pattern_mask(run.scores, pattern, levels[level])
+            supports[level] = chosen(run.scores, pattern, levels[level])
+    require_numbers(run.scores)
     return supports
 
 
@@ -169,17 +172,32 @@ def admm_path_ref(
     return torch.stack(supports)
 
 
+def _begun(
+    weight: torch.Tensor, h: torch.Tensor, row_metric: torch.Tensor | None, threads: int | None, isa: str | None
+) -> tuple[_Run | kernel.Iterations, float]:
+    """The iterations at their start, and the `_size` of the eigenvalues that rho is added to."""
+    b0, hn = _normalised(weight, h)
+    metric = None
+    if row_metric is not None:
+        b0, metric = _normalised(b0.T, row_metric, "row_metric")
+        b0 = b0.T
+    if metric is None and not weight.is_cuda:
+        run = _Run(b0, hn, _dispatch.threads(threads), _dispatch.isa(isa))
+    else:
+        run = kernel.Iterations(b0, hn, metric)
+    return run, math.prod(_size(eigenvalues) for eigenvalues in run.eigenvalues)
+
+
 class _Run:
-    """The state of the iterations without a row_metric, float32, in the eigenvectors Q of Hn. size: `_size` of Hn's
-    eigenvalues. scores: (B + U)², [rows, n_in].
+    """The state of the iterations without a row_metric, float32, in the eigenvectors Q of Hn. eigenvalues: of Hn.
+    scores: (B + U)², [rows, n_in].
     """
 
-    def __init__(self, weight: torch.Tensor, h: torch.Tensor, threads: int, isa: str):
+    def __init__(self, b0: torch.Tensor, hn: torch.Tensor, threads: int, isa: str):
         self._core, self._options = _dispatch.core(), {"threads": threads, "isa": isa}
-        b0, hn = _normalised(weight, h)
         # Float32 is enough: an eigenvalue is only used together with ρ, a million times the rounding of an eigenvalue.
         eigenvalues, q = torch.linalg.eigh(hn.float())
-        self.size = _size(eigenvalues)
+        self.eigenvalues = [eigenvalues]
         panel, block = self._core.ADMM_PANEL, self._core.ADMM_BLOCK_ROWS
         x = b0.float()
         start = x @ q
@@ -195,39 +213,6 @@ class _Run:
     def step(self, keep: torch.Tensor, rho: float, growth: float) -> None:
         """Runs one iteration with this ρ. growth: the factor by which ρ grows after it."""
         self._core.admm_prune_step(**self._arrays, keep=keep.numpy(), rho=rho, shrink=1 / growth, **self._options)
-
-
-def _coupled(
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    row_metric: torch.Tensor,
-    pattern: Pattern,
-    sparsity: float,
-    per_row: bool,
-    iterations: int,
-) -> torch.Tensor:
-    """`admm_prune` with a row_metric."""
-    b0, hn = _normalised(weight, h)
-    b0, metric = _normalised(b0.T, row_metric, "row_metric")
-    across, q = torch.linalg.eigh(hn.float())
-    down, p = torch.linalg.eigh(metric.float())
-    eigenvalues = down.clamp_min(0)[:, None] * across.clamp_min(0)
-    size = _size(down) * _size(across)
-    b = b0.T.float()
-    goal = eigenvalues * (p.T @ b @ q)
-    u, last = torch.zeros_like(b), None
-    for level, rho, growth, climbed in _schedule(pattern, sparsity, iterations, size):
-        x = b + u
-        keep = pattern_mask(x.square(), pattern, level, per_row=per_row)
-        if climbed:
-            if _settled(keep, last):
-                break
-            last = keep
-        z = torch.where(keep, x, 0.0)
-        u = x - z
-        b = p @ ((goal + rho * (p.T @ (z - u) @ q)) / (eigenvalues + rho)) @ q.T
-        u /= growth
-    return keep
 
 
 def _normalised(weight: torch.Tensor, h: torch.Tensor, name: str = "h") -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,7 +262,7 @@ def _path(levels: Sequence[float], iterations: int, size: float) -> Iterator[tup
 
 def _settled(keep: torch.Tensor, last: torch.Tensor | None) -> bool:
     """Whether only a negligible share of the kept weights is new."""
-    return last is not None and int((keep & ~last).sum()) < SETTLED * int(keep.sum())
+    return last is not None and bool((keep & ~last).sum() < SETTLED * keep.sum(dtype=torch.float64))
 
 
 def _padded(matrix: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
@@ -299,16 +284,15 @@ def _check(
     sparsity: float,
     iterations: int,
 ) -> None:
-    for name, array in (("weight", weight), ("h", h), ("row_metric", row_metric)):
-        if array is None:
-            continue
-        if array.dtype != torch.float64 or array.ndim != 2 or array.device.type != "cpu":
+    arrays = {"weight": weight, "h": h} | ({} if row_metric is None else {"row_metric": row_metric})
+    device, where = _dispatch.place(weight)
+    for name, array in arrays.items():
+        if array.dtype != torch.float64 or array.ndim != 2 or array.device != device:
             raise InputError(
-                f"{name} must be 2-d float64 on the CPU, got {array.dtype} {list(array.shape)} on {array.device}",
+                f"{name} must be 2-d float64 on {where}, got {array.dtype} {list(array.shape)} on {array.device}",
                 fix="convert it first",
             )
-        if not array.isfinite().all():
-            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")
+    _dispatch.require_finite({name: array.isfinite().all() for name, array in arrays.items()})
     if list(h.shape) != [weight.shape[1]] * 2:
         raise InputError(f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h")
     if row_metric is not None and list(row_metric.shape) != [weight.shape[0]] * 2:

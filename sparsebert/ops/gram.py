@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sparsebert.errors import InputError
+from sparsebert.kernels import gram as kernel
 from sparsebert.ops import _dispatch
 
 
@@ -63,16 +64,22 @@ def gram(
     """Adds a batch of tokens to `into` and returns it; without `into`, starts new moments, shifted by this batch's
     means.
 
-    x: float32 [tokens, n_in], CPU, contiguous; the first batch has at least 1 token.
+    x: float32 [tokens, n_in], contiguous, on the CPU or a GPU, where the moments then are; the first batch has at least
+    1 token.
     y: float32 [tokens, n_y], or None for no cross moments; the same choice in every batch.
     weights: float32 [tokens], each at least 0, or None for 1 each. A token of weight 0 adds exactly nothing.
 
     Products are float32. They are summed in float32 over at most 256 tokens, and these sums in float64. Products of
     values further than 1e18 from the shift may overflow. The result does not depend on `threads`, and is bit-equal on
-    avx2 and avx512. Raises InputError for a wrong type or shape, for a weight that is negative or not finite, and for
+    avx2 and avx512. On a GPU `threads` and `isa` are ignored, and the host waits once per batch, for what the checks
+    found. Raises InputError for a wrong type or shape, for a weight that is negative or not finite, and for
     values that are not finite, whatever their weight, naming the first such token and column; `into` is then unchanged.
+    Raises UnsupportedError on a GPU if torch's matrix products are set to TF32.
     """
     _check(x, y, weights, into)
+    if x.is_cuda:
+        return _on_gpu(x, y, weights, into)
+    _check_weights(weights)
     run = _dispatch.isa(isa), _dispatch.threads(threads)
     if into is not None and not len(x):
         return into
@@ -86,6 +93,24 @@ def gram(
         raise _not_finite(x, y)
     moments.tokens += len(x) if weights is None else int((weights > 0).sum())
     moments.weight += _total(x, weights)
+    return moments
+
+
+def _on_gpu(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, into: Moments | None) -> Moments:
+    if into is not None and not len(x):
+        return into
+    moments = into
+    if moments is None:
+        moments = _empty(*(None if values is None else kernel.means(values, weights) for values in (x, y)))
+    batch = kernel.Batch(x, moments.shift_x, y, moments.shift_y, weights)
+    weights_right, finite, tokens, weight = batch.facts()
+    if not weights_right:
+        _check_weights(weights)
+    if not finite:
+        raise _not_finite(x, y)
+    batch.add_to(moments.sum_x, moments.sum_xx, moments.sum_y, moments.sum_yx)
+    moments.tokens += tokens
+    moments.weight += weight
     return moments
 
 
@@ -115,11 +140,18 @@ def _start(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None
         sums = _dispatch.core().token_sums(_array(values), _array(weights), np.zeros(n, np.float32), *run)
         return torch.from_numpy((sums / total).astype(np.float32))
 
-    n_in = x.shape[1]
-    moments = Moments(0, 0.0, mean(x), _zeros(n_in), _zeros(n_in, n_in))
-    if y is not None:
-        n_y = y.shape[1]
-        moments.shift_y, moments.sum_y, moments.sum_yx = mean(y), _zeros(n_y), _zeros(n_y, n_in)
+    return _empty(mean(x), None if y is None else mean(y))
+
+
+def _empty(shift_x: torch.Tensor, shift_y: torch.Tensor | None) -> Moments:
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=shift_x.device)
+
+    n_in = len(shift_x)
+    moments = Moments(0, 0.0, shift_x, zeros(n_in), zeros(n_in, n_in))
+    if shift_y is not None:
+        n_y = len(shift_y)
+        moments.shift_y, moments.sum_y, moments.sum_yx = shift_y, zeros(n_y), zeros(n_y, n_in)
     return moments
 
 
@@ -139,36 +171,28 @@ def _total(x: torch.Tensor, weights: torch.Tensor | None) -> float:
     return float(len(x)) if weights is None else float(_array(weights).sum(dtype=np.float64))
 
 
-def _zeros(*shape: int) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.float64)
-
-
 def _array(tensor: torch.Tensor | None) -> np.ndarray | None:
     return None if tensor is None else tensor.detach().numpy()
 
 
 def _check(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None, into: Moments | None) -> None:
-    _check_tokens("x", "n_in", x)
+    place = _dispatch.place(x) if isinstance(x, torch.Tensor) else (torch.device("cpu"), "the CPU")
+    _check_tokens("x", "n_in", x, place)
     if into is None and not len(x):
         raise InputError(f"the first batch must have a token, got x {list(x.shape)}", fix="leave the empty batch out")
     if y is not None:
-        _check_tokens("y", "n_y", y)
+        _check_tokens("y", "n_y", y, place)
         if len(y) != len(x):
             raise InputError(f"y must have x's {len(x)} tokens, got {list(y.shape)}", fix="match y and x")
     if weights is not None:
-        if not _plain(weights) or weights.shape != x.shape[:1]:
+        if not _plain(weights, place[0]) or weights.shape != x.shape[:1]:
             raise InputError(
-                f"weights must be contiguous float32 [{len(x)}] on the CPU, got {_describe(weights)}",
+                f"weights must be contiguous float32 [{len(x)}] on {place[1]}, got {_describe(weights)}",
                 fix="convert them first",
             )
-        bad = ~((weights >= 0) & torch.isfinite(weights))
-        if bad.any():
-            token = int(bad.nonzero()[0])
-            raise InputError(
-                f"weights must be finite and at least 0, got {weights[token]:g} at token {token}",
-                fix="repair them",
-            )
     if into is not None:
+        if into.shift_x.device != place[0]:
+            raise InputError(f"x must be on {into.shift_x.device} as before, got {_describe(x)}", fix="move it there")
         if x.shape[1] != len(into.shift_x):
             raise InputError(f"x must be [tokens, {len(into.shift_x)}] as before, got {list(x.shape)}", fix="match it")
         before = None if into.shift_y is None else len(into.shift_y)
@@ -180,19 +204,28 @@ def _check(x: torch.Tensor, y: torch.Tensor | None, weights: torch.Tensor | None
             )
 
 
-def _check_tokens(name: str, size: str, values: torch.Tensor) -> None:
-    if not _plain(values) or values.ndim != 2 or values.shape[1] < 1:
+def _check_weights(weights: torch.Tensor | None) -> None:
+    if weights is not None and (bad := ~((weights >= 0) & torch.isfinite(weights))).any():
+        token = int(bad.nonzero()[0])
         raise InputError(
-            f"{name} must be contiguous float32 [tokens, {size} >= 1] on the CPU, got {_describe(values)}",
+            f"weights must be finite and at least 0, got {weights[token]:g} at token {token}",
+            fix="repair them",
+        )
+
+
+def _check_tokens(name: str, size: str, values: torch.Tensor, place: tuple[torch.device, str]) -> None:
+    if not _plain(values, place[0]) or values.ndim != 2 or values.shape[1] < 1:
+        raise InputError(
+            f"{name} must be contiguous float32 [tokens, {size} >= 1] on {place[1]}, got {_describe(values)}",
             fix="convert it first",
         )
 
 
-def _plain(value: object) -> bool:
+def _plain(value: object, device: torch.device) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and value.dtype == torch.float32
-        and value.device.type == "cpu"
+        and value.device == device
         and value.is_contiguous()
     )
 

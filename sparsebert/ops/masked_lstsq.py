@@ -6,6 +6,8 @@ import numpy as np
 import torch
 
 from sparsebert.errors import InputError
+from sparsebert.kernels import masked_lstsq as kernel
+from sparsebert.kernels import require_full_float32
 from sparsebert.ops import _dispatch
 
 CG_STEPS, CG_TOLERANCE = 60, 1e-6
@@ -22,7 +24,8 @@ def masked_lstsq(
 ) -> torch.Tensor:
     """V = argmin tr(V H Vᵀ) - 2 tr(V Tᵀ) over V that is zero outside the mask: H_SS v_S = t_S for each row's support S.
 
-    target: T, float64 [rows, n_in]; with T = W* H the objective is tr((V - W*) H (V - W*)ᵀ) + const.
+    target: T, float64 [rows, n_in]; with T = W* H the objective is tr((V - W*) H (V - W*)ᵀ) + const. On the CPU or a
+    GPU, as all tensors.
     h: H, float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
     mask: bool [rows, n_in], True = kept; a row may be empty.
     Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support (a group of a pattern, in any
@@ -35,11 +38,22 @@ def masked_lstsq(
     gradients minimise it, starting from the V above, in float32 (torch's products, on torch's threads), preconditioned
     by both diagonals, until the squared residual is at most CG_TOLERANCE times its first value, or for CG_STEPS steps.
 
+    On a GPU `threads` and `isa` are ignored. The host waits some eight times per call, and once per step of the
+    conjugate gradients.
     Raises InputError for wrong types or shapes, for values that are not finite, and for an H that is not positive
-    definite on a support, naming row and pivot.
+    definite on a support, naming row and pivot. Raises UnsupportedError on a GPU if the CUDA kernels are not built, and
+    with a row_metric if torch's matrix products are set to TF32.
     """
     _check(target, h, mask, row_metric)
     mask = _dispatch.clean(mask)
+    solution = _on_gpu(target, h, mask) if target.is_cuda else _on_cpu(target, h, mask, threads, isa)
+    return solution if row_metric is None else _coupled(solution, target, _symmetric(h), mask, row_metric)
+
+
+def _on_cpu(
+    target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, threads: int | None, isa: str | None
+) -> torch.Tensor:
+    """`masked_lstsq` without a row_metric."""
     keep = mask.numpy()
     first, group_of = _distinct(keep)
     kept, sizes = keep[first].sum(1), np.bincount(group_of)
@@ -62,8 +76,20 @@ def masked_lstsq(
             f"h must be positive definite on every support, pivot {pivot} of row {row} is not above 0",
             fix="raise the damping or give more calibration tokens",
         )
-    solution = torch.from_numpy(v)
-    return solution if row_metric is None else _coupled(solution, target, _symmetric(h), mask, row_metric)
+    return torch.from_numpy(v)
+
+
+def _on_gpu(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`masked_lstsq` without a row_metric."""
+    supports, group_of, sizes = kernel.supports_of(mask)
+    complement, dense = _plan(target, h, *torch.stack([supports.sum(1), sizes]).cpu().numpy())
+    if dense is None:
+        return kernel.masked_lstsq(target, h, mask)
+    indirect = torch.from_numpy(complement).to(mask.device)[group_of]
+    v = kernel.masked_lstsq(*dense, mask, rows=indirect.nonzero()[:, 0], complement=True)
+    if not complement.all():
+        v += kernel.masked_lstsq(target, h, mask, rows=(~indirect).nonzero()[:, 0])
+    return v
 
 
 def masked_lstsq_ref(
@@ -91,6 +117,8 @@ def _coupled(
     v: torch.Tensor, target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric: torch.Tensor
 ) -> torch.Tensor:
     """The minimum under a row_metric, by conjugate gradients that start from v."""
+    if v.is_cuda:
+        require_full_float32("masked_lstsq with a row_metric")
     # The first residual is a difference of large numbers, so it alone is computed in float64.
     residual = ((row_metric @ (target - v @ h)) * mask).float()
     inverse = 1 / (row_metric.diagonal()[:, None] * h.diagonal()).float()
@@ -165,10 +193,11 @@ def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric
     tensors = {"target": (target, torch.float64), "h": (h, torch.float64), "mask": (mask, torch.bool)}
     if row_metric is not None:
         tensors["row_metric"] = (row_metric, torch.float64)
+    device, where = _dispatch.place(target)
     for name, (array, dtype) in tensors.items():
-        if array.dtype != dtype or array.ndim != 2 or array.device.type != "cpu" or not array.is_contiguous():
+        if array.dtype != dtype or array.ndim != 2 or array.device != device or not array.is_contiguous():
             raise InputError(
-                f"{name} must be 2-d contiguous {dtype} on the CPU, got {array.dtype} {list(array.shape)} on "
+                f"{name} must be 2-d contiguous {dtype} on {where}, got {array.dtype} {list(array.shape)} on "
                 f"{array.device}",
                 fix="convert it first",
             )
@@ -184,7 +213,6 @@ def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor, row_metric
             f"row_metric must be [rows = {rows}, rows], got {list(row_metric.shape)}",
             fix="match target and row_metric",
         )
-    for name, (array, dtype) in tensors.items():
-        # One pass, no temporary: a sum is not finite if a term is not.
-        if dtype != torch.bool and not array.sum().isfinite():
-            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")
+    # One pass, no temporary: a sum is not finite if a term is not.
+    floats = {name: array for name, (array, dtype) in tensors.items() if dtype != torch.bool}
+    _dispatch.require_finite({name: array.sum().isfinite() for name, array in floats.items()})

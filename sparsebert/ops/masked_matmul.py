@@ -4,6 +4,8 @@ training [Liu et al. 2022, Alg. 2] runs it in each step.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -41,8 +43,9 @@ def masked_matmul(
     kernels on amx and avx512_bf16, and a slow reference kernel on scalar; elsewhere it is multiplied as float32. From
     128 tokens on, y and dX multiply only the kept weights if fewer than 35 % are kept (12 % with the bfloat16 kernel of
     avx512_bf16; never with the bfloat16 kernel of amx). In float32 this gives the same bits.
-    On a GPU this is plain torch, which stores the mask and the masked weight.
-    Raises InputError for another dtype, shape or layout, or tensors on different devices.
+    On a GPU the kernels are in Triton; `threads` and `isa` are ignored.
+    Raises InputError for another dtype, shape or layout, or tensors on different devices, and on a GPU UnsupportedError
+    if Triton is missing.
     """
     _check(x, weight, scores, threshold, bias)
     # torch.compile needs an operator of torch's library. Calling one takes longer than a small layer: 0.2 ms per step.
@@ -87,8 +90,9 @@ def _forward(
     threads: int,
 ) -> torch.Tensor:
     """`isa` "" and `threads` 0 stand for None."""
-    if x.device.type != "cpu":
-        return F.linear(x, _kept(weight, scores, threshold).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if x.is_cuda:
+        y = _kernel().masked_matmul(x.reshape(-1, x.shape[-1]).contiguous(), weight, scores, threshold, bias)
+        return y.view(*x.shape[:-1], len(weight))
     y = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype)
     _dispatch.core().masked_matmul(
         _rows(x), *map(_dispatch.array, (weight, scores, threshold, bias)), _rows(y), *_run_on(isa, threads)
@@ -115,8 +119,10 @@ def _backward(
     threads: int,
 ) -> list[torch.Tensor]:
     """Those of dX, dW and dŝ that are `needed`, in this order."""
-    if x.device.type != "cpu":
-        return _backward_in_torch(dy, x, weight, scores, threshold, needed)
+    if x.is_cuda:
+        flat = (part.reshape(-1, part.shape[-1]).contiguous() for part in (dy, x))
+        found = _kernel().masked_matmul_backward(*flat, weight, scores, threshold, tuple(needed))
+        return [found[0].view(x.shape), *found[1:]] if needed[0] else found
     gradients = [
         torch.empty(like.shape, dtype=like.dtype) if wanted else None
         for like, wanted in zip((x, weight, scores), needed, strict=True)
@@ -140,17 +146,10 @@ def _(dy, x, weight, scores, threshold, needed, isa, threads):
     return [like.new_empty(like.shape) for like, wanted in zip((x, weight, scores), needed, strict=True) if wanted]
 
 
-def _backward_in_torch(dy, x, weight, scores, threshold, needed: list[bool]) -> list[torch.Tensor]:
-    gradients = []
-    if needed[0]:
-        gradients.append(dy @ _kept(weight, scores, threshold).to(dy.dtype))
-    if needed[1] or needed[2]:
-        g = (dy.reshape(-1, len(weight)).T @ x.reshape(-1, weight.shape[1])).float()
-        if needed[1]:
-            gradients.append(_kept(g, scores, threshold))
-        if needed[2]:
-            gradients.append((g * weight).view(len(scores), -1, weight.shape[1]).sum(1))
-    return gradients
+def _kernel() -> ModuleType:
+    with _dispatch.needing_triton("masked_matmul"):
+        from sparsebert.kernels import masked_matmul
+    return masked_matmul
 
 
 def _save(ctx, inputs, output) -> None:
@@ -187,11 +186,6 @@ class _Direct(torch.autograd.Function):
 def _limits(scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     """The threshold of each score."""
     return threshold.repeat_interleave(scores.shape[1] // threshold.shape[1], 1) if threshold.ndim else threshold
-
-
-def _kept(values: torch.Tensor, scores: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-    mask = (scores >= _limits(scores, threshold)).repeat_interleave(len(values) // len(scores), 0)
-    return torch.where(mask, values, 0.0)
 
 
 def _run_on(isa: str, threads: int) -> tuple[str, int]:
@@ -233,6 +227,8 @@ def _check(x, weight, scores, threshold, bias) -> None:
         )
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (n_out,) or not bias.is_contiguous()):
         raise InputError(f"bias must be contiguous float32 [{n_out}], got {_describe(bias)}", fix="convert it first")
+    if x.device.type not in ("cpu", "cuda"):
+        raise InputError(f"x must be on the CPU or an NVIDIA GPU, got {x.device}", fix="move it to one of these")
     others = [weight, scores, threshold] + ([] if bias is None else [bias])
     if any(other.device != x.device for other in others):
         raise InputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -34,7 +35,8 @@ def obs_prune(
     """Exact OBS: removes from each row, one at a time, the weight p with the lowest w_p² / [H⁻¹]_pp, and moves the
     other weights to the new optimum: w ← w - H⁻¹_:p w_p / [H⁻¹]_pp, H⁻¹ ← H⁻¹ - H⁻¹_:p H⁻¹_p: / [H⁻¹]_pp.
 
-    weight: W*, float64 [rows, n_in]. h: float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
+    weight: W*, float64 [rows, n_in], on the CPU or a GPU. h: float64 [n_in, n_in], symmetric positive definite; only
+    i <= j is read.
     Unstructured, per_row: floor(sparsity * n_in) removals per row [Li et al. 2023]. Otherwise the removals with the
     lowest losses over all rows. The j-th removal of a row counts as the largest of the row's first j losses, so that it
     is never taken before an earlier one; of equal losses the lower row goes first [Frantar & Alistarh 2022, ExactOBS,
@@ -48,13 +50,15 @@ def obs_prune(
     Of equal scores the lower column is removed first.
 
     Returns V, float64 [rows, n_in], the exact optimum on its support, zero elsewhere. Arithmetic is float64; the
-    result does not depend on `threads`. Raises InputError for a wrong type or shape, a pattern that does not fit, and
-    an H that is not positive definite.
+    result does not depend on `threads`. On a GPU `threads` and `isa` are ignored; the host waits for it some ten times,
+    and with V:N:M three times per group, but for no column. Raises InputError for a wrong type or shape, a pattern that
+    does not fit, and an H that is not positive definite; on a GPU UnsupportedError if Triton is missing or the CUDA
+    kernels are not built.
     """
     _check(weight, h, pattern, sparsity)
     h = torch.triu(h) + torch.triu(h, 1).T
     target, inverse = weight @ h, _inverse(h)
-    trace = partial(_trace, threads=_dispatch.threads(threads), isa=_dispatch.isa(isa))
+    trace = partial(_trace, threads=threads, isa=isa)
     if isinstance(pattern, VNM):
         keep = _keep_vnm(weight, inverse, target, h, pattern, trace)
     else:
@@ -75,15 +79,19 @@ def _trace(
     steps: int,
     pattern: Pattern,
     *,
-    threads: int,
-    isa: str,
+    threads: int | None = None,
+    isa: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The removals of every `size` consecutive rows, each as `_trace_ref` gives them: columns int64 [groups, steps],
     losses [groups, steps].
     """
     bank = (pattern.m, pattern.m - pattern.n) if isinstance(pattern, NofM) else (0, 0)
-    arrays = (array.contiguous().numpy() for array in (weight, inverse))
-    order, losses = (torch.from_numpy(a) for a in _dispatch.core().obs_prune(*arrays, size, *bank, steps, isa, threads))
+    if weight.is_cuda:
+        order, losses = _kernel().removals(weight, inverse, size, *bank, steps)
+    else:
+        arrays = (array.contiguous().numpy() for array in (weight, inverse))
+        run = _dispatch.isa(isa), _dispatch.threads(threads)
+        order, losses = map(torch.from_numpy, _dispatch.core().obs_prune(*arrays, size, *bank, steps, *run))
     if not losses.isfinite().all():
         group, step = (~losses.isfinite()).nonzero()[0].tolist()
         raise InputError(
@@ -99,9 +107,11 @@ def _keep_vnm(
     """The V:N:M mask, bool [rows, n_in]: first 4 of every m columns for each group, then n of these 4 for each row."""
     rows, n_in = weight.shape
     order, _ = trace(weight, inverse, pattern.v, n_in // pattern.m * (pattern.m - 4), NofM(4, pattern.m))
-    keep = torch.zeros(rows, n_in, dtype=torch.bool)
-    for group, shared in enumerate(_kept(order, n_in)):
-        columns, part = shared.nonzero().flatten(), slice(group * pattern.v, (group + 1) * pattern.v)
+    keep = torch.zeros(rows, n_in, dtype=torch.bool, device=weight.device)
+    # The kept columns in order: their number is known, so no host waits for it.
+    kept = _kept(order, n_in).int().argsort(dim=1, descending=True, stable=True)[:, : n_in // pattern.m * 4]
+    for group, columns in enumerate(kept):
+        part = slice(group * pattern.v, (group + 1) * pattern.v)
         inverse = _inverse(h[columns][:, columns])
         optimum = target[part, columns] @ inverse
         order, _ = trace(optimum, inverse, 1, len(columns) // 4 * (4 - pattern.n), NofM(pattern.n, 4))
@@ -111,7 +121,7 @@ def _keep_vnm(
 
 def _kept(order: torch.Tensor, n_in: int) -> torch.Tensor:
     """The columns that were not removed, bool [groups, n_in]."""
-    return torch.ones(len(order), n_in, dtype=torch.bool).scatter_(1, order, False)
+    return torch.ones(len(order), n_in, dtype=torch.bool, device=order.device).scatter_(1, order, False)
 
 
 def obs_prune_ref(
@@ -180,7 +190,7 @@ def _keep(
     if per_row:
         rows = pattern.rows if isinstance(pattern, Grouped) else 1
         require_fits(pattern, rows, n_in, sparsity, "each group")
-        counts = torch.full((groups,), kept_in(pattern, rows, n_in, sparsity) // rows)
+        counts = torch.full((groups,), kept_in(pattern, rows, n_in, sparsity) // rows, device=order.device)
     else:
         kept = groups * n_in - zeros_in(groups * n_in, sparsity)
         # In reverse order of removal: costs fall along a row, and of equal costs topk keeps the one removed later.
@@ -188,8 +198,9 @@ def _keep(
         # Rows in reverse order too: of equal costs, those of the lower row are removed first.
         chosen = topk_mask_ref(cost.flip(0).flatten(), kept // multiple).view_as(cost).flip(0)
         counts = chosen.sum(1) * multiple
-    position = torch.arange(n_in).expand(groups, -1)
-    return torch.zeros(groups, n_in, dtype=torch.bool).scatter_(1, order.flip(1), position < counts[:, None])
+    position = torch.arange(n_in, device=order.device).expand(groups, -1)
+    kept = torch.zeros(groups, n_in, dtype=torch.bool, device=order.device)
+    return kept.scatter_(1, order.flip(1), position < counts[:, None])
 
 
 def obs_sweep(
@@ -220,7 +231,7 @@ def obs_sweep(
     [Frantar & Alistarh 2023, Algorithm 1; their released code removes all weights <= a threshold: one weight per block
     more, and every tie.]
     """
-    _check(weight, h, pattern, sparsity, on_gpu=weight.is_cuda)
+    _check(weight, h, pattern, sparsity, narrow=weight.is_cuda)
     if isinstance(pattern, Grouped) and pattern.kept_multiple > 1:
         raise UnsupportedError(
             f"obs_sweep cannot keep columns in multiples, which pattern {pattern} requires",
@@ -237,7 +248,7 @@ def obs_sweep(
             fix="scale weight or h down",
         )
     if weight.is_cuda:
-        return _sweep_on_gpu(weight, u, pattern, sparsity, block)
+        return _kernel().obs_sweep(weight, u.to(weight.dtype), pattern, sparsity, block)
     how = {"threads": _dispatch.threads(threads), "isa": _dispatch.isa(isa)}
     return _sweep(weight, u, pattern, sparsity, block, **how)
 
@@ -277,15 +288,10 @@ def _sweep(
     return torch.from_numpy(v)
 
 
-def _sweep_on_gpu(weight: torch.Tensor, u: torch.Tensor, pattern: Pattern, sparsity: float, block: int) -> torch.Tensor:
-    try:
-        from sparsebert.kernels import obs_prune as kernel
-    except ImportError as error:
-        raise UnsupportedError(
-            f"obs_sweep on a GPU needs Triton, which cannot be imported: {error}",
-            fix="pip install 'sparsebert[triton]', or move weight and h to the CPU",
-        ) from error
-    return kernel.obs_sweep(weight, u.to(weight.dtype), pattern, sparsity, block)
+def _kernel() -> ModuleType:
+    with _dispatch.needing_triton("obs_prune"):
+        from sparsebert.kernels import obs_prune
+    return obs_prune
 
 
 def obs_sweep_ref(
@@ -361,18 +367,17 @@ def _lower_inverse(lower: torch.Tensor) -> torch.Tensor:
     return inverse
 
 
-def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, on_gpu: bool = False) -> None:
-    device = weight.device if on_gpu else torch.device("cpu")
+def _check(weight: torch.Tensor, h: torch.Tensor, pattern: Pattern, sparsity: float, *, narrow: bool = False) -> None:
+    """narrow: whether weight may also be float32."""
+    device, where = _dispatch.place(weight)
     for name, array in (("weight", weight), ("h", h)):
-        narrow = on_gpu and array is weight and array.dtype == torch.float32
-        if (array.dtype != torch.float64 and not narrow) or array.ndim != 2 or array.device != device:
-            where = f"on {device}" if on_gpu else "on the CPU"
+        right = array.dtype == torch.float64 or (narrow and array is weight and array.dtype == torch.float32)
+        if not right or array.ndim != 2 or array.device != device:
             raise InputError(
-                f"{name} must be 2-d float64 {where}, got {array.dtype} {list(array.shape)} on {array.device}",
+                f"{name} must be 2-d float64 on {where}, got {array.dtype} {list(array.shape)} on {array.device}",
                 fix="convert it first",
             )
-        if not array.isfinite().all():
-            raise InputError(f"{name} must be finite, got inf or NaN", fix="check how it was computed")
+    _dispatch.require_finite({"weight": weight.isfinite().all(), "h": h.isfinite().all()})
     if list(h.shape) != [weight.shape[1]] * 2:
         raise InputError(f"h must be [n_in = {weight.shape[1]}, n_in], got {list(h.shape)}", fix="match weight and h")
     require_fits(pattern, *weight.shape, sparsity)

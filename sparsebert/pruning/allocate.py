@@ -39,10 +39,13 @@ def one_by_one(
         q = Quadratic(stage.moments.gram, damping)
         for name, module in stage.linears.items():
             weight = module.weight.double()
-            order = torch.arange(len(weight)) if clustered is None else row_groups(weight, q.h, pattern, clustered)
+            if clustered is None:
+                order = torch.arange(len(weight), device=weight.device)
+            else:
+                order = row_groups(weight, q.h, pattern, clustered)
             weight = weight[order]
             target = weight @ q.h
-            changes[name] = torch.empty(len(LEVELS), *weight.shape, dtype=torch.bfloat16)
+            changes[name] = torch.empty(len(LEVELS), *weight.shape, dtype=torch.bfloat16, device=weight.device)
             # A sweep is quicker, but keeps equally many weights in every block of columns, so it predicts the damage of
             # the final pruning less well.
             for change, mask in zip(changes[name], admm_path(weight, q.h, pattern, LEVELS), strict=True):
@@ -60,7 +63,7 @@ def damage(
 
     The mean of (V - W)x over a batch's tokens is subtracted, because the bias takes it up after pruning.
     """
-    sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64) for name in changes}
+    sums = {name: torch.zeros(len(LEVELS), dtype=torch.float64, device=model.device) for name in changes}
 
     def see(name, x, gradient):
         for level, change in enumerate(changes[name]):
@@ -70,7 +73,7 @@ def damage(
 
     gradient_pass(model, batches, see, seed, progress)
     texts = sum(len(batch["input_ids"]) for batch in batches)
-    return {name: (total / (2 * texts)).numpy() for name, total in sums.items()}
+    return {name: (total / (2 * texts)).cpu().numpy() for name, total in sums.items()}
 
 
 def allocate(damage: dict[str, np.ndarray], sizes: dict[str, int], sparsity: float) -> dict[str, Fraction]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 
+from sparsebert.errors import InputError
 from sparsebert.ops.admm_prune import admm_prune
 from sparsebert.patterns import Grouped
 
@@ -25,16 +26,16 @@ def row_groups(weight: torch.Tensor, h: torch.Tensor, pattern: Grouped, sparsity
     smallest (an assignment problem). Stops when a round gains less than ENOUGH.
     """
     groups = len(weight) // pattern.rows
-    order = torch.arange(len(weight)).view(pattern.rows, groups).T.flatten()
+    order = torch.arange(len(weight), device=weight.device).view(pattern.rows, groups).T.flatten()
     chosen, best = order, float("inf")
     for _ in range(ROUNDS):
         keep = admm_prune(weight[order].contiguous(), h, pattern, sparsity, iterations=QUICK)
-        losses = row_losses(weight, h, keep[:: pattern.rows])
+        losses = row_losses(weight, h, keep[:: pattern.rows]).cpu()
         group = assigned(-losses.numpy(), pattern.rows)
         loss = float(losses[torch.arange(len(weight)), torch.from_numpy(group)].sum())
         if loss > best * (1 - ENOUGH):
             break
-        chosen = order = torch.from_numpy(np.argsort(group, kind="stable"))
+        chosen = order = torch.from_numpy(np.argsort(group, kind="stable")).to(weight.device)
         best = loss
     return chosen
 
@@ -42,13 +43,23 @@ def row_groups(weight: torch.Tensor, h: torch.Tensor, pattern: Grouped, sparsity
 def row_losses(weight: torch.Tensor, h: torch.Tensor, supports: torch.Tensor) -> torch.Tensor:
     """(v - w) H (v - w)ᵀ of every row w under every support, v the best row on it: float64 [n_out, supports].
 
-    supports: bool [supports, n_in], True = kept.
+    supports: bool [supports, n_in], True = kept. Raises InputError if H is not positive definite on a support. On a GPU
+    the host waits for the numbers of kept columns, and for whether all factorisations worked.
     """
     wh = weight @ h
     losses = (wh * weight).sum(1, keepdim=True).repeat(1, len(supports))
-    for kept, loss in zip(supports, losses.T, strict=True):
-        factor = torch.linalg.cholesky(h[kept][:, kept])
+    first = supports.int().argsort(dim=1, descending=True, stable=True)  # the kept columns, then the others
+    failed = []
+    for columns, count, loss in zip(first, supports.sum(1).tolist(), losses.T, strict=True):
+        kept = columns[:count]
+        factor, info = torch.linalg.cholesky_ex(h[kept][:, kept])
+        failed.append(info)
         loss -= torch.linalg.solve_triangular(factor, wh[:, kept].T, upper=False).square().sum(0)
+    if torch.stack(failed).any():
+        raise InputError(
+            "h must be positive definite on every support of a group",
+            fix="raise the damping or give more calibration tokens",
+        )
     return losses
 
 

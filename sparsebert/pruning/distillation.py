@@ -22,6 +22,7 @@ from sparsebert.encoders import (
     encoder_linears,
     forwards_replaced,
     frozen,
+    moved,
     no_progress,
     tokenize,
 )
@@ -65,16 +66,16 @@ def distill(
 
     best, kept = distance(logits_of(model, calibration.held_out_batches)), copy.deepcopy(model.state_dict())
     rng = np.random.default_rng(seed)
-    # Sparse products were not compared with bf16 products, so they are not used if those are fast.
-    fast = [] if bf16_is_fast() else [m for m in linears.values() if masks[m].float().mean() < SPARSE_BELOW]
+    # Sparse products were not compared with bf16 products, so they are not used if those are fast, as on every GPU.
+    fast = [] if bf16_is_fast(model.device) else [m for m in linears.values() if masks[m].float().mean() < SPARSE_BELOW]
     with frozen(model.base_model.embeddings), _by_sparse_products({m: masks[m] for m in fast}) as take_weights:
         for step, batch in enumerate(_texts(calibration, perturb, rng)):
             take_weights()
-            for part, share in _parts(batch):
-                with torch.no_grad(), autocast():
+            for part, share in _parts(moved(batch, model.device)):
+                with torch.no_grad(), autocast(device=model.device):
                     wanted = teacher(**part).logits.float()
                 with torch.enable_grad():
-                    with autocast():
+                    with autocast(device=model.device):
                         got = model(**part).logits.float()
                     (share * problem.divergence(wanted, got, spread).mean()).backward()
             for group in optimizer.param_groups:
@@ -199,4 +200,4 @@ def swap_words(text: str, rng: np.random.Generator, share: float = SWAPPED) -> s
 @torch.inference_mode()
 def logits_of(model, batches: Batches) -> torch.Tensor:
     """float32 [texts, labels], in the order of the batches."""
-    return torch.cat([model(**batch).logits.float() for batch in batches])
+    return torch.cat([model(**moved(batch, model.device)).logits.float() for batch in batches])

@@ -7,12 +7,15 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from sparsebert import checkpoint, data, encoders, patterns
 from sparsebert.config import PruneConfig, QuantizeConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job, code_of, digest
-from sparsebert.machine import bf16_is_fast
+from sparsebert.kernels import require_full_float32
+from sparsebert.machine import at_work_on, bf16_is_fast, device_for, kind_of
 from sparsebert.patterns import parse, require_fits, sparsity_of
 from sparsebert.pruning import knowledge
 from sparsebert.pruning.calibration import Calibration, draw, others
@@ -76,11 +79,14 @@ def prune(
 
     calibration: texts from `draw`; None for a method that looks at no texts. A linear of n weights gets exactly
     floor(sparsity * n) zeros, unless its pattern or its allotment gives another number. run: keeps the finished layers.
+    All is done on the config's device; at the end the model is on the one that it was on.
     Raises InputError for an unknown method or pattern, a pattern that does not fit the model, too few calibration
-    tokens, and moments that cannot be solved.
+    tokens, and moments that cannot be solved. Raises UnsupportedError for a GPU that cannot be used or has too little
+    memory.
     """
     config = config or PruneConfig()
     check(config)
+    device = device_of(config)
     start = time.perf_counter()
     checkpoint.require_model(model)
     model.eval()
@@ -93,8 +99,23 @@ def prune(
         batches = calibration.padded_batches if config.as_published else calibration.batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text may exceed the number
-    LABEL_FREE[config.method].prune(model, calibration, config, run or Run(progress))
+    before = model.device
+    with at_work_on(device):
+        try:
+            LABEL_FREE[config.method].prune(model.to(device), calibration, config, run or Run(progress))
+        finally:
+            model.to(before)
     return _result(model, config, start, tokens)
+
+
+def device_of(config: PruneConfig) -> torch.device:
+    """The device that a config means, for a method without labels. Raises UnsupportedError if it names one that cannot
+    be used.
+    """
+    device = device_for(config.device, kernels=LABEL_FREE[config.method].solves)
+    if device.type == "cuda":
+        require_full_float32("pruning on device cuda", instead="pass device='cpu'")
+    return device
 
 
 def _result(model, config: PruneConfig, start: float, tokens: int, training: dict | None = None) -> PruneResult:
@@ -225,6 +246,7 @@ class _Calibrated:
     def __init__(
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig | QuantizeConfig, overwrite: bool
     ):
+        device = device_of(config) if isinstance(config, PruneConfig) else torch.device("cpu")
         model = checkpoint.shapes(source)
         stock = model.config
         self.source, self.config, self.scales = source, config, None
@@ -235,6 +257,7 @@ class _Calibrated:
         if self.method is not None:
             # A default that is written out is the same work.
             settings["sparsity"] = sparsity_of(parse(config.pattern), config.sparsity)
+            settings["device"] = kind_of(device)
             if config.method == "knowledge":
                 settings["tier"] = knowledge.tier_of(config)
         if self.method is None or self.method.looks_at_data:
@@ -257,7 +280,7 @@ class _Calibrated:
             "model": checkpoint.source_sha256(source),
             "max_length": self.max_length,
             "settings": settings,
-            "precision": "bf16" if bf16_is_fast() else "fp32",
+            "precision": "bf16" if bf16_is_fast(device) else "fp32",
             "data": self.recipe.get("data_sha256"),
         }
         space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the saved model

@@ -128,7 +128,7 @@ def sparse(
         # A dead column has no effect on its own row, but with a metric its weights might be used to balance the ridge's
         # terms of other rows.
         weight, target = weight.masked_fill(q.dead, 0.0), target.masked_fill(q.dead, 0.0)
-    order = torch.arange(len(weight))
+    order = torch.arange(len(weight), device=weight.device)
     if isinstance(pattern, Grouped) and "cluster" in steps:
         counts = 1.0 if metric is None else metric.double().diagonal().sqrt()[:, None]
         order = row_groups(weight * counts, q.h, pattern, sparsity)

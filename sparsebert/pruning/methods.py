@@ -123,7 +123,7 @@ def _adaptive_as_published(model, calibration: Calibration, config: PruneConfig,
         raise UnsupportedError(f"--as-published prunes unstructured only, got {pattern}", fix="leave it out")
     for stage in run.stages(model, calibration.padded_batches, padding=True):
         mean = stage.moments.mean_x
-        one = torch.ones(1, dtype=torch.float64)
+        one = torch.ones(1, dtype=torch.float64, device=mean.device)
         h = torch.block_diag(second_moment(stage), one)
         h[-1, :-1] = h[:-1, -1] = mean
         for name, module in stage.linears.items():
@@ -149,18 +149,20 @@ def second_moment(stage: Stage) -> torch.Tensor:
 
 class LabelFree(NamedTuple):
     """One method without labels. prune: the function. flags: its fields of PruneConfig that not all methods have.
-    looks_at_data: whether it needs calibration texts.
+    looks_at_data: whether it needs calibration texts. solves: whether it solves least squares, for which a GPU needs
+    the compiled CUDA kernels.
     """
 
     prune: Callable[[nn.Module, Any, PruneConfig, Run], None]
     flags: frozenset[str] = frozenset()
     looks_at_data: bool = True
+    solves: bool = False
 
 
 LABEL_FREE = {
-    "knowledge": LabelFree(knowledge, frozenset({"calibration", "int8", "tier", "without", "damping"})),
-    "adaptive": LabelFree(adaptive, frozenset({"calibration", "int8", "as_published", "damping"})),
-    "obs": LabelFree(obs, frozenset({"calibration", "int8", "damping"})),
+    "knowledge": LabelFree(knowledge, frozenset({"calibration", "int8", "tier", "without", "damping"}), solves=True),
+    "adaptive": LabelFree(adaptive, frozenset({"calibration", "int8", "as_published", "damping"}), solves=True),
+    "obs": LabelFree(obs, frozenset({"calibration", "int8", "damping"}), solves=True),
     "sparsegpt": LabelFree(sparsegpt, frozenset({"calibration", "int8", "damping"})),
     "wanda": LabelFree(wanda, frozenset({"calibration", "int8"})),
     "magnitude": LabelFree(magnitude, frozenset({"scope"}), looks_at_data=False),

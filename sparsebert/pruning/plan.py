@@ -18,12 +18,12 @@ from sparsebert.pruning import allocate
 from sparsebert.pruning.calibration import NONE, SHARES, TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
 from sparsebert.pruning.distillation import BATCH, SPARSE_BELOW, STEPS
-from sparsebert.pruning.entry import check, run_of
+from sparsebert.pruning.entry import check, device_of, run_of
 from sparsebert.pruning.knowledge import DAMAGE_TOKENS, METRIC_TOKENS, steps_of
 from sparsebert.pruning.methods import LABEL_FREE
 from sparsebert.pruning.quantize import SWEEPS
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
-from sparsebert.training.loop import CHECKS, step_count
+from sparsebert.training.loop import CHECKS, precision_of, step_count
 from sparsebert.training.setup import TrainingSetup
 
 # Speed of the parts of a prune, as a share of the speed of a large matrix product (in float32; for training in the
@@ -37,7 +37,8 @@ class Plan:
     """The plan of a prune. weights: number of prunable weights; zeros: how many of them will be zero. tokens: about how
     many tokens are calibrated on, or trained on in all optimizer_steps. calibration: tokens in each part of the
     calibration set, if there are enough texts. steps: names of the steps of method knowledge. memory_mb: peak memory in
-    MiB, and its parts. seconds: a rough estimate for this machine, and its parts. done: "finished", or the last result
+    MiB, and its parts; on a GPU most of it is there. seconds: a rough estimate for this machine, and its parts; empty
+    for a GPU, where the speed is unmeasured. done: "finished", or the last result
     of an unfinished run of the same work; empty if it was not begun.
     """
 
@@ -88,6 +89,7 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
     machine. own: number of tokens in the task's texts, None if not known.
     """
     check(config)
+    device = device_of(config)
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
@@ -98,6 +100,9 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
         parts["task"] = min(parts["task"], own)
     tokens = sum(parts.values())
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
+    seconds = {}
+    if device.type == "cpu":
+        seconds = _seconds(linears, weights, tokens, steps, pattern, 1 - budget["zeros"] / weights, config.int8)
     return Plan(
         **budget,
         tokens=tokens,
@@ -105,7 +110,7 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
         optimizer_steps=0,
         steps=steps,
         memory_mb=_memory(model, linears, tokens, steps),
-        seconds=_seconds(linears, weights, tokens, steps, pattern, 1 - budget["zeros"] / weights, config.int8),
+        seconds=seconds,
     )
 
 
@@ -125,12 +130,15 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     optimizer_steps = step_count(len(examples), subnet)
     tokens = round(optimizer_steps * min(subnet.batch_size, len(examples)) * mean)
 
-    bf16 = subnet.precision == "bf16" or (subnet.precision == "auto" and bf16_is_fast())
-    speed = TRAINING * _flops_a_second(torch.bfloat16 if bf16 else torch.float32)
-    seconds = {"training": 6 * weights * tokens / speed}
-    if subnet.select == "best":
-        checks = CHECKS * (1 - subnet.settle) + 1
-        seconds["held_out"] = checks * 2 * weights * len(held_out) * mean / speed
+    seconds = {}
+    if setup.device.type == "cpu":
+        bf16 = precision_of(subnet, setup.device) == "bf16"
+        speed = TRAINING * _flops_a_second(torch.bfloat16 if bf16 else torch.float32)
+        seconds = {"training": 6 * weights * tokens / speed}
+        if subnet.select == "best":
+            checks = CHECKS * (1 - subnet.settle) + 1
+            seconds["held_out"] = checks * 2 * weights * len(held_out) * mean / speed
+        seconds = {"total": sum(seconds.values()), **seconds}
 
     mib = 1 / 2**20
     parameters = sum(p.numel() for p in model.parameters())
@@ -153,7 +161,7 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
         optimizer_steps=optimizer_steps,
         steps=[],
         memory_mb={"peak": sum(memory.values()), **memory},
-        seconds={"total": sum(seconds.values()), **seconds},
+        seconds=seconds,
     )
 
 

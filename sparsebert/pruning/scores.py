@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, frozen, no_progress
+from sparsebert.encoders import Progress, autocast, encoder_layers, encoder_linears, frozen, moved, no_progress
 from sparsebert.heads import problem_of
 from sparsebert.pruning.calibration import Batches
 from sparsebert.pruning.stages import TokenWeights
@@ -66,7 +66,8 @@ def gradient_pass(
     progress: Progress = no_progress,
 ) -> None:
     """One forward and backward pass. Calls see(name, x, g) for every encoder linear and every batch: its input x and
-    the gradient g at its output, float32 [sequences, length, width]. The products are bf16 if those are fast.
+    the gradient g at its output, float32 [sequences, length, width], on the model's device. The products are bf16 if
+    those are fast there.
 
     g = Jᵀ v, with J the Jacobian of the logits by the linear's output, and v = r / √labels. r are random signs; their
     mean is subtracted if a constant added to all logits changes nothing. So E g gᵀ measures the change of the logits,
@@ -77,14 +78,15 @@ def gradient_pass(
     shift_invariant = problem_of(model.config.to_dict()).shift_invariant
     with _gradients_at(model, see):
         for done, batch in enumerate(batches, start=1):
-            with torch.enable_grad(), autocast():
+            batch = moved(batch, model.device)
+            with torch.enable_grad(), autocast(device=model.device):
                 embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
                 rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
                 logits = model(inputs_embeds=embedded, **rest).logits.float()
             signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
             if shift_invariant:
                 signs -= signs.mean(-1, keepdim=True)
-            torch.autograd.backward(logits, signs / logits.shape[-1] ** 0.5)
+            torch.autograd.backward(logits, (signs / logits.shape[-1] ** 0.5).to(logits.device))
             progress(done, len(batches))
 
 

@@ -42,7 +42,7 @@ class Quadratic:
     @cached_property
     def h(self) -> torch.Tensor:
         """H."""
-        return self.gram + self.ridge * torch.eye(len(self.gram), dtype=self.gram.dtype)
+        return self.gram + torch.diag(torch.full_like(self.gram.diagonal(), self.ridge))
 
     @cached_property
     def dead(self) -> torch.Tensor:
@@ -80,10 +80,10 @@ def match_logits(module: nn.Linear, x: torch.Tensor, logits: torch.Tensor, probl
     sure as the dense one even when it is wrong.
 
     x: [texts, n_in]; logits: [texts, labels], of the dense model. HEAD_RIDGE times the squared distance from the start
-    is added to the divergence.
+    is added to the divergence. It runs on the CPU: a small problem, in many steps that each decide the next.
     """
-    x, logits = x.double(), logits.double()
-    start = torch.cat([module.weight, module.bias[:, None]], 1).double()
+    x, logits = x.double().cpu(), logits.double().cpu()
+    start = torch.cat([module.weight, module.bias[:, None]], 1).double().cpu()
     affine = start.clone().requires_grad_()
     spread = problem.spread(logits)
     optimizer = torch.optim.LBFGS([affine], max_iter=100, history_size=20, line_search_fn="strong_wolfe")

@@ -22,12 +22,13 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from sparsebert.encoders import encoder_layers, forwards_replaced, layers_skipped
+from sparsebert.encoders import encoder_layers, forwards_replaced, layers_skipped, moved
 from sparsebert.errors import InputError
 from sparsebert.ops.gram import Moments, gram
 from sparsebert.pruning.calibration import Batches
 
-# A linear's full name -> the weight of every token, float32 [sequences, length] for each batch; absent: 1 each.
+# A linear's full name -> the weight of every token, float32 [sequences, length] for each batch, on the CPU; absent: 1
+# each.
 TokenWeights = dict[str, list[torch.Tensor]]
 Affine = tuple[torch.Tensor, torch.Tensor | None]  # (weight, bias) of a linear
 Rounding = Callable[[nn.Linear, torch.Tensor], torch.Tensor]  # a linear and its input -> what it is multiplied with
@@ -120,7 +121,7 @@ def stages(
     """Yields the stages of the encoder, then those of the head if `heads`. The caller may change the linears' weights
     before it asks for the next stage. Linears of one stage whose tokens have different weights come as separate stages.
 
-    batches: token batches without padding. The model must be in eval mode.
+    batches: token batches without padding. The model must be in eval mode; all happens on its device.
     sparse_inputs: False measures the dense model's inputs (x̂ = x), whatever the caller changes.
     padding: True counts padding as tokens and runs the half-pruned model under the last batch's attention mask, as the
     released code of Li et al. 2023 does. sample: about how many tokens a stage's sample has. rounded: rounds the inputs
@@ -134,6 +135,7 @@ def stages(
         raise InputError("calibration batches must have no padding", fix="make them with sparsebert.pruning.draw")
     names = {module: name for name, module in model.named_modules()}
     layers = encoder_layers(model)
+    batches = [moved(batch, model.device) for batch in batches]
     calls = [_first_layer_call(model, layers[0], batch) for batch in batches]
     arguments = [rest for _, rest in calls]
     dense = [hidden for hidden, _ in calls]
@@ -306,11 +308,13 @@ def _add(moments: Moments | None, x, y, weights, names) -> Moments | None:
             raise InputError(
                 f"weights of {names} must be one per token, got {len(weights)} for {len(x)}", fix="drop them"
             )
-        some = weights > 0
-        if not some.all():
-            x, y, weights = x[some], y[some], weights[some]
-        if not len(x):
+        some = weights.nonzero()[:, 0]
+        if not len(some):
             return moments
+        if len(some) < len(x):
+            rows = some.to(x.device)
+            x, y, weights = x[rows], y[rows], weights[some]
+        weights = weights.to(x.device)
     try:
         return gram(x.contiguous(), y.contiguous(), weights, into=moments)
     except InputError as error:

@@ -11,6 +11,7 @@ from sparsebert.config import PruneConfig
 from sparsebert.encoders import Progress, encoder_linears, head_linears
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job
+from sparsebert.machine import at_work_on
 from sparsebert.patterns import parse, sparsity_of
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Start, TrainedConfig
@@ -33,7 +34,7 @@ class Subnet:
         self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
         if self.method.rewinds == "during" and self.rewind is None:
             self.rewind = self.start
-        chosen = {"seed": config.seed, "max_length": config.max_length}
+        chosen = {"seed": config.seed, "max_length": config.max_length, "device": config.device}
         chosen |= {k: v for k, v in self.method.by_pattern(self.pattern).items() if getattr(subnet, k) is None}
         self.settings = subnet.model_copy(update=chosen)
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
@@ -45,13 +46,13 @@ class Subnet:
 
     def find(self, progress: Progress):
         """(model with zeros, tokenizer, figures of the run), on the CPU and in eval mode."""
-        spec, seed = self.setup.spec, self.settings.seed
+        spec, seed, device = self.setup.spec, self.settings.seed, self.setup.device
 
         def rewound() -> dict[str, torch.Tensor]:
-            return dict(fresh_classifier(self.rewind, spec, seed)[0].named_parameters())
+            return dict(fresh_classifier(self.rewind, spec, seed, device)[0].named_parameters())
 
-        with torch.random.fork_rng(devices=[]):
-            model, tokenizer = fresh_classifier(self.start, spec, seed, own_head=True)
+        with at_work_on(device):
+            model, tokenizer = fresh_classifier(self.start, spec, seed, device, own_head=True)
             config = own(self.method.name, self.settings)
             hook = self.method.hook(Start(model, self.pattern, self.sparsity, config, rewound))
             figures = self.setup.learn(model, tokenizer, hook, self.job, train, progress)
@@ -59,7 +60,7 @@ class Subnet:
             keeps = hook.keeps() if after else {}
             hook.fold()
             if after:
-                model, tokenizer = fresh_classifier(self.rewind, spec, seed)
+                model, tokenizer = fresh_classifier(self.rewind, spec, seed, device)
                 _apply(model, keeps)
         return model.cpu().eval(), tokenizer, figures
 

@@ -27,6 +27,7 @@ def evaluate(
     n: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    device: str = "auto",
     progress: Progress = no_progress,
 ) -> Evaluation:
     """Evaluates the classifier in directory `model` on the reported split of `task`, paired with the one in `vs` if
@@ -34,14 +35,15 @@ def evaluate(
 
     ood: names of the task's OOD tests, separated by commas, or "all"; they are evaluated in the same way. n: size of a
     seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. A model in
-    int8 runs in int8, any other in float32 (Classifier.load); labels are matched by name.
+    int8 runs in int8, any other in float32 (Classifier.load); labels are matched by name. device: cpu, cuda, or auto
+    for a GPU if one can be used.
     Raises InputError for an unknown test and DataError for a missing set, both before any model is loaded, and
-    InputError if a model's labels are not the task's.
+    InputError if a model's labels are not the task's. Raises UnsupportedError for a GPU that cannot be used.
     """
     spec = task_for(task, model)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
-    classifiers = [Classifier.load(directory) for directory in (model, vs) if directory is not None]
+    classifiers = [Classifier.load(directory, device) for directory in (model, vs) if directory is not None]
     for classifier in classifiers[::-1]:
         sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
     sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
@@ -71,16 +73,17 @@ def kept(
     *,
     n: int = 500,
     max_length: int | None = None,
+    device: str = "auto",
     progress: Progress = no_progress,
 ) -> dict:
     """Compares the classifier in `pruned` with the dense one that it was pruned from, on at most `n` texts of the
-    task's reported split; labels are ignored. Returns the figures of `drift`.
+    task's reported split; labels are ignored. device: as for `evaluate`. Returns the figures of `drift`.
 
     Raises InputError if the two have different labels, and DataError if the texts are missing.
     """
     spec = data.get_task(task, labelled=False)
     examples = data.load(spec, spec.test, limit=n)
-    both = [Classifier.load(directory) for directory in (dense, pruned)]
+    both = [Classifier.load(directory, device) for directory in (dense, pruned)]
     for classifier in both:
         spec = limited(spec, classifier.config, max_length)
     order = heads.columns(both[1].names, both[0].names, str(both[1].directory))
@@ -95,7 +98,7 @@ def misfit(model: str | Path, task: str) -> DataError | InputError | None:
     """Why `evaluate` would refuse the labels of the task; None if it finds them, and the model's among them."""
     try:
         spec = task_for(task, model)
-        classifier = Classifier.load(model)
+        classifier = Classifier.load(model, "cpu")  # only its labels are asked for
         order_for(data.among(spec, data.load(spec, spec.test), classifier.names)[0], classifier)
     except (DataError, InputError) as error:
         return error

@@ -14,6 +14,7 @@ from sparsebert.config import TrainConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress, task_for
 from sparsebert.errors import InputError, SparsebertWarning
 from sparsebert.jobs import Job
+from sparsebert.machine import at_work_on
 from sparsebert.training.imp import FixedZeros
 from sparsebert.training.loop import Hook, TrainingLoop
 from sparsebert.training.setup import TrainingSetup, fresh_classifier, read_by, task_name
@@ -66,7 +67,8 @@ def train(
     A repeated call returns at once if `output` is finished. Otherwise it continues from the last snapshot in
     `<output>.partial`. Files in either place that come from other settings, data or code are refused, unless
     `overwrite`. Raises InputError for a task without a training split, for a loss without the models it needs, and for
-    a run that diverges (its last snapshot is kept); OutputError for refused files and when writing fails; DataError and
+    a run that diverges (its last snapshot is kept); UnsupportedError for a GPU that cannot be used or has too little
+    memory; OutputError for refused files and when writing fails; DataError and
     CheckpointError when reading fails.
     """
     start = time.perf_counter()
@@ -87,8 +89,8 @@ def train(
     for directory in aside.values():
         checkpoint.finished(job, directory)  # raises if it must not be replaced
 
-    with job, torch.random.fork_rng(devices=[]):
-        classifier, tokenizer = fresh_classifier(source, setup.spec, config.seed)
+    with job, at_work_on(setup.device):
+        classifier, tokenizer = fresh_classifier(source, setup.spec, config.seed, setup.device)
         recipe = {
             "command": "train", **checkpoint.made_from(model, setup.inputs["model"]), "task": task_name(spec),
             "data_sha256": setup.inputs["data"], **config.model_dump(),

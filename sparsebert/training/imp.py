@@ -86,7 +86,7 @@ class MagnitudePruning(Hook):
     def _prune(self, sparsity: float) -> None:
         for name, (module, kind) in self.linears.items():
             # Weights already pruned are 0, so they are pruned first the next time, and the portions nest.
-            self.keep[name] = pattern_mask(module.weight.abs().cpu(), kind, sparsity).to(module.weight.device)
+            self.keep[name] = pattern_mask(module.weight.abs(), kind, sparsity)
         if self.rewind_to is not None:
             for name, parameter in self.model.named_parameters():
                 if name in self.rewind_to:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparsebert.config import LearnConfig, TrainConfig
-from sparsebert.encoders import bucketed
+from sparsebert.encoders import bucketed, moved
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job
 from sparsebert.machine import bf16_is_fast
@@ -97,9 +97,9 @@ def rise_and_fall(step: int, total: int, warmup: float) -> float:
     return max(0.0, (total - step) / max(1, total - rising))
 
 
-def precision_of(config: LearnConfig) -> str:
-    """The precision of a run: "fp32" or "bf16", which `auto` chooses by this machine."""
-    return config.precision if config.precision != "auto" else "bf16" if bf16_is_fast() else "fp32"
+def precision_of(config: LearnConfig, device: torch.device) -> str:
+    """The precision of a run: "fp32" or "bf16", which `auto` chooses by the device."""
+    return config.precision if config.precision != "auto" else "bf16" if bf16_is_fast(device) else "fp32"
 
 
 class TrainingLoop:
@@ -122,8 +122,8 @@ class TrainingLoop:
         self.model, self.config, self.total_steps = model, config, total_steps
         self.job, self.hook, self.score = job, hook or Hook(), score
         self.criterion = LOSSES[config.loss].criterion
-        self.precision = precision_of(config)
         self.device = next(model.parameters()).device
+        self.precision = precision_of(config, self.device)
         self.step, self.losses, self.saved_at = 0, [], 0
         self.best: dict[str, torch.Tensor] = {}
         self.scores: list[tuple[int, float]] = []  # (step, score) of each check on the held-out examples
@@ -150,8 +150,7 @@ class TrainingLoop:
         """One optimizer step, and a snapshot when one is due."""
         if self.hook.before(self.step, self.total_steps):
             self.optimizer.state.clear()
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        loss = self._backward(batch, targets.to(self.device))
+        loss = self._backward(moved(batch, self.device), targets.to(self.device))
         self.hook.regularise()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.clip, foreach=True)
         if not (math.isfinite(loss) and norm.isfinite()):

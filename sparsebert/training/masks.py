@@ -143,7 +143,7 @@ class MaskTraining(Hook):
         size = weight.abs().view(-1, rows, weight.shape[1]).mean(1)
         if init == "soft":
             return size, _threshold(size, pattern, self.current)
-        scores = KEPT_SCORE * pattern_mask(weight.abs().cpu(), pattern, self.current)[::rows].float().to(weight.device)
+        scores = KEPT_SCORE * pattern_mask(weight.abs(), pattern, self.current)[::rows].float()
         shape = (len(scores), scores.shape[1] // pattern.m) if isinstance(pattern, NofM) else ()
         return scores, torch.full(shape, THRESHOLD, device=weight.device)
 
@@ -232,18 +232,18 @@ def _threshold(scores: torch.Tensor, pattern: Pattern, sparsity: float) -> torch
     nothing is to be pruned, -inf. N:M: one for each m consecutive scores.
     """
     if isinstance(pattern, NofM):
-        goes = topk_threshold(scores.view(len(scores), -1, pattern.m).cpu(), pattern.n + 1)
+        goes = topk_threshold(scores.view(len(scores), -1, pattern.m), pattern.n + 1)
     else:
         rows = _rows(pattern)
         kept = kept_in(pattern, rows * len(scores), scores.shape[1], sparsity) // rows
         if kept == scores.numel():
             return torch.tensor(float("-inf"), device=scores.device)
-        goes = topk_threshold(scores.flatten().cpu(), kept + 1)
-    return torch.nextafter(goes, torch.tensor(float("inf"))).to(scores.device)
+        goes = topk_threshold(scores.flatten(), kept + 1)
+    return torch.nextafter(goes, torch.full_like(goes, torch.inf))
 
 
 def _mask(masked: MaskedLinear, pattern: Pattern, sparsity: float) -> torch.Tensor:
-    scores = masked.scores.cpu()
+    scores = masked.scores
     # pattern_mask adds up the scores of a group and takes none below 0. All rows of a group get the same score.
     scores = (scores - scores.min()).repeat_interleave(_rows(pattern), 0)
-    return pattern_mask(scores, pattern, sparsity).to(masked.weight.device)
+    return pattern_mask(scores, pattern, sparsity)

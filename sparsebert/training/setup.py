@@ -28,6 +28,7 @@ from sparsebert.encoders import (
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError, SparsebertWarning, UnsupportedError
 from sparsebert.jobs import Job
+from sparsebert.machine import device_for, kind_of
 from sparsebert.training import bias
 from sparsebert.training.loop import (
     STEPS_PER_SNAPSHOT,
@@ -50,7 +51,7 @@ class TrainingSetup:
     """The setup of a run. examples: to train on. held_out: to choose on. origin: the pretrained encoder that the run
     descends from; bias models and teachers are made from it, if the loss needs them. teacher: its directory; None: if
     the loss needs a teacher, it is trained first. inputs: all that decides the result, for `Job`. space: about how many
-    bytes the run will write.
+    bytes the run will write. device: what it runs on.
     """
 
     spec: Task
@@ -61,6 +62,7 @@ class TrainingSetup:
     teacher: Path | None
     inputs: dict
     space: int
+    device: torch.device
 
     @classmethod
     def of(
@@ -74,16 +76,18 @@ class TrainingSetup:
     ) -> TrainingSetup:
         """Reads the examples and checks what the loss needs. default_lr: the learning rate for a number of steps, if
         the config has none. settings: further flags that decide the result; they replace flags of the config with the
-        same name. Raises InputError if something is missing or does not match.
+        same name. Raises InputError if something is missing or does not match, and UnsupportedError if the config names
+        a device that cannot be used.
         """
-        needs = LOSSES[config.loss]
+        device, needs = device_for(config.device), LOSSES[config.loss]
         spec = limited(spec, checkpoint.shapes(source).config, config.max_length)
         examples, held_out = examples_of(spec, config)
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source) if needs.bias or needs.teacher else source
         # Paths are replaced by hashes of their content, here or below.
-        settings = {**config.model_dump(), "precision": precision_of(config), **(settings or {})}
+        settings = {**config.model_dump(), "precision": precision_of(config, device), **(settings or {})}
+        settings["device"] = kind_of(device)
         del settings["max_length"]  # in the inputs it is the task's, also if none was given
         inputs = {
             "model": checkpoint.source_sha256(source),
@@ -105,7 +109,8 @@ class TrainingSetup:
             settings["teacher"] = checkpoint.source_sha256(teacher)
         weights = (source / checkpoint.WEIGHTS).stat().st_size
         snapshots = step_count(len(examples), config) > STEPS_PER_SNAPSHOT
-        return cls(spec, config, examples, held_out, start, teacher, inputs, weights * (7 if snapshots else 1))
+        space = weights * (7 if snapshots else 1)
+        return cls(spec, config, examples, held_out, start, teacher, inputs, space, device)
 
     def learn(
         self,
@@ -125,7 +130,7 @@ class TrainingSetup:
         teacher = self.teacher
         if teacher is None and LOSSES[config.loss].teacher:
             teacher = self._train_teacher(job, train, progress)
-        targets, figures = self._targets(model.device, teacher, progress)
+        targets, figures = self._targets(teacher, progress)
         steps = batch_rows(encoded, config)
 
         def score() -> float:
@@ -154,23 +159,23 @@ class TrainingSetup:
             figures["chosen"] *= -1
         return figures
 
-    def _targets(self, device: torch.device, teacher: Path | None, progress: Progress) -> tuple[Targets, dict]:
+    def _targets(self, teacher: Path | None, progress: Progress) -> tuple[Targets, dict]:
         """The targets of the examples, and figures of the bias model."""
         needs, spec, config = LOSSES[self.config.loss], self.spec, self.config
         labels = torch.from_numpy(self.examples.labels)
         log_bias = log_teacher = None
         figures = {}
         if needs.bias:
-            model, tokenizer = fresh_classifier(self.origin, spec, config.seed, device)
+            model, tokenizer = fresh_classifier(self.origin, spec, config.seed, self.device)
 
             def weak(examples: Examples, number: int):
-                return self._weak(examples, number, device, progress)
+                return self._weak(examples, number, progress)
 
             found = bias.predictions(config.bias, spec, self.examples, model, tokenizer, weak, config.seed)
             log_bias = torch.from_numpy(found)
             figures["bias"] = bias.summary(log_bias, labels)
         if teacher is not None:
-            asked = Classifier.load(teacher)
+            asked = Classifier.load(teacher, config.device)
             logits = asked.predict(
                 self.examples, max_length=spec.max_length,
                 progress=lambda done, total: progress(done, total, "ask the teacher"),
@@ -178,10 +183,10 @@ class TrainingSetup:
             log_teacher = torch.from_numpy(logits).log_softmax(1)
         return Targets(labels, log_bias, log_teacher, heads.PROBLEMS[spec.problem]), figures
 
-    def _weak(self, examples: Examples, number: int, device: torch.device, progress: Progress):
+    def _weak(self, examples: Examples, number: int, progress: Progress):
         """The pretrained encoder after one epoch of cross-entropy on a few examples."""
         settings = TrainConfig(epochs=1, seed=(self.config.seed + number) % 2**63, precision=self.config.precision)
-        model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, device)
+        model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, self.device)
         encoded = tokenize(tokenizer, examples, token_limit(model.config, self.spec.max_length))
         targets, steps = Targets(torch.from_numpy(examples.labels)), batch_rows(encoded, settings)
         run = TrainingLoop(model, settings, len(steps))
@@ -247,13 +252,10 @@ def _require_classes(spec: Task, examples: Examples) -> None:
         )
 
 
-def fresh_classifier(
-    source: Path, spec: Task, seed: int, device: torch.device | None = None, *, own_head: bool = False
-):
-    """(classifier, tokenizer) of a directory for the labels of a task, its outputs in their order. The directory's head
-    is kept if its labels are the task's by name. Else a new head is drawn from the seed, with a warning if the
-    directory has a head. device: None for a GPU if torch finds one, else the CPU. own_head: refuse a head of other
-    labels, with InputError.
+def fresh_classifier(source: Path, spec: Task, seed: int, device: torch.device, *, own_head: bool = False):
+    """(classifier, tokenizer) of a directory for the labels of a task, its outputs in their order, on a device. The
+    directory's head is kept if its labels are the task's by name. Else a new head is drawn from the seed, with a
+    warning if the directory has a head. own_head: refuse a head of other labels, with InputError.
     """
     torch.manual_seed(seed)
     found = head_for(source, spec, own_head)
@@ -269,7 +271,7 @@ def fresh_classifier(
             torch.nn.init.zeros_(last.bias)
         set_labels(classifier, names)
     classifier.config.problem_type = heads.PROBLEMS[spec.problem].config_name
-    return classifier.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer
+    return classifier.to(device), tokenizer
 
 
 def head_for(source: Path, spec: Task, own_head: bool) -> np.ndarray | None:
