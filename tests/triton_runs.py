@@ -24,21 +24,12 @@ def run_here(script: str, job: str, *args: object, **environment: str) -> None:
 
 
 def prepare_interpreter() -> None:
-    """Fills fresh memory with NaN, and repairs the interpreter's dot, which multiplies the bits of bfloat16 as integers
-    instead of their values.
-    """
-    import numpy as np
+    """Fills fresh memory with NaN, and repairs the interpreter's dot."""
     import torch
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    def widened(operand: TensorHandle) -> TensorHandle:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    from bench.gpu_place import interpret_bfloat16
 
-    dot = InterpreterBuilder.create_dot
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    interpret_bfloat16()
     torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
 
 

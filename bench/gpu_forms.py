@@ -1,0 +1,104 @@
+"""The forms of a linear on a GPU, as bench.gpu_report checks and times them: all rows of
+`sparsebert.engine.cuda_forms.FORMS`.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from bench.gpu_place import Place
+from sparsebert.engine import cuda_forms
+from sparsebert.errors import UnsupportedError
+from sparsebert.kernels.sparse_matmul import sparse_matmul
+from sparsebert.ops.topk_mask import pattern_mask
+from sparsebert.patterns import Pattern, sparsity_of
+
+
+def _of_heights() -> dict[str, SimpleNamespace]:
+    """The forms of a version whose forms are a height each."""
+    found = {}
+    for name, height in cuda_forms.HEIGHTS.items():
+
+        def entries(support: np.ndarray, name=name, height=height) -> int:
+            return cuda_forms.places(support, height) if name.startswith("groups") else support.size
+
+        def pack(weight: np.ndarray, dtype: torch.dtype, device: torch.device, name=name, height=height):
+            if name == "dense":
+                return torch.from_numpy(weight).to(device, dtype)
+            return cuda_forms.grouped(weight, height, dtype, device, whole=name == "fused")
+
+        def sample(n_out: int, n_in: int, rng: np.random.Generator, height=height) -> np.ndarray:
+            kept = np.repeat(rng.random((-(-n_out // height), n_in)) < 0.1, height, axis=0)[:n_out]
+            return rng.standard_normal((n_out, n_in), np.float32) * kept
+
+        found[name] = SimpleNamespace(
+            name=name, entries=entries, pack=pack, sample=sample, tolerance={"fp32": 1e-5, "bf16": 2**-7},
+            missing=lambda device: None,
+        )  # fmt: skip
+    return found
+
+
+FORMS = getattr(cuda_forms, "FORMS", None) or _of_heights()
+TRUNCATED = 2e-2  # the interpreter cuts off the digits that bfloat16 has not, twice in some forms
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+class FormLinear:
+    """activation(W x + b) in one form. size: bytes of the weight that it reads. Raises UnsupportedError if the form is
+    not available here.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        form: str,
+        weight: np.ndarray,
+        bias: torch.Tensor | None = None,
+        activation: str = "none",
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        missing = FORMS[form].missing(place.device)
+        if missing is not None:
+            raise UnsupportedError(f"form {form} is not available: {missing}", fix="leave it out")
+        self.packed = FORMS[form].pack(weight, dtype, place.device)
+        self.bias = None if bias is None else bias.to(place.device)
+        self.activation, self.tolerance = activation, FORMS[form].tolerance[DTYPE_NAMES[dtype]]
+        if place.rehearsal and dtype == torch.bfloat16:
+            self.tolerance = TRUNCATED
+        self.size = FORMS[form].entries(weight != 0) * dtype.itemsize
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """y [n_out, tokens]. x: [n_in, tokens]."""
+        return sparse_matmul(x, self.packed, self.bias, self.activation, out=out)
+
+
+def forms_of(dtype: torch.dtype) -> list[str]:
+    """The names of all forms that have this dtype."""
+    return [form.name for form in FORMS.values() if DTYPE_NAMES[dtype] in form.tolerance]
+
+
+def samples(form: str, n_out: int, n_in: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Weights that a form can hold: its own sample, and of those of the other forms the first that it holds too."""
+    own = FORMS[form].sample(n_out, n_in, rng)
+    other = (FORMS[name].sample(n_out, n_in, rng) for name in FORMS if name != form)
+    found = next((weight for weight in other if FORMS[form].entries(weight != 0) is not None), None)
+    return [own] if found is None else [own, found]
+
+
+def patterned(pattern: Pattern, n_out: int, n_in: int, sparsity: float, rng: np.random.Generator) -> np.ndarray:
+    """A random weight in a pattern, float32 [n_out, n_in]. sparsity: if the pattern implies none."""
+    scores = torch.from_numpy(rng.random((n_out, n_in), np.float32))
+    implied = sparsity_of(pattern, None if hasattr(pattern, "m") else sparsity)
+    return rng.standard_normal((n_out, n_in), np.float32) * pattern_mask(scores, pattern, implied).numpy()
+
+
+def that_hold(place: Place, weight: np.ndarray, *, sparse: bool) -> list[str]:
+    """The forms in bf16 that can hold a weight here. sparse: only those that read less than all of its values."""
+    here = [name for name in forms_of(torch.bfloat16) if FORMS[name].missing(place.device) is None]
+    read = {name: FORMS[name].entries(weight != 0) for name in here}
+    most = weight.size - 1 if sparse else math.inf
+    return [name for name, entries in read.items() if entries is not None and entries <= most]
