@@ -24,13 +24,45 @@ def run_here(script: str, job: str, *args: object, **environment: str) -> None:
 
 
 def prepare_interpreter() -> None:
-    """Fills fresh memory with NaN, and repairs the interpreter's dot, which multiplies the bits of bfloat16 as integers
-    instead of their values.
+    """Fills fresh memory with NaN, refuses to load or store outside the tensors that a kernel was given, which the
+    interpreter would do in silence, and repairs its dot, which multiplies the bits of bfloat16 as integers instead of
+    their values.
     """
     import numpy as np
     import torch
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+    given: list[tuple[int, int]] = []  # first address, and the one after the last, of each tensor
+    to_host = GridExecutor._init_args_hst
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def recorded(self, args, kwargs):
+        args, kwargs = to_host(self, args, kwargs)
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor) and arg.numel()]
+        given[:] = [
+            (arg.data_ptr(), arg.data_ptr() + (1 + sum(map(_span, arg.shape, arg.stride()))) * arg.element_size())
+            for arg in tensors
+        ]
+        return args, kwargs
+
+    def require_inside(pointers: TensorHandle, mask: TensorHandle) -> None:
+        used = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        if used.size:
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            first, last = int(used.min()), int(used.max()) + size
+            assert any(begin <= first and last <= end for begin, end in given), "a kernel leaves its tensors"
+
+    def checked_load(self, pointers, mask, *rest):
+        require_inside(pointers, mask)
+        return load(self, pointers, mask, *rest)
+
+    def checked_store(self, pointers, value, mask, *rest):
+        require_inside(pointers, mask)
+        return store(self, pointers, value, mask, *rest)
+
+    GridExecutor._init_args_hst = recorded
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
 
     def widened(operand: TensorHandle) -> TensorHandle:
         if operand.dtype.scalar != tl.bfloat16:
@@ -40,6 +72,10 @@ def prepare_interpreter() -> None:
     dot = InterpreterBuilder.create_dot
     InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
+
+
+def _span(size: int, stride: int) -> int:
+    return (size - 1) * stride
 
 
 def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict, binary: Path) -> dict[str, int]:
