@@ -4,45 +4,20 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from bench.gpu_place import Place
-from sparsebert.engine import cuda_forms
+from sparsebert.engine.cuda_forms import FORMS
 from sparsebert.errors import UnsupportedError
 from sparsebert.kernels.sparse_matmul import sparse_matmul
 from sparsebert.ops.topk_mask import pattern_mask
 from sparsebert.patterns import Pattern, sparsity_of
 
-
-def _of_heights() -> dict[str, SimpleNamespace]:
-    """The forms of a version whose forms are a height each."""
-    found = {}
-    for name, height in cuda_forms.HEIGHTS.items():
-
-        def entries(support: np.ndarray, name=name, height=height) -> int:
-            return cuda_forms.places(support, height) if name.startswith("groups") else support.size
-
-        def pack(weight: np.ndarray, dtype: torch.dtype, device: torch.device, name=name, height=height):
-            if name == "dense":
-                return torch.from_numpy(weight).to(device, dtype)
-            return cuda_forms.grouped(weight, height, dtype, device, whole=name == "fused")
-
-        def sample(n_out: int, n_in: int, rng: np.random.Generator, height=height) -> np.ndarray:
-            kept = np.repeat(rng.random((-(-n_out // height), n_in)) < 0.1, height, axis=0)[:n_out]
-            return rng.standard_normal((n_out, n_in), np.float32) * kept
-
-        found[name] = SimpleNamespace(
-            name=name, entries=entries, pack=pack, sample=sample, tolerance={"fp32": 1e-5, "bf16": 2**-7},
-            missing=lambda device: None,
-        )  # fmt: skip
-    return found
-
-
-FORMS = getattr(cuda_forms, "FORMS", None) or _of_heights()
 TRUNCATED = 2e-2  # the interpreter cuts off the digits that bfloat16 has not, twice in some forms
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -71,6 +46,16 @@ class FormLinear:
             self.tolerance = TRUNCATED
         self.size = FORMS[form].entries(weight != 0) * dtype.itemsize
 
+    def copy(self) -> FormLinear:
+        """The same linear at another place in memory."""
+        other = copy.copy(self)
+        if isinstance(self.packed, torch.Tensor):
+            other.packed = self.packed.clone()
+        else:
+            parts = {name: part.clone() for name, part in vars(self.packed).items() if isinstance(part, torch.Tensor)}
+            other.packed = dataclasses.replace(self.packed, **parts)
+        return other
+
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """y [n_out, tokens]. x: [n_in, tokens]."""
         return sparse_matmul(x, self.packed, self.bias, self.activation, out=out)
@@ -82,11 +67,9 @@ def forms_of(dtype: torch.dtype) -> list[str]:
 
 
 def samples(form: str, n_out: int, n_in: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Weights that a form can hold: its own sample, and of those of the other forms the first that it holds too."""
-    own = FORMS[form].sample(n_out, n_in, rng)
-    other = (FORMS[name].sample(n_out, n_in, rng) for name in FORMS if name != form)
-    found = next((weight for weight in other if FORMS[form].entries(weight != 0) is not None), None)
-    return [own] if found is None else [own, found]
+    """Weights that a form can hold: its own sample, and one without zeros; of zeros alone, if it cannot hold that."""
+    own, full = FORMS[form].sample(n_out, n_in, rng), rng.standard_normal((n_out, n_in), np.float32)
+    return [own, full if FORMS[form].entries(full != 0) is not None else np.zeros_like(own)]
 
 
 def patterned(pattern: Pattern, n_out: int, n_in: int, sparsity: float, rng: np.random.Generator) -> np.ndarray:

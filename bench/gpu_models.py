@@ -76,13 +76,14 @@ def engine_of(place: Place, directory: Path, dtype: str, **settings) -> Engine:
 
 @functools.cache
 def pretend_gpu() -> None:
-    """Lets the engine take this processor for a GPU, as the interpreter does."""
+    """Lets the engine take this processor for a GPU, as Triton's interpreter does."""
     from sparsebert import machine
     from sparsebert.engine import cuda
 
     for module in (machine, cuda):
-        if hasattr(module, "require_device"):
-            module.require_device = lambda: torch.device("cpu")
+        for name, gives in (("require_start", None), ("require_device", torch.device("cpu"))):
+            if hasattr(module, name):
+                setattr(module, name, lambda gives=gives: gives)
 
 
 def token_ids(rng: np.random.Generator, lengths: Sequence[int], engine: Engine) -> Ids:

@@ -4,7 +4,6 @@ data, the clock, and the rows that they give.
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 import zlib
@@ -212,20 +211,3 @@ def against(place: Place, row: Row, goals: Sequence[Goal]) -> Row:
         return {}
     met = "met" if all(goal.met(row) for goal in goals) else "missed"
     return {"goal": ", ".join(map(str, goals)), "met": met if place.judged else "unmeasured"}
-
-
-@functools.cache
-def interpret_bfloat16() -> None:
-    """Repairs the dot of Triton's interpreter, which multiplies the bits of bfloat16 as integers instead of their
-    values.
-    """
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widened(operand: TensorHandle) -> TensorHandle:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    dot = InterpreterBuilder.create_dot
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)

@@ -45,7 +45,7 @@ MISSING = "not available"
 FAULTS = {WRONG, SLOWER, FAILED, CRASHED, OVERRAN}
 BUILD_S = 150
 CHECKS = "checks: "  # begins the names of the sections that compare results
-EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit)\b")
+EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit)\b")
 ACCESS = re.compile(r"^=+ (Invalid .+|Misaligned .+)\n=+ +(at .+?)(?:\+0x\w+)?(?: in .+)?$", re.M)
 COLUMNS = {
     "section": "", "case": "", "status": "", "ms": ".4g", "spread": ".0%", "rivals": "", "copy_share": ".0%",
@@ -98,10 +98,10 @@ def sections() -> list[Section]:
         Section("masked training", timings.training, 40),
         Section("obs_sweep", timings.sweeps, 40),
         Section("pruning", timings.pruning, 220),
-        Section("memcheck", checks_under_memcheck, 90),
-        Section("linears of BERT", timings.bert_linears, 60),
         Section("attention", timings.attentions, 30),
         Section("solvers", timings.solvers, 40),
+        Section("memcheck", memcheck, 120),
+        Section("linears of BERT", timings.bert_linears, 90),
     ]
 
 
@@ -218,50 +218,56 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
-def checks_under_memcheck(place) -> Iterator:
+def memcheck(place) -> Iterator:
     """The checks of small shapes under compute-sanitizer, which finds what is read and written out of bounds."""
     from bench.gpu_place import Case
 
-    for section in sections():
-        if section.name.startswith(CHECKS):
-            yield Case(section.name.removeprefix(CHECKS), partial(_memcheck, place, section.name))
+    yield Case("small checks", partial(_memcheck, place))
 
 
-def _memcheck(place, name: str) -> Row:
+def _memcheck(place) -> Row:
     if place.rehearsal:
         raise UnsupportedError("memcheck needs a GPU", fix="run it on one")
     tool = sanitizer()
     if tool is None:
         raise UnsupportedError("compute-sanitizer is not installed", fix="it is a part of the CUDA toolkit")
     command = [tool, "--tool", "memcheck", "--report-api-errors", "no", sys.executable, "-m", "bench.gpu_report"]
-    command += ["--checks", name, "--seed", str(place.seed)]
     # Torch would otherwise take memory in large pieces, in which a tensor's end is no bound.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    return memcheck_row(done.stdout + done.stderr)
+    done = subprocess.run(
+        [*command, "--checks", "--seed", str(place.seed)], cwd=ROOT, capture_output=True, text=True, env=env
+    )
+    return memcheck_row(done.stdout + done.stderr, done.returncode)
 
 
-def memcheck_row(said: str) -> Row:
-    """The row of what compute-sanitizer said. Raises harness.WrongOutput for errors that it found."""
+def memcheck_row(said: str, code: int) -> Row:
+    """The row of what compute-sanitizer said and of its exit code, which is that of the checks. Raises
+    harness.WrongOutput for errors that it found.
+    """
     summary = re.search(r"^=+ ERROR SUMMARY: (\d+) errors?", said, re.M)
     if summary is None:
-        lines = [line for line in said.splitlines() if line.strip()]
-        return {"status": FAILED, "why": cut(f"compute-sanitizer gave no summary: {lines[-1] if lines else ''}")}
+        lines = [line for line in said.splitlines() if line.strip()] or ["nothing"]
+        return {"status": FAILED, "why": cut(f"compute-sanitizer gave no summary, it said: {lines[-1]}")}
     if int(summary[1]):
         kinds = Counter(f"{kind.strip()} {at.strip()}" for kind, at in ACCESS.findall(said))
         told = ", ".join(f"{kind} ({count}x)" for kind, count in kinds.items()) or "see its output"
         raise harness.WrongOutput(f"{summary[1]} errors: {told}")
-    refused = re.search(r"^faults: (.+)$", said, re.M)
-    return {"status": FAILED, "why": cut(refused[1])} if refused else {}
+    if code:
+        faults = [line for line in said.splitlines() if EXCEPTION.match(line)]
+        return {"status": FAILED, "why": cut(faults[-1] if faults else f"the checks ended with {code}")}
+    return {}
 
 
-def check_here(name: str, place) -> int:
-    """Runs the cases of one section in this process, for compute-sanitizer."""
-    section = next(section for section in sections() if section.name == name)
-    rows = [{"case": case.name} | judged(place, case.run) for case in section.cases(place)]
-    faults = [f"{row['case']}: {row['why']}" for row in rows if row["status"] in FAULTS]
-    if faults:
-        print(f"faults: {'; '.join(faults)}")
+def check_here(place) -> int:
+    """Runs all checks in this process, for compute-sanitizer."""
+    fill_with_nan()
+    faults = 0
+    for section in sections():
+        for case in section.cases(place) if section.name.startswith(CHECKS) else ():
+            row = judged(place, case.run)
+            if row["status"] in FAULTS:
+                print(f"Error: {case.name}: {row['why']}", flush=True)
+                faults += 1
     return 1 if faults else 0
 
 
@@ -336,7 +342,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=8.0, help="for all of it (default %(default)s)")
     parser.add_argument("--seed", type=int, help="of the random data (default: another in each run)")
     parser.add_argument("--reference", type=Path, help="folder with checkouts of IST-DASLab's OBC and sparsegpt")
-    parser.add_argument("--checks", help=argparse.SUPPRESS)
+    parser.add_argument("--checks", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.interpret and args.output is not None and args.output.resolve().is_relative_to(RESULTS):
         parser.error("a rehearsal is no result: --output must be outside bench/results")
@@ -350,12 +356,14 @@ def main() -> int:
         import torch
         import triton  # noqa: F401
 
-        from bench.gpu_place import Place, interpret_bfloat16
+        from bench.gpu_place import Place
     except ModuleNotFoundError as error:
         print(f"gpu_report: {error.name} is not installed; pip install 'sparsebert[triton]'", file=sys.stderr)
         return 2
     if args.interpret:
-        interpret_bfloat16()
+        from bench.interpreter import prepare_interpreter
+
+        prepare_interpreter()
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
     with tempfile.TemporaryDirectory() as folder:
         os.environ["SPARSEBERT_CACHE"] = f"{folder}/cache"  # costs and packed models are made anew
@@ -363,8 +371,8 @@ def main() -> int:
             torch.device("cpu" if args.interpret else "cuda"), seed, Path(folder), small=args.interpret,
             judged=not args.interpret, reference=args.reference,
         )  # fmt: skip
-        if args.checks is not None:
-            return check_here(args.checks, replace(place, small=True))
+        if args.checks:
+            return check_here(replace(place, small=True))
         clock = Clock(args.minutes)
         rows = report(place, sections(), clock)
         if rows is None:

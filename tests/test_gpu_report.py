@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from triton_runs import run_here
 
@@ -21,6 +22,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from bench import gpu_report, harness
 from bench.gpu_report import CRASHED, FAILED, MISSING, OK, OVERRAN, SLOWER, WRONG, Section
 from bench.tables import RESULTS, head
+from sparsebert.engine.cuda_forms import FORMS
 
 # What the issue of the GPU's kernels asks for.
 GOALS = {
@@ -60,7 +62,7 @@ def test_a_rehearsal_checks_every_kernel(rehearsal):
     for op in (
         "gram", "topk_mask", "pattern_mask", "masked_lstsq", "obs_prune", "obs_sweep", "admm_prune",
         "masked_matmul, op", "masked_matmul, kernel", "attention", "add_norm and embed", "engine",
-        *(f"sparse_matmul {form}" for form in ("dense", "fused", "groups16", "groups32", "groups64")),
+        *(f"sparse_matmul {name}" for name, form in FORMS.items() if form.missing(torch.device("cpu")) is None),
     ):  # fmt: skip
         assert any(case.startswith(f"{op} ") for case in checked), op
     assert all(row["error"] <= row["tolerance"] for row in rehearsal.rows if "error" in row)
@@ -70,7 +72,7 @@ def test_what_is_missing_says_why(rehearsal):
     missing = [row for row in rehearsal.rows if row["status"] == MISSING]
     assert missing and all(row["why"] for row in missing)
     assert {row["case"] for row in missing if row["section"] == "costs of forms"} == {"doctor --tune"}
-    assert all(row["status"] == MISSING for row in rehearsal.rows if row["section"] == "memcheck")
+    assert [row["status"] for row in rehearsal.rows if row["section"] == "memcheck"] == [MISSING]
 
 
 def test_the_goals_are_those_of_the_issue_and_a_rehearsal_neither_meets_nor_misses_one(rehearsal):
@@ -159,7 +161,7 @@ def test_a_section_that_fails_itself_is_a_row(faults):
 
 def test_sections_after_the_faults_still_run(faults):
     assert [row["status"] for row in faults.of["healthy"]] == [OK]
-    assert faults.codes == {name: 1 for name in faults.of} | {"healthy": 0}
+    assert faults.codes == {name: 1 for name in [*faults.of, "here"]} | {"healthy": 0}
 
 
 def test_the_last_sections_are_left_out_if_no_time_is_left(capsys):
@@ -189,38 +191,41 @@ READS = """========= COMPUTE-SANITIZER
 
 
 def test_memchecks_errors_are_named_and_counted():
-    assert gpu_report.memcheck_row(CLEAN) == {}
+    assert gpu_report.memcheck_row(CLEAN, 0) == {}
     with pytest.raises(harness.WrongOutput) as error:
-        gpu_report.memcheck_row(READS)
+        gpu_report.memcheck_row(READS, 1)
     assert str(error.value) == (
         "3 errors: Invalid __global__ read of size 4 bytes at _product (2x), "
         "Misaligned Shared or Local Address at masked_lstsq_kernel(double*) (1x)"
     )
     with pytest.raises(harness.WrongOutput, match="1 errors: see its output"):
-        gpu_report.memcheck_row("========= something new\n========= ERROR SUMMARY: 1 error\n")
+        gpu_report.memcheck_row("========= something new\n========= ERROR SUMMARY: 1 error\n", 0)
 
 
 def test_memcheck_without_a_summary_or_of_checks_that_fail_is_no_success():
-    assert gpu_report.memcheck_row("")["status"] == FAILED
-    row = gpu_report.memcheck_row("========= Error: cannot attach\n")
-    assert row == {"status": FAILED, "why": "compute-sanitizer gave no summary: ========= Error: cannot attach"}
-    row = gpu_report.memcheck_row(f"faults: gram (1, 1, 1): off\n{CLEAN}")
-    assert row == {"status": FAILED, "why": "gram (1, 1, 1): off"}
+    why = gpu_report.memcheck_row("", 0)["why"]
+    assert why == "compute-sanitizer gave no summary, it said: nothing"
+    row = gpu_report.memcheck_row("========= Error: cannot attach\n", 255)
+    assert row["status"] == FAILED and row["why"].endswith("it said: ========= Error: cannot attach")
+    row = gpu_report.memcheck_row(f"Error: gram (1, 1, 1): off\n{CLEAN}", 1)
+    assert row == {"status": FAILED, "why": "Error: gram (1, 1, 1): off"}
+    row = gpu_report.memcheck_row(f"Traceback\n  x\ntorch.AcceleratorError: CUDA error: launch\nmore\n{CLEAN}", 1)
+    assert row == {"status": FAILED, "why": "torch.AcceleratorError: CUDA error: launch"}
+    assert gpu_report.memcheck_row(CLEAN, 9) == {"status": FAILED, "why": "the checks ended with 9"}
 
 
-def test_memcheck_runs_the_small_checks_of_a_section(monkeypatch, tmp_path):
+def test_memcheck_runs_the_small_checks(monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" > {tmp_path}/said\necho "{CLEAN}"\n')
     tool.chmod(0o755)
     monkeypatch.setattr(gpu_report, "sanitizer", lambda: str(tool))
     gpu = SimpleNamespace(rehearsal=False, seed=3)
-    cases = list(gpu_report.checks_under_memcheck(gpu))
-    assert [case.name for case in cases][:2] == ["gram", "topk_mask"]
-    assert cases[0].run() == {}
+    (case,) = gpu_report.memcheck(gpu)
+    assert case.run() == {}
     said = (tmp_path / "said").read_text()
-    assert said.startswith("1 --tool memcheck") and "-m bench.gpu_report --checks checks: gram --seed 3" in said
+    assert said.startswith("1 --tool memcheck") and said.endswith("-m bench.gpu_report --checks --seed 3\n")
     monkeypatch.setattr(gpu_report, "sanitizer", lambda: None)
-    row = gpu_report.judged(gpu, cases[0].run)
+    row = gpu_report.judged(gpu, case.run)
     assert row["status"] == MISSING and row["why"].startswith("compute-sanitizer is not installed")
 
 
@@ -274,8 +279,6 @@ class Event:
 
 
 def test_candidates_take_turns_on_buffers_that_do_not_fit_into_the_cache(monkeypatch, tmp_path):
-    import torch
-
     from bench.gpu_place import Place, copies, figures, timed
 
     place = Place(torch.device("cuda"), 0, tmp_path)
@@ -368,11 +371,10 @@ def healthy(place):
 def run_faults(file: str) -> None:
     import tempfile
 
-    import torch
+    from bench.gpu_place import Place
+    from bench.interpreter import prepare_interpreter
 
-    from bench.gpu_place import Place, interpret_bfloat16
-
-    interpret_bfloat16()
+    prepare_interpreter()
     gpu_report.sections()  # imported before the forks
     with tempfile.TemporaryDirectory() as folder:
         place = Place(torch.device("cpu"), 1, Path(folder), small=True)
@@ -382,7 +384,10 @@ def run_faults(file: str) -> None:
             found = gpu_report.every_row([section], place, harness.Clock(5))
             codes[section.name] = gpu_report.exit_code(found)
             rows += found
-        assert gpu_report.check_here("checks: topk_mask", place) == 0
+        gpu_report.sections = lambda: [
+            Section(f"{gpu_report.CHECKS}{cases.__name__}", cases, 60) for cases in (healthy, wrong)
+        ]
+        codes["here"] = gpu_report.check_here(place)
     sleeping = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):  # it has ended meanwhile
