@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bench.gpu_place import Place
+from sparsebert.engine.cuda_costs import kind_of
 from sparsebert.engine.cuda_forms import FORMS
 from sparsebert.errors import UnsupportedError
 from sparsebert.kernels.sparse_matmul import sparse_matmul
@@ -79,9 +80,11 @@ def patterned(pattern: Pattern, n_out: int, n_in: int, sparsity: float, rng: np.
     return rng.standard_normal((n_out, n_in), np.float32) * pattern_mask(scores, pattern, implied).numpy()
 
 
-def that_hold(place: Place, weight: np.ndarray, *, sparse: bool) -> list[str]:
-    """The forms in bf16 that can hold a weight here. sparse: only those that read less than all of its values."""
+def that_hold(place: Place, weight: np.ndarray, tokens: int, *, sparse: bool) -> list[str]:
+    """The forms in bf16 that can hold a weight here, and are meant for batches of so many tokens. sparse: only those
+    that read less than all of its values.
+    """
     here = [name for name in forms_of(torch.bfloat16) if FORMS[name].missing(place.device) is None]
-    read = {name: FORMS[name].entries(weight != 0) for name in here}
+    read = {name: FORMS[name].entries(weight != 0) for name in here if kind_of(tokens) <= FORMS[name].longest}
     most = weight.size - 1 if sparse else math.inf
     return [name for name, entries in read.items() if entries is not None and entries <= most]

@@ -5,8 +5,10 @@ each case checks its output before its clock starts.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,16 +27,18 @@ from bench.gpu_models import (
     TINY,
     WORDS,
     DenseBert,
+    Ids,
     checked_logits,
     classifier,
     directory_of,
     engine_of,
+    expected_logits,
     token_ids,
     tokenizer,
 )
 from bench.gpu_place import DENSE, Case, Goal, Place, against, copies, figures, near, replayed, timed
 from bench.harness import Row
-from sparsebert import data, patterns
+from sparsebert import data, encoders, patterns
 from sparsebert.config import PruneConfig
 from sparsebert.encoders import encoder_linears
 from sparsebert.errors import UnsupportedError, first_line
@@ -107,41 +111,67 @@ def _tuned(place: Place) -> Row:
 
 
 def bert_base(place: Place) -> Iterator[Case]:
-    """The engine against dense BERT, both in bf16 and in a CUDA graph."""
+    """The engine against dense BERT, both in bf16 and in a CUDA graph; and dense BERT by torch.compile."""
     sizes, tokens = (TINY, 12) if place.small else (BERT_BASE, 128)
     first = (Goal("ms", "≤", 0.15), Goal("ratio", "≥", 2))
     goals = {("64x1", 1): first, ("64x1", 32): (Goal("ms", "≤", 0.8),)}
     for pattern in ("64x1", "unstructured"):
+        directory = partial(directory_of, place, "bert", sizes, _small(place, pattern), SPARSITY)
         for batch in (1, 32):
-            name, texts = (pattern.replace("64", "16"), min(batch, 3)) if place.small else (pattern, batch)
-            run = partial(_bert, place, sizes, name, texts, tokens, goals.get((pattern, batch), ()))
-            yield Case(f"{name} at {SPARSITY:.0%}, {texts} x {tokens}", run)
+            texts, own = min(batch, 3) if place.small else batch, goals.get((pattern, batch), ())
+            title = f"{_small(place, pattern)} at {SPARSITY:.0%}, {texts} x {tokens}"
+            yield Case(title, partial(_bert, place, directory, texts, tokens, own))
+    for batch in (1, 3 if place.small else 32):
+        yield Case(
+            f"torch.compile, dense, {batch} x {tokens}", partial(_compiled_bert, place, directory, batch, tokens)
+        )
 
 
-def _bert(place: Place, sizes: dict, pattern: str, batch: int, tokens: int, goals: tuple[Goal, ...]) -> Row:
-    directory = directory_of(place, "bert", sizes, pattern, SPARSITY)
+def _small(place: Place, pattern: str) -> str:
+    """The pattern, in groups that fit into TINY if it is the model."""
+    return pattern.replace("64x1", "16x1") if place.small else pattern
+
+
+def _bert(place: Place, directory_of: Callable[[], Path], texts: int, tokens: int, goals: tuple[Goal, ...]) -> Row:
+    directory = directory_of()
     engine, dense = engine_of(place, directory, "bf16"), DenseBert(directory, place.device)
-    rng = np.random.default_rng(place.seed_of((pattern, batch)))
-    batches = [token_ids(rng, [tokens] * batch, engine) for _ in range(2 if place.rehearsal else 4)]
-    types = [[0] * tokens] * batch
-    calls = {
-        DENSE: _graphed(place, dense, batches),
-        "compile": _graphed(place, compiled(place, dense.__call__), batches),
-    }
-    row = checked_logits(directory, engine, batches[0])
-    for name, found in calls.items():
-        try:
-            checked_logits(directory, engine, batches[0], found[0]().numpy())
-        except harness.WrongOutput as error:
-            raise harness.WrongOutput(f"the rival {name}: {error}") from error
-    ours = [partial(engine.forward, ids, types) for ids in batches]
-    timings = timed(place, {"ours": ours, **calls})
-    linears = [linear.weight for linear in engine.encoder.linears]
-    operations = 2.0 * batch * tokens * sum(weight.nnz for weight in linears)
-    return row | figures(place, timings, operations=operations, versus=DENSE, goals=goals)
+    batches = _batches(place, dense, texts, tokens)
+    want, rival = expected_logits(directory, batches[0]), _graphed(place, dense, batches)
+    row = checked_logits(engine.forward(batches[0], [[0] * tokens] * texts), want, "bf16")
+    try:
+        checked_logits(rival[0]().numpy(), want, "bf16")
+    except harness.WrongOutput as error:
+        raise harness.WrongOutput(f"the dense rival: {error}") from error
+    ours = [partial(engine.forward, ids, [[0] * tokens] * texts) for ids in batches]
+    operations = 2.0 * texts * tokens * sum(linear.weight.nnz for linear in engine.encoder.linears)
+    timings = timed(place, {"ours": ours, DENSE: rival})
+    row |= figures(place, timings, operations=operations, versus=DENSE, goals=goals)
+    linears = engine.explain()
+    forms = (
+        Counter(linear["form"] for linear in linears),
+        Counter(linear["short"] or linear["form"] for linear in linears),
+    )
+    told = (", ".join(f"{count} {form}" for form, count in of.items()) for of in forms)
+    return row | {"why": "linears of long batches: {}; of short ones: {}".format(*told)}
 
 
-def _graphed(place: Place, model: Callable, batches: list) -> list[Callable[[], torch.Tensor]]:
+def _compiled_bert(place: Place, directory_of: Callable[[], Path], texts: int, tokens: int) -> Row:
+    directory = directory_of()
+    dense = DenseBert(directory, place.device)
+    batches = _batches(place, dense, texts, tokens)
+    calls = _graphed(place, compiled(place, dense.__call__), batches)
+    row = checked_logits(calls[0]().numpy(), expected_logits(directory, batches[0]), "bf16")
+    return row | figures(
+        place, timed(place, {"compile": calls, DENSE: _graphed(place, dense, batches)}), ours="compile"
+    )
+
+
+def _batches(place: Place, dense: DenseBert, texts: int, tokens: int) -> list[Ids]:
+    rng = np.random.default_rng(place.seed_of((texts, tokens)))
+    return [token_ids(rng, [tokens] * texts, len(dense.words)) for _ in range(2 if place.rehearsal else 4)]
+
+
+def _graphed(place: Place, model: Callable, batches: list[Ids]) -> list[Callable[[], torch.Tensor]]:
     """Calls of a model with token ids on the host, through one CUDA graph; each gives logits on the host."""
     given = [torch.tensor(ids) for ids in batches]
     if not place.rehearsal:
@@ -181,14 +211,17 @@ def large_linear(place: Place) -> Iterator[Case]:
     for name, bound in LARGE.items():
         goals = () if bound is None else (Goal("ratio", "≥", bound),)
         yield Case(f"{name}, {n}², {n} tokens", partial(_linear, place, name, (n, n), n, "none", True, goals))
+    yield Case(f"torch's 2:4, {n}², {n} tokens", partial(_cusparselt, place, (n, n), n))
 
 
 def bert_linears(place: Place) -> Iterator[Case]:
     for n_out, n_in, activation in ((128, 96, "gelu"),) if place.small else BERT_LINEARS:
         for tokens in (5,) if place.small else (32, 4096):
+            title = f"{n_in} to {n_out}, {activation}, {tokens} tokens"
             for name in BERT_PATTERNS:
-                title = f"{name}, {n_in} to {n_out}, {activation}, {tokens} tokens"
-                yield Case(title, partial(_linear, place, name, (n_out, n_in), tokens, activation, False, ()))
+                run = partial(_linear, place, name, (n_out, n_in), tokens, activation, False, ())
+                yield Case(f"{name}, {title}", run)
+            yield Case(f"torch.compile, {title}", partial(_compiled, place, (n_out, n_in), tokens, activation))
 
 
 def _linear(
@@ -200,9 +233,9 @@ def _linear(
     pattern, rng = patterns.parse(name), np.random.default_rng(place.seed_of((name, shape, tokens)))
     n_out, n_in = shape[0], shape[1] // getattr(pattern, "m", 1) * getattr(pattern, "m", 1)
     weight, bias = patterned(pattern, n_out, n_in, SPARSITY, rng), torch.randn(n_out)
-    forms = that_hold(place, weight, sparse=sparse)
+    forms = that_hold(place, weight, tokens, sparse=sparse)
     if not forms:
-        raise UnsupportedError(f"no form that gains from {name} is here", fix="see the rows of sparse_matmul's checks")
+        raise UnsupportedError(f"no form gains from {name} here", fix="see why in the rows of sparse_matmul's checks")
     number = copies(place, BF16 * (n_out * n_in // 10 + (n_in + n_out) * tokens))
     random = partial(torch.randn, device=place.device, dtype=torch.bfloat16)
     x, out = [random(n_in, tokens) for _ in range(number)], [random(n_out, tokens) for _ in range(number)]
@@ -213,7 +246,7 @@ def _linear(
         calls[form] = [partial(linear, *both) for linear, both in zip(linears, zip(x, out, strict=True), strict=True)]
         sizes[form] = linears[0].size
         row = max(row, _checked(linears[0], weight, x[0], bias), key=lambda row: row.get("error", 0.0))
-    calls |= _rivals(place, shape, tokens, bias.to(place.device), activation, number)
+    calls[DENSE] = _dense(place, shape, tokens, activation, number)
     timings = timed(place, calls, graph=True)
     best = min(forms, key=timings.median)
     moved = sizes[best] + BF16 * (n_in + n_out) * tokens
@@ -229,36 +262,51 @@ def _checked(linear: FormLinear, weight: np.ndarray, x: torch.Tensor, bias: torc
     return near({"y": linear(x)[:, :64]}, {"y": want}, linear.tolerance)
 
 
-def _rivals(
-    place: Place, shape: tuple[int, int], tokens: int, bias: torch.Tensor, activation: str, number: int
-) -> dict[str, list[Callable[[], object]]]:
-    """The same linear without zeros by cuBLAS, as torch stores activations, and fused by torch.compile; and torch's own
-    2:4 by cuSPARSELt, where it is built in.
-    """
+def _cublas(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, activation: str) -> torch.Tensor:
+    return ACTIVATIONS[activation](F.linear(x, weight, bias))
+
+
+def _dense(
+    place: Place, shape: tuple[int, int], tokens: int, activation: str, number: int, function: Callable = _cublas
+) -> list[Callable[[], object]]:
+    """The same linear without zeros, on activations as torch stores them, [tokens, n_in]."""
     random = partial(torch.randn, device=place.device, dtype=torch.bfloat16)
-    x, weights = [random(tokens, shape[1]) for _ in range(number)], [random(*shape) for _ in range(number)]
-    bias, function = bias.bfloat16(), ACTIVATIONS[activation]
+    bias = random(shape[0])
+    return [partial(function, random(tokens, shape[1]), random(*shape), bias, activation) for _ in range(number)]
 
-    def linear(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return function(F.linear(part, weight, bias))
 
-    fused = compiled(place, linear)
-    both = list(zip(x, weights, strict=True))
-    found = {DENSE: [partial(linear, *pair) for pair in both], "compile": [partial(fused, *pair) for pair in both]}
-    if not place.rehearsal and torch.backends.cusparselt.is_available():
-        mask = torch.tensor([True, True, False, False], device=place.device).repeat(shape[0], shape[1] // 4)
-        halves = [torch.sparse.to_sparse_semi_structured(weight * mask) for weight in weights]
-        found["cuSPARSELt 2:4"] = [partial(linear, *pair) for pair in zip(x, halves, strict=True)]
-    return found
+def _compiled(place: Place, shape: tuple[int, int], tokens: int, activation: str) -> Row:
+    number = copies(place, BF16 * (shape[0] * shape[1] + sum(shape) * tokens))
+    functions = {"compile": compiled(place, _cublas), DENSE: _cublas}
+    calls = {name: _dense(place, shape, tokens, activation, number, one) for name, one in functions.items()}
+    return figures(place, timed(place, calls, graph=True), ours="compile")
+
+
+def _cusparselt(place: Place, shape: tuple[int, int], tokens: int) -> Row:
+    """2:4 as torch.sparse has it."""
+    if place.rehearsal or not torch.backends.cusparselt.is_available():
+        raise UnsupportedError("cuSPARSELt is not here", fix="take a GPU, and a torch that is built with it")
+    number = copies(place, BF16 * (shape[0] * shape[1] + sum(shape) * tokens))
+    mask = torch.tensor([True, True, False, False], device=place.device).repeat(shape[0], shape[1] // 4)
+    calls = _dense(place, shape, tokens, "none", number)
+    halves = [
+        partial(F.linear, call.args[0], torch.sparse.to_sparse_semi_structured(call.args[1] * mask), call.args[2])
+        for call in calls
+    ]
+    want = F.linear(calls[0].args[0], calls[0].args[1] * mask, calls[0].args[2])
+    row = near({"y": halves[0]()}, {"y": want}, PRODUCTS[torch.bfloat16])
+    return row | figures(place, timed(place, {"cuSPARSELt": halves, DENSE: calls}), ours="cuSPARSELt")
 
 
 def training(place: Place) -> Iterator[Case]:
     """A step of mask training through the linears of a BERT-base layer: y, and the gradients of x and of the scores."""
     for tokens, bound in ((12, 1.3),) if place.small else ((4096, 1.3), (512, 2.0)):
-        yield Case(f"{tokens} tokens", partial(_training, place, tokens, bound))
+        yield Case(f"{tokens} tokens", partial(_training, place, tokens, "ours", (Goal("ratio", "≥", bound),)))
+        yield Case(f"torch.compile, {tokens} tokens", partial(_training, place, tokens, "compile", ()))
 
 
-def _training(place: Place, tokens: int, bound: float) -> Row:
+def _training(place: Place, tokens: int, name: str, goals: tuple[Goal, ...]) -> Row:
+    function = compiled(place, eager) if name == "compile" else masked_matmul
     shapes = [(24, 16)] if place.small else [*SHAPES, *SHAPES[2:] * 3]  # four of 768 x 768
     rng = place.generator(("training", tokens))
     given, operations = [], 0.0
@@ -268,18 +316,16 @@ def _training(place: Place, tokens: int, bound: float) -> Row:
         threshold = topk_threshold(scores.flatten(), scores.numel() // 10)
         given.append([part.to(place.device) for part in (dy, x, weight, scores, threshold)])
         operations += 6.0 * tokens * rows * cols
-    checked = given[0]
-    want = step(masked_matmul_ref, *(part.cpu().double() for part in checked))
-    row = near(
-        dict(enumerate(step(masked_matmul, *checked))), dict(enumerate(want)), PRODUCTS[torch.bfloat16]
+    want = step(masked_matmul_ref, *(part.cpu().double() for part in given[0]))
+    row = near(dict(enumerate(step(function, *given[0]))), dict(enumerate(want)), PRODUCTS[torch.bfloat16])
+    calls = {
+        side: [lambda one=one: [step(one, *arrays) for arrays in given]]
+        for side, one in ((name, function), ("eager", eager))
+    }
+    versus = "eager" if goals else None
+    return row | figures(
+        place, timed(place, calls), ours=name, operations=operations, versus=versus, goals=goals
     )  # fmt: skip
-
-    def of_layer(function: Callable) -> list[Callable[[], object]]:
-        return [lambda: [step(function, *arrays) for arrays in given]]
-
-    calls = {"ours": of_layer(masked_matmul), "eager": of_layer(eager), "compile": of_layer(compiled(place, eager))}
-    goals = (Goal("ratio", "≥", bound),)
-    return row | figures(place, timed(place, calls), operations=operations, versus="eager", goals=goals)
 
 
 def sweeps(place: Place) -> Iterator[Case]:
@@ -297,7 +343,7 @@ def _sweep(place: Place, name: str, sparsity: float, rows: int, n_in: int) -> Ro
     u = _inverse_factor(h).float()
     arguments = weight.to(place.device), u.to(place.device), pattern, sparsity, 128
     zeros = rows * n_in - patterns.kept_in(pattern, rows, n_in, sparsity)
-    if not sweeps_its_own_mask(weight, u, obs_sweep(*arguments).cpu(), zeros):
+    if not sweeps_its_own_mask(*arguments[:2], obs_sweep(*arguments), zeros):
         raise harness.WrongOutput(f"the weights are not those of a sweep with {zeros} zeros")
     calls, loop = {"ours": [partial(obs_sweep, *arguments)], LOOP: [partial(eager_sweep, *arguments)]}, LOOP
     if place.reference is not None:
@@ -308,20 +354,57 @@ def _sweep(place: Place, name: str, sparsity: float, rows: int, n_in: int) -> Ro
     return figures(place, timed(place, calls, rounds=5), operations=rows * n_in**2, versus=loop, goals=goals)
 
 
+# Methods that decide by formulas; those of ADMM amplify the last digits of sums, so that they keep other weights.
+EXACT = ({"method": "sparsegpt"}, {"method": "obs"}, {"method": "knowledge", "tier": 0, "without": "admm"})
+AS_GOOD = 2.0  # times the divergence that the CPU's weights give
+
+
 def pruning(place: Place) -> Iterator[Case]:
-    """Tier 1 on random weights and texts, first against the CPU at a small size, then timed."""
-    yield Case("as on the CPU", partial(_as_on_the_cpu, place))
+    """Random weights and texts: first against the CPU at a small size, then tier 1 is timed."""
+    for settings in EXACT:
+        title = ", ".join(f"{name} {value}" for name, value in settings.items())
+        yield Case(f"weights as on the CPU: {title}", partial(_as_on_the_cpu, place, settings))
+    yield Case("logits as near as the CPU's: tier 1", partial(_as_near_as_the_cpus, place))
     for name, sizes, bound in (("BERT-base", BERT_BASE, 30), ("BERT-large", BERT_LARGE, 90)):
         tokens = 1500 if place.small else 150_000
-        goals = (Goal("seconds", "≤", bound),)
-        yield Case(f"{name}, {tokens} tokens", partial(_pruning, place, TINY if place.small else sizes, tokens, goals))
+        run = partial(_pruning, place, TINY if place.small else sizes, tokens, (Goal("seconds", "≤", bound),))
+        yield Case(f"tier 1, {name}, {tokens} tokens", run)
 
 
-def _settings(place: Place, tokens: int, device: str | None = None) -> PruneConfig:
+def _settings(place: Place, tokens: int, device: str | None = None, **settings) -> PruneConfig:
     if "device" not in PruneConfig.model_fields:
         raise UnsupportedError("this version prunes on the CPU only", fix="take one whose PruneConfig has a device")
     device = device or ("cpu" if place.rehearsal else "cuda")
-    return PruneConfig(tier=1, sparsity=SPARSITY, calibration_tokens=tokens, device=device)
+    return PruneConfig(sparsity=SPARSITY, calibration_tokens=tokens, device=device, **settings)
+
+
+def _on_both(place: Place, **settings) -> tuple[list[torch.nn.Module], list[dict]]:
+    """A small model, pruned on the CPU and on the device, and the calibration batches. Products are float32 on both."""
+    encoders.bf16_is_fast = lambda *given: False  # in this process, which is the section's own
+    models, tokens = [classifier(TINY, place.seed_of("small")) for _ in range(2)], 1500
+    texts = _texts(place, models[0], tokens)
+    for model, device in zip(models, ("cpu", None), strict=True):
+        prune(model, texts, _settings(place, tokens, device, **settings))
+    return models, texts.batches
+
+
+def _as_on_the_cpu(place: Place, settings: dict) -> Row:
+    models, _ = _on_both(place, **settings)
+    want, got = ({name: one.weight for name, one in encoder_linears(model).items()} for model in models)
+    return near(got, want, PRUNED_ALIKE)
+
+
+def _as_near_as_the_cpus(place: Place) -> Row:
+    models, batches = _on_both(place, tier=1)
+    with torch.inference_mode():
+        dense, *found = (
+            torch.cat([model(**batch).logits for batch in batches])
+            for model in (classifier(TINY, place.seed_of("small")), *models)
+        )
+    cpus, mine = (float((logits - dense).square().sum()) for logits in found)
+    if not mine <= AS_GOOD * cpus:
+        raise harness.WrongOutput(f"the logits are off by {mine / cpus:.2f} times as much as with the CPU's weights")
+    return {"error": max(0.0, mine / cpus - 1), "tolerance": AS_GOOD - 1}
 
 
 def _texts(place: Place, model: torch.nn.Module, tokens: int):
@@ -334,17 +417,8 @@ def _texts(place: Place, model: torch.nn.Module, tokens: int):
     return draw(model, tokenizer(), examples, tokens, None, seed=0)
 
 
-def _as_on_the_cpu(place: Place) -> Row:
-    pruned = []
-    for device in ("cpu", None):
-        settings, model = _settings(place, 1500, device), classifier(TINY, place.seed_of("small"))
-        prune(model, _texts(place, model, 1500), settings)
-        pruned.append({name: linear.weight.detach().cpu() for name, linear in encoder_linears(model).items()})
-    return near(pruned[1], pruned[0], PRUNED_ALIKE)
-
-
 def _pruning(place: Place, sizes: dict, tokens: int, goals: tuple[Goal, ...]) -> Row:
-    settings, model = _settings(place, tokens), classifier(sizes, place.seed_of("pruned"))
+    settings, model = _settings(place, tokens, tier=1), classifier(sizes, place.seed_of("pruned"))
     texts = _texts(place, model, tokens)
     start = time.perf_counter()
     result = prune(model, texts, settings)

@@ -355,7 +355,7 @@ def slower(place):
 
     right = gpu_timings.masked_matmul
     gpu_timings.masked_matmul = lambda *given: (time.sleep(0.2), right(*given))[1]
-    return gpu_timings.training(place)
+    return islice(gpu_timings.training(place), 1)
 
 
 def broken(place):
