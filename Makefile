@@ -62,3 +62,10 @@ sanitize: .venv/installed
 cpu-report: .venv/installed
 	-$(BIN)/python -c 'import nncf, onnxruntime, openvino' 2>/dev/null || $(BIN)/python -m pip install -q -c constraints.txt -e '.[rivals]'
 	$(BIN)/python -m bench.cpu_report
+
+# Up to eight minutes, without a network: every kernel checked and timed on the GPU. The table goes to
+# bench/results/gpu/, all figures to gpu_report.json. `python -m bench.gpu_report --interpret` rehearses it without one.
+# Without .venv, which needs a network, by the Python that has torch.
+.PHONY: gpu-report
+gpu-report:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m bench.gpu_report

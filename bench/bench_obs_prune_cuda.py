@@ -80,15 +80,22 @@ def synchronized(call: Callable[[], object]) -> Callable[[], None]:
     return timed
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """Replays `call` as a CUDA graph, and waits."""
-    with torch.cuda.stream(torch.cuda.Stream()):
+def graph_of(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What `call` launches, as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         call()  # the first call compiles and allocates, which is not captured
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return synchronized(graph.replay)
+    return graph
+
+
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Replays `call` as a CUDA graph, and waits."""
+    return synchronized(graph_of(call).replay)
 
 
 def cuda_rows(rival: Published | None, rounds: int = 15, block: int = 128) -> list[harness.Row]:

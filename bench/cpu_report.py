@@ -27,6 +27,7 @@ import transformers
 from bench import harness
 from bench.bench_end_to_end import Size
 from bench.bench_sparse_matmul import rounded
+from bench.harness import Clock
 from bench.tables import RESULTS
 from sparsebert import checkpoint, environment, machine
 from sparsebert.checkpoint.scales import PARTS
@@ -77,20 +78,6 @@ class Texts(NamedTuple):
     of_size: dict[Size, range]
     padded: list[dict]
     ids: list[list[list[int]]]
-
-
-class Clock:
-    """Says on stderr what happens when. left: seconds until the minutes are over."""
-
-    def __init__(self, minutes: float):
-        self.start, self.minutes = time.monotonic(), minutes
-
-    def say(self, what: str) -> None:
-        print(f"{time.monotonic() - self.start:4.0f} s: {what}", file=sys.stderr, flush=True)
-
-    @property
-    def left(self) -> float:
-        return self.start + 60 * self.minutes - time.monotonic()
 
 
 def batches(directory: Path, sizes: tuple[Size, ...]) -> Texts:
@@ -261,7 +248,7 @@ def report(
 def page_of(cpu: str) -> Path:
     """Where the table of a processor goes: another page if SPARSEBERT_ISA limits it."""
     name = re.sub(r"\((r|tm)\)", "", f"{cpu} {environment.isa_cap() or ''}".lower())
-    return RESULTS / "cpu" / f"{re.sub('[^a-z0-9]+', '-', name).strip('-')}.md"
+    return RESULTS / "cpu" / f"{harness.file_name(name)}.md"
 
 
 def notes(model: str, threads: int, load: float, rows: list[harness.Row]) -> str:

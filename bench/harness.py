@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -21,6 +23,20 @@ Row = dict[str, str | int | float | bool | None]
 
 class WrongOutput(Exception):
     """A candidate's output is further from the reference than its tolerance; its row is not reported."""
+
+
+class Clock:
+    """Says on stderr what happens when. left: seconds until the minutes are over."""
+
+    def __init__(self, minutes: float):
+        self.start, self.minutes = time.monotonic(), minutes
+
+    def say(self, what: str) -> None:
+        print(f"{time.monotonic() - self.start:4.0f} s: {what}", file=sys.stderr, flush=True)
+
+    @property
+    def left(self) -> float:
+        return self.start + 60 * self.minutes - time.monotonic()
 
 
 def check(case: str, candidates: dict[str, Callable[[], np.ndarray]], expected: np.ndarray, tolerance: float) -> float:
@@ -132,3 +148,8 @@ def command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"-m {spec.name}" if spec is not None else Path(sys.argv[0]).name
     return f"python {program} {shlex.join(sys.argv[1:])}".strip()
+
+
+def file_name(title: str) -> str:
+    """A title as the name of a file, in lower case, without its ending."""
+    return re.sub("[^a-z0-9]+", "-", title.lower()).strip("-")

@@ -80,7 +80,8 @@ def embed(
 ) -> torch.Tensor:
     """Layer norm of words[id] + positions[type, t - first[t]] for each token t.
 
-    ids, types: int32 [T], below the vocabulary and the token types, all T of them. first, tokens: as for `attention`.
+    ids, types: int32 [T], below the vocabulary and the token types. first, tokens: as for `attention`. Of all three
+    only the first `tokens` are read.
     words: contiguous [vocabulary, n]. positions: contiguous [types, max_length, n]. norm: float32 [n] each.
     Returns out, contiguous [n, T].
     """
@@ -214,11 +215,12 @@ def _embed(
     if first >= tokens:
         return
     token = first + tl.arange(0, TOKENS)
-    real = token < width
+    real = token < tokens
     col = tl.arange(0, COLS)
-    inside = (col < n)[:, None] & real[None, :]
+    inside = (col < n)[:, None] & (token < width)[None, :]
+    # The others embed word 0 at position 0: what stands in their place may point anywhere.
     word = tl.load(ids_ptr + token, mask=real, other=0).to(tl.int64)
-    position = token - tl.load(first_ptr + token, mask=real, other=0)
+    position = tl.where(real, token - tl.load(first_ptr + token, mask=real, other=0), 0)
     position += tl.load(types_ptr + token, mask=real, other=0) * max_length
     x = tl.load(words_ptr + word[None, :] * n + col[:, None], mask=inside, other=0.0).to(tl.float32)
     at = position.to(tl.int64)[None, :] * n + col[:, None]

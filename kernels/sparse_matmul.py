@@ -1,19 +1,21 @@
 """sparse_matmul on a GPU: y = activation(W x + b) + residual. Activations are stored by feature, [n, tokens]: a kept
 column is then one row of x in one piece, and the rows of a group may be any rows of W.
 
-Groups of rows that share their columns run by the Triton kernel of this file, V:2:M by sparse tensor cores
-(csrc/cuda/sparse_matmul.cu), and a plain matrix by torch's matmul.
+Groups of rows that share their columns, and zeros anywhere, run by Triton kernels of this file, V:2:M by sparse tensor
+cores (csrc/cuda/sparse_matmul.cu), 2:4 by cuSPARSELt and a plain matrix by cuBLAS, both through torch.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+from torch.sparse import SparseSemiStructuredTensor, SparseSemiStructuredTensorCUSPARSELT
 
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import InputError, UnsupportedError, first_line
 from sparsebert.kernels import cuda_core
 from sparsebert.patterns import VNM, require_fits
 
@@ -24,6 +26,7 @@ TOKENS = 64  # per program
 STEPS = {torch.float32: 16, torch.bfloat16: 32}  # columns that are multiplied at a time
 OPTIONS = {torch.float32: {"num_warps": 8, "num_stages": 3}, torch.bfloat16: {"num_warps": 4, "num_stages": 3}}
 ROWS = 32  # per program of `_finish`
+TILE_ROWS, TILE_COLS = 16, 64  # of a bitmask: the least rows of a tensor core, and the bits of a mask
 ACTIVATIONS = ("none", "gelu", "relu", "tanh")  # in the order of csrc/ops.h
 PIECE = 8  # values of bf16 that are copied at once, 16 bytes
 MAX_N_IN = 1 << 16  # column indices of V:2:M are 16 bits wide
@@ -44,6 +47,23 @@ class Groups:
     begin: torch.Tensor
     cols: torch.Tensor | None
     values: torch.Tensor
+    n_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class Bitmask:
+    """A weight W [n_out, n_in] with zeros anywhere, on the device, in tiles of TILE_ROWS rows by TILE_COLS columns. The
+    last tiles are filled up with zeros. `pack_bitmask` makes one.
+
+    masks: int64 [tiles of rows, tiles of columns, TILE_ROWS], bit c of a row for its column c: not zero.
+    begin: int32 [tiles of rows, tiles of columns], start of a tile's values.
+    values: float32 or bfloat16 [non-zeros], of each tile row by row.
+    """
+
+    masks: torch.Tensor
+    begin: torch.Tensor
+    values: torch.Tensor
+    n_in: int
     n_out: int
 
 
@@ -69,6 +89,49 @@ class PackedVNM:
         """The same weight on another device."""
         tensors = {name: getattr(self, name).to(device) for name in ("cols", "values", "metadata")}
         return PackedVNM(**{**self.__dict__, **tensors})
+
+
+Weight = Groups | Bitmask | PackedVNM | torch.Tensor  # what `sparse_matmul` multiplies
+
+
+def pack_bitmask(weight: torch.Tensor) -> Bitmask:
+    """Packs W, float32 or bfloat16 [n_out, n_in] with fewer than 2^31 non-zeros, on its device."""
+    n_out, n_in = weight.shape
+    rows, cols = triton.cdiv(n_out, TILE_ROWS), triton.cdiv(n_in, TILE_COLS)
+    whole = torch.nn.functional.pad(weight, (0, cols * TILE_COLS - n_in, 0, rows * TILE_ROWS - n_out))
+    tiles = whole.view(rows, TILE_ROWS, cols, TILE_COLS).transpose(1, 2)
+    kept = tiles != 0
+    bits = torch.ones((), dtype=torch.int64, device=weight.device) << torch.arange(TILE_COLS, device=weight.device)
+    counts = kept.sum((2, 3))
+    return Bitmask(
+        masks=(kept * bits).sum(-1),
+        begin=(counts.view(-1).cumsum(0).view_as(counts) - counts).to(torch.int32),
+        values=tiles[kept],
+        n_in=n_in,
+        n_out=n_out,
+    )
+
+
+def pack_two_four(weight: torch.Tensor) -> SparseSemiStructuredTensor:
+    """Packs W, bfloat16 [n_out, n_in] on a GPU, multiples of 16, with at most 2 non-zeros in every 4 columns of a row,
+    for cuSPARSELt. Raises UnsupportedError if torch is built without it, or if it does not run here.
+    """
+    if not torch.backends.cusparselt.is_available():
+        raise UnsupportedError(
+            f"2:4 needs cuSPARSELt, torch {torch.__version__} is built without it",
+            fix="install a torch of pytorch.org that is built for CUDA",
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
+        try:
+            return SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise UnsupportedError(
+                f"cuSPARSELt cannot pack a matrix {list(weight.shape)} of {weight.dtype}: {first_line(error)}",
+                fix="use another form",
+            ) from error
 
 
 def pack_vnm(weight: torch.Tensor, pattern: VNM) -> PackedVNM:
@@ -106,7 +169,7 @@ def pack_vnm(weight: torch.Tensor, pattern: VNM) -> PackedVNM:
 
 def sparse_matmul(
     x: torch.Tensor,
-    weight: Groups | PackedVNM | torch.Tensor,
+    weight: Weight,
     bias: torch.Tensor | None = None,
     activation: str = "none",
     *,
@@ -117,9 +180,10 @@ def sparse_matmul(
     """y = activation(W x + b) + residual, with sums in float32 and y rounded once.
 
     x: contiguous [n_in, T], of the weight's dtype; for PackedVNM bfloat16, and copied unless T is a multiple of 8.
-    weight: groups, V:2:M, or W [n_out, n_in], multiplied by torch's matmul. With the first two a token's result is
-    bit-equal whatever the other tokens and their number, and float32 is never rounded to TF32, whatever torch's
-    settings. With W both are up to torch. V:2:M: inf and NaN of x may also reach rows of W that have a zero there.
+    weight: groups, a bitmask, V:2:M, 2:4 as `pack_two_four` makes it, or W [n_out, n_in], multiplied by torch's matmul.
+    With the first three a token's result is bit-equal whatever the other tokens and their number, and float32 is never
+    rounded to TF32, whatever torch's settings. With 2:4 and W both are up to torch, and W x is rounded once before the
+    bias. V:2:M and 2:4: inf and NaN of x may also reach rows of W that have a zero there.
     bias: contiguous float32 [n_out]. activation: "none", "gelu" (y Φ(y), the exact form), "relu" or "tanh".
     residual: contiguous [n_out, T]. tokens: int32 [1] on the device, at most T: only the first so many columns of the
     result are defined. None: all. Values are loaded and stored several at a time if T is a multiple of 16.
@@ -131,7 +195,7 @@ def sparse_matmul(
     """
     if isinstance(weight, PackedVNM):
         return _vnm(x, weight, bias, activation, residual, out)
-    n_out = weight.n_out if isinstance(weight, Groups) else len(weight)
+    n_out = len(weight) if isinstance(weight, torch.Tensor) else weight.n_out
     if out is None:
         out = torch.empty(n_out, x.shape[1], dtype=x.dtype, device=x.device)
     width = x.shape[1]
@@ -145,12 +209,21 @@ def sparse_matmul(
                 x, weight.rows, weight.begin, weight.cols, weight.values, bias, residual, out, tokens, width,
                 ACTIVATION=activation, HEIGHT=height, TOKENS=TOKENS, STEP=STEPS[x.dtype], **OPTIONS[x.dtype],
             )  # fmt: skip
+        elif isinstance(weight, Bitmask):
+            rows, cols = weight.begin.shape
+            _expand[rows, triton.cdiv(width, TOKENS)](
+                x, weight.masks, weight.begin, weight.values, bias, residual, out, tokens, cols, weight.n_in, n_out,
+                width, ACTIVATION=activation, ROWS=TILE_ROWS, COLS=TILE_COLS, TOKENS=TOKENS, **OPTIONS[x.dtype],
+            )  # fmt: skip
         else:
-            torch.mm(weight, x, out=out)
+            packed = isinstance(weight, SparseSemiStructuredTensor)  # which gives its product in memory of its own
+            product = torch.mm(weight, x) if packed else torch.mm(weight, x, out=out)
             if bias is not None or residual is not None or activation != "none":
                 _finish[triton.cdiv(n_out, ROWS), triton.cdiv(width, TOKENS)](
-                    out, bias, residual, tokens, n_out, width, ACTIVATION=activation, ROWS=ROWS, TOKENS=TOKENS
+                    product, bias, residual, out, tokens, n_out, width, ACTIVATION=activation, ROWS=ROWS, TOKENS=TOKENS
                 )
+            elif packed:
+                out.copy_(product)
     return out
 
 
@@ -284,21 +357,60 @@ def _product(
         )
         x = tl.load(x_ptr + col.to(tl.int64)[:, None] * width + token[None, :], mask=there[:, None] & inside, other=0.0)
         sums = tl.dot(tl.trans(values), x, sums, input_precision="ieee")
-    real = row >= 0
-    if bias_ptr is not None:
-        sums += tl.load(bias_ptr + row, mask=real, other=0.0)[:, None]
-    sums = _activated(sums, ACTIVATION)
-    at = row.to(tl.int64)[:, None] * width + token[None, :]
-    if residual_ptr is not None:
-        sums += tl.load(residual_ptr + at, mask=real[:, None] & inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, sums.to(out_ptr.dtype.element_ty), mask=real[:, None] & inside)
+    _store(sums, row, row >= 0, token, bias_ptr, residual_ptr, out_ptr, width, ACTIVATION)
+
+
+@triton.jit
+def _expand(
+    x_ptr,  # [n_in, width]
+    masks_ptr,  # int64 [programs, cols, ROWS]
+    begin_ptr,  # int32 [programs, cols]
+    values_ptr,  # [non-zeros], of x's type
+    bias_ptr,  # float32 [n_out], or None
+    residual_ptr,  # [n_out, width], or None
+    out_ptr,  # [n_out, width]
+    tokens_ptr,  # int32 [1], or None: width
+    cols,  # tiles of columns
+    n_in,
+    n_out,
+    width,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    tokens = width
+    if tokens_ptr is not None:
+        tokens = tl.load(tokens_ptr)
+    first = tl.program_id(1) * TOKENS
+    if first >= tokens:
+        return
+    token = first + tl.arange(0, TOKENS)
+    inside = (token < width)[None, :]
+    own, bit = tl.arange(0, ROWS), tl.arange(0, COLS)
+    sums = tl.zeros([ROWS, TOKENS], tl.float32)
+    for tile in range(0, cols):
+        at = tl.program_id(0) * cols + tile
+        mask = tl.load(masks_ptr + at.to(tl.int64) * ROWS + own)
+        kept = ((mask[:, None] >> bit[None, :].to(tl.int64)) & 1).to(tl.int32)
+        # The values stand row by row: before one are those of the rows above, and those on its left.
+        counts = tl.sum(kept, 1)
+        place = (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(kept, 1) - kept
+        values = tl.load(values_ptr + tl.load(begin_ptr + at) + place, mask=kept != 0, other=0.0)
+        col = tile * COLS + bit
+        there = (col < n_in)[:, None] & inside
+        x = tl.load(x_ptr + col.to(tl.int64)[:, None] * width + token[None, :], mask=there, other=0.0)
+        sums = tl.dot(values, x, sums, input_precision="ieee")
+    row = tl.program_id(0) * ROWS + own
+    _store(sums, row, row < n_out, token, bias_ptr, residual_ptr, out_ptr, width, ACTIVATION)
 
 
 @triton.jit
 def _finish(
-    y_ptr,  # [n_out, width], read and written
+    product_ptr,  # [n_out, width]
     bias_ptr,  # float32 [n_out], or None
     residual_ptr,  # [n_out, width], or None
+    out_ptr,  # [n_out, width], may be product_ptr
     tokens_ptr,  # int32 [1], or None: width
     n_out,
     width,
@@ -316,13 +428,21 @@ def _finish(
     token = first + tl.arange(0, TOKENS)
     inside = (row < n_out)[:, None] & (token < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + token[None, :]
-    y = tl.load(y_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    _store(product, row, row < n_out, token, bias_ptr, residual_ptr, out_ptr, width, ACTIVATION)
+
+
+@triton.jit
+def _store(y, row, real, token, bias_ptr, residual_ptr, out_ptr, width, ACTIVATION: tl.constexpr):
+    """Writes activation(y + bias) + residual of these rows and tokens, y float32 [rows, tokens]. real: rows of W."""
+    inside = real[:, None] & (token < width)[None, :]
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + row, mask=row < n_out, other=0.0)[:, None]
+        y += tl.load(bias_ptr + row, mask=real, other=0.0)[:, None]
     y = _activated(y, ACTIVATION)
+    at = row.to(tl.int64)[:, None] * width + token[None, :]
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

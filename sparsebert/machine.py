@@ -38,6 +38,7 @@ PACKAGES = (
 DEVICES = ("auto", "cpu", "cuda")
 LEAST_CAPABILITY = (8, 0)  # of a GPU: the first with bf16
 ON_THE_CPU = "run it on the CPU: device='cpu'"
+MORE_MEMORY = f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}"
 
 
 def card() -> dict:
@@ -134,7 +135,7 @@ def _cuda_kernels() -> str:
         cuda_core()
     except UnsupportedError as error:
         return f"off: {error}"
-    return "built for sm_80, sm_90a and later, for prune on a GPU; unmeasured"
+    return "built for sm_80, sm_90a and later; unmeasured"
 
 
 def bf16_is_fast(device: torch.device | None = None) -> bool:
@@ -172,8 +173,10 @@ def device_for(wanted: str, *, kernels: bool = False) -> torch.device:
         return torch.device("cpu")
 
 
-def require_device() -> torch.device:
-    """The current GPU. Raises UnsupportedError if there is none, or if it cannot be used."""
+def require_start() -> None:
+    """Raises UnsupportedError, with CUDA's own reason, if it cannot start in this process: there is no driver or no
+    GPU, the driver is too old, or this is a child of a fork whose parent uses CUDA.
+    """
     import torch
 
     if torch.version.cuda is None:
@@ -185,12 +188,19 @@ def require_device() -> torch.device:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an old driver, which the error says as well
             torch.cuda.init()
-        device = torch.device("cuda", torch.cuda.current_device())
-    except (RuntimeError, AssertionError) as error:  # no driver, a driver that is too old, no GPU that is visible
+    except (RuntimeError, AssertionError) as error:
         raise UnsupportedError(
-            f"device cuda needs an NVIDIA GPU, torch for CUDA {torch.version.cuda} finds none: {first_line(error)}",
+            f"device cuda cannot start, torch for CUDA {torch.version.cuda} says: {first_line(error)}",
             fix=f"check the driver and CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
         ) from error
+
+
+def require_device() -> torch.device:
+    """The current GPU. Raises UnsupportedError if there is none, or if it cannot be used."""
+    import torch
+
+    require_start()
+    device = torch.device("cuda", torch.cuda.current_device())
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
@@ -235,5 +245,5 @@ def at_work_on(device: torch.device) -> Iterator[None]:
             raise
         raise UnsupportedError(
             f"{gpu_name(device)} has too little memory for this: {first_line(error)}",
-            fix=f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
+            fix=MORE_MEMORY,
         ) from error

@@ -485,9 +485,9 @@ OLD = "The NVIDIA driver on your system is too old (found version 11040). Please
 # What a machine lacks -> (the machine, words of the message).
 LACKING = {
     "cuda": ({"built": None}, "needs a torch that is built for CUDA"),
-    "gpu": ({"refusal": "Found no NVIDIA driver on your system."}, "finds none: Found no NVIDIA driver"),
-    "visible": ({"refusal": "No CUDA GPUs are available"}, "finds none: No CUDA GPUs are available; check the driver"),
-    "driver": ({"refusal": OLD}, "finds none: The NVIDIA driver on your system is too old (found version 11040)"),
+    "gpu": ({"refusal": "Found no NVIDIA driver on your system."}, "says: Found no NVIDIA driver"),
+    "visible": ({"refusal": "No CUDA GPUs are available"}, "says: No CUDA GPUs are available; check the driver"),
+    "driver": ({"refusal": OLD}, "says: The NVIDIA driver on your system is too old (found version 11040)"),
     "sm_70": ({"capability": (7, 0)}, "needs compute capability 8.0 or above, GPU 0 has 7.0"),
 }
 

@@ -96,7 +96,7 @@ def operands(case: Case, dtype: torch.dtype) -> dict:
 
 
 def run_kernels(case: Case, dtype: str, device: str) -> dict[str, torch.Tensor]:
-    from sparsebert.kernels.sparse_matmul import Groups, sparse_matmul
+    from sparsebert.kernels.sparse_matmul import Groups, pack_bitmask, sparse_matmul
 
     given = {
         name: value if value is None else value.to(device)
@@ -104,11 +104,11 @@ def run_kernels(case: Case, dtype: str, device: str) -> dict[str, torch.Tensor]:
     }
     groups = Groups(*(given[name] for name in ("rows", "begin", "cols", "values")), case.n_out)
     options = {name: given[name] for name in ("residual", "tokens")}
-    both = (
-        (given["x"], groups, given["bias"], case.activation),
-        (given["x"], given["weight"], given["bias"], case.activation),
-    )
-    return {name: sparse_matmul(*args, **options) for name, args in zip(("groups", "dense"), both, strict=True)}
+    forms = {"groups": groups, "dense": given["weight"], "bitmask": pack_bitmask(given["weight"])}
+    return {
+        name: sparse_matmul(given["x"], weight, given["bias"], case.activation, **options)
+        for name, weight in forms.items()
+    }
 
 
 def reference(case: Case, dtype: str) -> torch.Tensor:
@@ -150,7 +150,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_interpreted_kernels_give_the_references_results(interpreted, case: Case, dtype: str):
-    for form in ("groups", "dense"):
+    for form in ("groups", "dense", "bitmask"):
         assert_right(case, dtype, interpreted[f"{case}/{dtype}/{form}"])
 
 
@@ -164,15 +164,16 @@ def test_the_kernels_on_a_gpu_give_the_references_results(case: Case, dtype: str
 
 
 def test_a_token_gives_the_same_bits_in_any_place(interpreted):
-    assert interpreted["bits"].tolist() == [True] * 5
+    assert interpreted["bits"].tolist() == [[True] * 5] * 2
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_inf_stay_with_their_token(interpreted, activation: str):
-    got, clean = interpreted[f"special/{activation}"], interpreted[f"special/{activation}/clean"]
-    assert torch.equal(got[:, [0, 3]], clean[:, [0, 3]])
-    assert got[:, 1].isnan().all()
-    assert not got[:, 2].isfinite().all() or activation == "tanh"
+    for form in ("groups", "bitmask"):
+        got, clean = interpreted[f"special/{form}/{activation}"], interpreted[f"special/{form}/{activation}/clean"]
+        assert torch.equal(got[:, [0, 3]], clean[:, [0, 3]])
+        assert got[:, 1].isnan().all()
+        assert not got[:, 2].isfinite().all() or activation == "tanh"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,38 +184,99 @@ def test_the_kernel_compiles_for_sm_90_and_copies_while_it_multiplies(compiled, 
     assert usage["REG"] <= 255 and usage["COPIES"] > 0
 
 
-def test_the_kernel_that_finishes_a_dense_product_compiles(compiled):
-    assert compiled["finish"]["STACK"] == compiled["finish"]["LOCAL"] == 0
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", ["finish", "expand"])
+def test_the_kernels_of_dense_products_and_of_bitmasks_compile_for_sm_90(compiled, kernel, dtype):
+    usage = compiled[f"{kernel}/{dtype}"]
+    assert usage["STACK"] == usage["LOCAL"] == 0 and usage["REG"] <= 255
 
 
-def special(activation: str, broken: bool) -> torch.Tensor:
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 130), (5, 300)])
+@pytest.mark.usefixtures("triton_here")
+def test_a_bitmask_has_a_bit_and_a_value_for_each_non_zero(shape):
+    from sparsebert.kernels.sparse_matmul import TILE_COLS, TILE_ROWS, pack_bitmask
+
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(shape, np.float32) * (rng.random(shape) < 0.4)
+    packed = pack_bitmask(torch.from_numpy(weight))
+    bits = (packed.masks[..., None] >> torch.arange(TILE_COLS)) & 1
+    flat = torch.zeros(bits.numel())
+    flat[bits.flatten() != 0] = packed.values
+    back = flat.view(bits.shape).transpose(1, 2).reshape(bits.shape[0] * TILE_ROWS, -1)
+    assert torch.equal(back[: shape[0], : shape[1]], torch.from_numpy(weight))
+    counts = bits.sum((2, 3))
+    assert torch.equal(packed.begin.flatten().long(), counts.flatten().cumsum(0) - counts.flatten())
+    assert packed.values.numel() == counts.sum() == np.count_nonzero(weight)
+
+
+class Packed(torch.Tensor):
+    """Stands for a 2:4 weight of cuSPARSELt, which multiplies like the dense one, in memory of its own."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        assert not (kwargs and "out" in kwargs), "cuSPARSELt takes no out"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_product_of_2_4_is_finished_like_a_dense_one(interpreted, case: Case):
+    assert_right(case, "float32", interpreted[f"{case}/two_four"])
+
+
+@pytest.fixture
+def triton_here():
+    pytest.importorskip("triton", reason="triton is not installed")
+
+
+@pytest.mark.usefixtures("triton_here")
+def test_2_4_without_cusparselt_is_refused(monkeypatch):
+    from sparsebert.errors import UnsupportedError
+    from sparsebert.kernels.sparse_matmul import pack_two_four
+
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    with pytest.raises(UnsupportedError, match=r"needs cuSPARSELt, torch .* is built without it"):
+        pack_two_four(torch.zeros(16, 16, dtype=torch.bfloat16))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    with pytest.raises(UnsupportedError, match=r"cannot pack a matrix \[16, 16\] of torch.bfloat16: .*CUDA"):
+        pack_two_four(torch.zeros(16, 16, dtype=torch.bfloat16))  # on the CPU
+
+
+def special(activation: str, broken: bool) -> dict[str, torch.Tensor]:
     """W x of four tokens, the second of which holds NaN and the third inf if `broken`."""
-    from sparsebert.kernels.sparse_matmul import Groups, sparse_matmul
+    from sparsebert.kernels.sparse_matmul import Groups, pack_bitmask, sparse_matmul
 
     given = operands(Case(4, 20, 16, 16, None, activation), torch.float32)
     if broken:
         given["x"][3, 1], given["x"][5, 2] = math.nan, math.inf
     groups = Groups(given["rows"], given["begin"], None, given["values"], 16)
-    return sparse_matmul(given["x"], groups, given["bias"], activation)
+    return {
+        name: sparse_matmul(given["x"], weight, given["bias"], activation)
+        for name, weight in (("groups", groups), ("bitmask", pack_bitmask(given["weight"])))
+    }
 
 
 def same_bits() -> torch.Tensor:
-    """Whether a token's result has the same bits alone and in five batches."""
-    from sparsebert.kernels.sparse_matmul import Groups, sparse_matmul
+    """Whether a token's result has the same bits alone and in five batches, by groups and by a bitmask."""
+    from sparsebert.kernels.sparse_matmul import Groups, pack_bitmask, sparse_matmul
 
     given = operands(Case(70, 90, 32, 32, (41,)), torch.float32)
     groups = Groups(given["rows"], given["begin"], given["cols"], given["values"], 32)
-    alone = sparse_matmul(given["x"][:, 5:6].contiguous(), groups)
-    return torch.tensor(
-        [
-            torch.equal(sparse_matmul(given["x"][:, start:stop].contiguous(), groups)[:, 5 - start], alone[:, 0])
-            for start, stop in ((0, 70), (5, 70), (4, 7), (0, 6), (3, 68))
-        ]
-    )
+    found = []
+    for weight in (groups, pack_bitmask(given["weight"])):
+        alone = sparse_matmul(given["x"][:, 5:6].contiguous(), weight)
+        found.append(
+            [
+                torch.equal(sparse_matmul(given["x"][:, start:stop].contiguous(), weight)[:, 5 - start], alone[:, 0])
+                for start, stop in ((0, 70), (5, 70), (4, 7), (0, 6), (3, 68))
+            ]
+        )
+    return torch.tensor(found)
 
 
 def interpret(file: str) -> None:
     from safetensors.torch import save_file
+
+    from sparsebert.kernels import sparse_matmul as kernels
 
     prepare_interpreter()
     found = {"bits": same_bits()}
@@ -223,8 +285,14 @@ def interpret(file: str) -> None:
             for name, value in run_kernels(case, dtype, "cpu").items():
                 found[f"{case}/{dtype}/{name}"] = value.contiguous()
     for activation in ACTIVATIONS:
-        found[f"special/{activation}"] = special(activation, True)
-        found[f"special/{activation}/clean"] = special(activation, False)
+        found |= {f"special/{form}/{activation}": got for form, got in special(activation, True).items()}
+        found |= {f"special/{form}/{activation}/clean": got for form, got in special(activation, False).items()}
+    kernels.SparseSemiStructuredTensor = Packed
+    for case in CASES:
+        given = operands(case, torch.float32)
+        weight, options = given["weight"].as_subclass(Packed), {name: given[name] for name in ("residual", "tokens")}
+        got = kernels.sparse_matmul(given["x"], weight, given["bias"], case.activation, **options)
+        found[f"{case}/two_four"] = got.as_subclass(torch.Tensor)
     save_file(found, file)
 
 
@@ -236,9 +304,9 @@ def compile_all(file: str) -> None:
     for dtype in DTYPES:
         own, torch_dtype = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype], getattr(torch, dtype)
         types = {
-            **dict.fromkeys(("x_ptr", "values_ptr", "residual_ptr", "out_ptr", "y_ptr"), own),
-            **dict.fromkeys(("rows_ptr", "begin_ptr", "cols_ptr", "tokens_ptr"), "*i32"),
-            "bias_ptr": "*fp32", "n_out": "i32", "width": "i32",
+            **dict.fromkeys(("x_ptr", "values_ptr", "residual_ptr", "out_ptr", "product_ptr"), own),
+            **dict.fromkeys(("rows_ptr", "begin_ptr", "cols_ptr", "tokens_ptr"), "*i32"), "masks_ptr": "*i64",
+            "bias_ptr": "*fp32", "n_out": "i32", "n_in": "i32", "cols": "i32", "width": "i32",
         }  # fmt: skip
         of = {arg: types[arg] for arg in kernels._product.arg_names if arg in types}
         for height, gathered, activation in COMPILED:
@@ -248,9 +316,14 @@ def compile_all(file: str) -> None:
             usage[f"{height}/{gathered}/{activation}/{dtype}"] = usage_on_sm_90(
                 kernels._product, of, constants, kernels.OPTIONS[torch_dtype], binary
             )
-        of = {arg: types[arg] for arg in kernels._finish.arg_names if arg in types}
-        constants = {"ACTIVATION": "gelu", "ROWS": kernels.ROWS, "TOKENS": kernels.TOKENS}
-        usage["finish"] = usage_on_sm_90(kernels._finish, of, constants, {}, binary)
+        tile = {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS}
+        for name, constants, options in (
+            ("finish", {"ROWS": kernels.ROWS}, {}), ("expand", tile, kernels.OPTIONS[torch_dtype])
+        ):  # fmt: skip
+            kernel = getattr(kernels, f"_{name}")
+            of = {arg: types[arg] for arg in kernel.arg_names if arg in types}
+            constants = constants | {"ACTIVATION": "gelu", "TOKENS": kernels.TOKENS}
+            usage[f"{name}/{dtype}"] = usage_on_sm_90(kernel, of, constants, options, binary)
     Path(file).write_text(json.dumps(usage))
 
 

@@ -14,6 +14,13 @@ from pathlib import Path
 from conftest import require
 
 
+def prepare_interpreter() -> None:
+    """`bench.interpreter.prepare_interpreter`, which imports triton."""
+    from bench import interpreter
+
+    interpreter.prepare_interpreter()
+
+
 def run_here(script: str, job: str, *args: object, **environment: str) -> None:
     """Runs `script` with a job's name and arguments. Fails unless it exits with 0."""
     if importlib.util.find_spec("triton") is None:
@@ -21,25 +28,6 @@ def run_here(script: str, job: str, *args: object, **environment: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     done = subprocess.run([sys.executable, script, job, *map(str, args)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-
-
-def prepare_interpreter() -> None:
-    """Fills fresh memory with NaN, and repairs the interpreter's dot, which multiplies the bits of bfloat16 as integers
-    instead of their values.
-    """
-    import numpy as np
-    import torch
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widened(operand: TensorHandle) -> TensorHandle:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    dot = InterpreterBuilder.create_dot
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
 
 
 def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict, binary: Path) -> dict[str, int]:

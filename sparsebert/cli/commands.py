@@ -475,24 +475,30 @@ def doctor(
     facts = describe()
     if facts["isa"] is not None:
         facts["ns_per_entry"] = asdict(costs(facts["isa"]))
+    facts["gpu_forms"] = _gpu_forms()
     if not json:
         table("sparsebert doctor", ["", ""], rows_of_machine(facts))
     emit(facts, json)
 
 
-def _tune_gpu() -> None:
-    """Times the forms on the GPU, if there is one on which the engine runs."""
-    from sparsebert.errors import UnsupportedError
+def _gpu_forms() -> dict[str, str] | str:
+    """The engine's forms on the GPU, or why it does not run there."""
     from sparsebert.machine import version_of
 
-    if "not installed" in (version_of("torch"), version_of("triton")):
+    for name in ("torch", "triton"):
+        if version_of(name) == "not installed":
+            return f"off: {name} is not installed, pip install 'sparsebert[triton]'"
+    from sparsebert.engine import cuda
+
+    return cuda.forms_here()
+
+
+def _tune_gpu() -> None:
+    """Times the forms on the GPU, if there is one on which the engine runs; `_gpu_forms` says why not."""
+    if isinstance(_gpu_forms(), str):
         return
     from sparsebert.engine import cuda
 
-    try:
-        cuda.require_device()
-    except UnsupportedError:
-        return
     with progress("tune the GPU") as update:
         cuda.measure(update)
 

@@ -128,7 +128,9 @@ def rows_of_plan(plan: Plan, verbose: bool) -> list[list[str]]:
 
 
 def rows_of_machine(facts: dict) -> list[list[str]]:
-    """[what, how it is here] of the facts of `machine.describe`, with the costs under "ns_per_entry"."""
+    """[what, how it is here] of the facts of `machine.describe`, with the costs under "ns_per_entry" and the forms of
+    the engine on a GPU under "gpu_forms".
+    """
     words = {
         "cpu": "processor",
         "memory_gib": "memory, GiB",
@@ -137,6 +139,7 @@ def rows_of_machine(facts: dict) -> list[list[str]]:
         "bf16_training": "training in bf16",
         "gpu": "GPU",
         "cuda_kernels": "CUDA kernels",
+        "gpu_forms": "forms of the engine on the GPU",
         "data": "folder of data",
         "cache": "folder of packed models",
         "ns_per_entry": "ns per stored weight: short, middling, long batches",

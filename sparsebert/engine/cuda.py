@@ -6,27 +6,31 @@ No time of it has been measured: whether any of this is faster than another engi
 
 from __future__ import annotations
 
-import os
-import threading
+import math
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from sparsebert import checkpoint
 from sparsebert.checkpoint import Files
-from sparsebert.engine import architectures, cuda_forms, inputs
+from sparsebert.engine import architectures, cuda_costs, inputs
 from sparsebert.engine.costs import Costs
-from sparsebert.engine.cuda_forms import LONG, TOKENS, DeviceLinear, captured, kind_of, on_device
+from sparsebert.engine.cuda_costs import LONG, TOKENS, kind_of
+from sparsebert.engine.cuda_forms import FORMS, DeviceLinear, on_device
+from sparsebert.engine.cuda_graphs import Graphs, queue
 from sparsebert.engine.engine import Engine, Text
 from sparsebert.engine.formats import DTYPES, pack_cheapest
 from sparsebert.errors import InputError, SparsebertError, UnsupportedError, first_line
 from sparsebert.kernels import require_full_float32
 from sparsebert.kernels.sparse_encoder import add_norm, attention, embed
-from sparsebert.machine import ON_THE_CPU, gpu_name, require_device
+from sparsebert.machine import MORE_MEMORY, ON_THE_CPU, gpu_name, require_device
 from sparsebert.ops.sparse_encoder import LINEARS, EncoderLayer, Norm, PackedEncoder, require_sequences
+from sparsebert.ops.sparse_matmul import unpack
 
 MOST_TOKENS = 8192  # per run of the encoder; longer batches are cut between sequences
 SPARE = 1 << 28  # bytes of the GPU that are left to compiled kernels and to torch's libraries
@@ -42,6 +46,22 @@ def require_settings(settings: dict) -> None:
         raise InputError(f"threads must be None on device cuda, got {settings['threads']}", fix="leave it out")
 
 
+def current(device: str) -> AbstractContextManager:
+    """Makes the GPU that `device` names the current one: cuda:N, or cuda for the one that is. Raises InputError if
+    there is no such GPU.
+    """
+    index = torch.device(device).index
+    if index is None:
+        return nullcontext()
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise InputError(
+            f"device must be one of the {count} GPUs that torch finds, cuda:0 to cuda:{count - 1}, got {device}",
+            fix="pass one of these; CUDA_VISIBLE_DEVICES may hide GPUs",
+        )
+    return torch.cuda.device(index)
+
+
 def require_memory(needed: int, device: torch.device) -> None:
     """Raises UnsupportedError if the GPU has not so many bytes left."""
     if device.type != "cuda":
@@ -49,38 +69,77 @@ def require_memory(needed: int, device: torch.device) -> None:
     free = torch.cuda.mem_get_info(device)[0]
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds unused
     if needed + SPARE > free:
-        raise _too_little_memory(needed, f"{free / 1e6:.0f} MB are free on {gpu_name(device)}")
+        raise UnsupportedError(
+            f"the model needs {(needed + SPARE) / 1e6:.0f} MB on the GPU, {free / 1e6:.0f} MB are free on "
+            f"{gpu_name(device)}",
+            fix=MORE_MEMORY,
+        )
 
 
-def _too_little_memory(needed: int, found: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"the model needs {(needed + SPARE) / 1e6:.0f} MB on the GPU, {found}",
-        fix=f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
-    )
+@contextmanager
+def _memory_told(what: str) -> Iterator[None]:
+    """Raises UnsupportedError, of one line, if the GPU runs out of memory. The frames that did so are cleared: the
+    error would keep the tensors in them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # What ends a capture may hide why it failed, and memory outside torch's own allocator is another error.
+        causes = [error]
+        while causes[-1].__context__ is not None:
+            causes.append(causes[-1].__context__)
+        found = [cause for cause in causes if "out of memory" in str(cause)]
+        if not found:
+            raise
+        said = first_line(found[-1])
+        for cause in causes:
+            traceback.clear_frames(cause.__traceback__)
+        torch.cuda.empty_cache()
+        raise UnsupportedError(f"the GPU has too little memory for {what}: {said}", fix=MORE_MEMORY) from None
+
+
+def _kinds_of_gpus() -> list[torch.device]:
+    """The GPUs that the engine runs on, one of each name. Raises UnsupportedError if there is none."""
+    found: dict[str, torch.device] = {}
+    for index in range(torch.cuda.device_count()):
+        with torch.cuda.device(index):
+            try:
+                found.setdefault(gpu_name(require_device()), torch.device("cuda", index))
+            except UnsupportedError:
+                continue  # another may do
+    return list(found.values()) or [require_device()]
 
 
 def measure(progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Times the forms of linears on the current GPU and stores their costs; engines loaded later choose by them. Raises
-    UnsupportedError without a GPU that the engine runs on.
+    """Times the forms of linears on the GPUs, one of each name, and stores their costs; engines loaded later choose by
+    them. Raises UnsupportedError without a GPU that the engine runs on, or with too little memory on it.
     """
-    device = require_device()
-    cuda_forms.measure(gpu_name(device), device, progress)
+    devices = _kinds_of_gpus()
+    for i, device in enumerate(devices):
+
+        def update(done: int, total: int, before: int = i) -> None:
+            progress(before * total + done, len(devices) * total)
+
+        with current(str(device)), _memory_told("measuring the forms"):
+            cuda_costs.measure(FORMS.values(), gpu_name(device), device, update)
 
 
-class Graphs:
-    """CUDA graphs, one for each of `key`, captured when it is first replayed. They share the memory that they allocate,
-    so only one may run at a time.
+def forms_here() -> dict[str, str] | str:
+    """Form -> whether the current GPU has it, in which dtypes it was measured, and what it can hold; a sentence if
+    there is no GPU that the engine runs on.
     """
-
-    def __init__(self):
-        self._pool = torch.cuda.graph_pool_handle()
-        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
-
-    def replay(self, key: tuple[int, ...], work: Callable[[], object]) -> None:
-        """Does what `work` launches. It must launch the same on the same memory for the same key."""
-        if key not in self._graphs:
-            self._graphs[key] = captured(work, self._pool)
-        self._graphs[key].replay()
+    try:
+        device = require_device()
+    except UnsupportedError as error:
+        return f"off: {error}"
+    tables = {dtype: cuda_costs.costs(gpu_name(device), dtype) for dtype in cuda_costs.DTYPES}
+    found = {}
+    for form in FORMS.values():
+        why = form.missing(device)
+        measured = [dtype for dtype, table in tables.items() if form.name in table]
+        state = f"measured in {', '.join(measured)}" if measured else "not measured: sparsebert doctor --tune"
+        found[form.name] = f"off: {why}" if why else f"{state}; {form.holds}"
+    return found
 
 
 class DeviceEncoder:
@@ -96,58 +155,66 @@ class DeviceEncoder:
         encoder: PackedEncoder,
         dtype: torch.dtype,
         device: torch.device,
-        table: cuda_forms.Costs,
+        table: cuda_costs.Costs,
         *,
         invariant: bool,
     ):
-        self._encoder, self._dtype, self._device, self._invariant = encoder, dtype, device, invariant
+        self.device, self._encoder, self._dtype, self._invariant = device, encoder, dtype, invariant
         self._buckets = buckets(max(MOST_TOKENS, encoder.max_length))
         self.most = self._buckets[-1]
-        hidden, labels = encoder.pooler.weight.n_in, encoder.classifier.weight.n_out
+        hidden = encoder.pooler.weight.n_in
         embedding = encoder.words.shape[1]
         wide = max((max(layer.qkv.weight.n_out, layer.up.weight.n_out) for layer in encoder.layers), default=1)
         features = {"states": hidden, "attended": max(hidden, embedding), "sums": hidden, "wide": wide}
-        needed = self._bytes(encoder, sum(features.values()))
-        require_memory(needed, device)
-        try:
-            put = partial(on_device, dtype=dtype, device=device, table=table, invariant=invariant)
-            self.layers = [{name: put(getattr(layer, name)) for name in LINEARS} for layer in encoder.layers]
-            self._norms = [(self._norm(layer.attention_norm), self._norm(layer.norm)) for layer in encoder.layers]
-            self._projection = None if encoder.projection is None else put(encoder.projection)
-            self._pooler = on_device(encoder.pooler, dtype, device)
-            self._classifier = on_device(encoder.classifier, torch.float32, device)
-            self._words = torch.tensor(encoder.words, dtype=dtype, device=device)
-            self._positions = torch.tensor(encoder.positions, device=device)
-            self._embedding_norm = self._norm(encoder.embedding_norm)
-            empty = partial(torch.empty, device=device)
-            self._memory = {name: empty(n * self.most, dtype=dtype) for name, n in features.items()}
-            self._pooled = empty(encoder.pooler.weight.n_out * self.most // 2, dtype=torch.float32)
-            self._logits = empty(labels * self.most // 2, dtype=torch.float32)
-            self._inputs = torch.zeros(inputs_of(self.most), dtype=torch.int32, device=device)
-        except torch.OutOfMemoryError as error:
-            raise _too_little_memory(needed, first_line(error)) from error
+        require_memory(_least_bytes(encoder, dtype, sum(features.values()) * self.most, table), device)
+        with _memory_told("the model"):
+            try:
+                self._fill(encoder, features, table)
+            except RuntimeError:
+                vars(self).clear()  # half of the model, which a traceback would keep
+                raise
+
+    def _fill(self, encoder: PackedEncoder, features: dict[str, int], table: cuda_costs.Costs) -> None:
+        """Moves the encoder to the device, and makes the memory of the states."""
+        dtype, device = self._dtype, self.device
+        put = partial(on_device, dtype=dtype, device=device, table=table, invariant=self._invariant)
+        self.layers = [{name: put(getattr(layer, name)) for name in LINEARS} for layer in encoder.layers]
+        self._norms = [(self._norm(layer.attention_norm), self._norm(layer.norm)) for layer in encoder.layers]
+        self._projection = None if encoder.projection is None else put(encoder.projection)
+        self._pooler = on_device(encoder.pooler, dtype, device)
+        self._classifier = on_device(encoder.classifier, torch.float32, device)
+        self._words = torch.tensor(encoder.words, dtype=dtype, device=device)
+        self._positions = torch.tensor(encoder.positions, device=device)
+        self._embedding_norm = self._norm(encoder.embedding_norm)
+        empty = partial(torch.empty, device=device)
+        self._memory = {name: empty(n * self.most, dtype=dtype) for name, n in features.items()}
+        self._pooled = empty(encoder.pooler.weight.n_out * self.most // 2, dtype=torch.float32)
+        self._logits = empty(encoder.classifier.weight.n_out * self.most // 2, dtype=torch.float32)
+        self._inputs = torch.zeros(inputs_of(self.most), dtype=torch.int32, device=device)
         self._staged = torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._graphs = Graphs() if device.type == "cuda" else None
-        self._lock, self._busy, self._process = threading.RLock(), False, os.getpid()
+        self._queue = queue(device)
+        self._graphs = None
+        if device.type == "cuda":
+            self._graphs = Graphs()
+            self._queue.stream.wait_stream(torch.cuda.current_stream(device))  # where the copies were launched
 
     def logits(self, ids: np.ndarray, types: np.ndarray, starts: np.ndarray, *, kind: int | None = None) -> np.ndarray:
         """Logits, float32 [sequences, labels], of checked arrays of `sparse_encoder`; at most `most` tokens, and half
         as many sequences.
 
         kind: run the forms for TOKENS[kind], without a graph; None: those for this many tokens. Calls of several
-        threads follow each other. Raises UnsupportedError in a child of a fork, and in a signal handler that has
-        interrupted a call.
+        threads follow each other. Raises UnsupportedError in a child of a fork, in a signal handler that has
+        interrupted a call, and if the GPU has too little memory.
         """
         sequences = len(starts) - 1
         capacity = next(size for size in self._buckets if size >= max(len(ids), 2 * sequences))
-        with self._alone():
+        with self._queue.turn(), _memory_told(f"a batch of {capacity} tokens"):
             size = inputs_of(capacity)
-            _fill(self._staged[:size].numpy(), capacity, ids, types, starts)
+            _stage(self._staged[:size].numpy(), capacity, ids, types, starts)
             self._inputs[:size].copy_(self._staged[:size], non_blocking=True)
             if kind is None and self._graphs is not None:
                 kind = kind_of(capacity)
-                with torch.cuda.device(self._device):
-                    self._graphs.replay((capacity, kind), partial(self._run, capacity, kind))
+                self._graphs.replay((capacity, kind), partial(self._run, capacity, kind))
             else:
                 self._run(capacity, kind_of(capacity) if kind is None else kind)
             labels = self._encoder.classifier.weight.n_out
@@ -188,35 +255,16 @@ class DeviceEncoder:
         return self._memory[name][: features * capacity].view(features, capacity)
 
     def _norm(self, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        weight, bias = (torch.tensor(part, device=self._device) for part in norm)
+        weight, bias = (torch.tensor(part, device=self.device) for part in norm)
         return weight, bias
 
-    def _bytes(self, encoder: PackedEncoder, features: int) -> int:
-        """Bytes on the device, at least: a linear that runs in two forms is stored twice."""
-        size = self._dtype.itemsize
-        heads = [encoder.pooler, encoder.projection] if encoder.projection is not None else [encoder.pooler]
-        linears = sum(linear.weight.n_in * linear.weight.n_out for linear in (*encoder.linears, *heads))
-        return size * (linears + encoder.words.size + features * self.most) + 4 * encoder.positions.size
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One call at a time: all use the same memory."""
-        if os.getpid() != self._process:
-            raise UnsupportedError(
-                "an engine on a GPU must run in the process that loaded it, this is a child of its fork",
-                fix="load the engine in the child, and start it by spawn",
-            )
-        with self._lock:
-            if self._busy:
-                raise UnsupportedError(
-                    "an engine on a GPU runs one call at a time, a signal handler calls it during another",
-                    fix="use another engine in the handler",
-                )
-            self._busy = True
-            try:
-                yield
-            finally:
-                self._busy = False
+def _least_bytes(encoder: PackedEncoder, dtype: torch.dtype, states: int, table: cuda_costs.Costs) -> int:
+    """Bytes on the device, at least: measured forms may store less than all of a linear."""
+    heads = [encoder.pooler] if encoder.projection is None else [encoder.pooler, encoder.projection]
+    linears = heads if table else [*encoder.linears, *heads]
+    weights = sum(linear.weight.n_in * linear.weight.n_out for linear in linears)
+    return dtype.itemsize * (weights + encoder.words.size + states) + 4 * encoder.positions.size
 
 
 def buckets(most: int) -> tuple[int, ...]:
@@ -234,7 +282,7 @@ def inputs_of(capacity: int) -> int:
     return 4 * capacity + capacity // 2 + 2
 
 
-def _fill(given: np.ndarray, capacity: int, ids: np.ndarray, types: np.ndarray, starts: np.ndarray) -> None:
+def _stage(given: np.ndarray, capacity: int, ids: np.ndarray, types: np.ndarray, starts: np.ndarray) -> None:
     """Writes ids, types, and each token's sequence from its first token to the one after its last, each [capacity]; the
     first token of each sequence [capacity / 2]; the numbers of tokens and of sequences.
     """
@@ -247,11 +295,13 @@ def _fill(given: np.ndarray, capacity: int, ids: np.ndarray, types: np.ndarray, 
 
 
 class CudaEngine(Engine):
-    """An `Engine` on the current NVIDIA GPU, made by `Engine.load(device="cuda")`. The calls are those of `Engine`.
+    """An `Engine` on an NVIDIA GPU, made by `Engine.load(device="cuda")`, on the current one, or `device="cuda:N"`. The
+    calls are those of `Engine`.
 
     dtype auto: bf16 if `dtype` in config.json is bfloat16, else fp32; also for a model that was made for int8. Any
-    number of threads may call `logits`; their calls follow each other. Not in the children of a fork, and not in a
-    signal handler during a call. The golden logits are verified with the forms of every size of batch.
+    number of threads may call `logits`; the calls of all engines on a GPU follow each other. Not in the children of a
+    fork, and not in a signal handler during a call. The golden logits are verified with the forms of every size of
+    batch.
     """
 
     def __init__(self, encoders: tuple[PackedEncoder, ...], files: Files, settings: dict, dtype: str):
@@ -260,7 +310,7 @@ class CudaEngine(Engine):
         self.gpu = gpu_name(device)
         self.isa = "sm_{}{}".format(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else self.gpu
         self._device = DeviceEncoder(
-            self.encoder, cuda_forms.DTYPES[dtype], device, cuda_forms.costs(self.gpu, dtype),
+            self.encoder, cuda_costs.DTYPES[dtype], device, cuda_costs.costs(self.gpu, dtype),
             invariant=settings["batch_invariant"],
         )  # fmt: skip
 
@@ -268,11 +318,20 @@ class CudaEngine(Engine):
         return super().__repr__().replace(f"{self.threads} threads", self.gpu)
 
     @classmethod
+    def _read(cls, directory: str | Path, settings: dict) -> Engine:
+        with current(settings["device"]):
+            return super()._read(directory, settings)
+
+    @classmethod
     def _plan(cls, files: Files, settings: dict, table: object) -> tuple[str, dict, architectures.Pack]:
         dtype = settings["dtype"]
         if dtype == "auto":
             declared = files.config.get("dtype") or files.config.get("torch_dtype")
             dtype = "bf16" if declared == "bfloat16" else "fp32"
+        device = require_device()
+        if not cuda_costs.costs(gpu_name(device), dtype):  # all of each linear is stored: refused before it is read
+            shapes = files.facts.encoder_tensors()
+            require_memory(cuda_costs.DTYPES[dtype].itemsize * sum(math.prod(shape) for _, shape in shapes), device)
         # On the CPU the weights are float32 for both dtypes, and stored once.
         return dtype, {"dtype": "fp32", "device": "cuda"}, lambda weight, names: pack_cheapest(weight, BYTES)[-1:]
 
@@ -314,7 +373,7 @@ class CudaEngine(Engine):
         return np.concatenate(found)
 
     def explain(self, *, measure: bool = False, texts: Iterable[Text] = ()) -> list[dict]:
-        """As `Engine.explain`. `short`: the form in batches of fewer than 64 tokens. measure: the calls are those of a
+        """As `Engine.explain`. `short`: the form in batches of at most 64 tokens. measure: the calls are those of a
         CUDA graph; `share_of_peak` is None, as this GPU's peak is not known. texts: nothing is clipped here.
         """
         inputs.read(texts, len(self.encoder.words), self._facts.padding)
@@ -323,10 +382,12 @@ class CudaEngine(Engine):
             for name, linear in linears.items():
                 rows.append(self._explained(i, name, layer, linear))
                 if measure:
-                    weight, tokens = getattr(layer, name).weight, TOKENS[LONG]
-                    dtype = cuda_forms.DTYPES[self.dtype]
-                    device = require_device()
-                    taken = cuda_forms.seconds({name: linear}, weight.n_in, tokens, dtype, device)[name]
+                    weight, tokens, form = getattr(layer, name).weight, TOKENS[LONG], linear.forms[LONG]
+                    entries = FORMS[form].entries(unpack(weight) != 0)
+                    taken = cuda_costs.seconds(
+                        {name: (linear.weights[form], entries)}, (weight.n_out, weight.n_in), tokens,
+                        cuda_costs.DTYPES[self.dtype], self._device.device,
+                    )[name]  # fmt: skip
                     rows[-1] |= {"gflops": 2e-9 * weight.nnz * tokens / taken, "share_of_peak": None}
         return rows
 
@@ -336,7 +397,7 @@ class CudaEngine(Engine):
             "layer": i, "linear": name, "shape": [weight.n_out, weight.n_in],
             "density": weight.nnz / (weight.n_in * weight.n_out), "form": form,
             "short": short if short != form else None,
-            "kernel": f"{'torch' if form == 'dense' else 'triton'} {self.isa} {self.dtype}",
+            "kernel": f"{FORMS[form].kernel} {self.isa} {self.dtype}",
             "why": linear.why[LONG],
         }  # fmt: skip
 

@@ -1,55 +1,60 @@
-"""The forms of a linear on a GPU, and their costs on this GPU: the table by which the engine chooses a form. A form
-whose cost was not measured here is not chosen.
+"""The forms of a linear on a GPU: one row each, and the choice among them. A new form is a row here, a class and a
+packer in kernels/sparse_matmul.py, and a kernel.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
-import triton
 
-from sparsebert.engine.costs import require_place, store, stored
-from sparsebert.engine.measure import interleave
-from sparsebert.kernels.sparse_matmul import Groups, sparse_matmul
+from sparsebert.engine import cuda_costs
+from sparsebert.engine.cuda_costs import DTYPES, LONG, MARGIN, TOKENS, Costs
+from sparsebert.errors import UnsupportedError
+from sparsebert.kernels import cuda_core
+from sparsebert.kernels.sparse_matmul import (
+    MAX_N_IN,
+    Groups,
+    Weight,
+    pack_bitmask,
+    pack_two_four,
+    pack_vnm,
+    sparse_matmul,
+)
 from sparsebert.ops.sparse_matmul import Linear, rows_alike, unpack
+from sparsebert.patterns import VNM
 
-# dense: torch's matmul. fused: all columns, by our kernel. The others: groups of so many rows.
-HEIGHTS = {"dense": 1, "fused": 64, "groups16": 16, "groups32": 32, "groups64": 64}
-TOKENS = (32, 128, 512, 4096)  # at which each form is measured
-BOUNDS = (64, 256, 1024)  # where the next of TOKENS counts
-LONG = len(TOKENS) - 1
-UNMEASURED = "unmeasured"
-Costs = dict[str, tuple[float | str, ...]]  # form -> ns per entry of the matrix, for each of TOKENS
-SHIPPED: Costs = dict.fromkeys(HEIGHTS, (UNMEASURED,) * len(TOKENS))
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VERSION = 1  # of the measurement and of the measured kernels
+KEPT = 0.1  # of the groups and bitmasks whose cost is measured
+# Of a result, as a share of the largest, at least of 1: sums of float32, and bf16's rounding of results of either sign.
+SUMS, ONCE, TWICE = 1e-5, 2**-8, 2**-7
 
 
-def kind_of(tokens: int) -> int:
-    """The index in TOKENS of the entry used for a batch of this many tokens."""
-    return sum(tokens >= bound for bound in BOUNDS)
+@dataclass(frozen=True)
+class Form:
+    """A form of W [n_out, n_in]; `sparse_matmul` multiplies what `pack` returns.
 
-
-def costs(gpu: str, dtype: str) -> Costs:
-    """The costs that `measure` has stored for this GPU and dtype, else SHIPPED. Nothing is timed here, so the same
-    model on the same machine always runs the same kernels.
+    holds: what it can hold, in words. entries: how many values it reads of a support, bool [n_out, n_in], and what says
+    where they stand counted as values; None if it cannot hold it. pack: packs W, float32, in a dtype on a device.
+    sample: a random W, float32, of a size that it can hold, as its cost is measured. tolerance: dtype -> the largest
+    difference from the exact result, as a share of the largest result or of 1; other dtypes it has not. missing: why a
+    device has not the form, None if it has. longest: the index of the last of TOKENS for which it is used. invariant: a
+    token's result has the same bits whatever the other tokens. launches: of kernels, per call with a bias. kernel: in
+    what it is written.
     """
-    kept = stored().get(_key(gpu, dtype))
-    try:
-        found = {form: tuple(float(cost) for cost in kept[form]) for form in HEIGHTS}
-    except (ValueError, KeyError, TypeError):  # no costs of this GPU, or a damaged file
-        return SHIPPED
-    sound = all(len(part) == len(TOKENS) and all(0 < cost < math.inf for cost in part) for part in found.values())
-    return found if sound else SHIPPED
 
-
-def _key(gpu: str, dtype: str) -> str:
-    return f"{gpu}, {dtype}, torch {torch.__version__}, triton {triton.__version__}, version {VERSION}"
+    name: str
+    holds: str
+    entries: Callable[[np.ndarray], int | None]
+    pack: Callable[[np.ndarray, torch.dtype, torch.device], Weight]
+    sample: Callable[[int, int, np.random.Generator], np.ndarray]
+    tolerance: dict[str, float]
+    missing: Callable[[torch.device], str | None] = lambda device: None
+    longest: int = LONG
+    invariant: bool = True
+    launches: int = 1
+    kernel: str = "triton"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +65,7 @@ class DeviceLinear:
 
     forms: tuple[str, ...]
     why: tuple[str, ...]
-    weights: dict[str, Groups | torch.Tensor]
+    weights: dict[str, Weight]
     bias: torch.Tensor | None
     activation: str
 
@@ -82,39 +87,67 @@ def on_device(
     if table is None:
         forms, why = ("fused",) * len(TOKENS), ("it is small",) * len(TOKENS)
     else:
-        forms, why = _chosen(weight != 0, table, invariant)
-    made: dict[str, Groups | torch.Tensor] = {}
-    for form in dict.fromkeys(forms):
-        if form == "dense":
-            made[form] = torch.from_numpy(weight).to(device, dtype)
-        else:
-            made[form] = grouped(weight, HEIGHTS[form], dtype, device, whole=form == "fused")
+        forms, why = chosen(weight != 0, dtype, device, table, invariant=invariant)
+    made = {form: FORMS[form].pack(weight, dtype, device) for form in dict.fromkeys(forms)}
     bias = None if linear.bias is None else torch.tensor(linear.bias, device=device)
     return DeviceLinear(forms, why, made, bias, linear.activation)
 
 
-def _chosen(support: np.ndarray, table: Costs, invariant: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The name of the cheapest form for each of TOKENS, and why. support: bool [n_out, n_in]."""
+def chosen(
+    support: np.ndarray, dtype: torch.dtype, device: torch.device, table: Costs, *, invariant: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The name of the cheapest form for each of TOKENS, and why. support: bool [n_out, n_in].
+
+    *dense*, and if invariant *fused*, gives way only to a form that was measured on this GPU, as it was itself, and
+    that costs less by more than the table may be wrong.
+    """
     known = "fused" if invariant else "dense"
-    allowed = [form for form in HEIGHTS if form != "dense" or not invariant]
-    kinds = [LONG] * len(TOKENS) if invariant else range(len(TOKENS))
-    entries: dict[str, int] = {}
+    name = next(name for name in DTYPES if DTYPES[name] == dtype)
+    here = [form for form in FORMS.values() if name in form.tolerance and (form.invariant or not invariant)]
+    entries = {form.name: form.entries(support) for form in here if form.missing(device) is None}
+    held = {form: count for form, count in entries.items() if count is not None}
     forms, why = [], []
-    for kind in kinds:
-        measured = [form for form in allowed if table[form][kind] != UNMEASURED]
-        if known not in measured:
+    for kind in [LONG] * len(TOKENS) if invariant else range(len(TOKENS)):
+        ns = {form: cuda_costs.cost(table, form, kind, held[form]) for form in held if kind <= FORMS[form].longest}
+        ns = {form: cost for form, cost in ns.items() if cost is not None}
+        if known not in ns:
             forms.append(known)
-            why.append("no form is measured on this GPU: sparsebert doctor --tune")
+            why.append(f"no form is measured on this GPU: sparsebert doctor --tune{_hint(held, support, dtype, known)}")
             continue
-        for form in measured:
-            if form not in entries:
-                whole = form in ("dense", "fused")
-                entries[form] = support.size if whole else places(support, HEIGHTS[form])
-        ns = {form: table[form][kind] * entries[form] for form in measured}
         best = min(ns, key=ns.__getitem__)
+        if ns[best] > MARGIN * ns[known]:
+            best = known
         forms.append(best)
-        why.append(f"{ns[best] / 1e3:.1f} us by the cost table, {known} {ns[known] / 1e3:.1f}")
+        other = known if best != known else min(ns.keys() - {known}, key=ns.__getitem__, default=None)
+        versus = "" if other is None else f", {other} {ns[other] / 1e3:.1f}"
+        why.append(f"{ns[best] / 1e3:.1f} us by the cost table{versus}")
     return tuple(forms), tuple(why)
+
+
+def _hint(held: dict[str, int], support: np.ndarray, dtype: torch.dtype, known: str) -> str:
+    """Which form may be faster in short batches, by bytes alone; empty if none is."""
+    ns = {
+        form: cuda_costs.estimate(FORMS[form].launches, entries, support.shape, TOKENS[0], dtype)
+        for form, entries in held.items()
+    }
+    best = min(ns, key=ns.__getitem__)
+    if ns[best] > MARGIN * ns["fused"]:
+        return ""
+    return f" ({best} may pay in short batches: by bytes {ns[best] / 1e3:.1f} us, {known} {ns[known] / 1e3:.1f})"
+
+
+# --- dense ---
+
+
+def _dense(weight: np.ndarray, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(weight).to(device, dtype)
+
+
+def _full(n_out: int, n_in: int, rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((n_out, n_in), np.float32)
+
+
+# --- groups of rows ---
 
 
 def groups_of(support: np.ndarray, height: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -167,86 +200,153 @@ def grouped(
     )
 
 
-# The measured matrix is [SIZE, SIZE], of which groups keep a share KEPT.
-SIZE, KEPT, CALLS = 768, 0.1, 20
+def _groups(height: int) -> Form:
+    def sample(n_out: int, n_in: int, rng: np.random.Generator) -> np.ndarray:
+        kept = rng.random((-(-n_out // height), n_in)) < KEPT
+        return _full(n_out, n_in, rng) * np.repeat(kept, height, axis=0)[:n_out]
+
+    return Form(
+        name=f"groups{height}",
+        holds=f"any weight; cheap if any {height} rows keep the same columns",
+        entries=lambda support: places(support, height) * (height + 2) // height,  # a column number is 4 bytes
+        pack=lambda weight, dtype, device: grouped(weight, height, dtype, device),
+        sample=sample,
+        tolerance={"fp32": SUMS, "bf16": ONCE},
+    )
 
 
-def measure(gpu: str, device: torch.device, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-    """Times all forms on the GPU, which takes a few seconds, and stores the costs. The time of a launch counts as part
-    of the entries' cost, so that a form with fewer entries is not made to look better than it is. Raises OutputError if
-    there is no place to store them.
-    """
-    require_place()
-    total, done = len(DTYPES) * len(TOKENS), 0
-    found = {}
-    for name, dtype in DTYPES.items():
-        linears = _measured_linears(dtype, device)
-        ns: dict[str, list[float]] = {form: [] for form in HEIGHTS}
-        for tokens in TOKENS:
-            progress(done, total)
-            taken = seconds({form: linear for form, (linear, _) in linears.items()}, SIZE, tokens, dtype, device)
-            for form, (_, entries) in linears.items():
-                ns[form].append(1e9 * taken[form] / entries)
-            done += 1
-        found[_key(gpu, name)] = ns
-    progress(total, total)
-    store(found)
+# --- V:2:M, 2:4 and bitmasks ---
 
 
-def _measured_linears(dtype: torch.dtype, device: torch.device) -> dict[str, tuple[DeviceLinear, int]]:
-    """For each form a linear, and its number of entries."""
-    rng = np.random.default_rng(0)
-    found = {}
-    for form, height in HEIGHTS.items():
-        weight = rng.standard_normal((SIZE, SIZE), np.float32)
-        whole = form in ("dense", "fused")
-        if not whole:
-            weight *= np.repeat(rng.random((SIZE // height, SIZE)) < KEPT, height, axis=0)
-        packed = (
-            torch.from_numpy(weight).to(device, dtype)
-            if form == "dense"
-            else grouped(weight, height, dtype, device, whole=whole)
-        )
-        bias = torch.zeros(SIZE, device=device)
-        linear = DeviceLinear((form,) * len(TOKENS), ("",) * len(TOKENS), {form: packed}, bias, "none")
-        found[form] = linear, SIZE * SIZE if whole else places(weight != 0, height)
-    return found
+def vnm_of(support: np.ndarray, v: int) -> VNM | None:
+    """The pattern v:2:m of the largest m that a support, bool [n_out, n_in], keeps to; None if it keeps to none."""
+    n_out, n_in = support.shape
+    if n_out % v or n_in > MAX_N_IN:
+        return None
+    most = max(1, int(support.sum(1).max()))
+    for m in range(min(n_in, 2 * n_in // most), 4, -1):
+        if n_in % m:
+            continue
+        blocks = support.reshape(n_out // v, v, n_in // m, m)
+        if blocks.sum(3).max() <= 2 and blocks.any(1).sum(2).max() <= 4:
+            return VNM(v, 2, m)
+    return None
 
 
-def seconds(
-    linears: dict[str, DeviceLinear], n_in: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, float]:
-    """Seconds per call of each linear, the fastest of several rounds, within a CUDA graph of CALLS calls."""
-    x = torch.randn(n_in, tokens, device=device).to(dtype)
-    count = torch.tensor([tokens], dtype=torch.int32, device=device)
-    kind, calls, outs = kind_of(tokens), {}, []  # the graphs write to `outs`, which must live as long
-    for name, linear in linears.items():
-        weight = linear.weights[linear.forms[kind]]
-        n_out = weight.n_out if isinstance(weight, Groups) else len(weight)
-        outs.append(torch.empty(n_out, tokens, dtype=dtype, device=device))
-        call = partial(linear, x, kind, count, outs[-1])
-        calls[name] = partial(_replayed, captured(lambda call=call: [call() for _ in range(CALLS)]))
-    timings = interleave(calls, rounds=20)
-    return {name: timings.minimum(name) / CALLS for name in calls}
+def _vnm(v: int) -> Form:
+    def entries(support: np.ndarray) -> int | None:
+        pattern = vnm_of(support, v)
+        # Of 4 kept columns of a block 2 are stored per row, with 2 bits of 16 each that say which.
+        return None if pattern is None else len(support) * _up(support.shape[1] // pattern.m * 4, 32) // 2 * 9 // 8
+
+    def pack(weight: np.ndarray, dtype: torch.dtype, device: torch.device) -> Weight:
+        return pack_vnm(torch.from_numpy(weight), vnm_of(weight != 0, v)).to(device)
+
+    def sample(n_out: int, n_in: int, rng: np.random.Generator) -> np.ndarray:
+        m = next(m for m in range(16, n_in + 1) if n_in % m == 0)
+        cols = rng.random((n_out // v, 1, n_in // m, m)).argsort(-1)[..., :4]
+        cols = np.take_along_axis(cols.repeat(v, 1), rng.random((n_out // v, v, n_in // m, 4)).argsort(-1)[..., :2], -1)
+        weight = np.zeros((n_out // v, v, n_in // m, m), np.float32)
+        np.put_along_axis(weight, cols, rng.standard_normal(cols.shape, np.float32), -1)
+        return weight.reshape(n_out, n_in)
+
+    return Form(
+        name=f"vnm{v}",
+        holds=f"{v}:2:M with M > 4, and n_out a multiple of {v}",
+        entries=entries,
+        pack=pack,
+        sample=sample,
+        tolerance={"bf16": ONCE},
+        missing=_no_cuda_core,
+        kernel="cuda",
+    )
 
 
-def _replayed(graph: torch.cuda.CUDAGraph) -> None:
-    graph.replay()
-    torch.cuda.synchronize()
+def _no_cuda_core(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it runs on a GPU only"
+    try:
+        cuda_core()
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
-def captured(work: Callable[[], object], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of what `work` launches. It is run once before, which compiles its kernels. pool: of the memory that
-    it allocates.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads may use the GPU meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
+def _no_cusparselt(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "it runs on a GPU only"
+    return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"
+
+
+def _two_four_entries(support: np.ndarray) -> int | None:
+    n_out, n_in = support.shape
+    if n_out % 16 or n_in % 16 or support.reshape(n_out, n_in // 4, 4).sum(2).max() > 2:
+        return None
+    return support.size // 2 * 9 // 8  # 2 bits of 16 say where a value stands
+
+
+def _two_four_sample(n_out: int, n_in: int, rng: np.random.Generator) -> np.ndarray:
+    rank = rng.random((n_out, n_in // 4, 4)).argsort(2)
+    return _full(n_out, n_in, rng) * (rank < 2).reshape(n_out, n_in)
+
+
+def _bitmask_entries(support: np.ndarray) -> int:
+    # Tiles are expanded whatever is in them, so that fewer values than were measured do not cost less.
+    return max(int(support.sum()), int(KEPT * support.size)) + support.size // 16
+
+
+def _unstructured(n_out: int, n_in: int, rng: np.random.Generator) -> np.ndarray:
+    return _full(n_out, n_in, rng) * (rng.random((n_out, n_in)) < KEPT)
+
+
+def _up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (
+        Form(
+            "dense",
+            "any weight; torch's matmul",
+            np.size,
+            _dense,
+            _full,
+            {"fp32": SUMS, "bf16": TWICE},
+            invariant=False,
+            launches=2,
+            kernel="torch",
+        ),
+        Form(
+            "fused",
+            "any weight; all columns",
+            np.size,
+            lambda weight, dtype, device: grouped(weight, 64, dtype, device, whole=True),
+            _full,
+            {"fp32": SUMS, "bf16": ONCE},
+        ),
+        *map(_groups, (16, 32, 64)),
+        *map(_vnm, (32, 64, 128)),
+        Form(
+            "two_four",
+            "2:4, and both sizes multiples of 16; cuSPARSELt",
+            _two_four_entries,
+            lambda weight, dtype, device: pack_two_four(_dense(weight, dtype, device)),
+            _two_four_sample,
+            {"bf16": TWICE},
+            missing=_no_cusparselt,
+            invariant=False,
+            launches=2,
+            kernel="cusparselt",
+        ),
+        Form(
+            "bitmask",
+            f"any weight, in batches of at most {cuda_costs.BOUNDS[0]} tokens; cheap if zeros stand anywhere",
+            _bitmask_entries,
+            lambda weight, dtype, device: pack_bitmask(_dense(weight, dtype, device)),
+            _unstructured,
+            {"fp32": SUMS, "bf16": ONCE},
+            longest=0,
+        ),
+    )
+}

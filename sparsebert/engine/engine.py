@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import checkpoint, environment, heads
+from sparsebert import checkpoint, environment, heads, machine
 from sparsebert.checkpoint import Changed, Files
 from sparsebert.engine import architectures, cache, inputs
 from sparsebert.engine.costs import LONG, TOKENS, Costs, costs, kind_of
@@ -24,7 +25,7 @@ from sparsebert.ops.sparse_encoder import LINEARS, PackedEncoder, clipped_inputs
 from sparsebert.ops.sparse_matmul import Linear, Packed, PackedInt8, sparse_matmul
 
 Text = str | tuple[str, str] | Sequence[str] | Sequence[int]
-DEVICES = ("cpu", "cuda")
+DEVICES = r"cpu|cuda(:\d{1,3})?"
 
 
 class Engine:
@@ -70,14 +71,14 @@ class Engine:
         in config.json is bfloat16 and the processor multiplies it in tiles (amx), as it is fast only there; else fp32,
         and on processors without AVX2. threads: None for the cores this process may use. batch_invariant: use one form
         of every linear for all batches, so that a text's logits have the same bits alone and in any batch; otherwise
-        short batches may use another form than long ones if that is faster. device: cpu, or cuda for an NVIDIA GPU, see
-        `sparsebert.engine.cuda`. Raises CheckpointError for a damaged directory and UnsupportedError for a model that
-        the engine does not run, or a device that is not here.
+        short batches may use another form than long ones if that is faster. device: cpu, cuda for torch's current
+        NVIDIA GPU, or cuda:N for its GPU N, see `sparsebert.engine.cuda`. Raises CheckpointError for a damaged
+        directory and UnsupportedError for a model that the engine does not run, or a device that is not here.
         """
         if dtype not in (known := ("auto", *DTYPES)):
             raise InputError(f"dtype must be one of {', '.join(known)}, got {shown(dtype)}", fix="pass one of these")
-        if device not in DEVICES:
-            raise InputError(f"device must be {' or '.join(DEVICES)}, got {shown(device)}", fix="pass one of these")
+        if not isinstance(device, str) or not re.fullmatch(DEVICES, device, re.ASCII):
+            raise InputError(f"device must be cpu, cuda or cuda:N, got {shown(device)}", fix="pass one of these")
         settings = {
             "dtype": dtype,
             "threads": None if threads is None else _dispatch.threads(threads),
@@ -326,13 +327,15 @@ class Engine:
 def _cuda_engine(settings: dict) -> type[Engine]:
     """The engine for GPUs, which alone imports torch and triton. Raises UnsupportedError if it cannot run here."""
     try:
-        from sparsebert.engine.cuda import CudaEngine, require_device, require_settings
+        from sparsebert.engine.cuda import CudaEngine, current, require_device, require_settings
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "triton"):
             raise
         raise UnsupportedError(f"device cuda needs {error.name}", fix="pip install 'sparsebert[triton]'") from error
     require_settings(settings)
-    require_device()
+    machine.require_start()
+    with current(settings["device"]):
+        require_device()
     return CudaEngine
 
 
