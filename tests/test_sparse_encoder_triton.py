@@ -234,9 +234,7 @@ def test_logits_on_a_gpu_are_those_of_the_engine_on_the_cpu(models_folder, kind,
 
 def test_a_form_that_was_not_measured_is_not_chosen(engines):
     assert {row["form"] for row in engines["explain"]} == {"dense"}
-    for row in engines["explain"]:
-        assert row["why"].startswith("no form is measured on this GPU: sparsebert doctor --tune")
-        assert "groups16 may pay in short batches: by bytes" in row["why"]
+    assert {row["why"] for row in engines["explain"]} == {"no form is measured on this GPU: sparsebert doctor --tune"}
     assert engines["explain"][0]["shape"] == [144, 48] and engines["explain"][0]["density"] == pytest.approx(0.2, 0.02)
 
 
