@@ -8,6 +8,8 @@ cores (csrc/cuda/sparse_matmul.cu), 2:4 by cuSPARSELt and a plain matrix by cuBL
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -125,17 +127,23 @@ def pack_two_four(weight: torch.Tensor) -> SparseSemiStructuredTensor:
             f"2:4 needs cuSPARSELt, torch {torch.__version__} is built without it",
             fix="install a torch of pytorch.org that is built for CUDA",
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _cusparselt_told(weight):
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
-        try:
-            return SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedError(
-                f"cuSPARSELt cannot pack a matrix {list(weight.shape)} of {weight.dtype}: {first_line(error)}",
-                fix="use another form",
-            ) from error
+        return SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+
+
+@contextmanager
+def _cusparselt_told(weight: torch.Tensor) -> Iterator[None]:
+    """Raises UnsupportedError if cuSPARSELt does not take this matrix on this GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"cuSPARSELt does not run a matrix {list(weight.shape)} of {weight.dtype} here: {first_line(error)}",
+            fix="use another form",
+        ) from error
 
 
 def pack_vnm(weight: torch.Tensor, pattern: VNM) -> PackedVNM:
@@ -193,7 +201,7 @@ def sparse_matmul(
     result are defined. None: all. Values are loaded and stored several at a time if T is a multiple of 16.
     Returns out, or a new tensor of x's dtype: contiguous [n_out, T].
     Raises, for PackedVNM, InputError for a wrong type, shape or device, and UnsupportedError if the CUDA kernels are
-    not built, or do not run on this GPU (they need sm_80 or later).
+    not built, or do not run on this GPU (they need sm_80 or later); for 2:4 likewise if cuSPARSELt does not.
 
     Unmeasured: it has not run on a GPU yet.
     """
@@ -226,7 +234,11 @@ def sparse_matmul(
             )  # fmt: skip
         else:
             packed = isinstance(weight, SparseSemiStructuredTensor)  # which gives its product in memory of its own
-            product = torch.mm(weight, x) if packed else torch.mm(weight, x, out=out)
+            if packed:
+                with _cusparselt_told(weight):
+                    product = torch.mm(weight, x)
+            else:
+                product = torch.mm(weight, x, out=out)
             if bias is not None or residual is not None or activation != "none":
                 _finish[triton.cdiv(n_out, ROWS), triton.cdiv(width, TOKENS)](
                     product, bias, residual, out, tokens, 1, n_out, width,

@@ -240,7 +240,7 @@ def test_a_form_that_was_not_measured_is_not_chosen(engines):
 
 def test_measured_costs_choose_the_forms_of_short_and_of_long_batches(models_folder, engines):
     rows = engines["explain/measured"]
-    assert {(row["form"], row["short"]) for row in rows} == {("groups16", "dense")}
+    assert {(row["form"], row["short"]) for row in rows} == {("groups16", "bitmask")}
     assert rows[0]["kernel"] == "triton interpreter fp32" and "us by the cost table, dense" in rows[0]["why"]
     want = Engine.load(models_folder / "bert", dtype="fp32").logits(TEXTS, truncate=True)
     assert np.abs(np.array(engines["measured"]) - want).max() <= LOGITS_TOLERANCE["fp32"]
@@ -249,6 +249,11 @@ def test_measured_costs_choose_the_forms_of_short_and_of_long_batches(models_fol
 def test_an_invariant_engine_gives_a_text_the_same_bits_in_any_batch(engines):
     assert {row["form"] for row in engines["explain/invariant"]} == {"fused"}
     assert engines["invariant"] == engines["invariant/alone"]
+
+
+def test_a_batch_runs_in_the_graph_of_its_size(engines):
+    assert engines["graphs/keys"] == [[32, 0]]
+    np.testing.assert_allclose(engines["graphs"], engines["bert/fp32"][1:3], rtol=0, atol=LOGITS_TOLERANCE["fp32"])
 
 
 def test_a_batch_that_is_too_large_is_cut_between_sequences(engines):
@@ -369,6 +374,11 @@ def run_engines(folder: str, file: str) -> None:
                 found["tf32"] = said(lambda loaded=loaded: loaded.logits(["ok"]))
                 torch.backends.cuda.matmul.fp32_precision = before
                 found["none"] = loaded.logits([]).tolist()
+                keys: list[tuple[int, int]] = []
+                graphs = SimpleNamespace(replay=lambda key, work, keys=keys: (keys.append(key), work()))
+                loaded._device._graphs = graphs
+                found["graphs"] = loaded.logits(TEXTS[1:3], truncate=True).tolist()
+                found["graphs/keys"], loaded._device._graphs = keys, None
                 found["too long"] = said(lambda loaded=loaded: loaded.logits(["ok", "long " * 99]))
                 found["bad id"] = said(lambda loaded=loaded: loaded.forward([[10**6]], [[0]]))
                 found["pickled"] = loaded.__reduce__()[0].keywords
@@ -389,7 +399,7 @@ def run_engines(folder: str, file: str) -> None:
     found["invariant/alone"] = [invariant.logits([text], truncate=True).tolist()[0] for text in TEXTS]
 
     ns = dict.fromkeys(cuda_forms.FORMS, (9.0,) * len(cuda_costs.TOKENS))
-    ns |= {"dense": (1.0, 8.0, 8.0, 8.0), "groups16": (8.0, 8.0, 8.0, 8.0)}
+    ns |= {"dense": (1.0, 8.0, 8.0, 8.0), "groups16": (8.0, 8.0, 8.0, 8.0), "bitmask": (0.5, 0.0, 0.0, 0.0)}
     lines = {form: [(0.0, per_entry) for per_entry in by] for form, by in ns.items()}
     costs.store({cuda_costs._key("interpreter", "fp32"): lines})
     measured = load(model)

@@ -237,7 +237,7 @@ def test_2_4_without_cusparselt_is_refused(monkeypatch):
     with pytest.raises(UnsupportedError, match=r"needs cuSPARSELt, torch .* is built without it"):
         pack_two_four(torch.zeros(16, 16, dtype=torch.bfloat16))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    with pytest.raises(UnsupportedError, match=r"cannot pack a matrix \[16, 16\] of torch.bfloat16: .*CUDA"):
+    with pytest.raises(UnsupportedError, match=r"does not run a matrix \[16, 16\] of torch.bfloat16 here: .*CUDA"):
         pack_two_four(torch.zeros(16, 16, dtype=torch.bfloat16))  # on the CPU
 
 

@@ -29,7 +29,7 @@ from sparsebert.patterns import VNM
 UNMEASURED = "no form is measured on this GPU: sparsebert doctor --tune"
 KEPT = 0.1  # of the groups and bitmasks whose cost is measured
 # Of a result, as a share of the largest, at least of 1: sums of float32, and bf16's rounding of results of either sign.
-SUMS, ONCE, TWICE = 1e-5, 2**-8, 2**-7
+SUMS, ONCE, TWICE = 1e-5, 2**-8 + 1e-5, 2**-7 + 1e-5
 
 
 @dataclass(frozen=True)
