@@ -492,7 +492,7 @@ def test_v_2_m_is_packed_as_the_kernel_reads_it():
     try:
         cuda_core()
     except UnsupportedError as error:
-        pytest.skip(f"nvcc: {error}")
+        require("nvcc", str(error))
     for name in ("vnm32", "vnm64", "vnm128"):
         form = FORMS[name]
         weight = form.sample(256, 768, np.random.default_rng(0))
