@@ -36,7 +36,6 @@ SPARE = 1 << 28  # bytes of the GPU that are left to compiled kernels and to tor
 # Bytes per entry of a form on the CPU: the weights are stored there in the smallest.
 BYTES = Costs(rows=(5.0,) * 3, groups=(4.0,) * 3, int8=(5.0,) * 3)
 ON_THE_CPU = "run it on the CPU: device='cpu'"
-MORE_MEMORY = f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}"
 
 
 def require_settings(settings: dict) -> None:
@@ -71,6 +70,30 @@ def require_device() -> torch.device:
     return device
 
 
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as drivers report it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def require_memory(needed: int, device: torch.device) -> None:
+    """Raises UnsupportedError if the GPU has not so many bytes left."""
+    if device.type != "cuda":
+        return
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds unused
+    if needed + SPARE > free:
+        raise _too_little_memory(
+            f"the model needs {(needed + SPARE) / 1e6:.0f} MB on the GPU, {free / 1e6:.0f} MB are free on "
+            f"{gpu_name(device)}"
+        )
+
+
+def _too_little_memory(problem: str) -> UnsupportedError:
+    return UnsupportedError(
+        problem, fix=f"end what else uses the GPU, choose another by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}"
+    )
+
+
 def require_start() -> None:
     """Raises UnsupportedError, with CUDA's own reason, if it cannot start in this process: there is no driver or no
     GPU, the driver is too old, or this is a child of a fork whose parent uses CUDA.
@@ -102,25 +125,6 @@ def current(device: str) -> AbstractContextManager:
     return torch.cuda.device(index)
 
 
-def gpu_name(device: torch.device) -> str:
-    """The GPU's name as drivers report it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-
-
-def require_memory(needed: int, device: torch.device) -> None:
-    """Raises UnsupportedError if the GPU has not so many bytes left."""
-    if device.type != "cuda":
-        return
-    free = torch.cuda.mem_get_info(device)[0]
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # what torch holds unused
-    if needed + SPARE > free:
-        raise UnsupportedError(
-            f"the model needs {(needed + SPARE) / 1e6:.0f} MB on the GPU, {free / 1e6:.0f} MB are free on "
-            f"{gpu_name(device)}",
-            fix=MORE_MEMORY,
-        )
-
-
 @contextmanager
 def _memory_told(what: str) -> Iterator[None]:
     """Raises UnsupportedError, of one line, if the GPU runs out of memory. The frames that did so are cleared: the
@@ -140,7 +144,7 @@ def _memory_told(what: str) -> Iterator[None]:
         for cause in causes:
             traceback.clear_frames(cause.__traceback__)
         torch.cuda.empty_cache()
-        raise UnsupportedError(f"the GPU has too little memory for {what}: {said}", fix=MORE_MEMORY) from None
+        raise _too_little_memory(f"the GPU has too little memory for {what}: {said}") from None
 
 
 def _kinds_of_gpus() -> list[torch.device]:
