@@ -47,6 +47,15 @@ def a_gpu(monkeypatch, **facts: object) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda *given, answer=answer: answer)
 
 
+def no_start(reason: str):
+    """A fake of torch.cuda.init, which fails."""
+
+    def init():
+        raise RuntimeError(reason)
+
+    return init
+
+
 def current_gpu(monkeypatch) -> list[int]:
     """Makes torch keep the number of the current GPU here."""
     now = [0]
@@ -69,8 +78,9 @@ def test_a_machine_without_a_gpu_that_fits_is_refused(monkeypatch):
     with pytest.raises(UnsupportedError, match="needs a torch that is built for CUDA"):
         Engine.load("nowhere", device="cuda")
     a_gpu(monkeypatch, is_available=False)
+    monkeypatch.setattr(torch.cuda, "init", no_start("No CUDA GPUs are available"))
     with pytest.raises(UnsupportedError, match=r"needs an NVIDIA GPU, torch for CUDA 13\.0 finds none"):
-        Engine.load("nowhere", device="cuda")
+        cuda.require_device()
     for name, capability in (("Tesla T4", (7, 5)), ("Tesla V100", (7, 0))):
         a_gpu(monkeypatch, get_device_capability=capability, get_device_name=name)
         said = rf"compute capability 8\.0 or above, {name} has {capability[0]}\.{capability[1]}"
@@ -88,11 +98,7 @@ REASONS = [
 @pytest.mark.parametrize("reason", REASONS)
 def test_why_cuda_cannot_start_is_told_in_one_line(monkeypatch, reason):
     a_gpu(monkeypatch)
-
-    def init():
-        raise RuntimeError(f"{reason}\nand more lines")
-
-    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "init", no_start(f"{reason}\nand more lines"))
     with pytest.raises(UnsupportedError) as error:
         Engine.load("nowhere", device="cuda")
     assert f"torch for CUDA 13.0 says: {reason}" in str(error.value) and "more lines" not in str(error.value)
