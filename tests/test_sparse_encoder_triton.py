@@ -5,9 +5,11 @@ separate processes.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from itertools import pairwise
+import threading
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,6 +234,44 @@ def test_logits_on_a_gpu_are_those_of_the_engine_on_the_cpu(models_folder, kind,
         assert np.abs(got - want).max() <= LOGITS_TOLERANCE[dtype] * max(1, np.abs(want).max())
 
 
+def test_engines_of_several_threads_on_a_gpu_do_not_disturb_each_other(models_folder):
+    gpu()
+    loaded = [Engine.load(models_folder / kind, dtype="fp32", device="cuda") for kind in ("bert", "electra")]
+    batches = [TEXTS[:count] * times for count in range(1, len(TEXTS)) for times in (1, 3, 9)]  # of many graphs
+    want = [[Engine.load(engine.directory).logits(batch, truncate=True) for batch in batches] for engine in loaded]
+    found: list[list[np.ndarray]] = [[], []]
+
+    def call(i: int) -> None:
+        found[i] += [loaded[i].logits(batch, truncate=True) for batch in batches]
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, right in zip(chain(*found), chain(*want), strict=True):
+        np.testing.assert_allclose(got, right, rtol=0, atol=LOGITS_TOLERANCE["fp32"] * max(1, np.abs(right).max()))
+
+
+def test_an_engine_that_is_gone_leaves_no_memory_on_a_gpu(models_folder):
+    gpu()
+    left = []
+    for _ in range(3):
+        loaded = Engine.load(models_folder / "bert", device="cuda")
+        loaded.logits(TEXTS, truncate=True)
+        del loaded
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[0] == left[1] == left[2]
+
+
+def test_explain_times_each_linear_where_the_engine_is(engines):
+    told, shares = engines["explain/timed"]
+    assert told == [["cpu", 4096]] and set(shares) == {None}
+    for gflops, want in engines["explain/gflops"]:
+        assert gflops == pytest.approx(want) and gflops > 0
+
+
 def test_a_form_that_was_not_measured_is_not_chosen(engines):
     assert {row["form"] for row in engines["explain"]} == {"dense"}
     assert {row["why"] for row in engines["explain"]} == {"no form is measured on this GPU: sparsebert doctor --tune"}
@@ -367,6 +407,20 @@ def run_engines(folder: str, file: str) -> None:
             found[f"{kind}/{dtype}"] = loaded.logits(TEXTS, truncate=True).tolist()
             if (kind, dtype) == ("bert", "fp32"):
                 found["explain"] = loaded.explain()
+                told, seconds = set(), cuda_costs.seconds
+
+                def timed(weights, shape, tokens, dtype, device, told=told):
+                    told.add((str(device), tokens))
+                    assert dtype == torch.float32 and len(next(iter(weights.values()))[0]) == shape[0]
+                    return dict.fromkeys(weights, 1.0)
+
+                cuda_costs.seconds = timed
+                rows = loaded.explain(measure=True)
+                cuda_costs.seconds = seconds
+                found["explain/timed"] = [sorted(told), [row["share_of_peak"] for row in rows]]
+                found["explain/gflops"] = [
+                    [row["gflops"], 2e-9 * row["density"] * np.prod(row["shape"]) * 4096] for row in rows
+                ]
                 long = [[2, *range(4, 36), 3], [2, 5, 3], [2, *range(7, 40), 3]]
                 found["cut"] = loaded.forward(long, [[0] * len(row) for row in long]).tolist()
                 found["cut/alone"] = [loaded.forward([row], [[0] * len(row)]).tolist()[0] for row in long]
