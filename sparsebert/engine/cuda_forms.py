@@ -37,12 +37,12 @@ class Form:
     """A form of W [n_out, n_in]; `sparse_matmul` multiplies what `pack` returns.
 
     holds: what it can hold, in words. entries: how many values it reads of a support, bool [n_out, n_in], and what says
-    where they stand counted as values; None if it cannot hold it. pack: packs W, float32, in a dtype on a device.
-    sample: a random W, float32, of a size that it can hold, as its cost is measured. tolerance: dtype -> the largest
-    difference from the exact result, as a share of the largest result or of 1; other dtypes it has not. missing: why a
-    device has not the form, None if it has. longest: the index of the last of TOKENS for which it is used. invariant: a
-    token's result has the same bits whatever the other tokens. launches: of kernels, per call with a bias. kernel: in
-    what it is written.
+    where they stand counted as values; None if it cannot hold it. pack: packs a W that it can hold, float32, in a dtype
+    on a device. sample: a random W, float32, of a size that it can hold, as its cost is measured. tolerance: dtype ->
+    the largest difference from the exact result, as a share of the largest result or of 1; other dtypes it has not.
+    missing: why a device has not the form, None if it has. longest: the index of the last of TOKENS for which it is
+    used. invariant: a token's result has the same bits whatever the other tokens. launches: of kernels, per call with a
+    bias. kernel: in what it is written.
     """
 
     name: str
