@@ -8,6 +8,8 @@ cores (csrc/cuda/sparse_matmul.cu), 2:4 by cuSPARSELt and a plain matrix by cuBL
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ STEPS = {torch.float32: 16, torch.bfloat16: 32}  # columns that are multiplied a
 OPTIONS = {torch.float32: {"num_warps": 8, "num_stages": 3}, torch.bfloat16: {"num_warps": 4, "num_stages": 3}}
 ROWS = 32  # per program of `_finish`
 TILE_ROWS, TILE_COLS = 16, 64  # of a bitmask: the least rows of a tensor core, and the bits of a mask
+PROGRAMS = 256  # of a bitmask with few tokens, which are to keep all of a GPU's multiprocessors busy
 ACTIVATIONS = ("none", "gelu", "relu", "tanh")  # in the order of csrc/ops.h
 PIECE = 8  # values of bf16 that are copied at once, 16 bytes
 MAX_N_IN = 1 << 16  # column indices of V:2:M are 16 bits wide
@@ -58,11 +61,13 @@ class Bitmask:
     masks: int64 [tiles of rows, tiles of columns, TILE_ROWS], bit c of a row for its column c: not zero.
     begin: int32 [tiles of rows, tiles of columns], start of a tile's values.
     values: float32 or bfloat16 [non-zeros], of each tile row by row.
+    parts: programs that share the columns of a row of tiles.
     """
 
     masks: torch.Tensor
     begin: torch.Tensor
     values: torch.Tensor
+    parts: int
     n_in: int
     n_out: int
 
@@ -107,6 +112,7 @@ def pack_bitmask(weight: torch.Tensor) -> Bitmask:
         masks=(kept * bits).sum(-1),
         begin=(counts.view(-1).cumsum(0).view_as(counts) - counts).to(torch.int32),
         values=tiles[kept],
+        parts=min(cols, max(1, PROGRAMS // rows)),
         n_in=n_in,
         n_out=n_out,
     )
@@ -121,17 +127,23 @@ def pack_two_four(weight: torch.Tensor) -> SparseSemiStructuredTensor:
             f"2:4 needs cuSPARSELt, torch {torch.__version__} is built without it",
             fix="install a torch of pytorch.org that is built for CUDA",
         )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _cusparselt_told(weight):
         warnings.filterwarnings("ignore", "The PyTorch API of SparseSemiStructuredTensor", UserWarning)
-        try:
-            return SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise UnsupportedError(
-                f"cuSPARSELt cannot pack a matrix {list(weight.shape)} of {weight.dtype}: {first_line(error)}",
-                fix="use another form",
-            ) from error
+        return SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+
+
+@contextmanager
+def _cusparselt_told(weight: torch.Tensor) -> Iterator[None]:
+    """Raises UnsupportedError if cuSPARSELt does not take this matrix on this GPU."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"cuSPARSELt does not run a matrix {list(weight.shape)} of {weight.dtype} here: {first_line(error)}",
+            fix="use another form",
+        ) from error
 
 
 def pack_vnm(weight: torch.Tensor, pattern: VNM) -> PackedVNM:
@@ -189,7 +201,7 @@ def sparse_matmul(
     result are defined. None: all. Values are loaded and stored several at a time if T is a multiple of 16.
     Returns out, or a new tensor of x's dtype: contiguous [n_out, T].
     Raises, for PackedVNM, InputError for a wrong type, shape or device, and UnsupportedError if the CUDA kernels are
-    not built, or do not run on this GPU (they need sm_80 or later).
+    not built, or do not run on this GPU (they need sm_80 or later); for 2:4 likewise if cuSPARSELt does not.
 
     Unmeasured: it has not run on a GPU yet.
     """
@@ -211,17 +223,27 @@ def sparse_matmul(
             )  # fmt: skip
         elif isinstance(weight, Bitmask):
             rows, cols = weight.begin.shape
-            _expand[rows, triton.cdiv(width, TOKENS)](
-                x, weight.masks, weight.begin, weight.values, bias, residual, out, tokens, cols, weight.n_in, n_out,
-                width, ACTIVATION=activation, ROWS=TILE_ROWS, COLS=TILE_COLS, TOKENS=TOKENS, **OPTIONS[x.dtype],
+            sums = torch.empty(weight.parts, n_out, width, dtype=torch.float32, device=x.device)
+            _expand[rows, triton.cdiv(width, TOKENS), weight.parts](
+                x, weight.masks, weight.begin, weight.values, sums, tokens, cols, weight.n_in, n_out, width,
+                ROWS=TILE_ROWS, COLS=TILE_COLS, TOKENS=TOKENS, **OPTIONS[x.dtype],
+            )  # fmt: skip
+            _finish[triton.cdiv(n_out, ROWS), triton.cdiv(width, TOKENS)](
+                sums, bias, residual, out, tokens, weight.parts, n_out, width,
+                ACTIVATION=activation, ROWS=ROWS, TOKENS=TOKENS,
             )  # fmt: skip
         else:
             packed = isinstance(weight, SparseSemiStructuredTensor)  # which gives its product in memory of its own
-            product = torch.mm(weight, x) if packed else torch.mm(weight, x, out=out)
+            if packed:
+                with _cusparselt_told(weight):
+                    product = torch.mm(weight, x)
+            else:
+                product = torch.mm(weight, x, out=out)
             if bias is not None or residual is not None or activation != "none":
                 _finish[triton.cdiv(n_out, ROWS), triton.cdiv(width, TOKENS)](
-                    product, bias, residual, out, tokens, n_out, width, ACTIVATION=activation, ROWS=ROWS, TOKENS=TOKENS
-                )
+                    product, bias, residual, out, tokens, 1, n_out, width,
+                    ACTIVATION=activation, ROWS=ROWS, TOKENS=TOKENS,
+                )  # fmt: skip
             elif packed:
                 out.copy_(product)
     return out
@@ -363,18 +385,15 @@ def _product(
 @triton.jit
 def _expand(
     x_ptr,  # [n_in, width]
-    masks_ptr,  # int64 [programs, cols, ROWS]
-    begin_ptr,  # int32 [programs, cols]
+    masks_ptr,  # int64 [tiles of rows, cols, ROWS]
+    begin_ptr,  # int32 [tiles of rows, cols]
     values_ptr,  # [non-zeros], of x's type
-    bias_ptr,  # float32 [n_out], or None
-    residual_ptr,  # [n_out, width], or None
-    out_ptr,  # [n_out, width]
+    sums_ptr,  # float32 [parts, n_out, width]
     tokens_ptr,  # int32 [1], or None: width
     cols,  # tiles of columns
     n_in,
     n_out,
     width,
-    ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -389,7 +408,8 @@ def _expand(
     inside = (token < width)[None, :]
     own, bit = tl.arange(0, ROWS), tl.arange(0, COLS)
     sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    for tile in range(0, cols):
+    # Each part has every so many-th tile, so that the parts that run together read what stands together.
+    for tile in range(tl.program_id(2), cols, tl.num_programs(2)):
         at = tl.program_id(0) * cols + tile
         mask = tl.load(masks_ptr + at.to(tl.int64) * ROWS + own)
         kept = ((mask[:, None] >> bit[None, :].to(tl.int64)) & 1).to(tl.int32)
@@ -402,16 +422,18 @@ def _expand(
         x = tl.load(x_ptr + col.to(tl.int64)[:, None] * width + token[None, :], mask=there, other=0.0)
         sums = tl.dot(values, x, sums, input_precision="ieee")
     row = tl.program_id(0) * ROWS + own
-    _store(sums, row, row < n_out, token, bias_ptr, residual_ptr, out_ptr, width, ACTIVATION)
+    to = (tl.program_id(2).to(tl.int64) * n_out + row)[:, None] * width + token[None, :]
+    tl.store(sums_ptr + to, sums, mask=(row < n_out)[:, None] & inside)
 
 
 @triton.jit
 def _finish(
-    product_ptr,  # [n_out, width]
+    product_ptr,  # [parts, n_out, width], to be added up
     bias_ptr,  # float32 [n_out], or None
     residual_ptr,  # [n_out, width], or None
     out_ptr,  # [n_out, width], may be product_ptr
     tokens_ptr,  # int32 [1], or None: width
+    parts,
     n_out,
     width,
     ACTIVATION: tl.constexpr,
@@ -429,6 +451,8 @@ def _finish(
     inside = (row < n_out)[:, None] & (token < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + token[None, :]
     product = tl.load(product_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    for part in range(1, parts):
+        product += tl.load(product_ptr + at + part * n_out * width, mask=inside, other=0.0).to(tl.float32)
     _store(product, row, row < n_out, token, bias_ptr, residual_ptr, out_ptr, width, ACTIVATION)
 
 

@@ -5,9 +5,11 @@ separate processes.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
-from itertools import pairwise
+import threading
+from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -232,17 +234,53 @@ def test_logits_on_a_gpu_are_those_of_the_engine_on_the_cpu(models_folder, kind,
         assert np.abs(got - want).max() <= LOGITS_TOLERANCE[dtype] * max(1, np.abs(want).max())
 
 
+def test_engines_of_several_threads_on_a_gpu_do_not_disturb_each_other(models_folder):
+    gpu()
+    loaded = [Engine.load(models_folder / kind, dtype="fp32", device="cuda") for kind in ("bert", "electra")]
+    batches = [TEXTS[:count] * times for count in range(1, len(TEXTS)) for times in (1, 3, 9)]  # of many graphs
+    want = [[Engine.load(engine.directory).logits(batch, truncate=True) for batch in batches] for engine in loaded]
+    found: list[list[np.ndarray]] = [[], []]
+
+    def call(i: int) -> None:
+        found[i] += [loaded[i].logits(batch, truncate=True) for batch in batches]
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for got, right in zip(chain(*found), chain(*want), strict=True):
+        np.testing.assert_allclose(got, right, rtol=0, atol=LOGITS_TOLERANCE["fp32"] * max(1, np.abs(right).max()))
+
+
+def test_an_engine_that_is_gone_leaves_no_memory_on_a_gpu(models_folder):
+    gpu()
+    left = []
+    for _ in range(3):
+        loaded = Engine.load(models_folder / "bert", device="cuda")
+        loaded.logits(TEXTS, truncate=True)
+        del loaded
+        gc.collect()
+        left.append(torch.cuda.memory_allocated())
+    assert left[0] == left[1] == left[2]
+
+
+def test_explain_times_each_linear_where_the_engine_is(engines):
+    told, shares = engines["explain/timed"]
+    assert told == [["cpu", 4096]] and set(shares) == {None}
+    for gflops, want in engines["explain/gflops"]:
+        assert gflops == pytest.approx(want) and gflops > 0
+
+
 def test_a_form_that_was_not_measured_is_not_chosen(engines):
     assert {row["form"] for row in engines["explain"]} == {"dense"}
-    for row in engines["explain"]:
-        assert row["why"].startswith("no form is measured on this GPU: sparsebert doctor --tune")
-        assert "groups16 may pay in short batches: by bytes" in row["why"]
+    assert {row["why"] for row in engines["explain"]} == {"no form is measured on this GPU: sparsebert doctor --tune"}
     assert engines["explain"][0]["shape"] == [144, 48] and engines["explain"][0]["density"] == pytest.approx(0.2, 0.02)
 
 
 def test_measured_costs_choose_the_forms_of_short_and_of_long_batches(models_folder, engines):
     rows = engines["explain/measured"]
-    assert {(row["form"], row["short"]) for row in rows} == {("groups16", "dense")}
+    assert {(row["form"], row["short"]) for row in rows} == {("groups16", "bitmask")}
     assert rows[0]["kernel"] == "triton interpreter fp32" and "us by the cost table, dense" in rows[0]["why"]
     want = Engine.load(models_folder / "bert", dtype="fp32").logits(TEXTS, truncate=True)
     assert np.abs(np.array(engines["measured"]) - want).max() <= LOGITS_TOLERANCE["fp32"]
@@ -251,6 +289,11 @@ def test_measured_costs_choose_the_forms_of_short_and_of_long_batches(models_fol
 def test_an_invariant_engine_gives_a_text_the_same_bits_in_any_batch(engines):
     assert {row["form"] for row in engines["explain/invariant"]} == {"fused"}
     assert engines["invariant"] == engines["invariant/alone"]
+
+
+def test_a_batch_runs_in_the_graph_of_its_size(engines):
+    assert engines["graphs/keys"] == [[32, 0]]
+    np.testing.assert_allclose(engines["graphs"], engines["bert/fp32"][1:3], rtol=0, atol=LOGITS_TOLERANCE["fp32"])
 
 
 def test_a_batch_that_is_too_large_is_cut_between_sequences(engines):
@@ -365,6 +408,20 @@ def run_engines(folder: str, file: str) -> None:
             found[f"{kind}/{dtype}"] = loaded.logits(TEXTS, truncate=True).tolist()
             if (kind, dtype) == ("bert", "fp32"):
                 found["explain"] = loaded.explain()
+                told, seconds = set(), cuda_costs.seconds
+
+                def timed(weights, shape, tokens, dtype, device, told=told):
+                    told.add((str(device), tokens))
+                    assert dtype == torch.float32 and len(next(iter(weights.values()))[0]) == shape[0]
+                    return dict.fromkeys(weights, 1.0)
+
+                cuda_costs.seconds = timed
+                rows = loaded.explain(measure=True)
+                cuda_costs.seconds = seconds
+                found["explain/timed"] = [sorted(told), [row["share_of_peak"] for row in rows]]
+                found["explain/gflops"] = [
+                    [row["gflops"], 2e-9 * row["density"] * np.prod(row["shape"]) * 4096] for row in rows
+                ]
                 long = [[2, *range(4, 36), 3], [2, 5, 3], [2, *range(7, 40), 3]]
                 found["cut"] = loaded.forward(long, [[0] * len(row) for row in long]).tolist()
                 found["cut/alone"] = [loaded.forward([row], [[0] * len(row)]).tolist()[0] for row in long]
@@ -372,6 +429,11 @@ def run_engines(folder: str, file: str) -> None:
                 found["tf32"] = said(lambda loaded=loaded: loaded.logits(["ok"]))
                 torch.backends.cuda.matmul.fp32_precision = before
                 found["none"] = loaded.logits([]).tolist()
+                keys: list[tuple[int, int]] = []
+                graphs = SimpleNamespace(replay=lambda key, work, keys=keys: (keys.append(key), work()))
+                loaded._device._graphs = graphs
+                found["graphs"] = loaded.logits(TEXTS[1:3], truncate=True).tolist()
+                found["graphs/keys"], loaded._device._graphs = keys, None
                 found["too long"] = said(lambda loaded=loaded: loaded.logits(["ok", "long " * 99]))
                 found["bad id"] = said(lambda loaded=loaded: loaded.forward([[10**6]], [[0]]))
                 found["pickled"] = loaded.__reduce__()[0].keywords
@@ -392,7 +454,7 @@ def run_engines(folder: str, file: str) -> None:
     found["invariant/alone"] = [invariant.logits([text], truncate=True).tolist()[0] for text in TEXTS]
 
     ns = dict.fromkeys(cuda_forms.FORMS, (9.0,) * len(cuda_costs.TOKENS))
-    ns |= {"dense": (1.0, 8.0, 8.0, 8.0), "groups16": (8.0, 8.0, 8.0, 8.0)}
+    ns |= {"dense": (1.0, 8.0, 8.0, 8.0), "groups16": (8.0, 8.0, 8.0, 8.0), "bitmask": (0.5, 0.0, 0.0, 0.0)}
     lines = {form: [(0.0, per_entry) for per_entry in by] for form, by in ns.items()}
     costs.store({cuda_costs._key("interpreter", "fp32"): lines})
     measured = load(model)

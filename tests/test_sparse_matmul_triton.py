@@ -185,10 +185,11 @@ def test_the_kernel_compiles_for_sm_90_and_copies_while_it_multiplies(compiled, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["finish", "expand"])
+@pytest.mark.parametrize("kernel", ["finish", "finish/bare", "expand", "product/bare"])
 def test_the_kernels_of_dense_products_and_of_bitmasks_compile_for_sm_90(compiled, kernel, dtype):
     usage = compiled[f"{kernel}/{dtype}"]
     assert usage["STACK"] == usage["LOCAL"] == 0 and usage["REG"] <= 255
+    assert usage["COPIES"] > 0 or kernel.startswith("finish")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 130), (5, 300)])
@@ -237,7 +238,7 @@ def test_2_4_without_cusparselt_is_refused(monkeypatch):
     with pytest.raises(UnsupportedError, match=r"needs cuSPARSELt, torch .* is built without it"):
         pack_two_four(torch.zeros(16, 16, dtype=torch.bfloat16))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
-    with pytest.raises(UnsupportedError, match=r"cannot pack a matrix \[16, 16\] of torch.bfloat16: .*CUDA"):
+    with pytest.raises(UnsupportedError, match=r"does not run a matrix \[16, 16\] of torch.bfloat16 here: .*CUDA"):
         pack_two_four(torch.zeros(16, 16, dtype=torch.bfloat16))  # on the CPU
 
 
@@ -306,7 +307,8 @@ def compile_all(file: str) -> None:
         types = {
             **dict.fromkeys(("x_ptr", "values_ptr", "residual_ptr", "out_ptr", "product_ptr"), own),
             **dict.fromkeys(("rows_ptr", "begin_ptr", "cols_ptr", "tokens_ptr"), "*i32"), "masks_ptr": "*i64",
-            "bias_ptr": "*fp32", "n_out": "i32", "n_in": "i32", "cols": "i32", "width": "i32",
+            "bias_ptr": "*fp32", "sums_ptr": "*fp32",
+            **dict.fromkeys(("n_out", "n_in", "cols", "parts", "width"), "i32"),
         }  # fmt: skip
         of = {arg: types[arg] for arg in kernels._product.arg_names if arg in types}
         for height, gathered, activation in COMPILED:
@@ -317,12 +319,17 @@ def compile_all(file: str) -> None:
                 kernels._product, of, constants, kernels.OPTIONS[torch_dtype], binary
             )
         tile = {"ROWS": kernels.TILE_ROWS, "COLS": kernels.TILE_COLS}
+        finish, bare = {"ROWS": kernels.ROWS}, {"bias_ptr": None, "residual_ptr": None, "tokens_ptr": None}
+        product = {"HEIGHT": 32, "STEP": kernels.STEPS[torch_dtype]}
         for name, constants, options in (
-            ("finish", {"ROWS": kernels.ROWS}, {}), ("expand", tile, kernels.OPTIONS[torch_dtype])
-        ):  # fmt: skip
-            kernel = getattr(kernels, f"_{name}")
+            ("finish", finish, {}),
+            ("finish/bare", finish | bare, {}),
+            ("product/bare", product | bare, kernels.OPTIONS[torch_dtype]),
+            ("expand", tile, kernels.OPTIONS[torch_dtype]),
+        ):
+            kernel = getattr(kernels, f"_{name.partition('/')[0]}")
             of = {arg: types[arg] for arg in kernel.arg_names if arg in types}
-            constants = constants | {"ACTIVATION": "gelu", "TOKENS": kernels.TOKENS}
+            constants = constants | {"TOKENS": kernels.TOKENS} | ({} if name == "expand" else {"ACTIVATION": "gelu"})
             usage[f"{name}/{dtype}"] = usage_on_sm_90(kernel, of, constants, options, binary)
     Path(file).write_text(json.dumps(usage))
 

@@ -21,7 +21,7 @@ from sparsebert.checkpoint import Files
 from sparsebert.engine import architectures, cuda_costs, inputs
 from sparsebert.engine.costs import Costs
 from sparsebert.engine.cuda_costs import LONG, TOKENS, kind_of
-from sparsebert.engine.cuda_forms import FORMS, DeviceLinear, on_device
+from sparsebert.engine.cuda_forms import FORMS, UNMEASURED, DeviceLinear, hint, on_device
 from sparsebert.engine.cuda_graphs import Graphs, queue
 from sparsebert.engine.engine import Engine, Text
 from sparsebert.engine.formats import DTYPES, pack_cheapest
@@ -393,12 +393,16 @@ class CudaEngine(Engine):
 
     def _explained(self, i: int, name: str, layer: EncoderLayer, linear: DeviceLinear) -> dict:
         weight, form, short = getattr(layer, name).weight, linear.forms[LONG], linear.forms[0]
+        why = linear.why[LONG]
+        if why == UNMEASURED:
+            invariant = self._settings["batch_invariant"]
+            why += hint(unpack(weight) != 0, cuda_costs.DTYPES[self.dtype], self._device.device, invariant=invariant)
         return {
             "layer": i, "linear": name, "shape": [weight.n_out, weight.n_in],
             "density": weight.nnz / (weight.n_in * weight.n_out), "form": form,
             "short": short if short != form else None,
             "kernel": f"{FORMS[form].kernel} {self.isa} {self.dtype}",
-            "why": linear.why[LONG],
+            "why": why,
         }  # fmt: skip
 
 

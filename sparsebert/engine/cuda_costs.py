@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ import triton
 from sparsebert.engine.costs import require_place, store, stored
 from sparsebert.engine.cuda_graphs import captured, queue
 from sparsebert.engine.measure import interleave
+from sparsebert.errors import SparsebertWarning, UnsupportedError
 from sparsebert.kernels.sparse_matmul import Weight, sparse_matmul
 
 if TYPE_CHECKING:
@@ -104,12 +106,19 @@ def measure(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Times the forms that this GPU has, and stores their costs: for each number of tokens a line through two sizes of
-    a matrix. Raises OutputError if there is no place to store them.
+    a matrix. A form that does not run here, or gives a wrong result, is left out with a warning, and so never chosen.
+    Raises OutputError if there is no place to store them.
     """
     require_place()
     total, done, found = len(DTYPES) * len(SIZES), 0, {}
     for name, dtype in DTYPES.items():
-        here = [form for form in forms if name in form.tolerance and form.missing(device) is None]
+        here = []
+        for form in forms:
+            if name in form.tolerance and form.missing(device) is None:
+                if (why := fault(form, name, device)) is None:
+                    here.append(form)
+                else:
+                    warnings.warn(f"{form.name} in {name} is left out on {gpu}: {why}", SparsebertWarning, stacklevel=2)
         points: dict[str, list[list[tuple[int, float]]]] = {form.name: [[] for _ in TOKENS] for form in here}
         for size in SIZES:
             progress(done, total)
@@ -119,6 +128,23 @@ def measure(
         found[_key(gpu, name)] = {form: [_line(*two) if two else None for two in by] for form, by in points.items()}
     progress(total, total)
     store(found)
+
+
+def fault(form: Form, dtype: str, device: torch.device) -> str | None:
+    """Why a form cannot be used on this device, after one product: it does not run, or is off by more than its
+    tolerance. None if nothing is wrong.
+    """
+    rng, of = np.random.default_rng(0), DTYPES[dtype]
+    weight = form.sample(256, 256, rng)
+    x = torch.from_numpy(rng.standard_normal((256, 64), np.float32)).to(of)
+    try:
+        got = sparse_matmul(x.to(device), form.pack(weight, of, device)).cpu().double()
+    except UnsupportedError as error:
+        return str(error)
+    want = torch.from_numpy(weight).to(of).double() @ x.double()
+    off = float((got - want).abs().max() / max(1.0, float(want.abs().max())))
+    allowed = form.tolerance[dtype]
+    return None if off <= allowed else f"its result is off by {off:.1e} of the largest, {allowed:.1e} is allowed"
 
 
 def _times(

@@ -26,9 +26,10 @@ from sparsebert.kernels.sparse_matmul import (
 from sparsebert.ops.sparse_matmul import Linear, rows_alike, unpack
 from sparsebert.patterns import VNM
 
+UNMEASURED = "no form is measured on this GPU: sparsebert doctor --tune"
 KEPT = 0.1  # of the groups and bitmasks whose cost is measured
 # Of a result, as a share of the largest, at least of 1: sums of float32, and bf16's rounding of results of either sign.
-SUMS, ONCE, TWICE = 1e-5, 2**-8, 2**-7
+SUMS, ONCE, TWICE = 1e-5, 2**-8 + 1e-5, 2**-7 + 1e-5
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,12 @@ class Form:
     """A form of W [n_out, n_in]; `sparse_matmul` multiplies what `pack` returns.
 
     holds: what it can hold, in words. entries: how many values it reads of a support, bool [n_out, n_in], and what says
-    where they stand counted as values; None if it cannot hold it. pack: packs W, float32, in a dtype on a device.
-    sample: a random W, float32, of a size that it can hold, as its cost is measured. tolerance: dtype -> the largest
-    difference from the exact result, as a share of the largest result or of 1; other dtypes it has not. missing: why a
-    device has not the form, None if it has. longest: the index of the last of TOKENS for which it is used. invariant: a
-    token's result has the same bits whatever the other tokens. launches: of kernels, per call with a bias. kernel: in
-    what it is written.
+    where they stand counted as values; None if it cannot hold it. pack: packs a W that it can hold, float32, in a dtype
+    on a device. sample: a random W, float32, of a size that it can hold, as its cost is measured. tolerance: dtype ->
+    the largest difference from the exact result, as a share of the largest result or of 1; other dtypes it has not.
+    missing: why a device has not the form, None if it has. longest: the index of the last of TOKENS for which it is
+    used. invariant: a token's result has the same bits whatever the other tokens. launches: of kernels, per call with a
+    bias. kernel: in what it is written.
     """
 
     name: str
@@ -102,17 +103,14 @@ def chosen(
     that costs less by more than the table may be wrong.
     """
     known = "fused" if invariant else "dense"
-    name = next(name for name in DTYPES if DTYPES[name] == dtype)
-    here = [form for form in FORMS.values() if name in form.tolerance and (form.invariant or not invariant)]
-    entries = {form.name: form.entries(support) for form in here if form.missing(device) is None}
-    held = {form: count for form, count in entries.items() if count is not None}
+    held = _entries([form for form in _allowed(dtype, device, invariant) if form.name in table], support)
     forms, why = [], []
     for kind in [LONG] * len(TOKENS) if invariant else range(len(TOKENS)):
         ns = {form: cuda_costs.cost(table, form, kind, held[form]) for form in held if kind <= FORMS[form].longest}
         ns = {form: cost for form, cost in ns.items() if cost is not None}
         if known not in ns:
             forms.append(known)
-            why.append(f"no form is measured on this GPU: sparsebert doctor --tune{_hint(held, support, dtype, known)}")
+            why.append(UNMEASURED)
             continue
         best = min(ns, key=ns.__getitem__)
         if ns[best] > MARGIN * ns[known]:
@@ -124,16 +122,29 @@ def chosen(
     return tuple(forms), tuple(why)
 
 
-def _hint(held: dict[str, int], support: np.ndarray, dtype: torch.dtype, known: str) -> str:
-    """Which form may be faster in short batches, by bytes alone; empty if none is."""
+def hint(support: np.ndarray, dtype: torch.dtype, device: torch.device, *, invariant: bool) -> str:
+    """Which form may be faster than all columns in short batches, by bytes alone; empty if none is."""
     ns = {
         form: cuda_costs.estimate(FORMS[form].launches, entries, support.shape, TOKENS[0], dtype)
-        for form, entries in held.items()
+        for form, entries in _entries(_allowed(dtype, device, invariant), support).items()
     }
     best = min(ns, key=ns.__getitem__)
     if ns[best] > MARGIN * ns["fused"]:
         return ""
-    return f" ({best} may pay in short batches: by bytes {ns[best] / 1e3:.1f} us, {known} {ns[known] / 1e3:.1f})"
+    return f" ({best} may pay in short batches: by bytes {ns[best] / 1e3:.1f} us, fused {ns['fused'] / 1e3:.1f})"
+
+
+def _allowed(dtype: torch.dtype, device: torch.device, invariant: bool) -> list[Form]:
+    """The forms that this device has in a dtype."""
+    name = next(name for name in DTYPES if DTYPES[name] == dtype)
+    forms = [form for form in FORMS.values() if name in form.tolerance and (form.invariant or not invariant)]
+    return [form for form in forms if form.missing(device) is None]
+
+
+def _entries(forms: list[Form], support: np.ndarray) -> dict[str, int]:
+    """The entries of those that can hold a support."""
+    entries = {form.name: form.entries(support) for form in forms}
+    return {form: count for form, count in entries.items() if count is not None}
 
 
 # --- dense ---
@@ -227,10 +238,15 @@ def vnm_of(support: np.ndarray, v: int) -> VNM | None:
     for m in range(min(n_in, 2 * n_in // most), 4, -1):
         if n_in % m:
             continue
-        blocks = support.reshape(n_out // v, v, n_in // m, m)
-        if blocks.sum(3).max() <= 2 and blocks.any(1).sum(2).max() <= 4:
+        # Most supports keep to none, as the first rows show.
+        if all(_keeps_to(rows.reshape(-1, v, n_in // m, m)) for rows in (support[:v], support)):
             return VNM(v, 2, m)
     return None
+
+
+def _keeps_to(blocks: np.ndarray) -> bool:
+    """Whether each row keeps at most 2, and rows together 4, columns of a block: bool [groups, v, blocks, m]."""
+    return blocks.any(1).sum(2).max() <= 4 and blocks.sum(3).max() <= 2
 
 
 def _vnm(v: int) -> Form:
@@ -280,7 +296,9 @@ def _no_cusparselt(device: torch.device) -> str | None:
 
 def _two_four_entries(support: np.ndarray) -> int | None:
     n_out, n_in = support.shape
-    if n_out % 16 or n_in % 16 or support.reshape(n_out, n_in // 4, 4).sum(2).max() > 2:
+    if n_out % 16 or n_in % 16:
+        return None
+    if any(rows.reshape(-1, n_in // 4, 4).sum(2).max() > 2 for rows in (support[:16], support)):
         return None
     return support.size // 2 * 9 // 8  # 2 bits of 16 say where a value stands
 
@@ -347,6 +365,7 @@ FORMS: dict[str, Form] = {
             _unstructured,
             {"fp32": SUMS, "bf16": ONCE},
             longest=0,
+            launches=2,
         ),
     )
 }
