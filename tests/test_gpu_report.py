@@ -20,7 +20,7 @@ from triton_runs import run_here
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import gpu_report, harness
-from bench.gpu_report import CRASHED, FAILED, MISSING, OK, OVERRAN, SLOWER, WRONG, Section
+from bench.gpu_sections import CHECKS, CRASHED, FAILED, MISSING, OK, OVERRAN, SLOWER, WRONG, Section, judged
 from bench.tables import RESULTS, head
 from sparsebert.engine.cuda_forms import FORMS
 
@@ -107,6 +107,14 @@ def test_without_a_gpu_one_line_says_so():
     assert line.startswith("gpu_report: device cuda needs") and line.endswith(
         "--interpret rehearses the report without a GPU"
     )
+
+
+@pytest.mark.parametrize("missing", ["torch", "triton"])
+def test_without_torch_or_triton_one_line_says_so(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from bench import gpu_report; sys.exit(gpu_report.main())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"gpu_report: {missing} is not installed; pip install 'sparsebert[triton]'\n"
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -225,7 +233,7 @@ def test_memcheck_runs_the_small_checks(monkeypatch, tmp_path):
     said = (tmp_path / "said").read_text()
     assert said.startswith("1 --tool memcheck") and said.endswith("-m bench.gpu_report --checks --seed 3\n")
     monkeypatch.setattr(gpu_report, "sanitizer", lambda: None)
-    row = gpu_report.judged(gpu, case.run)
+    row = judged(gpu, case.run)
     assert row["status"] == MISSING and row["why"].startswith("compute-sanitizer is not installed")
 
 
@@ -384,9 +392,7 @@ def run_faults(file: str) -> None:
             found = gpu_report.every_row([section], place, harness.Clock(5))
             codes[section.name] = gpu_report.exit_code(found)
             rows += found
-        gpu_report.sections = lambda: [
-            Section(f"{gpu_report.CHECKS}{cases.__name__}", cases, 60) for cases in (healthy, wrong)
-        ]
+        gpu_report.sections = lambda: [Section(f"{CHECKS}{cases.__name__}", cases, 60) for cases in (healthy, wrong)]
         codes["here"] = gpu_report.check_here(place)
     sleeping = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
