@@ -55,16 +55,18 @@ COLUMNS = {
     "section": "", "case": "", "status": "", "ms": ".4g", "spread": ".0%", "rivals": "", "copy_share": ".0%",
     "matmul_share": ".0%", "error": ".1e", "tolerance": ".0e", "goal": "", "met": "", "why": "",
 }  # fmt: skip
+IN_SHORT = {"section": "", "case": "", "status": "", "ms": ".4g", "ratio": ".2f", "goal": "", "met": ""}
 NOTES = (
-    "GPU: {gpu}. Versions: {versions}. Random data of seed {seed}. `ms`: the median over rounds of the time of a call, "
-    "between two CUDA events, `spread` its inter-quartile range over it. All candidates of a row take turns, on "
-    "buffers that take turns too, so that no input is in L2 when it is read. `rivals`: their median, and the median "
+    "GPU: {gpu}. Versions: {versions}. Random data of seed {seed}. Rows with a goal come first. `ms`: the median over "
+    "rounds of the time of a call, between two CUDA events, `spread` its inter-quartile range over it. All candidates "
+    "of a row take turns, on buffers that take turns too, so that no input is in L2 when it is read; of the engine and "
+    "of dense BERT the token ids alone, as weights that fit stay there in use. `rivals`: their median, and the median "
     "over rounds of their time over ours with the 95 % interval by order statistics; `dense` is cuBLAS, or BERT by "
     "torch's operators. `copy_share`: the bytes that must be read and written, as a share of what a copy moves here in "
-    "that time; `matmul_share`: operations on non-zeros, as a share of what a product in bf16 does. `error`: "
-    "the largest difference from the reference, as a share of the largest value of the result, or for logits itself; "
-    "for admm_prune the excess of the error after a refit. Engine and dense BERT run from token ids on the host to "
-    "logits on the host, both in a CUDA graph."
+    "that time; `matmul_share`: operations on non-zeros, as a share of what a product in bf16 does. `error`: the "
+    "largest difference from the reference, as a share of the largest value of the result, or for logits itself; for "
+    "admm_prune and tier 1 how much the error is above the reference's. The engine and dense BERT run from token ids "
+    "on the host to logits on the host, both in a CUDA graph."
 )
 REHEARSED = "A REHEARSAL on the processor, at small shapes: none of these figures is a measurement."
 
@@ -202,8 +204,9 @@ def told(place: Place, rows: list[Row], output: Path | None) -> None:
         title, notes = REHEARSED, f"**{REHEARSED}** {notes}"
     elif page is None:
         page = RESULTS / "gpu" / f"{harness.file_name(gpu)}.md"
-    harness.report(title, rows, COLUMNS, notes, page)
+    harness.report(title, rows, IN_SHORT, notes, None)
     if page is not None:
+        jobs.write(page, harness.markdown(title, sorted(rows, key=lambda row: "goal" not in row), COLUMNS, notes))
         about = {"machine": machine.card(), "command": harness.command(), "gpu": gpu, "seed": place.seed}
         document = about | {"rehearsal": place.rehearsal, "rows": rows}
         beside = (Path() if output is None else page.parent) / "gpu_report.json"

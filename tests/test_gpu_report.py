@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -313,6 +314,22 @@ def test_a_fork_begins_without_a_context_of_the_gpu():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+LEAVES = ("__init__", "environment", "errors")  # what bench and kernels import at once
+
+
+def test_benches_find_the_kernels_in_a_checkout_that_is_not_installed(tmp_path):
+    for file in ("bench/__init__.py", "kernels/__init__.py", *(f"sparsebert/{n}.py" for n in LEAVES)):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import bench, sparsebert.kernels; print(sparsebert.kernels.__file__)"
+    )
+    env = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(tmp_path / "kernels" / "__init__.py"), done.stderr
 
 
 # --- what runs with the interpreter -----------------------------------------------------------------------------------
