@@ -250,6 +250,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.interpret and args.output is not None and args.output.resolve().is_relative_to(RESULTS):
         parser.error("a rehearsal is no result: --output must be outside bench/results")
+    if args.reference is not None:
+        for file in ("OBC/trueobs.py", "sparsegpt/sparsegpt.py"):
+            if not (args.reference / file).is_file():
+                parser.error(f"--reference must be a folder with {file}, got {args.reference}")
     os.environ.pop("TRITON_INTERPRET", None)
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is first imported

@@ -101,6 +101,11 @@ def test_a_rehearsal_writes_no_result():
     assert done.returncode == 2 and "--output must be outside bench/results" in done.stderr
 
 
+def test_a_reference_that_is_not_there_is_refused_at_once(tmp_path):
+    done = run("--reference", str(tmp_path))
+    assert done.returncode == 2 and "--reference must be a folder with OBC/trueobs.py" in done.stderr
+
+
 def test_without_a_gpu_one_line_says_so():
     done = run(CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stdout == ""
