@@ -89,7 +89,7 @@ def sections() -> list[Section]:
         Section("checks: attention and norms", checks.between, 40),
         Section("checks: engine", checks.encoders, 60),
         Section("costs of forms", timings.tuned, 60),
-        Section("BERT-base", timings.bert_base, 90),
+        Section("BERT-base", timings.bert_base, 150),
         Section("linear 4096", linears.large_linear, 60),
         Section("masked training", timings.training, 40),
         Section("obs_sweep", timings.sweeps, 40),
