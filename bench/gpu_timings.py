@@ -59,11 +59,12 @@ LOOP = "torch loop"
 
 
 def device(place: Place) -> Iterator[Case]:
+    """Which GPU it is. Its row is not available if there is none that the engine runs on."""
     yield Case("which", partial(_which, place))
 
 
 def rates(place: Place) -> Iterator[Case]:
-    """What a copy and a matrix product reach on it."""
+    """What a copy and a matrix product reach on the GPU."""
     yield Case("copy", partial(_copy, place))
     yield Case("matmul bf16", partial(_matmul, place))
 
