@@ -67,8 +67,9 @@ def directory_of(place: Place, name: str, sizes: dict, pattern: str, sparsity: f
     return directory
 
 
+@functools.lru_cache(maxsize=1)
 def engine_of(place: Place, directory: Path, dtype: str, **settings) -> Engine:
-    """Our engine on the place's device."""
+    """Our engine on the place's device; the last one is kept for the next case."""
     if place.rehearsal:
         pretend_gpu()
     return Engine.load(directory, dtype=dtype, device="cuda", cached=False, **settings)

@@ -23,6 +23,8 @@ TURN_S = 4e-3  # of a candidate, at least, before the next one's turn
 ROUNDS = 15
 # Each input is read again only after this many times the cache's size, at most by MOST_COPIES of them.
 CACHES, MOST_COPIES = 3, 64
+SPARSITY = 0.9  # of all that is timed, where the pattern leaves it open
+BF16 = 2  # bytes of a value
 DENSE = "dense"  # the rival without zeros
 
 
@@ -211,3 +213,9 @@ def against(place: Place, row: Row, goals: Sequence[Goal]) -> Row:
         return {}
     met = "met" if all(goal.met(row) for goal in goals) else "missed"
     return {"goal": ", ".join(map(str, goals)), "met": met if place.judged else "unmeasured"}
+
+
+def compiled(place: Place, function: Callable) -> Callable:
+    """torch.compile; in a rehearsal without its C++ compiler."""
+    torch.compiler.reset()  # it would give up after a few shapes, and run the function as it is
+    return torch.compile(function, backend="eager" if place.rehearsal else "inductor")

@@ -12,74 +12,70 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import TYPE_CHECKING
 
 from bench import harness
+from bench.gpu_sections import (
+    CHECKS,
+    EXCEPTION,
+    FAILED,
+    FAULTS,
+    MISSING,
+    OK,
+    OVERRAN,
+    Section,
+    carried_out,
+    fill_with_nan,
+    judged,
+)
 from bench.harness import Clock, Row
 from bench.tables import RESULTS
 from sparsebert import jobs, machine
 from sparsebert.errors import UnsupportedError, cut
 
+if TYPE_CHECKING:  # main says that torch is missing
+    from bench.gpu_place import Case, Place
+
 ROOT = Path(__file__).resolve().parent.parent
-# A section runs in a fork, which begins with what is imported here and without a GPU's context: that of a section that
-# crashed is lost.
-FORK = multiprocessing.get_context("fork")
-OK, WRONG, SLOWER, FAILED, CRASHED, OVERRAN = "ok", "wrong", "slower", "failed", "crashed", "overran"
-MISSING = "not available"
-FAULTS = {WRONG, SLOWER, FAILED, CRASHED, OVERRAN}
 BUILD_S = 150
-CHECKS = "checks: "  # begins the names of the sections that compare results
-EXCEPTION = re.compile(r"[\w.]*(Error|Exception|Exit)\b")
 ACCESS = re.compile(r"^=+ (Invalid .+|Misaligned .+)\n=+ +(at .+?)(?:\+0x\w+)?(?: in .+)?$", re.M)
 COLUMNS = {
     "section": "", "case": "", "status": "", "ms": ".4g", "spread": ".0%", "rivals": "", "copy_share": ".0%",
     "matmul_share": ".0%", "error": ".1e", "tolerance": ".0e", "goal": "", "met": "", "why": "",
 }  # fmt: skip
+IN_SHORT = {"section": "", "case": "", "status": "", "ms": ".4g", "ratio": ".2f", "goal": "", "met": ""}
 NOTES = (
-    "GPU: {gpu}. Versions: {versions}. Random data of seed {seed}. `ms`: the median over rounds of the time of a call, "
-    "between two CUDA events, `spread` its inter-quartile range over it. All candidates of a row take turns, on "
-    "buffers that take turns too, so that no input is in L2 when it is read. `rivals`: their median, and the median "
+    "GPU: {gpu}. Versions: {versions}. Random data of seed {seed}. Rows with a goal come first. `ms`: the median over "
+    "rounds of the time of a call, between two CUDA events, `spread` its inter-quartile range over it. All candidates "
+    "of a row take turns, on buffers that take turns too, so that no input is in L2 when it is read; of the engine and "
+    "of dense BERT the token ids alone, as weights that fit stay there in use. `rivals`: their median, and the median "
     "over rounds of their time over ours with the 95 % interval by order statistics; `dense` is cuBLAS, or BERT by "
     "torch's operators. `copy_share`: the bytes that must be read and written, as a share of what a copy moves here in "
-    "that time; `matmul_share`: operations on non-zeros, as a share of what a product in bf16 does. `error`: "
-    "the largest difference from the reference, as a share of the largest value of the result, or for logits itself; "
-    "for admm_prune the excess of the error after a refit. Engine and dense BERT run from token ids on the host to "
-    "logits on the host, both in a CUDA graph."
+    "that time; `matmul_share`: operations on non-zeros, as a share of what a product in bf16 does. `error`: the "
+    "largest difference from the reference, as a share of the largest value of the result, or for logits itself; for "
+    "admm_prune and tier 1 how much the error is above the reference's. The engine and dense BERT run from token ids "
+    "on the host to logits on the host, both in a CUDA graph."
 )
 REHEARSED = "A REHEARSAL on the processor, at small shapes: none of these figures is a measurement."
-
-
-class Section(NamedTuple):
-    """Cases that share a process, until one of them ends it: the others then go on in a new one.
-
-    cases: gives them one by one, always the same ones in the same order, and does little itself. seconds: for all of
-    them together, on a GPU.
-    """
-
-    name: str
-    cases: Callable
-    seconds: float
 
 
 def sections() -> list[Section]:
     """In the order of their weight: the last ones are those that a slow machine leaves out."""
     from bench import gpu_checks as checks
+    from bench import gpu_linears as linears
+    from bench import gpu_pruning
     from bench import gpu_timings as timings
 
     return [
@@ -93,109 +89,16 @@ def sections() -> list[Section]:
         Section("checks: attention and norms", checks.between, 40),
         Section("checks: engine", checks.encoders, 60),
         Section("costs of forms", timings.tuned, 60),
-        Section("BERT-base", timings.bert_base, 90),
-        Section("linear 4096", timings.large_linear, 60),
+        Section("BERT-base", timings.bert_base, 150),
+        Section("linear 4096", linears.large_linear, 60),
         Section("masked training", timings.training, 40),
         Section("obs_sweep", timings.sweeps, 40),
-        Section("pruning", timings.pruning, 220),
+        Section("pruning", gpu_pruning.pruning, 220),
         Section("attention", timings.attentions, 30),
         Section("solvers", timings.solvers, 40),
         Section("memcheck", memcheck, 120),
-        Section("linears of BERT", timings.bert_linears, 90),
+        Section("linears of BERT", linears.bert_linears, 90),
     ]
-
-
-def carried_out(section: Section, place, seconds: float) -> Iterator[Row]:
-    """The section's rows, each as soon as it is there. After `seconds` its process is killed."""
-    clock, done = Clock(seconds / 60), 0
-    while True:
-        with tempfile.TemporaryFile("w+", errors="replace") as log:
-            receiver, sender = FORK.Pipe(duplex=False)
-            process = FORK.Process(target=_run, args=(section, place, done, sender, log))
-            process.start()
-            sender.close()
-            case, row = "", None
-            try:
-                while receiver.poll(max(0.0, clock.left)):
-                    kind, said = receiver.recv()
-                    if kind == "end":
-                        return
-                    case, row = (said, None) if kind == "case" else (case, said)
-                    if row is not None:
-                        done += 1
-                        yield {"section": section.name, "case": case} | row
-                why = f"{section.name} had {seconds:.0f} s; what is left of it did not run"
-                yield {"section": section.name, "case": case if row is None else "", "status": OVERRAN, "why": why}
-                return
-            except EOFError:
-                process.join()
-                yield {"section": section.name, "case": case} | _ended(process.exitcode, log)
-                if row is not None or not case:  # between two cases: the section itself is at fault
-                    return
-                done += 1
-            finally:
-                _kill(process)
-                receiver.close()
-                _tell(log)
-
-
-def _run(section: Section, place, done: int, sender: Connection, log: IO) -> None:
-    """The process of a section: runs the cases after the first `done`."""
-    os.setsid()  # a group of its own, so that what it starts ends with it
-    for stream in (1, 2):
-        os.dup2(log.fileno(), stream)
-    if section.name.startswith(CHECKS):
-        fill_with_nan()
-    for i, case in enumerate(section.cases(place)):
-        if i >= done:
-            sender.send(("case", case.name))
-            sender.send(("row", judged(place, case.run)))
-    sender.send(("end", None))
-
-
-def fill_with_nan() -> None:
-    """Fresh memory of tensors starts as NaN, so that what no kernel has written is noticed."""
-    import torch
-
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def judged(place, run: Callable[[], Row]) -> Row:
-    """The row of a case, with its status."""
-    try:
-        row = run()
-    except UnsupportedError as error:
-        return {"status": MISSING, "why": str(error)}
-    except harness.WrongOutput as error:
-        return {"status": WRONG, "why": cut(str(error))}
-    if place.judged and row.get("ratio") is not None and not row["ratio"] >= 1:
-        row = {"status": SLOWER} | row | {"why": f"{row['ratio']:.2f} times as fast as {row['versus']}"}
-    return {"status": OK} | row
-
-
-def _ended(code: int, log: IO) -> Row:
-    """Why a process ended during a case: its exception, or the signal and the last line that it said."""
-    log.seek(0)
-    lines = [line for line in log.read().splitlines() if line.strip()] or ["it said nothing"]
-    if code < 0:
-        return {"status": CRASHED, "why": cut(f"{signal.Signals(-code).name}: {lines[-1]}")}
-    raised = [line for line in lines if EXCEPTION.match(line)]  # a message may have more lines
-    return {"status": FAILED, "why": cut((raised or lines)[-1])}
-
-
-def _kill(process) -> None:
-    """Ends a section's process and all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # it may not have a group yet
-    process.join()
-
-
-def _tell(log: IO) -> None:
-    """Passes on what a section has said."""
-    log.seek(0)
-    sys.stderr.write(log.read())
-    sys.stderr.flush()
 
 
 def built(folder: Path = ROOT, seconds: float = BUILD_S) -> Row:
@@ -218,14 +121,14 @@ def sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
-def memcheck(place) -> Iterator:
+def memcheck(place: Place) -> Iterator[Case]:
     """The checks of small shapes under compute-sanitizer, which finds what is read and written out of bounds."""
     from bench.gpu_place import Case
 
     yield Case("small checks", partial(_memcheck, place))
 
 
-def _memcheck(place) -> Row:
+def _memcheck(place: Place) -> Row:
     if place.rehearsal:
         raise UnsupportedError("memcheck needs a GPU", fix="run it on one")
     tool = sanitizer()
@@ -258,7 +161,7 @@ def memcheck_row(said: str, code: int) -> Row:
     return {}
 
 
-def check_here(place) -> int:
+def check_here(place: Place) -> int:
     """Runs all checks in this process, for compute-sanitizer."""
     fill_with_nan()
     faults = 0
@@ -271,7 +174,7 @@ def check_here(place) -> int:
     return 1 if faults else 0
 
 
-def every_row(chosen: Sequence[Section], place, clock: Clock) -> list[Row]:
+def every_row(chosen: Sequence[Section], place: Place, clock: Clock) -> list[Row]:
     """The rows of all sections. One for which no time is left has a row that says so."""
     rows: list[Row] = []
     for section in chosen:
@@ -291,7 +194,7 @@ def exit_code(rows: Sequence[Row]) -> int:
     return 1 if any(row["status"] in FAULTS for row in rows) else 0
 
 
-def told(place, rows: list[Row], output: Path | None) -> None:
+def told(place: Place, rows: list[Row], output: Path | None) -> None:
     """Prints the rows, and writes the table and gpu_report.json, unless they are a rehearsal's without an output."""
     gpu, why = rows[0].get("gpu", "a GPU"), rows[0].get("why", "")
     versions = ", ".join(f"{name} {machine.version_of(name)}" for name in ("torch", "triton", "transformers"))
@@ -301,8 +204,9 @@ def told(place, rows: list[Row], output: Path | None) -> None:
         title, notes = REHEARSED, f"**{REHEARSED}** {notes}"
     elif page is None:
         page = RESULTS / "gpu" / f"{harness.file_name(gpu)}.md"
-    harness.report(title, rows, COLUMNS, notes, page)
+    harness.report(title, rows, IN_SHORT, notes, None)
     if page is not None:
+        jobs.write(page, harness.markdown(title, sorted(rows, key=lambda row: "goal" not in row), COLUMNS, notes))
         about = {"machine": machine.card(), "command": harness.command(), "gpu": gpu, "seed": place.seed}
         document = about | {"rehearsal": place.rehearsal, "rows": rows}
         beside = (Path() if output is None else page.parent) / "gpu_report.json"
@@ -314,7 +218,7 @@ def told(place, rows: list[Row], output: Path | None) -> None:
         print(REHEARSED, file=sys.stderr)
 
 
-def report(place, chosen: Sequence[Section], clock: Clock) -> list[Row] | None:
+def report(place: Place, chosen: Sequence[Section], clock: Clock) -> list[Row] | None:
     """All rows; None without a GPU, which is said on stderr."""
     from bench import gpu_timings
     from bench.gpu_place import Rates
@@ -346,6 +250,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.interpret and args.output is not None and args.output.resolve().is_relative_to(RESULTS):
         parser.error("a rehearsal is no result: --output must be outside bench/results")
+    if args.reference is not None:
+        for file in ("OBC/trueobs.py", "sparsegpt/sparsegpt.py"):
+            if not (args.reference / file).is_file():
+                parser.error(f"--reference must be a folder with {file}, got {args.reference}")
     os.environ.pop("TRITON_INTERPRET", None)
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is first imported

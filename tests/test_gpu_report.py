@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ from triton_runs import run_here
 pytest.importorskip("triton", reason="triton is not installed")
 
 from bench import gpu_report, harness
-from bench.gpu_report import CRASHED, FAILED, MISSING, OK, OVERRAN, SLOWER, WRONG, Section
+from bench.gpu_sections import CHECKS, CRASHED, FAILED, MISSING, OK, OVERRAN, SLOWER, WRONG, Section, judged
 from bench.tables import RESULTS, head
 from sparsebert.engine.cuda_forms import FORMS
 
@@ -100,6 +101,11 @@ def test_a_rehearsal_writes_no_result():
     assert done.returncode == 2 and "--output must be outside bench/results" in done.stderr
 
 
+def test_a_reference_that_is_not_there_is_refused_at_once(tmp_path):
+    done = run("--reference", str(tmp_path))
+    assert done.returncode == 2 and "--reference must be a folder with OBC/trueobs.py" in done.stderr
+
+
 def test_without_a_gpu_one_line_says_so():
     done = run(CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and done.stdout == ""
@@ -107,6 +113,14 @@ def test_without_a_gpu_one_line_says_so():
     assert line.startswith("gpu_report: device cuda needs") and line.endswith(
         "--interpret rehearses the report without a GPU"
     )
+
+
+@pytest.mark.parametrize("missing", ["torch", "triton"])
+def test_without_torch_or_triton_one_line_says_so(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; from bench import gpu_report; sys.exit(gpu_report.main())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"gpu_report: {missing} is not installed; pip install 'sparsebert[triton]'\n"
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -225,7 +239,7 @@ def test_memcheck_runs_the_small_checks(monkeypatch, tmp_path):
     said = (tmp_path / "said").read_text()
     assert said.startswith("1 --tool memcheck") and said.endswith("-m bench.gpu_report --checks --seed 3\n")
     monkeypatch.setattr(gpu_report, "sanitizer", lambda: None)
-    row = gpu_report.judged(gpu, case.run)
+    row = judged(gpu, case.run)
     assert row["status"] == MISSING and row["why"].startswith("compute-sanitizer is not installed")
 
 
@@ -307,6 +321,22 @@ def test_a_fork_begins_without_a_context_of_the_gpu():
     assert done.returncode == 0, done.stderr
 
 
+LEAVES = ("__init__", "environment", "errors")  # what bench and kernels import at once
+
+
+def test_benches_find_the_kernels_in_a_checkout_that_is_not_installed(tmp_path):
+    for file in ("bench/__init__.py", "kernels/__init__.py", *(f"sparsebert/{n}.py" for n in LEAVES)):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / file, tmp_path / file)
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+        "import bench, sparsebert.kernels; print(sparsebert.kernels.__file__)"
+    )
+    env = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == str(tmp_path / "kernels" / "__init__.py"), done.stderr
+
+
 # --- what runs with the interpreter -----------------------------------------------------------------------------------
 
 
@@ -384,9 +414,7 @@ def run_faults(file: str) -> None:
             found = gpu_report.every_row([section], place, harness.Clock(5))
             codes[section.name] = gpu_report.exit_code(found)
             rows += found
-        gpu_report.sections = lambda: [
-            Section(f"{gpu_report.CHECKS}{cases.__name__}", cases, 60) for cases in (healthy, wrong)
-        ]
+        gpu_report.sections = lambda: [Section(f"{CHECKS}{cases.__name__}", cases, 60) for cases in (healthy, wrong)]
         codes["here"] = gpu_report.check_here(place)
     sleeping = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
