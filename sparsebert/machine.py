@@ -181,16 +181,15 @@ def require_device() -> torch.device:
             f"device cuda needs a torch that is built for CUDA, this is {torch.__version__}",
             fix=f"install one, see pytorch.org, or {ON_THE_CPU}",
         )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an old driver, which the error says as well
-            torch.cuda.init()
-        device = torch.device("cuda", torch.cuda.current_device())
-    except (RuntimeError, AssertionError) as error:  # no driver, a driver that is too old, no GPU that is visible
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old driver, which is told below
+        found_one = torch.cuda.is_available()
+    if not found_one:
         raise UnsupportedError(
-            f"device cuda needs an NVIDIA GPU, torch for CUDA {torch.version.cuda} finds none: {first_line(error)}",
+            f"device cuda needs an NVIDIA GPU, torch for CUDA {torch.version.cuda} finds none: {_why_no_gpu()}",
             fix=f"check the driver and CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
-        ) from error
+        )
+    device = torch.device("cuda", torch.cuda.current_device())
     found = torch.cuda.get_device_capability(device)
     if found < LEAST_CAPABILITY:
         least = ".".join(map(str, LEAST_CAPABILITY))
@@ -200,6 +199,17 @@ def require_device() -> torch.device:
             fix=f"choose another GPU by CUDA_VISIBLE_DEVICES, or {ON_THE_CPU}",
         )
     return device
+
+
+def _why_no_gpu() -> str:
+    """What CUDA says: no driver, a driver that is too old, no GPU that is visible."""
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_line(error)
+    return "it gives no reason"
 
 
 def gpu_name(device: torch.device) -> str:
