@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sparsebert.errors import InputError, UnsupportedError
@@ -15,16 +16,18 @@ def masked_lstsq(
     h: torch.Tensor,
     mask: torch.Tensor,
     *,
-    rows: torch.Tensor | None = None,
     complement: bool = False,
+    supports: Supports | None = None,
+    which: np.ndarray | None = None,
 ) -> torch.Tensor:
     """`sparsebert.ops.masked_lstsq.masked_lstsq` without a row_metric: H_SS v_S = t_S for each row's support S.
 
     target: T, float64 [rows, n_in]. h: H, float64 [n_in, n_in], symmetric positive definite; only i <= j is read.
     mask: bool [rows, n_in], True = kept; a row may be empty. All are contiguous and on one GPU.
-    rows: int64, the rows to solve, at least one; the others of V are zero. None: all.
     complement: solves for the removed columns instead, which is cheaper if a row keeps more than half of them. target
     is then W* = T H⁻¹, and h is H⁻¹, of which both halves are read.
+    supports: `supports_of` the mask, if they are known. which: those to solve, at least one, bool [count]; rows of the
+    others are zero. None: all.
     Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support share one factorisation, by
     Cholesky in float64; other rows do not affect a row. Systems are in shared memory if
     all of them fit (at most 192 columns on sm_80, 224 on sm_90, if few rows share them), else in the GPU's memory.
@@ -38,9 +41,7 @@ def masked_lstsq(
     core = cuda_core()
     mask = mask.view(torch.uint8) != 0  # a bool may hold any byte
     v = target.new_zeros(target.shape)
-    groups = groups_of(mask if rows is None else mask[rows], complement)
-    if rows is not None:
-        groups = groups._replace(rows=rows[groups.rows.long()].to(torch.int32))
+    groups = groups_of(supports_of(mask) if supports is None else supports, target.shape[1], complement, which)
     count = len(groups.row_ptr) - 1
     failed = torch.empty(count, dtype=torch.int64, device=v.device)
     with torch.cuda.device_of(v):
@@ -67,9 +68,10 @@ def masked_lstsq(
             raise UnsupportedError(
                 f"masked_lstsq's CUDA kernel cannot run here: {error}", fix="move target, h and mask to the CPU"
             ) from error
-    bad = (failed >= 0).nonzero().flatten().tolist()
-    if bad:
-        row, pivot = min((int(groups.rows[groups.row_ptr[group]]), int(failed[group])) for group in bad)
+    failed = failed.cpu().numpy()
+    if (failed >= 0).any():
+        rows, row_ptr = groups.rows.cpu().numpy(), groups.row_ptr.cpu().numpy()
+        row, pivot = min((int(rows[row_ptr[group]]), int(failed[group])) for group in np.flatnonzero(failed >= 0))
         raise InputError(
             f"h must be positive definite on every support, pivot {pivot} of row {row} is not above 0",
             fix="raise the damping or give more calibration tokens",
@@ -91,26 +93,30 @@ class Groups(NamedTuple):
 class Supports(NamedTuple):
     """The distinct supports of a mask's rows."""
 
-    supports: torch.Tensor  # bool [count, n_in]
     group_of: torch.Tensor  # int64 [rows], the support of each row
-    sizes: torch.Tensor  # int64 [count], the number of rows of each
+    kept: np.ndarray  # int64 [count], the number of columns of each
+    sizes: np.ndarray  # int64 [count], the number of rows of each
 
 
 def supports_of(mask: torch.Tensor) -> Supports:
     """The supports of a mask, bool [rows, n_in]. The host waits for the GPU, as their number is not known."""
-    return Supports(*mask.unique(dim=0, return_inverse=True, return_counts=True))
+    supports, group_of, sizes = mask.unique(dim=0, return_inverse=True, return_counts=True)
+    return Supports(group_of, *torch.stack([supports.sum(1), sizes]).cpu().numpy())
 
 
-def groups_of(mask: torch.Tensor, complement: bool) -> Groups:
-    """The groups of a mask, bool [rows, n_in]."""
-    supports, group_of, counts = supports_of(mask)
-    sizes = (~supports if complement else supports).sum(1)
-    order = sizes.argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    row_ptr = torch.cat([counts.new_zeros(1), counts[order].cumsum(0)])
-    largest, most = torch.stack([sizes.max(), counts.max()]).tolist()
-    return Groups(rank[group_of].argsort(stable=True).to(torch.int32), row_ptr, largest, most)
+def groups_of(supports: Supports, n_in: int, complement: bool, which: np.ndarray | None = None) -> Groups:
+    """The groups of the supports that `which` is true for, bool [count]; None: of all."""
+    systems = n_in - supports.kept if complement else supports.kept
+    chosen = np.arange(len(systems)) if which is None else np.flatnonzero(which)
+    order = chosen[np.argsort(-systems[chosen], kind="stable")]
+    rank = np.full(len(systems), len(order))
+    rank[order] = np.arange(len(order))
+    row_ptr = np.concatenate([[0], np.cumsum(supports.sizes[order])])
+    device = supports.group_of.device
+    of_row = torch.from_numpy(rank).to(device)[supports.group_of]
+    rows = of_row.argsort(stable=True)[: row_ptr[-1]].to(torch.int32)
+    largest, most = int(systems[order].max()), int(supports.sizes[order].max())
+    return Groups(rows, torch.from_numpy(row_ptr).to(device), largest, most)
 
 
 def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> None:

@@ -135,7 +135,7 @@ def _cuda_kernels() -> str:
         cuda_core()
     except UnsupportedError as error:
         return f"off: {error}"
-    return "built for sm_80, sm_90a and later; unmeasured, so they run only if called by name"
+    return "built for sm_80, sm_90a and later; unmeasured"
 
 
 def bf16_is_fast(device: torch.device | None = None) -> bool:

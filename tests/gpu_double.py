@@ -6,10 +6,13 @@ meets one is refused, as torch refuses tensors of two devices. `waits` counts wh
 
 from __future__ import annotations
 
+import ctypes
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -17,7 +20,6 @@ from torch.utils._pytree import tree_map
 
 from sparsebert import machine
 from sparsebert.kernels import masked_lstsq as lstsq
-from sparsebert.ops import masked_lstsq as lstsq_op
 from sparsebert.ops import masked_matmul as matmul_op
 from sparsebert.ops import obs_prune as obs_op
 
@@ -49,6 +51,14 @@ class OnGpu(torch.Tensor):
         )
         made.own = own
         return made
+
+    def data_ptr(self) -> int:
+        return self.own.data_ptr()
+
+    def __deepcopy__(self, memo) -> OnGpu:
+        made = OnGpu(self.own.detach().clone())
+        made = torch.nn.Parameter(made, self.requires_grad) if isinstance(self, torch.nn.Parameter) else made
+        return memo.setdefault(id(self), made)
 
     def __repr__(self, **_options) -> str:
         return f"OnGpu({self.own!r})"
@@ -124,7 +134,9 @@ def as_gpu() -> Iterator[Counter[str]]:
         patch.setattr(torch.cuda, "get_device_name", lambda device: "double")
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1))
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        patch.setattr(lstsq, "masked_lstsq", _masked_lstsq)
+        patch.setattr(lstsq, "cuda_core", lambda: _Core)
+        patch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        patch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
         patch.setattr(obs_op, "_kernel", lambda: _OfObs)
         patch.setattr(matmul_op, "_kernel", lambda: _OfMatmul)
         # nn.Module.to makes new parameters: those of one kind of tensor do not become those of the other.
@@ -153,18 +165,43 @@ def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.own.detach().clone() if isinstance(tensor, OnGpu) else tensor.cpu()
 
 
-def _masked_lstsq(target, h, mask, *, rows=None, complement=False):
-    target, h, mask = target.own, h.own, mask.own
-    chosen = range(len(target)) if rows is None else rows.own.tolist()
-    v = torch.zeros_like(target)
-    for row in chosen:
-        if complement:
-            gone = ~mask[row]
-            v[row] = target[row] - target[row, gone] @ torch.linalg.solve(h[gone][:, gone], h[gone])
-            v[row, gone] = 0.0
-        else:
-            v[row] = lstsq_op.masked_lstsq(target[row, None], h, mask[row, None])[0]
-    return OnGpu(v)
+class _Core:
+    """The compiled CUDA kernels: takes the addresses that they are given, and checks the groups."""
+
+    @staticmethod
+    def masked_lstsq_work(k, g, count):
+        return 1
+
+    @staticmethod
+    def masked_lstsq(*, target, h, n_in, mask, row_ptr, rows, count, complement, k, g, work, v, failed, stream):
+        row_ptr = _at(row_ptr, np.int64, count + 1)
+        rows = _at(rows, np.int32, row_ptr[-1])
+        size = int(rows.max()) + 1
+        target, v = (_at(part, np.float64, size, n_in) for part in (target, v))
+        h, mask, failed = _at(h, np.float64, n_in, n_in), _at(mask, np.bool_, size, n_in), _at(failed, np.int64, count)
+        if not complement:
+            h = np.triu(h) + np.triu(h, 1).T
+        for group in range(count):
+            own = rows[row_ptr[group] : row_ptr[group + 1]]
+            kept = mask[own[0]]
+            solved = ~kept if complement else kept
+            assert (mask[own] == kept).all() and len(own) <= g and solved.sum() <= k
+            system = torch.from_numpy(h[np.ix_(solved, solved)])
+            factor, info = torch.linalg.cholesky_ex(system)
+            failed[group] = int(info) - 1
+            if info:
+                continue
+            found = torch.cholesky_solve(torch.from_numpy(target[own][:, solved].T.copy()), factor).numpy().T
+            if complement:
+                v[own] = np.where(kept, target[own] - found @ h[solved], 0.0)
+            else:
+                v[np.ix_(own, np.flatnonzero(kept))] = found
+
+
+def _at(address: int, dtype, *shape: int) -> np.ndarray:
+    count = int(np.prod(shape))
+    memory = (ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address)
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 class _OfObs:

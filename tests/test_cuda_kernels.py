@@ -144,7 +144,7 @@ def test_a_bad_system_is_named(message):
 def test_equal_rows_form_a_group_and_the_largest_systems_come_first(complement):
     generator = torch.Generator().manual_seed(0)
     mask = (torch.rand(7, 30, generator=generator) < 0.5)[torch.randint(7, (40,), generator=generator)]
-    groups = lstsq.groups_of(mask, complement)
+    groups = lstsq.groups_of(lstsq.supports_of(mask), 30, complement)
     sizes = (~mask if complement else mask).sum(1)
     members = [part.long() for part in groups.rows.tensor_split(groups.row_ptr[1:-1])]
     assert sorted(groups.rows.tolist()) == list(range(40)) and groups.row_ptr[-1] == 40

@@ -353,7 +353,7 @@ def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatc
     monkeypatch.setattr(distillation, "STEPS", 100)
     monkeypatch.setattr(distillation, "BATCH", 32)
     for part in (distillation, encoders):  # both modules ask it
-        monkeypatch.setattr(part, "bf16_is_fast", lambda: False)
+        monkeypatch.setattr(part, "bf16_is_fast", lambda device=None: False)
     teacher, texts = classifier(), calibration(3000)
     model = copy.deepcopy(teacher)
     with torch.no_grad():

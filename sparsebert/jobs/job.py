@@ -197,8 +197,8 @@ class Job:
         return values[name]
 
     def keep(self, name: str, tensors: dict, facts: dict | None = None, last: str = "") -> None:
-        """Stores torch tensors by name, and JSON facts about them, in place of those stored under this name before.
-        last: what they are, for messages.
+        """Stores torch tensors by name, from any device, and JSON facts about them, in place of those stored under this
+        name before. last: what they are, for messages.
         """
         from safetensors.torch import save_file
 
@@ -207,7 +207,7 @@ class Job:
         if before is not None and before["file"] == file:
             file = f"{name}.next.safetensors"  # the old one stays until the new one is noted
         with writing(self.partial / file) as fresh:
-            save_file({part: tensor.contiguous() for part, tensor in tensors.items()}, fresh)
+            save_file({part: tensor.cpu().contiguous() for part, tensor in tensors.items()}, fresh)
             sha256 = file_sha256(fresh)
         self._state["files"][name] = {"file": file, "sha256": sha256, "facts": facts or {}}
         self._commit(last or name)

@@ -38,7 +38,7 @@ def masked_lstsq(
     gradients minimise it, starting from the V above, in float32 (torch's products, on torch's threads), preconditioned
     by both diagonals, until the squared residual is at most CG_TOLERANCE times its first value, or for CG_STEPS steps.
 
-    On a GPU `threads` and `isa` are ignored. The host waits some eight times per call, and once per step of the
+    On a GPU `threads` and `isa` are ignored. The host waits six times per call at most, and once per step of the
     conjugate gradients.
     Raises InputError for wrong types or shapes, for values that are not finite, and for an H that is not positive
     definite on a support, naming row and pivot. Raises UnsupportedError on a GPU if the CUDA kernels are not built, and
@@ -81,14 +81,13 @@ def _on_cpu(
 
 def _on_gpu(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`masked_lstsq` without a row_metric."""
-    supports, group_of, sizes = kernel.supports_of(mask)
-    complement, dense = _plan(target, h, *torch.stack([supports.sum(1), sizes]).cpu().numpy())
+    supports = kernel.supports_of(mask)
+    complement, dense = _plan(target, h, supports.kept, supports.sizes)
     if dense is None:
-        return kernel.masked_lstsq(target, h, mask)
-    indirect = torch.from_numpy(complement).to(mask.device)[group_of]
-    v = kernel.masked_lstsq(*dense, mask, rows=indirect.nonzero()[:, 0], complement=True)
+        return kernel.masked_lstsq(target, h, mask, supports=supports)
+    v = kernel.masked_lstsq(*dense, mask, complement=True, supports=supports, which=complement)
     if not complement.all():
-        v += kernel.masked_lstsq(target, h, mask, rows=(~indirect).nonzero()[:, 0])
+        v += kernel.masked_lstsq(target, h, mask, supports=supports, which=~complement)
     return v
 
 

@@ -104,9 +104,13 @@ def train(
             warnings.warn(said, SparsebertWarning, stacklevel=2)
 
         def save(directory: Path, figures: dict) -> str:
-            return checkpoint.save(
-                classifier, tokenizer, directory, recipe=recipe, job=job, figures=figures, summary=summary
-            )
+            # From the CPU, so that the golden logits are the CPU's.
+            try:
+                return checkpoint.save(
+                    classifier.cpu(), tokenizer, directory, recipe=recipe, job=job, figures=figures, summary=summary
+                )
+            finally:
+                classifier.to(setup.device)
 
         def save_aside(run: TrainingLoop) -> None:
             for share, directory in aside.items():
