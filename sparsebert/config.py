@@ -28,8 +28,8 @@ CALIBRATION_TOKENS = Field(250_000, description="number of tokens to calibrate o
 Device = Literal["auto", "cpu", "cuda"]
 DEVICE = Field(
     "auto",
-    description="what to run on: cpu; cuda, the current NVIDIA GPU (its speed is unmeasured); auto: cuda if a GPU can "
-    "be used (see sparsebert doctor), else cpu",
+    description="what to run on: cpu; cuda, the current NVIDIA GPU; auto: cuda if a GPU can be used (see sparsebert "
+    "doctor), else cpu",
 )
 
 
@@ -162,7 +162,9 @@ class PruneConfig(Settings):
         "[default: the method's]",
     )
     seed: Seed = Field(0, description="random seed: of the choice of calibration texts and all other random choices")
-    device: Device = DEVICE
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="what to run on: cpu; cuda, the current NVIDIA GPU, where pruning was not run or timed yet"
+    )
 
 
 class QuantizeConfig(Settings):

@@ -150,9 +150,9 @@ def bf16_is_fast(device: torch.device | None = None) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def device_for(wanted: str, *, kernels: bool = False) -> torch.device:
+def device_for(wanted: str) -> torch.device:
     """The device that torch runs on. wanted: cpu, cuda for the current NVIDIA GPU, or auto for that GPU if it can be
-    used, else the CPU. kernels: whether the work also needs the compiled CUDA kernels.
+    used, else the CPU.
 
     Raises InputError for another word, and for `cuda` UnsupportedError if no GPU can be used, saying why.
     """
@@ -163,10 +163,7 @@ def device_for(wanted: str, *, kernels: bool = False) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     try:
-        device = require_device()
-        if kernels:
-            cuda_core()
-        return device
+        return require_device()
     except UnsupportedError:
         if wanted == "cuda":
             raise

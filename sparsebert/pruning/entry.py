@@ -14,7 +14,7 @@ from sparsebert.config import PruneConfig, QuantizeConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job, code_of, digest
-from sparsebert.kernels import require_full_float32
+from sparsebert.kernels import cuda_core, require_full_float32
 from sparsebert.machine import at_work_on, bf16_is_fast, device_for, kind_of
 from sparsebert.patterns import parse, require_fits, sparsity_of
 from sparsebert.pruning import knowledge
@@ -112,8 +112,10 @@ def device_of(config: PruneConfig) -> torch.device:
     """The device that a config means, for a method without labels. Raises UnsupportedError if it names one that cannot
     be used.
     """
-    device = device_for(config.device, kernels=LABEL_FREE[config.method].solves)
+    device = device_for(config.device)
     if device.type == "cuda":
+        if LABEL_FREE[config.method].solves:
+            cuda_core()
         require_full_float32("pruning on device cuda", instead="pass device='cpu'")
     return device
 
