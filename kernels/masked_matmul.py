@@ -86,9 +86,11 @@ def _kept(scores_ptr, threshold_ptr, rows, cols, inside, n_in, SHARE: tl.constex
     """True for the weights at rows x cols (broadcast) that are kept; one whose score is NaN is not kept."""
     score_rows = rows // SHARE
     scores = tl.load(scores_ptr + score_rows * n_in + cols, mask=inside, other=0.0)
-    if REACH == 0:
-        return scores >= tl.load(threshold_ptr)
-    return scores >= tl.load(threshold_ptr + score_rows * (n_in // REACH) + cols // REACH, mask=inside, other=0.0)
+    if REACH == 0:  # no return here: what follows one is compiled too, and an n_in of 1, a constant, divided by 0
+        limits = tl.load(threshold_ptr)
+    else:
+        limits = tl.load(threshold_ptr + score_rows * (n_in // REACH) + cols // REACH, mask=inside, other=0.0)
+    return scores >= limits
 
 
 @triton.jit

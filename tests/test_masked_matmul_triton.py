@@ -97,7 +97,7 @@ def test_the_kernels_on_a_gpu_give_the_references_results(case: Case, dtype: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["forward", "across", "gradients"])
+@pytest.mark.parametrize("kernel", ["forward", "across", "one input", "gradients"])
 @pytest.mark.parametrize(("share", "reach"), COMPILED)
 def test_the_kernels_compile_for_sm_90_and_spill_nothing(compiled, kernel: str, share: int, reach: int, dtype: str):
     usage = compiled[f"{kernel}/{share}/{reach}/{dtype}"]
@@ -126,6 +126,7 @@ def compile_all(file: str) -> None:
         kernels = {
             "forward": (masked_matmul._product, common | {"ACROSS": False}),
             "across": (masked_matmul._product, common | {"ACROSS": True, "bias_ptr": None}),
+            "one input": (masked_matmul._product, common | {"ACROSS": False, "n_in": 1}),  # a launch makes 1 a constant
             "gradients": (masked_matmul._gradients, common | masked_matmul._rows_plan(share)),
         }
         for name, (kernel, constants) in kernels.items():
