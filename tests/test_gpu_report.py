@@ -243,6 +243,18 @@ def test_memcheck_runs_the_small_checks(monkeypatch, tmp_path):
     assert row["status"] == MISSING and row["why"].startswith("compute-sanitizer is not installed")
 
 
+def test_engines_capture_no_graphs_under_memcheck(monkeypatch):
+    from bench.gpu_place import Case
+    from sparsebert.engine import cuda
+
+    found = []
+    engine = Section(f"{CHECKS}engine", lambda place: [Case("graphs", lambda: found.append(cuda.Graphs()) or {})], 60)
+    monkeypatch.setattr(gpu_report, "sections", lambda: [engine])
+    monkeypatch.setattr(gpu_report, "fill_with_nan", lambda: None)
+    assert gpu_report.check_here(SimpleNamespace(judged=False)) == 0
+    assert found == [None]
+
+
 SETUPS = {
     "print('running build_ext')": {"status": OK},
     "raise SystemExit('error: no compiler')": {"status": FAILED, "why": "error: no compiler"},
