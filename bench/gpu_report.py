@@ -5,12 +5,14 @@ python -m bench.gpu_report --interpret       rehearses it on the processor; its 
 make gpu-report      the table goes to bench/results/gpu/, named after the GPU, and gpu_report.json beside the Makefile
 
 It exits with 0 if all is well; with 1 if a check failed, something crashed or took too long, or one of our kernels is
-slower than dense; with 2 if there is no GPU to run on. A goal that is missed is told, and is no fault.
+slower than dense; with 2 if there is no GPU to run on, or no compiled core. A goal that is missed is told, and is no
+fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -224,7 +226,7 @@ def told(place: Place, rows: list[Row], output: Path | None) -> None:
 
 
 def report(place: Place, chosen: Sequence[Section], clock: Clock) -> list[Row] | None:
-    """All rows; None without a GPU, which is said on stderr."""
+    """All rows; None without a GPU or without the compiled core, which is said on stderr."""
     from bench import gpu_timings
     from bench.gpu_place import Rates
 
@@ -240,7 +242,12 @@ def report(place: Place, chosen: Sequence[Section], clock: Clock) -> list[Row] |
         place = replace(place, rates=Rates(rates["copy"], rates["matmul bf16"]))
     if not place.rehearsal:
         clock.say("building the extensions")
-        rows.append({"section": "build", "case": "setup.py build_ext --inplace"} | built())
+        build = {"section": "build", "case": "setup.py build_ext --inplace"} | built()
+        rows.append(build)
+        importlib.invalidate_caches()
+        if importlib.util.find_spec("sparsebert._C") is None:  # the report itself needs it, at its end
+            print(f"gpu_report: the compiled core sparsebert._C cannot be built: {build.get('why')}", file=sys.stderr)
+            return None
     return rows + every_row(chosen, place, clock)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -269,6 +270,19 @@ SETUPS = {
 def test_a_build_that_fails_is_a_row(tmp_path, setup):
     (tmp_path / "setup.py").write_text(setup)
     assert gpu_report.built(tmp_path, 2) == SETUPS[setup]
+
+
+def test_without_the_compiled_core_the_report_ends_before_its_sections(monkeypatch, capsys, tmp_path):
+    from bench.gpu_place import Place
+
+    def sections_of_the_gpu(*given):
+        return [{"section": "GPU", "case": "which", "status": OK}]
+
+    monkeypatch.setattr(gpu_report, "carried_out", sections_of_the_gpu)
+    monkeypatch.setattr(gpu_report, "built", lambda: {"status": FAILED, "why": "error: no compiler"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gpu_report.report(Place(torch.device("cuda"), 0, tmp_path), [], harness.Clock(1)) is None
+    assert capsys.readouterr().err.endswith("_C cannot be built: error: no compiler\n")
 
 
 def test_any_fault_is_an_exit_code_and_a_missed_goal_is_none():
