@@ -456,6 +456,12 @@ def test_pruning_by_iterations_gives_a_model_as_near_to_the_dense_one_as_the_cpu
     assert 0.5 * divergence["cpu"] < divergence["cuda"] < 2 * divergence["cpu"]
 
 
+def test_a_model_of_one_logit_is_distilled(double, in_float32):
+    model = classifier(labels=1)
+    prune(model, calibration(), PruneConfig(sparsity=0.6, tier=2, device="cuda"))
+    assert not any(p.is_cuda for p in model.parameters())
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_training_takes_the_cpus_steps_and_seldom_waits(double, in_float32, masked):
     examples = MR.take(range(32))

@@ -59,7 +59,7 @@ def distill(
     mean = AveragedModel(model, avg_fn=lambda mean, p, steps: mean + (p - mean) * max(1 / (steps + 1), 1 / AVERAGED))
     reference = logits_of(teacher, calibration.held_out_batches)
     problem = problem_of(model.config.to_dict())
-    spread = problem.spread(reference)
+    spread = problem.spread(reference.cpu())
 
     def distance(logits: torch.Tensor) -> float:
         return problem.divergence(reference, logits, spread).mean().item()
