@@ -30,8 +30,8 @@ WAITED = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.unique_dim.default, aten._unique2.default,
     aten.masked_select.default, aten.equal.default, aten._linalg_check_errors.default,
 }  # fmt: skip
-# Ops whose arguments may be on several devices.
-MIXED = {aten.copy_.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+INDEXING = {aten.index.Tensor, aten.index_put_.default, aten.index_put.default}
+MIXED = {aten.copy_.default, *INDEXING}  # their arguments may be on several devices
 
 waits: Counter[str] = Counter()
 
@@ -68,6 +68,14 @@ class OnGpu(torch.Tensor):
         if torch.is_inference_mode_enabled():  # in which a view of such a tensor could not be made
             with torch.inference_mode(False), torch.no_grad():
                 return func(*args, **kwargs or {})
+        if func in INDEXING:  # only the indices may be on the CPU while the others are on a GPU
+            array, indices, *values = args[:3]
+            on_gpu = isinstance(array, OnGpu)
+            others = [part for part in values if isinstance(part, torch.Tensor) and part.ndim]
+            if any(isinstance(part, OnGpu) != on_gpu for part in others) or (
+                not on_gpu and any(isinstance(part, OnGpu) for part in indices)
+            ):
+                raise RuntimeError(f"{func}: tensors on cuda:0 and on the CPU")
         given: dict[int, OnGpu] = {}
 
         def take(value):

@@ -90,6 +90,10 @@ def test_the_double_is_as_strict_as_a_gpu(double):
     assert a.is_cuda and a.device == GPU and (a @ a.T).is_cuda and torch.zeros(2, device=a.device).is_cuda
     with pytest.raises(RuntimeError, match="on cuda:0 and on the CPU"):
         a + torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="on cuda:0 and on the CPU"):
+        torch.arange(3)[to_gpu(torch.tensor([0, 2]))]
+    with pytest.raises(RuntimeError, match="on cuda:0 and on the CPU"):
+        a[torch.tensor([0, 2])] = torch.ones(2, 4)
     with pytest.raises((RuntimeError, TypeError)):
         a.numpy()
     assert not double
@@ -234,7 +238,7 @@ def test_matmuls_in_tf32_are_refused(gpu, in_tf32):
     for call in (
         lambda: admm_prune(to_gpu(weight), to_gpu(h), parse("unstructured"), 0.5),
         lambda: gram(to_gpu(torch.ones(2, 2))),
-        lambda: prune(classifier(), None, PruneConfig(method="magnitude")),
+        lambda: prune(classifier(), None, PruneConfig(method="magnitude", device="cuda")),
     ):
         with pytest.raises(UnsupportedError, match="is 'tf32'; set it to 'ieee'"):
             call()
