@@ -234,7 +234,7 @@ def test_matmuls_in_tf32_are_refused(gpu, in_tf32):
     for call in (
         lambda: admm_prune(to_gpu(weight), to_gpu(h), parse("unstructured"), 0.5),
         lambda: gram(to_gpu(torch.ones(2, 2))),
-        lambda: prune(classifier(), None, PruneConfig(method="magnitude")),
+        lambda: prune(classifier(), None, PruneConfig(method="magnitude", device="cuda")),
     ):
         with pytest.raises(UnsupportedError, match="is 'tf32'; set it to 'ieee'"):
             call()
