@@ -245,8 +245,10 @@ class DeviceEncoder:
             linears["down"](up, kind, tokens, sums)
             add_norm(sums, x, norms[1], eps, tokens, x)
         half = capacity // 2
+        # Into memory that is free by now: where torch's allocator keeps none, a capture may not allocate.
+        cls = torch.index_select(x, 1, firsts, out=self._part("sums", hidden, half))
         pooled = self._pooled[: self._encoder.pooler.weight.n_out * half].view(-1, half)
-        self._pooler(x.index_select(1, firsts), kind, sequences, pooled)
+        self._pooler(cls, kind, sequences, pooled)
         logits = self._logits[: self._encoder.classifier.weight.n_out * half].view(-1, half)
         self._classifier(pooled, kind, sequences, logits)
 
