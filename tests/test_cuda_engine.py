@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import threading
+import warnings
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from triton_runs import prepare_interpreter, run_here
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -339,6 +341,16 @@ def test_each_measured_call_has_memory_of_its_own_beyond_the_cache(monkeypatch):
     # 20 kB for each of these: ten of them, twice.
     dense = cuda_costs._rotated(torch.ones(64, 64), 4096, (64, 64), 8, torch.float32, CPU)
     assert len(dense) == cuda_costs.CALLS == 20 and len({call.args[1].data_ptr() for call in dense}) == 10
+
+
+def test_a_weight_of_cusparselt_is_copied_by_a_torch_that_cannot_clone_it(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a prototype
+        weight = SparseSemiStructuredTensorCUSPARSELT(torch.Size((16, 16)), torch.rand(144), *(None,) * 4)
+    monkeypatch.delitem(type(weight).SPARSE_DISPATCH, torch.ops.aten.clone, raising=False)
+    other = cuda_costs.copied(weight)
+    assert type(other) is type(weight) and other.shape == weight.shape
+    assert torch.equal(other.packed, weight.packed) and other.packed.data_ptr() != weight.packed.data_ptr()
 
 
 def test_measuring_stores_a_line_for_each_form_that_is_here(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import triton
+from torch.sparse import SparseSemiStructuredTensor
 
 from sparsebert.engine.costs import require_place, store, stored
 from sparsebert.engine.cuda_graphs import captured, queue
@@ -181,6 +182,9 @@ def seconds(
     A CUDA graph holds the calls of a weight. They go round as many copies of it, of its input and of its output as fill
     the second-level cache twice, so that no call finds there what it reads.
     """
+    stream = queue(device).stream
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))  # where the weights were packed
     with queue(device).turn():
         calls = {name: _rotated(*weight, shape, tokens, dtype, device) for name, weight in weights.items()}
         graphs = {name: captured(lambda own=own: [call() for call in own]) for name, own in calls.items()}
@@ -198,7 +202,7 @@ def _rotated(
     for _ in range(max(1, math.ceil(2 * _cache_bytes(device) / size))):
         x = torch.randn(n_in, tokens, device=device).to(dtype)
         out = torch.empty(n_out, tokens, dtype=dtype, device=device)
-        round_.append(partial(sparse_matmul, x, _copy(weight), bias, out=out))
+        round_.append(partial(sparse_matmul, x, copied(weight), bias, out=out))
     return round_ * math.ceil(CALLS / len(round_))
 
 
@@ -206,7 +210,12 @@ def _cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def _copy(weight: Weight) -> Weight:
+def copied(weight: Weight) -> Weight:
+    """The same weight at another place in memory."""
+    if isinstance(weight, SparseSemiStructuredTensor):  # which torch 2.11 does not clone
+        names, facts = weight.__tensor_flatten__()
+        clones = {name: getattr(weight, name).clone() for name in names}
+        return type(weight).__tensor_unflatten__(clones, facts, None, None)
     if isinstance(weight, torch.Tensor):
         return weight.clone()
     parts = {name: part.clone() for name, part in vars(weight).items() if isinstance(part, torch.Tensor)}
