@@ -211,8 +211,8 @@ def test_a_bitmask_has_a_bit_and_a_value_for_each_non_zero(shape):
 
 
 class Packed(torch.Tensor):
-    """Stands for a 2:4 weight of cuSPARSELt, which multiplies like the dense one, in memory of its own, of which in torch
-    2.11 the result is a part.
+    """Stands for a 2:4 weight of cuSPARSELt, which multiplies like the dense one, in memory of its own, of which the
+    result is a part, as in torch 2.11.
     """
 
     @classmethod
