@@ -194,9 +194,9 @@ class DeviceEncoder:
         self._staged = torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._queue = queue(device)
         self._graphs = None
+        self._queue.follow()  # the copies were launched on the current stream
         if device.type == "cuda":
             self._graphs = Graphs()
-            self._queue.stream.wait_stream(torch.cuda.current_stream(device))  # where the copies were launched
 
     def logits(self, ids: np.ndarray, types: np.ndarray, starts: np.ndarray, *, kind: int | None = None) -> np.ndarray:
         """Logits, float32 [sequences, labels], of checked arrays of `sparse_encoder`; at most `most` tokens, and half

@@ -21,7 +21,7 @@ from torch.sparse import SparseSemiStructuredTensor
 from sparsebert.engine.costs import require_place, store, stored
 from sparsebert.engine.cuda_graphs import captured, queue
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import SparsebertWarning, UnsupportedError
+from sparsebert.errors import SparsebertWarning, UnsupportedError, first_line
 from sparsebert.kernels.sparse_matmul import Weight, sparse_matmul
 
 if TYPE_CHECKING:
@@ -132,20 +132,34 @@ def measure(
 
 
 def fault(form: Form, dtype: str, device: torch.device) -> str | None:
-    """Why a form cannot be used on this device, after one product: it does not run, or is off by more than its
-    tolerance. None if nothing is wrong.
+    """Why a form cannot be used on this device, after one product by a CUDA graph: it does not run, or is off by more
+    than its tolerance. None if nothing is wrong.
     """
     rng, of = np.random.default_rng(0), DTYPES[dtype]
     weight = form.sample(256, 256, rng)
     x = torch.from_numpy(rng.standard_normal((256, 64), np.float32)).to(of)
     try:
-        got = sparse_matmul(x.to(device), form.pack(weight, of, device)).cpu().double()
+        got = _in_a_graph(form.pack(weight, of, device), x.to(device), weight.shape[0]).double()
     except UnsupportedError as error:
         return str(error)
+    except RuntimeError as error:
+        if "captur" not in str(error):
+            raise
+        return f"it does not run in a CUDA graph: {first_line(error)}"
     want = torch.from_numpy(weight).to(of).double() @ x.double()
     off = float((got - want).abs().max() / max(1.0, float(want.abs().max())))
     allowed = form.tolerance[dtype]
     return None if off <= allowed else f"its result is off by {off:.1e} of the largest, {allowed:.1e} is allowed"
+
+
+def _in_a_graph(weight: Weight, x: torch.Tensor, n_out: int) -> torch.Tensor:
+    """W x, on the host."""
+    queue(x.device).follow()
+    with queue(x.device).turn():
+        out = x.new_empty(n_out, x.shape[1])
+        graph = captured(partial(sparse_matmul, x, weight, out=out))
+        graph.replay()
+        return out.cpu()
 
 
 def _times(
@@ -182,9 +196,7 @@ def seconds(
     A CUDA graph holds the calls of a weight. They go round as many copies of it, of its input and of its output as fill
     the second-level cache twice, so that no call finds there what it reads.
     """
-    stream = queue(device).stream
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream(device))  # where the weights were packed
+    queue(device).follow()  # the weights were packed on the current stream
     with queue(device).turn():
         calls = {name: _rotated(*weight, shape, tokens, dtype, device) for name, weight in weights.items()}
         graphs = {name: captured(lambda own=own: [call() for call in own]) for name, own in calls.items()}
