@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import numpy as np
 import torch
 
 from bench.gpu_place import Place
-from sparsebert.engine.cuda_costs import kind_of
+from sparsebert.engine.cuda_costs import copied, kind_of
 from sparsebert.engine.cuda_forms import FORMS
 from sparsebert.errors import UnsupportedError
 from sparsebert.kernels.sparse_matmul import sparse_matmul
@@ -50,11 +49,7 @@ class FormLinear:
     def copy(self) -> FormLinear:
         """The same linear at another place in memory."""
         other = copy.copy(self)
-        if isinstance(self.packed, torch.Tensor):
-            other.packed = self.packed.clone()
-        else:
-            parts = {name: part.clone() for name, part in vars(self.packed).items() if isinstance(part, torch.Tensor)}
-            other.packed = dataclasses.replace(self.packed, **parts)
+        other.packed = copied(self.packed)
         return other
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

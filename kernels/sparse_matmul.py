@@ -236,7 +236,7 @@ def sparse_matmul(
             packed = isinstance(weight, SparseSemiStructuredTensor)  # which gives its product in memory of its own
             if packed:
                 with _cusparselt_told(weight):
-                    product = torch.mm(weight, x)
+                    product = torch.mm(weight, x).contiguous()  # a part of it in torch 2.11, if T is padded
             else:
                 product = torch.mm(weight, x, out=out)
             if bias is not None or residual is not None or activation != "none":

@@ -242,13 +242,15 @@ def test_a_directory_that_never_rests_is_refused(directory, fresh_cache, tmp_pat
         Engine.load(place, cached=False)
 
 
-@pytest.mark.parametrize("fault", ["writable folder", "writable parent", "link", "another's"])
+@pytest.mark.parametrize("fault", ["writable folder", "sticky folder", "writable parent", "link", "another's"])
 def test_a_cache_that_others_may_write_is_not_used_and_said(directory, fresh_cache, tmp_path, monkeypatch, fault):
     want = Engine.load(directory).logits(["a text"])
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     if fault == "writable folder":
         fresh_cache.chmod(0o770)
+    elif fault == "sticky folder":  # others could add an entry under the name of one that is not there yet
+        fresh_cache.chmod(0o1777)
     elif fault == "writable parent":
         fresh_cache.parent.chmod(0o777)
     elif fault == "link":

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import threading
+import warnings
 import weakref
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 from triton_runs import prepare_interpreter, run_here
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -341,6 +343,16 @@ def test_each_measured_call_has_memory_of_its_own_beyond_the_cache(monkeypatch):
     assert len(dense) == cuda_costs.CALLS == 20 and len({call.args[1].data_ptr() for call in dense}) == 10
 
 
+def test_a_weight_of_cusparselt_is_copied_by_a_torch_that_cannot_clone_it(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a prototype
+        weight = SparseSemiStructuredTensorCUSPARSELT(torch.Size((16, 16)), torch.rand(144), *(None,) * 4)
+    monkeypatch.delitem(type(weight).SPARSE_DISPATCH, torch.ops.aten.clone, raising=False)
+    other = cuda_costs.copied(weight)
+    assert type(other) is type(weight) and other.shape == weight.shape
+    assert torch.equal(other.packed, weight.packed) and other.packed.data_ptr() != weight.packed.data_ptr()
+
+
 def test_measuring_stores_a_line_for_each_form_that_is_here(monkeypatch, tmp_path):
     Recorded(monkeypatch)
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path))
@@ -370,24 +382,32 @@ def test_measuring_stores_a_line_for_each_form_that_is_here(monkeypatch, tmp_pat
 
 
 def test_a_form_that_is_wrong_or_does_not_run_is_named(monkeypatch):
+    recorded = Recorded(monkeypatch)
     dense_fault = partial(cuda_costs.fault, FORMS["dense"], device=CPU)
 
-    def product(x, weight):
-        return (weight.float() @ x.float()).to(x.dtype)
+    def product(x, weight, *, out, factor=1.0):
+        out.copy_(factor * (weight.float() @ x.float()))
 
     for name in ("fp32", "bf16"):
         monkeypatch.setattr(cuda_costs, "sparse_matmul", product)
-        assert dense_fault(name) is None
-        monkeypatch.setattr(cuda_costs, "sparse_matmul", lambda x, weight: 1.02 * product(x, weight))
+        assert dense_fault(name) is None and recorded.log[-1] == "replay"
+        monkeypatch.setattr(cuda_costs, "sparse_matmul", partial(product, factor=1.02))
         assert re.fullmatch(r"its result is off by 2\.\de-02 of the largest, .* is allowed", dense_fault(name))
-        monkeypatch.setattr(cuda_costs, "sparse_matmul", lambda x, weight: torch.nan * product(x, weight))
+        monkeypatch.setattr(cuda_costs, "sparse_matmul", partial(product, factor=torch.nan))
         assert dense_fault(name).startswith("its result is off by nan")
 
-    def refuse(x, weight):
-        raise UnsupportedError("no kernel image", fix="use another form")
+    def refuse(error):
+        def call(x, weight, *, out):
+            raise error
 
-    monkeypatch.setattr(cuda_costs, "sparse_matmul", refuse)
-    assert dense_fault("fp32") == "no kernel image; use another form"
+        monkeypatch.setattr(cuda_costs, "sparse_matmul", call)
+        return dense_fault("fp32")
+
+    assert refuse(UnsupportedError("no kernel image", fix="use another form")) == "no kernel image; use another form"
+    said = "CUDA error: operation not permitted when stream is capturing"
+    assert refuse(RuntimeError(f"{said}\nmore")) == f"it does not run in a CUDA graph: {said}"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        refuse(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 def test_doctor_says_which_forms_are_here_and_why_others_are_not(monkeypatch, tmp_path):

@@ -229,6 +229,12 @@ def test_memcheck_without_a_summary_or_of_checks_that_fail_is_no_success():
     assert gpu_report.memcheck_row(CLEAN, 9) == {"status": FAILED, "why": "the checks ended with 9"}
 
 
+def test_memcheck_on_a_machine_that_it_does_not_support_is_not_available():
+    said = "========= Error: Device not supported\nError: gram (1, 1, 1): CUDA error\n"
+    row = judged(SimpleNamespace(judged=True), lambda: gpu_report.memcheck_row(said, 1))
+    assert row["status"] == MISSING and "does not support this device" in row["why"]
+
+
 def test_memcheck_runs_the_small_checks(monkeypatch, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $@" > {tmp_path}/said\necho "{CLEAN}"\n')

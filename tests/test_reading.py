@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 from sparsebert import checkpoint, data, encoders
 from sparsebert.checkpoint.files import Changed
-from sparsebert.config import PruneConfig
+from sparsebert.config import PruneConfig, TrainConfig
 from sparsebert.engine import Engine
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
-from sparsebert.pruning import prune
+from sparsebert.pruning import prune, prune_checkpoint
+from sparsebert.training import train
 
 WEIGHTS = checkpoint.WEIGHTS
 
@@ -130,6 +131,17 @@ def test_shards_are_read_and_a_missing_one_is_named(tmp_path, want):
     shutil.copy(shards[1], shards[0])
     with pytest.raises(CheckpointError, match=rf"{shards[0].name} (lacks|has, beside what its index says,) tensor"):
         Engine.load(tmp_path)
+
+
+def test_a_model_in_shards_is_trained_and_pruned(tmp_path):
+    models.classifier().save_pretrained(tmp_path / "m", max_shard_size="1MB")
+    models.tokenizer().save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m" / checkpoint.WEIGHTS).exists()
+    train(tmp_path / "m", "mr", tmp_path / "tuned", TrainConfig(steps=1, n=32))
+    config = PruneConfig(method="magnitude", sparsity=0.5)
+    assert prune_checkpoint(tmp_path / "m", "mr", tmp_path / "pruned", config).sparsity == pytest.approx(0.5, abs=1e-3)
+    for made in ("tuned", "pruned"):
+        assert Engine.load(tmp_path / made, cached=False).logits(["a gripping film"]).shape == (1, 2)
 
 
 def test_a_trainers_folder_is_read(directory, want):

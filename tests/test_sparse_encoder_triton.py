@@ -9,6 +9,7 @@ import gc
 import json
 import sys
 import threading
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import require
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 from triton_runs import prepare_interpreter, run_here, usage_on_sm_90
 
 from sparsebert.engine import Engine
@@ -296,6 +299,10 @@ def test_a_batch_runs_in_the_graph_of_its_size(engines):
     np.testing.assert_allclose(engines["graphs"], engines["bert/fp32"][1:3], rtol=0, atol=LOGITS_TOLERANCE["fp32"])
 
 
+def test_a_graph_allocates_no_memory(engines):
+    assert engines["graphs/allocated"] == []  # compute-sanitizer is run without torch's caching allocator
+
+
 def test_a_batch_that_is_too_large_is_cut_between_sequences(engines):
     np.testing.assert_allclose(engines["cut"], engines["cut/alone"], rtol=0, atol=LOGITS_TOLERANCE["fp32"])
     assert engines["none"] == []
@@ -381,6 +388,39 @@ def interpret(file: str) -> None:
     save_file(found, file)
 
 
+class Allocations(TorchDispatchMode):
+    """The operators of torch whose results are in fresh memory, but for those by which the interpreter runs kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __enter__(self):
+        from triton.runtime.interpreter import GridExecutor
+
+        run = GridExecutor.__call__
+
+        def apart(*given, **named):
+            with _disable_current_modes():
+                return run(*given, **named)
+
+        self._restore = partial(setattr, GridExecutor, "__call__", run)
+        GridExecutor.__call__ = apart
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._restore()
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = [part for part in tree_leaves((args, kwargs)) if isinstance(part, torch.Tensor)]
+        got = func(*args, **kwargs or {})
+        made = [part for part in tree_leaves(got) if isinstance(part, torch.Tensor)]
+        at = {part.untyped_storage().data_ptr() for part in given}
+        self.found += [str(func) for part in made if part.untyped_storage().data_ptr() not in at]
+        return got
+
+
 def said(call) -> str:
     """The message of the error that a call raises."""
     try:
@@ -392,7 +432,6 @@ def said(call) -> str:
 
 def run_engines(folder: str, file: str) -> None:
     import os
-    from functools import partial
 
     from bench.gpu_models import pretend_gpu
     from sparsebert.engine import costs, cuda, cuda_costs, cuda_forms
@@ -430,9 +469,16 @@ def run_engines(folder: str, file: str) -> None:
                 torch.backends.cuda.matmul.fp32_precision = before
                 found["none"] = loaded.logits([]).tolist()
                 keys: list[tuple[int, int]] = []
-                graphs = SimpleNamespace(replay=lambda key, work, keys=keys: (keys.append(key), work()))
-                loaded._device._graphs = graphs
+                allocations = Allocations()
+
+                def replay(key, work, keys=keys, allocations=allocations):
+                    keys.append(key)
+                    with allocations:
+                        work()
+
+                loaded._device._graphs = SimpleNamespace(replay=replay)
                 found["graphs"] = loaded.logits(TEXTS[1:3], truncate=True).tolist()
+                found["graphs/allocated"] = allocations.found
                 found["graphs/keys"], loaded._device._graphs = keys, None
                 found["too long"] = said(lambda loaded=loaded: loaded.logits(["ok", "long " * 99]))
                 found["bad id"] = said(lambda loaded=loaded: loaded.forward([[10**6]], [[0]]))

@@ -6,7 +6,7 @@ every tensor, sha256 of the other files, golden texts with their token ids and l
 arguments that made it). `read` opens a directory. Importing this package needs neither torch nor transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load, load_tokenizer, require_model, shapes
+from sparsebert.checkpoint.classifier import golden_logits, load, load_tokenizer, require_model, saved_bytes, shapes
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import Changed
 from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
@@ -56,6 +56,7 @@ __all__ = [
     "reseal",
     "resolve",
     "save",
+    "saved_bytes",
     "seal",
     "shapes",
     "source_sha256",

@@ -34,6 +34,11 @@ def shapes(directory: str | Path):
         ) from error
 
 
+def saved_bytes(directory: str | Path) -> int:
+    """About how many bytes the weights of a model take that is made from `directory` and saved, in float32."""
+    return sum(4 * parameter.numel() for parameter in shapes(directory).parameters())
+
+
 def load(directory: str | Path, *, num_labels: int | None = None):
     """Loads and verifies a model directory. Returns (model in eval mode and float32, tokenizer).
 

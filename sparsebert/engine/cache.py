@@ -147,7 +147,8 @@ def _folder(*, create: bool = True) -> Path | None:
             why = f"{path} is a link or not a folder"
         elif status.st_uid not in (_ROOT, os.geteuid()):
             why = f"{path} belongs to user {status.st_uid}"
-        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not status.st_mode & stat.S_ISVTX:
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (path == folder or not status.st_mode & stat.S_ISVTX):
+            # In a sticky folder, such as /tmp, others can replace nothing of ours, but they can add what is not there.
             why = f"others may write to {path}: chmod go-w it"
         if why:
             _no_place(folder, why)

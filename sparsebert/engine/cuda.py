@@ -194,9 +194,9 @@ class DeviceEncoder:
         self._staged = torch.zeros(self._inputs.shape, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._queue = queue(device)
         self._graphs = None
+        self._queue.follow()  # the copies were launched on the current stream
         if device.type == "cuda":
             self._graphs = Graphs()
-            self._queue.stream.wait_stream(torch.cuda.current_stream(device))  # where the copies were launched
 
     def logits(self, ids: np.ndarray, types: np.ndarray, starts: np.ndarray, *, kind: int | None = None) -> np.ndarray:
         """Logits, float32 [sequences, labels], of checked arrays of `sparse_encoder`; at most `most` tokens, and half
@@ -245,8 +245,10 @@ class DeviceEncoder:
             linears["down"](up, kind, tokens, sums)
             add_norm(sums, x, norms[1], eps, tokens, x)
         half = capacity // 2
+        # Into memory that is free by now: where torch's allocator keeps none, a capture may not allocate.
+        cls = torch.index_select(x, 1, firsts, out=self._part("sums", hidden, half))
         pooled = self._pooled[: self._encoder.pooler.weight.n_out * half].view(-1, half)
-        self._pooler(x.index_select(1, firsts), kind, sequences, pooled)
+        self._pooler(cls, kind, sequences, pooled)
         logits = self._logits[: self._encoder.classifier.weight.n_out * half].view(-1, half)
         self._classifier(pooled, kind, sequences, logits)
 

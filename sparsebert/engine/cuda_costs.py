@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import triton
+from torch.sparse import SparseSemiStructuredTensor
 
 from sparsebert.engine.costs import require_place, store, stored
 from sparsebert.engine.cuda_graphs import captured, queue
 from sparsebert.engine.measure import interleave
-from sparsebert.errors import SparsebertWarning, UnsupportedError
+from sparsebert.errors import SparsebertWarning, UnsupportedError, first_line
 from sparsebert.kernels.sparse_matmul import Weight, sparse_matmul
 
 if TYPE_CHECKING:
@@ -131,20 +132,34 @@ def measure(
 
 
 def fault(form: Form, dtype: str, device: torch.device) -> str | None:
-    """Why a form cannot be used on this device, after one product: it does not run, or is off by more than its
-    tolerance. None if nothing is wrong.
+    """Why a form cannot be used on this device, after one product by a CUDA graph: it does not run, or is off by more
+    than its tolerance. None if nothing is wrong.
     """
     rng, of = np.random.default_rng(0), DTYPES[dtype]
     weight = form.sample(256, 256, rng)
     x = torch.from_numpy(rng.standard_normal((256, 64), np.float32)).to(of)
     try:
-        got = sparse_matmul(x.to(device), form.pack(weight, of, device)).cpu().double()
+        got = _in_a_graph(form.pack(weight, of, device), x.to(device), weight.shape[0]).double()
     except UnsupportedError as error:
         return str(error)
+    except RuntimeError as error:
+        if "captur" not in str(error):
+            raise
+        return f"it does not run in a CUDA graph: {first_line(error)}"
     want = torch.from_numpy(weight).to(of).double() @ x.double()
     off = float((got - want).abs().max() / max(1.0, float(want.abs().max())))
     allowed = form.tolerance[dtype]
     return None if off <= allowed else f"its result is off by {off:.1e} of the largest, {allowed:.1e} is allowed"
+
+
+def _in_a_graph(weight: Weight, x: torch.Tensor, n_out: int) -> torch.Tensor:
+    """W x, on the host."""
+    queue(x.device).follow()
+    with queue(x.device).turn():
+        out = x.new_empty(n_out, x.shape[1])
+        graph = captured(partial(sparse_matmul, x, weight, out=out))
+        graph.replay()
+        return out.cpu()
 
 
 def _times(
@@ -181,6 +196,7 @@ def seconds(
     A CUDA graph holds the calls of a weight. They go round as many copies of it, of its input and of its output as fill
     the second-level cache twice, so that no call finds there what it reads.
     """
+    queue(device).follow()  # the weights were packed on the current stream
     with queue(device).turn():
         calls = {name: _rotated(*weight, shape, tokens, dtype, device) for name, weight in weights.items()}
         graphs = {name: captured(lambda own=own: [call() for call in own]) for name, own in calls.items()}
@@ -198,7 +214,7 @@ def _rotated(
     for _ in range(max(1, math.ceil(2 * _cache_bytes(device) / size))):
         x = torch.randn(n_in, tokens, device=device).to(dtype)
         out = torch.empty(n_out, tokens, dtype=dtype, device=device)
-        round_.append(partial(sparse_matmul, x, _copy(weight), bias, out=out))
+        round_.append(partial(sparse_matmul, x, copied(weight), bias, out=out))
     return round_ * math.ceil(CALLS / len(round_))
 
 
@@ -206,7 +222,12 @@ def _cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
 
 
-def _copy(weight: Weight) -> Weight:
+def copied(weight: Weight) -> Weight:
+    """The same weight at another place in memory."""
+    if isinstance(weight, SparseSemiStructuredTensor):  # which torch 2.11 does not clone
+        names, facts = weight.__tensor_flatten__()
+        clones = {name: getattr(weight, name).clone() for name in names}
+        return type(weight).__tensor_unflatten__(clones, facts, None, None)
     if isinstance(weight, torch.Tensor):
         return weight.clone()
     parts = {name: part.clone() for name, part in vars(weight).items() if isinstance(part, torch.Tensor)}

@@ -27,6 +27,11 @@ class Queue:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._lock, self._busy, self._process = threading.RLock(), False, os.getpid()
 
+    def follow(self) -> None:
+        """Lets the stream wait for what the current stream of its device was given so far."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Waits for the other threads' calls; the stream and its device are the current ones meanwhile. Raises

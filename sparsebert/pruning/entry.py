@@ -285,7 +285,7 @@ class _Calibrated:
             "precision": "bf16" if bf16_is_fast(device) else "fp32",
             "data": self.recipe.get("data_sha256"),
         }
-        space = 2 * (source / checkpoint.WEIGHTS).stat().st_size  # finished layers, and the saved model
+        space = 2 * checkpoint.saved_bytes(source)  # finished layers, and the saved model
         kind, code = "prune", self.method.prune if self.method is not None else quantize
         if self.method is None:
             kind = "quantize"

@@ -107,7 +107,7 @@ class TrainingSetup:
         if config.teacher is not None:
             teacher = _given_teacher(spec, config.teacher)
             settings["teacher"] = checkpoint.source_sha256(teacher)
-        weights = (source / checkpoint.WEIGHTS).stat().st_size
+        weights = checkpoint.saved_bytes(source)
         snapshots = step_count(len(examples), config) > STEPS_PER_SNAPSHOT
         space = weights * (7 if snapshots else 1)
         return cls(spec, config, examples, held_out, start, teacher, inputs, space, device)

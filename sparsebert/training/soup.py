@@ -90,7 +90,7 @@ def soup(
         "settings": {"score": score},
         "max_length": spec.max_length,
     }
-    space = (sources[0] / checkpoint.WEIGHTS).stat().st_size
+    space = checkpoint.saved_bytes(sources[0])
     job = Job("soup", inputs, __name__, target, overwrite=overwrite, space=space)
     if (figures := checkpoint.finished(job)) is not None:
         return SoupResult(**figures)
