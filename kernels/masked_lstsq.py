@@ -27,17 +27,15 @@ def masked_lstsq(
     complement: solves for the removed columns instead, which is cheaper if a row keeps more than half of them. target
     is then W* = T H⁻¹, and h is H⁻¹, of which both halves are read.
     supports: `supports_of` the mask, if they are known. which: those to solve, at least one, bool [count]; rows of the
-    others are zero. None: all.
+    others are zero. None: all. The op checks all of these.
     Returns V, float64 [rows, n_in], exactly zero outside the mask. Rows of equal support share one factorisation, by
     Cholesky in float64; other rows do not affect a row. Systems are in shared memory if
     all of them fit (at most 192 columns on sm_80, 224 on sm_90, if few rows share them), else in the GPU's memory.
-    Raises InputError for wrong types, shapes or devices, and for an H that is not positive definite on a support,
-    naming row and pivot, for which the host waits for the GPU. Raises UnsupportedError if the CUDA kernels are not
-    built, or do not run on this GPU.
+    Raises InputError for an H that is not positive definite on a support, naming row and pivot, for which the host
+    waits for the GPU. Raises UnsupportedError if the CUDA kernels are not built, or do not run on this GPU.
 
     It has not run on a GPU yet.
     """
-    _check(target, h, mask)
     core = cuda_core()
     mask = mask.view(torch.uint8) != 0  # a bool may hold any byte
     v = target.new_zeros(target.shape)
@@ -117,26 +115,3 @@ def groups_of(supports: Supports, n_in: int, complement: bool, which: np.ndarray
     rows = of_row.argsort(stable=True)[: row_ptr[-1]].to(torch.int32)
     largest, most = int(systems[order].max()), int(supports.sizes[order].max())
     return Groups(rows, torch.from_numpy(row_ptr).to(device), largest, most)
-
-
-def _check(target: torch.Tensor, h: torch.Tensor, mask: torch.Tensor) -> None:
-    for name, (tensor, dtype) in {
-        "target": (target, torch.float64), "h": (h, torch.float64), "mask": (mask, torch.bool),
-    }.items():  # fmt: skip
-        if tensor.dtype != dtype or tensor.ndim != 2 or not tensor.is_contiguous():
-            raise InputError(
-                f"{name} must be 2-d contiguous {dtype}, got {tensor.dtype} {list(tensor.shape)}",
-                fix="convert it first",
-            )
-    rows, n_in = target.shape
-    if rows < 1 or n_in < 1:
-        raise InputError(f"target must be [rows >= 1, n_in >= 1], got {[rows, n_in]}", fix="leave empty layers out")
-    if list(h.shape) != [n_in, n_in]:
-        raise InputError(f"h must be [n_in = {n_in}, n_in], got {list(h.shape)}", fix="match target and h")
-    if mask.shape != target.shape:
-        raise InputError(f"mask must match target {[rows, n_in]}, got {list(mask.shape)}", fix="match target and mask")
-    devices = {name: str(tensor.device) for name, tensor in (("target", target), ("h", h), ("mask", mask))}
-    if not target.is_cuda or len(set(devices.values())) > 1:
-        raise InputError(
-            f"target, h and mask must be on one GPU, got {', '.join(devices.values())}", fix="move them to one GPU"
-        )

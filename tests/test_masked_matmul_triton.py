@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import require
 from test_masked_matmul import Case, operands, results
-from triton_runs import prepare_interpreter, run_here, usage_on_sm_90
+from triton_runs import compiled_by, interpreted_by, prepare_interpreter, usage_on_sm_90
 
 from sparsebert.ops.masked_matmul import masked_matmul_ref
 
@@ -64,19 +64,13 @@ def assert_right(case: Case, dtype: str, got: dict[str, torch.Tensor]) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Results of the interpreted kernels for every case."""
-    file = tmp_path_factory.mktemp("interpreted") / "results.safetensors"
-    run_here(__file__, "interpret", file, TRITON_INTERPRET="1")
-    from safetensors.torch import load_file
-
-    return load_file(file)
+    return interpreted_by(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Resources that the kernels use on a GPU of compute capability 9.0."""
-    folder = tmp_path_factory.mktemp("compiled")
-    run_here(__file__, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
-    return json.loads((folder / "usage.json").read_text())
+    return compiled_by(__file__, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

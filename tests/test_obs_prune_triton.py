@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import require
-from triton_runs import run_here, usage_on_sm_90
+from triton_runs import compiled_by, interpreted_by, usage_on_sm_90
 
 from sparsebert import patterns
 from sparsebert.errors import UnsupportedError
@@ -93,19 +93,13 @@ def assert_swept(case: Case, got: torch.Tensor) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """Results of the interpreted kernel for every case."""
-    file = tmp_path_factory.mktemp("interpreted") / "swept.safetensors"
-    run_here(__file__, "interpret", file, TRITON_INTERPRET="1")
-    from safetensors.torch import load_file
-
-    return load_file(file)
+    return interpreted_by(__file__, tmp_path_factory.mktemp("interpreted"))
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Resources that the kernel uses on a GPU of compute capability 9.0, by pattern and dtype."""
-    folder = tmp_path_factory.mktemp("compiled")
-    run_here(__file__, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
-    return json.loads((folder / "usage.json").read_text())
+    return compiled_by(__file__, tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,6 +5,7 @@ imported.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -28,6 +29,20 @@ def run_here(script: str, job: str, *args: object, **environment: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | environment
     done = subprocess.run([sys.executable, script, job, *map(str, args)], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
+
+
+def interpreted_by(script: str, folder: Path) -> dict:
+    """The tensors that the job `interpret` of a script writes: the results of interpreted kernels."""
+    run_here(script, "interpret", folder / "results.safetensors", TRITON_INTERPRET="1")
+    from safetensors.torch import load_file
+
+    return load_file(folder / "results.safetensors")
+
+
+def compiled_by(script: str, folder: Path) -> dict[str, dict[str, int]]:
+    """What the job `compile` of a script writes: the resources that kernels use on a GPU of compute capability 9.0."""
+    run_here(script, "compile", folder / "usage.json", TRITON_CACHE_DIR=str(folder))
+    return json.loads((folder / "usage.json").read_text())
 
 
 def usage_on_sm_90(kernel, types: dict[str, str], constants: dict, options: dict, binary: Path) -> dict[str, int]:
