@@ -447,14 +447,13 @@ def test_pruning_by_iterations_gives_the_weights_of_the_same_sums_on_the_cpu(
     assert_close(model, expected, atol=1e-3 if settings["tier"] == 2 else 1e-5)
 
 
-@pytest.mark.parametrize("tier", [0, 1])
-def test_pruning_by_iterations_gives_a_model_as_near_to_the_dense_one_as_the_cpus(double, in_float32, tier):
+def test_pruning_by_iterations_gives_a_model_as_near_to_the_dense_one_as_the_cpus(double, in_float32):
     """Other weights are kept, as between two instruction sets of the CPU, and serve as well."""
     dense = distillation.logits_of(classifier(), calibration().batches)
     problem = problem_of(classifier().config.to_dict())
     divergence = {}
     for device in ("cpu", "cuda"):
-        model, _ = pruned({"method": "knowledge", "tier": tier}, device)
+        model, _ = pruned({"method": "knowledge", "tier": 0}, device)
         logits = distillation.logits_of(model, calibration().batches)
         divergence[device] = float(problem.divergence(dense, logits, problem.spread(dense)).mean())
     assert 0.5 * divergence["cpu"] < divergence["cuda"] < 2 * divergence["cpu"]
