@@ -211,6 +211,22 @@ def test_int8_groups_are_as_high_as_the_pattern(rows):
     assert (np.diff(packed.row_begin) == rows).all()
 
 
+def test_int8_lists_may_begin_with_one_another(int8_isa):
+    given = quantized(96, 256, 0.5, 32)
+    values, cols = given.values.copy(), np.flatnonzero(given.values[:32].any(0))
+    keep = np.zeros_like(values, bool)
+    for first, kept in ((0, cols), (32, cols[:20]), (64, cols)):
+        keep[first : first + 32, kept] = True
+    values = np.where(keep, np.where(values == 0, 1, values), 0).astype(np.int8)
+    packed = pack_int8(replace(given, values=values))
+    assert len(packed.quads) == 3 and packed.col_begin[0] == packed.col_begin[2] != packed.col_begin[1]
+    shared = replace(packed, col_begin=packed.col_begin[[0, 0, 0]])
+    x = np.random.default_rng(0).standard_normal((70, 256), np.float32)
+    assert np.array_equal(
+        sparse_matmul(x, Linear(shared), isa=int8_isa, threads=1), sparse_matmul(x, Linear(packed), isa=int8_isa)
+    )
+
+
 def test_int8_gives_the_same_bits_on_every_isa_thread_and_batch():
     # Of multiples of 2^-6, so that scaling and adding the bias are exact in float32 too.
     given = quantized(100, 300, 0.8)

@@ -240,7 +240,7 @@ void multiply(const LinearJob<float>& job, std::int64_t panel, std::int64_t pane
         }
         continue;
       }
-      if (w.col_begin[group] != list || quads > gathered_quads) {  // an empty list may begin where another list does
+      if (w.col_begin[group] != list || quads != gathered_quads) {  // a list may begin with another one
         list = w.col_begin[group];
         gathered_quads = quads;
         for (std::int64_t q = 0; q < quads; ++q) {
