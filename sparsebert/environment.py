@@ -73,6 +73,15 @@ def cache_dir() -> Path | None:
         return None
 
 
+def nltk_data() -> list[Path]:
+    """Folders of NLTK's data: those of NLTK_DATA, and nltk_data in the user's home."""
+    found = [Path(part) for part in os.environ.get("NLTK_DATA", "").split(os.pathsep) if part]
+    try:
+        return [*found, Path.home() / "nltk_data"]
+    except RuntimeError:  # no HOME, and the user id has no name
+        return found
+
+
 DEFAULT_CACHE_MB = 10_000
 
 

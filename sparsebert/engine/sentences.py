@@ -1,0 +1,82 @@
+"""Sentence embeddings by the engine, to compare the meaning of two texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import checkpoint
+from sparsebert.checkpoint import require_finite
+from sparsebert.checkpoint.files import MIB
+from sparsebert.engine import architectures
+from sparsebert.engine.costs import costs
+from sparsebert.engine.formats import pack_cheapest
+from sparsebert.errors import CheckpointError
+from sparsebert.ops import _dispatch
+from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
+
+POOLING = "1_Pooling/config.json"
+
+
+class SentenceEncoder:
+    """A sentence-transformers model whose embedding is the mean over the tokens, scaled to length 1 [Reimers & Gurevych
+    2019]. directory: where it was read. sha256: of everything that decides an embedding.
+    """
+
+    def __init__(self, encoder: PackedEncoder, files: checkpoint.Files, max_length: int):
+        self.directory, self.sha256 = files.directory, files.content_sha256
+        self._encoder, self._tokenizer, self._max_length = encoder, files.tokenizer, max_length
+
+    @classmethod
+    def load(cls, directory: str | Path) -> SentenceEncoder:
+        """Loads a model directory; `minilm` is the packaged one. CheckpointError if it pools in another way, or is no
+        encoder that the engine runs.
+        """
+        files = checkpoint.read(directory, head=False)
+        pooling = files.folder.read_json(POOLING, MIB)
+        if not isinstance(pooling, dict) or not _is_mean(pooling):
+            raise CheckpointError(
+                f"{files.directory} must be a sentence encoder that takes the mean over tokens, {POOLING} says otherwise"
+                if pooling is not None
+                else f"{files.directory} must be a sentence encoder, lacks {POOLING}",
+                fix="name another one, or minilm",
+            )
+        table = costs(_dispatch.isa())
+        # The classifier of `sparse_encoder` is not asked for; it needs one anyway.
+        names, hidden = files.facts.architecture, files.facts.hidden
+        head = {
+            f"{names.pooler}.weight": np.zeros((1, hidden), np.float32), f"{names.pooler}.bias": np.zeros(1, np.float32),
+            f"{names.classifier}.weight": np.zeros((1, 1), np.float32),
+            f"{names.classifier}.bias": np.zeros(1, np.float32),
+        }  # fmt: skip
+        encoder = architectures.build(
+            files.weights | head,
+            replace(files.facts, labels=1),
+            lambda weight, _: pack_cheapest(weight, table, "fp32", None),
+        )[-1]
+        sizes = files.folder.read_json("sentence_bert_config.json", MIB)
+        wanted = sizes.get("max_seq_length") if isinstance(sizes, dict) else None
+        most = encoder.max_length if not isinstance(wanted, int) else min(wanted, encoder.max_length)
+        return cls(encoder, files, max(3, most))
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings, float32 [texts, H], of length 1. Long texts are cut. A text's has the same bits in any batch."""
+        ids, types = self._tokenizer.encode(texts, max_length=self._max_length, truncate=True)
+        starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+        flat_ids, flat_types = (np.array([x for row in rows for x in row], np.int32) for rows in (ids, types))
+        if len(self._encoder.positions) == 1:
+            flat_types = np.zeros_like(flat_ids)
+        _, states = sparse_encoder(flat_ids, flat_types, starts, self._encoder, states=True)
+        sums = np.add.reduceat(states, starts[:-1], axis=0)
+        embedded = sums / np.sqrt(np.einsum("th,th->t", sums, sums, dtype=np.float64))[:, None].astype(np.float32)
+        require_finite(embedded, self.directory)
+        return embedded
+
+
+def _is_mean(pooling: dict) -> bool:
+    """Whether a configuration of sentence-transformers' Pooling, of any version, takes the mean and nothing else."""
+    modes = {name for name, value in pooling.items() if name.startswith("pooling_mode") and value}
+    return modes == {"pooling_mode_mean_tokens"} or pooling.get("pooling_mode") == "mean"

@@ -1,0 +1,1 @@
+"""Adversarial attacks on classifiers, many examples at a time."""
