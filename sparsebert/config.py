@@ -193,6 +193,56 @@ class EvalConfig(Settings):
     device: Device = DEVICE
 
 
+# Each has a recipe in robustness/attacks/recipes.py.
+ATTACKS = (
+    "textfooler", "textfooler-strict", "textbugger", "deepwordbug", "pwws", "pso", "bert-attack", "bae",
+    "random-synonym",
+)  # fmt: skip
+
+
+class AttackConfig(Settings):
+    """Settings of adversarial attacks."""
+
+    max_length: MaxLength = Field(None, description=MAX_LENGTH)
+    n: int | None = Field(
+        None,
+        ge=1,
+        lt=LARGE,
+        description="attack a random subset of this many examples, chosen by --seed [default: all]",
+    )
+    seed: Seed = Field(0, description="random seed of the subset, and of the attacks that draw at random")
+    device: Device = DEVICE
+    field: Literal["text", "text_b"] | None = Field(
+        None, description="which text of a pair is attacked; the other one stays [default: text_b]"
+    )
+    max_queries: int | None = Field(
+        None,
+        ge=1,
+        lt=LARGE,
+        description="texts that an attack may ask the model about, per example [default: no limit]",
+    )
+    max_seconds: Positive = Field(
+        60.0,
+        description="time that an attack may take per example; it then counts as failed, and is reported as capped",
+    )
+    neighbours: str | None = Field(
+        None,
+        description="FILE of word vectors, such as counter-fitted-vectors.txt, or of neighbours (JSON, word -> words) "
+        "[default: the packaged counter-fitted neighbours, up to 8 per word]",
+    )
+    sentence_encoder: str = Field(
+        "minilm", description="DIR of the sentence encoder that says whether two texts mean the same, or none"
+    )
+    masked_lm: str | None = Field(
+        None, description="DIR of a masked-language model, for the attacks bert-attack and bae"
+    )
+    workers: int = Field(1, ge=1, le=256, description="number of processes that attack; they share the cores")
+    ledger: str | None = Field(
+        None,
+        description="FILE that keeps each attacked example, so that none is attacked twice [default: in the cache]",
+    )
+
+
 class BenchConfig(Settings):
     """Settings of a timing."""
 

@@ -9,12 +9,31 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsebert.cli.figures import rows_of, rows_of_kept, rows_of_machine, rows_of_plan, tables_of_timing
+from sparsebert.cli.figures import (
+    rows_of,
+    rows_of_attack,
+    rows_of_kept,
+    rows_of_machine,
+    rows_of_plan,
+    tables_of_timing,
+)
 from sparsebert.cli.options import flags, option
-from sparsebert.cli.output import emit, progress, say_what_was_read, table, then
-from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, QuantizeConfig, TrainConfig
+from sparsebert.cli.output import emit, print_change, progress, say_what_was_read, stop_for_errors, table, then
+from sparsebert.config import (
+    ATTACKS,
+    MAX_LENGTH,
+    AttackConfig,
+    BenchConfig,
+    DemoConfig,
+    EvalConfig,
+    PruneConfig,
+    QuantizeConfig,
+    TrainConfig,
+)
 from sparsebert.errors import InputError, cut
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
+
+SHOWN = 5  # adversarial texts that `attack` prints
 
 app = typer.Typer(
     name="sparsebert",
@@ -287,6 +306,40 @@ def evaluate(
             table(title, ["figure", "value", "95 % interval"], rows_of(found))
         then("sparsebert", "bench", directory, "--task", Path(task))
     emit(figures, json)
+
+
+@app.command()
+@flags(AttackConfig, basic=("n", "seed", "workers", "ledger", "max_length"))
+def attack(
+    directory: Directory,
+    *,
+    task: TaskName,
+    attack: Annotated[str, option("--attack", help=f"one of {', '.join(ATTACKS)}")],
+    output: Annotated[
+        Path | None, option("--output", "-o", metavar="FILE", help="also write a row per example to this parquet file")
+    ] = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    config: AttackConfig,
+) -> None:
+    """Attack the classifier in DIR: which texts that mean the same does it get wrong? After an interruption the same
+    command goes on.
+    """
+    from sparsebert.robustness import attack as run
+    from sparsebert.robustness.attacks.entry import require_output, write_rows
+
+    if output is not None:
+        require_output(output)
+    with progress(f"attack ({attack})") as update:
+        found = run(directory, task, attack, config, progress=update)
+    if output is not None:
+        write_rows(output, found, overwrite=overwrite)
+    if not json:
+        table(f"{directory} under attack, {task}", ["figure", "value", "95 % interval"], rows_of_attack(found.figures))
+        for row in [row for row in found.rows if row["outcome"] == "succeeded"][:SHOWN]:
+            print_change(row)
+    emit({"task": task, "attack": attack, **found.figures, "output": None if output is None else str(output)}, json)
+    stop_for_errors(found.figures["errors"], len(found.rows))
 
 
 @app.command()

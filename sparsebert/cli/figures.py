@@ -110,6 +110,29 @@ def rows_of_kept(kept: dict | None, other: str) -> list[list[str]]:
     ]
 
 
+_OF_ATTACK: Words = {
+    "acc": ("accuracy before the attack", _share),
+    "aua": ("accuracy under attack", _share),
+    "dense_aua": ("accuracy of the dense model under attack", _share),
+    "difference": ("difference in points, paired", _points),
+    "asr": ("share of the attacked texts that fooled it", _share),
+    "queries": ("queries per attacked text", lambda value: f"{value:.0f}"),
+    "words_changed": ("share of the words changed, of those that fooled it", _share),
+}
+
+
+def rows_of_attack(figures: dict) -> list[list[str]]:
+    """[what, how much, interval] of the figures of an attack."""
+    rows = [["attack", figures["variant"], ""], ["texts", f"{figures['n']:,}", ""]]
+    rows += _rows(figures, _OF_ATTACK)
+    if (p := figures.get("mcnemar_p")) is not None:
+        rows.append(["p of the difference, McNemar", f"{p:.3g}", ""])
+    for name, said in (("errors", "texts that ended in an error, left out"), ("capped", "searches ended by a limit")):
+        if figures[name]:
+            rows.append([said, f"{figures[name]:,}", ""])
+    return [*rows, ["seconds of work, earlier runs too", f"{figures['seconds']:.0f}", ""]]
+
+
 def rows_of_plan(plan: Plan, verbose: bool) -> list[list[str]]:
     """[what, how much] of a plan; verbose: its parts, too."""
     rows = [["zeros", f"{plan.zeros:,} of {plan.weights:,} weights ({plan.zeros / plan.weights:.2%})"]]

@@ -23,12 +23,14 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
-def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **more: type[Settings]) -> Callable:
+def flags(
+    config_class: type[Settings], basic: tuple[str, ...] | None = None, panel: str = LABELLED, **more: type[Settings]
+) -> Callable:
     """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
 
     basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.
-    more: further config classes by the names of their arguments, listed as options of the methods that train with
-    labels. A field that two classes have is one flag, described by the first.
+    more: further config classes by the names of their arguments, listed under the heading `panel`. A field that two
+    classes have is one flag, described by the first.
     """
     classes = {"config": config_class, **more}
 
@@ -51,8 +53,8 @@ def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **
             if field.annotation is bool:  # without its --no-, which every default is
                 names = (f"--{name.replace('_', '-')}",)
             own = name in config_class.model_fields
-            panel = (None if basic is None or name in basic else EXPERT) if own else LABELLED
-            annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=panel)]
+            under = (None if basic is None or name in basic else EXPERT) if own else panel
+            annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
             )

@@ -135,3 +135,36 @@ def _plain(label: str) -> Progress:
 
 def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def print_change(row: dict) -> None:
+    """Prints the original and the changed text of an attacked example, with the words that differ in colour or, where
+    stdout is no terminal, in brackets.
+    """
+    from difflib import SequenceMatcher
+
+    from rich.console import Console
+    from rich.text import Text
+
+    old, new = row["original"].split(), row["perturbed"].split()
+    said = Text(f"{row['label']}: ", style="bold")
+    for kind, a, b, c, d in SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            said.append(" ".join(old[a:b]) + " ")
+        else:
+            plain = not sys.stdout.isatty()
+            said.append(
+                f"[{' '.join(old[a:b])} -> {' '.join(new[c:d])}] " if plain else f"{' '.join(old[a:b])} ", "red"
+            )
+            if not plain:
+                said.append(f"{' '.join(new[c:d])} ", "green")
+    Console(width=None if sys.stdout.isatty() else 120).print(said)
+
+
+def stop_for_errors(errors: int, n: int) -> None:
+    """Ends the command with exit code 3 if more than 1 % of the examples ended in an error."""
+    if errors > 0.01 * n:
+        import typer
+
+        print(f"{errors:,} of {n:,} examples ended in an error and are in no figure", file=sys.stderr)
+        raise typer.Exit(3)

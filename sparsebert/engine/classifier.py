@@ -27,8 +27,8 @@ class Classifier:
     """A verified model directory that is ready to predict.
 
     config, tokenizer: transformers' objects. problem: its problem type. names: its label names, in the order of the
-    logits. engine: "sparsebert" or "torch". dtype: int8 if any linear runs in int8, else fp32. predict(examples,
-    max_length=…, progress=…): float32 logits, like `encoders.predict`.
+    logits. engine: "sparsebert" or "torch". device: as `load` was asked. dtype: int8 if any linear runs in int8, else
+    fp32. predict(examples, max_length=…, progress=…): float32 logits, like `encoders.predict`.
     """
 
     directory: Path
@@ -37,6 +37,7 @@ class Classifier:
     problem: Problem
     names: tuple[str, ...]
     engine: str
+    device: str
     dtype: str
     predict: Callable[..., np.ndarray]
 
@@ -67,7 +68,7 @@ class Classifier:
                 with at_work_on(runs_on):
                     return predict(model, tokenizer, examples, max_length=max_length, progress=progress)
 
-            return cls(directory, config, tokenizer, problem, names, "torch", dtype, run_torch)
+            return cls(directory, config, tokenizer, problem, names, "torch", device, dtype, run_torch)
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
             # The same tokenizer as in `predict`: transformers may override what tokenizer.json says.
@@ -81,7 +82,7 @@ class Classifier:
                 progress(start + len(batch), len(encoded))
             return logits
 
-        return cls(directory, config, tokenizer, problem, names, "sparsebert", dtype, run)
+        return cls(directory, config, tokenizer, problem, names, "sparsebert", device, dtype, run)
 
 
 def _engine(directory: Path, dtype: str, device: torch.device) -> Engine | None:

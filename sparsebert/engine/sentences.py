@@ -23,11 +23,11 @@ POOLING = "1_Pooling/config.json"
 
 class SentenceEncoder:
     """A sentence-transformers model whose embedding is the mean over the tokens, scaled to length 1 [Reimers & Gurevych
-    2019]. directory: where it was read. sha256: of everything that decides an embedding.
+    2019]. name: for people. sha256: of everything that decides an embedding.
     """
 
-    def __init__(self, encoder: PackedEncoder, files: checkpoint.Files, max_length: int):
-        self.directory, self.sha256 = files.directory, files.content_sha256
+    def __init__(self, encoder: PackedEncoder, files: checkpoint.Files, max_length: int, name: str):
+        self.directory, self.sha256, self.name = files.directory, files.content_sha256, name
         self._encoder, self._tokenizer, self._max_length = encoder, files.tokenizer, max_length
 
     @classmethod
@@ -38,29 +38,26 @@ class SentenceEncoder:
         files = checkpoint.read(directory, head=False)
         pooling = files.folder.read_json(POOLING, MIB)
         if not isinstance(pooling, dict) or not _is_mean(pooling):
+            fault = f"lacks {POOLING}" if pooling is None else f"{POOLING} says otherwise"
             raise CheckpointError(
-                f"{files.directory} must be a sentence encoder that takes the mean over tokens, {POOLING} says otherwise"
-                if pooling is not None
-                else f"{files.directory} must be a sentence encoder, lacks {POOLING}",
+                f"{files.directory} must be a sentence encoder that takes the mean over tokens: {fault}",
                 fix="name another one, or minilm",
             )
         table = costs(_dispatch.isa())
         # The classifier of `sparse_encoder` is not asked for; it needs one anyway.
         names, hidden = files.facts.architecture, files.facts.hidden
-        head = {
-            f"{names.pooler}.weight": np.zeros((1, hidden), np.float32), f"{names.pooler}.bias": np.zeros(1, np.float32),
-            f"{names.classifier}.weight": np.zeros((1, 1), np.float32),
-            f"{names.classifier}.bias": np.zeros(1, np.float32),
-        }  # fmt: skip
+        shapes = {names.pooler: (1, hidden), names.classifier: (1, 1)}
+        head = {f"{name}.weight": np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        head |= {f"{name}.bias": np.zeros(1, np.float32) for name in shapes}
+        facts = replace(files.facts, labels=1)
         encoder = architectures.build(
-            files.weights | head,
-            replace(files.facts, labels=1),
-            lambda weight, _: pack_cheapest(weight, table, "fp32", None),
+            files.weights | head, facts, lambda weight, _: pack_cheapest(weight, table, "fp32", None)
         )[-1]
         sizes = files.folder.read_json("sentence_bert_config.json", MIB)
         wanted = sizes.get("max_seq_length") if isinstance(sizes, dict) else None
         most = encoder.max_length if not isinstance(wanted, int) else min(wanted, encoder.max_length)
-        return cls(encoder, files, max(3, most))
+        name = "all-MiniLM-L6-v2" if str(directory) == "minilm" else files.directory.name
+        return cls(encoder, files, max(3, most), name)
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings, float32 [texts, H], of length 1. Long texts are cut. A text's has the same bits in any batch."""

@@ -7,11 +7,12 @@ only ways this package writes files and directories: whole or not at all. Needs 
 
 from sparsebert.jobs.files import place, replacing, require_place, require_space, require_writable, write, writing
 from sparsebert.jobs.job import Job, code_of, digest, file_sha256, told
-from sparsebert.jobs.ledger import Ledger
+from sparsebert.jobs.ledger import Ledger, OtherVersion
 
 __all__ = [
     "Job",
     "Ledger",
+    "OtherVersion",
     "code_of",
     "digest",
     "file_sha256",

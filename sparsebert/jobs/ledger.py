@@ -1,15 +1,18 @@
 """Many small results in one file: one SQLite row per unit, with a key made of everything that decides the result.
 
 A unit whose key is present is never computed again. The file is in WAL mode, so a process killed at any moment loses at
-most the unit it was computing. Each row has a checksum, so a damaged file is refused, not used.
+most the unit it was computing. Each row has a checksum, so a damaged file is refused, not used. Several processes may
+share a file: each claims the units that it is going to compute.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 from sparsebert.errors import InputError, OutputError, first_line
@@ -26,35 +29,44 @@ CREATE TABLE IF NOT EXISTS units (
     seconds REAL NOT NULL,     -- wall time of the computation
     finished TEXT NOT NULL,    -- UTC, ISO 8601
     sha256 TEXT NOT NULL       -- over the other columns
+);
+CREATE TABLE IF NOT EXISTS claims (
+    key TEXT PRIMARY KEY,      -- of a unit that a process is computing
+    owner TEXT NOT NULL,
+    until REAL NOT NULL        -- Unix time; later it is anybody's
 )
 """
+_VERSION = 1  # of the tables; 0 is that of files written before there were claims
+LEASE = 60.0  # seconds that a claim lasts unless it is renewed
 _COLUMNS = ("key", "kind", "inputs", "code", "result", "seconds", "finished", "sha256")
 _ALL = f"SELECT {', '.join(_COLUMNS)} FROM units"
 
 
 class Ledger:
     """Finished units in the SQLite file `path`, which is created if absent. Local disks only: WAL needs shared memory.
-    overwrite: whether a damaged file is replaced by an empty one.
+    overwrite: whether a damaged file is moved aside, to a name that ends in .damaged-1 and so on, and begun anew.
+    moved: where it was moved to; None if it was not.
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False):
         self._path = path
         self._told = 0
-        if overwrite and path.exists():
-            try:
-                old = Ledger(path)
-                with contextlib.closing(old):
-                    old._rows(_ALL)
-            except OutputError:
-                for part in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
-                    part.unlink(missing_ok=True)
+        self._owner = secrets.token_hex(8)
+        self._renewed = 0.0
+        self.moved = _moved_aside(path) if overwrite and path.exists() and _is_damaged(path) else None
         import sqlite3  # here, so that users of `jobs` that only write files, such as the engine, do not load it
 
         with self._refusing("opened"):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute(_SCHEMA)
+            version = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if version <= _VERSION:
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.executescript(f"{_SCHEMA}; PRAGMA user_version = {_VERSION}")
+        if version > _VERSION:
+            raise OtherVersion(
+                f"ledger {path} was written by a newer version of this package", fix="update it, or name another file"
+            )
 
     def get(self, kind: str, inputs: dict, code: str = "") -> dict | None:
         """The stored result of a unit; None if there is none."""
@@ -75,6 +87,54 @@ class Ledger:
         self._told += 1
         tell(self._path, f"{self._told} results of this run")
         return json.loads(result)
+
+    def found(self, kind: str, inputs: Sequence[dict], code: str = "") -> list[dict | None]:
+        """The stored result of each unit; None where there is none."""
+        keys = [_key(kind, each, code) for each in inputs]
+        held: dict[str, dict] = {}
+        for start in range(0, len(keys), 500):
+            part = keys[start : start + 500]
+            rows = self._rows(f"{_ALL} WHERE key IN ({', '.join('?' * len(part))})", *part)
+            held |= {row["key"]: json.loads(row["result"]) for row in rows}
+        return [held.get(key) for key in keys]
+
+    def add(self, kind: str, units: Sequence[tuple[dict, dict, float]], code: str = "") -> None:
+        """Stores units that were computed, (inputs, result, seconds) each, in one step, and ends their claims."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        with self._transaction():
+            for inputs, result, seconds in units:
+                self._put(kind, inputs, code, json.dumps(result), seconds, now)
+                self._db.execute("DELETE FROM claims WHERE key = ?", (_key(kind, inputs, code),))
+        self._told += len(units)
+        tell(self._path, f"{self._told} results of this run")
+
+    def claim(self, kind: str, inputs: Sequence[dict], code: str = "") -> list[bool]:
+        """Claims units for this object, and says which: those that are neither finished nor claimed by another one.
+        A claim ends with the unit, with `release`, or LEASE seconds after it was last renewed.
+        """
+        now, claimed = time.time(), []
+        with self._transaction():
+            for each in inputs:
+                key = _key(kind, each, code)
+                done = self._db.execute("SELECT 1 FROM units WHERE key = ?", (key,)).fetchone()
+                held = self._db.execute("SELECT owner FROM claims WHERE key = ? AND until > ?", (key, now)).fetchone()
+                claimed.append(not done and (held is None or held[0] == self._owner))
+                if claimed[-1]:
+                    row = (key, self._owner, now + LEASE)
+                    self._db.execute("INSERT OR REPLACE INTO claims VALUES (?, ?, ?)", row)
+        return claimed
+
+    def renew(self) -> None:
+        """Makes this object's claims last LEASE seconds from now. May be called often."""
+        if (now := time.time()) - self._renewed > LEASE / 6:
+            with self._refusing("written"):
+                self._db.execute("UPDATE claims SET until = ? WHERE owner = ?", (now + LEASE, self._owner))
+            self._renewed = now
+
+    def release(self) -> None:
+        """Ends this object's claims."""
+        with self._refusing("written"):
+            self._db.execute("DELETE FROM claims WHERE owner = ?", (self._owner,))
 
     def results(self, kind: str) -> list[tuple[dict, dict]]:
         """(inputs, result) of every unit of a kind, in the order in which they were finished."""
@@ -111,6 +171,18 @@ class Ledger:
     def close(self) -> None:
         self._db.close()
 
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """What is written inside the block is written together, or not at all."""
+        with self._refusing("written"):
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
     def _put(self, kind: str, inputs: dict, code: str, result: str, seconds: float, finished: str) -> None:
         values = (_key(kind, inputs, code), kind, json.dumps(inputs, sort_keys=True), code, result, seconds, finished)
         row = dict(zip(_COLUMNS, values, strict=False))
@@ -138,6 +210,31 @@ class Ledger:
     @property
     def _fix(self) -> str:
         return "free space, or give --overwrite to begin a damaged one anew"
+
+
+class OtherVersion(OutputError):
+    """A ledger that a newer version of this package has written."""
+
+
+def _is_damaged(path: Path) -> bool:
+    """Whether a ledger cannot be read, or holds a row that does not match its checksum."""
+    try:
+        with contextlib.closing(Ledger(path)) as ledger:
+            ledger._rows(_ALL)
+    except OtherVersion:
+        return False
+    except OutputError:
+        return True
+    return False
+
+
+def _moved_aside(path: Path) -> Path:
+    number = next(n for n in count(1) if not path.with_name(f"{path.name}.damaged-{n}").exists())
+    target = path.with_name(f"{path.name}.damaged-{number}")
+    for part in ("-wal", "-shm", ""):
+        if (old := path.with_name(f"{path.name}{part}")).exists():
+            old.rename(f"{target}{part}")
+    return target
 
 
 def _key(kind: str, inputs: dict, code: str) -> str:

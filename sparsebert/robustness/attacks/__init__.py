@@ -1,1 +1,10 @@
-"""Adversarial attacks on classifiers, many examples at a time."""
+"""Adversarial attacks on classifiers, many examples at a time.
+
+An attack is a `Recipe` (recipes.py): a transformation proposes words, constraints keep the candidates that still mean
+the same, and a search goes from the original to a text that the classifier gets wrong. `lockstep` runs many attacks
+together, so that each call of a model is a full batch; `run` keeps every attacked example in a ledger.
+"""
+
+from sparsebert.robustness.attacks.recipes import RECIPES, named
+
+__all__ = ["RECIPES", "named"]

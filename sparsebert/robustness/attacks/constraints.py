@@ -64,6 +64,8 @@ def similar(
     """
 
     def constraint(attack: Attack, candidates: list[Candidate], text: Text) -> Steps[list[Candidate]]:
+        if attack.resources.encoder is None:
+            return candidates
         reference = attack.original if to_original else text
         long = [c for c in candidates if window is None or len(c.text.words) >= window]
         for candidate in candidates:

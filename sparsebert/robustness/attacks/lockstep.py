@@ -96,7 +96,7 @@ def _answered(round_: list, models: dict[str, Model]) -> Iterator[tuple[Attack, 
             found = dict(zip(items, models[name](items), strict=True))
         except _FAULTS:  # find out whose item it is
             found = None
-        for i, attack, part in asking:
+        for i, _, part in asking:
             if found is not None:
                 answers[i] = [found[item] for item in part]
             else:

@@ -17,10 +17,10 @@ MOST_PIECES = 3  # a word of more pieces gets no proposals: 8 each make 512 comb
 
 
 class MaskedLM:
-    """A masked-language model of a local directory, run by torch. sha256: of its weights."""
+    """A masked-language model of a local directory, run by torch. name: for people. sha256: of its weights."""
 
-    def __init__(self, model, tokenizer, sha256: str):
-        self._model, self._tokenizer, self.sha256 = model, tokenizer, sha256
+    def __init__(self, model, tokenizer, name: str, sha256: str):
+        self._model, self._tokenizer, self.name, self.sha256 = model, tokenizer, name, sha256
 
     @classmethod
     def load(cls, directory: str | Path) -> MaskedLM:
@@ -44,7 +44,7 @@ class MaskedLM:
             )
         if not tokenizer.is_fast or tokenizer.mask_token_id is None:
             raise CheckpointError(f"{path} must have a fast tokenizer with a mask", fix="name another model")
-        return cls(model.eval(), tokenizer, checkpoint.weights_sha256(path))
+        return cls(model.eval(), tokenizer, path.name, checkpoint.weights_sha256(path))
 
     def propose(self, blanks: Sequence[Blank]) -> list[list[str]]:
         """For each blank, whole words, the likeliest first."""

@@ -154,8 +154,8 @@ class Synonyms:
 class Resources:
     """Everything that attacks may ask for, read on first use.
 
-    neighbours: a file for Neighbours.read, else the packaged ones. encoder: the directory of a sentence encoder.
-    masked_lm: the directory of a masked-language model, for the attacks that need one.
+    neighbours: a file for Neighbours.read, else the packaged ones. encoder: the directory of a sentence encoder, or
+    none. masked_lm: the directory of a masked-language model, for the attacks that need one.
     """
 
     def __init__(
@@ -195,8 +195,9 @@ class Resources:
         return frozenset(content.decode("utf-8").split()), hashlib.sha256(content).hexdigest()
 
     @cached_property
-    def encoder(self) -> SentenceEncoder:
-        return SentenceEncoder.load(self._encoder)
+    def encoder(self) -> SentenceEncoder | None:
+        """The sentence encoder; None if none is wanted, so that no similarity is asked for."""
+        return None if str(self._encoder) == "none" else SentenceEncoder.load(self._encoder)
 
     @cached_property
     def masked_lm(self):

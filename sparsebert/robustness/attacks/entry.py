@@ -1,0 +1,81 @@
+"""Attacks on a model directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsebert import data, jobs
+from sparsebert.config import AttackConfig
+from sparsebert.encoders import Progress, limited, no_progress, task_for
+from sparsebert.engine.classifier import Classifier
+from sparsebert.errors import OutputError
+from sparsebert.robustness.attacks.plan import Victim, plans
+from sparsebert.robustness.attacks.recipes import named
+from sparsebert.robustness.attacks.run import figures, run
+from sparsebert.robustness.run import order_for
+
+_KEY = b"sparsebert.attack"  # in the file's metadata
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """figures: of `run.figures`. rows: of `run.run`, one per example. rows_read: rows of the user's own files. key: of
+    the victim, the attack and the examples.
+    """
+
+    figures: dict
+    rows: list[dict]
+    rows_read: dict | None
+    key: str
+
+
+def attack(
+    model: str | Path, task: str, name: str, config: AttackConfig | None = None, *, progress: Progress = no_progress
+) -> Attacked:
+    """Attacks the classifier in directory `model` on the reported split of `task`, or on a seeded random subset.
+
+    name: an attack of RECIPES. Raises InputError for an unknown attack, DataError for texts or resources that are
+    missing, and UnsupportedError for a model with other outputs than one label per text; all before any example is
+    attacked.
+    """
+    config = config or AttackConfig()
+    recipes = named([name])
+    spec = task_for(task, model)
+    examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
+    classifier = Classifier.load(model, config.device)
+    spec, examples = data.among(limited(spec, classifier.config, config.max_length), examples, classifier.names)
+    victim = Victim(classifier, spec, order_for(spec, classifier))
+    (plan,) = plans(recipes, config, spec)
+    rows = run(victim, plan, examples, progress)
+    key = jobs.digest([victim.facts, plan.facts, examples.sha256])
+    return Attacked(figures(plan.variant, rows), rows, data.rows_read(spec), key)
+
+
+def require_output(path: Path) -> None:
+    """Raises OutputError unless a parquet file can be written at `path`; before any work."""
+    if path.suffix != ".parquet":
+        raise OutputError(f"{path} must end in .parquet", fix="choose another -o")
+    jobs.require_place(jobs.place(path).parent)
+
+
+def write_rows(path: Path, found: Attacked, *, overwrite: bool = False) -> None:
+    """Writes the rows as a parquet file, whole or not at all. It takes the place of a file that holds rows of the same
+    attack on the same examples. OutputError for any other file, unless `overwrite` is set.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    key = found.key.encode()
+    if path.exists() and not overwrite:
+        try:
+            held = (pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY)
+        except (OSError, pyarrow.ArrowException):
+            held = None
+        if held != key:
+            raise OutputError(f"{path} exists and holds something else", fix="choose another -o, or give --overwrite")
+    table = pyarrow.Table.from_pylist(found.rows)
+    with jobs.writing(path) as fresh:
+        pyarrow.parquet.write_table(
+            table.replace_schema_metadata({_KEY: key, b"variant": found.figures["variant"]}), fresh
+        )

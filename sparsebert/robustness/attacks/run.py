@@ -1,0 +1,171 @@
+"""Attacks a model directory on a task's examples. Every attacked example is a row of a ledger, so that no example is
+attacked twice, however a run ends, and several processes can share the work.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import environment, jobs
+from sparsebert.data import Examples
+from sparsebert.encoders import Progress, no_progress
+from sparsebert.errors import OutputError, SparsebertWarning
+from sparsebert.jobs import Ledger
+from sparsebert.robustness import statistics
+from sparsebert.robustness.attacks import crew
+from sparsebert.robustness.attacks.plan import Plan, Unit, Victim
+
+KIND = "attack"
+BLOCK = 16  # examples that are claimed in one step
+FLUSH = 2.0  # seconds between writes of finished examples
+
+
+def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_progress) -> list[dict]:
+    """Attacks the examples. Returns a row for each, in their order: that of `attacked`, with id (the example's number),
+    original, label (its name) and seconds.
+
+    Rows that the ledger has are not computed again. Examples that another process is attacking are waited for; one that
+    was killed holds them for a minute at most. Raises OutputError if the ledger cannot be written.
+    """
+    plan.warn_of_stand_ins()
+    path = default_ledger() if plan.config.ledger is None else Path(plan.config.ledger)
+    texts, others = examples.texts, examples.texts_b
+    if others is not None and not plan.first:
+        texts, others = others, texts
+    units: list[Unit] = [
+        (i, text, None if others is None else others[i], int(examples.labels[i])) for i, text in enumerate(texts)
+    ]
+    facts = victim.facts | plan.facts
+    keys = [facts | {"text": text, "other": other, "label": label} for _, text, other, label in units]
+    book = _opened(path)
+    try:
+        found = _rows(book, victim, plan, units, keys, progress)
+    finally:
+        book.release()
+        book.close()
+    return [
+        {"id": i, "original": text, "label": victim.task.labels[label], **row}
+        for (i, text, _, label), row in zip(units, found, strict=True)
+    ]
+
+
+def default_ledger() -> Path:
+    """The ledger of attacks in the user's cache."""
+    folder = environment.cache_dir()
+    if folder is None:
+        raise OutputError("no place for the ledger: this user has no home", fix="name one: --ledger FILE")
+    return folder / "attacks.sqlite"
+
+
+def _opened(path: Path) -> Ledger:
+    """The ledger; a damaged one is moved aside, with a warning."""
+    try:
+        book = Ledger(path)
+        book.found(KIND, [])
+        return book
+    except jobs.OtherVersion:
+        raise
+    except OutputError:
+        book = Ledger(path, overwrite=True)
+        if book.moved is not None:
+            warnings.warn(
+                f"ledger {path} was damaged and is kept as {book.moved}; a new one is begun",
+                SparsebertWarning,
+                stacklevel=3,
+            )
+        return book
+
+
+def _rows(
+    book: Ledger, victim: Victim, plan: Plan, units: list[Unit], keys: list[dict], progress: Progress
+) -> list[dict]:
+    code = jobs.code_of("sparsebert.robustness.attacks.run")
+    found = book.found(KIND, keys, code)
+    progress(sum(row is not None for row in found), len(units))
+    ready: list[tuple[dict, dict, float]] = []
+    written = time.monotonic()
+
+    def flush() -> None:
+        nonlocal written
+        if ready:
+            book.add(KIND, ready, code)
+            ready.clear()
+        book.renew()
+        written = time.monotonic()
+
+    with crew.of(victim, plan) as work:
+        while left := [i for i, row in enumerate(found) if row is None]:
+            before = len(left)
+            claimed = _claimed(book, [(units[i], keys[i]) for i in left], code)
+            try:
+                for i, row, seconds in work(claimed):
+                    found[i] = row | {"seconds": round(seconds, 4)}
+                    ready.append((keys[i], found[i], seconds))
+                    if time.monotonic() - written > FLUSH:
+                        flush()
+                    progress(sum(row is not None for row in found), len(units))
+            finally:
+                flush()
+            left = [i for i in left if found[i] is None]
+            for i, row in zip(left, book.found(KIND, [keys[i] for i in left], code), strict=True):
+                found[i] = row
+            if sum(row is None for row in found) == before:
+                time.sleep(0.5)  # another process is at work on what is left
+            progress(sum(row is not None for row in found), len(units))
+    return found
+
+
+def _claimed(book: Ledger, units: list[tuple[Unit, dict]], code: str) -> Iterator[Unit]:
+    """The units that this process may attack. They are claimed as they are taken."""
+    for start in range(0, len(units), BLOCK):
+        block = units[start : start + BLOCK]
+        free = book.claim(KIND, [key for _, key in block], code)
+        book.renew()
+        yield from (unit for (unit, _), mine in zip(block, free, strict=True) if mine)
+
+
+def figures(variant: str, rows: Sequence[dict], dense: Sequence[dict] | None = None) -> dict:
+    """The figures of an attack, fractions with 95 % intervals, over the examples without an error.
+
+    acc: share that the victim gets right. aua: share that it still gets right after the attack. asr: share of the
+    attacked ones that were fooled; None if none was attacked. queries: mean per attacked example. words_changed: mean
+    share of the words, of those that were fooled. errors: examples that ended in an error; they are in no figure.
+    capped: attacked examples whose search a limit has ended; they count as not fooled. seconds: of all examples.
+    With `dense`, the rows of the dense model on the same examples: dense_aua, and difference (aua - dense_aua), paired,
+    with its interval and mcnemar_p.
+    """
+    good = [
+        i
+        for i, row in enumerate(rows)
+        if row["outcome"] != "error" and (dense is None or dense[i]["outcome"] != "error")
+    ]
+    kept = [rows[i] for i in good]
+    n = len(kept)
+    held = np.array([row["outcome"] == "failed" for row in kept], dtype=bool)
+    tried = [row for row in kept if row["outcome"] in ("succeeded", "failed")]
+    fooled = [row for row in tried if row["outcome"] == "succeeded"]
+    found: dict = {"variant": variant, "n": n, "errors": sum(row["outcome"] == "error" for row in rows)}
+    found["capped"] = sum(row["capped"] is not None for row in tried)
+    found["seconds"] = round(sum(row["seconds"] for row in rows), 2)
+    for name, hits, of in (("acc", len(tried), n), ("aua", int(held.sum()), n), ("asr", len(fooled), len(tried))):
+        found |= {name: hits / of if of else None, f"{name}_ci": statistics.wilson(hits, of) if of else None}
+    for name, values in (
+        ("queries", [row["queries"] for row in tried]), ("words_changed", [row["words_changed"] for row in fooled])
+    ):  # fmt: skip
+        found[name] = float(np.mean(values)) if values else None
+        found[f"{name}_ci"] = statistics.bootstrap_mean(np.array(values)) if values else None
+    if dense is not None and n:
+        other = np.array([dense[i]["outcome"] == "failed" for i in good], dtype=bool)
+        found |= {
+            "dense_aua": float(other.mean()),
+            "dense_aua_ci": statistics.wilson(int(other.sum()), n),
+            "difference": float(held.mean() - other.mean()),
+            "difference_ci": statistics.paired_difference(held, other),
+            "mcnemar_p": statistics.mcnemar(held, other),
+        }
+    return found
