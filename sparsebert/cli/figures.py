@@ -59,7 +59,11 @@ _OF_SCORE: dict[str, Words] = {  # by metric: the main figure, the same of the d
 }
 _WORDS: Words = {
     "mcnemar_p": ("McNemar's p", _number),
+    "mcnemar_p_holm": ("McNemar's p, adjusted for several sets (Holm)", _number),
     "kl_to_dense": ("KL to the dense model in nats, 0 if equal", _number),
+    "ece": ("calibration error (ECE)", _number),
+    "dense_ece": ("calibration error of the dense model", _number),
+    "f1_macro": ("F1, mean over classes", _share),
     "f1": ("F1 of class 1", _share),
     "f1_weighted": ("F1, weighted by class", _share),
     "predicted_positive": ("predicted to be class 1", _share),

@@ -25,14 +25,18 @@ class Evaluation:
         its rank correlation with the labels.
     accuracy: share of correct examples; with several labels, all of them must be correct; None for one logit.
     f1, f1_weighted: F1 of class 1, and the mean over classes weighted by their share of the labels; None unless the
-        task's metric is F1.
+        task's metric is F1. f1_macro: the plain mean over classes; None unless there are more than two.
     predicted_positive: share of examples predicted as class 1; None unless the task's metric is F1.
+    ece: expected calibration error of the predicted label's probability (statistics.ece; ece_ci: ece_interval);
+        dense_ece: the dense model's. For one label per text; else None.
     kl_to_dense: mean divergence from the dense model in nats (heads.Problem.divergence; for one label per text KL(dense
         ‖ this)).
     agreement: share of equal predictions; for one logit the rank correlation with the dense model's, without interval.
     dense_score: the dense model's score on the same examples. difference: score - dense_score, paired.
     mcnemar_p: p-value of the paired comparison (statistics.mcnemar), for one label per text; else None.
-    These five figures and their intervals are None without a dense model.
+    mcnemar_p_holm: the same, adjusted for the number of such comparisons that `evaluate` makes: on the task, each OOD
+        test and each domain (statistics.holm).
+    What compares with the dense model is None without one.
     engine: what computed the logits, "sparsebert" or "torch", and dtype: in what numbers, fp32 or int8, if `evaluate`
         did. max_length: max tokens kept per text. cut: share of the texts that have more tokens.
     rows: rows read from the user's own files (data.rows_read).
@@ -52,7 +56,11 @@ class Evaluation:
     f1_ci: Interval | None = None
     f1_weighted: float | None = None
     f1_weighted_ci: Interval | None = None
+    f1_macro: float | None = None
+    f1_macro_ci: Interval | None = None
     predicted_positive: float | None = None
+    ece: float | None = None
+    ece_ci: Interval | None = None
     kl_to_dense: float | None = None
     kl_ci: Interval | None = None
     agreement: float | None = None
@@ -62,6 +70,9 @@ class Evaluation:
     difference: float | None = None
     difference_ci: Interval | None = None
     mcnemar_p: float | None = None
+    mcnemar_p_holm: float | None = None
+    dense_ece: float | None = None
+    dense_ece_ci: Interval | None = None
     engine: str | None = None
     dtype: str | None = None
     max_length: int | None = None
@@ -92,13 +103,23 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
     if task.metric == "f1":
         figures |= statistics.f1_figures(predicted, examples.labels)
         figures["predicted_positive"] = float((predicted == 1).mean())
+    if problem is heads.SINGLE_LABEL:
+        figures |= _ece(task, logits, correct, "ece")
+        if len(task.labels) > 2:
+            figures["f1_macro"] = statistics.macro_f1(predicted, examples.labels)
+            figures["f1_macro_ci"] = statistics.bootstrap(
+                lambda rows: statistics.macro_f1(predicted[rows], examples.labels[rows]), n
+            )
     if dense is not None:
         if dense.shape != logits.shape:
             raise InputError(
                 f"both models must have the same labels, got {logits.shape[1]} and {dense.shape[1]}",
                 fix="compare models of one task",
             )
-        figures |= _paired(problem, examples, logits, dense, predicted, predictions(task, dense))
+        dense_predicted = predictions(task, dense)
+        figures |= _paired(problem, examples, logits, dense, predicted, dense_predicted)
+        if problem is heads.SINGLE_LABEL:
+            figures |= _ece(task, dense, dense_predicted == examples.labels, "dense_ece")
     return Evaluation(task.name, examples.split, n, **figures)
 
 
@@ -138,6 +159,15 @@ def _score(problem: Problem, logits: np.ndarray, predicted: np.ndarray, labels: 
         return {name: hits / n, f"{name}_ci": statistics.wilson(hits, n)}
     score = problem.metric(logits, labels)
     return {name: score, f"{name}_ci": statistics.bootstrap(lambda rows: problem.metric(logits[rows], labels[rows]), n)}
+
+
+def _ece(task: Task, logits: np.ndarray, correct: np.ndarray, name: str) -> dict:
+    """The expected calibration error and its interval, under `name` and `name`_ci."""
+    shares = heads.softmax(logits)
+    if shares.shape[1] > len(task.labels):  # neutral and contradiction count as one class
+        shares = np.stack([shares[:, 0], shares[:, 1:].sum(axis=1)], axis=1)
+    confidence = shares[np.arange(len(shares)), predictions(task, logits)]
+    return {name: statistics.ece(confidence, correct), f"{name}_ci": statistics.ece_interval(confidence, correct)}
 
 
 def agreement(problem: Problem, predicted: np.ndarray, dense_predicted: np.ndarray) -> dict:

@@ -13,6 +13,7 @@ from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError
 from sparsebert.robustness import ood as out_of_distribution
+from sparsebert.robustness import statistics
 from sparsebert.robustness.drift import drift
 from sparsebert.robustness.evaluation import Evaluation, compare
 from sparsebert.robustness.ood import compare_ood
@@ -57,11 +58,17 @@ def evaluate(
     figures = {
         of.name: compare_ood(of, examples, *got) for (of, examples), got in zip(sets[1:], logits[1:], strict=True)
     }
+    found = compare(*sets[0], *logits[0])
+    if found.mcnemar_p is not None:
+        ps = [found.mcnemar_p, *(test["mcnemar_p"] for test in figures.values())]
+        first, *others = statistics.holm(ps)
+        found = replace(found, mcnemar_p_holm=first)
+        figures = {name: test | {"mcnemar_p_holm": p} for (name, test), p in zip(figures.items(), others, strict=True)}
     of, examples = sets[0]
     encoded = tokenize(classifiers[0].tokenizer, examples, of.max_length)
     cut = cut_share(classifiers[0].tokenizer, examples, encoded, of.max_length)
     return replace(
-        compare(*sets[0], *logits[0]), engine=classifiers[0].engine, dtype=classifiers[0].dtype, ood=figures or None,
+        found, engine=classifiers[0].engine, dtype=classifiers[0].dtype, ood=figures or None,
         max_length=of.max_length, cut=cut, rows=data.rows_read(spec),
     )  # fmt: skip
 
