@@ -183,11 +183,21 @@ class EvalConfig(Settings):
     ood: str | None = Field(
         None, description="also evaluate on these out-of-distribution tests of the task (names with commas, or all)"
     )
+    domains: str | None = Field(
+        None,
+        description="also evaluate on other sets of the same labels, without texts that the task has too: task names, "
+        "files or folders of your own, with commas, or all (tasks whose data are on this machine)",
+    )
+    texts: tuple[str, ...] = Field(
+        (),
+        description="also compare with the dense model (--vs) on the unlabelled texts of a file (.txt, .csv, .tsv, "
+        ".jsonl, .parquet); may be repeated",
+    )
     n: int | None = Field(
         None,
         ge=1,
         lt=LARGE,
-        description="use a random subset of this many examples, of each OOD test too, chosen by --seed [default: all]",
+        description="use a random subset of this many examples, of each other set too, chosen by --seed [default: all]",
     )
     seed: Seed = Field(0, description="random seed of the subsets")
     device: Device = DEVICE

@@ -9,7 +9,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsebert.cli.figures import rows_of, rows_of_kept, rows_of_machine, rows_of_plan, tables_of_timing
+from sparsebert.cli.figures import (
+    rows_of_kept,
+    rows_of_machine,
+    rows_of_plan,
+    tables_of_evaluation,
+    tables_of_timing,
+)
 from sparsebert.cli.options import flags, option
 from sparsebert.cli.output import emit, progress, say_what_was_read, table, then
 from sparsebert.config import MAX_LENGTH, BenchConfig, DemoConfig, EvalConfig, PruneConfig, QuantizeConfig, TrainConfig
@@ -266,8 +272,8 @@ def evaluate(
     json: Json = False,
     config: EvalConfig,
 ) -> None:
-    """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and its
-    accuracy out of distribution (--ood).
+    """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and the
+    same out of distribution (--ood) and in other domains (--domains, --texts).
     """
     from dataclasses import asdict
 
@@ -275,16 +281,14 @@ def evaluate(
 
     with progress("evaluate") as update:
         result = run(
-            directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, max_length=config.max_length,
-            device=config.device, progress=update,
+            directory, task, vs=vs, ood=config.ood, domains=config.domains, texts=config.texts, n=config.n,
+            seed=config.seed, max_length=config.max_length, device=config.device, progress=update,
         )  # fmt: skip
     say_what_was_read(result)
     figures = asdict(result)
     if not json:
-        for name, found in {task: figures, **(result.ood or {})}.items():
-            runs = "in int8 " if result.dtype == "int8" else ""
-            title = f"{directory} {runs}on {found['n']:,} examples of {name}, {found['split']}"
-            table(title, ["figure", "value", "95 % interval"], rows_of(found))
+        for each in tables_of_evaluation(figures, task, directory, vs):
+            table(*each)
         then("sparsebert", "bench", directory, "--task", Path(task))
     emit(figures, json)
 

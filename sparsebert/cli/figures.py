@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from sparsebert.config import BenchConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparsebert.pruning.plan import Plan
 
 
@@ -73,10 +75,36 @@ _WORDS: Words = {
 }
 
 
+def tables_of_evaluation(
+    figures: dict, task: str, model: Path, dense: Path | None
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) for each set of an evaluation: the task, OOD tests, domains, unlabelled texts. figures:
+    the fields of `Evaluation`.
+    """
+    columns = ["figure", "value", "95 % interval"]
+    runs = "in int8 " if figures["dtype"] == "int8" else ""
+    sets = {task: figures, **(figures["ood"] or {}), **(figures["domains"] or {})}
+    tables = []
+    for name, found in sets.items():
+        less = f", less {found['left_out']:,} that {task} has too" if found.get("left_out") else ""
+        title = f"{model} {runs}on {found['n']:,} examples of {name}, {found['split']}{less}"
+        tables.append((title, columns, rows_of(found) + ([] if name == task else _cut(found))))
+    for name, found in (figures["outside"] or {}).items():
+        title = f"{model} {runs}beside {dense} on {found['n']:,} texts of {name}, without labels"
+        near = {**found, "metric": figures["metric"], "kl_to_dense": found["kl"]}
+        tables.append((title, columns, rows_of(near) + _cut(found)))
+    return tables
+
+
+def _cut(figures: dict) -> list[list[str]]:
+    share = figures.get("cut")
+    return [[f"texts cut at {figures['max_length']} tokens", _share(share), ""]] if share else []
+
+
 def rows_of(figures: dict) -> list[list[str]]:
-    """[figure, value, 95 % interval] of the figures of `Evaluation` or `compare_ood` that are not None."""
+    """[figure, value, 95 % interval] of the figures of `Evaluation`, `compare_ood` or `drift` that are not None."""
     metric = figures.get("metric", "accuracy")  # OOD tests have no other
-    if metric == "accuracy":
+    if metric == "accuracy" and "accuracy" in figures:
         figures = {**figures, "score": figures["accuracy"], "score_ci": figures["accuracy_ci"], "accuracy": None}
     rows = _rows(figures, _OF_SCORE[metric] | _WORDS)
     groups = {"summed probabilities": figures.get("summed") or {}}

@@ -4,13 +4,14 @@ examples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from sparsebert import heads
 from sparsebert.checkpoint import require_finite
-from sparsebert.data import Examples, Task
+from sparsebert.data import NLI, Examples, Task
 from sparsebert.errors import InputError
 from sparsebert.heads import Problem
 from sparsebert.robustness import statistics
@@ -41,7 +42,9 @@ class Evaluation:
         did. max_length: max tokens kept per text. cut: share of the texts that have more tokens.
     rows: rows read from the user's own files (data.rows_read).
     ood: name of the test -> figures of `compare_ood`, for the tests that were requested.
-    outside: name of the texts -> figures of `drift`, if they were requested.
+    domains: name of the domain -> those of these figures that it has, for the domains that were requested, and
+        left_out: how many of its texts are also in the task (domains.unshared); apart_from: in which splits of it.
+    outside: name of the texts -> figures of `drift`, max_length and cut, for the texts that were requested.
     """
 
     task: str
@@ -79,7 +82,12 @@ class Evaluation:
     cut: float | None = None
     rows: dict | None = None
     ood: dict[str, dict] | None = None
+    domains: dict[str, dict] | None = None
     outside: dict[str, dict] | None = None
+
+    def figures(self, *but: str) -> dict:
+        """The fields that are not None, apart from those that `but` names."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in but}
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
@@ -200,3 +208,18 @@ def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
         )
     predicted = heads.PROBLEMS[task.problem].predict(logits)
     return np.minimum(predicted, 1) if task.three_way and labels == 3 else predicted
+
+
+def order_for(task: Task, problem: Problem, names: Sequence[str], whose: str) -> np.ndarray:
+    """Where the task's labels are among a model's outputs, by name; for a three-way model on two-way entailment, where
+    the labels of NLI are. problem, names: the model's problem type and labels; whose: its directory, for messages.
+    InputError if the problem type or the labels differ.
+    """
+    if problem.name != task.problem:
+        raise InputError(
+            f"{whose} is a {problem.name} model, the labels of {task.name!r} are {task.problem}",
+            fix="evaluate it on a task of its problem type",
+        )
+    if problem is heads.ONE_LOGIT:
+        return np.arange(1)
+    return heads.columns(names, NLI if task.three_way and len(names) == 3 else task.labels, whose)
