@@ -176,6 +176,13 @@ class QuantizeConfig(Settings):
     seed: Seed = Field(0, description="random seed of the choice of calibration texts")
 
 
+# Each has a recipe in robustness/attacks/recipes.py.
+ATTACKS = (
+    "textfooler", "textfooler-strict", "textbugger", "deepwordbug", "pwws", "pso", "bert-attack", "bae",
+    "random-synonym",
+)  # fmt: skip
+
+
 class EvalConfig(Settings):
     """Settings of an evaluation."""
 
@@ -183,21 +190,27 @@ class EvalConfig(Settings):
     ood: str | None = Field(
         None, description="also evaluate on these out-of-distribution tests of the task (names with commas, or all)"
     )
+    domains: str | None = Field(
+        None,
+        description="also evaluate on other sets of the same labels, without texts that the task has too: task names, "
+        "files or folders of your own, with commas, or all (tasks whose data are on this machine)",
+    )
+    texts: tuple[str, ...] = Field(
+        (),
+        description="also compare with the dense model (--vs) on the unlabelled texts of a file (.txt, .csv, .tsv, "
+        ".jsonl, .parquet); may be repeated",
+    )
+    attacks: str | None = Field(
+        None, description=f"also attack it (names with commas: {', '.join(ATTACKS)}), with texts that mean the same"
+    )
     n: int | None = Field(
         None,
         ge=1,
         lt=LARGE,
-        description="use a random subset of this many examples, of each OOD test too, chosen by --seed [default: all]",
+        description="use a random subset of this many examples, of each other set too, chosen by --seed [default: all]",
     )
     seed: Seed = Field(0, description="random seed of the subsets")
     device: Device = DEVICE
-
-
-# Each has a recipe in robustness/attacks/recipes.py.
-ATTACKS = (
-    "textfooler", "textfooler-strict", "textbugger", "deepwordbug", "pwws", "pso", "bert-attack", "bae",
-    "random-synonym",
-)  # fmt: skip
 
 
 class AttackConfig(Settings):
@@ -235,6 +248,11 @@ class AttackConfig(Settings):
     )
     masked_lm: str | None = Field(
         None, description="DIR of a masked-language model, for the attacks bert-attack and bae"
+    )
+    match_confidence: bool = Field(
+        False,
+        description="with --vs: divide the model's logits by the number that makes it as confident as the dense model, "
+        "as a control: greedy attacks find their way by the confidence",
     )
     workers: int = Field(1, ge=1, le=256, description="number of processes that attack; they share the cores")
     ledger: str | None = Field(

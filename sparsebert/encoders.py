@@ -124,15 +124,15 @@ def moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, tor
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def task_for(name: str, source: str | Path, *, labelled: bool = True) -> Task:
-    """The task called `name`, read for the model in directory `source`: if the model has one logit, a file's numbers
-    are values, not ids of classes. A name that is not a task is refused before the model is read.
+def task_for(name: str, source: str | Path, *, labelled: bool = True, whole: bool = False) -> Task:
+    """The task called `name` (data.get_task), read for the model in directory `source`: if the model has one logit, a
+    file's numbers are values, not ids of classes. A name that is not a task is refused before the model is read.
     """
     if name in data.TASKS or not os.path.lexists(name):
         return data.get_task(name, labelled=labelled)
     files = checkpoint.read(source, head=False)
     values = files.has_head and heads.problem_of(files.config) is heads.ONE_LOGIT
-    return data.get_task(name, labelled=labelled, values=values)
+    return data.get_task(name, labelled=labelled, values=values, whole=whole)
 
 
 def token_limit(config, wanted: int | None) -> int:

@@ -110,9 +110,10 @@ def test_both_senses_of_f1_are_reported_in_distribution_too():
     assert result.predicted_positive == 3 / 5 and result.f1_ci[0] <= result.f1 <= result.f1_ci[1]
 
 
-def test_fact_checks_have_accuracy_alone():
+def test_fact_checks_have_accuracy_and_calibration_alone():
     logits = np.array([[0, 1], [0, 1], [1, 0]], np.float32)
     figures = compare_ood(data.TASKS["fever_symm_v1"], examples("fever_symm_v1", [1, 0, 0]), logits)
+    assert figures.pop("ece") == pytest.approx(abs(2 / 3 - np.e / (1 + np.e))) and len(figures.pop("ece_ci")) == 2
     assert figures == {"split": "test", "n": 3, "accuracy": 2 / 3, "accuracy_ci": statistics.wilson(2, 3)}
 
 
@@ -245,8 +246,10 @@ def test_the_document_has_the_figures_of_every_test(sets, model, capsys):
     assert code == 0 and out.count("\n") == 1 and result["n"] == 60 and result["engine"] == expected_engine()
     hans = result["ood"]["hans"]
     shares = {"entailment", "entailment_ci", "non_entailment", "non_entailment_ci"}
-    paired = {"difference", "difference_ci", "mcnemar_p"}
+    paired = {"difference", "difference_ci", "mcnemar_p", "mcnemar_p_holm", "ece", "dense_ece"}
     assert {"n", "accuracy", "accuracy_ci", "by_heuristic", "summed", *shares, *paired} <= hans.keys()
+    both = statistics.holm([result["mcnemar_p"], hans["mcnemar_p"]])
+    assert [result["mcnemar_p_holm"], hans["mcnemar_p_holm"]] == both
     assert hans["dense_score"] + hans["difference"] == pytest.approx(hans["accuracy"])
     same = json.loads(command(capsys, *arguments, "--vs", model, "--json")[1])["ood"]["hans"]
     assert same["dense_score"] == same["accuracy"] and same["difference"] == 0 and same["agreement"] == 1

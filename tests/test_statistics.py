@@ -55,6 +55,48 @@ def test_mcnemar_counts_only_disagreements():
     assert statistics.mcnemar(a, a) == 1.0
 
 
+def test_holm_adjusts_as_in_a_worked_example():
+    # Sorted: .01, .02, .02, .03, .04, times 5, 4, 3, 2, 1: .05, .08, .06, .06, .04, and none below the one before it.
+    assert statistics.holm([0.02, 0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.08, 0.08, 0.05, 0.08, 0.08])
+    assert statistics.holm([0.4, 0.0, 0.6]) == pytest.approx([0.8, 0.0, 0.8])
+    assert statistics.holm([0.5, 0.9]) == [1.0, 1.0]
+    assert statistics.holm([0.03]) == [0.03] and statistics.holm([]) == []
+
+
+def test_holm_is_seldom_wrong_about_any_test_of_a_family():
+    rng = np.random.default_rng(0)
+    wrong = np.mean([min(statistics.holm(rng.random(4).tolist())) <= 0.05 for _ in range(4000)])
+    assert wrong == pytest.approx(0.05, abs=0.01)
+
+
+def test_the_calibration_error_matches_a_worked_example():
+    # Three in the bin (9/15, 10/15], mean confidence .64, accuracy 2/3; one at 1.0, in the last bin, wrong.
+    confidence, correct = np.array([0.62, 0.65, 0.65, 1.0]), np.array([True, False, True, False])
+    assert statistics.ece(confidence, correct) == pytest.approx(3 / 4 * (2 / 3 - 0.64) + 1 / 4 * 1.0)
+    edge = np.array([10 / 15, 10 / 15 + 1e-9])  # the upper edge of one bin, and what is just above it
+    assert statistics.ece(edge, np.array([True, False])) == pytest.approx((5 / 15 + 10 / 15) / 2)
+    assert statistics.ece(np.array([1 / 3, 1.0]), np.array([False, True])) == pytest.approx(1 / 6)
+
+
+def test_the_interval_of_the_calibration_error_holds_it():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(60):  # the true error is a third of the mean of confidence - 0.5
+        confidence = 0.5 + 0.5 * rng.beta(3, 1, 500)
+        correct = rng.random(500) < confidence - (confidence - 0.5) / 3
+        value, (low, high) = statistics.ece(confidence, correct), statistics.ece_interval(confidence, correct)
+        assert 0 <= low <= value <= high
+        inside += low <= 0.375 / 3 <= high
+    assert inside >= 51
+    assert statistics.ece_interval(np.full(5, 1.0), np.full(5, True)) == (0.0, 0.0)
+
+
+def test_macro_f1_is_the_mean_over_the_classes_that_occur():
+    # Class 0: 1. Class 1: one of two found, one wrongly. Class 2: never found. Class 3 does not occur; class 4 never.
+    labels, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 0, 1, 4, 1])
+    assert statistics.macro_f1(predicted, labels) == pytest.approx((1 + 1 / 2 + 0 + 0) / 4)
+
+
 def examples(labels, task="mr"):
     return Examples(task, "test", ["x"] * len(labels), None, np.array(labels))
 
@@ -66,6 +108,25 @@ def test_compare_is_paired_with_dense():
     assert (result.accuracy, result.difference, result.agreement) == (0.5, -0.25, 0.75)
     assert result.kl_to_dense == pytest.approx(evaluation.divergences(heads.SINGLE_LABEL, dense, pruned).mean())
     assert compare(get_task("mr"), examples([1, 1, 0, 1]), dense).kl_to_dense is None
+
+
+def test_the_calibration_error_is_of_the_predicted_labels_probability():
+    logits = np.log(np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]], np.float32))
+    dense = np.log(np.array([[0.6, 0.4], [0.4, 0.6], [0.6, 0.4]], np.float32))
+    result = compare(get_task("mr"), examples([0, 1, 1]), logits, dense)
+    assert result.ece == pytest.approx((0.1 + 0.2 + 0.7) / 3) and result.ece_ci[0] <= result.ece <= result.ece_ci[1]
+    assert result.dense_ece == pytest.approx(abs(2 - 3 * 0.6) / 3)
+    assert compare(get_task("mr"), examples([0, 1, 1]), logits).dense_ece is None
+    three_way = np.log(np.array([[0.3, 0.5, 0.2], [0.4, 0.3, 0.3]], np.float32))  # not entailed: 0.7; entailed: 0.4
+    assert compare(get_task("hans"), examples([1, 1], "hans"), three_way).ece == pytest.approx((0.3 + 0.4) / 2)
+
+
+def test_f1_of_more_than_two_labels_is_their_mean():
+    logits = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
+    result = compare(get_task("mnli"), examples([0, 1, 2, 2], "mnli"), logits)
+    assert result.f1_macro == pytest.approx((1 + 2 / 3 + 2 / 3) / 3) and result.f1 is None
+    assert result.f1_macro_ci[0] < result.f1_macro < result.f1_macro_ci[1]
+    assert compare(get_task("mr"), examples([0, 1]), np.eye(2, dtype=np.float32)).f1_macro is None
 
 
 def test_three_way_models_count_neutral_and_contradiction_as_not_entailment():

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 import typer
 
 from sparsebert.cli.figures import (
-    rows_of,
     rows_of_attack,
     rows_of_kept,
     rows_of_machine,
     rows_of_plan,
+    tables_of_evaluation,
     tables_of_timing,
 )
 from sparsebert.cli.options import flags, option
@@ -274,7 +274,7 @@ def soup(
 
 
 @app.command("eval")
-@flags(EvalConfig)
+@flags(EvalConfig, panel="Options of attacks", attack=AttackConfig)
 def evaluate(
     directory: Directory,
     *,
@@ -284,9 +284,10 @@ def evaluate(
     ] = None,
     json: Json = False,
     config: EvalConfig,
+    attack: AttackConfig,
 ) -> None:
-    """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and its
-    accuracy out of distribution (--ood).
+    """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and the
+    same out of distribution (--ood), in other domains (--domains, --texts) and under attack (--attacks).
     """
     from dataclasses import asdict
 
@@ -294,18 +295,19 @@ def evaluate(
 
     with progress("evaluate") as update:
         result = run(
-            directory, task, vs=vs, ood=config.ood, n=config.n, seed=config.seed, max_length=config.max_length,
+            directory, task, vs=vs, ood=config.ood, domains=config.domains, texts=config.texts,
+            attacks=config.attacks, attack=attack, n=config.n, seed=config.seed, max_length=config.max_length,
             device=config.device, progress=update,
         )  # fmt: skip
     say_what_was_read(result)
     figures = asdict(result)
     if not json:
-        for name, found in {task: figures, **(result.ood or {})}.items():
-            runs = "in int8 " if result.dtype == "int8" else ""
-            title = f"{directory} {runs}on {found['n']:,} examples of {name}, {found['split']}"
-            table(title, ["figure", "value", "95 % interval"], rows_of(found))
+        for each in tables_of_evaluation(figures, task, directory, vs):
+            table(*each)
         then("sparsebert", "bench", directory, "--task", Path(task))
     emit(figures, json)
+    for found in (result.attacks or {}).values():
+        stop_for_errors(found["errors"], found["n"] + found["errors"])
 
 
 @app.command()

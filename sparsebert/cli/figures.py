@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from sparsebert.config import BenchConfig
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sparsebert.pruning.plan import Plan
 
 
@@ -59,7 +61,11 @@ _OF_SCORE: dict[str, Words] = {  # by metric: the main figure, the same of the d
 }
 _WORDS: Words = {
     "mcnemar_p": ("McNemar's p", _number),
+    "mcnemar_p_holm": ("McNemar's p, adjusted for several sets (Holm)", _number),
     "kl_to_dense": ("KL to the dense model in nats, 0 if equal", _number),
+    "ece": ("calibration error (ECE)", _number),
+    "dense_ece": ("calibration error of the dense model", _number),
+    "f1_macro": ("F1, mean over classes", _share),
     "f1": ("F1 of class 1", _share),
     "f1_weighted": ("F1, weighted by class", _share),
     "predicted_positive": ("predicted to be class 1", _share),
@@ -69,10 +75,39 @@ _WORDS: Words = {
 }
 
 
+def tables_of_evaluation(
+    figures: dict, task: str, model: Path, dense: Path | None
+) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) for each set of an evaluation: the task, OOD tests, domains, unlabelled texts. figures:
+    the fields of `Evaluation`.
+    """
+    columns = ["figure", "value", "95 % interval"]
+    runs = "in int8 " if figures["dtype"] == "int8" else ""
+    sets = {task: figures, **(figures["ood"] or {}), **(figures["domains"] or {})}
+    tables = []
+    for name, found in sets.items():
+        less = f", less {found['left_out']:,} that {task} has too" if found.get("left_out") else ""
+        title = f"{model} {runs}on {found['n']:,} examples of {name}, {found['split']}{less}"
+        tables.append((title, columns, rows_of(found) + ([] if name == task else _cut(found))))
+    for name, found in (figures["attacks"] or {}).items():
+        title = f"{model} {runs}under attack by {name}, {found['n']:,} examples of {task}"
+        tables.append((title, columns, rows_of_attack(found)))
+    for name, found in (figures["outside"] or {}).items():
+        title = f"{model} {runs}beside {dense} on {found['n']:,} texts of {name}, without labels"
+        near = {**found, "metric": figures["metric"], "kl_to_dense": found["kl"]}
+        tables.append((title, columns, rows_of(near) + _cut(found)))
+    return tables
+
+
+def _cut(figures: dict) -> list[list[str]]:
+    share = figures.get("cut")
+    return [[f"texts cut at {figures['max_length']} tokens", _share(share), ""]] if share else []
+
+
 def rows_of(figures: dict) -> list[list[str]]:
-    """[figure, value, 95 % interval] of the figures of `Evaluation` or `compare_ood` that are not None."""
+    """[figure, value, 95 % interval] of the figures of `Evaluation`, `compare_ood` or `drift` that are not None."""
     metric = figures.get("metric", "accuracy")  # OOD tests have no other
-    if metric == "accuracy":
+    if metric == "accuracy" and "accuracy" in figures:
         figures = {**figures, "score": figures["accuracy"], "score_ci": figures["accuracy_ci"], "accuracy": None}
     rows = _rows(figures, _OF_SCORE[metric] | _WORDS)
     groups = {"summed probabilities": figures.get("summed") or {}}
@@ -124,9 +159,17 @@ _OF_ATTACK: Words = {
 def rows_of_attack(figures: dict) -> list[list[str]]:
     """[what, how much, interval] of the figures of an attack."""
     rows = [["attack", figures["variant"], ""], ["texts", f"{figures['n']:,}", ""]]
-    rows += _rows(figures, _OF_ATTACK)
-    if (p := figures.get("mcnemar_p")) is not None:
-        rows.append(["p of the difference, McNemar", f"{p:.3g}", ""])
+    rows += _rows(figures, _OF_ATTACK | {name: _WORDS[name] for name in ("mcnemar_p", "mcnemar_p_holm")})
+    others = {
+        "from_dense": "this model, on what fooled the dense one",
+        "to_dense": "the dense one, on what fooled this",
+    }
+    for name, said in others.items():
+        if (found := figures.get(name)) is not None:
+            told = f"accuracy of {said}, {found['n']:,} texts"
+            rows.append([told, _share(found["accuracy"]), _interval(found["accuracy_ci"], _share)])
+    if figures.get("temperature", 1.0) != 1.0:
+        rows.append(["logits divided by", _number(figures["temperature"]), ""])
     for name, said in (("errors", "texts that ended in an error, left out"), ("capped", "searches ended by a limit")):
         if figures[name]:
             rows.append([said, f"{figures[name]:,}", ""])

@@ -37,6 +37,9 @@ def say_what_was_read(result) -> None:
         print(f"resumed an earlier run, which had got up to {result.resumed}", file=sys.stderr)
     if getattr(result, "left_out", 0):
         print(f"{result.left_out:,} texts were left out: they are in what is reported", file=sys.stderr)
+    if domains := getattr(result, "domains", None):
+        splits = " or ".join(next(iter(domains.values()))["apart_from"])
+        print(f"domains: {', '.join(domains)}; without what is in {result.task}, {splits}, too", file=sys.stderr)
     if result.cut:
         print(f"{result.cut:.1%} of the texts were cut at {result.max_length} tokens (--max-length)", file=sys.stderr)
 

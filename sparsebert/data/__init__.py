@@ -7,6 +7,8 @@ the columns `text`[, `text_b`] and `label`.
 from sparsebert.data.examples import (
     Examples,
     among,
+    apart,
+    at_hand,
     general_texts,
     hold_out,
     in_pairs,
@@ -33,6 +35,8 @@ __all__ = [
     "Examples",
     "Task",
     "among",
+    "apart",
+    "at_hand",
     "general_texts",
     "get_task",
     "hold_out",

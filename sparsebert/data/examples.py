@@ -28,7 +28,8 @@ class Examples:
     labels: int64 [n]; for several labels per text float32 [n, labels] of 0 and 1; for one logit float32 [n]; None if no
         labels were requested.
     groups: the kind of each example, for a task that has kinds.
-    left_out: how many examples were removed because figures are reported on them (`training`).
+    left_out: how many examples were removed because figures are reported on them (`training`), or because they are in
+        other sets (`apart`).
     """
 
     task: str
@@ -118,6 +119,16 @@ def unreported_texts(task: Task, texts: Sequence[str]) -> list[str]:
     """Single texts from another source, without those that the task reports on, alone or as one side of a pair."""
     reported = {text for key in _reported(task) for text in key} if texts else set()
     return [text for text in texts if normalised(text) not in reported]
+
+
+def at_hand(task: Task, split: str) -> bool:
+    """Whether a split is available without `datasets`: from the user's files, local files or the package."""
+    return split in task.own if task.own is not None else _find(task, split) is not None
+
+
+def apart(examples: Examples, *others: Examples) -> Examples:
+    """The examples that are not the same as any of `others` (`sameness`); left_out counts those that are."""
+    return _without(examples, {key for other in others for key in sameness(other)})
 
 
 def sameness(examples: Examples) -> list[tuple[str, ...]]:
@@ -263,11 +274,9 @@ def _at_hand(task: Task, of: Task) -> bool:
     """Whether the test split of `of` is available: from the user's files or local files. The hub counts only for the
     task itself, if its training split is not local.
     """
-    if of.own is not None:
-        return of.test in of.own
-    if _find(of, of.test) is not None:
+    if at_hand(of, of.test):
         return True
-    return of is task and _find(task, task.train) is None and of.hub is not None and of.test in of.hub.splits
+    return of is task and not at_hand(task, task.train) and of.hub is not None and of.test in of.hub.splits
 
 
 def _without(examples: Examples, reported: set[tuple[str, ...]]) -> Examples:

@@ -26,10 +26,11 @@ TEST_SHARE = 0.2  # share of one file that becomes the test split
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
 
 
-def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
+def get_task(name: str, *, labelled: bool = True, values: bool = False, whole: bool = False) -> Task:
     """The known task `name`, or the user's own task in the folder or file `name`. labelled: whether labels are needed;
-    if not, they are ignored. values: whether numbers in a file are values (regression), not class ids. Raises
-    InputError for an unknown name, DataError for files that cannot be understood.
+    if not, they are ignored. values: whether numbers in a file are values (regression), not class ids. whole: whether
+    all rows of a single file are its test split. Raises InputError for an unknown name, DataError for files that cannot
+    be understood.
     """
     if name in TASKS:
         return replace(TASKS[name], labelled=labelled)
@@ -41,7 +42,7 @@ def get_task(name: str, *, labelled: bool = True, values: bool = False) -> Task:
     except (OSError, ValueError):  # not a valid path
         wanted = False
     if wanted:
-        return _of_tables(path, {"": read(path)}, labelled, values)
+        return _of_tables(path, {"test" if whole else "": read(path)}, labelled, values)
     if like := alike(path):
         raise InputError(f"there is no file, folder or task {shown(name)}", fix=f"did you mean {like}?")
     raise InputError(

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 
+from sparsebert import data
 from sparsebert.data import Examples, general_texts, in_pairs
+from sparsebert.errors import InputError
 from sparsebert.heads import Problem
 from sparsebert.robustness import statistics
 from sparsebert.robustness.evaluation import agreement, divergences
@@ -42,6 +47,23 @@ def joined(examples: Examples, words: int, seed: int = 0) -> Examples:
 
     texts_b = None if examples.texts_b is None else together(examples.texts_b)
     return Examples(examples.task, examples.split, together(examples.texts), texts_b, None)
+
+
+def unlabelled(files: Sequence[str], pair: bool) -> list[Examples]:
+    """The texts of each file once (data.read_texts), named as the file is; labels are ignored. pair: whether the task
+    is of pairs; single texts are then paired, first half and second half (data.in_pairs). InputError for pairs if it is
+    not, and for a single text if it is; DataError as of read_texts.
+    """
+    found = []
+    for file in dict.fromkeys(files):
+        columns, _ = data.read_texts(Path(file))
+        if len(columns) == 2 and not pair:
+            raise InputError(f"{file} has pairs, the task has single texts", fix="name a file of single texts")
+        texts, texts_b = columns if len(columns) == 2 else in_pairs(columns[0], pair)
+        if not texts:
+            raise InputError(f"{file} must have at least two texts, as the task has pairs, has one", fix="add texts")
+        found.append(Examples(file, "texts", texts, texts_b, None))
+    return found
 
 
 def drift(problem: Problem, dense: np.ndarray, logits: np.ndarray) -> dict:

@@ -4,13 +4,14 @@ examples.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from sparsebert import heads
 from sparsebert.checkpoint import require_finite
-from sparsebert.data import Examples, Task
+from sparsebert.data import NLI, Examples, Task
 from sparsebert.errors import InputError
 from sparsebert.heads import Problem
 from sparsebert.robustness import statistics
@@ -25,19 +26,28 @@ class Evaluation:
         its rank correlation with the labels.
     accuracy: share of correct examples; with several labels, all of them must be correct; None for one logit.
     f1, f1_weighted: F1 of class 1, and the mean over classes weighted by their share of the labels; None unless the
-        task's metric is F1.
+        task's metric is F1. f1_macro: the plain mean over classes; None unless there are more than two.
     predicted_positive: share of examples predicted as class 1; None unless the task's metric is F1.
+    ece: expected calibration error of the predicted label's probability (statistics.ece; ece_ci: ece_interval);
+        dense_ece: the dense model's. For one label per text; else None.
     kl_to_dense: mean divergence from the dense model in nats (heads.Problem.divergence; for one label per text KL(dense
         ‖ this)).
     agreement: share of equal predictions; for one logit the rank correlation with the dense model's, without interval.
     dense_score: the dense model's score on the same examples. difference: score - dense_score, paired.
     mcnemar_p: p-value of the paired comparison (statistics.mcnemar), for one label per text; else None.
-    These five figures and their intervals are None without a dense model.
+    mcnemar_p_holm: the same, adjusted for the number of such comparisons that `evaluate` makes: on the task, each OOD
+        test and each domain (statistics.holm).
+    What compares with the dense model is None without one.
     engine: what computed the logits, "sparsebert" or "torch", and dtype: in what numbers, fp32 or int8, if `evaluate`
         did. max_length: max tokens kept per text. cut: share of the texts that have more tokens.
     rows: rows read from the user's own files (data.rows_read).
     ood: name of the test -> figures of `compare_ood`, for the tests that were requested.
-    outside: name of the texts -> figures of `drift`, if they were requested.
+    attacks: name of the attack -> figures (attacks.figures), for the attacks that were requested. With a dense model
+        also temperature, by which the logits were divided, and from_dense and to_dense (attacks.transferred): how
+        this model does on the texts that fooled the dense one, and the reverse.
+    domains: name of the domain -> those of these figures that it has, for the domains that were requested, and
+        left_out: how many of its texts are also in the task (domains.unshared); apart_from: in which splits of it.
+    outside: name of the texts -> figures of `drift`, max_length and cut, for the texts that were requested.
     """
 
     task: str
@@ -52,7 +62,11 @@ class Evaluation:
     f1_ci: Interval | None = None
     f1_weighted: float | None = None
     f1_weighted_ci: Interval | None = None
+    f1_macro: float | None = None
+    f1_macro_ci: Interval | None = None
     predicted_positive: float | None = None
+    ece: float | None = None
+    ece_ci: Interval | None = None
     kl_to_dense: float | None = None
     kl_ci: Interval | None = None
     agreement: float | None = None
@@ -62,13 +76,22 @@ class Evaluation:
     difference: float | None = None
     difference_ci: Interval | None = None
     mcnemar_p: float | None = None
+    mcnemar_p_holm: float | None = None
+    dense_ece: float | None = None
+    dense_ece_ci: Interval | None = None
     engine: str | None = None
     dtype: str | None = None
     max_length: int | None = None
     cut: float | None = None
     rows: dict | None = None
     ood: dict[str, dict] | None = None
+    attacks: dict[str, dict] | None = None
+    domains: dict[str, dict] | None = None
     outside: dict[str, dict] | None = None
+
+    def figures(self, *but: str) -> dict:
+        """The fields that are not None, apart from those that `but` names."""
+        return {name: value for name, value in asdict(self).items() if value is not None and name not in but}
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:
@@ -92,13 +115,23 @@ def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarra
     if task.metric == "f1":
         figures |= statistics.f1_figures(predicted, examples.labels)
         figures["predicted_positive"] = float((predicted == 1).mean())
+    if problem is heads.SINGLE_LABEL:
+        figures |= _ece(task, logits, correct, "ece")
+        if len(task.labels) > 2:
+            figures["f1_macro"] = statistics.macro_f1(predicted, examples.labels)
+            figures["f1_macro_ci"] = statistics.bootstrap(
+                lambda rows: statistics.macro_f1(predicted[rows], examples.labels[rows]), n
+            )
     if dense is not None:
         if dense.shape != logits.shape:
             raise InputError(
                 f"both models must have the same labels, got {logits.shape[1]} and {dense.shape[1]}",
                 fix="compare models of one task",
             )
-        figures |= _paired(problem, examples, logits, dense, predicted, predictions(task, dense))
+        dense_predicted = predictions(task, dense)
+        figures |= _paired(problem, examples, logits, dense, predicted, dense_predicted)
+        if problem is heads.SINGLE_LABEL:
+            figures |= _ece(task, dense, dense_predicted == examples.labels, "dense_ece")
     return Evaluation(task.name, examples.split, n, **figures)
 
 
@@ -140,6 +173,15 @@ def _score(problem: Problem, logits: np.ndarray, predicted: np.ndarray, labels: 
     return {name: score, f"{name}_ci": statistics.bootstrap(lambda rows: problem.metric(logits[rows], labels[rows]), n)}
 
 
+def _ece(task: Task, logits: np.ndarray, correct: np.ndarray, name: str) -> dict:
+    """The expected calibration error and its interval, under `name` and `name`_ci."""
+    shares = heads.softmax(logits)
+    if shares.shape[1] > len(task.labels):  # neutral and contradiction count as one class
+        shares = np.stack([shares[:, 0], shares[:, 1:].sum(axis=1)], axis=1)
+    confidence = shares[np.arange(len(shares)), predictions(task, logits)]
+    return {name: statistics.ece(confidence, correct), f"{name}_ci": statistics.ece_interval(confidence, correct)}
+
+
 def agreement(problem: Problem, predicted: np.ndarray, dense_predicted: np.ndarray) -> dict:
     """agreement: share of equal predictions; for one logit, the rank correlation of the two. agreement_ci: its 95 %
     interval; None for one logit.
@@ -170,3 +212,18 @@ def predictions(task: Task, logits: np.ndarray) -> np.ndarray:
         )
     predicted = heads.PROBLEMS[task.problem].predict(logits)
     return np.minimum(predicted, 1) if task.three_way and labels == 3 else predicted
+
+
+def order_for(task: Task, problem: Problem, names: Sequence[str], whose: str) -> np.ndarray:
+    """Where the task's labels are among a model's outputs, by name; for a three-way model on two-way entailment, where
+    the labels of NLI are. problem, names: the model's problem type and labels; whose: its directory, for messages.
+    InputError if the problem type or the labels differ.
+    """
+    if problem.name != task.problem:
+        raise InputError(
+            f"{whose} is a {problem.name} model, the labels of {task.name!r} are {task.problem}",
+            fix="evaluate it on a task of its problem type",
+        )
+    if problem is heads.ONE_LOGIT:
+        return np.arange(1)
+    return heads.columns(names, NLI if task.three_way and len(names) == 3 else task.labels, whose)

@@ -7,8 +7,6 @@ al. 2019) for paraphrases, where two sentences of the same words may differ in m
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import numpy as np
 
 from sparsebert import data
@@ -53,9 +51,8 @@ def compare_ood(task: Task, examples: Examples, logits: np.ndarray, dense: np.nd
 
     Raises what `compare` does. Source: [McCoy et al. 2019; Liu et al. 2022, whose code takes the largest logit].
     """
-    evaluation = asdict(compare(task, examples, logits, dense))
-    apart = {"task", "metric", "score", "score_ci"}  # the metric is the accuracy in all OOD tests
-    figures = {name: value for name, value in evaluation.items() if name not in apart and value is not None}
+    # The metric is the accuracy in all OOD tests.
+    figures = compare(task, examples, logits, dense).figures("task", "metric", "score", "score_ci")
     if task.labels != data.ENTAILMENT:
         return figures
     labels = examples.labels

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from sparsebert import data, heads
-from sparsebert.data import Task
+from sparsebert.config import AttackConfig
+from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError
+from sparsebert.robustness import attacks as attacking
+from sparsebert.robustness import domains as other_domains
 from sparsebert.robustness import ood as out_of_distribution
-from sparsebert.robustness.drift import drift
-from sparsebert.robustness.evaluation import Evaluation, compare
+from sparsebert.robustness import statistics
+from sparsebert.robustness.drift import drift, unlabelled
+from sparsebert.robustness.evaluation import Evaluation, compare, order_for
 from sparsebert.robustness.ood import compare_ood
 
 
@@ -24,6 +30,10 @@ def evaluate(
     *,
     vs: str | Path | None = None,
     ood: str | None = None,
+    domains: str | None = None,
+    texts: Sequence[str] = (),
+    attacks: str | None = None,
+    attack: AttackConfig | None = None,
     n: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
@@ -33,37 +43,120 @@ def evaluate(
     """Evaluates the classifier in directory `model` on the reported split of `task`, paired with the one in `vs` if
     given.
 
-    ood: names of the task's OOD tests, separated by commas, or "all"; they are evaluated in the same way. n: size of a
-    seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. A model in
-    int8 runs in int8, any other in float32 (Classifier.load); labels are matched by name. device: cpu, cuda, or auto
-    for a GPU if one can be used.
-    Raises InputError for an unknown test and DataError for a missing set, both before any model is loaded, and
-    InputError if a model's labels are not the task's. Raises UnsupportedError for a GPU that cannot be used.
+    ood: names of the task's OOD tests, separated by commas, or "all"; they are evaluated in the same way. domains:
+    other sets of the same labels, likewise (domains.named): known tasks, files, folders, or "all" for the known
+    ones on this machine; without the texts that are also in the training or the reported split of `task`, which is
+    taken for the task that the model was trained on. texts: files of unlabelled texts (drift.unlabelled), on which
+    the answers of the two models are compared. attacks: names of attacks (attacks.RECIPES), separated by commas,
+    and attack: their settings, of which n, seed, max_length and device are those of the evaluation. n: size of a
+    seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. A
+    model in int8 runs in int8, any other in float32 (Classifier.load); labels are matched by name. device: cpu,
+    cuda, or auto for a GPU if one can be used.
+    Raises InputError for an unknown test or domain and for texts without `vs`, and DataError for a missing set, before
+    any model is loaded, and InputError if a model's labels are not the task's. Raises UnsupportedError for a GPU that
+    cannot be used.
     """
+    if texts and vs is None:
+        raise InputError("texts are compared with the dense model's answers, and none is given", fix="add --vs DENSE")
     spec = task_for(task, model)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
+    others = () if domains is None else other_domains.named(spec, domains, model)
+    settings = (attack or AttackConfig()).model_copy(update={"n": n, "seed": seed})
+    if settings.match_confidence and (attacks is None or vs is None):
+        raise InputError("match_confidence is for attacks beside a dense model", fix="add --attacks and --vs DENSE")
+    planned = [] if attacks is None else attacking.plans(attacking.named(attacks), settings, spec)
+    outside = [examples.sample(n, seed) for examples in unlabelled(texts, spec.pair)]
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
+    known = other_domains.of_task(spec) if others else []
+    sets += [(of, other_domains.unshared(of, known).sample(n, seed)) for of in others]
     classifiers = [Classifier.load(directory, device) for directory in (model, vs) if directory is not None]
+    sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
+    sets += [(replace(sets[0][0], name=examples.task, max_length=None), examples) for examples in outside]
     for classifier in classifiers[::-1]:
         sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
-    sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
+    logits = _logits(classifiers, sets, progress)
+
+    runs = iter([(*each, *got) for each, got in zip(sets, logits, strict=True)])
+    problem, tokenizer, apart_from = classifiers[0].problem, classifiers[0].tokenizer, [part.split for part in known]
+
+    def whole(of: Task, examples: Examples, *got: np.ndarray) -> Evaluation:
+        return replace(compare(of, examples, *got), **_lengths(tokenizer, of, examples))
+
+    found = replace(
+        whole(*next(runs)), engine=classifiers[0].engine, dtype=classifiers[0].dtype, rows=data.rows_read(spec)
+    )
+    on_tests = {of.name: compare_ood(of, examples, *got) for of, examples, *got in islice(runs, len(tests))}
+    on_domains = {
+        of.name: {"left_out": examples.left_out, "apart_from": apart_from, **whole(of, examples, *got).figures("task")}
+        for of, examples, *got in islice(runs, len(others))
+    }
+    on_texts = {
+        of.name: {**drift(problem, dense, own), **_lengths(tokenizer, of, examples)}
+        for of, examples, own, dense in runs
+    }
+    found = replace(found, ood=on_tests or None, domains=on_domains or None, outside=on_texts or None)
+    return _adjusted(replace(found, attacks=_attacked(classifiers, *sets[0], logits[0], planned, progress) or None))
+
+
+def _attacked(
+    classifiers: list[Classifier],
+    task: Task,
+    examples: Examples,
+    logits: list[np.ndarray],
+    plans: list[attacking.Plan],
+    progress: Progress,
+) -> dict[str, dict]:
+    """The figures of each attack on the first classifier, paired with the second one's if there are two."""
+    orders = _orders(task, classifiers) if plans else []
+    victims = [attacking.Victim(each, task, order) for each, order in zip(classifiers, orders, strict=False)]
+    if plans and plans[0].config.match_confidence:
+        victims[0] = replace(victims[0], temperature=attacking.temperature(*logits))
+    found = {}
+    for plan in plans:
+        name = plan.recipe.name
+        rows = [
+            attacking.run(victim, plan, examples, _part(progress, name + suffix))
+            for victim, suffix in zip(victims, ("", " (dense)"), strict=False)
+        ]
+        found[name] = attacking.figures(plan.variant, *rows)
+        if len(victims) == 2:
+            own, dense = rows
+            found[name] |= {
+                "temperature": victims[0].temperature,
+                "from_dense": attacking.transferred(dense, examples, victims[0], plan.first, own),
+                "to_dense": attacking.transferred(own, examples, victims[1], plan.first, dense),
+            }
+    return found
+
+
+def _logits(classifiers: list[Classifier], sets: list[tuple[Task, Examples]], progress: Progress) -> list[list]:
+    """For each set the logits of each classifier, float32 [n, labels], in the order of the task's labels."""
     orders = [_orders(of, classifiers) for of, _ in sets]
-    logits: list[list[np.ndarray]] = [[] for _ in sets]  # per set, one array per classifier, in the task's order
+    logits: list[list[np.ndarray]] = [[] for _ in sets]
     alone = len(sets) * len(classifiers) == 1
     for which, (classifier, suffix) in enumerate(zip(classifiers, ("", " (dense)"), strict=False)):
         for (of, examples), got, order in zip(sets, logits, orders, strict=True):
             part = _part(progress, "" if alone else of.name + suffix)
             got.append(classifier.predict(examples, max_length=of.max_length, progress=part)[:, order[which]])
-    figures = {
-        of.name: compare_ood(of, examples, *got) for (of, examples), got in zip(sets[1:], logits[1:], strict=True)
-    }
-    of, examples = sets[0]
-    encoded = tokenize(classifiers[0].tokenizer, examples, of.max_length)
-    cut = cut_share(classifiers[0].tokenizer, examples, encoded, of.max_length)
-    return replace(
-        compare(*sets[0], *logits[0]), engine=classifiers[0].engine, dtype=classifiers[0].dtype, ood=figures or None,
-        max_length=of.max_length, cut=cut, rows=data.rows_read(spec),
-    )  # fmt: skip
+    return logits
+
+
+def _lengths(tokenizer, of: Task, examples: Examples) -> dict:
+    """How many tokens are kept per text, and of what share of the texts that is not all."""
+    encoded = tokenize(tokenizer, examples, of.max_length)
+    return {"max_length": of.max_length, "cut": cut_share(tokenizer, examples, encoded, of.max_length)}
+
+
+def _adjusted(found: Evaluation) -> Evaluation:
+    """The evaluation with mcnemar_p_holm wherever it has mcnemar_p."""
+    if found.mcnemar_p is None:
+        return found
+    sets = (found.ood, found.domains, found.attacks)
+    parts = [part for parts in sets for part in (parts or {}).values() if "mcnemar_p" in part]
+    first, *adjusted = statistics.holm([found.mcnemar_p, *(part["mcnemar_p"] for part in parts)])
+    for part, p in zip(parts, adjusted, strict=True):
+        part["mcnemar_p_holm"] = p
+    return replace(found, mcnemar_p_holm=first)
 
 
 def kept(
@@ -99,17 +192,17 @@ def misfit(model: str | Path, task: str) -> DataError | InputError | None:
     try:
         spec = task_for(task, model)
         classifier = Classifier.load(model, "cpu")  # only its labels are asked for
-        order_for(data.among(spec, data.load(spec, spec.test), classifier.names)[0], classifier)
+        _order(data.among(spec, data.load(spec, spec.test), classifier.names)[0], classifier)
     except (DataError, InputError) as error:
         return error
     return None
 
 
 def _orders(task: Task, classifiers: list[Classifier]) -> list[np.ndarray]:
-    """`order_for` of each classifier. Labels that a file gives as numbers are the first one's ids; the other's outputs
+    """`_order` of each classifier. Labels that a file gives as numbers are the first one's ids; the other's outputs
     are found by its names.
     """
-    orders = [order_for(task, classifier) for classifier in classifiers]
+    orders = [_order(task, classifier) for classifier in classifiers]
     if len(classifiers) == 2 and task.problem != heads.ONE_LOGIT.name and heads.are_anonymous(task.labels):
         first, other = classifiers
         if not heads.are_anonymous(first.names):
@@ -117,20 +210,8 @@ def _orders(task: Task, classifiers: list[Classifier]) -> list[np.ndarray]:
     return orders
 
 
-def order_for(task: Task, classifier: Classifier) -> np.ndarray:
-    """Where the task's labels are among the classifier's outputs, by name; for a three-way model on two-way entailment,
-    where the labels of NLI are. InputError if the problem type or the labels differ.
-    """
-    if classifier.problem.name != task.problem:
-        raise InputError(
-            f"{classifier.directory} is a {classifier.problem.name} model, the labels of {task.name!r} are "
-            f"{task.problem}",
-            fix="evaluate it on a task of its problem type",
-        )
-    if classifier.problem is heads.ONE_LOGIT:
-        return np.arange(1)
-    wanted = data.NLI if task.three_way and len(classifier.names) == 3 else task.labels
-    return heads.columns(classifier.names, wanted, str(classifier.directory))
+def _order(task: Task, classifier: Classifier) -> np.ndarray:
+    return order_for(task, classifier.problem, classifier.names, str(classifier.directory))
 
 
 def _part(progress: Progress, what: str) -> Progress:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from sparsebert.errors import InputError
 
 Interval = tuple[float, float]
 SIGN_FLIP_SEEDS = 20  # with more, the 2^n flips are not enumerated
+ECE_BINS = 15  # as in Guo et al. 2017
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -60,6 +61,58 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> float:
     only_a = int((correct_a & ~correct_b).sum())
     only_b = int((~correct_a & correct_b).sum())
     return 1.0 if only_a + only_b == 0 else float(stats.binomtest(only_a, only_a + only_b).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p-values of a family of tests, in the given order: of the i-th smallest of m (from 1) the largest of
+    (m + 1 - j) p_(j) over j ≤ i, at most 1. Rejecting those ≤ α is wrong about any test with probability at most α,
+    however the tests depend on each other. [Holm 1979]
+    """
+    m, adjusted, largest = len(p_values), [1.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(m), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (m - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def ece(confidence: np.ndarray, correct: np.ndarray) -> float:
+    """Expected calibration error: the mean over examples of |accuracy - mean confidence| of their bin, for ECE_BINS
+    bins of equal width, ((b - 1) / ECE_BINS, b / ECE_BINS]. confidence: float [n], the probability of the predicted
+    label; correct: bool [n]. [Guo et al. 2017, eq. 3; Naeini et al. 2015]
+
+    Of few examples it is too high: a perfectly calibrated model has about 0.04 on 200, 0.02 on 872, 0.01 on 5,000.
+    """
+    return _binned(_bins(confidence), np.asarray(correct, dtype=np.float64) - confidence)
+
+
+def ece_interval(confidence: np.ndarray, correct: np.ndarray) -> Interval:
+    """Basic bootstrap interval of `ece`, 2,000 resamples: 2 ece - the percentiles, never below 0, and never without
+    ece. [Davison & Hinkley 1997, eq. 5.6]
+
+    Resampling raises the error as sampling does, so that percentiles are too high. Simulated with 872 examples, 95 %
+    of these intervals hold a true error of 0.03 (of percentiles: 72 %), and two thirds a true error of 0 (none).
+    """
+    bins, gaps = _bins(confidence), np.asarray(correct, dtype=np.float64) - confidence
+    value = _binned(bins, gaps)
+    low, high = bootstrap(lambda rows: _binned(bins[rows], gaps[rows]), len(gaps))
+    return max(0.0, 2 * value - high), max(value, 2 * value - low)
+
+
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return np.ceil(np.asarray(confidence) * ECE_BINS).astype(np.int64).clip(1, ECE_BINS) - 1
+
+
+def _binned(bins: np.ndarray, gaps: np.ndarray) -> float:
+    """The sum over bins of |sum of the bin's gaps|, over the number of examples."""
+    return float(np.abs(np.bincount(bins, gaps)).sum() / len(gaps))
+
+
+def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    """The mean of the F1 of each class that is labelled or predicted; int [n] each."""
+    classes = max(int(predicted.max()), int(labels.max())) + 1
+    both = np.bincount(labels, minlength=classes) + np.bincount(predicted, minlength=classes)
+    hits = np.bincount(labels[labels == predicted], minlength=classes)
+    return float((2 * hits[both > 0] / both[both > 0]).mean())
 
 
 def f1_by_class(confusion: np.ndarray) -> np.ndarray:

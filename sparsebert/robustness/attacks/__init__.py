@@ -5,6 +5,21 @@ the same, and a search goes from the original to a text that the classifier gets
 together, so that each call of a model is a full batch; `run` keeps every attacked example in a ledger.
 """
 
+from sparsebert.robustness.attacks.entry import Attacked, attack
+from sparsebert.robustness.attacks.plan import Plan, Victim, plans
 from sparsebert.robustness.attacks.recipes import RECIPES, named
+from sparsebert.robustness.attacks.run import figures, run, temperature, transferred
 
-__all__ = ["RECIPES", "named"]
+__all__ = [
+    "RECIPES",
+    "Attacked",
+    "Plan",
+    "Victim",
+    "attack",
+    "figures",
+    "named",
+    "plans",
+    "run",
+    "temperature",
+    "transferred",
+]

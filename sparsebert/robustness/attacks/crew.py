@@ -31,8 +31,8 @@ def of(victim: Victim, plan: Plan) -> Iterator[Callable[[Iterable[Unit]], Iterat
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     spec = (
-        str(victim.classifier.directory), victim.classifier.device, victim.task, victim.order, plan.recipe.name,
-        plan.config, workers, context.Value("i", 0),
+        str(victim.classifier.directory), victim.classifier.device, victim.task, victim.order, victim.temperature,
+        plan.recipe.name, plan.config, workers, context.Value("i", 0),
     )  # fmt: skip
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=spec)
     broken = False
@@ -66,7 +66,7 @@ def _shared(pool: ProcessPoolExecutor, workers: int, coming: Iterator[Unit]) -> 
             yield from future.result()
 
 
-def _begin(directory, device, task, order, recipe, config, workers, started) -> None:
+def _begin(directory, device, task, order, temperature, recipe, config, workers, started) -> None:
     """Makes a new process ready to attack."""
     global _work
     with started.get_lock():
@@ -74,7 +74,7 @@ def _begin(directory, device, task, order, recipe, config, workers, started) -> 
         started.value += 1
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[number % workers :: workers] or cores)
-    victim = Victim(Classifier.load(directory, device), task, order)
+    victim = Victim(Classifier.load(directory, device), task, order, temperature)
     (plan,) = plans(named(recipe), config, task)
     _work = lambda units: list(attacked(victim, plan, units))  # noqa: E731
 

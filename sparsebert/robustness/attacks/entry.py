@@ -13,7 +13,7 @@ from sparsebert.errors import OutputError
 from sparsebert.robustness.attacks.plan import Victim, plans
 from sparsebert.robustness.attacks.recipes import named
 from sparsebert.robustness.attacks.run import figures, run
-from sparsebert.robustness.run import order_for
+from sparsebert.robustness.evaluation import order_for
 
 _KEY = b"sparsebert.attack"  # in the file's metadata
 
@@ -45,7 +45,8 @@ def attack(
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
     classifier = Classifier.load(model, config.device)
     spec, examples = data.among(limited(spec, classifier.config, config.max_length), examples, classifier.names)
-    victim = Victim(classifier, spec, order_for(spec, classifier))
+    order = order_for(spec, classifier.problem, classifier.names, str(classifier.directory))
+    victim = Victim(classifier, spec, order)
     (plan,) = plans(recipes, config, spec)
     rows = run(victim, plan, examples, progress)
     key = jobs.digest([victim.facts, plan.facts, examples.sha256])

@@ -28,11 +28,15 @@ Done = tuple[int, dict, float]  # number of the example, its row, seconds
 
 @dataclass(frozen=True)
 class Victim:
-    """A classifier under attack, with the task's labels in their order. order: `order_for` of the task."""
+    """A classifier under attack, with the task's labels in their order.
+
+    order: `order_for` of the task. temperature: what its logits are divided by.
+    """
 
     classifier: Classifier
     task: Task
     order: np.ndarray
+    temperature: float = 1.0
 
     def __post_init__(self):
         if self.classifier.problem is not heads.SINGLE_LABEL:
@@ -55,7 +59,7 @@ class Victim:
             first, second = (list(column) for column in zip(*items, strict=True))
         examples = Examples(self.task.name, self.task.test, first, second, None)
         found = self.classifier.predict(examples, max_length=self.task.max_length, progress=no_progress)
-        return found[:, self.order]
+        return found[:, self.order] / np.float32(self.temperature)
 
     @cached_property
     def facts(self) -> dict:
@@ -67,6 +71,7 @@ class Victim:
             "isa": _dispatch.float32_isa(_dispatch.isa()),
             "max_length": self.task.max_length,
             "order": self.order.tolist(),
+            "temperature": self.temperature,
         }
 
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import optimize
 
-from sparsebert import environment, jobs
+from sparsebert import environment, heads, jobs
 from sparsebert.data import Examples
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import OutputError, SparsebertWarning
@@ -169,3 +170,35 @@ def figures(variant: str, rows: Sequence[dict], dense: Sequence[dict] | None = N
             "mcnemar_p": statistics.mcnemar(held, other),
         }
     return found
+
+
+def transferred(
+    rows: Sequence[dict], examples: Examples, victim: Victim, first: bool, own: Sequence[dict]
+) -> dict | None:
+    """How `victim` does on the texts that fooled another model: n of them, those whose original it gets right, and the
+    share it also gets right, with its interval. rows: of the other model; own: of the victim, on the same examples.
+    first: whether the first text of a pair was attacked. None if there is no such text.
+    """
+    at = [i for i, (row, mine) in enumerate(zip(rows, own, strict=True))
+          if row["outcome"] == "succeeded" and mine["outcome"] in ("succeeded", "failed")]  # fmt: skip
+    if not at:
+        return None
+    items: list = [rows[i]["perturbed"] for i in at]
+    if examples.texts_b is not None:
+        stays = examples.texts_b if first else examples.texts
+        items = [(text, stays[i]) if first else (stays[i], text) for i, text in zip(at, items, strict=True)]
+    right = victim.logits(items).argmax(1) == examples.labels[at]
+    return {"n": len(at), "accuracy": float(right.mean()), "accuracy_ci": statistics.wilson(int(right.sum()), len(at))}
+
+
+def temperature(logits: np.ndarray, dense: np.ndarray) -> float:
+    """The number by which to divide `logits` [n, labels] to give them the mean largest probability of `dense`."""
+    wanted = heads.softmax(dense).max(1).mean()
+
+    def excess(power: float) -> float:
+        return heads.softmax(logits / np.exp(power)).max(1).mean() - wanted
+
+    low, high = -5.0, 5.0  # e^±5
+    if excess(low) < 0 or excess(high) > 0:
+        return float(np.exp(low if excess(low) < 0 else high))
+    return float(np.exp(optimize.brentq(excess, low, high)))
