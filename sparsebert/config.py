@@ -179,7 +179,7 @@ class QuantizeConfig(Settings):
 # Each has a recipe in robustness/attacks/recipes.py.
 ATTACKS = (
     "textfooler", "textfooler-strict", "textbugger", "deepwordbug", "pwws", "pso", "bert-attack", "bae",
-    "random-synonym",
+    "random-synonym", "transfer",
 )  # fmt: skip
 
 
@@ -248,6 +248,9 @@ class AttackConfig(Settings):
     )
     masked_lm: str | None = Field(
         None, description="DIR of a masked-language model, for the attacks bert-attack and bae"
+    )
+    stored: str | None = Field(
+        None, description="for transfer: FILE.parquet of another model's adversarial texts, from sparsebert attack -o"
     )
     match_confidence: bool = Field(
         False,
