@@ -155,7 +155,8 @@ class Resources:
     """Everything that attacks may ask for, read on first use.
 
     neighbours: a file for Neighbours.read, else the packaged ones. encoder: the directory of a sentence encoder, or
-    none. stored: a parquet file of rows that `sparsebert attack -o` has written. masked_lm: the directory of a masked-language model, for the attacks that need one.
+    none. masked_lm: the directory of a masked-language model, for the attacks that need one. stored: a parquet file of
+    rows that `sparsebert attack -o` has written.
     """
 
     def __init__(
