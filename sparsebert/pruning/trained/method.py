@@ -23,6 +23,8 @@ LR = 5e-5
 class TrainedConfig(LearnConfig):
     """The flags that all of these methods have. A method with more flags has a subclass with more fields."""
 
+    heading: ClassVar[str] = "Options of the methods that train with labels"
+
     epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples, such as 3 or 0.5")
     lr: Positive | None = Field(
         None, description="peak learning rate [default: 5e-5; for mask 5e-5 × √(61360 / steps)]"
