@@ -27,8 +27,8 @@ def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **
     """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
 
     basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.
-    more: further config classes by the names of their arguments, listed under their headings. A field that two classes have
-    is one flag, described by the first.
+    more: further config classes by the names of their arguments, listed under their headings. A field that two classes
+    have is one flag, described by the first.
     """
     classes = {"config": config_class, **more}
 
