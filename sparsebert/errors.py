@@ -99,6 +99,7 @@ _EXTRAS = {
     **dict.fromkeys(("plotly", "sentence_transformers"), "demo"),
     "datasets": "hub",
     "matplotlib": "bench",
+    "textattack": "textattack",
 }
 
 

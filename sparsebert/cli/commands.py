@@ -24,6 +24,7 @@ from sparsebert.config import (
     MAX_LENGTH,
     AttackConfig,
     BenchConfig,
+    BudgetConfig,
     DemoConfig,
     EvalConfig,
     PruneConfig,
@@ -140,7 +141,12 @@ def train(
 
 
 @app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
-@flags(PruneConfig, basic=("method", "tier", "sparsity", "pattern", "calibration"), subnet=SubnetConfig)
+@flags(
+    PruneConfig,
+    basic=("method", "tier", "sparsity", "pattern", "calibration"),
+    budget=BudgetConfig,
+    subnet=SubnetConfig,
+)
 def prune(
     directory: Directory,
     *,
@@ -153,9 +159,16 @@ def prune(
     verbose: Annotated[bool, option("--verbose", help="also print the density of every linear")] = False,
     json: Json = False,
     config: PruneConfig,
+    budget: BudgetConfig,
     subnet: SubnetConfig,
 ) -> None:
     from sparsebert.pruning import prune_checkpoint
+
+    if budget.min_speedup is not None or budget.max_robust_drop is not None:
+        if dry_run or config.method in TRAINED:
+            raise InputError("a budget is for methods without labels, without --dry-run", fix="leave one of them out")
+        _prune_within(budget, directory, task, output, config, overwrite=overwrite, json=json)
+        return
 
     if dry_run:
         from sparsebert.pruning.plan import plan
@@ -185,6 +198,24 @@ def prune(
         table(f"{what}: {how} {result.seconds:.0f} s", ["", ""], rows)
         _then_eval_or_bench(output, directory, task, kept)
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
+
+
+def _prune_within(
+    budget: BudgetConfig, directory: Path, task: str, output: Path, config: PruneConfig, *, overwrite: bool, json: bool
+) -> None:
+    from sparsebert.pruning.budget import search
+
+    with progress("prune within a budget") as update:
+        choice = search(directory, task, output, config, budget, overwrite=overwrite, progress=update)
+    kept = _kept(output, directory, task, config.max_length, "cpu")
+    if not json:
+        rows = [["chosen", str(choice.chosen)], ["why", choice.why]]
+        rows += [["also fast enough", str(other)] for other in choice.candidates if other != choice.chosen]
+        rows += [["too slow", str(other)] for other in choice.too_slow]
+        rows += [*rows_of_kept(kept, "the dense model"), ["saved in", str(output)]]
+        table("within the budget" if choice.met else "out of the budget: the nearest", ["", ""], rows)
+        _then_eval_or_bench(output, directory, task, kept)
+    emit({**choice.as_json(), "output": str(output), "kept": kept}, json)
 
 
 @app.command()
@@ -274,7 +305,7 @@ def soup(
 
 
 @app.command("eval")
-@flags(EvalConfig, panel="Options of attacks", attack=AttackConfig)
+@flags(EvalConfig, attack=AttackConfig)
 def evaluate(
     directory: Directory,
     *,
