@@ -287,6 +287,8 @@ def main() -> int:
             raise OutputError("no place for an environment: this user has no home", fix="give --environment DIR")
         folder = cache / "textattack"
     classifier = Classifier.load(args.model, "cpu")
+    if classifier.dtype != "fp32":
+        parser.error(f"--model must be in float32, which TextAttack runs, {args.model} is in {classifier.dtype}")
     victim = Victim(classifier, task, order_for(task, classifier.problem, classifier.names, args.model))
     made = plans(wanted, AttackConfig(seed=args.seed), task)
     units = attackable(victim, args.n)
