@@ -14,6 +14,7 @@ from models import classifier, saved
 
 from sparsebert import data, heads
 from sparsebert.cli import main
+from sparsebert.cli.figures import rows_of
 from sparsebert.data import SENTIMENT, TASKS
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError
@@ -289,6 +290,11 @@ def test_the_command_prints_every_set_and_says_which_were_found(folder, model, d
     assert told["domains"].keys() == {"sst2", "imdb"} and told["outside"].keys() == {path}
     code, out, _ = command(capsys, *arguments[:-6], "--json", "--n", 18)
     assert code == 0 and out.count("\n") == 1 and json.loads(out)["domains"] is json.loads(out)["outside"] is None
+
+
+def test_no_p_value_is_shown_as_0():
+    rows = rows_of({"accuracy": 0.5, "accuracy_ci": None, "mcnemar_p": 4e-5, "mcnemar_p_holm": 0.00012})
+    assert [row[1] for row in rows] == ["50.0%", "below 0.0001", "0.0001"]
 
 
 @pytest.mark.parametrize(
