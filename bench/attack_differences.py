@@ -65,6 +65,9 @@ def cause(attack: str, ours: dict, theirs: dict) -> str:
         scores |= mine
     a, b = ours["perturbed"], theirs["perturbed"]
     if a == b:
+        again = _repeated(theirs) - _repeated(ours)
+        if again and theirs["queries"] - ours["queries"] == again:
+            return f"TextAttack asks about {again} candidates once more, since others are equal to them"
         return UNEXPLAINED
     similarity = ours["trace"]["similarity"]
     if a in similarity and b in similarity and abs(similarity[a] - similarity[b]) <= SIMILARITY:
@@ -86,6 +89,10 @@ def _at_threshold(ours: dict, theirs: dict, texts: Iterable[str]) -> str:
     ):
         return f"the similarity of a candidate is within {SIMILARITY:g} of its threshold"
     return UNEXPLAINED
+
+
+def _repeated(row: dict) -> int:
+    return sum(len(scores) - len(dict(scores)) for _, _, scores in row["trace"]["steps"])
 
 
 def _steps(attack: str, row: dict) -> list[tuple[str, int, dict[str, float]]]:
