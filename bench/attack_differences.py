@@ -18,7 +18,7 @@ from sparsebert.robustness.attacks.constraints import Constraint
 from sparsebert.robustness.attacks.plan import Plan, Unit, Victim
 from sparsebert.robustness.attacks.words import Text
 
-# What float32 may change between two implementations of the same encoder; seen: 1e-6 and 2e-5.
+# What the order of sums in float32 may change between two implementations of an encoder.
 SCORE, SIMILARITY = 1e-5, 1e-4
 UNEXPLAINED = "unexplained"
 FIELDS = {"outcome": "outcome", "text": "perturbed", "queries": "queries"}
