@@ -18,7 +18,7 @@ from sparsebert.robustness.attacks.constraints import Constraint
 from sparsebert.robustness.attacks.plan import Plan, Unit, Victim
 from sparsebert.robustness.attacks.words import Text
 
-# What float32 may change between two implementations of the same encoder; seen: 1e-6 and 2e-5.
+# What the order of sums in float32 may change between two implementations of an encoder.
 SCORE, SIMILARITY = 1e-5, 1e-4
 UNEXPLAINED = "unexplained"
 FIELDS = {"outcome": "outcome", "text": "perturbed", "queries": "queries"}
@@ -65,6 +65,9 @@ def cause(attack: str, ours: dict, theirs: dict) -> str:
         scores |= mine
     a, b = ours["perturbed"], theirs["perturbed"]
     if a == b:
+        again = _repeated(theirs) - _repeated(ours)
+        if again and theirs["queries"] - ours["queries"] == again:
+            return f"TextAttack asks about {again} candidates once more, since others are equal to them"
         return UNEXPLAINED
     similarity = ours["trace"]["similarity"]
     if a in similarity and b in similarity and abs(similarity[a] - similarity[b]) <= SIMILARITY:
@@ -86,6 +89,10 @@ def _at_threshold(ours: dict, theirs: dict, texts: Iterable[str]) -> str:
     ):
         return f"the similarity of a candidate is within {SIMILARITY:g} of its threshold"
     return UNEXPLAINED
+
+
+def _repeated(row: dict) -> int:
+    return sum(len(scores) - len(dict(scores)) for _, _, scores in row["trace"]["steps"])
 
 
 def _steps(attack: str, row: dict) -> list[tuple[str, int, dict[str, float]]]:

@@ -126,6 +126,16 @@ def test_words_are_tried_in_another_order_if_they_are_equally_important():
     assert cause("deepwordbug", trace_of([], "a b"), trace_of([], "a b", ((0, 0.5),))) == UNEXPLAINED
 
 
+@pytest.mark.parametrize(("more", "explained"), [(2, True), (1, False)])
+def test_equal_candidates_are_counted_again_by_textattack(more, explained):
+    twice = ["a b", 0, [*FIRST[2], *FIRST[2][1:]]]
+    rows = [trace_of([step], "z b") for step in (FIRST, twice)]
+    rows[1]["queries"] += more
+    assert cause("textfooler", *rows) == (
+        "TextAttack asks about 2 candidates once more, since others are equal to them" if explained else UNEXPLAINED
+    )
+
+
 @pytest.mark.parametrize(("away", "explained"), [(SIMILARITY / 2, True), (2 * SIMILARITY, False)])
 def test_a_candidate_at_the_threshold_may_be_left_out(away, explained):
     similarity = {"x b": 0.9, "y b": 0.8 + away}
