@@ -333,6 +333,7 @@ class DemoConfig(Settings):
     calibration_tokens: int | None = Field(
         None, ge=1, lt=LARGE, description="tokens to calibrate on [default: as for prune]"
     )
+    attack_n: Count = Field(100, description="test sentences that are attacked")
     bench_n: Count = Field(64, description="sentences per timing round")
     rounds: int | None = Field(None, ge=1, lt=LARGE, description="timing rounds [default: as for bench]")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of the timing [default: all cores]")

@@ -155,6 +155,14 @@ def test_texts_that_the_task_has_too_are_left_out_and_counted(folder, model):
     assert (found["n"], found["left_out"], found["apart_from"]) == (8, 5, ["train", "test"])
 
 
+def test_what_datasets_would_give_is_asked_for_both_splits(folder, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda of, split: split)
+    assert domains.of_task(TASKS["sst2"]) == ["dev"], "a local file stands for all that is at hand"
+    (folder / "sst2" / "dev.parquet").unlink()
+    assert domains.of_task(TASKS["sst2"]) == ["train", "dev"]
+    assert domains.of_task(TASKS["paws_qqp"]) == ["dev_and_test"], "there is no training split"
+
+
 def test_pairs_are_the_same_in_either_order(folder, tmp_path):
     write(folder, "qqp", [("He left .", "he came", 0), ("a", "b", 1)])
     assert [examples.split for examples in domains.of_task(TASKS["qqp"])] == ["dev_heldout"], "train is not at hand"
@@ -232,6 +240,8 @@ def test_models_of_other_problem_types_take_files_of_their_own(folder, monkeypat
     found = result.domains[other]
     assert found["metric"] == heads.PROBLEMS[problem].metric_name and found["n"] == 20 and found["difference"] == 0
     assert "mcnemar_p" not in found and "ece" not in found and result.outside[texts]["agreement"] == pytest.approx(1)
+    with pytest.raises(InputError, match=f"'imdb': .* is a {problem} model, the labels of 'imdb' are single_label"):
+        evaluate(directory, str(folder / "task.jsonl"), domains="imdb")
     with pytest.raises(InputError, match="domains all found none"):
         evaluate(directory, str(folder / "task.jsonl"), domains="all")
 
