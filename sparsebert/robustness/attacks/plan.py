@@ -89,6 +89,8 @@ class Plan:
 
     @cached_property
     def stopwords(self) -> frozenset[str]:
+        if self.recipe.stopwords == "none":
+            return frozenset()
         if self.recipe.stopwords == "nltk" and self.resources.stopwords is not None:
             return self.resources.stopwords[0]
         return frozenset() if self.recipe.stopwords == "none" else textfooler_stopwords()
