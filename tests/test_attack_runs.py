@@ -457,7 +457,7 @@ def test_the_document_is_the_last_line_and_the_file_has_a_row_an_example(sets, m
     assert not any(pa.types.is_null(column.type) for column in table.schema), "of one type in every file"
     outcomes = [row["outcome"] for row in rows]
     assert set(outcomes) == {"skipped", "succeeded", "failed"}
-    assert said["aua"] == outcomes.count("failed") / 24 and said["acc"] == 1 - outcomes.count("skipped") / 24
+    assert said["aua"] == outcomes.count("failed") / 24 and said["acc"] == (24 - outcomes.count("skipped")) / 24
     assert {row["label"] for row in rows} == set(SPEC.labels)
     found = [row for row in rows if row["outcome"] == "succeeded"]
     assert found and all(row["perturbed"] != row["original"] and row["words_changed"] > 0 for row in found)
