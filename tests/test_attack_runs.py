@@ -25,6 +25,7 @@ from sparsebert import checkpoint, data
 from sparsebert.cli import main
 from sparsebert.config import AttackConfig
 from sparsebert.data import Examples
+from sparsebert.encoders import no_progress
 from sparsebert.errors import OutputError, SparsebertWarning
 from sparsebert.jobs import Ledger, OtherVersion, ledger
 from sparsebert.robustness import attack
@@ -645,30 +646,27 @@ def test_two_processes_share_a_ledger_and_have_the_same_rows(sets, model, book):
     assert rows_at(sets / "a.parquet") == rows_at(sets / "b.parquet")
 
 
-def test_workers_find_what_one_process_finds_also_if_one_is_killed(sets, model, monkeypatch):
-    def found(workers: int) -> list[dict]:
-        settings = AttackConfig(workers=workers, ledger=str(sets / f"{workers}.sqlite"))
-        return untimed(attack(model, "mr", "deepwordbug", settings).rows)
+def attacked_by(sets: Path, model: Path, workers: int, progress=no_progress) -> list[dict]:
+    settings = AttackConfig(workers=workers, ledger=str(sets / f"{workers}.sqlite"))
+    return untimed(attack(model, "mr", "deepwordbug", settings, progress=progress).rows)
 
-    alone = found(1)
+
+def test_workers_find_what_one_process_finds(sets, model, monkeypatch):
+    alone = attacked_by(sets, model, 1)
     monkeypatch.setattr(crew, "UNITS", 5)
-    monkeypatch.setattr(
-        crew, "attacked", lambda victim, plan, units: iter(list(units) and pytest.fail("a unit is left"))
-    )
-    assert found(3) == alone
-    monkeypatch.undo()
-    monkeypatch.setenv("SPARSEBERT_DATA", str(sets))
+    monkeypatch.setattr(crew, "attacked", lambda *a: iter(list(a[2]) and pytest.fail("a unit is left")))
+    assert attacked_by(sets, model, 3) == alone
+
+
+def test_where_a_worker_is_killed_its_process_goes_on_alone(sets, model, monkeypatch):
+    pools, real, calls = [], crew.ProcessPoolExecutor, iter(range(100))
     monkeypatch.setattr(crew, "UNITS", 5)
-    pools = []
-    real = crew.ProcessPoolExecutor
     monkeypatch.setattr(crew, "ProcessPoolExecutor", lambda *a, **more: pools.append(real(*a, **more)) or pools[-1])
 
-    def kill(*_):
-        if pools[0]._processes:
+    def kill(*_) -> None:
+        if next(calls) == 1:  # after the first example
             os.kill(next(iter(pools[0]._processes)), signal.SIGKILL)
 
-    settings = AttackConfig(workers=2, ledger=str(sets / "killed.sqlite"))
-    calls = iter(range(100))
+    alone = attacked_by(sets, model, 1)
     with pytest.warns(SparsebertWarning, match="a worker was killed; the work goes on without workers"):
-        rows = attack(model, "mr", "deepwordbug", settings, progress=lambda *_: next(calls) == 1 and kill()).rows
-    assert untimed(rows) == alone
+        assert attacked_by(sets, model, 2, kill) == alone
