@@ -440,7 +440,7 @@ def test_every_attack_ends_on_toy_models():
 
     text = "The old actor gives a good performance and the film is never dull or stupid at all"
     score = lambda text: 0.2 + 0.02 * ((sum(map(ord, text)) + 4) % 20)  # noqa: E731
-    for name in ATTACKS:
+    for name in (name for name in ATTACKS if name != "transfer"):  # it has no words of its own
         attack = Attack(RECIPES[name], Stub, 0, Text(text), None, True, 0, 0, frozenset({"the", "a"}), 3000)
         end = ended(attack, Victim(score), **{ENCODER: embed, MASKED_LM: proposals})
         assert end.outcome in ("succeeded", "failed"), (name, end.error)

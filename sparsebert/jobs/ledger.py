@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -60,7 +61,7 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version <= _VERSION:
+            if version < _VERSION:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.executescript(f"{_SCHEMA}; PRAGMA user_version = {_VERSION}")
         if version > _VERSION:
@@ -180,7 +181,8 @@ class Ledger:
                 yield
                 self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # on a full disk SQLite has ended it
+                    self._db.execute("ROLLBACK")
                 raise
 
     def _put(self, kind: str, inputs: dict, code: str, result: str, seconds: float, finished: str) -> None:
@@ -217,14 +219,22 @@ class OtherVersion(OutputError):
 
 
 def _is_damaged(path: Path) -> bool:
-    """Whether a ledger cannot be read, or holds a row that does not match its checksum."""
+    """Whether a ledger holds something else than sound rows. A full disk, a lock or missing rights are no damage."""
+    import sqlite3
+
     try:
         with contextlib.closing(Ledger(path)) as ledger:
             ledger._rows(_ALL)
     except OtherVersion:
         return False
-    except OutputError:
-        return True
+    except OutputError as error:
+        passing = {
+            sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_FULL, sqlite3.SQLITE_PERM,
+            sqlite3.SQLITE_CANTOPEN,
+        }  # fmt: skip
+        code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF  # without SQLite's extensions of it
+        rights = code == sqlite3.SQLITE_READONLY and not os.access(path, os.W_OK)
+        return not (isinstance(error.__cause__, OSError) or code in passing or rights)
     return False
 
 

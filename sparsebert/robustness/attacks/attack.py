@@ -59,7 +59,7 @@ class Recipe:
 
     transform(attack, text, index): the words to put in place of words[index]. constraints: each keeps some of the
     candidates; applied one after the other, so the cheap ones come first. search: looks for a fooling text.
-    stopwords: words that are left alone: "textfooler" for its own list, or "nltk" for NLTK's English one.
+    stopwords: words that are left alone: "textfooler" for its own list, "nltk" for NLTK's English one, or "none".
     needs: the resources that decide its results, by their names in Resources.
     """
 

@@ -75,7 +75,9 @@ def write_rows(path: Path, found: Attacked, *, overwrite: bool = False) -> None:
             held = None
         if held != key:
             raise OutputError(f"{path} exists and holds something else", fix="choose another -o, or give --overwrite")
-    table = pyarrow.Table.from_pylist(found.rows)
+    kinds = {"id": "int64", "queries": "int64", "words_changed": "double", "score": "double", "seconds": "double"}
+    columns = [(name, kinds.get(name, "string")) for name in found.rows[0]]
+    table = pyarrow.Table.from_pylist(found.rows, pyarrow.schema(columns))
     with jobs.writing(path) as fresh:
         pyarrow.parquet.write_table(
             table.replace_schema_metadata({_KEY: key, b"variant": found.figures["variant"]}), fresh

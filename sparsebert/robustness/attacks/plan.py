@@ -17,6 +17,7 @@ from sparsebert.data import Examples, Task
 from sparsebert.encoders import no_progress
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError, SparsebertWarning, UnsupportedError
+from sparsebert.machine import device_for
 from sparsebert.ops import _dispatch
 from sparsebert.robustness.attacks import lockstep
 from sparsebert.robustness.attacks.attack import ENCODER, MASKED_LM, VICTIM, Attack, Recipe
@@ -69,6 +70,7 @@ class Victim:
             "model": checkpoint.read(self.classifier.directory).content_sha256,
             "engine": self.classifier.engine,
             "dtype": self.classifier.dtype,
+            "device": device_for(self.classifier.device).type,
             "isa": _dispatch.float32_isa(_dispatch.isa()),
             "max_length": self.task.max_length,
             "order": self.order.tolist(),
@@ -87,6 +89,8 @@ class Plan:
 
     @cached_property
     def stopwords(self) -> frozenset[str]:
+        if self.recipe.stopwords == "none":
+            return frozenset()
         if self.recipe.stopwords == "nltk" and self.resources.stopwords is not None:
             return self.resources.stopwords[0]
         return frozenset() if self.recipe.stopwords == "none" else textfooler_stopwords()

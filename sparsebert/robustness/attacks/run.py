@@ -43,7 +43,7 @@ def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_
     ]
     facts = victim.facts | plan.facts
     keys = [facts | {"text": text, "other": other, "label": label} for _, text, other, label in units]
-    book = _opened(path)
+    book = _opened(path, keys)
     try:
         found = _rows(book, victim, plan, units, keys, progress)
     finally:
@@ -63,11 +63,11 @@ def default_ledger() -> Path:
     return folder / "attacks.sqlite"
 
 
-def _opened(path: Path) -> Ledger:
-    """The ledger; a damaged one is moved aside, with a warning."""
+def _opened(path: Path, keys: list[dict]) -> Ledger:
+    """The ledger; one that is damaged, in the rows of these keys or as a whole, is moved aside, with a warning."""
     try:
         book = Ledger(path)
-        book.found(KIND, [])
+        book.found(KIND, keys, _code())
         return book
     except jobs.OtherVersion:
         raise
@@ -82,10 +82,14 @@ def _opened(path: Path) -> Ledger:
         return book
 
 
+def _code() -> str:
+    return jobs.code_of("sparsebert.robustness.attacks.run")
+
+
 def _rows(
     book: Ledger, victim: Victim, plan: Plan, units: list[Unit], keys: list[dict], progress: Progress
 ) -> list[dict]:
-    code = jobs.code_of("sparsebert.robustness.attacks.run")
+    code = _code()
     found = book.found(KIND, keys, code)
     progress(sum(row is not None for row in found), len(units))
     ready: list[tuple[dict, dict, float]] = []
