@@ -15,6 +15,7 @@ from sparsebert.cli.figures import (
     rows_of_machine,
     rows_of_plan,
     tables_of_evaluation,
+    tables_of_replay,
     tables_of_timing,
 )
 from sparsebert.cli.options import flags, option
@@ -73,6 +74,14 @@ Overwrite = Annotated[
     option("--overwrite", help="replace an output that is there already and was made with other settings or code"),
 ]
 Json = Annotated[bool, option("--json", help="print the result as one line of JSON, and no table")]
+LedgerFile = Annotated[
+    str | None, option(metavar="FILE", help="the ledger that the attacks were kept in [default: the one in the cache]")
+]
+
+
+def _attack_flag(name: str):
+    """A flag of AttackConfig, for a command that takes a few of them."""
+    return Annotated[str | None, option(help=AttackConfig.model_fields[name].description)]
 
 
 @app.command()
@@ -342,6 +351,58 @@ def attack(
             print_change(row)
     emit({"task": task, "attack": attack, **found.figures, "output": None if output is None else str(output)}, json)
     stop_for_errors(found.figures["errors"], len(found.rows))
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="one SELECT of DuckDB, from the table attacks")],
+    *,
+    ledger: LedgerFile = None,
+    json: Json = False,
+) -> None:
+    """Ask the ledger of attacks, in SQL. Its table `attacks` has a row per attacked example; "describe attacks" lists
+    the columns. Nothing is changed.
+    """
+    from sparsebert.robustness.attacks.stored import query as run
+
+    columns, rows = run(sql, ledger)
+    if not json:
+        shown = [["" if value is None else str(value) for value in row] for row in rows]
+        table("1 row" if len(rows) == 1 else f"{len(rows):,} rows", columns, shown)
+    emit({"columns": columns, "rows": rows}, json)
+
+
+@app.command()
+def replay(
+    example: Annotated[
+        str, typer.Argument(metavar="ID", help="id of an attacked example: the first digits of its key, as in `query`")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="directory of the model that was attacked, to attack it again")
+    ] = None,
+    *,
+    ledger: LedgerFile = None,
+    neighbours: _attack_flag("neighbours") = None,
+    sentence_encoder: _attack_flag("sentence_encoder") = "minilm",
+    masked_lm: _attack_flag("masked_lm") = None,
+    json: Json = False,
+) -> None:
+    """Show an attacked example. With DIR, attack it again, step by step, and say whether the result is the same."""
+    from sparsebert.robustness.attacks import stored
+
+    unit = stored.find(example, ledger)
+    document = {"id": unit["key"][: stored.ID], **{name: unit[name] for name in ("inputs", "result", "finished")}}
+    if directory is not None:
+        document |= stored.replay(
+            unit, directory, neighbours=neighbours, sentence_encoder=sentence_encoder, masked_lm=masked_lm
+        )
+    if not json:
+        row = unit["result"] | {"original": unit["inputs"]["text"], "label": f"label {unit['inputs']['label']}"}
+        if row["perturbed"] is not None:
+            print_change(row | {"label": document.get("label", row["label"])})
+        for each in tables_of_replay(document):
+            table(*each)
+    emit(document, json)
 
 
 @app.command()
