@@ -298,8 +298,6 @@ def evaluate(
     """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and the
     same out of distribution (--ood), in other domains (--domains, --texts) and under attack (--attacks).
     """
-    from dataclasses import asdict
-
     from sparsebert.robustness import evaluate as run
 
     with progress("evaluate") as update:
@@ -309,7 +307,7 @@ def evaluate(
             device=config.device, progress=update,
         )  # fmt: skip
     say_what_was_read(result)
-    figures = asdict(result)
+    figures = result.as_json()
     if not json:
         for each in tables_of_evaluation(figures, task, directory, vs):
             table(*each)

@@ -16,9 +16,8 @@ from sparsebert.errors import InputError, shown
 from sparsebert.jobs import Ledger
 from sparsebert.robustness.attacks.plan import Victim, plans, traced
 from sparsebert.robustness.attacks.recipes import named
-from sparsebert.robustness.attacks.run import KIND, default_ledger
+from sparsebert.robustness.attacks.run import ID, KIND, default_ledger
 
-ID = 12  # hex digits of a unit's key that name an attacked example
 LEAST = 4  # of them that `find` takes
 _RENAMED = {"order": "outputs"}  # a word of SQL
 _FLAGS = {"neighbours": "--neighbours", "encoder": "--sentence-encoder", "masked_lm": "--masked-lm"}
