@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,7 +34,9 @@ DEVICE = Field(
 
 
 class Settings(BaseModel):
-    """Checked settings that do not change."""
+    """Checked settings that do not change. heading: that of their flags in --help, beside those of another class."""
+
+    heading: ClassVar[str] = ""
 
     # defer_build: what checks them is built on first use; --help does not need it.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -167,6 +169,26 @@ class PruneConfig(Settings):
     )
 
 
+class BudgetConfig(Settings):
+    """A budget that pattern, sparsity and int8 are chosen by."""
+
+    heading: ClassVar[str] = "Budget: instead of --pattern, --sparsity and --int8"
+
+    min_speedup: Positive | None = Field(
+        None,
+        gt=1,
+        description="how many times as fast as the dense model it must be on this machine, one text per call",
+    )
+    max_robust_drop: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="points of accuracy under attack that it may lose, on held-out training examples",
+    )
+    budget_attack: str = Field("textfooler", description="the attack, of sparsebert attack")
+    budget_n: int = Field(300, ge=20, lt=LARGE, description="examples that are attacked")
+
+
 class QuantizeConfig(Settings):
     """Settings of rounding to int8."""
 
@@ -179,7 +201,7 @@ class QuantizeConfig(Settings):
 # Each has a recipe in robustness/attacks/recipes.py.
 ATTACKS = (
     "textfooler", "textfooler-strict", "textbugger", "deepwordbug", "pwws", "pso", "bert-attack", "bae",
-    "random-synonym",
+    "random-synonym", "transfer",
 )  # fmt: skip
 
 
@@ -216,6 +238,8 @@ class EvalConfig(Settings):
 class AttackConfig(Settings):
     """Settings of adversarial attacks."""
 
+    heading: ClassVar[str] = "Options of attacks"
+
     max_length: MaxLength = Field(None, description=MAX_LENGTH)
     n: int | None = Field(
         None,
@@ -248,6 +272,9 @@ class AttackConfig(Settings):
     )
     masked_lm: str | None = Field(
         None, description="DIR of a masked-language model, for the attacks bert-attack and bae"
+    )
+    stored: str | None = Field(
+        None, description="for transfer: FILE.parquet of another model's adversarial texts, from sparsebert attack -o"
     )
     match_confidence: bool = Field(
         False,
@@ -306,6 +333,7 @@ class DemoConfig(Settings):
     calibration_tokens: int | None = Field(
         None, ge=1, lt=LARGE, description="tokens to calibrate on [default: as for prune]"
     )
+    attack_n: Count = Field(100, description="test sentences that are attacked")
     bench_n: Count = Field(64, description="sentences per timing round")
     rounds: int | None = Field(None, ge=1, lt=LARGE, description="timing rounds [default: as for bench]")
     threads: int | None = Field(None, ge=1, le=1024, description="threads of the timing [default: all cores]")

@@ -100,6 +100,7 @@ _EXTRAS = {
     "sentence_transformers": "demo",
     "datasets": "hub",
     "matplotlib": "bench",
+    "textattack": "textattack",
 }
 
 

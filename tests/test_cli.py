@@ -40,6 +40,8 @@ SMALL_DEMO = [
     "120",
     "--calibration-tokens",
     "2000",
+    "--attack-n",
+    "20",
     "--epochs",
     "1",
     "--bench-n",
@@ -665,9 +667,11 @@ def test_the_whole_demo_at_reduced_size_survives_kill_9_and_reuses_its_work(dens
     for method in result["methods"].values():
         assert method["outside"].keys() == {"longer texts", "general texts"}
         assert all(0 < texts["kl"] < 1 and texts["n"] > 1 for texts in method["outside"].values())
+        assert method["attacks"]["textfooler"]["n"] == 20 and 0 <= method["attacks"]["textfooler"]["aua"] <= 1
     assert result["latency_ms"].keys() == {"torch", "sparsebert"} and result["max_logit_error"] < 1e-4
 
     page = Path(result["report"]).read_text()
+    assert "accuracy under attack" in page
     assert "longer texts" in page and "plotly" in page and not re.search(r"<(script|link|img)[^>]*(src|href)=", page), (
         "opens without network"
     )

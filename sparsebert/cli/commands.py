@@ -25,6 +25,7 @@ from sparsebert.config import (
     MAX_LENGTH,
     AttackConfig,
     BenchConfig,
+    BudgetConfig,
     DemoConfig,
     EvalConfig,
     PruneConfig,
@@ -79,9 +80,9 @@ LedgerFile = Annotated[
 ]
 
 
-def _attack_flag(name: str):
+def _attack_flag(name: str, *names: str):
     """A flag of AttackConfig, for a command that takes a few of them."""
-    return Annotated[str | None, option(help=AttackConfig.model_fields[name].description)]
+    return Annotated[str | None, option(*names, help=AttackConfig.model_fields[name].description)]
 
 
 @app.command()
@@ -149,7 +150,12 @@ def train(
 
 
 @app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
-@flags(PruneConfig, basic=("method", "tier", "sparsity", "pattern", "calibration"), subnet=SubnetConfig)
+@flags(
+    PruneConfig,
+    basic=("method", "tier", "sparsity", "pattern", "calibration"),
+    budget=BudgetConfig,
+    subnet=SubnetConfig,
+)
 def prune(
     directory: Directory,
     *,
@@ -162,9 +168,16 @@ def prune(
     verbose: Annotated[bool, option("--verbose", help="also print the density of every linear")] = False,
     json: Json = False,
     config: PruneConfig,
+    budget: BudgetConfig,
     subnet: SubnetConfig,
 ) -> None:
     from sparsebert.pruning import prune_checkpoint
+
+    if budget.min_speedup is not None or budget.max_robust_drop is not None:
+        if dry_run or config.method in TRAINED:
+            raise InputError("a budget is for methods without labels, without --dry-run", fix="leave one of them out")
+        _prune_within(budget, directory, task, output, config, overwrite=overwrite, json=json)
+        return
 
     if dry_run:
         from sparsebert.pruning.plan import plan
@@ -194,6 +207,24 @@ def prune(
         table(f"{what}: {how} {result.seconds:.0f} s", ["", ""], rows)
         _then_eval_or_bench(output, directory, task, kept)
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
+
+
+def _prune_within(
+    budget: BudgetConfig, directory: Path, task: str, output: Path, config: PruneConfig, *, overwrite: bool, json: bool
+) -> None:
+    from sparsebert.pruning.budget import search
+
+    with progress("prune within a budget") as update:
+        choice = search(directory, task, output, config, budget, overwrite=overwrite, progress=update)
+    kept = _kept(output, directory, task, config.max_length, "cpu")
+    if not json:
+        rows = [["chosen", str(choice.chosen)], ["why", choice.why]]
+        rows += [["also fast enough", str(other)] for other in choice.candidates if other != choice.chosen]
+        rows += [["too slow", str(other)] for other in choice.too_slow]
+        rows += [*rows_of_kept(kept, "the dense model"), ["saved in", str(output)]]
+        table("within the budget" if choice.met else "out of the budget: the nearest", ["", ""], rows)
+        _then_eval_or_bench(output, directory, task, kept)
+    emit({**choice.as_json(), "output": str(output), "kept": kept}, json)
 
 
 @app.command()
@@ -283,7 +314,7 @@ def soup(
 
 
 @app.command("eval")
-@flags(EvalConfig, panel="Options of attacks", attack=AttackConfig)
+@flags(EvalConfig, attack=AttackConfig)
 def evaluate(
     directory: Directory,
     *,
@@ -383,6 +414,7 @@ def replay(
     neighbours: _attack_flag("neighbours") = None,
     sentence_encoder: _attack_flag("sentence_encoder") = "minilm",
     masked_lm: _attack_flag("masked_lm") = None,
+    texts: _attack_flag("stored", "--stored") = None,
     json: Json = False,
 ) -> None:
     """Show an attacked example. With DIR, attack it again, step by step, and say whether the result is the same."""
@@ -392,7 +424,7 @@ def replay(
     document = {"id": unit["key"][: stored.ID], **{name: unit[name] for name in ("inputs", "result", "finished")}}
     if directory is not None:
         document |= stored.replay(
-            unit, directory, neighbours=neighbours, sentence_encoder=sentence_encoder, masked_lm=masked_lm
+            unit, directory, neighbours=neighbours, sentence_encoder=sentence_encoder, masked_lm=masked_lm, texts=texts
         )
     if not json:
         row = unit["result"] | {"original": unit["inputs"]["text"], "label": f"label {unit['inputs']['label']}"}

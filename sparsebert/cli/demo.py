@@ -14,20 +14,22 @@ import numpy as np
 from sparsebert import checkpoint, data, heads
 from sparsebert.cli.output import progress, table
 from sparsebert.cli.timing import texts_of
-from sparsebert.config import BenchConfig, DemoConfig, PruneConfig, TrainConfig
+from sparsebert.config import AttackConfig, BenchConfig, DemoConfig, PruneConfig, TrainConfig
 from sparsebert.encoders import predict
 from sparsebert.engine.measure import ratio_text
 from sparsebert.engine.rivals import OURS, time_rivals
 from sparsebert.jobs import Ledger, code_of, place, require_place
 from sparsebert.pruning import PruneResult, prune_checkpoint
-from sparsebert.robustness import Evaluation, compare
+from sparsebert.robustness import Evaluation, compare, evaluate
 from sparsebert.robustness.drift import OUTSIDE, drift, unlike
-from sparsebert.robustness.report import write_report
+from sparsebert.robustness.report import shifted_and_attacked, write_report
 from sparsebert.training import train
 
 MODEL, TASK = "minilm", "mr"
 METHODS = ("magnitude", "adaptive", "knowledge")
 TIMED = "knowledge"
+ATTACK = "textfooler"
+SHIFTED, DOMAIN_N = ("sst2", "imdb"), 500  # other sets of sentiment, and how many texts of each
 BATCHES = (1, 32)  # sentences a call: one request alone, and a server's batch
 
 
@@ -37,24 +39,25 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool, overwrite: bool =
     output = place(output)
     require_place(output)
     dense = output / "dense"
-    with progress("1/5 fine-tune MiniLM-L6 on MR") as update:
+    with progress("1/6 fine-tune MiniLM-L6 on MR") as update:
         trained = train(
             MODEL, TASK, dense, TrainConfig(epochs=config.epochs, n=config.train_n, seed=config.seed),
             overwrite=overwrite, progress=update,
         )  # fmt: skip
     pruned = {}
     for method in METHODS:
-        with progress(f"2/5 prune ({method})") as update:
+        with progress(f"2/6 prune ({method})") as update:
             chosen = {"calibration_tokens": config.calibration_tokens} if config.calibration_tokens else {}
             settings = PruneConfig(method=method, seed=config.seed, **chosen)
             pruned[method] = prune_checkpoint(
                 dense, TASK, output / method, settings, overwrite=overwrite, progress=update
             )
     evaluations = _evaluate(output, config, overwrite)
+    evaluations = {name: _attacked(output, name, found, config) for name, found in evaluations.items()}
     timings = _time(output, config)
 
     report = output / "report.html"
-    with progress("5/5 write the report") as update:
+    with progress("6/6 write the report") as update:
         write_report(
             report, evaluations, {name: result.density for name, result in pruned.items()}, timings, config.model_dump()
         )
@@ -74,6 +77,8 @@ def run_demo(output: Path, config: DemoConfig, *, quiet: bool, overwrite: bool =
                 "kl_to_dense": evaluations[method].kl_to_dense,
                 "agreement": evaluations[method].agreement,
                 "outside": evaluations[method].outside,
+                "attacks": evaluations[method].attacks,
+                "domains": evaluations[method].domains,
                 "sparsity": pruned[method].sparsity,
             }
             for method in METHODS
@@ -106,11 +111,11 @@ def _evaluate(output: Path, config: DemoConfig, overwrite: bool) -> dict[str, Ev
     @functools.cache
     def logits_of(name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         model, tokenizer = checkpoint.load(output / name)
-        with progress(f"3/5 evaluate ({name})") as update:
+        with progress(f"3/6 evaluate ({name})") as update:
             inside = predict(model, tokenizer, examples, max_length=task.max_length, progress=update)
         return inside, {name: predict(model, tokenizer, texts, max_length=None) for name, texts in outside.items()}
 
-    def evaluate(name: str) -> dict:
+    def figures_of(name: str) -> dict:
         (dense, dense_outside), (own, own_outside) = logits_of("dense"), logits_of(name)
         if name == "dense":
             return dataclasses.asdict(compare(task, examples, dense))
@@ -127,9 +132,31 @@ def _evaluate(output: Path, config: DemoConfig, overwrite: bool) -> dict[str, Ev
             "max_length": task.max_length,
         }
         code = code_of("sparsebert.robustness.run") + code_of("sparsebert.robustness.drift")
-        found[name] = Evaluation(**book.once("evaluate", inputs, lambda name=name: evaluate(name), code))
+        found[name] = Evaluation(**book.once("evaluate", inputs, lambda name=name: figures_of(name), code))
     book.close()
     return found
+
+
+def _attacked(output: Path, name: str, found: Evaluation, config: DemoConfig) -> Evaluation:
+    """The evaluation with accuracy under attack on some test sentences, and on the other sets of sentiment that are on
+    this machine, if there are any.
+    """
+    dense = None if name == "dense" else output / "dense"
+    ledger = AttackConfig(ledger=str(output / "units.sqlite"))
+    at_hand = [of for of in SHIFTED if data.at_hand(data.TASKS[of], data.TASKS[of].test)]
+    with progress(f"4/6 attack ({name})") as update:
+        under = evaluate(
+            output / name, TASK, vs=dense, attacks=ATTACK, attack=ledger, n=config.attack_n, seed=config.seed,
+            device="cpu", progress=update,
+        )  # fmt: skip
+    if not at_hand:
+        return dataclasses.replace(found, attacks=under.attacks)
+    with progress(f"4/6 other domains ({name})") as update:
+        shifted = evaluate(
+            output / name, TASK, vs=dense, domains=",".join(at_hand), n=DOMAIN_N, seed=config.seed, device="cpu",
+            progress=update,
+        )  # fmt: skip
+    return dataclasses.replace(found, attacks=under.attacks, domains=shifted.domains)
 
 
 def _time(output: Path, config: DemoConfig) -> list[dict]:
@@ -143,7 +170,7 @@ def _time(output: Path, config: DemoConfig) -> list[dict]:
             task=TASK, n=max(config.bench_n, 2 * batch), batch=batch, dtype="fp32", threads=config.threads,
             seed=config.seed, **chosen,
         )  # fmt: skip
-        with progress(f"4/5 time (batch {batch})") as update:
+        with progress(f"5/6 time (batch {batch})") as update:
             result = time_rivals(output / TIMED, texts_of(output / TIMED, settings), settings, progress=update)
         rows = {row["engine"]: row for row in result["rows"]}
         timings.append({
@@ -180,6 +207,16 @@ def _show(
         ["model", "zeros", "accuracy", "points from dense (paired)", "KL to dense", "same label", *OUTSIDE],
         rows,
     )
+    rows = []
+    for name, result in evaluations.items():
+        for what, part in shifted_and_attacked(result):
+            low, high = part["ci"]
+            row = [what, name, f"{part['value']:.1%} [{low:.1%}, {high:.1%}]"]
+            rows.append(
+                [*row, f"{100 * part['difference']:+.1f}" if part["difference"] is not None else "", str(part["n"])]
+            )
+    columns = ["set", "model", "accuracy", "points from dense (paired)", "sentences"]
+    table("under attack, and in other domains", columns, sorted(rows, key=lambda row: row[0]))
     rows = []
     for timing in timings:
         torch_ms, our_ms = timing["latency_ms"]["torch"], timing["latency_ms"][OURS]

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from sparsebert.config import Settings, validated
 
-EXPERT, LABELLED = "Expert options", "Options of the methods that train with labels"
+EXPERT = "Expert options"
 
 
 def option(*names: str, help: str, panel: str | None = None, **more):
@@ -23,14 +23,12 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
-def flags(
-    config_class: type[Settings], basic: tuple[str, ...] | None = None, panel: str = LABELLED, **more: type[Settings]
-) -> Callable:
+def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **more: type[Settings]) -> Callable:
     """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
 
     basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.
-    more: further config classes by the names of their arguments, listed under the heading `panel`. A field that two
-    classes have is one flag, described by the first.
+    more: further config classes by the names of their arguments, listed under their headings. A field that two classes
+    have is one flag, described by the first.
     """
     classes = {"config": config_class, **more}
 
@@ -45,7 +43,9 @@ def flags(
             return command(**configs, **values)
 
         fields: dict[str, FieldInfo] = {}
+        headings: dict[str, str] = {}
         for cls in classes.values():
+            headings |= {name: cls.heading for name in cls.model_fields if name not in fields}
             fields |= {name: field for name, field in cls.model_fields.items() if name not in fields}
         parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in classes]
         for name, field in fields.items():
@@ -53,7 +53,7 @@ def flags(
             if field.annotation is bool:  # without its --no-, which every default is
                 names = (f"--{name.replace('_', '-')}",)
             own = name in config_class.model_fields
-            under = (None if basic is None or name in basic else EXPERT) if own else panel
+            under = (None if basic is None or name in basic else EXPERT) if own else headings[name]
             annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
             parameters.append(
                 inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)

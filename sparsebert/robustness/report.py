@@ -82,7 +82,8 @@ def write_report(
         "<h1>MiniLM-L6, pruned and checked</h1>"
         f"<p>Task {html.escape(dense.task)}, {dense.n} {html.escape(dense.split)} sentences. The encoder is "
         "all-MiniLM-L6-v2, a sentence-embedding model, fine-tuned; embeddings, pooler and classifier stay dense.</p>"
-        f"{_quality_table(evaluations)}{_speed_table(timings)}<div class='charts'>{charts}</div>"
+        f"{_quality_table(evaluations)}{_shift_table(evaluations)}{_speed_table(timings)}"
+        f"<div class='charts'>{charts}</div>"
         f"<h2>Settings</h2><p><code>{html.escape(shown)}</code></p>"
     )
     write_page(path, "sparsebert demo", body)
@@ -210,6 +211,46 @@ def _quality_table(evaluations: dict[str, Evaluation]) -> str:
     )
     table = "<table><tr>" + "".join(f"<th>{head}</th>" for head in heads) + f"</tr>{rows}</table>"
     return f"{table}<p>{html.escape(note)}</p>"
+
+
+def shifted_and_attacked(result: Evaluation) -> list[tuple[str, dict]]:
+    """(what, figures) of each attack and each other domain: value, an accuracy, with ci, its 95 % interval; difference
+    from dense, None without a dense model; n.
+    """
+    attacks = [
+        (
+            f"{name}: accuracy under attack",
+            {"value": f["aua"], "ci": f["aua_ci"], "difference": f.get("difference"), "n": f["n"]},
+        )
+        for name, f in (result.attacks or {}).items()
+    ]
+    domains = [
+        (
+            f"{name}: accuracy",
+            {"value": f["accuracy"], "ci": f["accuracy_ci"], "difference": f.get("difference"), "n": f["n"]},
+        )
+        for name, f in (result.domains or {}).items()
+    ]
+    return attacks + domains
+
+
+def _shift_table(evaluations: dict[str, Evaluation]) -> str:
+    """Accuracy under attack and in other domains, a row per model; nothing if neither was measured."""
+    columns = [what for what, _ in shifted_and_attacked(next(iter(evaluations.values())))]
+    if not columns:
+        return ""
+    rows = ""
+    for name, result in evaluations.items():
+        cells = ""
+        for _, part in shifted_and_attacked(result):
+            low, high = part["ci"]
+            change = "" if part["difference"] is None else f", {100 * part['difference']:+.1f} from dense"
+            cells += f"<td>{part['value']:.1%} [{low:.1%}, {high:.1%}]{change}</td>"
+        rows += f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+    heads = "".join(f"<th>{html.escape(column)}</th>" for column in ("model", *columns))
+    variants = [found["variant"] for found in (next(iter(evaluations.values())).attacks or {}).values()]
+    note = html.escape(f"95 % intervals. Attacks: {'; '.join(variants)}.")
+    return f"<table><tr>{heads}</tr>{rows}</table><p>{note}</p>"
 
 
 def _speed_table(timings: list[dict]) -> str:

@@ -16,10 +16,9 @@ from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError
 from sparsebert.robustness import attacks as attacking
-from sparsebert.robustness import card
+from sparsebert.robustness import card, statistics
 from sparsebert.robustness import domains as other_domains
 from sparsebert.robustness import ood as out_of_distribution
-from sparsebert.robustness import statistics
 from sparsebert.robustness.drift import drift, unlabelled
 from sparsebert.robustness.evaluation import Evaluation, compare, order_for
 from sparsebert.robustness.ood import compare_ood
@@ -157,7 +156,8 @@ def worst(rows: Sequence[dict], dense: Sequence[dict] | None = None, most: int =
     held = [] if dense is None else [i for i in fooled if dense[i]["outcome"] == "failed"]
     found: dict[int, str] = {}
     for why, those, first in (
-        ("the dense model resists", held, words), ("fewest words", fooled, words), ("surest of the wrong label", fooled, sure)
+        ("the dense model resists", held, words), ("fewest words", fooled, words),
+        ("surest of the wrong label", fooled, sure),
     ):  # fmt: skip
         left = sorted((i for i in those if i not in found), key=lambda i: (first(i), sure(i), i))
         found |= dict.fromkeys(left[:most], why)

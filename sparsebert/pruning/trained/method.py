@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -22,6 +22,8 @@ LR = 5e-5
 
 class TrainedConfig(LearnConfig):
     """The flags that all of these methods have. A method with more flags has a subclass with more fields."""
+
+    heading: ClassVar[str] = "Options of the methods that train with labels"
 
     epochs: Positive = Field(5.0, lt=1e6, description="passes over the training examples, such as 3 or 0.5")
     lr: Positive | None = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from functools import cached_property
 from importlib import resources as files
 
@@ -88,7 +89,7 @@ class Plan:
     def stopwords(self) -> frozenset[str]:
         if self.recipe.stopwords == "nltk" and self.resources.stopwords is not None:
             return self.resources.stopwords[0]
-        return textfooler_stopwords()
+        return frozenset() if self.recipe.stopwords == "none" else textfooler_stopwords()
 
     @cached_property
     def used(self) -> dict[str, tuple[str, str]]:
@@ -104,6 +105,7 @@ class Plan:
             "encoder": lambda: ("no sentence encoder", "") if r.encoder is None
             else (r.encoder.name, r.encoder.sha256),
             "masked_lm": lambda: (r.masked_lm.name, r.masked_lm.sha256),
+            "stored": lambda: (r.stored.name, r.stored.sha256),
         }  # fmt: skip
         return {name: tables[name]() for name in self.recipe.needs}
 
@@ -202,15 +204,19 @@ def _row(end: lockstep.Finished) -> dict:
         "outcome": end.outcome,
         "perturbed": None if last is None else last.text.text,
         "queries": attack.queries,
-        "words_changed": 0.0 if last is None else _changed(attack.original, last.text),
+        "words_changed": 0.0 if last is None else changed_share(attack.original, last.text),
         "score": None if last is None else float(last.score),
         "capped": attack.capped,
         "error": end.error,
     }
 
 
-def _changed(original: Text, text: Text) -> float:
-    return len(text.changed) / max(1, len(original.words))
+def changed_share(original: Text, text: Text) -> float:
+    """Share of the original's words that are others in `text`, or are not there."""
+    matching = sum(
+        block.size for block in SequenceMatcher(None, original.words, text.words, False).get_matching_blocks()
+    )
+    return (len(original.words) - matching) / max(1, len(original.words))
 
 
 def field_of(task: Task, asked: str | None) -> bool:
@@ -224,7 +230,7 @@ def plans(recipes: Iterable[Recipe], config: AttackConfig, task: Task) -> list[P
     """A plan for each recipe. All of them share their resources, which are read now, so that what is missing is said
     before any work.
     """
-    shared = Resources(config.neighbours, config.sentence_encoder, config.masked_lm)
+    shared = Resources(config.neighbours, config.sentence_encoder, config.masked_lm, config.stored)
     made = [Plan(recipe, shared, config, field_of(task, config.field)) for recipe in recipes]
     for plan in made:
         _ = plan.used

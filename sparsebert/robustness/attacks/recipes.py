@@ -15,7 +15,7 @@ from sparsebert.errors import InputError
 from sparsebert.robustness.attacks import transformations as changes
 from sparsebert.robustness.attacks.attack import MASKED_LM, Attack, Blank, Question, Recipe, Steps
 from sparsebert.robustness.attacks.constraints import changed_at_most, edits_at_most, same_part_of_speech, similar
-from sparsebert.robustness.attacks.search import greedy, swarm, worst_of
+from sparsebert.robustness.attacks.search import greedy, stored, swarm, worst_of
 from sparsebert.robustness.attacks.transformations import Transformation
 from sparsebert.robustness.attacks.words import Text
 
@@ -135,6 +135,15 @@ _TABLE = (
         search=worst_of(200, 0.3),
         stopwords="textfooler",
         needs=("neighbours", "tagger"),
+    ),
+    Recipe(
+        name="transfer",
+        source="a control: texts that fooled another model",
+        transform=_by_word(),
+        constraints=(),
+        search=stored,
+        stopwords="none",
+        needs=("stored",),
     ),
 )
 RECIPES = {recipe.name: recipe for recipe in _TABLE}

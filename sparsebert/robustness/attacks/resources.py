@@ -155,13 +155,18 @@ class Resources:
     """Everything that attacks may ask for, read on first use.
 
     neighbours: a file for Neighbours.read, else the packaged ones. encoder: the directory of a sentence encoder, or
-    none. masked_lm: the directory of a masked-language model, for the attacks that need one.
+    none. masked_lm: the directory of a masked-language model, for the attacks that need one. stored: a parquet file of
+    rows that `sparsebert attack -o` has written.
     """
 
     def __init__(
-        self, neighbours: str | Path | None = None, encoder: str | Path = "minilm", masked_lm: str | Path | None = None
+        self,
+        neighbours: str | Path | None = None,
+        encoder: str | Path = "minilm",
+        masked_lm: str | Path | None = None,
+        stored: str | Path | None = None,
     ):
-        self._neighbours, self._encoder, self._masked_lm = neighbours, encoder, masked_lm
+        self._neighbours, self._encoder, self._masked_lm, self._stored = neighbours, encoder, masked_lm, stored
 
     @cached_property
     def neighbours(self) -> Neighbours:
@@ -200,6 +205,13 @@ class Resources:
         return None if str(self._encoder) == "none" else SentenceEncoder.load(self._encoder)
 
     @cached_property
+    def stored(self) -> Stored:
+        """DataError if no file was named."""
+        if self._stored is None:
+            raise DataError("the attack transfer needs stored adversarial texts", fix="give --stored FILE.parquet")
+        return Stored(Path(self._stored))
+
+    @cached_property
     def masked_lm(self):
         """The masked-language model. DataError if none was named."""
         from sparsebert.robustness.attacks.masked_lm import MaskedLM
@@ -209,6 +221,34 @@ class Resources:
                 "this attack needs a masked-language model, none was named", fix="give --masked-lm DIR, such as a BERT"
             )
         return MaskedLM.load(self._masked_lm)
+
+
+class Stored:
+    """Texts that other attacks have ended with. of(text): those of a text, in the order of the file. name, sha256: of
+    the file.
+    """
+
+    def __init__(self, path: Path):
+        """DataError for a file without the columns original and perturbed."""
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            self.sha256 = jobs.file_sha256(path)
+            rows = pyarrow.parquet.read_table(path, columns=["original", "perturbed"]).to_pylist()
+        except (OSError, pyarrow.ArrowException) as error:
+            raise DataError(
+                f"{path} must be rows that an attack has written, with original and perturbed: {first_line(error)}",
+                fix="make it: sparsebert attack DIR --task T --attack A -o FILE.parquet",
+            ) from error
+        self.name = path.name
+        self._texts: dict[str, list[str]] = {}
+        for row in rows:
+            if row["perturbed"] is not None and row["perturbed"] != row["original"]:
+                self._texts.setdefault(row["original"], []).append(row["perturbed"])
+
+    def of(self, text: str) -> list[str]:
+        return self._texts.get(text, [])
 
 
 def _nltk(name: str) -> Callable[[str], bytes] | None:

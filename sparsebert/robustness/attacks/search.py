@@ -94,9 +94,15 @@ def worst_of(samples: int, share: float) -> Callable[[Attack], Steps[Scored]]:
                     made = made.with_word(index, words[draws.below(len(words), "by", sample, index)])
             tried.append(made)
         scored = yield from attack.query(tried)
-        return max((attack.start, *scored), key=lambda one: (one.fooled, one.score))
+        return max((attack.start, *scored), key=_goodness)
 
     return search
+
+
+def stored(attack: Attack) -> Steps[Scored]:
+    """The worst of the texts that other attacks have ended with (Stored), found on whatever model they attacked."""
+    scored = yield from attack.query([Text(text) for text in attack.resources.stored.of(attack.original.text)])
+    return max((attack.start, *scored), key=_goodness)
 
 
 def swarm(particles: int, rounds: int) -> Callable[[Attack], Steps[Scored]]:

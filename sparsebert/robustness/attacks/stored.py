@@ -20,7 +20,12 @@ from sparsebert.robustness.attacks.run import ID, KIND, default_ledger
 
 LEAST = 4  # of them that `find` takes
 _RENAMED = {"order": "outputs"}  # a word of SQL
-_FLAGS = {"neighbours": "--neighbours", "encoder": "--sentence-encoder", "masked_lm": "--masked-lm"}
+_FLAGS = {
+    "neighbours": "--neighbours",
+    "encoder": "--sentence-encoder",
+    "masked_lm": "--masked-lm",
+    "stored": "--stored",
+}
 _SAME = ("outcome", "perturbed", "queries", "words_changed", "score", "capped")
 
 
@@ -100,10 +105,11 @@ def replay(
     neighbours: str | None = None,
     sentence_encoder: str = "minilm",
     masked_lm: str | None = None,
+    texts: str | None = None,
     device: str = "auto",
 ) -> dict:
-    """Attacks a stored example (`find`) again. model: directory of the model that it was stored for. The others are
-    those of AttackConfig.
+    """Attacks a stored example (`find`) again. model: directory of the model that it was stored for. texts: `stored` of
+    AttackConfig; the others are its fields.
 
     Returns label (its name), again (the row of `plan.attacked`), same (whether it is the stored one), differs (the
     fields that differ), elsewhere (what the model runs on that it did not run on then: {field: [then, now]}), and steps
@@ -128,6 +134,7 @@ def replay(
     config = AttackConfig(
         seed=then["seed"], field=then["field"] if pair else None, max_queries=then["max_queries"],
         max_seconds=then["max_seconds"], neighbours=neighbours, sentence_encoder=sentence_encoder, masked_lm=masked_lm,
+        stored=texts,
     )  # fmt: skip
     (plan,) = plans(named(then["attack"]), config, task)
     for name, sha256 in then["resources"].items():
