@@ -35,6 +35,7 @@ from sparsebert.config import (
 from sparsebert.errors import InputError, cut
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
+BENCH = "sparsebert bench DIR --json"
 SHOWN = 5  # adversarial texts that `attack` prints
 
 app = typer.Typer(
@@ -75,6 +76,10 @@ Overwrite = Annotated[
     option("--overwrite", help="replace an output that is there already and was made with other settings or code"),
 ]
 Json = Annotated[bool, option("--json", help="print the result as one line of JSON, and no table")]
+Timing = Annotated[
+    list[Path] | None,
+    option(metavar="FILE.json", help="what `sparsebert bench --json` printed, for the latency; may be repeated"),
+]
 LedgerFile = Annotated[
     str | None, option(metavar="FILE", help="the ledger that the attacks were kept in [default: the one in the cache]")
 ]
@@ -322,6 +327,14 @@ def evaluate(
     vs: Annotated[
         Path | None, option(metavar="DENSE", help="directory of the dense model, to compare with on the same texts")
     ] = None,
+    report: Annotated[
+        Path | None, option(metavar="FILE.html", help="also write a page with card, charts, worst flips and settings")
+    ] = None,
+    timing: Timing = None,
+    save: Annotated[
+        bool,
+        option("--save", help="also write the figures into DIR: sparsebert/eval.json, rows of attacks, README.md"),
+    ] = False,
     json: Json = False,
     config: EvalConfig,
     attack: AttackConfig,
@@ -329,8 +342,16 @@ def evaluate(
     """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and the
     same out of distribution (--ood), in other domains (--domains, --texts) and under attack (--attacks).
     """
+    from sparsebert.robustness import card, saving, trade_off
     from sparsebert.robustness import evaluate as run
 
+    if timing and report is None and not save:
+        raise InputError("--timing is for --report and --save, neither is given", fix="add one of them")
+    timings = card.read_documents(timing or [], BENCH)
+    if report is not None:
+        trade_off.require_page(report)
+    if save:
+        saving.require_savable(directory)
     with progress("evaluate") as update:
         result = run(
             directory, task, vs=vs, ood=config.ood, domains=config.domains, texts=config.texts,
@@ -343,6 +364,12 @@ def evaluate(
         for each in tables_of_evaluation(figures, task, directory, vs):
             table(*each)
         then("sparsebert", "bench", directory, "--task", Path(task))
+    if report is not None:
+        trade_off.write_trade_off(report, [figures], timings)
+        print(f"report: {report}", file=sys.stderr)
+    if save:
+        for path in saving.save(directory, result, timings):
+            print(f"saved: {path}", file=sys.stderr)
     emit(figures, json)
     for found in (result.attacks or {}).values():
         stop_for_errors(found["errors"], found["n"] + found["errors"])
@@ -380,6 +407,31 @@ def attack(
             print_change(row)
     emit({"task": task, "attack": attack, **found.figures, "output": None if output is None else str(output)}, json)
     stop_for_errors(found.figures["errors"], len(found.rows))
+
+
+@app.command()
+def report(
+    evaluations: Annotated[
+        list[Path], typer.Argument(metavar="EVAL.json", help="what `sparsebert eval --json` printed, of several models")
+    ],
+    *,
+    output: Annotated[Path, option("--output", "-o", metavar="FILE.html", help="page to write")],
+    timing: Timing = None,
+    json: Json = False,
+) -> None:
+    """Put evaluations of several models on one page: a card, a chart of accuracy against cost, the worst flips."""
+    from sparsebert.robustness import card, trade_off
+
+    trade_off.require_page(output)
+    documents = card.read_documents(evaluations, "sparsebert eval DIR --task TASK --json")
+    made = trade_off.write_trade_off(output, documents, card.read_documents(timing or [], BENCH))
+    columns, rows = card.table_of(made)
+    if not json:
+        table(f"{made.n:,} examples of {made.task}, {made.split}", columns, rows)
+        if said := card.verdict(made):
+            print(said)
+    cheapest = None if made.cheapest is None else made.cheapest.facts["directory"]
+    emit({"report": str(output), "models": columns[1:], "rows": rows, "cheapest": cheapest}, json)
 
 
 @app.command()
