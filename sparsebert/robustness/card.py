@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -120,8 +121,15 @@ def card(documents: Sequence[dict], timings: Sequence[dict] = ()) -> Card:
     Raises InputError unless the evaluations are of the same examples, dense model and variants of attacks, each of
     another model, and each timing of one of them.
     """
-    try:
+    with refusing_others():
         return _card(list(documents), list(timings))
+
+
+@contextmanager
+def refusing_others() -> Iterator[None]:
+    """Raises InputError for a document that lacks what the block reads, or holds something else there."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(
             "evaluations must be what `sparsebert eval --json` prints, timings what `sparsebert bench --json` does: "
@@ -232,7 +240,7 @@ def _cheapest(columns: list[Column]) -> tuple[Column | None, str]:
         moved = [column.figures[line].difference for line in lines if line in column.figures]
         return len(moved) == len(lines) and all(each is not None and each[0] >= -POINT for each in moved)
 
-    within = [column for column in columns if lines and not column.dense and holds(column)]
+    within = [column for column in columns[1:] if lines and columns[0].dense and holds(column)]
     timed = next((what for what in columns[0].milliseconds if all(what in c.milliseconds for c in columns)), None)
     if timed is None:
         return min(within, key=lambda column: column.facts["bytes"], default=None), "smallest"

@@ -10,7 +10,7 @@ from pathlib import Path
 from sparsebert import jobs
 from sparsebert.errors import OutputError
 from sparsebert.robustness.attacks.words import differences
-from sparsebert.robustness.card import Card, Column, card, heading, table_of, verdict
+from sparsebert.robustness.card import Card, Column, card, heading, refusing_others, table_of, verdict
 from sparsebert.robustness.report import BEGINNING, colour, html_table, layout, write_page
 
 _CONFIG = {"displayModeBar": False, "responsive": True}
@@ -31,18 +31,25 @@ def require_page(path: Path) -> None:
 
 def write_trade_off(path: Path, documents: Sequence[dict], timings: Sequence[dict] = ()) -> Card:
     """Writes the page of these evaluations (card.card) to `path`, whole or not at all, and returns their card."""
+    made = card(documents, timings)
+    with refusing_others():
+        body = _body(made)
+    write_page(path, f"sparsebert: {made.task}", body)
+    return made
+
+
+def _body(made: Card) -> str:
     from plotly.io import to_html
 
-    made = card(documents, timings)
     figures = [("Accuracy, whiskers are 95 % intervals", _bars(made))]
-    if len(made.columns) - made.columns[0].dense > 1:
+    if sum(not column.dense for column in made.columns) > 1:
         figures.append(("Accuracy against cost", _trade_off(made)))
     charts = "".join(
         f"<div class='wide'><h2>{html.escape(title)}</h2>"
         f"{to_html(figure, include_plotlyjs=False, full_html=False, config=_CONFIG)}</div>"
         for title, figure in figures
     )
-    body = (
+    return (
         f"<h1>{html.escape(', '.join(c.name for c in made.columns if not c.dense))}</h1>"
         f"<p>{made.n:,} examples of {html.escape(made.task)}, {html.escape(made.split)}. In brackets 95 % intervals; "
         "behind a semicolon the difference from the dense model on the same examples, in points.</p>"
@@ -50,8 +57,6 @@ def write_trade_off(path: Path, documents: Sequence[dict], timings: Sequence[dic
         "<p>MB without zeros: non-zeros as they are stored, and one bit per weight that says where they are.</p>"
         f"<div class='charts'>{charts}</div>{_flips(made)}{_settings(made)}"
     )
-    write_page(path, f"sparsebert: {made.task}", body)
-    return made
 
 
 def _shade(card: Card, column: Column) -> tuple[str, float]:
