@@ -163,7 +163,7 @@ def test_documents_without_a_field_or_with_another_type_are_refused_or_shown(tmp
                 shown.setdefault(name, []).append(value)
             except InputError:
                 assert not path.exists()
-    assert not {"about", "n", "score"} & shown.keys(), "what the card cannot do without"
+    assert "about" not in shown, "what the card cannot do without"
     assert None in shown["attacks"] and None in shown["domains"], "what need not have been evaluated"
     for name in ("attacks", "about", "metric", "split", "outside"):
         with pytest.raises(InputError, match="sparsebert eval --json"):
