@@ -103,11 +103,12 @@ def report(
     page: Path | None,
     *,
     json_only: bool = False,
+    also: dict | None = None,
 ) -> None:
     """Prints the rows as a table for people, unless `json_only`, then as one JSON line. Also writes the table to `page`
     if given.
 
-    columns: key of a row -> format spec. notes: the meaning of the columns, for the page.
+    columns: key of a row -> format spec. notes: the meaning of the columns, for the page. also: more for the JSON line.
     """
     card = machine.card()
     table = Table(title=title, caption=f"{card['cpu']}, {card['cores']} cores; torch {card['torch']}")
@@ -119,7 +120,7 @@ def report(
     if not json_only:
         Console(width=None if sys.stdout.isatty() else 200).print(table)
     short = [{key: float(f"{v:.6g}") if isinstance(v, float) else v for key, v in row.items()} for row in rows]
-    print(json.dumps({"machine": card, "command": command(), "rows": short}))
+    print(json.dumps({"machine": card, "command": command(), "rows": short, **(also or {})}))
     if page is not None:
         jobs.write(page, markdown(title, rows, columns, notes))
 

@@ -189,7 +189,8 @@ struct Sequences {
 // between them are bf16, or none is in tiles. The classifier is never in tiles. Only linears of the layers are in int8;
 // the states, attention and the norms are float32 then.
 //   logits  [count, classifier.n_out] row-major floats, written whole
-//   states  [tokens, hidden], the last layer's output, or null if it is not wanted
+//   states  [tokens, hidden], the last layer's output, or null if it is not wanted; with neither states nor clipped the
+//           last layer computes only what first tokens need, with the same logits
 //   clipped  [n_layers, 4], or null: for each linear of a layer that is in int8, the number of its inputs that became the
 //            first or the last byte is added
 // A sequence's result depends neither on other sequences nor on `context.threads`; avx2 and avx512 give the same bits in

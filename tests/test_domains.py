@@ -14,6 +14,7 @@ from models import classifier, saved
 
 from sparsebert import data, heads
 from sparsebert.cli import main
+from sparsebert.cli.figures import rows_of
 from sparsebert.data import SENTIMENT, TASKS
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError
@@ -155,6 +156,14 @@ def test_texts_that_the_task_has_too_are_left_out_and_counted(folder, model):
     assert (found["n"], found["left_out"], found["apart_from"]) == (8, 5, ["train", "test"])
 
 
+def test_what_datasets_would_give_is_asked_for_both_splits(folder, monkeypatch):
+    monkeypatch.setattr(data, "load", lambda of, split: split)
+    assert domains.of_task(TASKS["sst2"]) == ["dev"], "a local file stands for all that is at hand"
+    (folder / "sst2" / "dev.parquet").unlink()
+    assert domains.of_task(TASKS["sst2"]) == ["train", "dev"]
+    assert domains.of_task(TASKS["paws_qqp"]) == ["dev_and_test"], "there is no training split"
+
+
 def test_pairs_are_the_same_in_either_order(folder, tmp_path):
     write(folder, "qqp", [("He left .", "he came", 0), ("a", "b", 1)])
     assert [examples.split for examples in domains.of_task(TASKS["qqp"])] == ["dev_heldout"], "train is not at hand"
@@ -232,6 +241,8 @@ def test_models_of_other_problem_types_take_files_of_their_own(folder, monkeypat
     found = result.domains[other]
     assert found["metric"] == heads.PROBLEMS[problem].metric_name and found["n"] == 20 and found["difference"] == 0
     assert "mcnemar_p" not in found and "ece" not in found and result.outside[texts]["agreement"] == pytest.approx(1)
+    with pytest.raises(InputError, match=f"'imdb': .* is a {problem} model, the labels of 'imdb' are single_label"):
+        evaluate(directory, str(folder / "task.jsonl"), domains="imdb")
     with pytest.raises(InputError, match="domains all found none"):
         evaluate(directory, str(folder / "task.jsonl"), domains="all")
 
@@ -279,6 +290,11 @@ def test_the_command_prints_every_set_and_says_which_were_found(folder, model, d
     assert told["domains"].keys() == {"sst2", "imdb"} and told["outside"].keys() == {path}
     code, out, _ = command(capsys, *arguments[:-6], "--json", "--n", 18)
     assert code == 0 and out.count("\n") == 1 and json.loads(out)["domains"] is json.loads(out)["outside"] is None
+
+
+def test_no_p_value_is_shown_as_0():
+    rows = rows_of({"accuracy": 0.5, "accuracy_ci": None, "mcnemar_p": 4e-5, "mcnemar_p_holm": 0.00012})
+    assert [row[1] for row in rows] == ["50.0%", "below 0.0001", "0.0001"]
 
 
 @pytest.mark.parametrize(

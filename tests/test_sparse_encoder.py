@@ -175,6 +175,32 @@ def assert_sequences_alone(form, isa: str, change=lambda packed: packed) -> None
         assert np.array_equal(alone[0], together[i])
 
 
+def assert_first_tokens_suffice(form, isa: str, change=lambda packed: packed) -> None:
+    """Without states, the last layer computes little but first tokens; the logits are the same bits."""
+    several = ([1], [512], [1] * 40, [26] * 32, list(range(1, 130, 7)), [300, 20, 512, 7])
+    for shape in ({"layers": 1}, {"embedding": 20}, {"hidden": 192, "intermediate": 300}):
+        packed = change(encoder(form, **shape))
+        for lengths in several:
+            inputs = sequences(lengths)
+            expected, _ = sparse_encoder(*inputs, packed, states=True, isa=isa, threads=1)
+            for threads in (1, 2, 5):
+                assert np.array_equal(sparse_encoder(*inputs, packed, isa=isa, threads=threads), expected)
+
+
+@pytest.mark.parametrize("form", [pack, pack_groups])
+def test_logits_are_the_same_bits_without_states(isa, form):
+    assert_first_tokens_suffice(form, isa)
+
+
+def test_logits_in_tiles_are_the_same_bits_without_states(tile_isa):
+    assert_first_tokens_suffice(pack_tiles, tile_isa)
+
+
+@pytest.mark.parametrize("names", [("qkv", "attention_out", "up", "down"), ("up", "down")])
+def test_logits_in_int8_are_the_same_bits_without_states(int8_isa, names):
+    assert_first_tokens_suffice(pack_groups, int8_isa, lambda packed: in_int8(packed, names))
+
+
 @pytest.mark.parametrize("form", [pack, pack_groups])
 def test_a_sequence_gives_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads(isa, form):
     assert_sequences_alone(form, isa)

@@ -293,6 +293,11 @@ def test_a_batch_runs_in_the_graph_of_its_size(engines):
     np.testing.assert_allclose(engines["graphs"], engines["bert/fp32"][1:3], rtol=0, atol=LOGITS_TOLERANCE["fp32"])
 
 
+def test_the_last_layer_computes_first_tokens_only(engines):
+    width, tokens = engines["normed"][0]
+    assert engines["normed"] == [[width, tokens]] * 2 + [[width // 2, 2]] * 2 and tokens > 2
+
+
 def test_a_graph_allocates_no_memory(engines):
     assert engines["graphs/allocated"] == []  # compute-sanitizer is run without torch's caching allocator
 
@@ -500,6 +505,17 @@ def run_engines(folder: str, file: str) -> None:
     measured = load(model)
     found["explain/measured"] = measured.explain()
     found["measured"] = measured.logits(TEXTS, truncate=True).tolist()
+
+    normed, add_norm = [], cuda.add_norm
+
+    def noted(*given):
+        normed.append((given[0].shape[1], int(given[4])))
+        return add_norm(*given)
+
+    cuda.add_norm = noted
+    measured.logits(TEXTS[1:3], truncate=True)
+    cuda.add_norm = add_norm
+    found["normed"] = normed
 
     right = cuda.attention
     cuda.attention = lambda *given, **options: right(*given, **options).mul_(1.05)

@@ -63,15 +63,16 @@ inline void attend_queries(const Arithmetic& arithmetic, const Word* q, const Wo
   }
 }
 
-// All n queries of a head, two vectors at a time.
+// The first `queries` of n tokens attend to all n, two vectors of them at a time.
 template <typename Arithmetic, typename Word>
 inline void attend_all(const Arithmetic& arithmetic, const Word* q, const Word* k, const Word* v, std::int64_t stride,
-                       std::int64_t v_stride, std::int64_t n, std::int64_t size, Word* scores, float* out) {
+                       std::int64_t v_stride, std::int64_t queries, std::int64_t n, std::int64_t size, Word* scores,
+                       float* out) {
   std::int64_t t = 0;
-  for (; t + lanes < n; t += 2 * lanes) {
+  for (; t + lanes < queries; t += 2 * lanes) {
     attend_queries<2>(arithmetic, q + t, k, v, stride, v_stride, n, size, scores, out + t);
   }
-  if (t < n) attend_queries<1>(arithmetic, q + t, k, v, stride, v_stride, n, size, scores, out + t);
+  if (t < queries) attend_queries<1>(arithmetic, q + t, k, v, stride, v_stride, n, size, scores, out + t);
 }
 
 }  // namespace

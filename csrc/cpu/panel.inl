@@ -212,11 +212,18 @@ inline void read_head(const Job& job, std::int64_t start, std::int64_t stop, std
   });
 }
 
-// Writes the head's result, likewise [head size][row_floats(n)].
+// How many tokens of a sequence of n attend.
+template <typename Job>
+inline std::int64_t queries_of(const Job& job, std::int64_t n) {
+  return job.queries < n ? job.queries : n;
+}
+
+// Writes the head's result for the tokens that attend, likewise [head size][row_floats(n)].
 template <typename Job>
 inline void write_head(const Job& job, std::int64_t start, std::int64_t stop, std::int64_t head, const float* from) {
   const std::int64_t width = job.shape.width(), size = job.hidden / job.heads, stride = row_floats(stop - start);
-  for_pieces(start, stop, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
+  const std::int64_t end = start + queries_of(job, stop - start);
+  for_pieces(start, end, width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane, std::int64_t count) {
     float* to = job.out + (panel * job.hidden + head * size) * width + lane;
     for (std::int64_t i = 0; i < size; ++i) copy(from + i * stride + token, to + i * width, count);
   });

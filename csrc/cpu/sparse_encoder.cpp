@@ -40,7 +40,7 @@ std::array<const Linear*, 4> linears_of(const EncoderLayer& layer) {
   return {&layer.qkv, &layer.attention_out, &layer.up, &layer.down};
 }
 
-// Panels have one width from the embeddings to the pooler: the width for the form that most linears have.
+// Panels have one width from the embeddings to the last layer: the width for the form that most linears have.
 bool mostly_groups(const Encoder& encoder) {
   std::int64_t groups = 0;
   for (std::int64_t i = 0; i < encoder.n_layers; ++i) {
@@ -60,48 +60,70 @@ Int8Sizes int8_sizes(const Encoder& encoder) {
   return sizes;
 }
 
+// The kernels for a number of tokens, and the panels that these are cut into.
+template <typename T>
+struct Plan {
+  const Int8Kernel* int8 = nullptr;  // null if no linear is in int8
+  const SparseMatmulKernel<T>* matmul;
+  const SparseEncoderKernel<T>* encoder;
+  const AttentionKernel<T>* attention;
+  PanelShape shape;
+
+  // sizes: of the linears in int8. groups: whether most others are in groups or tiles.
+  Plan(const Int8Sizes& sizes, bool groups, Isa isa, std::int64_t tokens) {
+    if (sizes.rows > 0) int8 = &int8_kernel(isa, tokens, sizes);
+    const Isa floats = int8 != nullptr ? floats_beside(*int8) : isa_for<T>(isa, tokens);
+    matmul = &sparse_matmul_kernel<T>(floats);
+    encoder = &encoder_kernel<T>(floats);
+    attention = &encoder->attention;
+    if constexpr (std::is_same_v<T, float>) {
+      if (int8 != nullptr) attention = &int8_attention(isa, int8->lanes);
+    }
+    shape = int8 != nullptr ? panel_shape(*int8, tokens) : panel_shape(*matmul, tokens, groups);
+  }
+
+  std::int64_t places() const { return shape.panels * shape.width(); }
+};
+
 // One batch of whole sequences on its way through the layers; T is float or Bf16.
 template <typename T>
 class Batch {
  public:
   Batch(const Encoder& encoder, const Sequences& sequences, cpu::Context context)
-      : encoder_(encoder), sequences_(sequences), context_(context) {
-    const std::int64_t tokens = sequences.starts[sequences.count] - sequences.starts[0];
-    const Int8Sizes sizes = int8_sizes(encoder);
-    if (sizes.rows > 0) int8_ = &int8_kernel(context.isa, tokens, sizes);
-    const Isa isa = int8_ != nullptr ? floats_beside(*int8_) : isa_for<T>(context.isa, tokens);
-    matmul_ = &sparse_matmul_kernel<T>(isa);
-    kernel_ = &encoder_kernel<T>(isa);
-    attention_ = &kernel_->attention;
-    if constexpr (std::is_same_v<T, float>) {
-      if (int8_ != nullptr) attention_ = &int8_attention(context.isa, int8_->lanes);
-    }
-    shape_ = int8_ != nullptr ? panel_shape(*int8_, tokens) : panel_shape(*matmul_, tokens, mostly_groups(encoder));
-    // The pooler's panels hold the first token of each sequence, so they hold as many tokens as there are sequences.
-    first_kernel_ = &sparse_matmul_kernel<T>(isa_for<T>(context.isa, sequences.count));
-    first_shape_ = panel_shape(*first_kernel_, sequences.count, format_of(encoder.pooler).groups);
-  }
+      : encoder_(encoder),
+        sequences_(sequences),
+        context_(context),
+        plan_(int8_sizes(encoder), mostly_groups(encoder), context.isa,
+              sequences.starts[sequences.count] - sequences.starts[0]),
+        first_plan_(int8_sizes(encoder), mostly_groups(encoder), context.isa, sequences.count),
+        pooler_plan_({}, format_of(encoder.pooler).groups, context.isa, sequences.count),
+        places_(std::max(plan_.places(), first_plan_.places())) {}
 
   // Queries, keys, values and the result of attention are no longer needed when the wider layer is computed, so they
   // share memory with it. So do the embeddings before a projection, and the first tokens in the pooler.
   void run(float* logits, float* states, std::int64_t* clipped) {
     clipped_ = clipped;
-    const std::int64_t tokens = shape_.panels * shape_.width(), firsts = first_shape_.panels * first_shape_.width();
     std::int64_t widest = std::max(4 * encoder_.hidden, encoder_.embedding);
     for (std::int64_t i = 0; i < encoder_.n_layers; ++i) widest = std::max(widest, encoder_.layers[i].up.n_out);
-    const std::int64_t head = encoder_.hidden + encoder_.pooler.n_out;
-    const std::int64_t shared = std::max(tokens * widest, firsts * head) + overrun;
-    const std::int64_t elements = tokens * encoder_.hidden + shared;
-    const std::int64_t byte_room = int8_ != nullptr ? tokens * (widest + encoder_.hidden) : 0;
+    const std::int64_t head = pooler_plan_.places() * (encoder_.hidden + encoder_.pooler.n_out);
+    const std::int64_t x = places_ * encoder_.hidden, work = std::max(places_ * widest, head) + overrun;
+    const std::int64_t elements = x + work + first_plan_.places() * encoder_.hidden;
+    const std::int64_t byte_room = plan_.int8 != nullptr ? places_ * (widest + encoder_.hidden) : 0;
     x_ = static_cast<T*>(scratch(static_cast<std::size_t>(elements) * sizeof(T) + static_cast<std::size_t>(byte_room) +
-                                 static_cast<std::size_t>(shape_.tokens) * sizeof(std::int32_t)));
-    work_ = x_ + tokens * encoder_.hidden;
-    bytes_ = reinterpret_cast<std::uint8_t*>(work_ + shared);
-    wide_bytes_ = bytes_ + (int8_ != nullptr ? tokens * encoder_.hidden : 0);
+                                 static_cast<std::size_t>(plan_.shape.tokens) * sizeof(std::int32_t)));
+    work_ = x_ + x;
+    firsts_ = work_ + work;
+    bytes_ = reinterpret_cast<std::uint8_t*>(x_ + elements);
+    wide_bytes_ = bytes_ + (plan_.int8 != nullptr ? x : 0);
     positions_ = reinterpret_cast<std::int32_t*>(bytes_ + byte_room);
     embed();
-    for (std::int64_t i = 0; i < encoder_.n_layers; ++i) run_layer(encoder_.layers[i]);
-    if (states != nullptr) unpack(*matmul_, shape_, x_, encoder_.hidden, states);
+    // The pooler reads first tokens only; but the states that are returned, and the inputs whose clipped bytes are
+    // counted, are those of all tokens.
+    const bool all = states != nullptr || clipped != nullptr;
+    for (std::int64_t i = 0; i < encoder_.n_layers; ++i) {
+      run_layer(encoder_.layers[i], !all && i == encoder_.n_layers - 1);
+    }
+    if (states != nullptr) unpack(x_, encoder_.hidden, states);
     classify(logits);
   }
 
@@ -118,33 +140,33 @@ class Batch {
     if (clipped_ == nullptr) return;
     const auto all = linears_of(*layer_);
     const auto which = std::find(all.begin(), all.end(), &linear) - all.begin();
-    clipped_[(layer_ - encoder_.layers) * 4 + which] += count_clipped(shape_, bytes, linear.n_in);
+    clipped_[(layer_ - encoder_.layers) * 4 + which] += count_clipped(plan_.shape, bytes, linear.n_in);
   }
 
   // y = linear(x), or y += linear(x). `bytes`: the bytes of x, if they are made already, for a linear in int8.
   void linear(const Linear& linear, const T* x, T* y, bool add = false, const std::uint8_t* bytes = nullptr) {
-    LinearJob<T> job{shape_, &linear, x, bytes, y, nullptr, nullptr, add, 0};
+    LinearJob<T> job{plan_.shape, &linear, x, bytes, y, nullptr, nullptr, add, 0};
     if constexpr (std::is_same_v<T, float>) {
       if (linear.form == Form::int8) {
         if (bytes == nullptr) {
-          quantize(*matmul_, shape_, x, linear.n_in, linear.int8->input, bytes_, context_.threads);
+          quantize(*plan_.matmul, plan_.shape, x, linear.n_in, linear.int8->input, bytes_, context_.threads);
           job.bytes = bytes_;
         }
         count(linear, job.bytes);
-        return run_linear(int8_->linear, job, context_.threads);
+        return run_linear(plan_.int8->linear, job, context_.threads);
       }
     }
-    run_linear(matmul_->linear, job, context_.threads);
+    run_linear(plan_.matmul->linear, job, context_.threads);
   }
 
   // x += down(up(x)). If both are in int8, what lies between them is bytes from the start.
   void feed_forward(const EncoderLayer& layer) {
     if constexpr (std::is_same_v<T, float>) {
       if (layer.up.form == Form::int8 && layer.down.form == Form::int8) {
-        quantize(*matmul_, shape_, x_, encoder_.hidden, layer.up.int8->input, bytes_, context_.threads);
+        quantize(*plan_.matmul, plan_.shape, x_, encoder_.hidden, layer.up.int8->input, bytes_, context_.threads);
         count(layer.up, bytes_);
-        run_linear(int8_->linear,
-                   {shape_, &layer.up, nullptr, bytes_, nullptr, wide_bytes_, &layer.down.int8->input, false, 0},
+        run_linear(plan_.int8->linear,
+                   {plan_.shape, &layer.up, nullptr, bytes_, nullptr, wide_bytes_, &layer.down.int8->input, false, 0},
                    context_.threads);
         return linear(layer.down, nullptr, x_, true, wide_bytes_);
       }
@@ -154,9 +176,9 @@ class Batch {
   }
 
   void normalize(T* x, std::int64_t n, const LayerNorm& norm) {
-    const NormJob<T> job{shape_, x, n, norm, encoder_.eps};
-    run_parallel(shape_.panels * shape_.width_vectors, shape_.tokens * n, [&](std::int64_t i) {
-      kernel_->normalize(job, i / shape_.width_vectors, i % shape_.width_vectors);
+    const NormJob<T> job{plan_.shape, x, n, norm, encoder_.eps};
+    run_parallel(plan_.shape.panels * plan_.shape.width_vectors, plan_.shape.tokens * n, [&](std::int64_t i) {
+      plan_.encoder->normalize(job, i / plan_.shape.width_vectors, i % plan_.shape.width_vectors);
     });
   }
 
@@ -167,75 +189,90 @@ class Batch {
       for (std::int64_t t = start; t < stop; ++t) positions_[t] = static_cast<std::int32_t>(t - start);
     }
     T* out = encoder_.projection != nullptr ? work_ : x_;
-    const EmbedJob<T> job{shape_, &encoder_, sequences_.ids + first, sequences_.types + first, positions_, out};
-    run_parallel(shape_.panels, shape_.tokens * encoder_.embedding, [&](std::int64_t i) { kernel_->embed(job, i); });
+    const EmbedJob<T> job{plan_.shape, &encoder_, sequences_.ids + first, sequences_.types + first, positions_, out};
+    run_parallel(plan_.shape.panels, plan_.shape.tokens * encoder_.embedding,
+                 [&](std::int64_t i) { plan_.encoder->embed(job, i); });
     normalize(out, encoder_.embedding, encoder_.embedding_norm);
     if (encoder_.projection != nullptr) linear(*encoder_.projection, out, x_);
   }
 
-  void run_layer(const EncoderLayer& layer) {
+  // firsts_only: what follows qkv is computed for the first token of each sequence only, and only these stay in x_.
+  void run_layer(const EncoderLayer& layer, bool firsts_only) {
     layer_ = &layer;
-    T* attended = work_ + shape_.panels * shape_.width() * 3 * encoder_.hidden;
+    T* attended = work_ + places_ * 3 * encoder_.hidden;
     linear(layer.qkv, x_, work_);
-    attend(work_, attended);
+    attend(work_, attended, firsts_only ? 1 : plan_.shape.tokens);
+    if (firsts_only) {
+      gather_firsts(attended, first_plan_, work_);
+      attended = work_;
+      keep_firsts(first_plan_, firsts_);
+    }
     linear(layer.attention_out, attended, x_, true);
     normalize(x_, encoder_.hidden, layer.attention_norm);
     feed_forward(layer);
     normalize(x_, encoder_.hidden, layer.norm);
   }
 
-  void attend(const T* qkv, T* out) {
-    const AttentionJob<T> job{shape_, qkv, out, encoder_.hidden, encoder_.heads};
+  void attend(const T* qkv, T* out, std::int64_t queries) {
+    const AttentionJob<T> job{plan_.shape, qkv, out, encoder_.hidden, encoder_.heads, queries};
     const std::int64_t size = encoder_.hidden / encoder_.heads, first = sequences_.starts[0];
-    run_parallel(sequences_.count * encoder_.heads, shape_.tokens * encoder_.hidden, [&](std::int64_t i) {
+    run_parallel(sequences_.count * encoder_.heads, plan_.shape.tokens * encoder_.hidden, [&](std::int64_t i) {
       const std::int64_t s = i / encoder_.heads;
       const std::int64_t start = sequences_.starts[s] - first, stop = sequences_.starts[s + 1] - first;
-      const auto bytes = static_cast<std::size_t>(attention_->bytes(stop - start, size));
-      attention_->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
+      const auto bytes = static_cast<std::size_t>(plan_.attention->bytes(stop - start, size));
+      plan_.attention->attend(job, start, stop, i % encoder_.heads, scratch(bytes, Scratch::task));
     });
   }
 
-  void classify(float* logits) {
-    const std::int64_t width = shape_.width(), first_width = first_shape_.width(), n = encoder_.hidden;
-    const std::int64_t firsts = first_shape_.panels * first_width;
-    T* pooled = work_ + firsts * n;
-    std::fill_n(work_, firsts * n, T{});
+  // Panels of [hidden] -> those of the first token of each sequence, zeros past the last one.
+  void gather_firsts(const T* from, const Plan<T>& plan, T* to) {
+    const std::int64_t width = plan_.shape.width(), first_width = plan.shape.width(), n = encoder_.hidden;
+    const bool only_firsts = plan_.shape.tokens == sequences_.count;  // token s is the one of sequence s
+    std::fill_n(to, plan.places() * n, T{});
     for (std::int64_t s = 0; s < sequences_.count; ++s) {
-      const std::int64_t t = sequences_.starts[s] - sequences_.starts[0];
-      const T* from = x_ + t / width * n * width + t % width;
-      T* to = work_ + s / first_width * n * first_width + s % first_width;
-      for (std::int64_t k = 0; k < n; ++k) to[k * first_width] = from[k * width];
+      const std::int64_t t = only_firsts ? s : sequences_.starts[s] - sequences_.starts[0];
+      const T* token = from + t / width * n * width + t % width;
+      T* first = to + s / first_width * n * first_width + s % first_width;
+      for (std::int64_t k = 0; k < n; ++k) first[k * first_width] = token[k * width];
     }
-    run_linear(first_kernel_->linear,
-               LinearJob<T>{first_shape_, &encoder_.pooler, work_, nullptr, pooled, nullptr, nullptr, false, 0},
-               context_.threads);
+  }
+
+  // Leaves only the first tokens in x_, which becomes `to`.
+  void keep_firsts(const Plan<T>& plan, T* to) {
+    gather_firsts(x_, plan, to);
+    x_ = to;
+    plan_ = plan;
+  }
+
+  void classify(float* logits) {
+    keep_firsts(pooler_plan_, work_);
+    T* pooled = work_ + plan_.places() * encoder_.hidden;
+    linear(encoder_.pooler, x_, pooled);
     const std::int64_t pooled_floats = sequences_.count * encoder_.pooler.n_out;
     // From here on, sparse_matmul uses the call's buffer, which held the states; the rows are in the task's buffer.
     auto* rows = static_cast<float*>(
         scratch(static_cast<std::size_t>(pooled_floats) * sizeof(float), Scratch::task));
-    unpack(*first_kernel_, first_shape_, pooled, encoder_.pooler.n_out, rows);
+    unpack(pooled, encoder_.pooler.n_out, rows);
     sparse_matmul(rows, sequences_.count, encoder_.classifier, {context_.isa, 1}, logits);
   }
 
-  void unpack(const SparseMatmulKernel<T>& kernel, const PanelShape& shape, T* panels, std::int64_t n, float* rows) {
-    const TransposeJob<T> job{shape, rows, panels, n, n};
-    run_parallel(shape.panels, shape.tokens * n, [&](std::int64_t i) { kernel.unpack(job, i, 0); });
+  void unpack(T* panels, std::int64_t n, float* rows) {
+    const TransposeJob<T> job{plan_.shape, rows, panels, n, n};
+    run_parallel(plan_.shape.panels, plan_.shape.tokens * n, [&](std::int64_t i) { plan_.matmul->unpack(job, i, 0); });
   }
 
   const Encoder& encoder_;
   Sequences sequences_;
   cpu::Context context_;
-  const Int8Kernel* int8_ = nullptr;  // null if no linear is in int8
-  const SparseMatmulKernel<T>* matmul_;
-  const SparseMatmulKernel<T>* first_kernel_;
-  const SparseEncoderKernel<T>* kernel_;
-  const AttentionKernel<T>* attention_;
-  PanelShape shape_;
-  PanelShape first_shape_;
+  Plan<T> plan_;               // for the tokens in x_
+  const Plan<T> first_plan_;   // for the first tokens in the last layer
+  const Plan<T> pooler_plan_;  // and in the pooler
+  const std::int64_t places_;  // in the panels of all tokens, or of the first ones
   const EncoderLayer* layer_ = nullptr;  // the one that is run
   std::int64_t* clipped_ = nullptr;
   T* x_ = nullptr;  // panels of [hidden]
   T* work_ = nullptr;
+  T* firsts_ = nullptr;                 // panels of [hidden], of the first token of each sequence
   std::uint8_t* bytes_ = nullptr;       // panels of the bytes of [hidden], or of [widest]
   std::uint8_t* wide_bytes_ = nullptr;  // panels of the bytes of [widest]
   std::int32_t* positions_ = nullptr;   // [tokens]

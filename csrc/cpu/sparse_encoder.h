@@ -35,6 +35,7 @@ struct AttentionJob {
   T* out;        // panels of [hidden]
   std::int64_t hidden;
   std::int64_t heads;
+  std::int64_t queries;  // only so many first tokens of each sequence attend to its tokens, and are written
 };
 
 template <typename T>

@@ -72,7 +72,7 @@ void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t sto
   for (int part = 0; part < 3; ++part) {
     read_head(job, start, stop, head, part, part == 0 ? scale : 1.0f, parts[part]);
   }
-  attend_all(Floats(), parts[0], parts[1], parts[2], stride, stride, n, size, scores, parts[0]);
+  attend_all(Floats(), parts[0], parts[1], parts[2], stride, stride, queries_of(job, n), n, size, scores, parts[0]);
   write_head(job, start, stop, head, parts[0]);
 }
 

@@ -147,7 +147,8 @@ void attend(const AttentionJob<float>& job, std::int64_t start, std::int64_t sto
   const float bad = (q_unit + k_unit) * 0.0f;  // passes on a value that is not finite
   const float v_unit = round_tokens(values, size, stride, n, most_beside_powers(n), v) + bad;
   const float unit = q_unit * k_unit * 1.44269504f / __builtin_sqrtf(static_cast<float>(size));
-  attend_all(Pairs{unit, v_unit}, q, k, reinterpret_cast<const int*>(v), stride, stride / 2, n, size, scores, values);
+  attend_all(Pairs{unit, v_unit}, q, k, reinterpret_cast<const int*>(v), stride, stride / 2, queries_of(job, n), n,
+             size, scores, values);
   write_head(job, start, stop, head, values);
 }
 

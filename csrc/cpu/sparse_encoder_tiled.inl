@@ -158,7 +158,8 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
   const Bf16* values = rows + 2 * head.rows() * stride;
   Bf16* result = rows;  // overwrites the queries' rows, whose tiles are made already
   [[maybe_unused]] const Tiles tiles;
-  for (std::int64_t queries = 0; queries < head.blocks; ++queries) {
+  const std::int64_t wanted = queries_of(job, n);
+  for (std::int64_t queries = 0; queries * 32 < wanted; ++queries) {
     for (std::int64_t keys = 0; keys < head.blocks; ++keys) {
       const float* right = q_tiles + 2 * queries * head.chunks * tile_words;
       const float* left = k_tiles + 2 * keys * head.chunks * tile_words;
@@ -187,8 +188,8 @@ void attend(const AttentionJob<Bf16>& job, std::int64_t start, std::int64_t stop
       }
     }
   }
-  for_pieces(start, stop, panel_width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane,
-                                           std::int64_t count) {
+  for_pieces(start, start + wanted, panel_width, [&](std::int64_t token, std::int64_t panel, std::int64_t lane,
+                                                     std::int64_t count) {
     Bf16* to = job.out + (panel * job.hidden + head_index * size) * panel_width + lane;
     for (std::int64_t i = 0; i < size; ++i) copy(result + i * stride + token, to + i * panel_width, count);
   });

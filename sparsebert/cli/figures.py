@@ -21,6 +21,10 @@ def _number(value: float) -> str:
     return f"{value:.4f}"
 
 
+def _probability(value: float) -> str:
+    return _number(value) if value >= 5e-5 else "below 0.0001"  # never shown as 0
+
+
 def _signed(value: float) -> str:
     return f"{value:+.4f}"
 
@@ -60,8 +64,8 @@ _OF_SCORE: dict[str, Words] = {  # by metric: the main figure, the same of the d
     },
 }
 _WORDS: Words = {
-    "mcnemar_p": ("McNemar's p", _number),
-    "mcnemar_p_holm": ("McNemar's p, adjusted for several sets (Holm)", _number),
+    "mcnemar_p": ("McNemar's p", _probability),
+    "mcnemar_p_holm": ("McNemar's p, adjusted for several sets (Holm)", _probability),
     "kl_to_dense": ("KL to the dense model in nats, 0 if equal", _number),
     "ece": ("calibration error (ECE)", _number),
     "dense_ece": ("calibration error of the dense model", _number),

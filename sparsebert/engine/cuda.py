@@ -236,19 +236,25 @@ class DeviceEncoder:
         if self._projection is not None:
             x = self._projection(x, kind, tokens, self._part("states", hidden, capacity))
         attended, sums = (self._part(name, hidden, capacity) for name in ("attended", "sums"))
-        for layer, linears, norms in zip(self._encoder.layers, self.layers, self._norms, strict=True):
+        half, width = capacity // 2, capacity
+        first_of = partial(torch.index_select, dim=1, index=firsts)
+        for i, (layer, linears, norms) in enumerate(zip(self._encoder.layers, self.layers, self._norms, strict=True)):
             qkv = linears["qkv"](x, kind, tokens, self._part("wide", 3 * hidden, capacity))
             attention(qkv, first, stop, tokens, heads, attended, invariant=self._invariant)
+            if i == len(self.layers) - 1:  # from here on, only what the pooler reads
+                # Into memory that is free by now: where torch's allocator keeps none, a capture may not allocate.
+                attended = first_of(attended, out=self._part("sums", hidden, half))
+                x = first_of(x, out=self._part("attended", hidden, half))
+                sums, tokens, width = self._part("states", hidden, half), sequences, half
             linears["attention_out"](attended, kind, tokens, sums)
             add_norm(sums, x, norms[0], eps, tokens, x)
-            up = linears["up"](x, kind, tokens, self._part("wide", layer.up.weight.n_out, capacity))
+            up = linears["up"](x, kind, tokens, self._part("wide", layer.up.weight.n_out, width))
             linears["down"](up, kind, tokens, sums)
             add_norm(sums, x, norms[1], eps, tokens, x)
-        half = capacity // 2
-        # Into memory that is free by now: where torch's allocator keeps none, a capture may not allocate.
-        cls = torch.index_select(x, 1, firsts, out=self._part("sums", hidden, half))
+        if not self.layers:
+            x = first_of(x, out=self._part("sums", hidden, half))
         pooled = self._pooled[: self._encoder.pooler.weight.n_out * half].view(-1, half)
-        self._pooler(cls, kind, sequences, pooled)
+        self._pooler(x, kind, sequences, pooled)
         logits = self._logits[: self._encoder.classifier.weight.n_out * half].view(-1, half)
         self._classifier(pooled, kind, sequences, logits)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import checkpoint
+from sparsebert import checkpoint, jobs
 from sparsebert.checkpoint import require_finite
 from sparsebert.checkpoint.files import MIB
 from sparsebert.engine import architectures
@@ -18,7 +18,7 @@ from sparsebert.errors import CheckpointError
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 
-POOLING = "1_Pooling/config.json"
+POOLING, MODULES = "1_Pooling/config.json", "modules.json"
 
 
 class SentenceEncoder:
@@ -27,7 +27,8 @@ class SentenceEncoder:
     """
 
     def __init__(self, encoder: PackedEncoder, files: checkpoint.Files, max_length: int, name: str):
-        self.directory, self.sha256, self.name = files.directory, files.content_sha256, name
+        self.directory, self.name = files.directory, name
+        self.sha256 = jobs.digest([files.content_sha256, max_length])
         self._encoder, self._tokenizer, self._max_length = encoder, files.tokenizer, max_length
 
     @classmethod
@@ -36,9 +37,13 @@ class SentenceEncoder:
         encoder that the engine runs.
         """
         files = checkpoint.read(directory, head=False)
-        pooling = files.folder.read_json(POOLING, MIB)
+        pooling, modules = files.folder.read_json(POOLING, MIB), files.folder.read_json(MODULES, MIB)
+        fault = None
         if not isinstance(pooling, dict) or not _is_mean(pooling):
             fault = f"lacks {POOLING}" if pooling is None else f"{POOLING} says otherwise"
+        elif modules is not None and not _is_plain(modules):
+            fault = f"{MODULES} says otherwise"
+        if fault is not None:
             raise CheckpointError(
                 f"{files.directory} must be a sentence encoder that takes the mean over tokens: {fault}",
                 fix="name another one, or minilm",
@@ -77,3 +82,12 @@ def _is_mean(pooling: dict) -> bool:
     """Whether a configuration of sentence-transformers' Pooling, of any version, takes the mean and nothing else."""
     modes = {name for name, value in pooling.items() if name.startswith("pooling_mode") and value}
     return modes == {"pooling_mode_mean_tokens"} or pooling.get("pooling_mode") == "mean"
+
+
+def _is_plain(modules: object) -> bool:
+    """Whether nothing but pooling and scaling comes after the encoder."""
+    try:
+        kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    except (TypeError, KeyError):
+        return False
+    return kinds in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])

@@ -59,7 +59,7 @@ class Recipe:
 
     transform(attack, text, index): the words to put in place of words[index]. constraints: each keeps some of the
     candidates; applied one after the other, so the cheap ones come first. search: looks for a fooling text.
-    stopwords: words that are left alone: "textfooler" for its own list, "nltk" for NLTK's English one, or "none".
+    stopwords: words that are left alone: "textfooler" for its own list, or "nltk" for NLTK's English one.
     needs: the resources that decide its results, by their names in Resources.
     """
 
@@ -134,7 +134,6 @@ class Attack:
         if self.most is not None and count > self.most - self.queries:
             count = max(0, self.most - self.queries)
             self.capped = "queries"
-        self.queries += count
         coming: Iterator[str] = islice(texts, count)
         found = []
         while chunk := list(islice(coming, CHUNK)):
@@ -142,13 +141,14 @@ class Attack:
             if asked:
                 logits = yield Question(VICTIM, [self._input(text) for text in asked])
                 self.known |= zip(asked, self._judged(np.asarray(logits)), strict=True)
+            self.queries += len(chunk)
             found += [self.known[text] for text in chunk]
         return found
 
     @property
     def over(self) -> bool:
-        """Whether a limit was reached."""
-        return self.capped is not None or (self.most is not None and self.queries >= self.most)
+        """Whether a limit has kept the attack from asking something."""
+        return self.capped is not None
 
     def _input(self, text: str) -> str | tuple[str, str]:
         if self.other is None:
@@ -156,6 +156,8 @@ class Attack:
         return (text, self.other) if self.first else (self.other, text)
 
     def _judged(self, logits: np.ndarray) -> list[tuple[np.float32, bool]]:
+        if not np.isfinite(logits).all():
+            raise ValueError("logits must be finite")
         moved = np.exp(logits - logits.max(1, keepdims=True))
         probability = (moved / moved.sum(1, keepdims=True))[:, self.label]
         fooled = logits.argmax(1) != self.label
@@ -173,11 +175,14 @@ class Attack:
         words = yield from self.recipe.transform(self, text, index)
         made = [text.with_word(index, other) for other in words if other != word and words_of(other)]
         different = {other.text: Candidate(other) for other in reversed(made) if other.text != text.text}
-        found = sorted(different.values(), key=lambda candidate: candidate.text.text)
+        return (yield from self.allowed(sorted(different.values(), key=lambda candidate: candidate.text.text), text))
+
+    def allowed(self, candidates: list[Candidate], text: Text) -> Steps[list[Candidate]]:
+        """Those of the candidates, made from `text`, that every constraint allows."""
         for constraint in self.recipe.constraints:
-            if found:
-                found = yield from constraint(self, found, text)
-        return found
+            if candidates:
+                candidates = yield from constraint(self, candidates, text)
+        return candidates
 
     def embed(self, texts: Sequence[str]) -> Steps[np.ndarray]:
         """Sentence embeddings, float32 [texts, H], of length 1."""

@@ -62,14 +62,13 @@ def run(
         for attack, steps, answer in _answered(round_, models):
             if isinstance(answer, str):
                 yield Finished(attack, "error", None, answer)
-                continue
-            if seconds is not None and attack.seconds > seconds:
+            elif (finished := _advance(attack, steps, answer, waiting)) is not None:
+                yield finished
+            elif seconds is not None and attack.seconds > seconds:  # it knows of its original by now
+                waiting.pop()
                 steps.close()
                 attack.capped = "seconds"
-                yield Finished(attack, "failed", attack.start if attack.known else None)
-                continue
-            if (finished := _advance(attack, steps, answer, waiting)) is not None:
-                yield finished
+                yield Finished(attack, "failed", attack.start)
 
 
 def _advance(attack: Attack, steps, answer, waiting: list) -> Finished | None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sparsebert import checkpoint
+from sparsebert.encoders import token_limit
 from sparsebert.errors import CheckpointError, first_line
 from sparsebert.robustness.attacks.attack import Blank
 
@@ -21,6 +22,8 @@ class MaskedLM:
 
     def __init__(self, model, tokenizer, name: str, sha256: str):
         self._model, self._tokenizer, self.name, self.sha256 = model, tokenizer, name, sha256
+        self._begins = tokenizer.tokenize("a a")[-1].removesuffix("a")  # what marks the first piece of a word, if any
+        self._max_length = token_limit(model.config, tokenizer.model_max_length)
 
     @classmethod
     def load(cls, directory: str | Path) -> MaskedLM:
@@ -52,7 +55,12 @@ class MaskedLM:
         texts = [b.text[: b.start] + mask + b.text[b.end :] if b.masked else b.text for b in blanks]
         rows = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         encoded = self._tokenizer(
-            list(rows), truncation=True, padding=True, return_tensors="pt", return_offsets_mapping=True
+            list(rows),
+            truncation=True,
+            max_length=self._max_length,
+            padding=True,
+            return_tensors="pt",
+            return_offsets_mapping=True,
         )
         offsets = encoded.pop("offset_mapping").numpy()
         with torch.inference_mode():
@@ -61,11 +69,12 @@ class MaskedLM:
         found = []
         for blank, text in zip(blanks, texts, strict=True):
             row = rows[text]
-            if blank.masked:
-                places = np.flatnonzero(ids[row] == self._tokenizer.mask_token_id)[:1]
+            begin, end = offsets[row].T
+            if blank.masked:  # a token of a mask may begin with the space before it
+                its = (ids[row] == self._tokenizer.mask_token_id) & (end == blank.start + len(mask))
             else:
-                begin, end = offsets[row].T
-                places = np.flatnonzero((begin >= blank.start) & (end <= blank.end) & (end > begin))
+                its = (begin >= blank.start) & (end <= blank.end) & (end > begin)
+            places = np.flatnonzero(its)
             found.append(self._words(logits[row], places, blank.most))
         return found
 
@@ -76,7 +85,8 @@ class MaskedLM:
         top = logits[torch.from_numpy(places)].topk(min(most, logits.shape[1]))
         if len(places) == 1:
             pieces = self._tokenizer.convert_ids_to_tokens(top.indices[0].tolist())
-            return [piece for piece in pieces if self._is_word(piece)]
+            words = [piece.removeprefix(self._begins) for piece in pieces if piece.startswith(self._begins)]
+            return [word for word in words if word.isalpha()]
         ranked = []
         for choice in product(range(top.indices.shape[1]), repeat=len(places)):
             at = list(enumerate(choice))
@@ -86,6 +96,3 @@ class MaskedLM:
             if word.isalpha():
                 ranked.append((-likely, word))
         return [word for _, word in sorted(ranked)[:most]]
-
-    def _is_word(self, piece: str) -> bool:
-        return piece.isalpha()

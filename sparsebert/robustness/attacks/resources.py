@@ -64,9 +64,10 @@ class Neighbours:
         sha256 = hashlib.sha256(content).hexdigest()
         if content.lstrip()[:1] == b"{":
             try:
-                table = json.loads(content)
-                table = {str(word).lower(): [str(near) for near in table[word]] for word in table}
-            except (ValueError, TypeError, RecursionError) as error:
+                table = {word.lower(): near for word, near in json.loads(content).items()}
+                if not all(isinstance(near, list) and all(isinstance(n, str) for n in near) for near in table.values()):
+                    raise ValueError("a value is no list of words")
+            except (ValueError, RecursionError) as error:
                 raise DataError(
                     f"neighbours {path} must be JSON, word -> list of words: {first_line(error)}",
                     fix="correct the file",
@@ -100,7 +101,8 @@ def _vectors(content: bytes, path: Path) -> tuple[list[str], np.ndarray]:
         if not word:
             continue
         try:
-            row = np.array(numbers.split(), dtype=np.float32)
+            with np.errstate(over="ignore"):  # a number too large becomes infinite, which is refused
+                row = np.array(numbers.split(), dtype=np.float32)
         except ValueError:
             row = np.empty(0, np.float32)
         if not len(row) or (rows and len(row) != len(rows[0])) or not np.isfinite(row).all():
@@ -185,7 +187,7 @@ class Resources:
         parts = [found(f"{_TAGGER}.{name}.json") for name in ("weights", "tagdict", "classes")]
         try:
             return Tagger.read(*parts), hashlib.sha256(b"".join(parts)).hexdigest()
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(
                 f"NLTK's {_TAGGER} is damaged: {first_line(error)}", fix="download it again: nltk.download"
             ) from error
@@ -197,7 +199,13 @@ class Resources:
         if found is None:
             return None
         content = found("english")
-        return frozenset(content.decode("utf-8").split()), hashlib.sha256(content).hexdigest()
+        try:
+            words = frozenset(content.decode("utf-8").split())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"NLTK's {_STOPWORDS} are damaged: {first_line(error)}", fix="download them again: nltk.download"
+            ) from error
+        return words, hashlib.sha256(content).hexdigest()
 
     @cached_property
     def encoder(self) -> SentenceEncoder | None:

@@ -109,8 +109,9 @@ def swarm(particles: int, rounds: int) -> Callable[[Attack], Steps[Scored]]:
     """Particle swarm optimisation over word substitutions [Zang et al. 2020, Section 4], with TextAttack's constants.
 
     A particle is a text. In each round its words move, with probabilities that its velocities give, to those of its own
-    best text and of the best text of all; then one of its words may be replaced by the candidate that raises the score
-    most. The fewer words of a particle differ from the original, the more often that happens.
+    best text and of the best text of all, if the constraints allow that; then one of its words may be replaced by the
+    candidate that raises the score most. The fewer words of a particle differ from the original, the more often that
+    happens.
     """
     fastest, slow, inertia = 3.0, (0.8, 0.2), (0.8, 0.2)
 
@@ -135,9 +136,12 @@ def swarm(particles: int, rounds: int) -> Callable[[Attack], Steps[Scored]]:
                 for target, probability in ((own[k], to_own), (best, to_best)):
                     if rng.random() < probability:
                         text = _towards(text, target.text, rng.random(words) < turn)
+                if text is not particle.text and not (yield from attack.allowed([Candidate(text)], particle.text)):
+                    text = particle.text
                 moved.append(text)
             swarm = yield from attack.query(moved)
-            if len(swarm) < particles:
+            if attack.over:
+                best = max((best, *swarm), key=_goodness)
                 break
             if not any(particle.fooled for particle in swarm):
                 changed = [len(particle.text.changed) / max(1, words) for particle in swarm]

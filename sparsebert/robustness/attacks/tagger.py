@@ -39,8 +39,16 @@ class Tagger:
 
     @classmethod
     def read(cls, weights: bytes, single: bytes, tags: bytes) -> Tagger:
-        """From the three JSON files of averaged_perceptron_tagger_eng."""
-        return cls(json.loads(weights), json.loads(single), json.loads(tags))
+        """From the three JSON files of averaged_perceptron_tagger_eng. ValueError, TypeError or AttributeError if they
+        hold something else.
+        """
+        summed, sure, known = json.loads(weights), json.loads(single), json.loads(tags)
+        if not known or not all(isinstance(tag, str) for tag in [*known, *sure.values()]):
+            raise ValueError("tags must be words")
+        for feature, of_tags in summed.items():
+            if not of_tags.keys() <= set(known) or not all(isinstance(w, float | int) for w in of_tags.values()):
+                raise ValueError(f"the weights of {feature!r} must be numbers by tag")
+        return cls(summed, sure, known)
 
     def _tag(self, words: tuple[str, ...], at: int) -> str:
         """The universal tag of words[at]. What follows the second word after it has no influence on it."""
