@@ -50,9 +50,10 @@ def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_
     finally:
         book.release()
         book.close()
+    code = _code()
     return [
         {
-            "id": i, "unit": jobs.key_of(KIND, key, _code())[:ID], "original": text,
+            "id": i, "unit": jobs.key_of(KIND, key, code)[:ID], "original": text,
             "label": victim.task.labels[label], **row,
         } for (i, text, _, label), key, row in zip(units, keys, found, strict=True)
     ]  # fmt: skip
