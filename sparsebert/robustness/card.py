@@ -202,7 +202,8 @@ def _column(facts: dict, documents: Sequence[dict], *, dense: bool) -> Column:
         for where, found in texts.items():
             if not dense and found.get("agreement") is not None:
                 kl = found.get("kl_to_dense", found.get("kl"))
-                column.near[where] = f"{found['agreement']:.1%}, KL {kl:.4f}"
+                form = ".4f" if document["metric"] == "spearman" else ".1%"
+                column.near[where] = f"{found['agreement']:{form}}, KL {kl:.4f}"
     return column
 
 
@@ -255,7 +256,8 @@ def table_of(card: Card) -> tuple[list[str], list[list[str]]]:
     for line in card.lines:
         rows.append([line, *(_told(column.figures.get(line), card.metric, line) for column in columns)])
     for where in dict.fromkeys(where for column in columns for where in column.near):
-        rows.append([f"same label as dense, {where}", *(column.near.get(where, "") for column in columns)])
+        what = "rank correlation with dense" if card.metric == "spearman" else "same label as dense"
+        rows.append([f"{what}, {where}", *(column.near.get(where, "") for column in columns)])
     rows.append(["MB without zeros", *(f"{column.facts['bytes'] / 1e6:.1f}" for column in columns)])
     for what in card.timings:
         cells = (column.milliseconds.get(what) for column in columns)
