@@ -96,7 +96,8 @@ class SparsebertWarning(UserWarning):
 # Module -> the extra of this package that installs it.
 _EXTRAS = {
     **dict.fromkeys(("greenlet", "pyarrow", "scipy", "sklearn", "torch", "transformers"), "prune"),
-    **dict.fromkeys(("plotly", "sentence_transformers"), "demo"),
+    **dict.fromkeys(("duckdb", "plotly"), "eval"),
+    "sentence_transformers": "demo",
     "datasets": "hub",
     "matplotlib": "bench",
     "textattack": "textattack",

@@ -15,6 +15,7 @@ from sparsebert.cli.figures import (
     rows_of_machine,
     rows_of_plan,
     tables_of_evaluation,
+    tables_of_replay,
     tables_of_timing,
 )
 from sparsebert.cli.options import flags, option
@@ -34,6 +35,7 @@ from sparsebert.config import (
 from sparsebert.errors import InputError, cut
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
+BENCH = "sparsebert bench DIR --json"
 SHOWN = 5  # adversarial texts that `attack` prints
 
 app = typer.Typer(
@@ -74,6 +76,18 @@ Overwrite = Annotated[
     option("--overwrite", help="replace an output that is there already and was made with other settings or code"),
 ]
 Json = Annotated[bool, option("--json", help="print the result as one line of JSON, and no table")]
+Timing = Annotated[
+    list[Path] | None,
+    option(metavar="FILE.json", help="what `sparsebert bench --json` printed, for the latency; may be repeated"),
+]
+LedgerFile = Annotated[
+    str | None, option(metavar="FILE", help="the ledger that the attacks were kept in [default: the one in the cache]")
+]
+
+
+def _attack_flag(name: str, *names: str):
+    """A flag of AttackConfig, for a command that takes a few of them."""
+    return Annotated[str | None, option(*names, help=AttackConfig.model_fields[name].description)]
 
 
 @app.command()
@@ -313,6 +327,14 @@ def evaluate(
     vs: Annotated[
         Path | None, option(metavar="DENSE", help="directory of the dense model, to compare with on the same texts")
     ] = None,
+    report: Annotated[
+        Path | None, option(metavar="FILE.html", help="also write a page with card, charts, worst flips and settings")
+    ] = None,
+    timing: Timing = None,
+    save: Annotated[
+        bool,
+        option("--save", help="also write the figures into DIR: sparsebert/eval.json, rows of attacks, README.md"),
+    ] = False,
     json: Json = False,
     config: EvalConfig,
     attack: AttackConfig,
@@ -320,10 +342,16 @@ def evaluate(
     """Measure the classifier in DIR: its accuracy with an interval, how near it is to a dense model (--vs), and the
     same out of distribution (--ood), in other domains (--domains, --texts) and under attack (--attacks).
     """
-    from dataclasses import asdict
-
+    from sparsebert.robustness import card, saving, trade_off
     from sparsebert.robustness import evaluate as run
 
+    if timing and report is None and not save:
+        raise InputError("--timing is for --report and --save, neither is given", fix="add one of them")
+    timings = card.read_documents(timing or [], BENCH)
+    if report is not None:
+        trade_off.require_page(report)
+    if save:
+        saving.require_savable(directory)
     with progress("evaluate") as update:
         result = run(
             directory, task, vs=vs, ood=config.ood, domains=config.domains, texts=config.texts,
@@ -331,11 +359,17 @@ def evaluate(
             device=config.device, progress=update,
         )  # fmt: skip
     say_what_was_read(result)
-    figures = asdict(result)
+    figures = result.as_json()
     if not json:
         for each in tables_of_evaluation(figures, task, directory, vs):
             table(*each)
         then("sparsebert", "bench", directory, "--task", Path(task))
+    if report is not None:
+        trade_off.write_trade_off(report, [figures], timings)
+        print(f"report: {report}", file=sys.stderr)
+    if save:
+        for path in saving.save(directory, result, timings):
+            print(f"saved: {path}", file=sys.stderr)
     emit(figures, json)
     for found in (result.attacks or {}).values():
         stop_for_errors(found["errors"], found["n"] + found["errors"])
@@ -373,6 +407,84 @@ def attack(
             print_change(row)
     emit({"task": task, "attack": attack, **found.figures, "output": None if output is None else str(output)}, json)
     stop_for_errors(found.figures["errors"], len(found.rows))
+
+
+@app.command()
+def report(
+    evaluations: Annotated[
+        list[Path], typer.Argument(metavar="EVAL.json", help="what `sparsebert eval --json` printed, of several models")
+    ],
+    *,
+    output: Annotated[Path, option("--output", "-o", metavar="FILE.html", help="page to write")],
+    timing: Timing = None,
+    json: Json = False,
+) -> None:
+    """Put evaluations of several models on one page: a card, a chart of accuracy against cost, the worst flips."""
+    from sparsebert.robustness import card, trade_off
+
+    trade_off.require_page(output)
+    documents = card.read_documents(evaluations, "sparsebert eval DIR --task TASK --json")
+    made = trade_off.write_trade_off(output, documents, card.read_documents(timing or [], BENCH))
+    columns, rows = card.table_of(made)
+    if not json:
+        table(f"{made.n:,} examples of {made.task}, {made.split}", columns, rows)
+        if said := card.verdict(made):
+            print(said)
+    cheapest = None if made.cheapest is None else made.cheapest.facts["directory"]
+    emit({"report": str(output), "models": columns[1:], "rows": rows, "cheapest": cheapest}, json)
+
+
+@app.command()
+def query(
+    sql: Annotated[str, typer.Argument(metavar="SQL", help="one SELECT of DuckDB, from the table attacks")],
+    *,
+    ledger: LedgerFile = None,
+    json: Json = False,
+) -> None:
+    """Ask the ledger of attacks, in SQL. Its table `attacks` has a row per attacked example; "describe attacks" lists
+    the columns. Nothing is changed.
+    """
+    from sparsebert.robustness.attacks.stored import query as run
+
+    columns, rows = run(sql, ledger)
+    if not json:
+        shown = [["" if value is None else str(value) for value in row] for row in rows]
+        table("1 row" if len(rows) == 1 else f"{len(rows):,} rows", columns, shown)
+    emit({"columns": columns, "rows": rows}, json)
+
+
+@app.command()
+def replay(
+    example: Annotated[
+        str, typer.Argument(metavar="ID", help="id of an attacked example: the first digits of its key, as in `query`")
+    ],
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="directory of the model that was attacked, to attack it again")
+    ] = None,
+    *,
+    ledger: LedgerFile = None,
+    neighbours: _attack_flag("neighbours") = None,
+    sentence_encoder: _attack_flag("sentence_encoder") = "minilm",
+    masked_lm: _attack_flag("masked_lm") = None,
+    texts: _attack_flag("stored", "--stored") = None,
+    json: Json = False,
+) -> None:
+    """Show an attacked example. With DIR, attack it again, step by step, and say whether the result is the same."""
+    from sparsebert.robustness.attacks import stored
+
+    unit = stored.find(example, ledger)
+    document = {"id": unit["key"][: stored.ID], **{name: unit[name] for name in ("inputs", "result", "finished")}}
+    if directory is not None:
+        document |= stored.replay(
+            unit, directory, neighbours=neighbours, sentence_encoder=sentence_encoder, masked_lm=masked_lm, texts=texts
+        )
+    if not json:
+        row = unit["result"] | {"original": unit["inputs"]["text"], "label": f"label {unit['inputs']['label']}"}
+        if row["perturbed"] is not None:
+            print_change(row | {"label": document.get("label", row["label"])})
+        for each in tables_of_replay(document):
+            table(*each)
+    emit(document, json)
 
 
 @app.command()

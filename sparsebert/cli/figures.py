@@ -180,6 +180,32 @@ def rows_of_attack(figures: dict) -> list[list[str]]:
     return [*rows, ["seconds of work, earlier runs too", f"{figures['seconds']:.0f}", ""]]
 
 
+def tables_of_replay(document: dict) -> list[tuple[str, list[str], list[list[str]]]]:
+    """(title, columns, rows) of a stored attacked example, and of its second attack if it has one (stored.replay)."""
+    inputs, result = document["inputs"], document["result"]
+    names = ("outcome", "queries", "words_changed", "score", "capped", "error")
+    rows = [[name, str(result[name])] for name in names if result[name] is not None]
+    rows += [["finished", document["finished"]]]
+    for name, value in inputs.items():
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [[f"{name} {part}".strip(), str(told)] for part, told in parts if told not in (None, "")]
+    tables = [(f"attacked example {document['id']}", ["", ""], rows)]
+    if "again" in document:
+        steps = [
+            [str(i), f"{step['from']} -> {step['to']}", *(
+                "not asked" if step[name] is None else _number(step[name]) for name in ("before", "after")
+            )] for i, step in enumerate(document["steps"], 1)
+        ]  # fmt: skip
+        said = "the same" if document["same"] else f"another, by {', '.join(document['differs'])}"
+        if document["elsewhere"]:
+            said += "; " + ", ".join(
+                f"{name} was {then}, is {now}" for name, (then, now) in document["elsewhere"].items()
+            )
+        columns = ["step", "change", "score before", "score after"]
+        tables.append((f"attacked again: the result is {said}", columns, steps))
+    return tables
+
+
 def rows_of_plan(plan: Plan, verbose: bool) -> list[list[str]]:
     """[what, how much] of a plan; verbose: its parts, too."""
     rows = [["zeros", f"{plan.zeros:,} of {plan.weights:,} weights ({plan.zeros / plan.weights:.2%})"]]

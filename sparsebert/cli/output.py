@@ -144,24 +144,21 @@ def print_change(row: dict) -> None:
     """Prints the original and the changed text of an attacked example, with the words that differ in colour or, where
     stdout is no terminal, in brackets.
     """
-    from difflib import SequenceMatcher
-
     from rich.console import Console
     from rich.text import Text
 
-    old, new = row["original"].split(), row["perturbed"].split()
+    from sparsebert.robustness.attacks.words import differences
+
+    plain = not sys.stdout.isatty()
     said = Text(f"{row['label']}: ", style="bold")
-    for kind, a, b, c, d in SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes():
-        if kind == "equal":
-            said.append(" ".join(old[a:b]) + " ")
+    for old, new in differences(row["original"], row["perturbed"]):
+        if old == new:
+            said.append(f"{old} ")
+        elif plain:
+            said.append(f"[{old} -> {new}] ")
         else:
-            plain = not sys.stdout.isatty()
-            said.append(
-                f"[{' '.join(old[a:b])} -> {' '.join(new[c:d])}] " if plain else f"{' '.join(old[a:b])} ", "red"
-            )
-            if not plain:
-                said.append(f"{' '.join(new[c:d])} ", "green")
-    Console(width=None if sys.stdout.isatty() else 120).print(said)
+            said.append(f"{old} ", "red").append(f"{new} ", "green")
+    Console(width=120 if plain else None).print(said)
 
 
 def stop_for_errors(errors: int, n: int) -> None:

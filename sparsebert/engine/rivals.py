@@ -286,10 +286,11 @@ def time_rivals(
     hold.
     Returns the document that `sparsebert bench` prints: one row per engine, ours first. p50_ms and p99_ms are
     milliseconds per batch. seq_per_s is the median over rounds. ratio is the median over rounds of the engine's time
-    over ours, with its 95 % interval (null below 6 rounds). error is the largest difference of a logit from torch's in
-    float32; match says whether the engine's dtype allows that difference; both are null for `vs`. With `explain` also
-    `layers`: how each linear runs, timed. Raises CheckpointError if our logits do not match, InputError if `vs` has
-    another vocabulary, and UnsupportedError for a rival that is not installed.
+    over ours, with its 95 % interval (null below 6 rounds). content_sha256 says which model it ran. error is the
+    largest difference of a logit from torch's in float32; match says whether the engine's dtype allows that difference;
+    both are null for `vs`. With `explain` also `layers`: how each linear runs, timed. Raises CheckpointError if our
+    logits do not match, InputError if `vs` has another vocabulary, and UnsupportedError for a rival that is not
+    installed.
     """
     from sparsebert.encoders import collate
 
@@ -328,6 +329,7 @@ def time_rivals(
             )
         timings, batches_s = _in_turn(calls, len(parts), config.rounds, progress)
     rows = []
+    contents = {of: checkpoint.read(of).content_sha256 for of in (directory, vs) if of is not None}
 
     def pattern_of(of: Engine) -> str:
         return of.config.get("sparsebert", {}).get("pattern") or config.pattern
@@ -341,6 +343,7 @@ def time_rivals(
             "p99_ms": float(np.percentile(batches_s[name], 99)) * 1e3,
             "seq_per_s": len(encoded) / timings.median(name),
             "ratio": ratio.value, "ratio_ci": [ratio.low, ratio.high],
+            "content_sha256": contents[directory if name in compared else vs],
             "error": errors.get(name), "match": bool(errors[name] <= allowed[name]) if name in errors else None,
         })  # fmt: skip
     return {

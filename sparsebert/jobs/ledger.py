@@ -46,11 +46,11 @@ _ALL = f"SELECT {', '.join(_COLUMNS)} FROM units"
 class Ledger:
     """Finished units in the SQLite file `path`, which is created if absent. Local disks only: WAL needs shared memory.
     overwrite: whether a damaged file is moved aside, to a name that ends in .damaged-1 and so on, and begun anew.
-    moved: where it was moved to; None if it was not.
+    moved: where it was moved to; None if it was not. read_only: the file must be there, and stays as it is.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False):
-        self._path = path
+    def __init__(self, path: Path, *, overwrite: bool = False, read_only: bool = False):
+        self._path, self._read_only = path, read_only
         self._told = 0
         self._owner = secrets.token_hex(8)
         self._renewed = 0.0
@@ -58,10 +58,12 @@ class Ledger:
         import sqlite3  # here, so that users of `jobs` that only write files, such as the engine, do not load it
 
         with self._refusing("opened"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, isolation_level=None, timeout=60)
+            if not read_only:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            place = f"{path.absolute().as_uri()}?mode=ro" if read_only else path
+            self._db = sqlite3.connect(place, uri=read_only, isolation_level=None, timeout=60)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version < _VERSION:
+            if version < _VERSION and not read_only:
                 self._db.execute("PRAGMA journal_mode=WAL")
                 self._db.executescript(f"{_SCHEMA}; PRAGMA user_version = {_VERSION}")
         if version > _VERSION:
@@ -71,7 +73,7 @@ class Ledger:
 
     def get(self, kind: str, inputs: dict, code: str = "") -> dict | None:
         """The stored result of a unit; None if there is none."""
-        key = _key(kind, inputs, code)
+        key = key_of(kind, inputs, code)
         rows = [row for row in self._rows(f"{_ALL} WHERE key = ?", key) if row["key"] == key]
         return json.loads(rows[0]["result"]) if rows else None
 
@@ -91,7 +93,7 @@ class Ledger:
 
     def found(self, kind: str, inputs: Sequence[dict], code: str = "") -> list[dict | None]:
         """The stored result of each unit; None where there is none."""
-        keys = [_key(kind, each, code) for each in inputs]
+        keys = [key_of(kind, each, code) for each in inputs]
         held: dict[str, dict] = {}
         for start in range(0, len(keys), 500):
             part = keys[start : start + 500]
@@ -105,7 +107,7 @@ class Ledger:
         with self._transaction():
             for inputs, result, seconds in units:
                 self._put(kind, inputs, code, json.dumps(result), seconds, now)
-                self._db.execute("DELETE FROM claims WHERE key = ?", (_key(kind, inputs, code),))
+                self._db.execute("DELETE FROM claims WHERE key = ?", (key_of(kind, inputs, code),))
         self._told += len(units)
         tell(self._path, f"{self._told} results of this run")
 
@@ -116,7 +118,7 @@ class Ledger:
         now, claimed = time.time(), []
         with self._transaction():
             for each in inputs:
-                key = _key(kind, each, code)
+                key = key_of(kind, each, code)
                 done = self._db.execute("SELECT 1 FROM units WHERE key = ?", (key,)).fetchone()
                 held = self._db.execute("SELECT owner FROM claims WHERE key = ? AND until > ?", (key, now)).fetchone()
                 claimed.append(not done and (held is None or held[0] == self._owner))
@@ -139,8 +141,14 @@ class Ledger:
 
     def results(self, kind: str) -> list[tuple[dict, dict]]:
         """(inputs, result) of every unit of a kind, in the order in which they were finished."""
+        return [(row["inputs"], row["result"]) for row in self.units(kind)]
+
+    def units(self, kind: str) -> list[dict]:
+        """Every unit of a kind, in the order in which they were finished: key, inputs, code, result, seconds and
+        finished (UTC, ISO 8601).
+        """
         rows = self._rows(f"{_ALL} WHERE kind = ? ORDER BY finished, rowid", kind)
-        return [(json.loads(row["inputs"]), json.loads(row["result"])) for row in rows]
+        return [row | {"inputs": json.loads(row["inputs"]), "result": json.loads(row["result"])} for row in rows]
 
     def export(self, path: Path) -> None:
         """Writes all units to `path`, one JSON object per line, for `take_over`."""
@@ -186,7 +194,7 @@ class Ledger:
                 raise
 
     def _put(self, kind: str, inputs: dict, code: str, result: str, seconds: float, finished: str) -> None:
-        values = (_key(kind, inputs, code), kind, json.dumps(inputs, sort_keys=True), code, result, seconds, finished)
+        values = (key_of(kind, inputs, code), kind, json.dumps(inputs, sort_keys=True), code, result, seconds, finished)
         row = dict(zip(_COLUMNS, values, strict=False))
         with self._refusing("written"):
             self._db.execute("INSERT OR REPLACE INTO units VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*values, _checksum(row)))
@@ -211,6 +219,8 @@ class Ledger:
 
     @property
     def _fix(self) -> str:
+        if self._read_only:
+            return "name the ledger of earlier work"
         return "free space, or give --overwrite to begin a damaged one anew"
 
 
@@ -247,7 +257,8 @@ def _moved_aside(path: Path) -> Path:
     return target
 
 
-def _key(kind: str, inputs: dict, code: str) -> str:
+def key_of(kind: str, inputs: dict, code: str = "") -> str:
+    """The key of a unit."""
     return digest({"kind": kind, "inputs": inputs, "code": code})
 
 

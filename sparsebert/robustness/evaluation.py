@@ -5,7 +5,7 @@ examples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -48,6 +48,9 @@ class Evaluation:
     domains: name of the domain -> those of these figures that it has, for the domains that were requested, and
         left_out: how many of its texts are also in the task (domains.unshared); apart_from: in which splits of it.
     outside: name of the texts -> figures of `drift`, max_length and cut, for the texts that were requested.
+    about: what was evaluated (card.facts of the model and of the dense one), the hash of the examples, the seed of the
+        subsets, and versions; None if `evaluate` did not run.
+    attacked: name of the attack -> rows of attacks.run. In no JSON document.
     """
 
     task: str
@@ -88,10 +91,16 @@ class Evaluation:
     attacks: dict[str, dict] | None = None
     domains: dict[str, dict] | None = None
     outside: dict[str, dict] | None = None
+    about: dict | None = None
+    attacked: dict[str, list[dict]] | None = field(default=None, repr=False, compare=False)
+
+    def as_json(self) -> dict:
+        """Every field but `attacked`."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "attacked"}
 
     def figures(self, *but: str) -> dict:
-        """The fields that are not None, apart from those that `but` names."""
-        return {name: value for name, value in asdict(self).items() if value is not None and name not in but}
+        """The fields of `as_json` that are not None, apart from those that `but` names."""
+        return {name: value for name, value in self.as_json().items() if value is not None and name not in but}
 
 
 def compare(task: Task, examples: Examples, logits: np.ndarray, dense: np.ndarray | None = None) -> Evaluation:

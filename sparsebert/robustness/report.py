@@ -21,6 +21,8 @@ _COLOURS = {
     "knowledge": "#1f7a8c",
     "sparsebert": "#1f7a8c",
 }
+# How each page begins, by which `trade_off` tells them from the user's own.
+BEGINNING = "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='generator' content='sparsebert'>"
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #22292f; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: .2rem }
@@ -32,6 +34,16 @@ th:first-child, td:first-child { text-align: left }
 .charts { display: grid; grid-template-columns: 1fr 1fr; gap: 0 2rem }
 .charts > div { min-width: 0 }
 .wide { grid-column: 1 / -1 }
+.scroll { overflow-x: auto }
+.text { overflow-wrap: anywhere; color: inherit; margin: .8rem 0 }
+del { color: #a33b2e }
+ins { color: #1f6f3f; font-weight: 600 }
+@media (max-width: 640px) {
+  body { margin: 1rem auto }
+  th, td { padding: .3rem .4rem; font-size: .85rem }
+  table { display: block; overflow-x: auto }
+  .charts { grid-template-columns: 1fr }
+}
 code { background: #f1f4f6; padding: 0 .3rem }
 """
 
@@ -94,17 +106,25 @@ def write_page(path: Path, title: str, body: str) -> None:
     from plotly.offline import get_plotlyjs
 
     page = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+        f"{BEGINNING}<title>{html.escape(title)}</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script></head><body>{body}</body></html>"
     )
     jobs.write(path, page)
 
 
-def _colour(name: str) -> str:
+def html_table(heads: list[str], rows: list[list[str]]) -> str:
+    """A table of texts, which are escaped here."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<div class='scroll'><table><tr>{head}</tr>{body}</table></div>"
+
+
+def colour(name: str) -> str:
     return _COLOURS.get(name, "#8a939b")
 
 
-def _layout(figure, y_title: str, height: int = 320):
+def layout(figure, y_title: str, height: int = 320):
     figure.update_layout(
         template="plotly_white",
         height=height,
@@ -129,12 +149,12 @@ def _bars(go, y_title: str, values: dict[str, float], intervals: dict[str, tuple
         x=names,
         y=list(values.values()),
         error_y=whiskers,
-        marker_color=[_colour(name) for name in names],
+        marker_color=[colour(name) for name in names],
         text=[format(value, spec) for value in values.values()],
         textposition="inside",
         insidetextanchor="start",
     )
-    return _layout(go.Figure(bar), y_title)
+    return layout(go.Figure(bar), y_title)
 
 
 def _accuracy(go, evaluations: dict[str, Evaluation]):
@@ -164,7 +184,7 @@ def _density(go, density: dict[str, dict[str, float]]):
             texttemplate="%{z:.0%}", textfont={"size": 9}, xgap=1, ygap=1,
         )  # fmt: skip
         figure.add_trace(heat, 1, column)
-    _layout(figure, "", height=300)
+    layout(figure, "", height=300)
     figure.update_layout(
         margin={"l": 150, "t": 40},
         coloraxis={"colorscale": [[0, "#f4f7f8"], [1, "#1f7a8c"]], "cmin": 0, "colorbar": {"tickformat": ".0%"}},
@@ -179,10 +199,10 @@ def _latency(go, timings: list[dict]):
     for name in timings[0]["latency_ms"]:
         values = [timing["latency_ms"][name] for timing in timings]
         figure.add_bar(
-            x=[f"batch {timing['batch']}" for timing in timings], y=values, name=name, marker_color=_colour(name),
+            x=[f"batch {timing['batch']}" for timing in timings], y=values, name=name, marker_color=colour(name),
             text=[f"{value:.2f}" for value in values], textposition="outside",
         )  # fmt: skip
-    _layout(figure, "ms per sentence")
+    layout(figure, "ms per sentence")
     figure.update_layout(showlegend=True, barmode="group", legend={"orientation": "h", "y": 1.15})
     return figure
 

@@ -9,19 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import data, heads
+from sparsebert import __version__, data, heads, machine
 from sparsebert.config import AttackConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import DataError, InputError
 from sparsebert.robustness import attacks as attacking
+from sparsebert.robustness import card, statistics
 from sparsebert.robustness import domains as other_domains
 from sparsebert.robustness import ood as out_of_distribution
-from sparsebert.robustness import statistics
 from sparsebert.robustness.drift import drift, unlabelled
 from sparsebert.robustness.evaluation import Evaluation, compare, order_for
 from sparsebert.robustness.ood import compare_ood
+
+VERSIONS = ("torch", "transformers", "numpy", "scipy")  # of packages that figures may depend on
 
 
 def evaluate(
@@ -95,7 +97,13 @@ def evaluate(
         for of, examples, own, dense in runs
     }
     found = replace(found, ood=on_tests or None, domains=on_domains or None, outside=on_texts or None)
-    return _adjusted(replace(found, attacks=_attacked(classifiers, *sets[0], logits[0], planned, progress) or None))
+    facts = [card.facts(classifier.directory) for classifier in classifiers]
+    about = {
+        "model": facts[0], "dense": facts[1] if vs is not None else None, "data": sets[0][1].sha256, "seed": seed,
+        "versions": {name: machine.version_of(name) for name in VERSIONS} | {"sparsebert": __version__},
+    }  # fmt: skip
+    under, rows = _attacked(classifiers, *sets[0], logits[0], planned, progress)
+    return _adjusted(replace(found, attacks=under or None, attacked=rows or None, about=about))
 
 
 def _attacked(
@@ -105,13 +113,15 @@ def _attacked(
     logits: list[np.ndarray],
     plans: list[attacking.Plan],
     progress: Progress,
-) -> dict[str, dict]:
-    """The figures of each attack on the first classifier, paired with the second one's if there are two."""
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """The figures of each attack on the first classifier, paired with the second one's if there are two, with `worst`
+    and the attack's settings; and its rows.
+    """
     orders = _orders(task, classifiers) if plans else []
     victims = [attacking.Victim(each, task, order) for each, order in zip(classifiers, orders, strict=False)]
     if plans and plans[0].config.match_confidence:
         victims[0] = replace(victims[0], temperature=attacking.temperature(*logits))
-    found = {}
+    found, kept = {}, {}
     for plan in plans:
         name = plan.recipe.name
         rows = [
@@ -119,6 +129,8 @@ def _attacked(
             for victim, suffix in zip(victims, ("", " (dense)"), strict=False)
         ]
         found[name] = attacking.figures(plan.variant, *rows)
+        found[name] |= {"settings": plan.facts, "worst": worst(*rows)}
+        kept[name] = rows[0]
         if len(victims) == 2:
             own, dense = rows
             found[name] |= {
@@ -126,7 +138,31 @@ def _attacked(
                 "from_dense": attacking.transferred(dense, examples, victims[0], plan.first, own),
                 "to_dense": attacking.transferred(own, examples, victims[1], plan.first, dense),
             }
-    return found
+    return found, kept
+
+
+def worst(rows: Sequence[dict], dense: Sequence[dict] | None = None, most: int = 3) -> list[dict]:
+    """Up to `most` examples each (rows of attacks.run, with why) that fooled the model and not the dense one, by the
+    fewest changed words, and with the largest score; no example twice.
+    """
+    fooled = [i for i, row in enumerate(rows) if row["outcome"] == "succeeded"]
+
+    def words(i: int) -> int:
+        return round(rows[i]["words_changed"] * len(rows[i]["original"].split()))
+
+    def sure(i: int) -> float:
+        return -rows[i]["score"]
+
+    held = [] if dense is None else [i for i in fooled if dense[i]["outcome"] == "failed"]
+    found: dict[int, str] = {}
+    for why, those, first in (
+        ("the dense model resists", held, words), ("fewest words", fooled, words),
+        ("surest of the wrong label", fooled, sure),
+    ):  # fmt: skip
+        left = sorted((i for i in those if i not in found), key=lambda i: (first(i), sure(i), i))
+        found |= dict.fromkeys(left[:most], why)
+    names = ("id", "unit", "label", "original", "perturbed", "queries", "words_changed", "score")
+    return [{"why": why, **{name: rows[i][name] for name in names}} for i, why in found.items()]
 
 
 def _logits(classifiers: list[Classifier], sets: list[tuple[Task, Examples]], progress: Progress) -> list[list]:

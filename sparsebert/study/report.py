@@ -15,7 +15,7 @@ from sparsebert import jobs
 from sparsebert.errors import UnsupportedError
 from sparsebert.machine import setting
 from sparsebert.robustness import statistics
-from sparsebert.robustness.report import write_page
+from sparsebert.robustness.report import html_table, write_page
 from sparsebert.study.grid import Cell, Comparison, Grid
 from sparsebert.study.srnets import Outcome
 
@@ -175,9 +175,9 @@ def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:
             f"{to_html(_curves(go, own, name), include_plotlyjs=False, full_html=False, config=config)}</div>"
             for name in headline(task, own[0])
         )
-        body += f"<h2>{html.escape(task)}</h2><div class='charts'>{charts}</div>{_html_table(*_table(task, own))}"
+        body += f"<h2>{html.escape(task)}</h2><div class='charts'>{charts}</div>{html_table(*_table(task, own))}"
     if found := [row for comparison in grid.comparisons if (row := compared(lines, comparison))]:
-        body += f"<h2>Paired over seeds</h2>{_html_table(*_comparisons(found))}"
+        body += f"<h2>Paired over seeds</h2>{html_table(*_comparisons(found))}"
     if missing := _left_out(outcome):
         body += f"<h2>{LEFT_OUT}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in missing)}</ul>"
     write_page(path, grid.name, body)
@@ -244,12 +244,6 @@ def _mean(values: np.ndarray) -> str:
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def _html_table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def _curves(go, lines: list[Line], name: str):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsebert import checkpoint, data
@@ -147,10 +147,10 @@ def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwr
             train(path, cell.task, tuned, final, overwrite=overwrite, progress=part("fine-tune the subnetwork"))
             shutil.rmtree(path)
             path = tuned
-    found = asdict(evaluate(path, cell.task, ood=",".join(grid.ood[cell.task]) or None, progress=part("evaluate")))
+    found = evaluate(path, cell.task, ood=",".join(grid.ood[cell.task]) or None, progress=part("evaluate"))
     if cell.paradigm != "dense":
         shutil.rmtree(path)
-    figures = {name: value for name, value in found.items() if value is not None}
+    figures = found.figures("about")
     settings = grid.train_config(cell, cell.loss) if cell.paradigm == "dense" else grid.prune_configs(cell)[1]
     examples = len(data.hold_out(data.training(data.get_task(cell.task)), settings.hold_out)[0])
     return {"evaluation": figures, "training": training, "rows": min(settings.n or examples, examples)}

@@ -22,7 +22,7 @@ from sparsebert.ops import _dispatch
 from sparsebert.robustness.attacks import lockstep
 from sparsebert.robustness.attacks.attack import ENCODER, MASKED_LM, VICTIM, Attack, Recipe
 from sparsebert.robustness.attacks.resources import Resources
-from sparsebert.robustness.attacks.words import Text
+from sparsebert.robustness.attacks.words import Text, Traced
 
 Unit = tuple[int, str, str | None, int]  # number of the example, attacked text, other text of a pair, label
 Done = tuple[int, dict, float]  # number of the example, its row, seconds
@@ -162,29 +162,57 @@ def attacked(victim: Victim, plan: Plan, units: Iterable[Unit]) -> Iterator[tupl
     after an error), queries, words_changed (share of the words), score (1 - probability of the true label at the end),
     capped (queries or seconds, if a limit ended the search), error.
     """
-    attacks = (
-        Attack(
-            plan.recipe, plan.resources, number, Text(text), other, plan.first, label, plan.config.seed, plan.stopwords,
-            plan.config.max_queries,
-        ) for number, text, other, label in units
+    attacks = (_begun(plan, unit) for unit in units)
+    for end in lockstep.run(attacks, _models(victim, plan), seconds=plan.config.max_seconds):
+        yield end.attack.example, _row(end), end.attack.seconds
+
+
+def traced(victim: Victim, plan: Plan, unit: Unit) -> tuple[dict, list[dict]]:
+    """The row of one unit, as of `attacked`, and the changes that led from its text to the last one: from, to, and
+    before and after, the scores of the texts before and after the change, None for a text that was not asked about.
+    """
+    (end,) = lockstep.run([_begun(plan, unit, Traced)], _models(victim, plan), seconds=plan.config.max_seconds)
+
+    def score_of(text: Text) -> float | None:
+        known = end.attack.known.get(text.text)
+        return None if known is None else float(known[0])
+
+    steps = []
+    text = None if end.last is None else end.last.text
+    while text is not None and text.before is not None:
+        old, new = text.change
+        steps.append({"from": old, "to": new, "before": score_of(text.before), "after": score_of(text)})
+        text = text.before
+    return _row(end), steps[::-1]
+
+
+def _begun(plan: Plan, unit: Unit, kind: type[Text] = Text) -> Attack:
+    number, text, other, label = unit
+    return Attack(
+        plan.recipe, plan.resources, number, kind(text), other, plan.first, label, plan.config.seed, plan.stopwords,
+        plan.config.max_queries,
     )  # fmt: skip
-    models = {
+
+
+def _models(victim: Victim, plan: Plan) -> dict[str, lockstep.Model]:
+    return {
         VICTIM: victim.logits,
         ENCODER: lambda texts: plan.resources.encoder.embed(texts),
         MASKED_LM: lambda blanks: plan.resources.masked_lm.propose(blanks),
     }
-    for end in lockstep.run(attacks, models, seconds=plan.config.max_seconds):
-        attack, last = end.attack, end.last
-        row = {
-            "outcome": end.outcome,
-            "perturbed": None if last is None else last.text.text,
-            "queries": attack.queries,
-            "words_changed": 0.0 if last is None else changed_share(attack.original, last.text),
-            "score": None if last is None else float(last.score),
-            "capped": attack.capped,
-            "error": end.error,
-        }
-        yield attack.example, row, attack.seconds
+
+
+def _row(end: lockstep.Finished) -> dict:
+    attack, last = end.attack, end.last
+    return {
+        "outcome": end.outcome,
+        "perturbed": None if last is None else last.text.text,
+        "queries": attack.queries,
+        "words_changed": 0.0 if last is None else changed_share(attack.original, last.text),
+        "score": None if last is None else float(last.score),
+        "capped": attack.capped,
+        "error": end.error,
+    }
 
 
 def changed_share(original: Text, text: Text) -> float:

@@ -22,13 +22,14 @@ from sparsebert.robustness.attacks import crew
 from sparsebert.robustness.attacks.plan import Plan, Unit, Victim
 
 KIND = "attack"
+ID = 12  # hex digits of a unit's key that name an attacked example
 BLOCK = 16  # examples that are claimed in one step
 FLUSH = 2.0  # seconds between writes of finished examples
 
 
 def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_progress) -> list[dict]:
     """Attacks the examples. Returns a row for each, in their order: that of `attacked`, with id (the example's number),
-    original, label (its name) and seconds.
+    unit (the first digits of its key in the ledger), original, label (its name) and seconds.
 
     Rows that the ledger has are not computed again. Examples that another process is attacking are waited for; one that
     was killed holds them for a minute at most. Raises OutputError if the ledger cannot be written.
@@ -49,10 +50,18 @@ def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_
     finally:
         book.release()
         book.close()
+    code = _code()
     return [
-        {"id": i, "original": text, "label": victim.task.labels[label], **row}
-        for (i, text, _, label), row in zip(units, found, strict=True)
-    ]
+        {
+            "id": i, "unit": jobs.key_of(KIND, key, code)[:ID], "original": text,
+            "label": victim.task.labels[label], **row,
+        } for (i, text, _, label), key, row in zip(units, keys, found, strict=True)
+    ]  # fmt: skip
+
+
+def _code() -> str:
+    """The hash of the code that decides what an attack finds: part of every key."""
+    return jobs.code_of("sparsebert.robustness.attacks.run")
 
 
 def default_ledger() -> Path:

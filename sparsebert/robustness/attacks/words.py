@@ -5,6 +5,7 @@ results are compared with it example by example.
 from __future__ import annotations
 
 import re
+from difflib import SequenceMatcher
 from functools import cached_property
 
 # What TextBugger writes for "-9876543210'abcdefghijklmnopqrstuvwxyz": letters of other alphabets that look alike. They
@@ -34,6 +35,18 @@ def words_of(text: str) -> list[str]:
     return [text[start:end] for start, end in spans_of(text)]
 
 
+def differences(old: str, new: str) -> list[tuple[str, str]]:
+    """The parts of two texts between spaces, in order: (part, part) where they agree, else (old part, new part)."""
+    before, after = old.split(), new.split()
+    found = []
+    for kind, a, b, c, d in SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes():
+        if kind == "replace" and b - a == d - c:  # word by word
+            found += zip(before[a:b], after[c:d], strict=True)
+        else:
+            found.append((" ".join(before[a:b]), " ".join(after[c:d])))
+    return found
+
+
 class Text:
     """A text under attack. Two of them are not compared; `text` decides what a model sees.
 
@@ -57,8 +70,8 @@ class Text:
         """
         start, end = self.spans[index]
         if not word:
-            return Text(self._without(index))
-        made = Text(self.text[:start] + word + self.text[end:])
+            return type(self)(self._without(index))
+        made = type(self)(self.text[:start] + word + self.text[end:])
         count = 1 if _PLAIN.fullmatch(word) else len(words_of(word))
         if count == 1:
             moved = self.changed
@@ -92,3 +105,17 @@ class Text:
         else:
             first, end = index - half, index + half
         return self.text[self.spans[first][0] : self.spans[end][1]]
+
+
+class Traced(Text):
+    """A text that remembers the text that it was made from (`before`), and by which change: the word that was
+    replaced, and what stands in its place.
+    """
+
+    before: Traced | None = None
+    change: tuple[str, str] = ("", "")
+
+    def with_word(self, index: int, word: str) -> Traced:
+        made = super().with_word(index, word)
+        made.before, made.change = self, (self.words[index], word)
+        return made
