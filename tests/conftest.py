@@ -36,7 +36,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def require(needed: str, reason: str) -> None:
-    """Skips the test because `needed` is missing: an instruction set, a browser, cuda, nvcc, triton, onnx, objdump, g++,
+    """Skips the test because `needed` is missing: an instruction set, browser, cuda, nvcc, triton, onnx, objdump, g++,
     sanitizers, docs, or data (the local data sets). Fails it if SPARSEBERT_REQUIRE lists `needed`.
     """
     if needed in os.environ.get("SPARSEBERT_REQUIRE", "").split(","):
