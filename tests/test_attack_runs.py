@@ -320,7 +320,7 @@ def test_an_example_whose_attack_raises_is_an_error_and_the_others_go_on(book):
 
 
 def test_an_interrupted_run_keeps_what_was_finished(book, monkeypatch):
-    def stopped(victim, plan, units):
+    def stopped(victim, plan, units, tick):
         for n, done in enumerate(real(victim, plan, units)):
             if n == 2:
                 raise KeyboardInterrupt
@@ -588,7 +588,7 @@ if __name__ == "__main__":
     run.FLUSH, run.BLOCK, ledger.LEASE = 0.0, 4, float(lease)
     real, count = crew.attacked, 0
 
-    def attacked(victim, plan, units):
+    def attacked(victim, plan, units, tick):
         global count
         for i, unit in enumerate(units):
             for done in real(victim, plan, [unit]):

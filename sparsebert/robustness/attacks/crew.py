@@ -16,18 +16,19 @@ from sparsebert.errors import SparsebertWarning
 from sparsebert.robustness.attacks.plan import Done, Plan, Unit, Victim, attacked, plans
 from sparsebert.robustness.attacks.recipes import named
 
+TICK = 5.0  # seconds
 UNITS = 32  # examples that a worker gets at a time
 _work: Callable[[list[Unit]], list[Done]] | None = None  # of a worker process
 
 
 @contextmanager
-def of(victim: Victim, plan: Plan) -> Iterator[Callable[[Iterable[Unit]], Iterator[Done]]]:
+def of(victim: Victim, plan: Plan, tick: Callable[[], None]) -> Iterator[Callable[[Iterable[Unit]], Iterator[Done]]]:
     """A function that attacks units as `attacked` does, by as many processes as the plan's config says; each has its
-    share of the cores. If one of them is killed, this process goes on alone.
+    share of the cores. If one of them is killed, this process goes on alone. tick: is called every few seconds.
     """
     workers = plan.config.workers
     if workers == 1:
-        yield lambda units: attacked(victim, plan, units)
+        yield lambda units: attacked(victim, plan, units, tick=tick)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
     spec = (
@@ -42,11 +43,11 @@ def of(victim: Victim, plan: Plan) -> Iterator[Callable[[Iterable[Unit]], Iterat
         coming = iter(units)
         if not broken:
             try:
-                yield from _shared(pool, workers, coming)
+                yield from _shared(pool, workers, coming, tick)
             except BrokenProcessPool:
                 broken = True
                 warnings.warn("a worker was killed; the work goes on without workers", SparsebertWarning, stacklevel=2)
-        yield from attacked(victim, plan, coming)
+        yield from attacked(victim, plan, coming, tick=tick)
 
     try:
         yield work
@@ -54,14 +55,17 @@ def of(victim: Victim, plan: Plan) -> Iterator[Callable[[Iterable[Unit]], Iterat
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _shared(pool: ProcessPoolExecutor, workers: int, coming: Iterator[Unit]) -> Iterator[Done]:
+def _shared(
+    pool: ProcessPoolExecutor, workers: int, coming: Iterator[Unit], tick: Callable[[], None]
+) -> Iterator[Done]:
     running: set[Future] = set()
     while True:
         while len(running) < workers and (block := list(islice(coming, UNITS))):
             running.add(pool.submit(_attack, block))
         if not running:
             return
-        done, running = wait(running, return_when=FIRST_COMPLETED)
+        done, running = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
+        tick()
         for future in done:
             yield from future.result()
 

@@ -155,15 +155,17 @@ def textfooler_stopwords() -> frozenset[str]:
     return frozenset(packed.read_text(encoding="utf-8").split())
 
 
-def attacked(victim: Victim, plan: Plan, units: Iterable[Unit]) -> Iterator[tuple[int, dict, float]]:
+def attacked(
+    victim: Victim, plan: Plan, units: Iterable[Unit], *, tick: Callable[[], None] = lambda: None
+) -> Iterator[Done]:
     """(number of the example, its row, seconds) of each unit, in the order in which they end.
 
     A row has outcome (skipped: the victim is wrong already; succeeded; failed; error), perturbed (the last text; None
     after an error), queries, words_changed (share of the words), score (1 - probability of the true label at the end),
-    capped (queries or seconds, if a limit ended the search), error.
+    capped (queries or seconds, if a limit ended the search), error. tick: is called between calls of the models.
     """
     attacks = (_begun(plan, unit) for unit in units)
-    for end in lockstep.run(attacks, _models(victim, plan), seconds=plan.config.max_seconds):
+    for end in lockstep.run(attacks, _models(victim, plan), seconds=plan.config.max_seconds, tick=tick):
         yield end.attack.example, _row(end), end.attack.seconds
 
 

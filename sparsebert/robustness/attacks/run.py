@@ -112,7 +112,7 @@ def _rows(
         book.renew()
         written = time.monotonic()
 
-    with crew.of(victim, plan) as work:
+    with crew.of(victim, plan, book.renew) as work:
         while left := [i for i, row in enumerate(found) if row is None]:
             before = len(left)
             claimed = _claimed(book, [(units[i], keys[i]) for i in left], code)
