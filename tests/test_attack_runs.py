@@ -512,7 +512,7 @@ def test_a_file_that_holds_something_else_stays(sets, model, capsys):
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(sets, model, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(sets)
-    monkeypatch.setattr(crew, "attacked", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(crew, "attacked", lambda *_, **k: pytest.fail("work was begun"))
     code, out, err = command(capsys, model, *arguments)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
@@ -534,7 +534,7 @@ def test_a_model_of_other_outputs_is_refused_before_any_work(sets, capsys, monke
     if problem is not None:
         made.config.problem_type = problem
     directory = saved(sets / "other", made)
-    monkeypatch.setattr(crew, "attacked", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(crew, "attacked", lambda *_, **k: pytest.fail("work was begun"))
     code, out, err = command(capsys, directory, "--task", task, "--attack", "deepwordbug")
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
     assert re.search(message, err), err
@@ -629,7 +629,7 @@ def test_a_run_that_was_killed_goes_on_and_computes_nothing_twice(sets, model, b
         kept = len(held.results(RUN.KIND))
     assert 6 <= kept <= 7, "one unit is lost at most"
     real, computed = crew.attacked, []
-    monkeypatch.setattr(crew, "attacked", lambda *a: (computed.append(done) or done for done in real(*a)))
+    monkeypatch.setattr(crew, "attacked", lambda *a, **k: (computed.append(done) or done for done in real(*a, **k)))
     again = attack(model, "mr", "deepwordbug", AttackConfig(ledger=book))
     assert untimed(again.rows) == whole and len(computed) == 24 - kept
 
@@ -654,7 +654,7 @@ def attacked_by(sets: Path, model: Path, workers: int, progress=no_progress) -> 
 def test_workers_find_what_one_process_finds(sets, model, monkeypatch):
     alone = attacked_by(sets, model, 1)
     monkeypatch.setattr(crew, "UNITS", 5)
-    monkeypatch.setattr(crew, "attacked", lambda *a: iter(list(a[2]) and pytest.fail("a unit is left")))
+    monkeypatch.setattr(crew, "attacked", lambda *a, **k: iter(list(a[2]) and pytest.fail("a unit is left")))
     assert attacked_by(sets, model, 3) == alone
 
 
