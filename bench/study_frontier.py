@@ -5,8 +5,9 @@ python -m bench.study_frontier DENSE --prune FOLDER …
 python -m bench.study_frontier --redraw TABLE --plot FILE
 
 DENSE and MODELs are model directories; `sparsebert prune` made the MODELs from DENSE. `--prune` makes the models of the
-committed table, FOLDER/PATTERN-SPARSITY, if they are not finished. `--redraw` draws a table that is there already.
-Timings run from texts to logits, so they include tokenizing, for our engine and for its rivals, which run DENSE.
+committed table, FOLDER/PATTERN-SPARSITY and -int8, if they are not finished. `--redraw` draws a table that is there
+already. Timings run from texts to logits, so they include tokenizing, for our engine and for its rivals, which run
+DENSE.
 """
 
 from __future__ import annotations
@@ -26,54 +27,74 @@ from bench import harness
 from sparsebert import checkpoint, data
 from sparsebert.config import PruneConfig
 from sparsebert.engine import Engine
-from sparsebert.engine.measure import interleave
-from sparsebert.engine.rivals import RIVALS, Work, named, torch_threads
+from sparsebert.engine.measure import Timings, interleave, ratio_text
+from sparsebert.engine.rivals import RIVALS, Call, Work, named, torch_threads
 from sparsebert.ops import _dispatch
-from sparsebert.pruning import prune_checkpoint
+from sparsebert.pruning import prune_checkpoint, quantize_checkpoint
 from sparsebert.robustness.evaluation import compare
 
 COLUMNS = {
     "model": "", "zeros": ".4f", "accuracy": ".2f", "low": ".2f", "high": ".2f", "change": "+.2f", "kl": ".4f",
     "ms_1": ".3f", "faster_1": ".2f", "ms_32": ".3f", "faster_32": ".2f", "torch_1": ".2f", "torch_32": ".2f",
-    "kernels": "",
+    "int8_1": ".2f", "int8_32": ".2f", "kernels": "",
 }  # fmt: skip
 NOTES = (
     "{task}, its {n} reported sentences, through `Engine.logits`. `accuracy` in percent with its 95 % interval, "
     "`change` in points from dense, `kl` the mean KL(dense ‖ pruned) in nats. `ms_1` and `ms_32` are milliseconds per "
     "sentence in calls with one and with 32 sentences, medians of {rounds} rounds over {timed} sentences; `faster` is "
     "the median over rounds of our dense engine's time over this one's, `torch` the same for dense float32 torch on "
-    "the same texts; {threads} threads, {dtype}. `kernels`: the forms of the {linears} linears. One dense model, one "
-    "draw of calibration texts."
+    "the same texts, `int8` for dense {int8} where it was measured; {threads} threads. Models whose names end in "
+    "int8 run in int8, the others in fp32. Rivals run the dense model; in int8 they are calibrated on {calibration} "
+    "training texts. `kernels`: the forms of the {linears} linears. One dense model, one draw of calibration texts. "
+    "{fastest}"
 )
-FRONTIER = [("unstructured", 0.75), ("unstructured", 0.875), ("unstructured", 0.95)]
-FRONTIER += [(pattern, sparsity) for pattern in ("16x1", "32x1") for sparsity in (0.75, 0.875)]
+# (pattern, sparsity, whether it is also rounded to int8)
+FRONTIER = [("unstructured", 0.75, False), ("unstructured", 0.875, False), ("unstructured", 0.95, False)]
+FRONTIER += [("4x1", 0.75, True), ("4x1", 0.8, True), ("4x1", 0.875, True)]
+FRONTIER += [("32x1", 0.75, True), ("32x1", 0.875, True)]
 TIMED = 64
 CALLS = (1, 32)  # sentences
+CALIBRATION = 300  # training texts for rivals in int8, the default of NNCF
+INT8 = "openvino-int8"
+POINTS = 1.0  # that a model may lose and still count as accurate as the dense one
 RIVAL = "rival"
 # Where the labels of a pattern's points stand: (points right, points up), and how they are aligned.
 SIDES = {
-    "unstructured": ((-5, -3), "right", "top"), "16x1": ((6, -1), "left", "top"), "32x1": ((6, 4), "left", "bottom"),
+    "unstructured": ((-5, -3), "right", "top"), "4x1": ((6, -1), "left", "top"), "32x1": ((6, 4), "left", "bottom"),
 }  # fmt: skip
-COLOURS = {"dense": "black", "unstructured": "tab:blue", "16x1": "tab:orange", "32x1": "tab:green", "2:4": "tab:red"}
+COLOURS = {
+    "dense": "black", "unstructured": "tab:blue", "4x1": "tab:orange", "4x1 int8": "tab:red", "32x1": "tab:green",
+    "32x1 int8": "tab:purple", "dense int8": "0.4",
+}  # fmt: skip
+
+
+def names_of(pattern: str, sparsity: float, int8: bool) -> list[str]:
+    """The directories that an entry of FRONTIER makes."""
+    name = f"{pattern}-{sparsity:g}"
+    return [name, f"{name}-int8"] if int8 else [name]
 
 
 def pruned(dense: Path, task: str, folder: Path) -> list[Path]:
-    """The directories of FRONTIER in `folder`. Prunes those that are not finished."""
+    """The directories of FRONTIER in `folder`, and the dense model in int8. Makes those that are not finished."""
     directories = []
-    for pattern, sparsity in FRONTIER:
-        directories.append(folder / f"{pattern}-{sparsity:g}")
-        prune_checkpoint(dense, task, directories[-1], PruneConfig(pattern=pattern, sparsity=sparsity))
-    return directories
+    for pattern, sparsity, int8 in FRONTIER:
+        made = [folder / name for name in names_of(pattern, sparsity, int8)]
+        prune_checkpoint(dense, task, made[0], PruneConfig(pattern=pattern, sparsity=sparsity))
+        if int8:
+            quantize_checkpoint(made[0], task, made[1])
+        directories += made
+        print(", ".join(path.name for path in made), file=sys.stderr, flush=True)
+    quantize_checkpoint(dense, task, folder / "dense-int8")
+    return [*directories, folder / "dense-int8"]
 
 
-def rival_call(work: Work, name: str, texts: list[str], size: int, tokenizer) -> Callable[[], None]:
-    """The rival `name` on the texts, `size` at a time. work: the same texts in batches of that size."""
-    logits = RIVALS[name].prepare(work)
+def rival_call(logits: Call, first: int, texts: list[str], size: int, tokenizer) -> Callable[[], None]:
+    """A rival on the texts, `size` at a time, which are its batches from `first` on."""
 
     def call() -> None:
         for i in range(0, len(texts), size):
             tokenizer(texts[i : i + size], padding=True, truncation=True)
-            logits(i // size)
+            logits(first + i // size)
 
     return call
 
@@ -90,44 +111,82 @@ def measure(directories: list[Path], args: argparse.Namespace) -> tuple[list[har
     engines = {d.name: Engine.load(d, threads=args.threads, batch_invariant=True) for d in directories}
     dense = directories[0].name
     model, tokenizer = checkpoint.load(directories[0])
-    rivals = named(args.rivals)
     logits = {name: engine.logits(examples.texts, truncate=True) for name, engine in engines.items()}
     timed = [examples.texts[i] for i in np.random.default_rng(0).permutation(len(examples))[:TIMED]]
-    rows = []
+
+    def padded(texts: list[str], size: int) -> list[dict]:
+        return [
+            dict(tokenizer(texts[i : i + size], return_tensors="pt", padding=True, truncation=True))
+            for i in range(0, len(texts), size)
+        ]
+
     timings = {}
     with torch_threads(args.threads), tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        batches = {size: padded(timed, size) for size in CALLS} | {0: padded(list(examples.texts), CALLS[-1])}
+        first = dict(zip(batches, np.cumsum([0, *map(len, batches.values())]), strict=False))
+        work = Work(
+            model, [batch for part in batches.values() for batch in part], args.threads, Path(folder), None, stack,
+            calibrate_on=padded(list(data.load(spec, spec.train).sample(CALIBRATION, 0).texts), 1),
+        )  # fmt: skip
+        rivals = {name: RIVALS[name].prepare(work) for name in named(args.rivals)}
         for size in CALLS:
-            batches = [
-                dict(tokenizer(timed[i : i + size], return_tensors="pt", padding=True, truncation=True))
-                for i in range(0, TIMED, size)
-            ]
-            (place := Path(folder, str(size))).mkdir()
-            work = Work(model, batches, args.threads, place, None, stack)
             calls = {name: partial(engine_call, engine, timed, size) for name, engine in engines.items()}
-            calls |= {name: rival_call(work, name, timed, size, tokenizer) for name in rivals}
+            calls |= {name: rival_call(call, first[size], timed, size, tokenizer) for name, call in rivals.items()}
             timings[size] = interleave(calls, args.rounds, settle=5e-3)
-    for name, engine in engines.items():
-        found = compare(spec, examples, logits[name], logits[dense])
+        whole = range(first[0], len(work.padded))
+        logits |= {name: np.concatenate([call(i) for i in whole]) for name, call in rivals.items()}
+    rows = []
+    for name, of_name in logits.items():
+        found = compare(spec, examples, of_name, logits[dense])
         row = {
-            "model": name, "zeros": 1 - engine.density, "accuracy": 100 * found.accuracy,
-            "low": 100 * found.accuracy_ci[0], "high": 100 * found.accuracy_ci[1],
-            "change": 100 * found.difference, "kl": found.kl_to_dense,
-            "pattern": engine.config["sparsebert"].get("pattern") or "dense",
+            "model": name, "zeros": 0.0, "accuracy": 100 * found.accuracy, "low": 100 * found.accuracy_ci[0],
+            "high": 100 * found.accuracy_ci[1], "change": 100 * found.difference, "kl": found.kl_to_dense,
+            "pattern": RIVAL,
         }  # fmt: skip
-        forms = Counter(layer["form"] for layer in engine.explain())
-        row["kernels"] = ", ".join(f"{count} {form}" for form, count in forms.most_common())
-        rows.append(row)
-    rows += [{"model": name, "zeros": 0.0, "pattern": RIVAL} for name in rivals]
-    for row in rows:
+        if name in engines:
+            forms = Counter(layer["form"] for layer in engines[name].explain())
+            row |= {
+                "zeros": 1 - engines[name].density, "pattern": pattern_of(name, dense),
+                "kernels": ", ".join(f"{count} {form}" for form, count in forms.most_common()),
+            }  # fmt: skip
         for size, of_size in timings.items():
-            row[f"ms_{size}"] = 1e3 * of_size.median(row["model"]) / TIMED
-            row[f"faster_{size}"] = of_size.ratio(dense, row["model"]).value
-            row[f"torch_{size}"] = of_size.ratio("torch", row["model"]).value
+            row[f"ms_{size}"] = 1e3 * of_size.median(name) / TIMED
+            for column, other in (("faster", dense), ("torch", "torch"), ("int8", INT8)):
+                if other in calls:
+                    row[f"{column}_{size}"] = of_size.ratio(other, name).value
+        rows.append(row)
     facts = {
         "task": args.task, "n": len(examples), "rounds": args.rounds, "timed": TIMED, "threads": args.threads,
-        "dtype": engines[dense].dtype, "linears": len(engines[dense].encoder.linears),
+        "linears": len(engines[dense].encoder.linears), "int8": INT8, "calibration": CALIBRATION,
+        "fastest": fastest(rows, timings),
     }  # fmt: skip
     return rows, facts
+
+
+def pattern_of(name: str, dense: str) -> str:
+    """Which line of the plot a directory belongs to."""
+    if name == dense:
+        return "dense"
+    part = name.removesuffix("-int8")
+    pattern = part.rpartition("-")[0] or "dense"
+    return pattern if part == name else f"{pattern} int8"
+
+
+def fastest(rows: list[harness.Row], timings: dict[int, Timings]) -> str:
+    """A sentence on our fastest model that is as accurate as the dense one, against the dense model in int8."""
+    near = [row for row in rows if row["pattern"] != RIVAL and row["change"] >= -POINTS]
+    rival = next((row for row in rows if row["model"] == INT8), None)
+    if rival is None:
+        return ""
+    told = []
+    for size, of_size in timings.items():
+        best = min(near, key=lambda row: row[f"ms_{size}"])["model"]
+        ratio = of_size.ratio(INT8, best)
+        told.append(f"{ratio_text(ratio.value, (ratio.low, ratio.high))} its speed with {size} a call ({best})")
+    return (
+        f"{INT8} changes accuracy by {rival['change']:+.2f} points. Of our models within {POINTS:g} point of dense, "
+        f"the fastest runs at {' and '.join(told)}."
+    )
 
 
 def read_table(path: Path) -> list[harness.Row]:
@@ -137,7 +196,7 @@ def read_table(path: Path) -> list[harness.Row]:
     for cells in lines[1:]:
         row = dict(zip(lines[0], cells, strict=False))
         name = row["model"]
-        pattern = "dense" if not rows else name.rpartition("-")[0] if row["accuracy"].strip() else RIVAL
+        pattern = RIVAL if name in RIVALS else pattern_of(name, rows[0]["model"] if rows else name)
         numbers = {key: float(row[key]) for key in COLUMNS if key in row and _is_number(row[key])}
         rows.append({"model": name, "pattern": pattern, **numbers})
     return rows
@@ -161,7 +220,7 @@ def plot(rows: list[harness.Row], path: Path) -> None:
         x, style = [row["ms_1"] for row in part], {"color": COLOURS.get(pattern), "marker": "o", "label": pattern}
         error = np.array([[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for row in part]).T
         of_accuracy.errorbar(x, [row["accuracy"] for row in part], yerr=error, elinewidth=0.6, **style)
-        if pattern == "dense":
+        if pattern.startswith("dense"):
             continue
         of_kl.plot(x, [row["kl"] for row in part], **style)
         (dx, dy), across, along = SIDES.get(pattern, ((0, 6), "center", "bottom"))
@@ -175,8 +234,6 @@ def plot(rows: list[harness.Row], path: Path) -> None:
     of_accuracy.set(ylabel="accuracy in percent, with its 95 % interval")
     dense = [("dense, our engine", rows[0]["ms_1"])]
     dense += [(f"dense, {row['model']}", row["ms_1"]) for row in rows if row["pattern"] == RIVAL]
-    if len(dense) == 1:  # a table from before rivals had rows
-        dense.append(("dense, torch", rows[0]["ms_1"] * rows[0]["torch_1"]))
     for axis in (of_kl, of_accuracy):
         for name, ms in dense:
             axis.axvline(ms, color="0.6", linewidth=0.8, linestyle=":")
@@ -201,7 +258,9 @@ def main() -> int:
     parser.add_argument("--prune", type=Path, metavar="FOLDER", help="make the models there, instead of naming them")
     parser.add_argument("--redraw", type=Path, metavar="TABLE", help="draw this table again, and measure nothing")
     parser.add_argument(
-        "--rivals", default="torch,onnxruntime,openvino", help="torch, and others of `sparsebert bench`"
+        "--rivals",
+        default=f"torch,onnxruntime,onnxruntime-int8,openvino,{INT8}",
+        help="torch, and others of `sparsebert bench`",
     )
     parser.add_argument("--task", default="sst2")
     parser.add_argument("--threads", type=int, default=_dispatch.threads())

@@ -18,6 +18,8 @@ CELLS = "; its cells: the same command with --dense DENSE/plain-"
 CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 # Table -> how the files were made that its command names, or the cells that it reads.
 MADE_OF = {
+    "attacks": DENSE,
+    "attacks_more": DENSE,
     "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; its settings are not recorded",
     "calibration": "mr-0 to mr-2: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1, 2); outside: "
     "`python -m bench.make_outside`",
@@ -27,6 +29,8 @@ MADE_OF = {
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": f"{DENSE} && python -m bench.study_frontier DENSE/plain-0 --prune FOLDER. `dense` was right on as many "
     "sentences as plain-0; its weights are not recorded",
+    "frontier_int8": "DENSE/plain-0: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 -o "
+    "DENSE/plain-0`; frontier/: python -m bench.study_frontier DENSE/plain-0 --prune frontier, six of its eleven",
     "mutants": "DIR: a checkout of 37f01f4; --seed 0 drew 300 mutants of its data.py, ledger.py, checkpoint/ and "
     "engine/engine.py; they ran against test_data, test_ledger, test_checkpoint and test_engine, about half of them "
     "without a limit on the time of their tests",
