@@ -91,10 +91,6 @@ def _opened(path: Path, keys: list[dict]) -> Ledger:
         return book
 
 
-def _code() -> str:
-    return jobs.code_of("sparsebert.robustness.attacks.run")
-
-
 def _rows(
     book: Ledger, victim: Victim, plan: Plan, units: list[Unit], keys: list[dict], progress: Progress
 ) -> list[dict]:
