@@ -655,7 +655,7 @@ def test_workers_find_what_one_process_finds(sets, model, monkeypatch):
     alone = attacked_by(sets, model, 1)
     monkeypatch.setattr(crew, "UNITS", 5)
     monkeypatch.setattr(crew, "attacked", lambda *a, **k: iter(list(a[2]) and pytest.fail("a unit is left")))
-    assert attacked_by(sets, model, 3) == alone
+    assert attacked_by(sets, model, 2) == alone
 
 
 def test_where_workers_are_killed_the_process_that_began_them_goes_on_alone(sets, model, monkeypatch):

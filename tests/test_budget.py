@@ -8,11 +8,10 @@ import models
 import pytest
 
 from sparsebert import checkpoint
-from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig
+from sparsebert.config import BudgetConfig, PruneConfig
 from sparsebert.errors import InputError, OutputError
 from sparsebert.pruning import budget
 from sparsebert.pruning.budget import Candidate, StandIns, search
-from sparsebert.robustness import attacks
 
 WITHIN = BudgetConfig(min_speedup=2.0, max_robust_drop=5.0, budget_attack="deepwordbug", budget_n=20)
 CONFIG = PruneConfig(method="magnitude")
@@ -139,11 +138,5 @@ def test_stand_ins_are_timed_and_the_loss_is_that_of_attacks_on_both(dense, tmp_
     within = WITHIN.model_copy(update={"min_speedup": 0.01, "max_robust_drop": 0.0})
     choice = search(dense, "mr", tmp_path / "out", CONFIG, within)
     assert choice.chosen.sparsity == 0.5 and choice.chosen.speedup > 0.01
-    figures = [
-        attacks.attack(
-            directory, "mr", "deepwordbug", AttackConfig(n=20, ledger=str(tmp_path / "l.sqlite"))
-        ).figures["aua"] for directory in (dense, tmp_path / "out")
-    ]  # fmt: skip
-    assert all(0 <= aua <= 1 for aua in figures)
     low, high = choice.chosen.drop_ci
     assert low <= choice.chosen.drop <= high and choice.met == (choice.chosen.drop <= 0)

@@ -183,8 +183,9 @@ def test_a_command_that_needs_more_names_the_extra(without_torch, tmp_path, argu
 
 
 def test_what_runs_a_model_takes_no_more_than_150_mb(without_torch):
-    size = sum(path.stat().st_size for top in packages_of(without_torch).iterdir() for path in files_of(top))
-    assert size < 150e6
+    """Without the CUDA module, which is built where nvcc is, and then adds 1.2 MB."""
+    files = (path for top in packages_of(without_torch).iterdir() for path in files_of(top))
+    assert sum(path.stat().st_size for path in files if not path.name.startswith("_cuda.")) < 150e6
 
 
 def files_of(top: Path) -> list[Path]:

@@ -834,7 +834,7 @@ def test_eval_tells_the_dense_accuracy_the_difference_and_units(dense, tmp_path,
     assert found["dense_score"] == pytest.approx((want.argmax(1) == labels).mean())
     assert found["difference"] == pytest.approx(found["accuracy"] - found["dense_score"])
     assert found["agreement_ci"][0] <= found["agreement"] <= found["agreement_ci"][1]
-    table = out.rpartition("{")[0]
+    table = out[: out.index('{"task"')]
     assert f"{found['dense_score']:.1%}" in table and f"{100 * found['difference']:+.1f}" in table
     assert f"[{found['kl_ci'][0]:.4f}, {found['kl_ci'][1]:.4f}]" in table
     for words in ("accuracy of the dense model", "difference in points, paired", "same label as the dense model"):

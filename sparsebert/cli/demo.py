@@ -29,7 +29,7 @@ MODEL, TASK = "minilm", "mr"
 METHODS = ("magnitude", "adaptive", "knowledge")
 TIMED = "knowledge"
 ATTACK = "textfooler"
-SHIFTED, DOMAIN_N = ("sst2", "imdb"), 500  # other sets of sentiment, and how many texts of each
+SHIFTED, DOMAIN_N = ("sst2",), 500  # other sets of sentiment, short ones, and how many texts of each
 BATCHES = (1, 32)  # sentences a call: one request alone, and a server's batch
 
 
