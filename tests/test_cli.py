@@ -525,7 +525,7 @@ def test_a_full_standard_output_is_one_line():
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8, 1.6])
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 1.6])
 def test_ctrl_c_at_any_moment_is_130_and_one_line_at_most(dense, tmp_path, seconds):
     # An hour of work: a process that ends in any other way than by the signal has missed it.
     process = start("train", dense, "--task", "mr", "--epochs", 1000, "--batch-size", 4, "-o", tmp_path / "out")
