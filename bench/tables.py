@@ -27,7 +27,8 @@ MADE_OF = {
     "qnli",
     "end_to_end": "PATH: the python of an environment with deepsparse 1.8.0",
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
-    "frontier": f"{DENSE} && python -m bench.study_frontier DENSE/plain-0 --prune FOLDER. `dense` was right on as many "
+    "frontier": f"{DENSE} && sparsebert prune DENSE/plain-0 --task sst2 --pattern PATTERN --sparsity SPARSITY, as the "
+    "names of the models say. `dense` was right on as many "
     "sentences as plain-0; its weights are not recorded",
     "frontier_int8": "DENSE/plain-0: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 -o "
     "DENSE/plain-0`; frontier/: python -m bench.study_frontier DENSE/plain-0 --prune frontier, six of its eleven",

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -86,7 +87,8 @@ def test_the_frontier_makes_the_directories_of_its_table():
     page = (tables.RESULTS / "frontier_int8.md").read_text()
     named = {line.split(" | ")[0].strip("| ") for line in page.splitlines() if line.startswith("| ")}
     pruned = {name for name in named if name[:1].isdigit() or name.startswith("unstructured")}
-    assert pruned and pruned <= made
+    arguments = shlex.split(tables.head(page)["command"])
+    assert pruned == {Path(each).name for each in arguments[4:12]} - {"dense-int8"} and pruned <= made
 
 
 def test_the_page_of_a_study_names_its_command():

@@ -18,7 +18,6 @@ from sparsebert import checkpoint, data
 from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig
 from sparsebert.encoders import Progress, limited, no_progress, task_for, tokenize
 from sparsebert.engine import Engine
-from sparsebert.engine.classifier import Classifier
 from sparsebert.engine.formats import DTYPES
 from sparsebert.engine.measure import Ratio, interleave, ratio_text
 from sparsebert.errors import InputError, OutputError
@@ -28,7 +27,6 @@ from sparsebert.ops import _dispatch
 from sparsebert.pruning.entry import PruneResult, int8_logits, prune, prune_checkpoint
 from sparsebert.pruning.quantize import quantize
 from sparsebert.robustness import attacks as attacking
-from sparsebert.robustness.evaluation import order_for
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95)
 # Pattern, whether in int8. The nearer the top, the nearer to the dense model at equal sparsity.
@@ -127,9 +125,7 @@ def search(
     fast, slow = _timed(directory, spec, held, folder, facts, budget, progress)
     tried: list[tuple[Candidate, Path, PruneResult]] = []
     for candidate in fast:
-        path = folder / f"{candidate.pattern}-{candidate.sparsity:g}{'-int8' if candidate.int8 else ''}".replace(
-            "/", "_"
-        )
+        path = folder / f"{candidate.pattern}-{candidate.sparsity:g}{'-int8' if candidate.int8 else ''}"
         update = {"pattern": candidate.pattern, "sparsity": candidate.sparsity, "int8": candidate.int8}
 
         def part(done: int, total: int, what: str = "", of: str = path.name) -> None:
@@ -271,12 +267,8 @@ def _drop(
     pruned: Path, dense: Path, spec: data.Task, examples: data.Examples, plan: attacking.Plan, progress: Progress
 ) -> tuple[float, tuple[float, float]]:
     """(points of accuracy under attack that `pruned` loses, their 95 % interval)."""
-    rows = []
-    for directory in (pruned, dense):
-        classifier = Classifier.load(directory, "cpu")
-        of, some = data.among(limited(spec, classifier.config, None), examples, classifier.names)
-        order = order_for(of, classifier.problem, classifier.names, str(directory))
-        rows.append(attacking.run(attacking.Victim(classifier, of, order), plan, some, progress))
+    victims = (attacking.Victim.load(directory, "cpu", spec, examples) for directory in (pruned, dense))
+    rows = [attacking.run(victim, plan, some, progress) for victim, some in victims]
     figures = attacking.figures(plan.variant, *rows)
     low, high = figures["difference_ci"]
     return -100 * figures["difference"], (-100 * high, -100 * low)

@@ -18,7 +18,7 @@ from sparsebert.robustness.attacks.recipes import named
 
 TICK = 5.0  # seconds
 UNITS = 32  # examples that a worker gets at a time
-_work: Callable[[list[Unit]], list[Done]] | None = None  # of a worker process
+_work: tuple[Victim, Plan] | None = None  # of a worker process
 
 
 @contextmanager
@@ -80,8 +80,8 @@ def _begin(directory, device, task, order, temperature, recipe, config, workers,
     os.sched_setaffinity(0, cores[number % workers :: workers] or cores)
     victim = Victim(Classifier.load(directory, device), task, order, temperature)
     (plan,) = plans(named(recipe), config, task)
-    _work = lambda units: list(attacked(victim, plan, units))  # noqa: E731
+    _work = (victim, plan)
 
 
 def _attack(units: list[Unit]) -> list[Done]:
-    return _work(units)
+    return list(attacked(*_work, units))

@@ -7,13 +7,11 @@ from pathlib import Path
 
 from sparsebert import data, jobs
 from sparsebert.config import AttackConfig
-from sparsebert.encoders import Progress, limited, no_progress, task_for
-from sparsebert.engine.classifier import Classifier
+from sparsebert.encoders import Progress, no_progress, task_for
 from sparsebert.errors import OutputError
 from sparsebert.robustness.attacks.plan import Victim, plans
 from sparsebert.robustness.attacks.recipes import named
 from sparsebert.robustness.attacks.run import figures, run
-from sparsebert.robustness.evaluation import order_for
 
 _KEY = b"sparsebert.attack"  # in the file's metadata
 
@@ -43,10 +41,7 @@ def attack(
     recipes = named([name])
     spec = task_for(task, model)
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
-    classifier = Classifier.load(model, config.device)
-    spec, examples = data.among(limited(spec, classifier.config, config.max_length), examples, classifier.names)
-    order = order_for(spec, classifier.problem, classifier.names, str(classifier.directory))
-    victim = Victim(classifier, spec, order)
+    victim, examples = Victim.load(model, config.device, spec, examples, config.max_length)
     (plan,) = plans(recipes, config, spec)
     rows = run(victim, plan, examples, progress)
     key = jobs.digest([victim.facts, plan.facts, examples.sha256])

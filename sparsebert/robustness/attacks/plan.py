@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import cached_property
 from importlib import resources as files
+from pathlib import Path
 
 import numpy as np
 
-from sparsebert import checkpoint, heads, jobs
+from sparsebert import checkpoint, data, heads, jobs
 from sparsebert.config import AttackConfig
 from sparsebert.data import Examples, Task
-from sparsebert.encoders import no_progress
+from sparsebert.encoders import limited, no_progress
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError, SparsebertWarning, UnsupportedError
 from sparsebert.machine import device_for
@@ -23,6 +24,7 @@ from sparsebert.robustness.attacks import lockstep
 from sparsebert.robustness.attacks.attack import ENCODER, MASKED_LM, VICTIM, Attack, Recipe
 from sparsebert.robustness.attacks.resources import Resources
 from sparsebert.robustness.attacks.words import Text, Traced
+from sparsebert.robustness.evaluation import order_for
 
 Unit = tuple[int, str, str | None, int]  # number of the example, attacked text, other text of a pair, label
 Done = tuple[int, dict, float]  # number of the example, its row, seconds
@@ -39,6 +41,18 @@ class Victim:
     task: Task
     order: np.ndarray
     temperature: float = 1.0
+
+    @classmethod
+    def load(
+        cls, directory: str | Path, device: str, task: Task, examples: Examples, max_length: int | None = None
+    ) -> tuple[Victim, Examples]:
+        """The classifier in `directory` as a victim, and the examples with the labels numbered as its task has them.
+        max_length: max tokens kept per text, in place of the task's.
+        """
+        classifier = Classifier.load(directory, device)
+        task, examples = data.among(limited(task, classifier.config, max_length), examples, classifier.names)
+        order = order_for(task, classifier.problem, classifier.names, str(classifier.directory))
+        return cls(classifier, task, order), examples
 
     def __post_init__(self):
         if self.classifier.problem is not heads.SINGLE_LABEL:

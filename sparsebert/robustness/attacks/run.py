@@ -96,7 +96,8 @@ def _rows(
 ) -> list[dict]:
     code = _code()
     found = book.found(KIND, keys, code)
-    progress(sum(row is not None for row in found), len(units))
+    done = sum(row is not None for row in found)
+    progress(done, len(units))
     ready: list[tuple[dict, dict, float]] = []
     written = time.monotonic()
 
@@ -110,7 +111,7 @@ def _rows(
 
     with crew.of(victim, plan, book.renew) as work:
         while left := [i for i, row in enumerate(found) if row is None]:
-            before = len(left)
+            before = done
             claimed = _claimed(book, [(units[i], keys[i]) for i in left], code)
             try:
                 for i, row, seconds in work(claimed):
@@ -118,15 +119,17 @@ def _rows(
                     ready.append((keys[i], found[i], seconds))
                     if time.monotonic() - written > FLUSH:
                         flush()
-                    progress(sum(row is not None for row in found), len(units))
+                    done += 1
+                    progress(done, len(units))
             finally:
                 flush()
             left = [i for i in left if found[i] is None]
             for i, row in zip(left, book.found(KIND, [keys[i] for i in left], code), strict=True):
                 found[i] = row
-            if sum(row is None for row in found) == before:
+                done += row is not None
+            if done == before:
                 time.sleep(0.5)  # another process is at work on what is left
-            progress(sum(row is not None for row in found), len(units))
+            progress(done, len(units))
     return found
 
 
