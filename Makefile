@@ -9,7 +9,8 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n auto --dist loadfile  # tests of a file share its models, so one worker runs them
+	@# Tests of a file share its models, so one worker runs them; tests/conftest.py says which files begin.
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -23,6 +23,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # for `bench`, which is not installed
 
 
+# The files that take longest. If one of them began last, all workers but one would wait for it.
+LONGEST = (
+    "test_knowledge", "test_build", "test_training", "test_on_gpu", "test_labels", "test_cli", "test_pruning",
+    "test_srnets", "test_engine", "test_subnets", "test_max_length", "test_gpu_report", "test_attack_runs",
+)  # fmt: skip
+
+
 @pytest.hookimpl(optionalhook=True)  # a run by hand needs no pytest-xdist
 def pytest_xdist_auto_num_workers() -> int:
     """Workers of `-n auto`: one per core this process may use, if each has 2 GiB (after many files a worker holds 1.5,
@@ -46,9 +53,11 @@ def require(needed: str, reason: str) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of one file together, in whatever order they are named (tests/mutants.py names the fastest
-    first), so that their shared fixtures are made once.
+    first), so that their shared fixtures are made once. With several workers the longest files begin.
     """
     place = {path: i for i, path in enumerate(dict.fromkeys(item.path for item in items))}
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place |= {path: LONGEST.index(path.stem) - len(LONGEST) for path in place if path.stem in LONGEST}
     items.sort(key=lambda item: place[item.path])
 
 

@@ -25,7 +25,7 @@ from sparsebert.pruning.scores import FLOOR, cls_weights, gradient_pass, output_
 from sparsebert.pruning.solve import match_logits
 
 MR = data.load(data.get_task("mr"), "train")
-HELD_OUT = data.load(data.get_task("mr"), "test", limit=400)
+HELD_OUT = data.load(data.get_task("mr"), "test", limit=300)
 
 
 def kl(reference, logits) -> float:
@@ -42,9 +42,10 @@ def pruned(seed: int, tier: int, pattern: str, without: str):
     """A model pruned by `knowledge`; the calibration of tier 0 needs no gradients, so it may be large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distillation, "STEPS", 50)
+        patch.setattr(distillation, "BATCH", 64)
         model = classifier(seed=seed)
         config = PruneConfig(tier=tier, without=without, sparsity=0.7, pattern=pattern)
-        prune(model, calibration({0: 30_000, 1: 3000, 2: 6000}[tier]), config)
+        prune(model, calibration({0: 20_000, 1: 3000, 2: 4000}[tier]), config)
     return model
 
 
@@ -350,7 +351,7 @@ def test_a_product_without_the_zeros_has_the_gradients_of_the_dense_one(bias):
 
 @pytest.mark.parametrize("density", [0.5, 0.2])  # with dense products, and with sparse ones
 def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatch, density):
-    monkeypatch.setattr(distillation, "STEPS", 100)
+    monkeypatch.setattr(distillation, "STEPS", 50)
     monkeypatch.setattr(distillation, "BATCH", 32)
     for part in (distillation, encoders):  # both modules ask it
         monkeypatch.setattr(part, "bf16_is_fast", lambda device=None: False)

@@ -382,7 +382,7 @@ EXACT = [
 ]
 # Here the host also waits for each iteration of ADMM after its climb, and with a metric for each conjugate gradient.
 ITERATED = [  # tier 2 includes what tiers 0 and 1 do
-    ({"method": "knowledge", "tier": 1, "pattern": "8x1"}, 400),
+    ({"method": "knowledge", "tier": 0, "pattern": "8x1"}, 400),
     ({"method": "knowledge", "tier": 1, "pattern": "2:4", "sparsity": None}, 160),
     ({"method": "knowledge", "tier": 2, "sparsity": 0.6}, 400),
 ]
