@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
+from command_line import refused, run
 from conftest import ROOT, require
 from models import saved, stock
 from safetensors.numpy import load_file, save_file
@@ -56,22 +57,8 @@ def dense(tmp_path_factory):
     return saved(tmp_path_factory.mktemp("cli") / "dense")
 
 
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def document(out: str) -> dict:
     return json.loads(out.splitlines()[-1])
-
-
-def refused(capsys, *arguments) -> str:
-    """The one line that a refused command prints."""
-    code, out, err = run(capsys, *arguments)
-    assert code == 2 and out == ""
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 STARTED: list[subprocess.Popen] = []

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from command_line import refused, run
 from models import classifier, saved, tokenizer
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
@@ -21,7 +22,6 @@ from safetensors.torch import save_file as save_torch
 from sparsebert import checkpoint, config, data
 from sparsebert.checkpoint.scales import SCALES
 from sparsebert.checkpoint.tensors import content_sha256
-from sparsebert.cli import main
 from sparsebert.encoders import encoder_linears
 from sparsebert.engine import Engine, cache, formats
 from sparsebert.engine.costs import Costs
@@ -101,20 +101,6 @@ def in_directory(folder: Path, model, scales) -> Path:
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def refused(capsys, *arguments) -> str:
-    """The one line that a refused command prints."""
-    code, out, err = run(capsys, *arguments)
-    assert code == 2 and out == "", err
-    assert err.startswith("error: ") and err.count("\n") == 1, err
-    return err
 
 
 # --- quantize ---------------------------------------------------------------------------------------------------------

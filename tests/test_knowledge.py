@@ -25,7 +25,7 @@ from sparsebert.pruning.scores import FLOOR, cls_weights, gradient_pass, output_
 from sparsebert.pruning.solve import match_logits
 
 MR = data.load(data.get_task("mr"), "train")
-HELD_OUT = data.load(data.get_task("mr"), "test", limit=300)
+HELD_OUT = data.load(data.get_task("mr"), "test", limit=400)
 
 
 def kl(reference, logits) -> float:
@@ -45,7 +45,7 @@ def pruned(seed: int, tier: int, pattern: str, without: str):
         patch.setattr(distillation, "BATCH", 64)
         model = classifier(seed=seed)
         config = PruneConfig(tier=tier, without=without, sparsity=0.7, pattern=pattern)
-        prune(model, calibration({0: 20_000, 1: 3000, 2: 4000}[tier]), config)
+        prune(model, calibration({0: 30_000, 1: 3000, 2: 4000}[tier]), config)
     return model
 
 

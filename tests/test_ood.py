@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import refused, run
 from models import classifier, saved
 
 from sparsebert import checkpoint, data, encoders
-from sparsebert.cli import main
 from sparsebert.data import Examples
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import CheckpointError, InputError
@@ -233,15 +233,10 @@ def test_progress_names_every_set_of_every_model(sets, model):
     assert told == {"": (40, 40)}
 
 
-def command(capsys, *arguments) -> tuple[int, str, str]:
-    code = main(["eval", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_the_document_has_the_figures_of_every_test(sets, model, capsys):
     arguments = [model, "--task", "mnli", "--ood", "hans", "--n", 60]
-    code, out, _ = command(capsys, *arguments, "--vs", saved(sets / "dense", classifier(labels=3, seed=1)), "--json")
+    dense = saved(sets / "dense", classifier(labels=3, seed=1))
+    code, out, _ = run(capsys, "eval", *arguments, "--vs", dense, "--json")
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1 and result["n"] == 60 and result["engine"] == expected_engine()
     hans = result["ood"]["hans"]
@@ -251,31 +246,25 @@ def test_the_document_has_the_figures_of_every_test(sets, model, capsys):
     both = statistics.holm([result["mcnemar_p"], hans["mcnemar_p"]])
     assert [result["mcnemar_p_holm"], hans["mcnemar_p_holm"]] == both
     assert hans["dense_score"] + hans["difference"] == pytest.approx(hans["accuracy"])
-    same = json.loads(command(capsys, *arguments, "--vs", model, "--json")[1])["ood"]["hans"]
+    same = json.loads(run(capsys, "eval", *arguments, "--vs", model, "--json")[1])["ood"]["hans"]
     assert same["dense_score"] == same["accuracy"] and same["difference"] == 0 and same["agreement"] == 1
     assert hans["n"] == 60 == sum(group["n"] for group in hans["by_heuristic"].values())
     assert all({"n", *shares} == group.keys() for group in hans["by_heuristic"].values())
-    code, out, _ = command(capsys, *arguments[:3])
+    code, out, _ = run(capsys, "eval", *arguments[:3])
     assert code == 0 and json.loads(out.splitlines()[-1])["ood"] is None
 
-    code, out, _ = command(capsys, *arguments)
+    code, out, _ = run(capsys, "eval", *arguments)
     assert code == 0 and json.loads(out.splitlines()[-1])["ood"].keys() == {"hans"}
     assert "60 examples of hans, test" in out and "lexical_overlap: non-entailment found" in out
     assert "summed probabilities: accuracy" in out
 
 
-def refused(capsys, *arguments) -> str:
-    code, out, err = command(capsys, *arguments)
-    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
-    return err
-
-
 def test_a_wrong_name_or_a_missing_set_is_one_line_before_any_model_is_read(sets, capsys):
     absent = sets / "no model"
-    assert "got 'nope'" in refused(capsys, absent, "--task", "mnli", "--ood", "nope")
-    assert "no OOD tests" in refused(capsys, absent, "--task", "mr", "--ood", "hans")
+    assert "got 'nope'" in refused(capsys, "eval", absent, "--task", "mnli", "--ood", "nope")
+    assert "no OOD tests" in refused(capsys, "eval", absent, "--task", "mr", "--ood", "hans")
     (sets / "hans" / "test.parquet").unlink()
-    line = refused(capsys, absent, "--task", "mnli", "--ood", "hans")
+    line = refused(capsys, "eval", absent, "--task", "mnli", "--ood", "hans")
     assert f"{sets / 'hans' / 'test'}.parquet is absent" in line and "SPARSEBERT_DATA" in line
 
 

@@ -8,9 +8,9 @@ import sqlite3
 from itertools import pairwise
 
 import pytest
+from command_line import refused, run
 from models import classifier, saved
 
-from sparsebert.cli import main
 from sparsebert.config import AttackConfig
 from sparsebert.jobs import Ledger
 from sparsebert.robustness import attack
@@ -37,17 +37,6 @@ def attacked(tmp_path_factory):
     (folder / "texts" / "test.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     config = AttackConfig(ledger=str(folder / "l.sqlite"), device="cpu")
     return folder, attack(folder / "model", str(folder / "texts"), "deepwordbug", config).rows
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *arguments) -> str:
-    code, out, err = run(capsys, *arguments)
-    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
-    return err
 
 
 def test_every_field_of_a_stored_example_is_a_column(attacked):

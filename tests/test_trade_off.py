@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from command_line import refused, run
 from conftest import require
 from huggingface_hub import ModelCard
 from models import classifier, saved
 
 from sparsebert import checkpoint, data
-from sparsebert.cli import main
 from sparsebert.data import Examples
 from sparsebert.errors import InputError
 from sparsebert.robustness import attacks, card, compare, saving, trade_off
@@ -75,17 +75,6 @@ def timing(**milliseconds: float) -> dict:
         for name, ms in milliseconds.items()
     ]
     return {"machine": {"cpu": "a CPU"}, "rows": [*ours, {**ours[0], "engine": "torch", "p50_ms": 99.0}]}
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main([str(argument) for argument in arguments])
-    return code, *capsys.readouterr()
-
-
-def refused(capsys, *arguments) -> str:
-    code, out, err = run(capsys, *arguments)
-    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
-    return err
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert import checkpoint, data
-from sparsebert.config import BenchConfig, PruneConfig
+from sparsebert.config import BenchConfig
 from sparsebert.errors import InputError
 
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -26,25 +26,17 @@ def random_model(config: BenchConfig, folder: Path) -> Path:
     import torch
     import transformers
 
-    from sparsebert.pruning import prune
-    from sparsebert.pruning.entry import int8_logits
-    from sparsebert.pruning.quantize import quantize
+    from sparsebert.pruning.entry import save_stand_in
 
     name, sizes = SHAPES[config.random]
     made = getattr(transformers, f"{name}Config")(**sizes, num_labels=2)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = getattr(transformers, f"{name}ForSequenceClassification")(made).eval()
-    if config.sparsity != 0:
-        prune(model, [], PruneConfig(method="magnitude", pattern=config.pattern, sparsity=config.sparsity))
     tokenizer = checkpoint.load_tokenizer(checkpoint.resolve("minilm"))
-    scales = None
-    if config.dtype == "int8":
-        ids = np.random.default_rng(0).integers(made.vocab_size // 2, made.vocab_size, (64, 64))
-        scales = quantize(model, [{"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(64, 64)}])
-    checkpoint.save(
-        model, tokenizer, folder / config.random, recipe={"command": "bench"}, figures={}, scales=scales,
-        int8_logits=int8_logits,
+    save_stand_in(
+        model, tokenizer, folder / config.random, config.pattern, config.sparsity, int8=config.dtype == "int8",
+        command="bench",
     )  # fmt: skip
     return folder / config.random
 

@@ -11,9 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from sparsebert import checkpoint, data
 from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig
 from sparsebert.encoders import Progress, limited, no_progress, task_for, tokenize
@@ -24,8 +21,7 @@ from sparsebert.errors import InputError, OutputError
 from sparsebert.jobs import Ledger, code_of, digest, replacing
 from sparsebert.machine import card
 from sparsebert.ops import _dispatch
-from sparsebert.pruning.entry import PruneResult, int8_logits, prune, prune_checkpoint
-from sparsebert.pruning.quantize import quantize
+from sparsebert.pruning.entry import PruneResult, prune_checkpoint, save_stand_in
 from sparsebert.robustness import attacks as attacking
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95)
@@ -206,8 +202,7 @@ class StandIns:
 
     def __init__(self, directory: Path, spec: data.Task, examples: data.Examples, folder: Path):
         self._directory, self._folder, self._dense = directory, folder, Engine.load(directory, cached=False)
-        self._stock = checkpoint.shapes(directory).config
-        length = limited(spec, self._stock, None).max_length
+        length = limited(spec, checkpoint.shapes(directory).config, None).max_length
         some = examples.sample(TIMED, 0)
         encoded = tokenize(checkpoint.load_tokenizer(directory), some, length)
         self._ids = [row["input_ids"] for row in encoded]
@@ -234,21 +229,11 @@ class StandIns:
 
     def time(self, pattern: str, sparsity: float, int8: bool) -> Candidate | None:
         """Its speed-up over the dense model, one text per call. None if the pattern does not fit the model."""
-        model, tokenizer = checkpoint.load(self._directory)
+        place = self._folder / "model"
         try:
-            prune(model, None, PruneConfig(method="magnitude", pattern=pattern, sparsity=sparsity))
+            save_stand_in(*checkpoint.load(self._directory), place, pattern, sparsity, int8=int8, command="prune")
         except InputError:
             return None
-        scales = None
-        if int8:
-            vocabulary = self._stock.vocab_size
-            ids = np.random.default_rng(0).integers(vocabulary // 2, vocabulary, (16, 64))
-            scales = quantize(model, [{"input_ids": torch.from_numpy(ids), "attention_mask": torch.ones(16, 64)}])
-        place = self._folder / "model"
-        checkpoint.save(
-            model, tokenizer, place, recipe={"command": "prune"}, figures={}, scales=scales, int8_logits=int8_logits,
-            overwrite=True,
-        )  # fmt: skip
         engine = Engine.load(place, cached=False)
         calls = {"dense": self._calls(self._dense), "sparse": self._calls(engine)}
         timings = interleave(calls, rounds=ROUNDS)
