@@ -23,14 +23,13 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
-def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **more: type[Settings]) -> Callable:
-    """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
+def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Callable:
+    """Decorates a command: where it takes an argument that `classes` names, it gets flags, one for each field of that
+    class, which are validated together.
 
-    basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.
-    more: further config classes by the names of their arguments, listed under their headings. A field that two classes
-    have is one flag, described by the first.
+    A class with a heading has its flags listed under it. basic: fields of `config` whose flags are listed first (None:
+    all); its others are expert options. A field that two classes have is one flag, described by the first.
     """
-    classes = {"config": config_class, **more}
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
@@ -42,22 +41,19 @@ def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **
             }
             return command(**configs, **values)
 
-        fields: dict[str, FieldInfo] = {}
-        headings: dict[str, str] = {}
-        for cls in classes.values():
-            headings |= {name: cls.heading for name in cls.model_fields if name not in fields}
-            fields |= {name: field for name, field in cls.model_fields.items() if name not in fields}
-        parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in classes]
-        for name, field in fields.items():
-            names = (field.json_schema_extra or {}).get("flags", ())
-            if field.annotation is bool:  # without its --no-, which every default is
-                names = (f"--{name.replace('_', '-')}",)
-            own = name in config_class.model_fields
-            under = (None if basic is None or name in basic else EXPERT) if own else headings[name]
-            annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
-            parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
-            )
+        fields: set[str] = set()
+        parameters = []
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            cls = classes.get(parameter.name)
+            if cls is None:
+                parameters.append(parameter)
+                continue
+            new = {name: field for name, field in cls.model_fields.items() if name not in fields}
+            fields |= new.keys()
+            for name, field in new.items():
+                expert = parameter.name == "config" and basic is not None and name not in basic
+                under = EXPERT if expert else cls.heading or None
+                parameters.append(_parameter(name, field, under))
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         del run.__wrapped__  # typer would read the command's own signature through it
@@ -66,7 +62,18 @@ def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **
     return decorate
 
 
+def _parameter(name: str, field: FieldInfo, under: str | None) -> inspect.Parameter:
+    """The flag of a field, listed under a heading."""
+    names = (field.json_schema_extra or {}).get("flags", ())
+    if field.annotation is bool:  # without its --no-, which every default is
+        names = (f"--{name.replace('_', '-')}",)
+    annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
+
+
 def _default(field: FieldInfo):
+    if field.is_required():
+        return inspect.Parameter.empty
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 

@@ -1,7 +1,7 @@
 """Tasks and their examples: the table of known tasks, and the user's own files.
 
 A task of the user's own is a folder with `train` and `test`, or one file. Files are .parquet, .csv, .tsv or .jsonl with
-the columns `text`[, `text_b`] and `label`.
+the columns `text`[, `text_b`] and `label`, or those that a TaskConfig names.
 """
 
 from sparsebert.data.examples import (

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig
+from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig, TaskConfig
 from sparsebert.encoders import Progress, limited, no_progress, task_for, tokenize
 from sparsebert.engine import Engine
 from sparsebert.engine.formats import DTYPES
@@ -81,7 +81,7 @@ class Choice:
 
 def search(
     directory: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     config: PruneConfig,
     budget: BudgetConfig,
