@@ -702,17 +702,35 @@ def test_a_stock_directory_is_sealed_and_its_labels_are_named(dense, capsys, tmp
 def test_the_version_and_the_defaults_of_flags_are_shown(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(capsys, "--version")[:2] == (0, f"sparsebert {sparsebert.__version__}\n")
-    out = run(capsys, "prune", "--help")[1]
+    short, out = (run(capsys, "prune", flag)[1] for flag in ("--help", "--help-all"))
     for shown in (
         "[default: 0.875, or what the pattern implies]",
         "[default: general]",
         "[default: knowledge]",
         "knowledge: 0 is fastest",
     ):
-        assert shown in out
+        assert shown in short and shown in out
+    assert "--damping" not in short and short.rstrip().endswith(" prune --help-all")
     first, expert, labelled = (out.index(panel) for panel in ("─ Options ", "─ Expert options ", "train with labels ─"))
     assert "--no-" not in out
     assert first < out.index("--sparsity") < expert < out.index("--damping") < labelled < out.index("--gradual")
+
+
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)
+def test_help_is_short_and_help_all_has_every_flag(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parameters = typer.main.get_command(app).commands[name].params
+    grouped = [parameter for parameter in parameters if parameter.rich_help_panel is not None]
+    short = run(capsys, name, "--help")[1]
+    assert short.count("\n") <= 80 and ("--help-all" in short) == bool(grouped)
+    assert not any(
+        re.search(rf"{parameter.opts[0]}\b(?!-)", short.partition("all options:")[0]) for parameter in grouped
+    )
+    if grouped:
+        code, whole, err = run(capsys, name, "--help-all")
+        assert (code, err) == (0, "") and all(parameter.opts[0] in whole for parameter in parameters[1:])
+    else:
+        assert "No such option: --help-all" in refused(capsys, name, "--help-all")
 
 
 def test_every_flag_says_what_it_is_for():

@@ -18,7 +18,7 @@ from sparsebert.cli.figures import (
     tables_of_replay,
     tables_of_timing,
 )
-from sparsebert.cli.options import flags, option
+from sparsebert.cli.options import Commands, flags, option
 from sparsebert.cli.output import emit, of_task, print_change, progress, say_what_was_read, stop_for_errors, table, then
 from sparsebert.config import (
     ATTACKS,
@@ -39,7 +39,7 @@ from sparsebert.pruning.trained import TRAINED, SubnetConfig
 BENCH = "sparsebert bench DIR --json"
 SHOWN = 5  # adversarial texts that `attack` prints
 
-app = typer.Typer(
+app = Commands(
     name="sparsebert",
     help="Makes BERT-family classifiers sparse, checks what they kept, and runs them fast on a CPU.",
     add_completion=False,
@@ -593,7 +593,10 @@ def reseal(
 
 
 @app.command()
-@flags(config=BenchConfig)
+@flags(
+    basic=("task", "text_column", "label_column", "n", "batch", "rounds", "threads", "dtype", "rivals"),
+    config=BenchConfig,
+)
 def bench(
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="model directory")] = None,
     *,

@@ -1,7 +1,8 @@
-"""Flags made from the config classes: one field, one flag, one help line, one default."""
+"""Flags made from the config classes: one field, one flag, one help line, one default. --help shows the basic ones."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
@@ -10,6 +11,7 @@ from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 import typer
+import typer.core
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -23,17 +25,45 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
+class Commands(typer.Typer):
+    """A Typer whose commands have a short --help (`Command`)."""
+
+    def command(self, name: str | None = None, **settings) -> Callable:
+        return super().command(name, cls=Command, **settings)
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose --help shows the flags under no heading; --help-all shows the others too."""
+
+    def format_help(self, ctx: typer.Context, formatter) -> None:
+        short = copy.copy(self)
+        short.params = [param for param in self.params if param.rich_help_panel is None]
+        if len(short.params) < len(self.params):
+            short.epilog = f"all options: {ctx.command_path} --help-all"
+        typer.core.TyperCommand.format_help(short, ctx, formatter)
+
+
+def _show_all(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        typer.core.TyperCommand.format_help(ctx.command, ctx, ctx.make_formatter())
+        raise typer.Exit
+
+
+HELP_ALL = option("--help-all", is_eager=True, callback=_show_all, help="show all options and stop")
+
+
 def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Callable:
     """Decorates a command: where it takes an argument that `classes` names, it gets flags, one for each field of that
     class, which are validated together.
 
     A class with a heading has its flags listed under it. basic: fields of `config` whose flags are listed first (None:
-    all); its others are expert options. A field that two classes have is one flag, described by the first.
+    all); its others are expert options. A field that two classes have is one flag, described by the first. If there are
+    flags under a heading, there is --help-all.
     """
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
-        def run(**values):
+        def run(help_all: bool = False, **values):
             given = {name: values.pop(name) for name in fields}
             configs = {
                 argument: validated(cls, {name: given[name] for name in cls.model_fields})
@@ -42,7 +72,7 @@ def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Ca
             return command(**configs, **values)
 
         fields: set[str] = set()
-        parameters = []
+        parameters, grouped = [], False
         for parameter in inspect.signature(command, eval_str=True).parameters.values():
             cls = classes.get(parameter.name)
             if cls is None:
@@ -54,6 +84,13 @@ def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Ca
                 expert = parameter.name == "config" and basic is not None and name not in basic
                 under = EXPERT if expert else cls.heading or None
                 parameters.append(_parameter(name, field, under))
+                grouped |= under is not None
+        if grouped:
+            parameters.append(
+                inspect.Parameter(
+                    "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, HELP_ALL]
+                )
+            )
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         del run.__wrapped__  # typer would read the command's own signature through it
