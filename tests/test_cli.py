@@ -29,6 +29,7 @@ from transformers import AutoModelForSequenceClassification
 
 import sparsebert
 from sparsebert import Engine, checkpoint, cli, data, environment
+from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.cli import demo, main
 from sparsebert.cli.commands import app
 from sparsebert.heads import MULTI_LABEL, ONE_LOGIT, SINGLE_LABEL, answers, softmax
@@ -865,6 +866,20 @@ def test_predict_says_how_many_texts_it_cuts(dense, capsys):
     limit = Engine.load(dense).truncates_at
     assert code == 0 and f"1 of 2 texts were cut at {limit} tokens" in err
     assert "cut at" not in run(capsys, "predict", dense, "a film")[2]
+
+
+def test_predict_tokenizes_a_text_once(dense, capsys, monkeypatch):
+    read, rows = [], TextEncoder.rows
+
+    def counted(self, texts, **settings):
+        read.extend(texts)
+        return rows(self, texts, **settings)
+
+    Engine.load(dense)  # the golden texts are tokenized when the packed model is made
+    monkeypatch.setattr(TextEncoder, "rows", counted)
+    monkeypatch.setattr(TextEncoder, "exceeds", None)
+    texts = ["a film", "good " * 2000]
+    assert run(capsys, "predict", dense, *texts)[0] == 0 and [text for text in read if text in texts] == texts
 
 
 def test_a_dry_run_says_what_is_done_and_whether_the_labels_fit(dense, tmp_path, capsys):

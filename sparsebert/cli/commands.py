@@ -545,9 +545,10 @@ def predict(
             print(f"warning: {texts[0]} is a file; --file classifies the texts in it", file=sys.stderr)
     engine = Engine.load(directory)
     given = [row if len(row) == 2 else row[0] for row in rows]
-    logits = engine.logits(given, truncate=True)
-    if were_cut := sum(map(engine.truncates, given)):
-        print(f"{were_cut:,} of {len(rows):,} texts were cut at {engine.truncates_at} tokens", file=sys.stderr)
+    ids, types, were_cut = engine.encode(given, truncate=True)
+    logits = engine.forward(ids, types)
+    if were_cut:
+        print(f"{len(were_cut):,} of {len(rows):,} texts were cut at {engine.truncates_at} tokens", file=sys.stderr)
     found = answers(engine.problem, engine.labels, logits)
     if json:
         told = [
