@@ -273,6 +273,7 @@ def test_neighbours_of_words_are_near_ones():
     near = data.word_neighbors()
     assert all(1 <= len(words) <= 8 and word not in words for word, words in near.items())
     assert all(word == word.lower() for word in near) and "excellent" in near["wonderful"] + near["superb"]
+    assert len(near) == 25_591 and sum(map(len, near.values())) == 109_104
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from sparsebert.data.examples import (
     training,
     unreported_texts,
     word_neighbors,
+    word_table,
 )
 from sparsebert.data.own import get_task, rows_read
 from sparsebert.data.tables import lines_of, read_texts
@@ -52,4 +53,5 @@ __all__ = [
     "training",
     "unreported_texts",
     "word_neighbors",
+    "word_table",
 ]
