@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from sparsebert.errors import InputError
 
@@ -40,6 +41,33 @@ class Settings(BaseModel):
 
     # defer_build: what checks them is built on first use; --help does not need it.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+
+
+class TaskConfig(Settings):
+    """A task and, if it is a file or folder of the user's own, its columns. Wherever a task is asked for, its name
+    alone will do too.
+    """
+
+    task: str = Field(
+        description="a file of your own (.csv, .tsv, .jsonl, .parquet), a folder with train and test files, or a task "
+        "name"
+    )
+    text_column: tuple[str, ...] = Field(
+        (),
+        description="name of the column of texts in your own files; for pairs give the flag twice, the first text "
+        "first [default: text, text_b, or usual other names]",
+    )
+    label_column: str | None = Field(None, description="name of the column of labels in them [default: label]")
+
+    @field_validator("text_column", mode="before")
+    @classmethod
+    def _one_or_two(cls, named):
+        return (named,) if isinstance(named, str) else named
+
+    @classmethod
+    def of(cls, task: str | Path | TaskConfig) -> TaskConfig:
+        """The task that is called by its name, or that comes with its columns."""
+        return task if isinstance(task, cls) else cls(task=str(task))
 
 
 class LearnConfig(Settings):
@@ -288,10 +316,10 @@ class AttackConfig(Settings):
     )
 
 
-class BenchConfig(Settings):
+class BenchConfig(TaskConfig):
     """Settings of a timing."""
 
-    task: str = Field("mr", description="task name or file of your own whose test texts are timed")
+    task: str = Field("mr", description="task name, or file or folder of your own, whose test texts are timed")
     seq: str = Field(
         "mix",
         pattern=r"^(mix|[1-9]\d{0,3})$",

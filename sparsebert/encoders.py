@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsebert import architectures, checkpoint, data, heads
 from sparsebert.checkpoint import piecewise, require_finite, require_model
+from sparsebert.config import TaskConfig
 from sparsebert.data import Examples, Task
 from sparsebert.errors import InputError
 from sparsebert.machine import bf16_is_fast
@@ -124,15 +125,16 @@ def moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, tor
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def task_for(name: str, source: str | Path, *, labelled: bool = True, whole: bool = False) -> Task:
-    """The task called `name` (data.get_task), read for the model in directory `source`: if the model has one logit, a
-    file's numbers are values, not ids of classes. A name that is not a task is refused before the model is read.
+def task_for(task: str | TaskConfig, source: str | Path, *, labelled: bool = True, beside: bool = False) -> Task:
+    """The task (data.get_task), read for the model in directory `source`: if the model has one logit, a file's numbers
+    are values, not ids of classes. A name that is not a task is refused before the model is read.
     """
+    name = TaskConfig.of(task).task
     if name in data.TASKS or not os.path.lexists(name):
-        return data.get_task(name, labelled=labelled)
+        return data.get_task(task, labelled=labelled, beside=beside)
     files = checkpoint.read(source, head=False)
     values = files.has_head and heads.problem_of(files.config) is heads.ONE_LOGIT
-    return data.get_task(name, labelled=labelled, values=values, whole=whole)
+    return data.get_task(task, labelled=labelled, values=values, beside=beside)
 
 
 def token_limit(config, wanted: int | None) -> int:

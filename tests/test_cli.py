@@ -30,6 +30,7 @@ from transformers import AutoModelForSequenceClassification
 
 import sparsebert
 from sparsebert import Engine, checkpoint, cli, data, environment
+from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.cli import demo, main
 from sparsebert.cli.commands import app
 from sparsebert.heads import MULTI_LABEL, ONE_LOGIT, SINGLE_LABEL, answers, softmax
@@ -689,17 +690,35 @@ def test_a_stock_directory_is_sealed_and_its_labels_are_named(dense, capsys, tmp
 def test_the_version_and_the_defaults_of_flags_are_shown(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(capsys, "--version")[:2] == (0, f"sparsebert {sparsebert.__version__}\n")
-    out = run(capsys, "prune", "--help")[1]
+    short, out = (run(capsys, "prune", flag)[1] for flag in ("--help", "--help-all"))
     for shown in (
         "[default: 0.875, or what the pattern implies]",
         "[default: general]",
         "[default: knowledge]",
         "knowledge: 0 is fastest",
     ):
-        assert shown in out
+        assert shown in short and shown in out
+    assert "--damping" not in short and short.rstrip().endswith(" prune --help-all")
     first, expert, labelled = (out.index(panel) for panel in ("─ Options ", "─ Expert options ", "train with labels ─"))
     assert "--no-" not in out
     assert first < out.index("--sparsity") < expert < out.index("--damping") < labelled < out.index("--gradual")
+
+
+@pytest.mark.parametrize("name", typer.main.get_command(app).commands)
+def test_help_is_short_and_help_all_has_every_flag(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    parameters = typer.main.get_command(app).commands[name].params
+    grouped = [parameter for parameter in parameters if parameter.rich_help_panel is not None]
+    short = run(capsys, name, "--help")[1]
+    assert short.count("\n") <= 80 and ("--help-all" in short) == bool(grouped)
+    assert not any(
+        re.search(rf"{parameter.opts[0]}\b(?!-)", short.partition("all options:")[0]) for parameter in grouped
+    )
+    if grouped:
+        code, whole, err = run(capsys, name, "--help-all")
+        assert (code, err) == (0, "") and all(parameter.opts[0] in whole for parameter in parameters[1:])
+    else:
+        assert "No such option: --help-all" in refused(capsys, name, "--help-all")
 
 
 def test_every_flag_says_what_it_is_for():
@@ -836,6 +855,20 @@ def test_predict_says_how_many_texts_it_cuts(dense, capsys):
     assert "cut at" not in run(capsys, "predict", dense, "a film")[2]
 
 
+def test_predict_tokenizes_a_text_once(dense, capsys, monkeypatch):
+    read, rows = [], TextEncoder.rows
+
+    def counted(self, texts, **settings):
+        read.extend(texts)
+        return rows(self, texts, **settings)
+
+    Engine.load(dense)  # the golden texts are tokenized when the packed model is made
+    monkeypatch.setattr(TextEncoder, "rows", counted)
+    monkeypatch.setattr(TextEncoder, "exceeds", None)
+    texts = ["a film", "good " * 2000]
+    assert run(capsys, "predict", dense, *texts)[0] == 0 and [text for text in read if text in texts] == texts
+
+
 def test_a_dry_run_says_what_is_done_and_whether_the_labels_fit(dense, tmp_path, capsys):
     (tmp_path / "own.csv").write_text("text,label\n" + "".join(f"film {i},{'xy'[i % 2]}\n" for i in range(300)))
     settings = ["--task", tmp_path / "own.csv", "--method", "magnitude", "-o", tmp_path / "p"]
@@ -892,6 +925,76 @@ def test_a_terminal_that_lacks_a_character_gets_its_code(dense):
     code = start("predict", dense, "é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     out, err = code.communicate(timeout=60)
     assert code.returncode == 0 and out.endswith("\\xe9\n"), err
+
+
+def of_reviews(path: Path) -> list:
+    """Writes a file with columns of other names, and returns the flags that name it and them."""
+    rows = [f"a {('dull', 'gripping')[i % 2]} film number {i},words {i},{data.SENTIMENT[i % 2]}" for i in range(60)]
+    path.write_text("review,other words,stars\n" + "\n".join(rows) + "\n")
+    return ["--task", path, "--text-column", "review", "--label-column", "stars"]
+
+
+def test_every_command_with_a_task_takes_the_names_of_its_columns():
+    commands = typer.main.get_command(app).commands
+    taking = {
+        name: {flag for parameter in command.params for flag in parameter.opts} for name, command in commands.items()
+    }
+    with_task = {name for name, flags in taking.items() if "--task" in flags}
+    assert with_task == {"train", "prune", "quantize", "soup", "eval", "attack", "bench"}
+    assert all({"--text-column", "--label-column"} <= taking[name] for name in with_task)
+
+
+def test_named_columns_go_through_every_command_and_into_the_next_one(dense, tmp_path, capsys):
+    own = of_reviews(tmp_path / "own.csv")
+    told = " ".join(map(str, own))
+    small = ["--batch-size", 4, "--hold-out", 8, "--epochs", 1]
+    code, _, err = run(capsys, "train", dense, *own, *small, "-o", tmp_path / "m")
+    assert code == 0 and f"next: sparsebert prune {tmp_path / 'm'} {told} -o {tmp_path / 'm'}-sparse\n" in err
+    recipe = checkpoint.read_recipe(tmp_path / "m")
+    assert (recipe["task"], recipe["text_column"], recipe["label_column"]) == (str(own[1]), ["review"], "stars")
+    magnitude = ["--method", "magnitude", "--sparsity", 0.3, "-o", tmp_path / "p"]
+    code, _, err = run(capsys, "prune", tmp_path / "m", *own, *magnitude)
+    assert code == 0 and f"next: sparsebert eval {tmp_path / 'p'} {told} --vs {tmp_path / 'm'}\n" in err
+    code, out, err = run(capsys, "eval", tmp_path / "p", *own, "--vs", tmp_path / "m")
+    assert code == 0 and document(out)["n"] > 0 and f"next: sparsebert bench {tmp_path / 'p'} {told}\n" in err
+    few = ["--calibration", "none", "--calibration-tokens", 64]
+    code, _, err = run(capsys, "quantize", tmp_path / "p", *own, *few, "-o", tmp_path / "q")
+    assert code == 0 and f"next: sparsebert eval {tmp_path / 'q'} {told} --vs {tmp_path / 'p'}\n" in err
+    code, out, _ = run(capsys, "bench", tmp_path / "p", *own, "--n", 4, "--rounds", 2, "--rivals", "none")
+    assert code == 0
+    code, out, _ = run(capsys, "soup", tmp_path / "m", *own, "--score", "accuracy", "-o", tmp_path / "s")
+    assert code == 0 and checkpoint.read_recipe(tmp_path / "s")["label_column"] == "stars"
+    without = ["--attack", "deepwordbug", "--sentence-encoder", "none", "--ledger", tmp_path / "ledger"]
+    code, out, _ = run(capsys, "attack", tmp_path / "p", *own, *without)
+    assert code == 0 and document(out)["n"] > 0
+
+
+def test_work_on_another_column_is_other_work(dense, tmp_path, capsys):
+    own = of_reviews(tmp_path / "own.csv")
+    named = ["--task", own[1], "--text-column"]
+    settings = ["--calibration", "none", "--calibration-tokens", 64, "-o", tmp_path / "q"]
+    assert run(capsys, "quantize", dense, *named, "review", *settings)[0] == 0
+    assert "--overwrite" in refused(capsys, "quantize", dense, *named, "other words", *settings)
+    assert document(run(capsys, "quantize", dense, *named, "review", *settings)[1])["reused"]
+
+
+def test_an_attack_on_another_column_is_not_taken_from_the_ledger(dense, tmp_path, capsys):
+    own = of_reviews(tmp_path / "own.csv")
+    attack = ["attack", dense, *own[:2], "--label-column", "stars", "--attack", "deepwordbug"]
+    attack += ["--sentence-encoder", "none", "--ledger", tmp_path / "ledger"]
+    for column, prefix in (("review", "a "), ("other words", "words ")):
+        assert run(capsys, *attack, "--text-column", column, "-o", tmp_path / f"{prefix[0]}.parquet")[0] == 0
+        rows = pq.read_table(tmp_path / f"{prefix[0]}.parquet").to_pylist()
+        assert all(row["original"].startswith(prefix) for row in rows)
+
+
+def test_columns_are_named_for_predict_too(dense, tmp_path, capsys):
+    path = of_reviews(tmp_path / "own.csv")[1]
+    code, out, _ = run(capsys, "predict", dense, "--file", path, "--text-column", "other words")
+    assert code == 0 and [line.split("\t")[1] for line in out.splitlines()] == [f"words {i}" for i in range(60)]
+    line = refused(capsys, "predict", dense, "--file", path)
+    assert "has 'review', 'other words', 'stars'; name the column: --text-column review" in line
+    assert "--text-column is of a --file, none is given" in refused(capsys, "predict", dense, "a", "--text-column", "x")
 
 
 def test_the_next_command_is_one_that_the_labels_of_the_file_allow(dense, tmp_path, capsys, monkeypatch):

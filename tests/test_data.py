@@ -273,6 +273,7 @@ def test_neighbours_of_words_are_near_ones():
     near = data.word_neighbors()
     assert all(1 <= len(words) <= 8 and word not in words for word, words in near.items())
     assert all(word == word.lower() for word in near) and "excellent" in near["wonderful"] + near["superb"]
+    assert len(near) == 25_591 and sum(map(len, near.values())) == 109_104
 
 
 @pytest.mark.parametrize(
@@ -367,14 +368,14 @@ def test_a_missing_column_is_told_with_twenty_that_are_there_and_the_nearest(tmp
     assert caught.value.problem.endswith(
         f"train.csv must have a column 'label', has {', '.join(map(repr, names[:20]))}"
     )
-    assert caught.value.fix == "rename 'lable' to 'label'"
+    assert caught.value.fix == "name the column: --label-column lable"
 
 
 @pytest.mark.parametrize(
     ("name", "body", "fix"),
     [
-        ("train.csv", "a,b\n1,2\n", "name a column 'text' on the first line"),
-        ("train.csv", "Review,label\na,0\n", "rename 'Review' to 'text'"),
+        ("train.csv", "a,b\n1,2\n", "name the column: --text-column COLUMN, or put a line of column names first"),
+        ("train.csv", "Review,label\na,0\n", "name the column: --text-column Review"),
         ("train.tsv", '"text"\t"label"\n1\t2\n', "write .tsv without quotes, or save it as .csv"),
     ],
 )
@@ -386,10 +387,11 @@ def test_a_missing_column_is_told_what_the_likely_cause_is(tmp_path, name, body,
 
 
 @pytest.mark.parametrize(("column", "fix"), [
-    ("Sentiment", "rename 'Sentiment' to 'label'"),
-    ("stars", "rename 'stars' to 'label'"),
-    ("lable", "rename 'lable' to 'label'"),
-    ("date", "name a column 'label' on the first line (prune and predict need none)"),
+    ("Sentiment", "name the column: --label-column Sentiment"),
+    ("stars", "name the column: --label-column stars"),
+    ("lable", "name the column: --label-column lable"),
+    ("date", "name the column: --label-column COLUMN, or put a line of column names first "
+             "(prune and predict need none)"),
 ])  # fmt: skip
 def test_a_missing_label_is_told_which_column_may_be_it(tmp_path, column, fix):
     (path := tmp_path / "mine.csv").write_text(f"text,{column}\na,0\nb,1\n")

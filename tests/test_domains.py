@@ -219,7 +219,7 @@ def test_a_file_of_ones_own_is_used_whole_and_a_folder_by_its_test_split(folder,
         zip([*names, str(folder / "c")], (17, 1, 11), strict=True)
     )
     assert all(part["max_length"] == 512 and part["split"] == "test" for part in found.values())
-    examples = data.load(data.get_task(names[0], whole=True), "test", limit=17)
+    examples = data.load(data.get_task(names[0], beside=True), "test", limit=17)
     right = (logits_of(model, examples, 512).argmax(1) == examples.labels).mean()
     assert found[names[0]]["accuracy"] == right
 

@@ -169,8 +169,20 @@ def test_texts_are_cut_as_transformers_cuts_them(loaded, first, second, length):
     words = "the film is a gripping tale of two towns and what they lost to the sea".split()
     parts = [" ".join((words * 3)[:n]) for n in (first, second) if n]
     want = tokenizer()(*parts, truncation=True, max_length=length)
-    ids, types = loaded._encode([parts[0] if len(parts) == 1 else tuple(parts), IDS], length, True)
-    assert ids == [want["input_ids"], IDS] and types == [want["token_type_ids"], [0, 0, 0]]
+    whole = len(tokenizer()(*parts)["input_ids"])
+    ids, types, cut = loaded.encode(
+        [IDS, parts[0] if len(parts) == 1 else tuple(parts)], max_length=length, truncate=True
+    )
+    assert ids == [IDS, want["input_ids"]] and types == [[0, 0, 0], want["token_type_ids"]]
+    assert cut == [1] * (whole > length)
+
+
+def test_what_was_cut_is_told_by_its_number(loaded):
+    fits, long, spaced = "good " * 510, "good " * 511, "good" + " " * 100_000
+    ids, types, cut = loaded.encode([fits, long, ("a", long), [101] * 600, spaced, "word " * 100_000], truncate=True)
+    assert cut == [1, 2, 3, 5] and list(map(len, ids)) == list(map(len, types)) == [512, 512, 512, 512, 3, 512]
+    assert np.array_equal(loaded.forward(ids, types)[:2], loaded.logits([fits, long], truncate=True))
+    assert loaded.encode([]) == ([], [], []) and len(loaded.logits([])) == 0
 
 
 def test_texts_are_cut_to_what_the_tokenizer_says_where_nothing_else_is(directory, loaded, tmp_path):

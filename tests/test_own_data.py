@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsebert import data
+from sparsebert.config import TaskConfig
 from sparsebert.data.own import TEST_SHARE
 from sparsebert.errors import DataError, InputError
+from sparsebert.pruning.calibration import others
 
 TEXTS = ["a fine film", "dull", "I laughed", "never again", "so so", "great", "awful", "a second look"]
 
@@ -218,26 +220,26 @@ REFUSED = {
     "no header": (
         "train.csv",
         "a,0\nb,1\n",
-        r"column 'text', has 'a', '0'; name a column 'text' on the first line",
+        r"column 'text', has 'a', '0'; name the column: --text-column COLUMN, or put a line",
         ("train.csv", GOOD),
     ),
     "another case": (
         "train.csv",
         "Text,label\na,0\nb,1\n",
-        "has 'Text', 'label'; rename 'Text' to 'text'",
+        "has 'Text', 'label'; name the column: --text-column Text",
         ("train.csv", GOOD),
     ),
     "no label": (
         "train.csv",
         "text,lable\na,0\nb,1\n",
-        "column 'label', has 'text', 'lable'; rename 'lable' to 'label'",
+        "column 'label', has 'text', 'lable'; name the column: --label-column lable",
         ("train.csv", GOOD),
     ),
     "semicolons": ("train.csv", "text;label\na;0\n", "columns separated by commas", ("train.csv", GOOD)),
     "two readings": (
         "train.csv",
         as_csv([("a", "b", "c", "d", 0)], ("premise", "hypothesis", "sentence1", "sentence2", "label")),
-        "as premise with hypothesis or as sentence1 with sentence2; keep the columns of one reading",
+        "as premise with hypothesis or as sentence1 with sentence2; name the columns, such as --text-column premise",
         ("train.csv", as_csv([("a", "b", 0), ("c", "d", 1)], ("text", "text_b", "label"))),
     ),
     "column twice": (
@@ -411,13 +413,13 @@ REFUSED = {
     "another pair beside a text": (
         "train.csv",
         as_csv([("a", "b", "c", 0)], ("text", "premise", "hypothesis", "label")),
-        "may be read as text or as premise with hypothesis; keep the columns of one",
+        "may be read as text or as premise with hypothesis; name the columns, such as --text-column text",
         ("train.csv", as_csv([("b", "c", 0), ("d", "e", 1)], ("premise", "hypothesis", "label"))),
     ),
     "the second text alone": (
         "train.csv",
         as_csv([("b", 0)], ("text_b", "label")),
-        "must have a column 'text', has 'text_b', 'label'; name a column 'text'",
+        "must have a column 'text', has 'text_b', 'label'; name the column: --text-column COLUMN",
         ("train.csv", GOOD),
     ),
     "a list in csv": ("train.csv", "text,label\na,\"['x', 'y']\"\nb,[]\n", "line 2: label must be one class", None),
@@ -697,7 +699,8 @@ def test_labels_that_are_not_of_one_kind_are_named(tmp_path, labels, says):
 def test_a_second_column_of_texts_is_never_dropped(tmp_path, header):
     path = tmp_path / "pairs.csv"
     path.write_text(f"{header},label\n" + "".join(f"a {i},b {i},{i % 2}\n" for i in range(9)))
-    with pytest.raises(DataError, match=r"has texts in (text|sentence), and perhaps in .*text and text_b, or rename"):
+    says = r"has texts in (text|sentence), and perhaps in .*; name the columns: --text-column \1 --text-column .* alone"
+    with pytest.raises(DataError, match=says):
         data.get_task(str(path))
 
 
@@ -755,3 +758,107 @@ def test_decimals_of_parquet_are_numbers(tmp_path):
     labels = [decimal.Decimal(i % 2) for i in range(40)]
     pq.write_table(pa.table({"text": [f"a film {i}" for i in range(40)], "label": labels}), tmp_path / "a.parquet")
     assert data.get_task(str(tmp_path / "a.parquet")).labels == ("LABEL_0", "LABEL_1")
+
+
+# --- columns by name --------------------------------------------------------------------------------------------------
+
+REVIEWS = [(f"no {i}", f"film number {i}", f"as dull as {i}", ("bad", "good")[i % 2]) for i in range(40)]
+
+
+def reviews(path: Path, header=("id", "review", "reply", "stars")) -> str:
+    """Writes REVIEWS in the format of the file's suffix."""
+    columns = {name: list(values) for name, values in zip(header, zip(*REVIEWS, strict=True), strict=True)}
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(header, row, strict=True))) + "\n" for row in REVIEWS))
+    else:
+        path.write_text(as_csv(REVIEWS, header, delimiter="\t" if path.suffix == ".tsv" else ","))
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_columns_are_read_by_the_names_that_are_given(tmp_path, suffix):
+    asked = TaskConfig(task=reviews(tmp_path / f"own{suffix}"), text_column="review", label_column="stars")
+    task = data.get_task(asked)
+    found = [(text, task.labels[label]) for split in ("train", "test")
+             for text, label in zip(task.own[split].texts, task.own[split].labels, strict=True)]  # fmt: skip
+    assert sorted(found) == sorted((text, label) for _, text, _, label in REVIEWS)
+    pair = data.get_task(asked.model_copy(update={"text_column": ("reply", "review")}))
+    found = {(a, b) for split in pair.own.values() for a, b in zip(split.texts, split.texts_b, strict=True)}
+    assert pair.pair and found == {(reply, text) for _, text, reply, _ in REVIEWS}
+
+
+def test_named_columns_stand_before_the_usual_ones(tmp_path):
+    path = reviews(tmp_path / "own.csv", ("text", "premise", "hypothesis", "label"))
+    task = data.get_task(TaskConfig(task=path, text_column="hypothesis"))
+    assert not task.pair and "as dull as 0" in task.own["train"].texts + task.own["test"].texts
+    path = reviews(tmp_path / "two.csv", ("label", "text", "reply", "stars"))
+    assert data.get_task(TaskConfig(task=path, label_column="stars")).labels == ("bad", "good")
+
+
+def test_named_columns_hold_for_all_splits(tmp_path):
+    reviews(tmp_path / "train.csv")
+    (tmp_path / "test.jsonl").write_text('{"text": "a", "stars": "good"}\n')
+    with pytest.raises(DataError, match=r"test\.jsonl must have a column 'review', has 'text', 'stars'"):
+        data.get_task(TaskConfig(task=str(tmp_path), text_column="review", label_column="stars"))
+
+
+def test_the_classes_of_a_named_column_of_datasets_have_their_names(tmp_path):
+    features = {"info": {"features": {"stars": {"names": ["bad", "good"], "_type": "ClassLabel"}}}}
+    made = pa.table({"review": [f"film {i}" for i in range(40)], "stars": [i % 2 for i in range(40)]})
+    pq.write_table(made.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "own.parquet")
+    asked = TaskConfig(task=str(tmp_path / "own.parquet"), text_column="review", label_column="stars")
+    assert data.get_task(asked).labels == ("bad", "good")
+
+
+HAS = "has 'id', 'review', 'reply', 'stars'; name the column: "
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "says"),
+    [
+        ({"text_column": "Review"}, DataError, f"must have a column 'Review', {HAS}--text-column review"),
+        ({"text_column": ("review", "zzz")}, DataError, f"must have a column 'zzz', {HAS}--text-column COLUMN, or put"),
+        ({"text_column": "review", "label_column": "starz"}, DataError, f"'starz', {HAS}--label-column stars"),
+        ({"label_column": "stars"}, DataError, f"must have a column 'text', {HAS}--text-column review"),
+        ({"text_column": "review"}, DataError, f"must have a column 'label', {HAS}--label-column stars"),
+        ({"text_column": ("review", "review")}, InputError, "column 'review' is named twice"),
+        ({"text_column": "review", "label_column": "review"}, InputError, "column 'review' is named twice"),
+        ({"text_column": ("id", "review", "reply")}, InputError, "a row has one text or two, got 3 columns"),
+    ],
+)
+def test_columns_that_cannot_be_told_are_refused_with_those_that_are_there(tmp_path, named, error, says):
+    path = reviews(tmp_path / "own.csv")
+    with pytest.raises(error, match=says):
+        data.get_task(TaskConfig(task=path, **named))
+
+
+def test_a_label_column_that_is_not_there_is_told_even_if_labels_are_not_needed(tmp_path):
+    path = reviews(tmp_path / "own.csv")
+    with pytest.raises(DataError, match="must have a column 'starz'"):
+        data.get_task(TaskConfig(task=path, text_column="review", label_column="starz"), labelled=False)
+
+
+def test_the_column_of_texts_is_not_that_of_labels(tmp_path):
+    path = reviews(tmp_path / "own.csv", ("id", "text", "reply", "stars"))
+    with pytest.raises(DataError, match="has its texts in the column 'text', not its labels"):
+        data.get_task(TaskConfig(task=path, label_column="text"))
+
+
+@pytest.mark.parametrize("named", [{"text_column": "sentence"}, {"label_column": "label"}])
+def test_columns_of_a_known_task_are_not_named(named):
+    with pytest.raises(InputError, match="the columns of the known task mr are known, some are named; leave --text"):
+        data.get_task(TaskConfig(task="mr", **named))
+
+
+def test_files_beside_the_task_may_have_its_columns_or_the_usual_ones(tmp_path):
+    named = {"text_column": ("review",), "label_column": "stars"}
+    for header in (("id", "review", "reply", "stars"), ("id", "text", "reply", "label")):
+        path = reviews(tmp_path / "own.csv", header)
+        task = data.get_task(TaskConfig(task=path, **named), beside=True)
+        assert task.labels == ("bad", "good") and task.own["test"].texts == [text for _, text, _, _ in REVIEWS]
+        assert data.read_texts(Path(path), ("review",))[0] == [[text for _, text, _, _ in REVIEWS]]
+        assert others([path], ("review",)) == [text for _, text, _, _ in REVIEWS]
+    with pytest.raises(DataError, match="must have a column 'review', has 'id', 'text'"):
+        data.read_texts(Path(path), ("review",), must=True)

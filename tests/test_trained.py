@@ -94,7 +94,7 @@ def test_a_new_method_is_one_record(tmp_path, monkeypatch):
     assert both.model_fields["chance_seed"].description == "chance: which weights go"
     seen = {}
 
-    @flags(config.PruneConfig, subnet=both)
+    @flags(config=config.PruneConfig, subnet=both)
     def command(*, config, subnet):
         seen["flags"] = (config, subnet)
 

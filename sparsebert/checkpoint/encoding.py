@@ -71,23 +71,32 @@ class TextEncoder:
         names, of a pair the longer part first; without it, InputError names the text. numbers: how error messages
         number the texts; None for 0, 1, 2, ….
         """
+        rows = list(self.rows(texts, max_length=max_length, truncate=truncate, numbers=numbers))
+        return [ids for ids, _, _ in rows], [types for _, types, _ in rows]
+
+    def rows(
+        self,
+        texts: Sequence[Text],
+        *,
+        max_length: int | None = None,
+        truncate: bool = False,
+        numbers: Sequence[int] | None = None,
+    ) -> Iterator[tuple[list[int], list[int], bool]]:
+        """(token ids, token types, whether it was cut) of each text; arguments as for `encode`."""
         long = float("inf") if max_length is None else max(PIECE, LONG * max_length)
         short = [i for i, text in enumerate(texts) if sum(map(len, _parts(text))) <= long]
         encoded = (
             dict(zip(short, self._tokenizer.encode_batch([texts[i] for i in short]), strict=True)) if short else {}
         )
-        ids, types = [], []
         for i, text in enumerate(texts):
-            found = encoded.get(i)
+            found, cut = encoded.get(i), False
             if found is None or (max_length is not None and len(found) > max_length):
                 if not truncate:
                     self._refuse_long(text, found, max_length, i if numbers is None else numbers[i])
-                row, kinds = self._cut(text, max_length)
+                ids, types, cut = self._cut(text, max_length)
             else:
-                row, kinds = found.ids, found.type_ids
-            ids.append(row)
-            types.append(kinds if self._types else [0] * len(row))
-        return ids, types
+                ids, types = found.ids, found.type_ids
+            yield ids, types if self._types else [0] * len(ids), cut
 
     def exceeds(self, text: Text, most: int) -> bool:
         """Whether a text or pair has more than `most` tokens. A long text is only read until that is certain."""
@@ -112,8 +121,8 @@ class TextEncoder:
         """Number of special tokens around a text or pair."""
         return sum(part is None for _, _, part in self._templates[len(_parts(text))])
 
-    def _cut(self, text: Text, most: int) -> tuple[list[int], list[int]]:
-        """Token ids and token types of a text or pair, cut to at most `most` tokens."""
+    def _cut(self, text: Text, most: int) -> tuple[list[int], list[int], bool]:
+        """Token ids and token types of a text or pair, cut to at most `most` tokens, and whether it has more."""
         parts = _parts(text)
         room = most - self._special(text)
         if room < len(parts):
@@ -139,7 +148,7 @@ class TextEncoder:
             row = [token] if part is None else streams[part].kept(keep[part])
             ids += row
             types += [kind] * len(row)
-        return ids, types
+        return ids, types, sum(stream.count for stream in streams) > room
 
 
 class _Stream:

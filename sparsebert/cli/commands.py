@@ -18,8 +18,8 @@ from sparsebert.cli.figures import (
     tables_of_replay,
     tables_of_timing,
 )
-from sparsebert.cli.options import flags, option
-from sparsebert.cli.output import emit, print_change, progress, say_what_was_read, stop_for_errors, table, then
+from sparsebert.cli.options import Commands, flags, option
+from sparsebert.cli.output import emit, of_task, print_change, progress, say_what_was_read, stop_for_errors, table, then
 from sparsebert.config import (
     ATTACKS,
     MAX_LENGTH,
@@ -30,6 +30,7 @@ from sparsebert.config import (
     EvalConfig,
     PruneConfig,
     QuantizeConfig,
+    TaskConfig,
     TrainConfig,
 )
 from sparsebert.errors import InputError, cut
@@ -38,7 +39,7 @@ from sparsebert.pruning.trained import TRAINED, SubnetConfig
 BENCH = "sparsebert bench DIR --json"
 SHOWN = 5  # adversarial texts that `attack` prints
 
-app = typer.Typer(
+app = Commands(
     name="sparsebert",
     help="Makes BERT-family classifiers sparse, checks what they kept, and runs them fast on a CPU.",
     add_completion=False,
@@ -65,12 +66,6 @@ def command(
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="model directory")]
 Output = Annotated[Path, option("--output", "-o", help="model directory to write")]
-TaskName = Annotated[
-    str,
-    option(
-        help="a file of your own (.csv, .tsv, .jsonl, .parquet), a folder with train and test files, or a task name"
-    ),
-]
 Overwrite = Annotated[
     bool,
     option("--overwrite", help="replace an output that is there already and was made with other settings or code"),
@@ -91,7 +86,7 @@ def _attack_flag(name: str, *names: str):
 
 
 @app.command()
-@flags(DemoConfig)
+@flags(config=DemoConfig)
 def demo(
     *,
     output: Annotated[Path, option("--output", "-o", help="folder for models and report")] = Path("sparsebert-demo"),
@@ -106,13 +101,13 @@ def demo(
 
 
 @app.command()
-@flags(TrainConfig, basic=("epochs", "lr", "batch_size", "n", "max_length", "seed"))
+@flags(basic=("epochs", "lr", "batch_size", "n", "max_length", "seed"), task=TaskConfig, config=TrainConfig)
 def train(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="model directory, or `minilm` for the packaged encoder")
     ],
     *,
-    task: TaskName,
+    task: TaskConfig,
     output: Output,
     recipe: Annotated[
         str | None,
@@ -136,8 +131,10 @@ def train(
             results = train_recipe(model, task, output, recipe, overwrite=overwrite, progress=update)
         if not json:
             rows = [[name, str(r.steps), f"{r.loss:.4f}", f"{r.seconds:.0f}"] for name, r in results.items()]
-            table(f"{model} fine-tuned on {task} by {recipe}", ["model", "steps", "training loss", "seconds"], rows)
-        emit({"task": task, "models": {name: result.as_json() for name, result in results.items()}}, json)
+            table(
+                f"{model} fine-tuned on {task.task} by {recipe}", ["model", "steps", "training loss", "seconds"], rows
+            )
+        emit({"task": task.task, "models": {name: result.as_json() for name, result in results.items()}}, json)
         return
     with progress("fine-tune") as update:
         result = run(model, task, output, config, overwrite=overwrite, progress=update)
@@ -149,22 +146,23 @@ def train(
             ["seconds", f"{result.seconds:.1f}"],
             ["saved in", str(output)],
         ]
-        table(f"{model} fine-tuned on {task}", ["", ""], rows)
-        then("sparsebert", "prune", output, "--task", Path(task), "-o", Path(f"{output}-sparse"))
-    emit({"task": task, "seed": config.seed, **result.as_json()}, json)
+        table(f"{model} fine-tuned on {task.task}", ["", ""], rows)
+        then("sparsebert", "prune", output, *of_task(task), "-o", Path(f"{output}-sparse"))
+    emit({"task": task.task, "seed": config.seed, **result.as_json()}, json)
 
 
 @app.command(help=f"Prune the classifier in DIR: without labels, or by training with them ({', '.join(TRAINED)}).")
 @flags(
-    PruneConfig,
     basic=("method", "tier", "sparsity", "pattern", "calibration"),
+    task=TaskConfig,
+    config=PruneConfig,
     budget=BudgetConfig,
     subnet=SubnetConfig,
 )
 def prune(
     directory: Directory,
     *,
-    task: TaskName,
+    task: TaskConfig,
     output: Output,
     dry_run: Annotated[
         bool, option("--dry-run", help="print what would be done, with memory and time, and stop")
@@ -215,7 +213,14 @@ def prune(
 
 
 def _prune_within(
-    budget: BudgetConfig, directory: Path, task: str, output: Path, config: PruneConfig, *, overwrite: bool, json: bool
+    budget: BudgetConfig,
+    directory: Path,
+    task: TaskConfig,
+    output: Path,
+    config: PruneConfig,
+    *,
+    overwrite: bool,
+    json: bool,
 ) -> None:
     from sparsebert.pruning.budget import search
 
@@ -233,11 +238,11 @@ def _prune_within(
 
 
 @app.command()
-@flags(QuantizeConfig)
+@flags(task=TaskConfig, config=QuantizeConfig)
 def quantize(
     directory: Directory,
     *,
-    task: TaskName,
+    task: TaskConfig,
     output: Output,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -259,17 +264,17 @@ def quantize(
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
 
 
-def _then_eval_or_bench(made: Path, source: Path, task: str, kept: dict | None) -> None:
+def _then_eval_or_bench(made: Path, source: Path, task: TaskConfig, kept: dict | None) -> None:
     """Names the next command: `eval`, if the task has the labels for it."""
     from sparsebert.robustness import misfit
 
     if kept is not None and misfit(made, task) is None:
-        then("sparsebert", "eval", made, "--task", Path(task), "--vs", source)
+        then("sparsebert", "eval", made, *of_task(task), "--vs", source)
     else:
-        then("sparsebert", "bench", made, "--task", Path(task))
+        then("sparsebert", "bench", made, *of_task(task))
 
 
-def _kept(pruned: Path, dense: Path, task: str, max_length: int | None, device: str) -> dict | None:
+def _kept(pruned: Path, dense: Path, task: TaskConfig, max_length: int | None, device: str) -> dict | None:
     """How near a pruned model is to the dense one. None if that cannot be measured; stderr says why."""
     from sparsebert import checkpoint
     from sparsebert.errors import DataError
@@ -286,12 +291,13 @@ def _kept(pruned: Path, dense: Path, task: str, max_length: int | None, device: 
 
 
 @app.command()
+@flags(task=TaskConfig)
 def soup(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR", help="model directories, fine-tuned with --hold-out")
     ],
     *,
-    task: TaskName,
+    task: TaskConfig,
     output: Output,
     max_length: Annotated[int | None, option(min=3, help=MAX_LENGTH)] = None,
     score: Annotated[
@@ -314,16 +320,16 @@ def soup(
         rows = [
             [name, f"{value:.4f}", "yes" if name in result.members else "no"] for name, value in result.scores.items()
         ]
-        table(f"soup on {task}: {score} {result.score:.4f}", ["model", score, "in the soup"], rows)
-    emit({"task": task, "score_name": score, **result.as_json()}, json)
+        table(f"soup on {task.task}: {score} {result.score:.4f}", ["model", score, "in the soup"], rows)
+    emit({"task": task.task, "score_name": score, **result.as_json()}, json)
 
 
 @app.command("eval")
-@flags(EvalConfig, attack=AttackConfig)
+@flags(task=TaskConfig, config=EvalConfig, attack=AttackConfig)
 def evaluate(
     directory: Directory,
     *,
-    task: TaskName,
+    task: TaskConfig,
     vs: Annotated[
         Path | None, option(metavar="DENSE", help="directory of the dense model, to compare with on the same texts")
     ] = None,
@@ -361,9 +367,9 @@ def evaluate(
     say_what_was_read(result)
     figures = result.as_json()
     if not json:
-        for each in tables_of_evaluation(figures, task, directory, vs):
+        for each in tables_of_evaluation(figures, task.task, directory, vs):
             table(*each)
-        then("sparsebert", "bench", directory, "--task", Path(task))
+        then("sparsebert", "bench", directory, *of_task(task))
     if report is not None:
         trade_off.write_trade_off(report, [figures], timings)
         print(f"report: {report}", file=sys.stderr)
@@ -376,11 +382,11 @@ def evaluate(
 
 
 @app.command()
-@flags(AttackConfig, basic=("n", "seed", "workers", "ledger", "max_length"))
+@flags(basic=("n", "seed", "workers", "ledger", "max_length"), task=TaskConfig, config=AttackConfig)
 def attack(
     directory: Directory,
     *,
-    task: TaskName,
+    task: TaskConfig,
     attack: Annotated[str, option("--attack", help=f"one of {', '.join(ATTACKS)}")],
     output: Annotated[
         Path | None, option("--output", "-o", metavar="FILE", help="also write a row per example to this parquet file")
@@ -402,10 +408,16 @@ def attack(
     if output is not None:
         write_rows(output, found, overwrite=overwrite)
     if not json:
-        table(f"{directory} under attack, {task}", ["figure", "value", "95 % interval"], rows_of_attack(found.figures))
+        table(
+            f"{directory} under attack, {task.task}",
+            ["figure", "value", "95 % interval"],
+            rows_of_attack(found.figures),
+        )
         for row in [row for row in found.rows if row["outcome"] == "succeeded"][:SHOWN]:
             print_change(row)
-    emit({"task": task, "attack": attack, **found.figures, "output": None if output is None else str(output)}, json)
+    emit(
+        {"task": task.task, "attack": attack, **found.figures, "output": None if output is None else str(output)}, json
+    )
     stop_for_errors(found.figures["errors"], len(found.rows))
 
 
@@ -499,6 +511,9 @@ def predict(
         Path | None,
         option(metavar="FILE", help="classify the texts or pairs of a file (.txt, .csv, .tsv, .jsonl, .parquet)"),
     ] = None,
+    text_column: Annotated[
+        list[str] | None, option("--text-column", help=TaskConfig.model_fields["text_column"].description)
+    ] = None,
     json: Json = False,
 ) -> None:
     """Classify texts: prints a line per text with its label and that label's probability. Texts that are too long are
@@ -510,8 +525,10 @@ def predict(
 
     if bool(texts) == (file is not None):
         raise InputError(f"predict needs either texts or --file, got {'both' if texts else 'neither'}", fix="give one")
+    if text_column and file is None:
+        raise InputError("--text-column is of a --file, none is given", fix="leave it out, or give --file")
     if file is not None:
-        columns, blank = data.read_texts(file)
+        columns, blank = data.read_texts(file, tuple(text_column or ()), must=True)
         rows = list(zip(*columns, strict=True))
         left = f", {blank:,} blank left out" if blank else ""
         print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read{left}", file=sys.stderr)
@@ -528,9 +545,10 @@ def predict(
             print(f"warning: {texts[0]} is a file; --file classifies the texts in it", file=sys.stderr)
     engine = Engine.load(directory)
     given = [row if len(row) == 2 else row[0] for row in rows]
-    logits = engine.logits(given, truncate=True)
-    if were_cut := sum(map(engine.truncates, given)):
-        print(f"{were_cut:,} of {len(rows):,} texts were cut at {engine.truncates_at} tokens", file=sys.stderr)
+    ids, types, were_cut = engine.encode(given, truncate=True)
+    logits = engine.forward(ids, types)
+    if were_cut:
+        print(f"{len(were_cut):,} of {len(rows):,} texts were cut at {engine.truncates_at} tokens", file=sys.stderr)
     found = answers(engine.problem, engine.labels, logits)
     if json:
         told = [
@@ -576,7 +594,10 @@ def reseal(
 
 
 @app.command()
-@flags(BenchConfig)
+@flags(
+    basic=("task", "text_column", "label_column", "n", "batch", "rounds", "threads", "dtype", "rivals"),
+    config=BenchConfig,
+)
 def bench(
     directory: Annotated[Path | None, typer.Argument(metavar="DIR", help="model directory")] = None,
     *,

@@ -1,7 +1,8 @@
-"""Flags made from the config classes: one field, one flag, one help line, one default."""
+"""Flags made from the config classes: one field, one flag, one help line, one default. --help shows the basic ones."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
@@ -10,6 +11,7 @@ from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
 
 import typer
+import typer.core
 from pydantic.fields import FieldInfo
 from rich.markup import escape
 
@@ -23,18 +25,45 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
-def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **more: type[Settings]) -> Callable:
-    """Decorates a command that takes `config`: its flags are the fields of `config_class`, validated together.
+class Commands(typer.Typer):
+    """A Typer whose commands have a short --help (`Command`)."""
 
-    basic: fields whose flags --help lists first (None: all); it lists the others of `config_class` as expert options.
-    more: further config classes by the names of their arguments, listed under their headings. A field that two classes
-    have is one flag, described by the first.
+    def command(self, name: str | None = None, **settings) -> Callable:
+        return super().command(name, cls=Command, **settings)
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose --help shows the flags under no heading; --help-all shows the others too."""
+
+    def format_help(self, ctx: typer.Context, formatter) -> None:
+        short = copy.copy(self)
+        short.params = [param for param in self.params if param.rich_help_panel is None]
+        if len(short.params) < len(self.params):
+            short.epilog = f"all options: {ctx.command_path} --help-all"
+        typer.core.TyperCommand.format_help(short, ctx, formatter)
+
+
+def _show_all(ctx: typer.Context, wanted: bool) -> None:
+    if wanted:
+        typer.core.TyperCommand.format_help(ctx.command, ctx, ctx.make_formatter())
+        raise typer.Exit
+
+
+HELP_ALL = option("--help-all", is_eager=True, callback=_show_all, help="show all options and stop")
+
+
+def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Callable:
+    """Decorates a command: where it takes an argument that `classes` names, it gets flags, one for each field of that
+    class, which are validated together.
+
+    A class with a heading has its flags listed under it. basic: fields of `config` whose flags are listed first (None:
+    all); its others are expert options. A field that two classes have is one flag, described by the first. If there are
+    flags under a heading, there is --help-all.
     """
-    classes = {"config": config_class, **more}
 
     def decorate(command: Callable) -> Callable:
         @functools.wraps(command)
-        def run(**values):
+        def run(help_all: bool = False, **values):
             given = {name: values.pop(name) for name in fields}
             configs = {
                 argument: validated(cls, {name: given[name] for name in cls.model_fields})
@@ -42,21 +71,25 @@ def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **
             }
             return command(**configs, **values)
 
-        fields: dict[str, FieldInfo] = {}
-        headings: dict[str, str] = {}
-        for cls in classes.values():
-            headings |= {name: cls.heading for name in cls.model_fields if name not in fields}
-            fields |= {name: field for name, field in cls.model_fields.items() if name not in fields}
-        parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in classes]
-        for name, field in fields.items():
-            names = (field.json_schema_extra or {}).get("flags", ())
-            if field.annotation is bool:  # without its --no-, which every default is
-                names = (f"--{name.replace('_', '-')}",)
-            own = name in config_class.model_fields
-            under = (None if basic is None or name in basic else EXPERT) if own else headings[name]
-            annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
+        fields: set[str] = set()
+        parameters, grouped = [], False
+        for parameter in inspect.signature(command, eval_str=True).parameters.values():
+            cls = classes.get(parameter.name)
+            if cls is None:
+                parameters.append(parameter)
+                continue
+            new = {name: field for name, field in cls.model_fields.items() if name not in fields}
+            fields |= new.keys()
+            for name, field in new.items():
+                expert = parameter.name == "config" and basic is not None and name not in basic
+                under = EXPERT if expert else cls.heading or None
+                parameters.append(_parameter(name, field, under))
+                grouped |= under is not None
+        if grouped:
             parameters.append(
-                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
+                inspect.Parameter(
+                    "help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, HELP_ALL]
+                )
             )
         run.__signature__ = inspect.Signature(parameters)
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -66,7 +99,18 @@ def flags(config_class: type[Settings], basic: tuple[str, ...] | None = None, **
     return decorate
 
 
+def _parameter(name: str, field: FieldInfo, under: str | None) -> inspect.Parameter:
+    """The flag of a field, listed under a heading."""
+    names = (field.json_schema_extra or {}).get("flags", ())
+    if field.annotation is bool:  # without its --no-, which every default is
+        names = (f"--{name.replace('_', '-')}",)
+    annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
+
+
 def _default(field: FieldInfo):
+    if field.is_required():
+        return inspect.Parameter.empty
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sparsebert.config import TaskConfig
     from sparsebert.encoders import Progress
 
 PLAIN_SECONDS = 5.0  # between progress lines where stderr is no terminal
@@ -48,6 +49,13 @@ def then(*command: object) -> None:
     """Names the command that people would type next, quoted for a shell. A Path is never taken for a flag."""
     parts = [f"./{part}" if isinstance(part, Path) and str(part).startswith("-") else str(part) for part in command]
     print(f"next: {shlex.join(parts)}", file=sys.stderr)
+
+
+def of_task(task: TaskConfig) -> list[object]:
+    """The flags of a task, for `then`."""
+    columns = [part for name in task.text_column for part in ("--text-column", name)]
+    columns += [] if task.label_column is None else ["--label-column", task.label_column]
+    return ["--task", Path(task.task), *columns]
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -56,6 +56,6 @@ def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
         # The first tokens of a vocabulary are special ones.
         words = np.random.default_rng(config.seed).integers(stock.vocab_size // 2, stock.vocab_size, (config.n, length))
         return [{"input_ids": row.tolist(), "attention_mask": [1] * length} for row in words]
-    spec = limited(data.get_task(config.task, labelled=False), stock, config.max_length)
+    spec = limited(data.get_task(config, labelled=False), stock, config.max_length)
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
     return tokenize(checkpoint.load_tokenizer(directory), examples, spec.max_length)

@@ -1,7 +1,7 @@
 """Tasks and their examples: the table of known tasks, and the user's own files.
 
 A task of the user's own is a folder with `train` and `test`, or one file. Files are .parquet, .csv, .tsv or .jsonl with
-the columns `text`[, `text_b`] and `label`.
+the columns `text`[, `text_b`] and `label`, or those that a TaskConfig names.
 """
 
 from sparsebert.data.examples import (
@@ -20,6 +20,7 @@ from sparsebert.data.examples import (
     training,
     unreported_texts,
     word_neighbors,
+    word_table,
 )
 from sparsebert.data.own import get_task, rows_read
 from sparsebert.data.tables import lines_of, read_texts
@@ -52,4 +53,5 @@ __all__ = [
     "training",
     "unreported_texts",
     "word_neighbors",
+    "word_table",
 ]

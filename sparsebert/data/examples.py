@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
-import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -216,8 +215,14 @@ def _in_labels_of(task: Task, other: Task) -> np.ndarray:
 @functools.cache
 def word_neighbors() -> dict[str, list[str]]:
     """Lower-case word -> up to 8 words of similar meaning, nearest first (counter-fitted vectors; packaged)."""
-    packed = resources.files("sparsebert") / "assets" / "attack" / "counterfitted_neighbors.json.gz"
-    return {word: near for word, near in json.loads(gzip.decompress(packed.read_bytes())).items() if near}
+    packed = resources.files("sparsebert") / "assets" / "attack" / "counterfitted_neighbors.txt.gz"
+    return word_table(packed.read_bytes())
+
+
+def word_table(packed: bytes) -> dict[str, list[str]]:
+    """Word -> words, of a packaged table: lines of words, separated by one space, compressed by gzip."""
+    lines = gzip.decompress(packed).decode().split("\n")
+    return {word: others for word, *others in (line.split(" ") for line in lines)}
 
 
 UNSEEN = 500  # packaged general texts that nothing calibrates on

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from sparsebert.config import TaskConfig
 from sparsebert.data.examples import Examples, sameness
-from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, text_columns, texts_of
+from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, require_columns, text_columns, texts_of
 from sparsebert.data.tasks import TASKS, Task
 from sparsebert.errors import DataError, InputError, alike, shown
 from sparsebert.heads import fold
@@ -26,23 +27,34 @@ TEST_SHARE = 0.2  # share of one file that becomes the test split
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
 
 
-def get_task(name: str, *, labelled: bool = True, values: bool = False, whole: bool = False) -> Task:
-    """The known task `name`, or the user's own task in the folder or file `name`. labelled: whether labels are needed;
-    if not, they are ignored. values: whether numbers in a file are values (regression), not class ids. whole: whether
-    all rows of a single file are its test split. Raises InputError for an unknown name, DataError for files that cannot
-    be understood.
+def get_task(task: str | TaskConfig, *, labelled: bool = True, values: bool = False, beside: bool = False) -> Task:
+    """The known task, or the user's own task in the folder or file of this name. labelled: whether labels are needed;
+    if not, they are ignored. values: whether numbers in a file are values (regression), not class ids. beside: whether
+    it is a set beside the task: all rows of a single file are its test split, and columns that were named need not be
+    there. Raises InputError for an unknown name, and for columns of a known task; DataError for files that cannot be
+    understood.
     """
+    asked = TaskConfig.of(task)
+    name = asked.task
+    require_columns(asked.text_column, asked.label_column)
     if name in TASKS:
+        if (asked.text_column or asked.label_column is not None) and not beside:
+            raise InputError(
+                f"the columns of the known task {name} are known, some are named",
+                fix="leave --text-column and --label-column out",
+            )
         return replace(TASKS[name], labelled=labelled)
     path = Path(name)
+    named = (*asked.text_column, *filter(None, [asked.label_column]))
     try:
         if path.is_dir():
-            return _of_tables(path, _in_folder(path), labelled, values)
+            return _of_tables(path, _in_folder(path, named), asked, labelled, values, beside)
         wanted = os.path.lexists(path) or (path.suffix in SUFFIXES and not path.exists() and "\0" not in name)
     except (OSError, ValueError):  # not a valid path
         wanted = False
     if wanted:
-        return _of_tables(path, {"test" if whole else "": read(path)}, labelled, values)
+        found = {"test" if beside else "": read(path, named)}
+        return _of_tables(path, found, asked, labelled, values, beside)
     if like := alike(path):
         raise InputError(f"there is no file, folder or task {shown(name)}", fix=f"did you mean {like}?")
     raise InputError(
@@ -58,7 +70,7 @@ def rows_read(task: Task) -> dict | None:
     return {**rows, "split": "hash of the texts" if task.by_hash else "files"}
 
 
-def _in_folder(folder: Path) -> dict[str, Table]:
+def _in_folder(folder: Path, named: tuple[str, ...]) -> dict[str, Table]:
     found = {}
     for split, choices in _SPLITS.items():
         for stems in choices:
@@ -68,7 +80,7 @@ def _in_folder(folder: Path) -> dict[str, Table]:
                 names = " and ".join(path.name for path in paths)
                 raise DataError(f"{folder} has several files of its {split} split: {names}", fix="keep one of them")
             if paths:
-                found[split] = read(paths[0])
+                found[split] = read(paths[0], named)
                 break
     if not found:
         if (folder / "config.json").exists():
@@ -81,15 +93,19 @@ def _in_folder(folder: Path) -> dict[str, Table]:
     return found
 
 
-def _of_tables(path: Path, found: dict[str, Table], labelled: bool, values: bool) -> Task:
+def _of_tables(
+    path: Path, found: dict[str, Table], asked: TaskConfig, labelled: bool, values: bool, beside: bool
+) -> Task:
     """The task made of the tables of its splits. The key "" marks a table that is still to be split."""
-    columns = {split: text_columns(table) for split, table in found.items()}
+    columns = {split: text_columns(table, asked.text_column, not beside) for split, table in found.items()}
     if len({len(names) for names in columns.values()}) > 1:
         said = ", ".join(f"{found[split].path.name} has {' and '.join(names)}" for split, names in columns.items())
         raise DataError(f"{path}: all splits must be of single texts, or all of pairs: {said}", fix="make them alike")
     problem, names, labels = "single_label", (), dict.fromkeys(found)
+    if labelled or asked.label_column is not None:  # a name that is wrong is told even if labels are not needed
+        cells = {split: _labels(table, columns[split], asked.label_column, beside) for split, table in found.items()}
     if labelled:
-        problem, names, labels = _understood(path, found, values)
+        problem, names, labels = _understood(path, found, cells, values)
     own = {}
     for split, table in found.items():
         texts = [texts_of(table, name) for name in columns[split]]
@@ -102,6 +118,7 @@ def _of_tables(path: Path, found: dict[str, Table], labelled: bool, values: bool
     return Task(
         path.name, names, "train", "test", pair=own[next(iter(own))].texts_b is not None, max_length=None,
         problem=problem, folder=path.resolve(), own=own, labelled=labelled, by_hash="" in found,
+        text_column=asked.text_column, label_column=asked.label_column,
     )  # fmt: skip
 
 
@@ -138,11 +155,19 @@ def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: di
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
+def _labels(table: Table, texts: tuple[str, ...], named: str | None, beside: bool) -> list:
+    """The values of the label column: the one that was named, else `label`."""
+    name = "label" if named is None or (beside and named not in table.columns) else named
+    if name in texts:
+        raise DataError(f"{table.path} has its texts in the column {name!r}, not its labels", fix="name another column")
+    return table.column(name, None if beside else "--label-column")
+
+
 def _understood(
-    path: Path, found: dict[str, Table], values: bool
+    path: Path, found: dict[str, Table], labels: dict[str, list], values: bool
 ) -> tuple[str, tuple[str, ...], dict[str, np.ndarray]]:
     """(problem type, label names, labels by split) of the label columns, interpreted the same way in all splits."""
-    cells = [(table, row, value) for table in found.values() for row, value in enumerate(table.column("label"))]
+    cells = [(found[split], row, value) for split in found for row, value in enumerate(labels[split])]
     several = [isinstance(value, list) for _, _, value in cells]
     if any(several):
         if not all(several):
@@ -185,8 +210,8 @@ def _one(path: Path, cells, values: bool) -> tuple[str, tuple[str, ...], np.ndar
     names = sorted(set(read_as))
     if len(names) > MAX_CLASSES or (len(names) > 20 and len(names) > len(cells) / 2):
         raise DataError(
-            f"{path}: column 'label' has {len(names)} different values in {len(cells)} rows, too many for classes",
-            fix="name the column of the classes 'label'",
+            f"{path}: its labels have {len(names)} different values in {len(cells)} rows, too many for classes",
+            fix="name the column of the classes: --label-column COLUMN",
         )
     _require_different(path, names)
     at = {name: i for i, name in enumerate(names)}

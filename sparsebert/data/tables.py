@@ -7,12 +7,14 @@ import difflib
 import json
 import os
 import re
+import shlex
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsebert.errors import DataError, alike, first_line, shown
+from sparsebert.errors import DataError, InputError, alike, first_line, shown
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 OF_TEXTS = (".txt", *SUFFIXES)  # files that texts without labels are read from
@@ -61,15 +63,22 @@ class Table:
         """The file and the position of a row in it, for messages."""
         return f"{self.path}, {self.at[row]}"
 
-    def column(self, name: str) -> list:
-        """The values of a column. DataError, listing the columns, if there is none of this name."""
+    def column(self, name: str, flag: str | None = None) -> list:
+        """The values of a column. DataError, listing the columns, if there is none of this name. flag: what another one
+        can be named by.
+        """
         if name not in self.columns:
             found = ", ".join(map(shown, self.names[:20]))
             second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # never meant as the first text
             near = [other for other in self.names if _folded(other) in _MEANT.get(name, ())]
             near += difflib.get_close_matches(name, [other for other in self.names if other not in second], n=1)
-            needs = " (prune and predict need none)" if name == "label" else ""
-            hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line{needs}"
+            if flag is None:
+                hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line"
+            elif near:
+                hint = f"name the column: {flag} {shlex.quote(near[0])}"
+            else:
+                hint = f"name the column: {flag} COLUMN, or put a line of column names first"
+            hint += " (prune and predict need none)" if name == "label" and not near else ""
             if any(other.startswith('"') for other in self.names):
                 hint = "write .tsv without quotes, or save it as .csv"
             raise DataError(f"{self.path} must have a column {name!r}, has {found}", fix=hint)
@@ -78,7 +87,8 @@ class Table:
 
 def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     """Reads the table in a file; the suffix tells its format. In .csv a field may be quoted; in .tsv a quote is an
-    ordinary character. Both need a header, and their values are strings. also: columns wanted besides texts and labels.
+    ordinary character. Both need a header, and their values are strings. also: columns wanted besides those of the
+    usual names.
 
     Raises DataError for a file that is of no such format, is not UTF-8, has no rows, repeats or lacks a column name, or
     has a row of another width, and for a quoted .csv text that has swallowed the rows after it.
@@ -95,9 +105,9 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     return table
 
 
-def read_texts(path: Path) -> tuple[list[list[str]], int]:
+def read_texts(path: Path, named: tuple[str, ...] = (), must: bool = False) -> tuple[list[list[str]], int]:
     """(the text columns of a file, one, or two for pairs: the non-blank lines of a .txt, else those of its table; how
-    many lines of a .txt were blank).
+    many lines of a .txt were blank). named, must: as in `text_columns`.
     """
     if path.suffix == ".txt":
         _require_file(path)
@@ -105,8 +115,8 @@ def read_texts(path: Path) -> tuple[list[list[str]], int]:
         return [lines], blank
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(OF_TEXTS)}", fix="convert or rename it")
-    table = read(path)
-    return [texts_of(table, column) for column in text_columns(table)], 0
+    table = read(path, named)
+    return [texts_of(table, column) for column in text_columns(table, named, must)], 0
 
 
 def lines_of(raw: bytes, where: Path | str) -> tuple[list[str], int]:
@@ -332,15 +342,15 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
                 values.append(float(value) if isinstance(value, decimal.Decimal) else value)
             except ValueError as error:  # such as UnicodeDecodeError
                 raise DataError(f"{path}, row {row}: {name} must be UTF-8: {error}", fix="save it as UTF-8") from error
-    if "label" in columns:
-        columns["label"] = _named_classes(columns["label"], found.schema.metadata or {})
+    for name in {"label", *also} & columns.keys():
+        columns[name] = _named_classes(columns[name], found.schema.metadata or {}, name)
     return Table(path, columns, [f"row {i}" for i in range(1, found.num_rows + 1)], tuple(names))
 
 
-def _named_classes(labels: list, metadata: dict[bytes, bytes]) -> list:
+def _named_classes(labels: list, metadata: dict[bytes, bytes], column: str) -> list:
     """Replaces class ids by the names that `datasets` stores for a ClassLabel; its -1, for unknown, becomes None."""
     try:
-        feature = json.loads(metadata[b"huggingface"])["info"]["features"]["label"]
+        feature = json.loads(metadata[b"huggingface"])["info"]["features"][column]
         names = feature.get("names") or feature["feature"]["names"]
     except (KeyError, TypeError, AttributeError, ValueError):  # written by another program, or not a ClassLabel
         return labels
@@ -353,26 +363,51 @@ def _named_classes(labels: list, metadata: dict[bytes, bytes]) -> list:
     return [named(value) for value in labels]
 
 
-def text_columns(table: Table) -> tuple[str, ...]:
-    """The names of the one or two text columns: `text` (and `text_b`), else names used by public data sets. DataError
-    if there are none, or if the columns can be read in two ways.
+def require_columns(named: tuple[str, ...], label: str | None = None) -> None:
+    """InputError for named columns that are more than a pair of texts and a label, or one column twice."""
+    if len(named) > 2:
+        raise InputError(
+            f"a row has one text or two, got {len(named)} columns: {', '.join(map(shown, named))}",
+            fix="give --text-column once, or twice for pairs",
+        )
+    twice = [name for name, count in Counter([*named, label]).items() if count > 1]
+    if twice:
+        raise InputError(f"column {shown(twice[0])} is named twice", fix="name each column once")
+
+
+def text_columns(table: Table, named: tuple[str, ...] = (), must: bool = False) -> tuple[str, ...]:
+    """The names of the one or two text columns: `named`, else `text` (and `text_b`), else names used by public data
+    sets. must: whether the table is the one that `named` is about; another one may lack these columns. DataError if it
+    must have them and does not, if there are none, or if the columns can be read in two ways.
     """
+    if named and (must or set(named) <= table.columns.keys()):
+        for name in named:
+            table.column(name, "--text-column")
+        return named
     found = [names for names in _TEXT_COLUMNS if set(names) <= table.columns.keys()]
     found = [names for names in found if not any(set(names) < set(other) for other in found)]
     if len(found) > 1:
         raise DataError(
             f"{table.path} may be read as {' or as '.join(' with '.join(names) for names in found)}",
-            fix="keep the columns of one reading, or rename the others",
+            fix=f"name the columns, such as {_flags(found[0])}"
+            if must
+            else "keep the columns of one reading, or rename the others",
         )
     if not found:
-        table.column("text")  # raises the error, which lists the columns
+        table.column("text", "--text-column" if must else None)  # raises the error, which lists the columns
     usual = {_folded(name) for names in _TEXT_COLUMNS for name in names}
     if more := [name for name in table.names if name not in found[0] and _folded(name) in usual]:
         raise DataError(
             f"{table.path} has texts in {' and '.join(found[0])}, and perhaps in {shown(more[0])}",
-            fix="name the two columns of pairs text and text_b, or rename the others",
+            fix=f"name the columns: {_flags([*found[0], more[0]])}, or {_flags(found[0])} alone"
+            if must
+            else "name the two columns of pairs text and text_b, or rename the others",
         )
     return found[0]
+
+
+def _flags(columns: Iterable[str]) -> str:
+    return " ".join(f"--text-column {shlex.quote(column)}" for column in columns)
 
 
 def _folded(column: str) -> str:

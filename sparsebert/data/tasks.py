@@ -45,6 +45,7 @@ class Task:
     For the user's own task:
 
     folder: its folder or file. own: its examples by split. by_hash: whether one file was split by a hash of its texts.
+    text_column, label_column: the columns that were named (TaskConfig).
     """
 
     name: str
@@ -65,6 +66,8 @@ class Task:
     own: dict[str, Examples] | None = field(default=None, compare=False, repr=False)
     labelled: bool = True
     by_hash: bool = False
+    text_column: tuple[str, ...] = ()
+    label_column: str | None = None
 
 
 def _glue(name: str, columns: tuple[str, ...], test: str, hub_test: str = "validation") -> Hub:

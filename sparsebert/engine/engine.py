@@ -184,10 +184,6 @@ class Engine:
         """Max tokens that `logits` keeps of a text with `truncate`: the positions, or the tokenizer's limit if less."""
         return self._tokenizer.max_length
 
-    def truncates(self, text: str | tuple[str, str]) -> bool:
-        """Whether `logits` cuts this text or pair with `truncate`."""
-        return self._tokenizer.exceeds(text, self.truncates_at)
-
     def explain(self, *, measure: bool = False, texts: Iterable[Text] = ()) -> list[dict]:
         """How each linear runs, first to last: layer, name, shape [n_out, n_in], density, form and kernel in long
         batches, why, and `short`: the form in short batches, None if it is the same.
@@ -199,9 +195,7 @@ class Engine:
         back. `gflops`: 10^9 operations on non-zeros per second. `share_of_peak`: all its operations, as a share of
         those that the core could do in that time and dtype without waiting for memory.
         """
-        ids, types = self._encode(
-            inputs.read(texts, len(self.encoder.words), self._facts.padding), self.truncates_at, True
-        )
+        ids, types, _ = self.encode(texts, truncate=True)
         clipped = self._clipped(ids, types) if ids else None
         peaks: dict[str, float] = {}
         rows = []
@@ -250,6 +244,15 @@ class Engine:
         ids after max_length; without it they are an error. Raises InputError if texts is not a list of texts, naming
         the text: an empty one, one that is too long, ids out of the vocabulary; and for a length the model cannot take.
         """
+        ids, types, _ = self.encode(texts, max_length=max_length, truncate=truncate)
+        return self.forward(ids, types) if ids else np.empty((0, len(self.labels)), dtype=np.float32)
+
+    def encode(
+        self, texts: Iterable[Text], *, max_length: int | None = None, truncate: bool = False
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """(token ids, token types) of each text, as `forward` takes them, and the numbers of the texts that were cut.
+        Arguments and errors are those of `logits`.
+        """
         if not isinstance(truncate, (bool, np.bool_)):
             raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
         limit = self.encoder.max_length
@@ -260,29 +263,23 @@ class Engine:
                 f"max_length must be an integer from 3 to {limit}, got {shown(max_length)}",
                 fix="choose a length in that range, or None",
             )
-        rows = inputs.read(texts, len(self.encoder.words), self._facts.padding)
-        if not rows:
-            return np.empty((0, len(self.labels)), dtype=np.float32)
-        return self.forward(*self._encode(rows, int(max_length), bool(truncate)))
-
-    def _encode(self, rows: list[inputs.Row], most: int, truncate: bool) -> tuple[list[list[int]], list[list[int]]]:
-        """Token ids and token types of each row."""
+        rows, most = inputs.read(texts, len(self.encoder.words), self._facts.padding), int(max_length)
         at = [i for i, row in enumerate(rows) if type(row) is not list]
-        encoded = self._tokenizer.encode([rows[i] for i in at], max_length=most, truncate=truncate, numbers=at)
-        if len(at) == len(rows):
-            return encoded
-        found = dict(zip(at, zip(*encoded, strict=True), strict=True))
-        ids, types = [], []
+        encoded = self._tokenizer.rows([rows[i] for i in at], max_length=most, truncate=bool(truncate), numbers=at)
+        found = dict(zip(at, encoded, strict=True))
+        ids, types, cut = [], [], []
         for i, row in enumerate(rows):
             if i not in found and len(row) > most and not truncate:
                 raise InputError(
                     f"texts must have at most {most} tokens, texts[{i}] has {len(row)}",
                     fix="pass truncate=True to cut them, or shorten it",
                 )
-            row_ids, row_types = found.get(i) or (row[:most], [0] * min(most, len(row)))
+            row_ids, row_types, was_cut = found.get(i) or (row[:most], [0] * min(most, len(row)), len(row) > most)
             ids.append(row_ids)
             types.append(row_types)
-        return ids, types
+            if was_cut:
+                cut.append(i)
+        return ids, types, cut
 
     def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], *, first: int = 0) -> np.ndarray:
         """Logits of token id lists, float32 [sequences, labels]; every sequence has at least one token. first: the

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from sparsebert import checkpoint, data
-from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig
+from sparsebert.config import AttackConfig, BudgetConfig, PruneConfig, TaskConfig
 from sparsebert.encoders import Progress, limited, no_progress, task_for, tokenize
 from sparsebert.engine import Engine
 from sparsebert.engine.formats import DTYPES
@@ -77,7 +77,7 @@ class Choice:
 
 def search(
     directory: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     config: PruneConfig,
     budget: BudgetConfig,

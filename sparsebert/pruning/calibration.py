@@ -82,9 +82,10 @@ class Calibration:
         return self.texts.sha256 + self.held_out.sha256
 
 
-def others(named: list[str]) -> list[str]:
+def others(named: list[str], columns: tuple[str, ...] = ()) -> list[str]:
     """The texts that `--calibration` names, in order. A name is a file (.txt: one text per line; .csv, .tsv, .jsonl,
-    .parquet: the columns of texts), "general" (the packaged texts, the default) or "none".
+    .parquet: the columns of texts, which are `columns` if it has them), "general" (the packaged texts, the default) or
+    "none".
     """
     named = named or [GENERAL]
     if NONE in named and len(named) > 1:
@@ -100,7 +101,7 @@ def others(named: list[str]) -> list[str]:
                     f"calibration must be {GENERAL}, {NONE} or files that end in {', '.join(OF_TEXTS)}, got {name}",
                     fix="convert or rename it",
                 )
-            found += [text for column in read_texts(path)[0] for text in column]
+            found += [text for column in read_texts(path, columns)[0] for text in column]
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sparsebert import checkpoint, data, encoders, patterns
-from sparsebert.config import PruneConfig, QuantizeConfig
+from sparsebert.config import PruneConfig, QuantizeConfig, TaskConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job, code_of, digest
@@ -26,7 +26,7 @@ from sparsebert.pruning.run import Run
 from sparsebert.pruning.subnets import Subnet, own
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Trained
-from sparsebert.training.setup import read_by, task_name
+from sparsebert.training.setup import read_by, task_recipe
 
 METHODS: dict[str, LabelFree | Trained] = {**LABEL_FREE, **TRAINED}
 CUT_SAMPLE = 4096  # max training texts on which the share of cut texts is measured
@@ -139,7 +139,7 @@ def _result(model, config: PruneConfig, start: float, tokens: int, training: dic
 
 def prune_checkpoint(
     source: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     config: PruneConfig | None = None,
     subnet: SubnetConfig | None = None,
@@ -163,7 +163,7 @@ def prune_checkpoint(
 
 def quantize_checkpoint(
     source: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     config: QuantizeConfig | None = None,
     *,
@@ -193,7 +193,7 @@ def _carried_out(
     with run.job:
         model, tokenizer, result = run.find(progress)
         recipe = {"command": run.job.record["kind"], **checkpoint.made_from(source, checkpoint.source_sha256(source))}
-        recipe |= {"task": task_name(run.spec), **run.recipe, **config.model_dump()}
+        recipe |= {**task_recipe(run.spec), **run.recipe, **config.model_dump()}
         summary = {name: getattr(result, name) for name in ("method", "pattern", "sparsity")}
         summary["max_length"] = run.spec.max_length
         checkpoint.save(
@@ -204,7 +204,9 @@ def _carried_out(
     return replace(result, resumed=run.job.resumed)
 
 
-def run_of(source: Path, task: str, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool):
+def run_of(
+    source: Path, task: str | TaskConfig, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
+):
     """The run of `prune_checkpoint` for a config that was checked, before its work begins. Everything that can be
     refused this early is refused here.
     """
@@ -270,7 +272,7 @@ class _Calibrated:
                 )
             self.examples = data.training(spec)
             _require_tokens(config.calibration_tokens, encoder_linears(model))
-            given = () if settings.get("as_published") else others(config.calibration)
+            given = () if settings.get("as_published") else others(config.calibration, spec.text_column)
             self.others = data.unreported_texts(spec, given)
             left_out = self.examples.left_out + len(given) - len(self.others)
             self.read = {"rows": data.rows_read(spec), "left_out": left_out}

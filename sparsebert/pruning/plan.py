@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import PruneConfig
+from sparsebert.config import PruneConfig, TaskConfig
 from sparsebert.encoders import encoder_linears, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
@@ -61,7 +61,7 @@ class Plan:
 
 def plan(
     source: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     config: PruneConfig,
     subnet: SubnetConfig | None = None,

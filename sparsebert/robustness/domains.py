@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sparsebert import checkpoint, data, heads
+from sparsebert.config import TaskConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import task_for
 from sparsebert.errors import InputError, shown
@@ -41,7 +42,7 @@ def named(task: Task, names: str, model: str | Path) -> tuple[Task, ...]:
         if name == ALL:
             found |= {other: of for other, of in same.items() if data.at_hand(of, of.test)}
             continue
-        of = _read(name, model, same)
+        of = _read(name, model, task, same)
         if (refused := _misfit(task, of, *whose)) is not None:
             raise refused
         found.setdefault(of.folder or name, of)
@@ -78,10 +79,13 @@ def unshared(domain: Task, known: list[Examples]) -> Examples:
     return examples
 
 
-def _read(name: str, model: str | Path, same: dict[str, Task]) -> Task:
-    """The set called `name`; one of the user's own keeps the name that the user gave."""
+def _read(name: str, model: str | Path, task: Task, same: dict[str, Task]) -> Task:
+    """The set called `name`; one of the user's own keeps the name that the user gave. It may have the columns that were
+    named for the task.
+    """
+    asked = TaskConfig(task=name, text_column=task.text_column, label_column=task.label_column)
     try:
-        of = task_for(name, model, whole=True) if name else None
+        of = task_for(asked, model, beside=True) if name else None
     except InputError:
         of = None
     if of is None:

@@ -49,14 +49,14 @@ def joined(examples: Examples, words: int, seed: int = 0) -> Examples:
     return Examples(examples.task, examples.split, together(examples.texts), texts_b, None)
 
 
-def unlabelled(files: Sequence[str], pair: bool) -> list[Examples]:
-    """The texts of each file once (data.read_texts), named as the file is; labels are ignored. pair: whether the task
-    is of pairs; single texts are then paired, first half and second half (data.in_pairs). InputError for pairs if it is
-    not, and for a single text if it is; DataError as of read_texts.
+def unlabelled(files: Sequence[str], pair: bool, named: tuple[str, ...] = ()) -> list[Examples]:
+    """The texts of each file once (data.read_texts, which takes `named` too), named as the file is; labels are ignored.
+    pair: whether the task is of pairs; single texts are then paired, first half and second half (data.in_pairs).
+    InputError for pairs if it is not, and for a single text if it is; DataError as of read_texts.
     """
     found = []
     for file in dict.fromkeys(files):
-        columns, _ = data.read_texts(Path(file))
+        columns, _ = data.read_texts(Path(file), named)
         if len(columns) == 2 and not pair:
             raise InputError(f"{file} has pairs, the task has single texts", fix="name a file of single texts")
         texts, texts_b = columns if len(columns) == 2 else in_pairs(columns[0], pair)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert import __version__, data, heads, machine
-from sparsebert.config import AttackConfig
+from sparsebert.config import AttackConfig, TaskConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
@@ -28,7 +28,7 @@ VERSIONS = ("torch", "transformers", "numpy", "scipy")  # of packages that figur
 
 def evaluate(
     model: str | Path,
-    task: str,
+    task: str | TaskConfig,
     *,
     vs: str | Path | None = None,
     ood: str | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     if settings.match_confidence and (attacks is None or vs is None):
         raise InputError("match_confidence is for attacks beside a dense model", fix="add --attacks and --vs DENSE")
     planned = [] if attacks is None else attacking.plans(attacking.named(attacks), settings, spec)
-    outside = [examples.sample(n, seed) for examples in unlabelled(texts, spec.pair)]
+    outside = [examples.sample(n, seed) for examples in unlabelled(texts, spec.pair, spec.text_column)]
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
     known = other_domains.of_task(spec) if others else []
     sets += [(of, other_domains.unshared(of, known).sample(n, seed)) for of in others]
@@ -198,7 +198,7 @@ def _adjusted(found: Evaluation) -> Evaluation:
 def kept(
     pruned: str | Path,
     dense: str | Path,
-    task: str,
+    task: str | TaskConfig,
     *,
     n: int = 500,
     max_length: int | None = None,
@@ -223,7 +223,7 @@ def kept(
     return drift(both[0].problem, want, got[:, order])
 
 
-def misfit(model: str | Path, task: str) -> DataError | InputError | None:
+def misfit(model: str | Path, task: str | TaskConfig) -> DataError | InputError | None:
     """Why `evaluate` would refuse the labels of the task; None if it finds them, and the model's among them."""
     try:
         spec = task_for(task, model)

@@ -15,6 +15,7 @@ import torch
 from scipy.special import log_softmax
 
 from sparsebert import checkpoint, data, heads
+from sparsebert.config import TaskConfig, validated
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict, task_for
 from sparsebert.errors import InputError, SparsebertError
@@ -223,7 +224,8 @@ def by_classifier(directory: str, spec: Task, examples: Examples) -> np.ndarray:
 def training_examples(directory: Path, recipe: dict) -> Examples:
     """The examples that the model of this recipe was trained on. InputError if they cannot be read any more."""
     try:
-        spec = task_for(recipe["task"], directory)
+        asked = {name: recipe[name] for name in TaskConfig.model_fields if name in recipe}
+        spec = task_for(validated(TaskConfig, asked, fix="correct the recipe"), directory)
         rest, _ = data.hold_out(data.training(spec), recipe["hold_out"])
         examples = rest.sample(recipe.get("n"), recipe.get("seed", 0))
         if recipe.get("mix_ood"):

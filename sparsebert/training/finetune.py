@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import TrainConfig
+from sparsebert.config import TaskConfig, TrainConfig
 from sparsebert.encoders import Progress, encoder_linears, no_progress, task_for
 from sparsebert.errors import InputError, SparsebertWarning
 from sparsebert.jobs import Job
 from sparsebert.machine import at_work_on
 from sparsebert.training.imp import FixedZeros
 from sparsebert.training.loop import Hook, TrainingLoop
-from sparsebert.training.setup import TrainingSetup, fresh_classifier, read_by, task_name
+from sparsebert.training.setup import TrainingSetup, fresh_classifier, read_by, task_recipe
 
 PRUNED_FROM = 0.01  # share of zeros from which a model counts as pruned by whatever tool; dense ones have next to none
 
@@ -54,7 +54,7 @@ class TrainResult:
 
 def train(
     model: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     config: TrainConfig | None = None,
     *,
@@ -92,7 +92,7 @@ def train(
     with job, at_work_on(setup.device):
         classifier, tokenizer = fresh_classifier(source, setup.spec, config.seed, setup.device)
         recipe = {
-            "command": "train", **checkpoint.made_from(model, setup.inputs["model"]), "task": task_name(spec),
+            "command": "train", **checkpoint.made_from(model, setup.inputs["model"]), **task_recipe(spec),
             "data_sha256": setup.inputs["data"], **config.model_dump(),
         }  # fmt: skip
         # The config of a model that was pruned here says so, and it still is after training.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from sparsebert.config import TrainConfig, validated
+from sparsebert.config import TaskConfig, TrainConfig, validated
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError, first_line
 from sparsebert.training.finetune import TrainResult, train
@@ -16,7 +16,7 @@ from sparsebert.training.finetune import TrainResult, train
 
 def train_recipe(
     model: str | Path,
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     recipe: str | Path,
     *,

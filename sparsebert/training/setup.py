@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sparsebert import checkpoint, data, heads
-from sparsebert.config import LearnConfig, TrainConfig
+from sparsebert.config import LearnConfig, TaskConfig, TrainConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import (
     Progress,
@@ -41,7 +41,7 @@ from sparsebert.training.loop import (
 )
 from sparsebert.training.losses import LOSSES, Targets
 
-# (start, task name, output, config): fine-tunes a teacher by cross-entropy. It is `finetune.train`, whose module
+# (start, task, output, config): fine-tunes a teacher by cross-entropy. It is `finetune.train`, whose module
 # imports this one.
 Train = Callable[..., object]
 
@@ -201,7 +201,7 @@ class TrainingSetup:
         same = {name: getattr(self.config, name) for name in kept if getattr(self.config, name) is not None}
         teacher = job.output.with_name(f"{job.output.name}.teacher")
         train(
-            self.origin, task_name(self.spec), teacher, TrainConfig(**same), overwrite=job.overwrite,
+            self.origin, named_again(self.spec), teacher, TrainConfig(**same), overwrite=job.overwrite,
             progress=lambda done, total, what="": progress(done, total, "teacher"),
         )  # fmt: skip
         return teacher
@@ -311,9 +311,15 @@ def read_by(spec: Task, source: Path, *models: str | None) -> list[Path]:
     return [source, *([] if spec.folder is None else [spec.folder]), *named]
 
 
-def task_name(spec: Task) -> str:
-    """The name of a task in a recipe, the same from any working directory."""
-    return spec.name if spec.folder is None else str(spec.folder)
+def named_again(spec: Task) -> TaskConfig:
+    """What asks for the same task from any working directory."""
+    name = spec.name if spec.folder is None else str(spec.folder)
+    return TaskConfig(task=name, text_column=spec.text_column, label_column=spec.label_column)
+
+
+def task_recipe(spec: Task) -> dict:
+    """The fields of a recipe by which the task is found again; columns only if they were named."""
+    return named_again(spec).model_dump(mode="json", exclude_defaults=True)
 
 
 def origin(source: Path) -> Path:

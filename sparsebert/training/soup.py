@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import TrainConfig
+from sparsebert.config import TaskConfig, TrainConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, batches, limited, no_progress, predict, task_for, tokenize
 from sparsebert.errors import InputError
@@ -18,7 +18,7 @@ from sparsebert.heads import PROBLEMS, Problem
 from sparsebert.jobs import Job
 from sparsebert.training import adversarial
 from sparsebert.training.losses import Targets
-from sparsebert.training.setup import own_classifier, read_by, task_name
+from sparsebert.training.setup import own_classifier, read_by, task_recipe
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ SCORES: dict[str, Callable[..., float]] = {"accuracy": accuracy, "perturbed": pe
 
 def soup(
     directories: list[str | Path],
-    task: str,
+    task: str | TaskConfig,
     output: str | Path,
     *,
     score: str = "perturbed",
@@ -80,7 +80,7 @@ def soup(
     sources = [checkpoint.resolve(directory) for directory in directories]
     spec = task_for(task, sources[0])
     spec = limited(spec, checkpoint.shapes(sources[0]).config, max_length)
-    shared = _shared(sources, task_name(spec))
+    shared = _shared(sources, task_recipe(spec))
     target = checkpoint.check_output(output, sources=read_by(spec, *sources), overwrite=overwrite)
     rest, examples = data.hold_out(data.training(spec), shared["hold_out"])
     _require_untrained(sources, spec, rest)
@@ -150,18 +150,20 @@ def _states(sources: list[Path], spec: Task) -> list[dict[str, torch.Tensor]]:
     return states
 
 
-def _shared(sources: list[Path], task: str) -> dict:
-    """The fields that all models' recipes must share: the start, the task and the number of held-out examples."""
+def _shared(sources: list[Path], task: dict) -> dict:
+    """The fields that all models' recipes must share: the start, the task (`task_recipe`) and the number of held-out
+    examples.
+    """
     found = []
     for source in sources:
         recipe = checkpoint.read_recipe(source)
-        if recipe.get("command") != "train" or recipe.get("task") != task or not recipe.get("hold_out"):
+        if recipe.get("command") != "train" or recipe.get("task") != task["task"] or not recipe.get("hold_out"):
             raise InputError(
-                f"{source} must be fine-tuned on {task} with examples held out, its recipe says "
+                f"{source} must be fine-tuned on {task['task']} with examples held out, its recipe says "
                 f"command {recipe.get('command')!r}, task {recipe.get('task')!r}, hold_out {recipe.get('hold_out')!r}",
                 fix="train it with --hold-out 2000",
             )
-        found.append({name: recipe.get(name) for name in ("model", "model_sha256", "task", "hold_out")})
+        found.append({name: recipe.get(name) for name in ("model", "model_sha256", "hold_out")} | task)
     starts = {(recipe["model_sha256"] or recipe["model"], recipe["hold_out"]) for recipe in found}
     if len(starts) > 1:
         shown = sorted({(recipe["hold_out"], recipe["model"]) for recipe in found})

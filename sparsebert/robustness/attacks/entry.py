@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsebert import data, jobs
-from sparsebert.config import AttackConfig
+from sparsebert.config import AttackConfig, TaskConfig
 from sparsebert.encoders import Progress, no_progress, task_for
 from sparsebert.errors import OutputError
 from sparsebert.robustness.attacks.plan import Victim, plans
@@ -29,7 +29,12 @@ class Attacked:
 
 
 def attack(
-    model: str | Path, task: str, name: str, config: AttackConfig | None = None, *, progress: Progress = no_progress
+    model: str | Path,
+    task: str | TaskConfig,
+    name: str,
+    config: AttackConfig | None = None,
+    *,
+    progress: Progress = no_progress,
 ) -> Attacked:
     """Attacks the classifier in directory `model` on the reported split of `task`, or on a seeded random subset.
 

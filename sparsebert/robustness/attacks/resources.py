@@ -4,7 +4,6 @@ the package is used where nothing better is at hand, and a result names what was
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import json
@@ -126,9 +125,9 @@ class Synonyms:
     """Open English WordNet: the single words that share a sense with a word. sha256: of the table."""
 
     def __init__(self):
-        packed = (resources.files("sparsebert") / "assets" / "attack" / "oewn_synonyms.json.gz").read_bytes()
+        packed = (resources.files("sparsebert") / "assets" / "attack" / "oewn_synonyms.txt.gz").read_bytes()
         self.sha256 = hashlib.sha256(packed).hexdigest()
-        self._table: dict[str, list[str]] = json.loads(gzip.decompress(packed))
+        self._table = data.word_table(packed)
         self.of = cache(self._of)
 
     def _of(self, word: str) -> list[str]:
