@@ -156,8 +156,9 @@ def test_no_real_task_trains_on_what_it_reports(task):
     examples = data.training(task)
     examples = data.mix_ood(task, examples) if task.ood_train else examples
     assert time.process_time() - start < 30
+    learnt = set(sameness(examples))
     for of in (task, *(data.TASKS[name] for name in task.ood)):
-        assert not set(sameness(examples)) & set(sameness(data.load(of, of.test)))
+        assert learnt.isdisjoint(sameness(data.load(of, of.test)))
     mixed = {"fever": 354, "mnli": 65, "snli": 65}
     assert examples.left_out == mixed.get(task.name, LEFT_OUT.get(task.name, 0))
     assert len(np.unique(examples.labels)) == len(task.labels)

@@ -14,7 +14,8 @@ from sparsebert.errors import CheckpointError, InputError, OutputError, Sparsebe
 from sparsebert.training import loop, train
 from sparsebert.training.setup import origin
 
-SETTINGS = config.TrainConfig(n=64, batch_size=8, epochs=1.5, lr=1e-3)  # 12 steps
+SETTINGS = config.TrainConfig(n=32, batch_size=8, epochs=1.5, lr=1e-3)  # 6 steps
+SHORT = SETTINGS.model_copy(update={"epochs": 0.25})  # 1 step
 
 
 class Killed(Exception):
@@ -28,7 +29,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def snapshots(monkeypatch):
-    monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 4)
+    monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -37,25 +38,25 @@ def test_a_killed_run_resumes_to_the_same_weights(start, tmp_path, snapshots, pr
     whole = train(start, "mr", tmp_path / "whole", settings)
 
     def kill(done, total):
-        if done == 10:
+        if done == 5:
             raise Killed
 
     with pytest.raises(Killed):
         train(start, "mr", tmp_path / "cut", settings, progress=kill)
     assert not (tmp_path / "cut").exists()
     resumed = train(start, "mr", tmp_path / "cut", settings)
-    assert resumed.resumed_from == 8
+    assert resumed.resumed_from == 4
     assert resumed.weights_sha256 == whole.weights_sha256
     assert resumed.loss == whole.loss
     assert not list(tmp_path.glob("*partial*"))
 
 
 def test_a_finished_run_returns_at_once_and_a_changed_one_is_refused(start, tmp_path):
-    first = train(start, "mr", tmp_path / "m", SETTINGS)
+    first = train(start, "mr", tmp_path / "m", SHORT)
     steps = []
-    again = train(start, "mr", tmp_path / "m", SETTINGS, progress=lambda done, total: steps.append(done))
+    again = train(start, "mr", tmp_path / "m", SHORT, progress=lambda done, total: steps.append(done))
     assert steps == [] and again.weights_sha256 == first.weights_sha256 and again.resumed_from == again.steps
-    changed = SETTINGS.model_copy(update={"seed": 1})
+    changed = SHORT.model_copy(update={"seed": 1})
     with pytest.raises(OutputError, match=r"m was made with --seed 0, not 1; .*--overwrite"):
         train(start, "mr", tmp_path / "m", changed)
     assert checkpoint.weights_sha256(tmp_path / "m") == first.weights_sha256
@@ -65,7 +66,7 @@ def test_a_finished_run_returns_at_once_and_a_changed_one_is_refused(start, tmp_
 
 def test_a_snapshot_of_other_settings_is_refused_with_the_difference(start, tmp_path, snapshots):
     def kill(done, total):
-        if done == 6:
+        if done == 3:
             raise Killed
 
     with pytest.raises(Killed):
@@ -74,13 +75,13 @@ def test_a_snapshot_of_other_settings_is_refused_with_the_difference(start, tmp_
     with pytest.raises(OutputError, match=r"m\.partial holds an unfinished run with --lr 0\.001, not 0\.002; .*--over"):
         train(start, "mr", tmp_path / "m", changed)
     with pytest.raises(Killed):
-        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)  # resumes from step 4
+        train(start, "mr", tmp_path / "m", SETTINGS, progress=kill)  # resumes from step 2
     assert train(start, "mr", tmp_path / "m", changed, overwrite=True).resumed_from == 0
 
 
 def test_a_snapshot_of_other_code_is_refused_and_said(start, tmp_path, snapshots, monkeypatch):
     def kill(done, total):
-        if done == 6:
+        if done == 3:
             raise Killed
 
     with pytest.raises(Killed):
@@ -96,7 +97,7 @@ def test_a_snapshot_of_other_code_is_refused_and_said(start, tmp_path, snapshots
 @pytest.mark.parametrize("damage", ["torn", "one bit", "missing"])
 def test_a_damaged_snapshot_is_refused(start, tmp_path, snapshots, damage):
     def kill(done, total):
-        if done == 6:
+        if done == 3:
             raise Killed
 
     with pytest.raises(Killed):
@@ -164,15 +165,15 @@ def test_a_run_that_diverges_says_so_and_saves_nothing(start, tmp_path):
 
 
 def test_another_config_or_tokenizer_of_the_start_is_another_run(start, tmp_path):
-    first = train(start, "mr", tmp_path / "m", SETTINGS)
+    first = train(start, "mr", tmp_path / "m", SHORT)
     other = stock(shutil.copytree(start, tmp_path / "other"))
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(settings | {"num_attention_heads": 4}))
     with pytest.raises(
         OutputError, match=r"was made with other weights or tokenizer in the model directory \(sha256 [0-9a-f]{8}…"
     ):
-        train(other, "mr", tmp_path / "m", SETTINGS)
-    second = train(other, "mr", tmp_path / "m", SETTINGS, overwrite=True)
+        train(other, "mr", tmp_path / "m", SHORT)
+    second = train(other, "mr", tmp_path / "m", SHORT, overwrite=True)
     assert second.resumed_from == 0 and second.weights_sha256 != first.weights_sha256
 
 
@@ -194,7 +195,7 @@ def test_a_partial_folder_of_the_users_is_left_alone(start, tmp_path):
 
 
 def test_confidence_regularisation_trains_its_teacher_first(start, tmp_path):
-    settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=4, precision="fp32")
+    settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=2, precision="fp32")
     parts = []
     result = train(start, "mr", tmp_path / "m", settings, progress=lambda done, total, what="": parts.append(what))
     assert list(dict.fromkeys(parts)) == [
@@ -245,7 +246,7 @@ def test_the_best_weights_are_those_of_the_best_check(start, tmp_path, monkeypat
     monkeypatch.setattr(loop.TrainingLoop, "_keep_best", keep_best)
     settings = SETTINGS.model_copy(update={"hold_out": 20, "select": "best"})
     result = train(start, "mr", tmp_path / "m", settings)
-    assert result.held_out == 0.8 and result.chosen == 2 and len(kept_at) == 12
+    assert result.held_out == 0.8 and result.chosen == 2 and len(kept_at) == 6
     model, _ = checkpoint.load(tmp_path / "m")
     for name, p in model.named_parameters():
         assert torch.equal(p, kept_at[1][name]), name
@@ -300,15 +301,15 @@ def test_an_output_that_other_hands_have_made_is_replaced_by_overwrite_alone(sta
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.tex").write_text("mine")
     with pytest.raises(OutputError, match=r"m exists and is no model directory of this package; .*--overwrite"):
-        train(start, "mr", tmp_path / "m", SETTINGS)
+        train(start, "mr", tmp_path / "m", SHORT)
     assert (tmp_path / "m" / "thesis.tex").read_text() == "mine"
-    train(start, "mr", tmp_path / "m", SETTINGS, overwrite=True)
+    train(start, "mr", tmp_path / "m", SHORT, overwrite=True)
     assert not (tmp_path / "m" / "thesis.tex").exists()
 
 
 def test_models_kept_on_the_way_replace_no_others(start, tmp_path):
-    settings = SETTINGS.model_copy(update={"keep": "0.5"})
-    other = train(start, "mr", tmp_path / "m-at-0.5", SETTINGS).weights_sha256
+    settings = SHORT.model_copy(update={"keep": "0.5"})
+    other = train(start, "mr", tmp_path / "m-at-0.5", SHORT).weights_sha256
     with pytest.raises(OutputError, match=r"m-at-0\.5 was made with --keep none, not 0\.5"):
         train(start, "mr", tmp_path / "m", settings)
     assert checkpoint.weights_sha256(tmp_path / "m-at-0.5") == other and not (tmp_path / "m").exists()
@@ -316,14 +317,14 @@ def test_models_kept_on_the_way_replace_no_others(start, tmp_path):
 
 def test_other_settings_are_refused_before_a_teacher_is_trained(start, tmp_path):
     settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=4, precision="fp32")
-    train(start, "mr", tmp_path / "m", SETTINGS)
+    train(start, "mr", tmp_path / "m", SHORT)
     with pytest.raises(OutputError, match=r"m was made with .*--loss ce, not confreg"):
         train(start, "mr", tmp_path / "m", settings)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_every_step_of_a_run_may_be_given(start, tmp_path):
-    assert train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"steps": 5})).steps == 5
+    assert train(start, "mr", tmp_path / "m", SETTINGS.model_copy(update={"steps": 2})).steps == 2
 
 
 def test_zeros_that_another_tool_made_stay(tmp_path):
