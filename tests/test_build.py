@@ -197,14 +197,9 @@ def test_a_command_that_needs_more_names_the_extra(without_torch, tmp_path, argu
 
 
 def test_what_runs_a_model_takes_no_more_than_150_mb(without_torch):
-    """With the CUDA kernels where nvcc is. The core counts as `make` compiles it: the wheel's is not optimised, and so
-    is larger.
-    """
-    sizes = {path: path.stat().st_size for top in packages_of(without_torch).iterdir() for path in files_of(top)}
-    core = Path(_dispatch.core().__file__)
-    (unoptimised,) = (path for path in sizes if path.name == core.name)
-    sizes[unoptimised] = core.stat().st_size
-    assert sum(sizes.values()) < 150e6
+    """With the CUDA kernels where nvcc is."""
+    files = (path for top in packages_of(without_torch).iterdir() for path in files_of(top))
+    assert sum(path.stat().st_size for path in files) < 150e6
 
 
 def files_of(top: Path) -> list[Path]:
