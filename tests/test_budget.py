@@ -135,7 +135,7 @@ def test_stand_ins_are_timed_and_the_loss_is_that_of_attacks_on_both(dense, tmp_
     monkeypatch.setattr(budget, "ROUNDS", 2)
     monkeypatch.setattr(budget, "TIMED", 4)
     monkeypatch.setenv("SPARSEBERT_CACHE", str(tmp_path / "cache"))
-    within = WITHIN.model_copy(update={"min_speedup": 0.01, "max_robust_drop": 0.0})
+    within = WITHIN.model_copy(update={"min_speedup": 0.01, "max_robust_drop": 0.0, "budget_n": 6})
     choice = search(dense, "mr", tmp_path / "out", CONFIG, within)
     assert choice.chosen.sparsity == 0.5 and choice.chosen.speedup > 0.01
     low, high = choice.chosen.drop_ci

@@ -69,7 +69,7 @@ def prefixed(prefix):
 
 def with_more(tensors):
     tensors["bert.embeddings.position_ids"] = torch.arange(512)[None]
-    tensors["cls.predictions.bias"] = torch.zeros(30522)
+    tensors["cls.predictions.bias"] = torch.zeros(12000)
     tensors["cls.predictions.decoder.weight"] = tensors["bert.embeddings.word_embeddings.weight"]
 
 
@@ -152,7 +152,7 @@ def test_a_trainers_folder_is_read(directory, want):
 
 def test_a_resized_vocabulary_is_read(tmp_path):
     model = models.classifier()
-    model.resize_token_embeddings(30600)
+    model.resize_token_embeddings(12100)
     made = models.saved(tmp_path / "m", model)
     assert Engine.load(made).logits(["a gripping film"]).shape == (1, 2)
 

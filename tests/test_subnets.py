@@ -17,7 +17,7 @@ from sparsebert.training.imp import FixedZeros, MagnitudePruning
 from sparsebert.training.masks import MaskedLinear, MaskTraining, SoftMovement
 
 PATTERNS = ["unstructured", "2:4", "16x1", "16x1/4"]
-QUICK = {"n": 64, "batch_size": 8, "steps": 12, "precision": "fp32", "lr": 1e-2}
+QUICK = {"n": 48, "batch_size": 4, "steps": 12, "precision": "fp32", "lr": 1e-2}
 
 
 class Killed(Exception):
