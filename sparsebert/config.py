@@ -96,6 +96,24 @@ class LearnConfig(Settings):
         "auto",
         description="bf16: products in bfloat16 (autocast). auto: bf16 if it is fast on the device, else fp32",
     )
+    adversarial: Literal["none", "freelb", "last-layer"] = Field(
+        "none",
+        description="adversarial training: freelb perturbs the embeddings, last-layer the last layer's input (cheaper)",
+    )
+    ascent_steps: Count = Field(5, description="for --adversarial: gradient ascent steps per batch")
+    ascent_size: Positive | None = Field(
+        None, description="for --adversarial: length of an ascent step [default: 0.03; in early-robust's search 0.01]"
+    )
+    ascent_norm: Literal["token", "text"] = Field(
+        "token", description="for --adversarial: whether each token moves by --ascent-size, or each text as a whole"
+    )
+    ascent_start: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="for --adversarial: bound of the random perturbation that the ascent starts from; 0.05 in FreeLB "
+        "as first published, with --ascent-norm text",
+    )
     device: Device = DEVICE
 
 
@@ -108,12 +126,6 @@ class TrainConfig(LearnConfig):
     optimizer: Literal["adamw", "adam", "sgd"] = Field(
         "adamw", description="adamw, adam (weight decay is part of the gradient) or sgd (without momentum)"
     )
-    adversarial: Literal["none", "freelb", "last-layer"] = Field(
-        "none",
-        description="adversarial training: freelb perturbs the embeddings, last-layer the last layer's input (cheaper)",
-    )
-    ascent_steps: Count = Field(5, description="for --adversarial: gradient ascent steps per batch")
-    ascent_size: Positive = Field(0.03, description="for --adversarial: length of an ascent step, per token")
 
 
 class PruneConfig(Settings):
@@ -122,7 +134,7 @@ class PruneConfig(Settings):
     method: str = Field(
         "knowledge",
         description="without labels: knowledge, adaptive, obs, sparsegpt, wanda, magnitude; by training with labels: "
-        "mask, imp, imp-rw, soft-movement",
+        "mask, imp, imp-rw, soft-movement, robust-ticket",
     )
     tier: int | None = Field(
         None,

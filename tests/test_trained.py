@@ -25,6 +25,7 @@ FLAGS = {
     "imp": set(),
     "imp-rw": {"rewind"},
     "soft-movement": {"gradual", "update_every", "settle", "scores_lr", "penalty"},
+    "robust-ticket": {"search", "rewind", "scores_lr", "penalty"},
 }
 
 

@@ -344,7 +344,7 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
     pattern = parse(config.pattern)
     sparsity = sparsity_of(pattern, config.sparsity)
     if config.method in TRAINED:
-        TRAINED[config.method].check(own(config.method, subnet), sparsity)
+        TRAINED[config.method].check(own(config.method, subnet), pattern, sparsity)
     if config.method == "knowledge":
         knowledge.steps_of(config)
     if config.as_published and config.calibration:

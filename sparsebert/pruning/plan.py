@@ -14,7 +14,7 @@ from sparsebert.encoders import encoder_linears, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, sparsity_of
-from sparsebert.pruning import allocate
+from sparsebert.pruning import allocate, subnets
 from sparsebert.pruning.calibration import NONE, SHARES, TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
 from sparsebert.pruning.distillation import BATCH, SPARSE_BELOW, STEPS
@@ -134,7 +134,8 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     if setup.device.type == "cpu":
         bf16 = precision_of(subnet, setup.device) == "bf16"
         speed = TRAINING * _flops_a_second(torch.bfloat16 if bf16 else torch.float32)
-        seconds = {"training": 6 * weights * tokens / speed}
+        passes = TRAINED[config.method].passes(subnets.own(config.method, subnet))
+        seconds = {"training": passes * 6 * weights * tokens / speed}
         if subnet.select == "best":
             checks = CHECKS * (1 - subnet.settle) + 1
             seconds["held_out"] = checks * 2 * weights * len(held_out) * mean / speed

@@ -31,7 +31,10 @@ class Subnet:
         self.pattern = parse(config.pattern)
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
         self.start = _weights(subnet.start, source)
-        self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
+        wanted = subnet.rewind
+        if self.method.rewinds == "during" and wanted is None and self.method.rewinds_to != "start":
+            wanted = self.method.rewinds_to
+        self.rewind = None if wanted is None else _weights(wanted, source)
         if self.method.rewinds == "during" and self.rewind is None:
             self.rewind = self.start
         chosen = {"seed": config.seed, "max_length": config.max_length, "device": config.device}

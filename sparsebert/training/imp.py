@@ -47,7 +47,11 @@ class MagnitudePruning(Hook):
             require_fits(kind, *module.weight.shape, sparsity, name)
         self.linears = linears
         self.keep = {name: torch.ones_like(module.weight, dtype=torch.bool) for name, (module, _) in linears.items()}
-        self.choose_from = (self.levels - 1) / self.levels
+
+    @property
+    def choose_from(self) -> float:
+        """1 until the last portion is pruned: no weights with fewer zeros may be chosen as the best."""
+        return 0.0 if self.level == self.levels else 1.0
 
     def before(self, step: int, total: int) -> bool:
         due = sum(step >= start for start in self._starts(total))

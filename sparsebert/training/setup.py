@@ -197,7 +197,7 @@ class TrainingSetup:
         return model
 
     def _train_teacher(self, job: Job, train: Train, progress: Progress) -> Path:
-        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher"}
+        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher", "adversarial"}
         same = {name: getattr(self.config, name) for name in kept if getattr(self.config, name) is not None}
         teacher = job.output.with_name(f"{job.output.name}.teacher")
         train(

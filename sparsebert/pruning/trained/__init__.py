@@ -7,12 +7,14 @@ from collections.abc import Iterable
 
 from pydantic import create_model
 
-from sparsebert.pruning.trained import imp, mask, soft_movement
+from sparsebert.pruning.trained import imp, mask, robust_ticket, soft_movement
 from sparsebert.pruning.trained.method import Trained, TrainedConfig
 
 __all__ = ["TRAINED", "SubnetConfig"]
 
-TRAINED = {method.name: method for method in (mask.METHOD, imp.METHOD, imp.REWOUND, soft_movement.METHOD)}
+TRAINED = {
+    method.name: method for method in (mask.METHOD, imp.METHOD, imp.REWOUND, soft_movement.METHOD, robust_ticket.METHOD)
+}
 
 
 def flat(methods: Iterable[Trained]) -> type[TrainedConfig]:
