@@ -134,7 +134,7 @@ class PruneConfig(Settings):
     method: str = Field(
         "knowledge",
         description="without labels: knowledge, adaptive, obs, sparsegpt, wanda, magnitude; by training with labels: "
-        "mask, imp, imp-rw, soft-movement, robust-ticket",
+        "mask, imp, imp-rw, soft-movement, robust-ticket, super-ticket, early-robust",
     )
     tier: int | None = Field(
         None,

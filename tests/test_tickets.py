@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import classifier, saved
 
 from sparsebert import checkpoint, config, encoders
+from sparsebert.engine import Engine
 from sparsebert.errors import InputError
 from sparsebert.pruning import SubnetConfig, prune_checkpoint
+from sparsebert.pruning.plan import plan
 from sparsebert.training import adversarial, loop, train
 from sparsebert.training.losses import Targets
+from sparsebert.training.structures import EarlyTicket, SensitiveTicket, layers_of, masks_of, removed
 from sparsebert.training.tickets import HardConcreteLinear, RobustTicket
 
 QUICK = {"n": 64, "batch_size": 8, "steps": 12, "precision": "fp32", "lr": 1e-2, "ascent_steps": 2}
+
+
+METHODS = ["robust-ticket", "super-ticket", "early-robust"]
 
 
 class Killed(Exception):
@@ -46,7 +53,7 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 # All of them
 
 
-@pytest.mark.parametrize("method", ["robust-ticket"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_killed_ticket_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch, method):
     """Killed in the search, and again in the training of the ticket."""
     monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 2)
@@ -66,7 +73,7 @@ def test_a_killed_ticket_resumes_to_the_same_weights(tuned, tmp_path, monkeypatc
     assert checkpoint.weights_sha256(tmp_path / "cut") == checkpoint.weights_sha256(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["robust-ticket"])
+@pytest.mark.parametrize("method", METHODS)
 def test_tickets_have_no_pattern(tuned, tmp_path, method):
     settings = config.PruneConfig(method=method, pattern="2:4")
     with pytest.raises(InputError, match="a ticket is unstructured or whole heads and units, got 2:4"):
@@ -169,3 +176,187 @@ def test_a_robust_ticket_has_the_sparsity_and_is_trained_after_the_draw(start, t
         )
     ]
     assert all(moved)
+
+
+# Heads and units
+
+
+def gone_in(model) -> tuple[list[int], list[int]]:
+    """(heads, units) of each layer that reach nothing."""
+    heads, units, n = [], [], model.config.num_attention_heads
+    for layer in layers_of(model):
+        out, down = (model.get_submodule(name).weight for name in (layer.out, layer.down))
+        heads.append(int((out.view(len(out), n, -1) == 0).all(2).all(0).sum()))
+        units.append(int((down == 0).all(0).sum()))
+    return heads, units
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra"])
+def test_a_head_or_unit_without_its_rows_and_columns_is_gone(kind):
+    model, (batch, _) = classifier(kind, num_attention_heads=4), batch_of()
+    heads, units = torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 64, dtype=torch.bool)
+    heads[0, 1] = heads[1, 3] = units[1, 7] = units[0, 60] = False
+    for name, keep in masks_of(model, heads, units).items():
+        model.get_submodule(name).weight.data *= keep
+    assert gone_in(model) == ([1, 1], [1, 1])
+    logits = model(**batch).logits
+    with torch.no_grad():  # whatever is in the rest of their rows and columns, nothing reaches the logits
+        for i, layer in enumerate(layers_of(model)):
+            size = model.get_submodule(layer.out).in_features // 4
+            for name in layer.inputs:
+                model.get_submodule(name).weight[(~heads[i]).repeat_interleave(size)] = 5.0
+            model.get_submodule(layer.up).weight[~units[i]] = 5.0
+    torch.testing.assert_close(model(**batch).logits, logits)
+
+
+def test_the_removed_heads_and_units_make_the_sparsity():
+    model = classifier(num_attention_heads=4)
+    weights = sum(m.weight.numel() for m in encoders.encoder_linears(model).values())
+    for sparsity in (0.1, 0.3, 0.5, 0.87):
+        gone = removed(model, sparsity)
+        assert gone.heads == min(int(8 * sparsity), 6)
+        assert 0 <= int(sparsity * weights) - gone.zeros < 2 * 32, "less than one unit"
+    assert removed(model, 0.3, heads=0.125).heads == 1
+    with pytest.raises(InputError, match=r"6 heads are more than sparsity 0\.1"):
+        removed(model, 0.1, heads=0.9)
+    assert removed(model, 0.5, whole=True)[:2] == (4, 1)
+
+
+# SuperTicket
+
+
+def sensitive(model, **changes) -> SensitiveTicket:
+    changes = {"whole": True, "rewound": None, **changes}
+    return SensitiveTicket(model, removed(model, 0.5, whole=changes["whole"]), **changes)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_sensitivity_is_the_mean_over_examples_of_the_gradient_of_a_gate(whole):
+    model, (batch, labels) = classifier(num_attention_heads=4), batch_of()
+    ticket = sensitive(model, whole=whole)
+    assert not ticket.before(0, 10) and not model.training
+    settings = ticket.learning(config.TrainConfig(loss="confreg", adversarial="freelb"))
+    adversarial.backward(model, batch, Targets(labels), settings, bf16=False)
+    sums = {name: ticket.sums[model.get_submodule(name)] for each in layers_of(model) for name in (each.out, each.down)}
+
+    other = sensitive(classifier(num_attention_heads=4), whole=whole).model
+    modules = {name: other.get_submodule(name) for name in sums}
+    wanted = dict.fromkeys(sums, 0.0)
+    for row in range(len(labels)):
+        logits = other(**{name: part[row : row + 1] for name, part in batch.items()}).logits
+        loss = torch.nn.functional.cross_entropy(logits, labels[row : row + 1])
+        for name, gradient in zip(sums, torch.autograd.grad(loss, [m.gate for m in modules.values()]), strict=True):
+            wanted[name] = wanted[name] + gradient.abs()
+    for name, got in sums.items():
+        torch.testing.assert_close(got, wanted[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_super_ticket_removes_the_least_sensitive_heads_and_feed_forward_layers():
+    model, pretrained = classifier(num_attention_heads=4), weights_of(classifier(num_attention_heads=4, seed=1))
+    ticket = sensitive(model, rewound=lambda: pretrained)
+    # Divided by the norms of the layers, head 0 of the first layer is behind head 0 of the second.
+    heads = torch.tensor([[5.0, 30.0, 40.0, 2.0], [1.0, 0.1, 0.2, 3.0]])
+    for module, scores in zip(ticket.outs, heads, strict=True):
+        ticket.sums[module] = scores
+    for module, score in zip(ticket.downs, (2.0, 1.0), strict=True):
+        ticket.sums[module] = torch.tensor([score])
+    assert ticket.before(1, 10) and model.training
+    kept = [(m.weight.view(32, 4, -1) != 0).any(2).any(0).tolist() for m in ticket.outs]
+    assert kept == [[False, True, True, False], [True, False, False, True]]
+    assert [bool((m.weight == 0).all()) for m in ticket.downs] == [False, True]
+    assert not any(name.endswith(".gate") for name, _ in model.named_parameters())
+    weight = model.get_submodule(layers_of(model)[0].up).weight
+    assert torch.equal(weight, pretrained[f"{layers_of(model)[0].up}.weight"])
+
+
+def test_one_head_of_each_layer_stays():
+    model = classifier(num_attention_heads=4)
+    ticket = SensitiveTicket(model, removed(model, 0.8, whole=True), whole=True, rewound=None)
+    for module, scale in zip(ticket.outs, (0.0, 1.0), strict=True):
+        ticket.sums[module] = scale * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    ticket.before(1, 10)
+    assert gone_in(model)[0] == [3, 3]
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_a_structured_ticket_is_saved_planned_and_run(tuned, tmp_path, method):
+    settings = config.PruneConfig(method=method, sparsity=0.5)
+    planned = plan(tuned, "mr", tmp_path / "m", settings, SubnetConfig(**QUICK))
+    result = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, SubnetConfig(**QUICK))
+    model, tokenizer = checkpoint.load(tmp_path / "m")
+    weights = sum(m.weight.numel() for m in encoders.encoder_linears(model).values())
+    assert result.sparsity == pytest.approx(planned.zeros / weights, abs=1e-9)
+    assert sum(gone_in(model)[0]) == 2, "one head per layer stays"
+    texts = ["a fine film", "a long and tedious one"]
+    wanted = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.detach().numpy()
+    np.testing.assert_allclose(Engine.load(tmp_path / "m").logits(texts), wanted, atol=1e-4)
+
+
+# EarlyRobust
+
+
+def early(model, **changes) -> EarlyTicket:
+    return EarlyTicket(model, removed(model, 0.5), rewound=None, **changes)
+
+
+def drift(ticket: EarlyTicket, steps: int, total: int, rng: torch.Generator) -> int:
+    """The step at which the ticket is drawn, if all gates are new in each of the first `steps` steps and then rest."""
+    for step in range(total + 1):
+        if ticket.before(step, total):
+            return step
+        if step < steps:
+            with torch.no_grad():
+                for module in (*ticket.outs, *ticket.downs):
+                    module.gate.copy_(torch.rand(module.gate.shape, generator=rng))
+    raise AssertionError("no ticket was drawn")
+
+
+def test_the_search_stops_when_a_mask_is_near_to_the_five_after_it():
+    rng = torch.Generator().manual_seed(0)
+    # 200 steps of search, a mask every 10: those from step 60 on are equal, and five more follow.
+    assert drift(early(classifier(), search=0.2), 60, 1000, rng) == 110
+    assert drift(early(classifier(), search=0.2, distance=1.01), 1000, 1000, rng) == 60
+    assert drift(early(classifier(), search=0.2), 1000, 1000, rng) == 200
+
+
+def test_heads_and_units_settle_apart():
+    ticket = early(classifier())
+    same = torch.ones(2, 2, dtype=torch.bool), torch.ones(2, 64, dtype=torch.bool)
+    other = same[0], torch.cat([same[1][:, :55], ~same[1][:, 55:]], 1)
+    ticket.masks = [same] * 6
+    assert ticket.has_settled()
+    ticket.masks = [same] * 5 + [other]
+    assert not ticket.has_settled(), "14 % of the units differ"
+    ticket.masks = [same] * 5
+    assert not ticket.has_settled()
+
+
+def test_an_early_ticket_trains_weights_and_gates_under_attack_with_an_l1_penalty():
+    model, (batch, labels) = classifier(), batch_of()
+    ticket = early(model)
+    ticket.before(0, 100)
+    settings = ticket.learning(config.TrainConfig())
+    assert (settings.adversarial, settings.ascent_size, settings.ascent_norm) == ("freelb", 0.01, "text")
+    assert ticket.learning(config.TrainConfig(ascent_size=0.05)).ascent_size == 0.05
+    adversarial.backward(model, batch, Targets(labels), settings, bf16=False)
+    before = [module.gate.grad.clone() for module in (*ticket.outs, *ticket.downs)]
+    with torch.no_grad():
+        ticket.downs[0].gate[3] = -1
+    ticket.regularise()
+    added = [module.gate.grad - old for module, old in zip((*ticket.outs, *ticket.downs), before, strict=True)]
+    torch.testing.assert_close(added[0], torch.full_like(added[0], 1e-5), atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        added[2], torch.full_like(added[2], 2e-4).where(torch.arange(64) != 3, -2e-4), atol=1e-7, rtol=0
+    )
+    assert all(p.grad is not None for layer in encoders.encoder_layers(model) for p in layer.parameters())
+
+
+def test_the_smallest_gates_go_over_all_layers_together():
+    model = classifier(num_attention_heads=4)
+    ticket = EarlyTicket(model, removed(model, 0.25), rewound=None)
+    with torch.no_grad():
+        for module, low in zip(ticket.downs, (0, 1), strict=True):
+            module.gate.copy_(torch.arange(64) / 64 + low)
+        ticket.outs[1].gate.copy_(torch.tensor([1.0, 0.9, 1.0, 0.8]))
+    ticket.before(1000, 1000)
+    assert gone_in(model) == ([0, 2], [32, 0])

@@ -125,6 +125,9 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
+    method, flags = TRAINED[config.method], subnets.own(config.method, subnet)
+    if method.zeros is not None:
+        budget["zeros"] = method.zeros(model, flags, sparsity_of(pattern, config.sparsity))
     examples, held_out = setup.examples, setup.held_out
     mean, longest = _mean_tokens(directory, examples, setup.spec.max_length)
     optimizer_steps = step_count(len(examples), subnet)
@@ -134,8 +137,7 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     if setup.device.type == "cpu":
         bf16 = precision_of(subnet, setup.device) == "bf16"
         speed = TRAINING * _flops_a_second(torch.bfloat16 if bf16 else torch.float32)
-        passes = TRAINED[config.method].passes(subnets.own(config.method, subnet))
-        seconds = {"training": passes * 6 * weights * tokens / speed}
+        seconds = {"training": method.passes(flags) * 6 * weights * tokens / speed}
         if subnet.select == "best":
             checks = CHECKS * (1 - subnet.settle) + 1
             seconds["held_out"] = checks * 2 * weights * len(held_out) * mean / speed
@@ -144,7 +146,7 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     mib = 1 / 2**20
     parameters = sum(p.numel() for p in model.parameters())
     scores = weights // (pattern.rows if isinstance(pattern, Grouped) else 1)
-    beside, learning = TRAINED[config.method].floats(scores, parameters)
+    beside, learning = method.floats(scores, parameters)
     widths = sum(m.in_features + m.out_features for m in linears.values())
     memory = {  # fitted to the peaks of MiniLM on MNLI
         "python_and_torch": 700.0,

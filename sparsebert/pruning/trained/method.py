@@ -134,7 +134,8 @@ class Trained:
     number of steps. rewinds: "during": the run goes back to the weights of --rewind; "after": the zeros of the hook's
     `keeps` are put into these weights at the end; None: no --rewind. rewinds_to: these weights, unless --rewind names
     others. selects: whether weights from before the end may be kept (--select best). passes: forward and backward
-    passes per step, mean over the run.
+    passes per step, mean over the run. zeros: (model, config, sparsity), the number of zeros that are made; None: what
+    the pattern gives.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Trained:
     rewinds_to: Literal["start", "pretrained"] = "start"
     selects: bool = True
     passes: Callable[[Any], float] = passes
+    zeros: Callable[[Any, Any, float], int] | None = None
 
     @property
     def flags(self) -> set[str]:
