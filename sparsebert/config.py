@@ -45,11 +45,12 @@ class Settings(BaseModel):
 class LearnConfig(Settings):
     """Settings of all training with labels."""
 
-    loss: Literal["ce", "poe", "reweight", "reweight-mean", "confreg"] = Field(
+    loss: Literal["ce", "poe", "reweight", "reweight-mean", "confreg", "distill", "rmc"] = Field(
         "ce",
         description="ce: cross-entropy. Debiased losses, which learn less from what a bias model already predicts: poe "
         "(product of experts), reweight (over the sum of the batch's weights), reweight-mean (over the batch size), "
-        "confreg (confidence regularisation)",
+        "confreg (confidence regularisation). Distillation: distill (from a teacher), rmc (from a teacher that is less "
+        "sure where examples are easy)",
     )
     bias: str = Field(
         "auto",
@@ -59,7 +60,14 @@ class LearnConfig(Settings):
     )
     teacher: str | None = Field(
         None,
-        description="for confreg: DIR of a model trained with ce [default: one is trained first, into OUTPUT.teacher]",
+        description="for confreg, distill and rmc: DIR of a model trained with ce [default: one is trained first, into "
+        "OUTPUT.teacher; of the methods rmc and bag-of-tricks the model that is pruned]",
+    )
+    difficulty_floor: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="for rmc: difficulty of the easiest example: 0, the teacher is flat there, to 1, all are equal",
     )
     epochs: Positive = Field(3.0, lt=1e6, description="passes over the training examples, such as 3 or 0.5")
     steps: int | None = Field(None, ge=1, lt=LARGE, description="number of optimizer steps, instead of --epochs")
@@ -134,7 +142,7 @@ class PruneConfig(Settings):
     method: str = Field(
         "knowledge",
         description="without labels: knowledge, adaptive, obs, sparsegpt, wanda, magnitude; by training with labels: "
-        "mask, imp, imp-rw, soft-movement, robust-ticket, super-ticket, early-robust",
+        "mask, imp, imp-rw, soft-movement, robust-ticket, super-ticket, early-robust, rmc, bag-of-tricks",
     )
     tier: int | None = Field(
         None,

@@ -28,6 +28,8 @@ FLAGS = {
     "robust-ticket": {"search", "rewind", "scores_lr", "penalty"},
     "super-ticket": {"search", "rewind"},
     "early-robust": {"search", "rewind", "heads", "mask_distance"},
+    "rmc": set(),
+    "bag-of-tricks": {"search", "heads"},
 }
 
 

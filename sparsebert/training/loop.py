@@ -111,6 +111,7 @@ class TrainingLoop:
 
     Trains every parameter with requires_grad. job: keeps the snapshots; None for a run too short to need any. score:
     returns the model's score on the held-out examples, higher is better; None if the best weights are not to be kept.
+    part: name of the snapshots, if a job has several runs.
     """
 
     def __init__(
@@ -122,9 +123,10 @@ class TrainingLoop:
         *,
         hook: Hook | None = None,
         score: Callable[[], float] | None = None,
+        part: str = "snapshot",
     ):
         self.model, self.config, self.total_steps = model, config, total_steps
-        self.job, self.hook, self.score = job, hook or Hook(), score
+        self.job, self.hook, self.score, self.part = job, hook or Hook(), score, part
         self.device = next(model.parameters()).device
         self.precision = precision_of(config, self.device)
         self.step, self.losses, self.saved_at = 0, [], 0
@@ -208,11 +210,11 @@ class TrainingLoop:
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["scores"] = torch.tensor(self.scores, dtype=torch.float64).view(-1, 2)
-        self.job.keep("snapshot", tensors, {"step": self.step}, last=f"step {self.step} of {self.total_steps}")
+        self.job.keep(self.part, tensors, {"step": self.step}, last=f"step {self.step} of {self.total_steps}")
         self.saved_at = self.step
 
     def _restore(self) -> None:
-        if self.job is None or (kept := self.job.kept("snapshot")) is None:
+        if self.job is None or (kept := self.job.kept(self.part)) is None:
             return
         tensors, facts = kept
         self.step = self.saved_at = facts["step"]

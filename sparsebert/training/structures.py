@@ -151,7 +151,7 @@ class GatedTicket(Ticket):
 
 class SensitiveTicket(GatedTicket):
     """The ticket of the heads and units to whose gates ξ the loss is most sensitive: those with the largest mean over
-    examples of |∂L(x)/∂ξ| at ξ = 1 stay. [Michel et al. 2019, eq. 3; Liang et al. 2021, eq. 3 and 4]
+    examples of |∂L(x)/∂ξ| at ξ = 1 stay. [Michel et al. 2019; Liang et al. 2021]
 
     The search trains nothing, with dropout off, and adds up the sensitivities of its batches, by the plain loss. Those
     of a layer are divided by their 2-norm. whole: whole feed-forward layers [Liang et al. 2021]; else units.

@@ -7,7 +7,16 @@ from collections.abc import Iterable
 
 from pydantic import create_model
 
-from sparsebert.pruning.trained import early_robust, imp, mask, robust_ticket, soft_movement, super_ticket
+from sparsebert.pruning.trained import (
+    bag_of_tricks,
+    early_robust,
+    imp,
+    mask,
+    rmc,
+    robust_ticket,
+    soft_movement,
+    super_ticket,
+)
 from sparsebert.pruning.trained.method import Trained, TrainedConfig
 
 __all__ = ["TRAINED", "SubnetConfig"]
@@ -16,7 +25,7 @@ TRAINED = {
     method.name: method
     for method in (
         mask.METHOD, imp.METHOD, imp.REWOUND, soft_movement.METHOD, robust_ticket.METHOD, super_ticket.METHOD,
-        early_robust.METHOD,
+        early_robust.METHOD, rmc.METHOD, bag_of_tricks.METHOD,
     )
 }  # fmt: skip
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from sparsebert.config import Positive
+from sparsebert.pruning.trained.bag_of_tricks import StructuredConfig, gone
 from sparsebert.pruning.trained.method import (
     Floats,
     RewoundTicketConfig,
@@ -19,35 +20,22 @@ from sparsebert.pruning.trained.method import (
 SEARCH = 0.2
 
 
-class EarlyRobustConfig(RewoundTicketConfig):
+class EarlyRobustConfig(RewoundTicketConfig, StructuredConfig):
     """The flags of early robust tickets."""
 
-    heads: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="share of the attention heads that go; units make up the rest [default: --sparsity]",
-    )
     mask_distance: Positive = Field(
         0.1, le=1, description="the search is over when a mask differs from the next five in less than this share"
     )
 
 
 def _hook(start: Start):
-    from sparsebert.training.structures import EarlyTicket, removed
+    from sparsebert.training.structures import EarlyTicket
 
     config = start.config
-    gone = removed(start.model, start.sparsity, heads=config.heads)
     return EarlyTicket(
-        start.model, gone, rewound=start.rewound, search=config.search or SEARCH, distance=config.mask_distance,
-        warmup=config.warmup,
+        start.model, gone(start.model, config, start.sparsity), rewound=start.rewound, search=config.search or SEARCH,
+        distance=config.mask_distance, warmup=config.warmup,
     )  # fmt: skip
-
-
-def _zeros(model, config: EarlyRobustConfig, sparsity: float) -> int:
-    from sparsebert.training.structures import removed
-
-    return removed(model, sparsity, heads=config.heads).zeros
 
 
 def _passes(config: EarlyRobustConfig) -> float:
@@ -64,5 +52,5 @@ METHOD = Trained(
     rewinds="during",
     rewinds_to="pretrained",
     passes=_passes,
-    zeros=_zeros,
+    zeros=lambda model, config, sparsity: gone(model, config, sparsity).zeros,
 )

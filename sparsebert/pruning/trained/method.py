@@ -134,8 +134,9 @@ class Trained:
     number of steps. rewinds: "during": the run goes back to the weights of --rewind; "after": the zeros of the hook's
     `keeps` are put into these weights at the end; None: no --rewind. rewinds_to: these weights, unless --rewind names
     others. selects: whether weights from before the end may be kept (--select best). passes: forward and backward
-    passes per step, mean over the run. zeros: (model, config, sparsity), the number of zeros that are made; None: what
-    the pattern gives.
+    passes per step, mean over the run. loss: what it learns by in place of --loss, from the model that is pruned as
+    teacher if --teacher names no other. rounds: whether it ends with rounding to int8. zeros: (model, config,
+    sparsity), the number of zeros that are made; None: what the pattern gives.
     """
 
     name: str
@@ -150,6 +151,8 @@ class Trained:
     selects: bool = True
     passes: Callable[[Any], float] = passes
     zeros: Callable[[Any, Any, float], int] | None = None
+    loss: str | None = None
+    rounds: bool = False
 
     @property
     def flags(self) -> set[str]:
