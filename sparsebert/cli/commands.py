@@ -297,7 +297,8 @@ def soup(
     score: Annotated[
         str,
         option(
-            help="what is compared, on held-out examples: accuracy, or perturbed (the loss under perturbed embeddings)"
+            help="what is compared, on held-out examples: accuracy, perturbed (the loss under perturbed embeddings) or "
+            "attacked (accuracy under TextFooler, on 300)"
         ),
     ] = "perturbed",
     overwrite: Overwrite = False,
