@@ -185,7 +185,8 @@ def check(line: str) -> None:
     if name == "train" and given["recipe"] is not None and not PLACEHOLDER.fullmatch(given["recipe"]):
         read_recipe(given["recipe"])
     if name == "study":
-        study.read_grid(given["grid"])
+        read = study.read_grid if given["which"] == "srnets" else study.read_adaptive
+        read(given["grid"] or given["which"])
 
 
 @pytest.mark.parametrize("line", COMMANDS)
