@@ -190,9 +190,14 @@ def run_adaptive(
     def compute(cell: Cell, progress: Progress) -> dict:
         return run_cell(grid, cell, output, progress, overwrite=overwrite)
 
+    guess = Guess(grid)
+
+    def alike(cell: Cell) -> tuple:
+        return (*cell.setting.values(), cell.int8, cell.controls, *guess.made(cell))
+
     study = Study(
-        KIND, inputs_of(grid), compute, CODE, group=lambda cell: (cell.task, cell.dense),
-        alike=lambda cell: tuple(cell.setting.values()), guess=Guess(grid).seconds,
+        KIND, inputs_of(grid), compute, CODE, group=lambda cell: (cell.task, cell.dense), alike=alike,
+        guess=guess.seconds,
     )  # fmt: skip
     return run_cells(
         study, output, hours=hours, shard=shard, only=only, others=others, overwrite=overwrite, progress=progress
@@ -326,10 +331,14 @@ class Guess:
             for name in [cell.dense, *(grid.members(cell.task, cell.dense) or [])]:
                 self._first.setdefault((cell.task, name), cell)
 
+    def made(self, cell: Cell) -> list[str]:
+        """The dense models that are made for a cell, unless only some of the cells are run."""
+        return [name for name in self.grid.tasks[cell.task].dense if self._first.get((cell.task, name)) == cell]
+
     def seconds(self, cell: Cell) -> float:
+        """Seconds that a cell probably takes."""
         grid, settings = self.grid, self.grid.tasks[cell.task]
-        made = [name for name in settings.dense if self._first.get((cell.task, name)) == cell]
-        total = sum(self._dense(cell.task, name) for name in made)
+        total = sum(self._dense(cell.task, name) for name in self.made(cell))
         if cell.method != "dense":
             config, subnet = grid.prune_configs(cell)
             if cell.method in TRAINED:
