@@ -16,6 +16,7 @@ from sparsebert.errors import InputError
 from sparsebert.robustness import attacks
 from sparsebert.robustness.distances import distances
 from sparsebert.study import adaptive, planned, publish_adaptive, read_adaptive, read_only, run_adaptive
+from sparsebert.study.adaptive_grid import Cell
 from sparsebert.study.adaptive_report import left_out, points, sections_of
 from sparsebert.training import soup
 
@@ -159,14 +160,14 @@ def test_a_budget_takes_the_first_cells_and_lists_the_others(tmp_path, start):
 
 def test_only_the_cells_that_are_asked_for_are_run(tmp_path, start):
     grid = read_adaptive(str(written(tmp_path, start)))
-    only = read_only(["method=dense,magnitude", "dense=a"], list(adaptive.Cell.model_fields))
+    only = read_only(["method=dense,magnitude", "dense=a"], list(Cell.model_fields))
     outcome = run_adaptive(grid, tmp_path / "out", only=only)
     assert [(cell.method, cell.dense) for cell, _ in outcome.done] == [("dense", "a"), ("magnitude", "a")]
     for text in ("controls=true", "sparsity=0.5"):
-        assert read_only([text], list(adaptive.Cell.model_fields))(grid.cells[2]), text
+        assert read_only([text], list(Cell.model_fields))(grid.cells[2]), text
     for text in ("speed=1", "method"):
         with pytest.raises(InputError, match="only must be FIELD=VALUE,… of task, dense"):
-            read_only([text], list(adaptive.Cell.model_fields))
+            read_only([text], list(Cell.model_fields))
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, start, capsys):
@@ -237,6 +238,7 @@ def test_differences_have_intervals_over_models_or_over_examples():
         ({"cells": [{"task": "mr", "dense": "a", "method": "robust-ticket", "pattern": "2:4"}]}, "a ticket is"),
         ({"cells": [{"task": "mr", "dense": "a"}] * 2}, "twice"),
         ({"tasks": {"mr": {"dense": {}}}}, "attack_seconds"),
+        ({"tasks": {"mr": {"attack_seconds": 1, "dense": {}, "prune": {"imp": {"epoch": 1}}}}}, "no flag of prune"),
         ({"tasks": {"rte": {"attack_seconds": 1, "dense": {}}}}, "has pairs"),
         ({"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {}}}}}, "needs hold_out"),
         ({"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {"members": ["z"]}}}}}, "member z"),

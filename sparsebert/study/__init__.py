@@ -2,7 +2,9 @@
 study `adaptive`, `read_adaptive`, `run_adaptive` and `publish_adaptive`, and `planned` says what a run would take.
 """
 
-from sparsebert.study.adaptive import planned, read_adaptive, run_adaptive
+from sparsebert.study.adaptive import run_adaptive
+from sparsebert.study.adaptive_grid import read_adaptive
+from sparsebert.study.adaptive_plan import planned
 from sparsebert.study.adaptive_report import publish_adaptive
 from sparsebert.study.grid import read_grid, read_shard
 from sparsebert.study.report import publish

@@ -13,7 +13,8 @@ import numpy as np
 
 from sparsebert import jobs
 from sparsebert.robustness import statistics
-from sparsebert.study.adaptive import ATTACK, CONTROL, AdaptiveGrid, Cell
+from sparsebert.study.adaptive import ATTACK, CONTROL
+from sparsebert.study.adaptive_grid import AdaptiveGrid, Cell
 from sparsebert.study.pages import Section, head, lay_out, markdown_page, percent, write_html, write_parquet
 from sparsebert.study.run import Outcome
 
