@@ -52,9 +52,9 @@ def main() -> int:
     def figures(model, tokenizer) -> harness.Row:
         found = compare(spec, reported, encoders.predict(model, tokenizer, reported, max_length=spec.max_length))
         return {
-            "held_accuracy": 100 * accuracy(model, tokenizer, held, spec.max_length),
+            "held_accuracy": 100 * accuracy(model, tokenizer, held, spec),
             "accuracy": 100 * found.accuracy, "low": 100 * found.accuracy_ci[0], "high": 100 * found.accuracy_ci[1],
-            "perturbed": -perturbed(model, tokenizer, reported, spec.max_length),
+            "perturbed": -perturbed(model, tokenizer, reported, spec),
         }  # fmt: skip
 
     rows, states = [], []

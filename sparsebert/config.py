@@ -73,11 +73,12 @@ class TaskConfig(Settings):
 class LearnConfig(Settings):
     """Settings of all training with labels."""
 
-    loss: Literal["ce", "poe", "reweight", "reweight-mean", "confreg"] = Field(
+    loss: Literal["ce", "poe", "reweight", "reweight-mean", "confreg", "distill", "rmc"] = Field(
         "ce",
         description="ce: cross-entropy. Debiased losses, which learn less from what a bias model already predicts: poe "
         "(product of experts), reweight (over the sum of the batch's weights), reweight-mean (over the batch size), "
-        "confreg (confidence regularisation)",
+        "confreg (confidence regularisation). Distillation: distill (from a teacher), rmc (from a teacher that is less "
+        "sure where examples are easy)",
     )
     bias: str = Field(
         "auto",
@@ -87,7 +88,14 @@ class LearnConfig(Settings):
     )
     teacher: str | None = Field(
         None,
-        description="for confreg: DIR of a model trained with ce [default: one is trained first, into OUTPUT.teacher]",
+        description="for confreg, distill and rmc: DIR of a model trained with ce [default: one is trained first, into "
+        "OUTPUT.teacher; of the methods rmc and bag-of-tricks the model that is pruned]",
+    )
+    difficulty_floor: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="for rmc: difficulty of the easiest example: 0, the teacher is flat there, to 1, all are equal",
     )
     epochs: Positive = Field(3.0, lt=1e6, description="passes over the training examples, such as 3 or 0.5")
     steps: int | None = Field(None, ge=1, lt=LARGE, description="number of optimizer steps, instead of --epochs")
@@ -124,6 +132,24 @@ class LearnConfig(Settings):
         "auto",
         description="bf16: products in bfloat16 (autocast). auto: bf16 if it is fast on the device, else fp32",
     )
+    adversarial: Literal["none", "freelb", "last-layer"] = Field(
+        "none",
+        description="adversarial training: freelb perturbs the embeddings, last-layer the last layer's input (cheaper)",
+    )
+    ascent_steps: Count = Field(5, description="for --adversarial: gradient ascent steps per batch")
+    ascent_size: Positive | None = Field(
+        None, description="for --adversarial: length of an ascent step [default: 0.03; in early-robust's search 0.01]"
+    )
+    ascent_norm: Literal["token", "text"] = Field(
+        "token", description="for --adversarial: whether each token moves by --ascent-size, or each text as a whole"
+    )
+    ascent_start: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="for --adversarial: bound of the random perturbation that the ascent starts from; 0.05 in FreeLB "
+        "as first published, with --ascent-norm text",
+    )
     device: Device = DEVICE
 
 
@@ -136,12 +162,6 @@ class TrainConfig(LearnConfig):
     optimizer: Literal["adamw", "adam", "sgd"] = Field(
         "adamw", description="adamw, adam (weight decay is part of the gradient) or sgd (without momentum)"
     )
-    adversarial: Literal["none", "freelb", "last-layer"] = Field(
-        "none",
-        description="adversarial training: freelb perturbs the embeddings, last-layer the last layer's input (cheaper)",
-    )
-    ascent_steps: Count = Field(5, description="for --adversarial: gradient ascent steps per batch")
-    ascent_size: Positive = Field(0.03, description="for --adversarial: length of an ascent step, per token")
 
 
 class PruneConfig(Settings):
@@ -150,7 +170,7 @@ class PruneConfig(Settings):
     method: str = Field(
         "knowledge",
         description="without labels: knowledge, adaptive, obs, sparsegpt, wanda, magnitude; by training with labels: "
-        "mask, imp, imp-rw, soft-movement",
+        "mask, imp, imp-rw, soft-movement, robust-ticket, super-ticket, early-robust, rmc, bag-of-tricks",
     )
     tier: int | None = Field(
         None,

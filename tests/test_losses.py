@@ -33,6 +33,9 @@ def expected(name: str) -> float:
         scaled = P_T ** (1 - beta)[:, None]
         scaled /= scaled.sum(1, keepdims=True)
         return -(scaled * np.log(P_M)).sum(1).mean()
+    if name in ("distill", "rmc"):  # the teacher of rmc was smoothed before
+        apart = (P_T * np.log(P_T / P_M)).sum(1).mean()
+        return 0.1 * -np.log(of_label(P_M)).mean() + 0.9 * apart
     weighted = -(1 - beta) * np.log(of_label(P_M))
     return weighted.sum() / (1 - beta).sum() if name == "reweight" else weighted.mean()
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from models import classifier, saved, tokenizer
 from sparsebert import checkpoint, config, data
 from sparsebert.encoders import encoder_layers
 from sparsebert.errors import InputError
+from sparsebert.robustness import attacks
 from sparsebert.training import adversarial, loop, recipe, soup, train, train_recipe
 from sparsebert.training.losses import Targets
 from sparsebert.training.soup import SCORES
@@ -127,7 +130,7 @@ def test_held_out_examples_are_the_same_for_every_seed_and_never_trained_on():
         data.hold_out(examples, 8662)
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", ["accuracy", "perturbed"])
 def test_a_soup_scores_no_worse_than_its_best_member_and_resumes(models, tmp_path, score):
     told = []
     result = soup(models, "mr", tmp_path / "soup", score=score, progress=lambda *_: told.append(1))
@@ -139,6 +142,22 @@ def test_a_soup_scores_no_worse_than_its_best_member_and_resumes(models, tmp_pat
         torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
     assert soup(models, "mr", tmp_path / "soup", score=score, progress=lambda *_: told.append(1)) == result
     assert len(told) == 5
+
+
+def test_a_soup_may_be_judged_by_accuracy_under_attack_on_held_out_examples(models, tmp_path, monkeypatch):
+    seen, original = [], attacks.run
+
+    def run(victim, plan, examples, *more):
+        seen.append((plan.recipe.name, victim.classifier.directory, examples))
+        return original(victim, plan, examples, *more)
+
+    monkeypatch.setattr(attacks, "run", run)
+    monkeypatch.setattr(sys.modules[soup.__module__], "ATTACKED", 20)
+    result = soup(models[:2], "mr", tmp_path / "soup", score="attacked")
+    examples = data.training(data.get_task("mr"))
+    held = data.hold_out(examples, SETTINGS["hold_out"])[1].sample(20, 0)
+    assert len(seen) == 3 and all(name == "textfooler" and some.texts == held.texts for name, _, some in seen)
+    assert 0 <= result.score <= 1 and result.score >= max(result.scores.values())
 
 
 def test_an_interrupted_soup_scores_nothing_twice(models, tmp_path, monkeypatch):

@@ -377,6 +377,15 @@ def test_a_gradual_mask_that_is_kept_has_the_final_sparsity(tuned, tmp_path):
     assert result.sparsity == pytest.approx(0.8, abs=1e-3) and result.training["chosen"] >= 0.7 * 12
 
 
+def test_no_weights_of_imp_with_too_few_zeros_may_be_the_best():
+    pruning = MagnitudePruning(classifier(), patterns.Unstructured(), 0.5)
+    may = []
+    for step in range(12):
+        pruning.before(step, 12)
+        may.append(pruning.choose_from == 0)
+    assert may == [step >= 10 for step in range(12)]
+
+
 def test_a_mask_of_the_fine_tuned_model_goes_onto_the_pretrained_weights(start, tuned, tmp_path):
     subnet = SubnetConfig(**QUICK, rewind="pretrained")
     prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method="mask", sparsity=0.5), subnet)
@@ -449,8 +458,8 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
         ({"method": "imp"}, {"gradual": 0.2}, "belongs to methods mask, soft-movement"),
         ({"method": "imp"}, {"init": "soft"}, "belongs to method mask, got imp"),
         ({"method": "imp"}, {"rewind": "pretrained"}, "methods mask, imp-rw"),
-        ({"method": "mask"}, {"penalty": 1.0}, "belongs to method soft-movement, got mask"),
-        ({"method": "imp"}, {"scores_lr": 0.1}, "--scores-lr belongs to method soft-movement"),
+        ({"method": "mask"}, {"penalty": 1.0}, "belongs to methods soft-movement, robust-ticket, got mask"),
+        ({"method": "imp"}, {"scores_lr": 0.1}, "--scores-lr belongs to methods soft-movement"),
         ({"method": "imp-rw"}, {"select": "best", "hold_out": 9}, "nothing to select"),
         ({"method": "mask"}, {"select": "best"}, "hold_out 0"),
         ({"method": "mask"}, {"loss": "poe"}, "needs a bias model"),

@@ -25,6 +25,11 @@ FLAGS = {
     "imp": set(),
     "imp-rw": {"rewind"},
     "soft-movement": {"gradual", "update_every", "settle", "scores_lr", "penalty"},
+    "robust-ticket": {"search", "rewind", "scores_lr", "penalty"},
+    "super-ticket": {"search", "rewind"},
+    "early-robust": {"search", "rewind", "heads", "mask_distance"},
+    "rmc": set(),
+    "bag-of-tricks": {"search", "heads"},
 }
 
 

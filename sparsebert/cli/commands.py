@@ -14,6 +14,7 @@ from sparsebert.cli.figures import (
     rows_of_kept,
     rows_of_machine,
     rows_of_plan,
+    table_of_study,
     tables_of_evaluation,
     tables_of_replay,
     tables_of_timing,
@@ -303,7 +304,8 @@ def soup(
     score: Annotated[
         str,
         option(
-            help="what is compared, on held-out examples: accuracy, or perturbed (the loss under perturbed embeddings)"
+            help="what is compared, on held-out examples: accuracy, perturbed (the loss under perturbed embeddings) or "
+            "attacked (accuracy under TextFooler, on 300)"
         ),
     ] = "perturbed",
     overwrite: Overwrite = False,
@@ -637,17 +639,43 @@ def bench(
 
 @app.command()
 def study(
-    which: Annotated[Literal["srnets"], typer.Argument(help="srnets: sparse and robust subnetworks, Liu et al. 2022")],
+    which: Annotated[
+        Literal["srnets", "adaptive"],
+        typer.Argument(
+            help="srnets: sparse and robust subnetworks, Liu et al. 2022. adaptive: robust pruning, Li et al. 2023"
+        ),
+    ],
     *,
-    grid: Annotated[str, option(help="YAML file of cells, or srnets-small or srnets-paper, which are packaged")],
+    grid: Annotated[
+        str | None,
+        option(
+            help="YAML file of cells, or srnets-small, srnets-paper or adaptive, which are packaged [default: for "
+            "adaptive: adaptive]"
+        ),
+    ] = None,
     output: Annotated[Path, option("--output", "-o", help="folder for ledger, models and report")],
     hours: Annotated[
         float | None,
-        option(min=0, help="do not begin a cell that would probably end after this many hours [default: no limit]"),
+        option(
+            "--budget",
+            "--hours",
+            min=0,
+            help="do not begin a cell that would probably end after this many hours [default: no limit]",
+        ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        option(metavar="FIELD=VALUE,…", help="run only cells with such a field, as in the grid; may be repeated"),
+    ] = None,
+    dry_run: Annotated[
+        bool, option("--dry-run", help="for adaptive: print the cells and about how long they take, and run nothing")
+    ] = False,
     shard: Annotated[
         str,
-        option(metavar="I/N", help="run only part I of N (I from 0); cells of one task and seed stay together"),
+        option(
+            metavar="I/N",
+            help="run only part I of N (I from 0); cells that share a fine-tuned model stay together",
+        ),
     ] = "0/1",
     take: Annotated[
         list[Path] | None,
@@ -658,17 +686,31 @@ def study(
     json: Json = False,
 ) -> None:
     """Run a grid of training, pruning and evaluation. After an interruption the same command goes on."""
-    from sparsebert.study import publish, read_grid, read_shard, run_grid
+    from sparsebert import study as studies
 
-    cells, part = read_grid(grid), read_shard(shard)
+    if which == "srnets" and (grid is None or dry_run):
+        raise InputError("srnets needs --grid and has no --dry-run", fix="--grid srnets-small")
+    read = studies.read_grid if which == "srnets" else studies.read_adaptive
+    run = studies.run_grid if which == "srnets" else studies.run_adaptive
+    cells, part = read(grid or which), studies.read_shard(shard)
+    wanted = studies.read_only(only or [], list(type(cells.cells[0]).model_fields))
+    if dry_run:
+        rows = studies.planned(cells, wanted, hours)
+        if not json:
+            table(*table_of_study(rows))
+        emit({"grid": cells.name, "seconds": sum(row["seconds"] for row in rows), "cells": rows}, json)
+        return
     with progress(f"study {which}") as update:
-        outcome = run_grid(
-            cells, output, hours=hours, shard=part, others=take or [], overwrite=overwrite, progress=update
+        outcome = run(
+            cells, output, hours=hours, shard=part, only=wanted, others=take or [], overwrite=overwrite, progress=update
         )
-    document = publish(cells, outcome, output, markdown)
+    if which == "srnets":
+        document = studies.publish(cells, outcome, output, markdown)
+    else:
+        document = studies.publish_adaptive(cells, outcome, output, markdown, hours)
     if not json:
         rows = [[name, str(value)] for name, value in document.items() if not isinstance(value, list)]
-        table(f"{grid}: {len(outcome.done)} cells done, {len(outcome.left_out)} left out", ["", ""], rows)
+        table(f"{cells.name}: {len(outcome.done)} cells done, {len(outcome.left_out)} left out", ["", ""], rows)
     emit(document, json)
 
 

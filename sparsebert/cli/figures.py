@@ -287,3 +287,15 @@ def tables_of_timing(result: dict, config: BenchConfig, explain: bool) -> list[t
         columns = ["layer", "linear", "shape", "kept", "form", "kernel", "Gflop/s", "of peak", "why"]
         tables.append(("linears", columns, rows))
     return tables
+
+
+def table_of_study(rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, columns, rows) of the plan of a study."""
+    spent, shown = 0.0, []
+    for row in rows:
+        spent += row["seconds"] * row["runs"]
+        told = [row["task"], row["dense"], row["label"], f"{100 * row['zeros']:.4g} %", f"{row['seconds'] / 60:.0f}"]
+        shown.append([*told, f"{spent / 3600:.1f}" if row["runs"] else "left out"])
+    begun = sum(row["runs"] for row in rows)
+    title = f"{begun} of {len(rows)} cells, about {spent / 3600:.1f} hours on this machine"
+    return title, ["task", "dense model", "method", "zeros", "minutes", "hours by then"], shown

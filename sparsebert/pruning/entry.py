@@ -223,12 +223,10 @@ class _Trained:
     which is saved in the recipe. read: figures of the user's files. scales: of int8; None for float32.
     """
 
-    scales = None
-
     def __init__(
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite
     ):
-        self.config, self.subnet = config, Subnet(source, spec, target, config, subnet, overwrite)
+        self.config, self.subnet, self.scales = config, Subnet(source, spec, target, config, subnet, overwrite), None
         setup = self.setup = self.subnet.setup
         self.job, self.spec = self.subnet.job, setup.spec
         # The config of the setup has the learning rate of the run, even if it is a default.
@@ -238,9 +236,12 @@ class _Trained:
     def find(self, progress: Progress):
         """(model, tokenizer, result)."""
         start = time.perf_counter()
-        model, tokenizer, training = self.subnet.find(progress)
+        model, tokenizer, training, self.scales = self.subnet.find(progress)
         result = _result(model, self.config, start, 0, training)
-        return model, tokenizer, replace(result, max_length=training["max_length"], cut=training["cut"], **self.read)
+        told = {"max_length": training["max_length"], "cut": training["cut"], **self.read}
+        if self.scales is not None:
+            told["dtype"] = "int8"
+        return model, tokenizer, replace(result, **told)
 
 
 class _Calibrated:
@@ -366,7 +367,10 @@ def check(config: PruneConfig, subnet: SubnetConfig | None = None) -> None:
     pattern = parse(config.pattern)
     sparsity = sparsity_of(pattern, config.sparsity)
     if config.method in TRAINED:
-        TRAINED[config.method].check(own(config.method, subnet), sparsity)
+        method = TRAINED[config.method]
+        if method.loss is not None and subnet.loss not in ("ce", method.loss):
+            raise InputError(f"{method.name} learns by loss {method.loss}, got {subnet.loss}", fix="leave --loss out")
+        method.check(own(config.method, subnet), pattern, sparsity)
     if config.method == "knowledge":
         knowledge.steps_of(config)
     if config.as_published and config.calibration:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import PruneConfig, TaskConfig
+from sparsebert.config import LearnConfig, PruneConfig, TaskConfig
 from sparsebert.encoders import encoder_linears, tokenize
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.admm_prune import PATH_ITERATIONS
 from sparsebert.patterns import Grouped, Pattern, kept_in, parse, require_fits, sparsity_of
-from sparsebert.pruning import allocate
+from sparsebert.pruning import allocate, subnets
 from sparsebert.pruning.calibration import NONE, SHARES, TOKENS_PER_BATCH
 from sparsebert.pruning.cluster import QUICK, ROUNDS
 from sparsebert.pruning.distillation import BATCH, SPARSE_BELOW, STEPS
@@ -80,13 +80,14 @@ def plan(
         return replace(_plan_training(model, directory, run.setup, config, subnet), done=done)
     own = None
     if run.examples is not None:
-        own = round(len(run.examples) * _mean_tokens(directory, run.examples, run.max_length)[0])
+        own = round(len(run.examples) * mean_tokens(directory, run.examples, run.max_length)[0])
     return replace(plan_model(model, config, own), done=done)
 
 
-def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
+def plan_model(model, config: PruneConfig, own: int | None = None, speed: float | None = None) -> Plan:
     """The plan of `prune`, from the model's shapes. The time is estimated from the speed of a matrix product on this
-    machine. own: number of tokens in the task's texts, None if not known.
+    machine. own: number of tokens in the task's texts, None if not known. speed: of a matrix product in float32, FLOP
+    per second; None: it is measured.
     """
     check(config)
     device = device_of(config)
@@ -102,7 +103,8 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
     steps = sorted(steps_of(config)) if config.method == "knowledge" else []
     seconds = {}
     if device.type == "cpu":
-        seconds = _seconds(linears, weights, tokens, steps, pattern, 1 - budget["zeros"] / weights, config.int8)
+        density = 1 - budget["zeros"] / weights
+        seconds = _seconds(linears, weights, tokens, steps, pattern, density, config.int8, speed)
     return Plan(
         **budget,
         tokens=tokens,
@@ -114,7 +116,7 @@ def plan_model(model, config: PruneConfig, own: int | None = None) -> Plan:
     )
 
 
-def _mean_tokens(directory: Path, examples: data.Examples, max_length: int) -> tuple[float, int]:
+def mean_tokens(directory: Path, examples: data.Examples, max_length: int) -> tuple[float, int]:
     """(mean, max) tokens per example after the cut, in a sample."""
     some = tokenize(checkpoint.load_tokenizer(directory), examples.sample(SAMPLE, 0), max_length)
     lengths = [len(row["input_ids"]) for row in some]
@@ -125,16 +127,18 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     pattern, linears = parse(config.pattern), encoder_linears(model)
     budget = _budget(linears, pattern, config)
     weights = budget["weights"]
+    method, flags = TRAINED[config.method], subnets.own(config.method, subnet)
+    if method.zeros is not None:
+        budget["zeros"] = method.zeros(model, flags, sparsity_of(pattern, config.sparsity))
     examples, held_out = setup.examples, setup.held_out
-    mean, longest = _mean_tokens(directory, examples, setup.spec.max_length)
+    mean, longest = mean_tokens(directory, examples, setup.spec.max_length)
     optimizer_steps = step_count(len(examples), subnet)
     tokens = round(optimizer_steps * min(subnet.batch_size, len(examples)) * mean)
 
     seconds = {}
     if setup.device.type == "cpu":
-        bf16 = precision_of(subnet, setup.device) == "bf16"
-        speed = TRAINING * _flops_a_second(torch.bfloat16 if bf16 else torch.float32)
-        seconds = {"training": 6 * weights * tokens / speed}
+        speed = training_speed(subnet)
+        seconds = {"training": method.passes(flags) * 6 * weights * tokens / speed}
         if subnet.select == "best":
             checks = CHECKS * (1 - subnet.settle) + 1
             seconds["held_out"] = checks * 2 * weights * len(held_out) * mean / speed
@@ -143,7 +147,7 @@ def _plan_training(model, directory: Path, setup: TrainingSetup, config: PruneCo
     mib = 1 / 2**20
     parameters = sum(p.numel() for p in model.parameters())
     scores = weights // (pattern.rows if isinstance(pattern, Grouped) else 1)
-    beside, learning = TRAINED[config.method].floats(scores, parameters)
+    beside, learning = method.floats(scores, parameters)
     widths = sum(m.in_features + m.out_features for m in linears.values())
     memory = {  # fitted to the peaks of MiniLM on MNLI
         "python_and_torch": 700.0,
@@ -217,9 +221,16 @@ def _memory(model, linears, tokens: int, steps: list[str]) -> dict[str, float]:
 
 
 def _seconds(
-    linears, weights: int, tokens: int, steps: list[str], pattern: Pattern, density: float, int8: bool
+    linears,
+    weights: int,
+    tokens: int,
+    steps: list[str],
+    pattern: Pattern,
+    density: float,
+    int8: bool,
+    speed: float | None,
 ) -> dict[str, float]:
-    speed = _flops_a_second()
+    speed = speed or flops_a_second()
     if not tokens:
         return {"total": 1.0}
     gram = sum(m.in_features**2 + 2 * m.in_features * min(m.in_features, m.out_features) for m in linears.values())
@@ -266,7 +277,13 @@ def _seconds(
     return {"total": sum(parts.values()), **parts}
 
 
-def _flops_a_second(dtype: torch.dtype = torch.float32) -> float:
+def training_speed(config: LearnConfig) -> float:
+    """FLOP per second of training on this machine's CPU: six per weight of the linears and token."""
+    bf16 = precision_of(config, torch.device("cpu")) == "bf16"
+    return TRAINING * flops_a_second(torch.bfloat16 if bf16 else torch.float32)
+
+
+def flops_a_second(dtype: torch.dtype = torch.float32) -> float:
     """The speed of the fastest of several products: what the machine does when nothing else runs on it."""
     a = torch.ones(1024, 1024, dtype=dtype)
     a @ a

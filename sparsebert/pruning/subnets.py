@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from sparsebert import checkpoint, data
@@ -13,6 +14,8 @@ from sparsebert.errors import InputError
 from sparsebert.jobs import Job
 from sparsebert.machine import at_work_on
 from sparsebert.patterns import parse, sparsity_of
+from sparsebert.pruning.calibration import draw
+from sparsebert.pruning.quantize import quantize
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Start, TrainedConfig
 from sparsebert.training.finetune import train
@@ -28,14 +31,19 @@ class Subnet:
         self, source: Path, spec: data.Task, target: Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
     ):
         self.method = TRAINED[config.method]
-        self.pattern = parse(config.pattern)
+        self.pattern, self.tokens = parse(config.pattern), config.calibration_tokens
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
         self.start = _weights(subnet.start, source)
-        self.rewind = None if subnet.rewind is None else _weights(subnet.rewind, source)
+        wanted = subnet.rewind
+        if self.method.rewinds == "during" and wanted is None and self.method.rewinds_to != "start":
+            wanted = self.method.rewinds_to
+        self.rewind = None if wanted is None else _weights(wanted, source)
         if self.method.rewinds == "during" and self.rewind is None:
             self.rewind = self.start
         chosen = {"seed": config.seed, "max_length": config.max_length, "device": config.device}
         chosen |= {k: v for k, v in self.method.by_pattern(self.pattern).items() if getattr(subnet, k) is None}
+        if self.method.loss is not None:
+            chosen |= {"loss": self.method.loss, "teacher": subnet.teacher or str(source)}
         self.settings = subnet.model_copy(update=chosen)
         rewind = None if self.rewind is None else checkpoint.source_sha256(self.rewind)
         others = {**config.model_dump(), "start": None, "rewind": rewind}  # the start is the setup's model
@@ -45,7 +53,7 @@ class Subnet:
         self.job = Job("prune", self.setup.inputs, __name__, target, overwrite=overwrite, space=self.setup.space)
 
     def find(self, progress: Progress):
-        """(model with zeros, tokenizer, figures of the run), on the CPU and in eval mode."""
+        """(model with zeros, tokenizer, figures of the run, scales of int8 or None), on the CPU and in eval mode."""
         spec, seed, device = self.setup.spec, self.settings.seed, self.setup.device
 
         def rewound() -> dict[str, torch.Tensor]:
@@ -62,7 +70,14 @@ class Subnet:
             if after:
                 model, tokenizer = fresh_classifier(self.rewind, spec, seed, device)
                 _apply(model, keeps)
-        return model.cpu().eval(), tokenizer, figures
+        model = model.cpu().eval()
+        return model, tokenizer, figures, self._rounded(model, tokenizer, progress) if self.method.rounds else None
+
+    def _rounded(self, model, tokenizer, progress: Progress) -> dict[str, np.ndarray]:
+        """The scales of int8, after the model is rounded to it on the task's training texts."""
+        examples, length, seed = self.setup.examples, self.setup.spec.max_length, self.settings.seed
+        texts = draw(model, tokenizer, examples, self.tokens, length, seed)
+        return quantize(model, texts.batches, lambda done, total: progress(done, total, "round to int8"))
 
 
 def own(name: str, subnet: SubnetConfig) -> TrainedConfig:

@@ -112,18 +112,18 @@ class Grid:
 
     def train_config(self, cell: Cell, loss: str, **changes) -> TrainConfig:
         """The settings for fine-tuning a dense model of this cell."""
-        fields = {**_chosen(self.train[cell.task], LOSSES, loss), "loss": loss, "seed": cell.seed, **changes}
-        return _config(TrainConfig, fields, f"train of {cell.task}")
+        fields = {**chosen(self.train[cell.task], LOSSES, loss), "loss": loss, "seed": cell.seed, **changes}
+        return config_of(TrainConfig, fields, f"train of {cell.task}")
 
     def prune_configs(self, cell: Cell) -> tuple[PruneConfig, SubnetConfig]:
         """The settings for pruning it."""
-        first = _config(
+        first = config_of(
             PruneConfig,
             {"method": cell.method, "sparsity": cell.sparsity, "pattern": cell.pattern, "seed": cell.seed},
             cell.label,
         )
         method = TRAINED[cell.method]
-        settings = _chosen(_chosen(self.prune[cell.task], LOSSES, cell.loss), TRAINED, cell.method)
+        settings = chosen(chosen(self.prune[cell.task], LOSSES, cell.loss), TRAINED, cell.method)
         others = SubnetConfig.model_fields.keys() - method.config.model_fields.keys()  # task settings cover all methods
         fields = {name: value for name, value in settings.items() if name not in others}
         fields |= {"loss": cell.loss, "mix_ood": cell.mix_ood}
@@ -132,7 +132,7 @@ class Grid:
         fields |= {name: value for name in ("gradual", "init") if (value := getattr(cell, name)) is not None}
         if "gradual" in method.by_pattern(parse(cell.pattern)):
             fields.setdefault("gradual", cell.sparsity)  # if the cell sets none, the sparsity is fixed, for any pattern
-        return first, _config(SubnetConfig, fields, f"prune of {cell.task}")
+        return first, config_of(SubnetConfig, fields, f"prune of {cell.task}")
 
 
 def read_grid(name: str) -> Grid:
@@ -143,13 +143,10 @@ def read_grid(name: str) -> Grid:
     tasks = content["tasks"]
     for task in tasks:
         data.get_task(task)
-    cells = [cell for entry in content["cells"] for cell in _expand(entry, path)]
+    cells = expanded(content["cells"], Cell, path)
     unknown = sorted({cell.task for cell in cells} - tasks.keys())
     if unknown:
         raise InputError(f"grid {path} has cells of {unknown[0]}, but no settings for it", fix="add it to tasks")
-    repeated = [cell for cell, count in Counter(cells).items() if count > 1]
-    if repeated:
-        raise InputError(f"grid {path} has a cell twice: {repeated[0].label}", fix="write it once")
     grid = Grid(
         name=path.stem,
         model=content["model"],
@@ -157,7 +154,7 @@ def read_grid(name: str) -> Grid:
         train={task: settings.get("train", {}) for task, settings in tasks.items()},
         prune={task: settings.get("prune", {}) for task, settings in tasks.items()},
         cells=cells,
-        comparisons=[_config(Comparison, entry, "comparison") for entry in content.get("comparisons", [])],
+        comparisons=[config_of(Comparison, entry, "comparison") for entry in content.get("comparisons", [])],
         least={"rows": 12_000, "steps": 600, "seeds": 3} | content.get("least", {}),
     )
     for cell in cells:
@@ -191,20 +188,32 @@ def _check(grid: Grid, cell: Cell) -> None:
     check(*grid.prune_configs(cell))
 
 
-def _expand(entry: dict, path: Path) -> list[Cell]:
-    """The cells of one entry: every combination of the fields that are lists."""
-    if not isinstance(entry, dict):
-        raise InputError(f"grid {path}: a cell must map fields to values, got {entry!r}", fix="correct the grid")
-    values = [value if isinstance(value, list) else [value] for value in entry.values()]
-    return [_config(Cell, dict(zip(entry, chosen, strict=True)), "cell") for chosen in itertools.product(*values)]
+def expanded(entries: list, cell_class: type[Settings], path: Path) -> list:
+    """The cells of the entries of a grid file: of each, every combination of the fields that are lists. InputError for
+    anything else, and for a cell that is there twice.
+    """
+    cells = []
+    for entry in entries:
+        if not isinstance(entry, dict):
+            raise InputError(f"grid {path}: a cell must map fields to values, got {entry!r}", fix="correct the grid")
+        values = [value if isinstance(value, list) else [value] for value in entry.values()]
+        for combination in itertools.product(*values):
+            cells.append(config_of(cell_class, dict(zip(entry, combination, strict=True)), "cell"))
+    if not cells:
+        raise InputError(f"grid {path} has no cells", fix="add some")
+    repeated = [cell for cell, count in Counter(cells).items() if count > 1]
+    if repeated:
+        raise InputError(f"grid {path} has a cell twice: {repeated[0].label}", fix="write it once")
+    return cells
 
 
-def _chosen(settings: dict, names: Iterable[str], chosen: str) -> dict:
-    """The settings without those nested under `names`; the ones under `chosen` are merged in and override others."""
-    return {**{name: value for name, value in settings.items() if name not in names}, **settings.get(chosen, {})}
+def chosen(settings: dict, names: Iterable[str], name: str) -> dict:
+    """The settings without those nested under `names`; the ones under `name` are merged in and override others."""
+    return {**{key: value for key, value in settings.items() if key not in names}, **settings.get(name, {})}
 
 
-def _config(config_class: type[Settings], fields: dict, where: str):
+def config_of(config_class: type[Settings], fields: dict, where: str):
+    """`config_class(**fields)`; InputError for what it refuses. where: the part of the grid that they are from."""
     try:
         return validated(config_class, fields, f"{where}: ", "correct the grid")
     except TypeError as error:

@@ -4,7 +4,6 @@ parquet.
 
 from __future__ import annotations
 
-import html
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,14 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert import jobs
-from sparsebert.errors import UnsupportedError
-from sparsebert.machine import setting
 from sparsebert.robustness import statistics
-from sparsebert.robustness.report import html_table, write_page
 from sparsebert.study.grid import Cell, Comparison, Grid
-from sparsebert.study.srnets import Outcome
-
-LEFT_OUT = "Left out for time"
+from sparsebert.study.pages import Section, head, lay_out, markdown_page, percent, write_html, write_parquet
+from sparsebert.study.run import Outcome
 
 
 @dataclass(frozen=True)
@@ -61,8 +56,8 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
         "left_out": [cell.model_dump() for cell in outcome.left_out],
     }  # fmt: skip
     if outcome.done:
-        write_report(output / "report.html", grid, outcome, notes)
-        write_parquet(output / "cells.parquet", outcome)
+        write_html(output / "report.html", grid.name, notes, _sections(grid, outcome), _left_out(outcome))
+        write_parquet(output / "cells.parquet", [_parquet_row(*each) for each in outcome.done])
     if markdown_path is not None:
         jobs.write(markdown_path, markdown(grid, outcome, notes))
     return document
@@ -129,76 +124,35 @@ def _only(lines: list[Line], fields: dict) -> Line | None:
 
 def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
     """The tables of the HTML page as markdown."""
+    missing = _left_out(outcome)
+    return markdown_page(grid.name, _head(grid, outcome), notes, _sections(grid, outcome), missing)
+
+
+def _sections(grid: Grid, outcome: Outcome) -> list[Section]:
+    """A section for each task, and one for the comparisons."""
     lines = lines_of(grid, outcome)
-    parts = [f"# {grid.name}", _head(grid, outcome), notes]
+    sections = []
     for task in dict.fromkeys(line.task for line in lines):
         own = [line for line in lines if line.task == task]
-        heads, rows = _table(task, own)
-        parts.append("\n".join([f"## {task}", "", _row(heads), _row(["---"] * len(heads)), *map(_row, rows)]))
-    found = [row for comparison in grid.comparisons if (row := compared(lines, comparison))]
-    if found:
-        heads, rows = _comparisons(found)
-        parts.append("\n".join(["## Paired over seeds", "", _row(heads), _row(["---"] * len(heads)), *map(_row, rows)]))
-    if missing := _left_out(outcome):
-        parts.append("\n".join([f"## {LEFT_OUT}", "", *(f"* {line}" for line in missing)]))
-    return "\n\n".join(parts) + "\n"
+
+        def charts(own: list[Line] = own) -> list[tuple[str, object]]:
+            return [(name, _curves(own, name)) for name in headline(own[0].task, own[0])]
+
+        sections.append(Section(task, *_table(task, own), charts))
+    if found := [row for comparison in grid.comparisons if (row := compared(lines, comparison))]:
+        sections.append(Section("Paired over seeds", *_comparisons(found)))
+    return sections
 
 
 def _head(grid: Grid, outcome: Outcome) -> str:
-    """The machines, the command and the environments with which the cells were computed."""
-    results = [result for _, result in outcome.done]
-    machines = dict.fromkeys(result["machine"] for result in results)
-    variables = [setting(r["environment"]) if "environment" in r else "not recorded" for r in results]
-    return "  \n".join([
-        f"Machine: {'; '.join(machines) or 'none'}.",
-        f"Command: `sparsebert study srnets --grid {grid.name} -o DIR --markdown bench/results/srnets.md`",
-        f"Environment: {'; '.join(dict.fromkeys(variables)) or 'none'}.",
-    ])  # fmt: skip
+    return head(outcome, f"sparsebert study srnets --grid {grid.name} -o DIR --markdown bench/results/srnets.md")
 
 
-def write_report(path: Path, grid: Grid, outcome: Outcome, notes: str) -> None:
-    """Writes the HTML page, whole or not at all: curves of in-distribution and out-of-distribution figures over
-    sparsity, then the tables.
-    """
-    try:
-        import plotly.graph_objects as go
-        from plotly.io import to_html
-    except ImportError as error:
-        raise UnsupportedError("the report needs plotly", fix="pip install plotly") from error
-    lines = lines_of(grid, outcome)
-    body = f"<h1>{html.escape(grid.name)}</h1><p>{html.escape(notes)}</p>"
-    config = {"displayModeBar": False, "responsive": True}
-    for task in dict.fromkeys(line.task for line in lines):
-        own = [line for line in lines if line.task == task]
-        charts = "".join(
-            f"<div><h2>{html.escape(name)}</h2>"
-            f"{to_html(_curves(go, own, name), include_plotlyjs=False, full_html=False, config=config)}</div>"
-            for name in headline(task, own[0])
-        )
-        body += f"<h2>{html.escape(task)}</h2><div class='charts'>{charts}</div>{html_table(*_table(task, own))}"
-    if found := [row for comparison in grid.comparisons if (row := compared(lines, comparison))]:
-        body += f"<h2>Paired over seeds</h2>{html_table(*_comparisons(found))}"
-    if missing := _left_out(outcome):
-        body += f"<h2>{LEFT_OUT}</h2><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in missing)}</ul>"
-    write_page(path, grid.name, body)
-
-
-def write_parquet(path: Path, outcome: Outcome) -> None:
-    """Writes one row per cell: its fields, its figures, its training, the code that computed it."""
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [
-        {
-            **cell.model_dump(), **flat(result["evaluation"]), "seconds": result["seconds"], "code": result["code"],
-            "machine": result["machine"], "training": json.dumps(result["training"]),
-        }
-        for cell, result in outcome.done
-    ]  # fmt: skip
-    names = dict.fromkeys(name for row in rows for name in row)
-    table = pyarrow.Table.from_pylist([{name: row.get(name) for name in names} for row in rows])
-    with jobs.writing(path) as fresh:
-        pyarrow.parquet.write_table(table, fresh)
+def _parquet_row(cell: Cell, result: dict) -> dict:
+    return {
+        **cell.model_dump(), **flat(result["evaluation"]), "seconds": result["seconds"], "code": result["code"],
+        "machine": result["machine"], "training": json.dumps(result["training"]),
+    }  # fmt: skip
 
 
 def _table(task: str, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
@@ -206,7 +160,7 @@ def _table(task: str, lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for line in lines:
         cells = [line.label, f"{line.cell.sparsity:.0%}", str(len(line.seeds)), str(line.rows), str(line.steps)]
-        rows.append(cells + [_mean(line.figures[name]) for name in names] + ["smoke" if line.smoke else ""])
+        rows.append(cells + [percent(line.figures[name]) for name in names] + ["smoke" if line.smoke else ""])
     return ["setting", "zeros", "seeds", "rows", "steps", *names, ""], rows
 
 
@@ -235,19 +189,10 @@ def _p(value: float) -> str:
     return "<0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _mean(values: np.ndarray) -> str:
-    if len(values) < 2:
-        return f"{100 * values[0]:.2f}"
-    low, high = statistics.mean_interval(values)
-    return f"{100 * values.mean():.2f} ±{50 * (high - low):.2f}"
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _curves(go, lines: list[Line], name: str):
+def _curves(lines: list[Line], name: str):
     """One curve over sparsity per setting; dense models as horizontal lines."""
+    import plotly.graph_objects as go
+
     figure = go.Figure()
     curves: dict[str, list[Line]] = {}
     for line in lines:
@@ -266,8 +211,5 @@ def _curves(go, lines: list[Line], name: str):
             x=[line.cell.sparsity for line in points], y=means, error_y={"type": "data", "array": half}, name=label,
             mode="lines+markers",
         )  # fmt: skip
-    figure.update_layout(
-        template="plotly_white", height=380, margin={"l": 60, "r": 20, "t": 20, "b": 40}, legend={"orientation": "h"},
-        xaxis_title="share of zeros", xaxis_tickformat=".0%", yaxis_title=name, yaxis_tickformat=".0%",
-    )  # fmt: skip
+    lay_out(figure, name)
     return figure

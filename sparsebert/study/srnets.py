@@ -1,37 +1,24 @@
-"""Runs a grid of cells with a ledger. If it is killed and started again, it continues with the cell that it was at."""
+"""The cells of "A Win-win Deal": training, pruning, evaluation of sparse, robust subnetworks. [Liu et al. 2022]"""
 
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsebert import checkpoint, data
 from sparsebert.encoders import Progress, no_progress
-from sparsebert.environment import that_matter
 from sparsebert.errors import InputError
-from sparsebert.jobs import Ledger, code_of, digest, place, require_place
-from sparsebert.machine import card
+from sparsebert.jobs import code_of, digest, place
 from sparsebert.pruning import prune_checkpoint
 from sparsebert.pruning.trained import TRAINED
 from sparsebert.robustness import evaluate
 from sparsebert.study.grid import Cell, Grid
+from sparsebert.study.run import Outcome, Study, run_cells
 from sparsebert.training import train
 
 KIND = "srnets cell"
 CODE = code_of("sparsebert.pruning.subnets")[:12]  # hash of the code that trains and prunes the cells
-
-
-@dataclass
-class Outcome:
-    """done: finished cells with their figures, in the grid's order, including those of earlier runs and other shards.
-    left_out: unfinished cells, for which there was no time or which belong to other shards.
-    """
-
-    done: list[tuple[Cell, dict]] = field(default_factory=list)
-    left_out: list[Cell] = field(default_factory=list)
 
 
 def run_grid(
@@ -40,70 +27,23 @@ def run_grid(
     *,
     hours: float | None = None,
     shard: tuple[int, int] = (0, 1),
-    others: list[Path] | None = None,
+    only: Callable[[Cell], bool] = lambda cell: True,
+    others: Sequence[Path] = (),
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> Outcome:
-    """Runs the unfinished cells of the grid in the folder `output`; the ledger is `output`/units.sqlite.
-
-    A cell's key is made of its settings, the data and the weights that it starts from. The code that computed it is
-    recorded with it (`code`) but is not part of the key, because a grid takes longer to run than a version of the code
-    lasts.
-
-    hours: a cell that would probably end later is not begun, estimated from how long similar cells took.
-    shard: (i, n), every n-th group, from the i-th on, of the cells that share a task and a seed, and so their
-        fine-tuned models.
-    others: cells.jsonl of other runs, whose cells are taken over; `output`/cells.jsonl is written after each cell.
-    overwrite: replace a damaged ledger by a new one, filled from its cells.jsonl.
+    """Runs the unfinished cells of the grid in the folder `output`, as `run_cells` does. A cell's key is made of its
+    settings, the data and the weights that it starts from. Cells that share a task and a seed, and so their fine-tuned
+    models, are in one shard.
     """
-    start = time.monotonic()
-    output = place(output)
-    require_place(output)
-    book = Ledger(output / "units.sqlite", overwrite=overwrite)
-    own = output / "cells.jsonl"
-    for path in [*([own] if own.exists() else []), *(others or [])]:
-        book.take_over(path)
-    groups = list(dict.fromkeys((cell.task, cell.seed) for cell in grid.cells))
-    mine = [cell for cell in grid.cells if groups.index((cell.task, cell.seed)) % shard[1] == shard[0]]
-    outcome = Outcome()
-    took: dict[tuple, list[float]] = {}
-    done = 0
-    for cell, inputs in _inputs(grid):
-        stored = book.get(KIND, inputs)
-        if stored is not None:
-            took.setdefault(_kind(cell), []).append(stored["seconds"])
-        if cell not in mine:
-            if stored is None:
-                outcome.left_out.append(cell)
-            else:
-                outcome.done.append((cell, stored))
-            continue
-        if stored is None and hours is not None:
-            guess = max(took.get(_kind(cell)) or [0.0])
-            if time.monotonic() - start + guess > hours * 3600:
-                outcome.left_out.append(cell)
-                continue
-        if stored is None:
 
-            def compute(cell=cell) -> dict:
-                begin = time.perf_counter()
-                figures = run_cell(grid, cell, output / "models", progress, overwrite=overwrite)
-                return {
-                    **figures,
-                    "seconds": time.perf_counter() - begin,
-                    "code": CODE,
-                    "machine": card()["cpu"],
-                    "environment": that_matter(),
-                }
+    def compute(cell: Cell, progress: Progress) -> dict:
+        return run_cell(grid, cell, place(output) / "models", progress, overwrite=overwrite)
 
-            stored = book.once(KIND, inputs, compute)
-            took.setdefault(_kind(cell), []).append(stored["seconds"])
-            book.export(own)
-        outcome.done.append((cell, stored))
-        done += 1
-        progress(done, len(mine), "cells")
-    book.close()
-    return outcome
+    study = Study(KIND, _inputs(grid), compute, CODE, group=lambda cell: (cell.task, cell.seed), alike=_kind)
+    return run_cells(
+        study, output, hours=hours, shard=shard, only=only, others=others, overwrite=overwrite, progress=progress
+    )
 
 
 def run_cell(grid: Grid, cell: Cell, models: Path, progress: Progress, *, overwrite: bool = False) -> dict:

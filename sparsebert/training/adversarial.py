@@ -7,30 +7,32 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sparsebert.config import TrainConfig
+from sparsebert.config import LearnConfig
 from sparsebert.encoders import autocast, encoder_layers, frozen, layers_skipped
 from sparsebert.training.losses import Criterion, Targets, ce
 
 Batch = dict[str, torch.Tensor]
+SIZE = 0.03  # length of an ascent step
 
 
-def freeze(model: nn.Module, config: TrainConfig) -> None:
+def freeze(model: nn.Module, config: LearnConfig) -> None:
     """Freezes the embeddings for FreeLB: training them would undo the perturbation."""
     if config.adversarial == "freelb":
         model.base_model.embeddings.requires_grad_(False)
 
 
 def backward(
-    model: nn.Module, batch: Batch, targets: Targets, config: TrainConfig, criterion: Criterion = ce, *, bf16: bool
+    model: nn.Module, batch: Batch, targets: Targets, config: LearnConfig, criterion: Criterion = ce, *, bf16: bool
 ) -> float:
     """Adds the gradients of one batch's loss to the parameters, and returns the loss. bf16: forward passes under
     autocast.
 
     "none": the plain loss. "freelb": the mean of the losses at K = `ascent_steps` perturbations of the word embeddings,
     δ_1 = 0 and δ_{k+1} = δ_k + `ascent_size` g_k / ‖g_k‖. g_k is the gradient at δ_k, and the norm is per token [Zhu et
-    al. 2020, as run by Li et al. 2023: no projection, embeddings frozen]. "last-layer": δ perturbs the last layer's
-    inputs. It is found by K such steps through that layer and the head alone; the loss is that of the whole model at δ
-    [after SMAAT, Kara et al. 2024].
+    al. 2020, as run by Li et al. 2023: no projection, embeddings frozen], or per text (`ascent_norm`). With
+    `ascent_start` δ_1 is random: each of the n d numbers of a text of n tokens is uniform within ±`ascent_start` /
+    √(n d). "last-layer": δ perturbs the last layer's inputs. It is found by K such steps through that layer and the
+    head alone; the loss is that of the whole model at δ [after SMAAT, Kara et al. 2024].
     """
     if config.adversarial == "none":
         loss = loss_of(model, batch, targets, criterion, bf16)
@@ -63,7 +65,7 @@ def _worst(
     batch: Batch,
     targets: Targets,
     hidden: torch.Tensor,
-    config: TrainConfig,
+    config: LearnConfig,
     criterion: Criterion,
     bf16: bool,
 ) -> torch.Tensor:
@@ -78,7 +80,7 @@ def _worst(
     return last
 
 
-def perturbed_loss(model: nn.Module, batch: Batch, targets: Targets, config: TrainConfig) -> float:
+def perturbed_loss(model: nn.Module, batch: Batch, targets: Targets, config: LearnConfig) -> float:
     """The mean loss of a batch at the last perturbation of the word embeddings that FreeLB would see."""
     with torch.no_grad():
         words = model.get_input_embeddings()(batch["input_ids"])
@@ -96,15 +98,20 @@ def loss_of(model: nn.Module, inputs: Batch, targets: Targets, criterion: Criter
     return criterion(logits.float(), targets)
 
 
-def _ascent(start: torch.Tensor, batch: Batch, config: TrainConfig):
+def _ascent(start: torch.Tensor, batch: Batch, config: LearnConfig):
     """Yields (start + δ as a leaf tensor, ascend) `ascent_steps` times; ascend(gradient) moves δ and returns it."""
     real = batch["attention_mask"][..., None]
     delta = torch.zeros_like(start)
+    if config.ascent_start:
+        bound = config.ascent_start / (real.sum(1, keepdim=True) * start.shape[-1]).sqrt()
+        delta = (2 * torch.rand_like(start) - 1) * bound * real
+    over = (-1,) if config.ascent_norm == "token" else (-2, -1)
+    size = SIZE if config.ascent_size is None else config.ascent_size
 
     def ascend(gradient: torch.Tensor) -> torch.Tensor:
         nonlocal delta
-        norm = gradient.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-        delta = delta + config.ascent_size * gradient / norm * real
+        norm = gradient.norm(dim=over, keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
+        delta = delta + size * gradient / norm * real
         return delta
 
     for _ in range(config.ascent_steps):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sparsebert.config import LearnConfig, TrainConfig
+from sparsebert.config import LearnConfig
 from sparsebert.encoders import bucketed, moved
 from sparsebert.errors import InputError
 from sparsebert.jobs import Job
@@ -39,6 +39,10 @@ class Hook:
     def before(self, step: int, total: int) -> bool:
         """Called before optimizer step `step` of `total`, and once after the last. True: resets the optimizer state."""
         return False
+
+    def learning(self, config: LearnConfig) -> LearnConfig:
+        """The settings, of `config` or changed, by which the coming step computes its loss."""
+        return config
 
     def regularise(self) -> None:
         """Called after the backward pass of the loss: may add the gradients of a penalty."""
@@ -107,6 +111,7 @@ class TrainingLoop:
 
     Trains every parameter with requires_grad. job: keeps the snapshots; None for a run too short to need any. score:
     returns the model's score on the held-out examples, higher is better; None if the best weights are not to be kept.
+    part: name of the snapshots, if a job has several runs.
     """
 
     def __init__(
@@ -118,17 +123,16 @@ class TrainingLoop:
         *,
         hook: Hook | None = None,
         score: Callable[[], float] | None = None,
+        part: str = "snapshot",
     ):
         self.model, self.config, self.total_steps = model, config, total_steps
-        self.job, self.hook, self.score = job, hook or Hook(), score
-        self.criterion = LOSSES[config.loss].criterion
+        self.job, self.hook, self.score, self.part = job, hook or Hook(), score, part
         self.device = next(model.parameters()).device
         self.precision = precision_of(config, self.device)
         self.step, self.losses, self.saved_at = 0, [], 0
         self.best: dict[str, torch.Tensor] = {}
         self.scores: list[tuple[int, float]] = []  # (step, score) of each check on the held-out examples
-        if isinstance(config, TrainConfig):
-            adversarial.freeze(model, config)
+        adversarial.freeze(model, config)
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning rate and weight decay
         for name, p in self.parameters.items():
@@ -180,12 +184,9 @@ class TrainingLoop:
                     p.copy_(self.best[name])
 
     def _backward(self, batch: dict[str, torch.Tensor], targets: Targets) -> float:
-        bf16 = self.precision == "bf16"
-        if isinstance(self.config, TrainConfig):
-            return adversarial.backward(self.model, batch, targets, self.config, self.criterion, bf16=bf16)
-        loss = adversarial.loss_of(self.model, batch, targets, self.criterion, bf16)
-        loss.backward()
-        return loss.item()
+        config = self.hook.learning(self.config)
+        criterion = LOSSES[config.loss].criterion
+        return adversarial.backward(self.model, batch, targets, config, criterion, bf16=self.precision == "bf16")
 
     def _check_is_due(self) -> bool:
         every = max(1, self.total_steps // CHECKS)
@@ -209,11 +210,11 @@ class TrainingLoop:
         tensors |= {f"best/{name}": value for name, value in self.best.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors["scores"] = torch.tensor(self.scores, dtype=torch.float64).view(-1, 2)
-        self.job.keep("snapshot", tensors, {"step": self.step}, last=f"step {self.step} of {self.total_steps}")
+        self.job.keep(self.part, tensors, {"step": self.step}, last=f"step {self.step} of {self.total_steps}")
         self.saved_at = self.step
 
     def _restore(self) -> None:
-        if self.job is None or (kept := self.job.kept("snapshot")) is None:
+        if self.job is None or (kept := self.job.kept(self.part)) is None:
             return
         tensors, facts = kept
         self.step = self.saved_at = facts["step"]

@@ -1,4 +1,4 @@
-"""Losses: the plain one, and debiased ones, which learn less from what a bias model already predicts."""
+"""Losses: the plain one, debiased ones, which learn less from what a bias model already predicts, and distillation."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from sparsebert.heads import SINGLE_LABEL, Problem
+
+TAUGHT = 0.9  # weight of the teacher's distribution beside the label
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,31 @@ def confreg(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     return -(scaled.softmax(dim=1) * log_softmax(logits, dim=1)).sum(1).mean()
 
 
+def distill(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """(1 - λ) cross-entropy + λ KL(teacher ‖ model), λ = 0.9, means over the batch. [Du et al. 2023, eq. 3]"""
+    apart = kl_div(log_softmax(logits, dim=1), targets.teacher, reduction="batchmean", log_target=True)
+    return (1 - TAUGHT) * cross_entropy(logits, targets.labels) + TAUGHT * apart
+
+
+def smoothed(teacher: torch.Tensor, difficulty: torch.Tensor) -> torch.Tensor:
+    """log of p_t^d / Σ p_t^d: the teacher's distribution, flatter for easy examples. teacher: log p_t, float32 [n,
+    labels]; difficulty: d, float32 [n]. [Du et al. 2023, eq. 2]
+    """
+    return (difficulty[:, None] * teacher).log_softmax(1)
+
+
+def difficulty(losses: torch.Tensor, least: float) -> torch.Tensor:
+    """d = α + (1 - α) (v - min v) / (max v - min v), v the variance of an example's losses in models of several
+    sparsities; all 1 if the variances are equal. losses: float32 [models, n]; least: α, in [0, 1]. [Du et al. 2023,
+    eq. 1]
+    """
+    variance = losses.var(0, correction=0)
+    low, high = variance.aminmax()
+    if not high > low:
+        return torch.ones_like(variance)
+    return least + (1 - least) * (variance - low) / (high - low)
+
+
 def _weighted(logits: torch.Tensor, targets: Targets) -> tuple[torch.Tensor, torch.Tensor]:
     return 1 - _bias_of_label(targets), cross_entropy(logits, targets.labels, reduction="none")
 
@@ -83,11 +110,14 @@ def _bias_of_label(targets: Targets) -> torch.Tensor:
 
 
 class Loss(NamedTuple):
-    """A criterion, and which models' predictions it needs."""
+    """A criterion, and which models' predictions it needs. difficulty: that the teacher's are `smoothed` by the
+    `difficulty` of the examples.
+    """
 
     criterion: Criterion
     bias: bool = False
     teacher: bool = False
+    difficulty: bool = False
 
 
 LOSSES = {
@@ -96,4 +126,6 @@ LOSSES = {
     "reweight": Loss(reweight_normalized, bias=True),
     "reweight-mean": Loss(reweight, bias=True),
     "confreg": Loss(confreg, bias=True, teacher=True),
+    "distill": Loss(distill, teacher=True),
+    "rmc": Loss(distill, teacher=True, difficulty=True),
 }

@@ -121,9 +121,7 @@ class MaskTraining(Hook):
     def fold(self) -> nn.Module:
         """Writes the zeros into the weights and returns the model, with stock linears again."""
         for name, keep in self.keeps().items():
-            masked = self.masked[name]
-            linear = nn.Linear(masked.in_features, masked.out_features, masked.bias is not None, device="meta")
-            linear.weight, linear.bias = masked.weight, masked.bias
+            linear = stock(self.masked[name])
             linear.weight[~keep] = 0.0
             self.model.set_submodule(name, linear)
         self.masked.clear()
@@ -220,6 +218,13 @@ class SoftMovement(MaskTraining):
             gone = min(int((own < threshold).sum()), n - max(multiple, math.ceil((1 - MOST_SPARSE) * n)))
             shares[name] = (gone + 0.5) / n  # n times it rounds down to `gone`, however the quotient is rounded
         return shares
+
+
+def stock(linear: nn.Linear) -> nn.Linear:
+    """The stock linear with the parameters of one of a subclass."""
+    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    made.weight, made.bias = linear.weight, linear.bias
+    return made
 
 
 def _rows(pattern: Pattern) -> int:

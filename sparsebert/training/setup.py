@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from sparsebert import checkpoint, data, heads
 from sparsebert.config import LearnConfig, TaskConfig, TrainConfig
@@ -30,6 +31,7 @@ from sparsebert.errors import DataError, InputError, SparsebertWarning, Unsuppor
 from sparsebert.jobs import Job
 from sparsebert.machine import device_for, kind_of
 from sparsebert.training import bias
+from sparsebert.training.imp import LossesWhilePruned
 from sparsebert.training.loop import (
     STEPS_PER_SNAPSHOT,
     Hook,
@@ -39,7 +41,7 @@ from sparsebert.training.loop import (
     seed_of,
     step_count,
 )
-from sparsebert.training.losses import LOSSES, Targets
+from sparsebert.training.losses import LOSSES, Targets, difficulty, smoothed
 
 # (start, task, output, config): fine-tunes a teacher by cross-entropy. It is `finetune.train`, whose module
 # imports this one.
@@ -109,7 +111,7 @@ class TrainingSetup:
             settings["teacher"] = checkpoint.source_sha256(teacher)
         weights = checkpoint.saved_bytes(source)
         snapshots = step_count(len(examples), config) > STEPS_PER_SNAPSHOT
-        space = weights * (7 if snapshots else 1)
+        space = weights * (7 if snapshots else 1) * (2 if needs.difficulty else 1)
         return cls(spec, config, examples, held_out, start, teacher, inputs, space, device)
 
     def learn(
@@ -130,7 +132,7 @@ class TrainingSetup:
         teacher = self.teacher
         if teacher is None and LOSSES[config.loss].teacher:
             teacher = self._train_teacher(job, train, progress)
-        targets, figures = self._targets(teacher, progress)
+        targets, figures = self._targets(teacher, job, progress)
         steps = batch_rows(encoded, config)
 
         def score() -> float:
@@ -159,7 +161,7 @@ class TrainingSetup:
             figures["chosen"] *= -1
         return figures
 
-    def _targets(self, teacher: Path | None, progress: Progress) -> tuple[Targets, dict]:
+    def _targets(self, teacher: Path | None, job: Job, progress: Progress) -> tuple[Targets, dict]:
         """The targets of the examples, and figures of the bias model."""
         needs, spec, config = LOSSES[self.config.loss], self.spec, self.config
         labels = torch.from_numpy(self.examples.labels)
@@ -181,7 +183,41 @@ class TrainingSetup:
                 progress=lambda done, total: progress(done, total, "ask the teacher"),
             )[:, heads.columns(asked.names, spec.labels, str(teacher))]  # fmt: skip
             log_teacher = torch.from_numpy(logits).log_softmax(1)
+            if needs.difficulty:
+                log_teacher = smoothed(log_teacher, self._difficulty(job, progress))
         return Targets(labels, log_bias, log_teacher, heads.PROBLEMS[spec.problem]), figures
+
+    def _difficulty(self, job: Job, progress: Progress) -> torch.Tensor:
+        """The difficulty of the examples, by the losses of models of the pretrained encoder that are pruned in a run as
+        long as this one. float32 [n].
+        """
+        if (kept := job.kept("difficulty")) is not None:
+            return kept[0]["difficulty"]
+        settings = self.config.model_copy(update={"loss": "ce", "adversarial": "none"})
+        model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, self.device)
+        encoded, labels = (
+            tokenize(tokenizer, self.examples, self.spec.max_length),
+            torch.from_numpy(self.examples.labels),
+        )
+
+        def measure() -> torch.Tensor:
+            with autocast(run.precision == "bf16", model.device):
+                logits = predict(model, tokenizer, self.examples, max_length=self.spec.max_length)
+            model.train()
+            return cross_entropy(torch.from_numpy(logits), labels, reduction="none")
+
+        hook, steps = LossesWhilePruned(model, measure, warmup=settings.warmup), batch_rows(encoded, settings)
+        if len(steps) < hook.levels:
+            raise InputError(f"loss rmc needs at least {hook.levels} steps, got {len(steps)}", fix="raise --epochs")
+        run = TrainingLoop(model, settings, len(steps), job, hook=hook, part="difficulty-run")
+        for step in range(run.step, len(steps)):
+            torch.manual_seed(seed_of(settings.seed, step))
+            run.advance(collate(tokenizer, encoded, steps[step]), Targets(labels[torch.from_numpy(steps[step])]))
+            progress(step + 1, len(steps), "find easy examples")
+        run.finish()
+        found = difficulty(torch.stack(list(hook.losses.values())), self.config.difficulty_floor)
+        job.keep("difficulty", {"difficulty": found}, last="difficulty of the examples")
+        return found
 
     def _weak(self, examples: Examples, number: int, progress: Progress):
         """The pretrained encoder after one epoch of cross-entropy on a few examples."""
@@ -197,7 +233,7 @@ class TrainingSetup:
         return model
 
     def _train_teacher(self, job: Job, train: Train, progress: Progress) -> Path:
-        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher"}
+        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher", "adversarial", "difficulty_floor"}
         same = {name: getattr(self.config, name) for name in kept if getattr(self.config, name) is not None}
         teacher = job.output.with_name(f"{job.output.name}.teacher")
         train(

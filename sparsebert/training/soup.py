@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,15 +11,17 @@ import numpy as np
 import torch
 
 from sparsebert import checkpoint, data
-from sparsebert.config import TaskConfig, TrainConfig
+from sparsebert.config import AttackConfig, TaskConfig, TrainConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, batches, limited, no_progress, predict, task_for, tokenize
 from sparsebert.errors import InputError
-from sparsebert.heads import PROBLEMS, Problem
+from sparsebert.heads import PROBLEMS
 from sparsebert.jobs import Job
 from sparsebert.training import adversarial
 from sparsebert.training.losses import Targets
 from sparsebert.training.setup import own_classifier, read_by, task_recipe
+
+ATTACKED = 300  # held-out examples that are attacked for a score
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,16 @@ class SoupResult:
         return asdict(self)
 
 
-def accuracy(model, tokenizer, examples: Examples, max_length: int, problem: Problem) -> float:
+def accuracy(model, tokenizer, examples: Examples, task: Task) -> float:
     """The metric of the problem type; for one label per text, the share of the examples that the model gets right."""
-    return problem.metric(predict(model, tokenizer, examples, max_length=max_length), examples.labels)
+    logits = predict(model, tokenizer, examples, max_length=task.max_length)
+    return PROBLEMS[task.problem].metric(logits, examples.labels)
 
 
-def perturbed(model, tokenizer, examples: Examples, max_length: int, problem: Problem) -> float:
+def perturbed(model, tokenizer, examples: Examples, task: Task) -> float:
     """Minus the mean loss when each text's word embeddings are moved against the model, by the steps of FreeLB."""
-    encoded = tokenize(tokenizer, examples, max_length)
-    targets = Targets(torch.from_numpy(examples.labels), problem=problem)
+    encoded = tokenize(tokenizer, examples, task.max_length)
+    targets = Targets(torch.from_numpy(examples.labels), problem=PROBLEMS[task.problem])
     model.eval().requires_grad_(False)
     total = 0.0
     for rows, batch in batches(tokenizer, encoded, 64):
@@ -52,8 +56,22 @@ def perturbed(model, tokenizer, examples: Examples, max_length: int, problem: Pr
     return -total / len(examples)
 
 
-# The scores that candidates are ordered and accepted by; higher is better. Accuracy under attack will join them.
-SCORES: dict[str, Callable[..., float]] = {"accuracy": accuracy, "perturbed": perturbed}
+def attacked(model, tokenizer, examples: Examples, task: Task) -> float:
+    """Accuracy under TextFooler on a random 300 of the examples, the same for every model. [Li et al. 2023, Algorithm
+    3] The attack runs on a saved copy of the model, on the engine; attacked examples are kept in the user's cache.
+    """
+    from sparsebert.robustness import attacks
+
+    (plan,) = attacks.plans(attacks.named("textfooler"), AttackConfig(), task)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "model"
+        checkpoint.save(model, tokenizer, place, recipe={"command": "soup"}, figures={})
+        victim, some = attacks.Victim.load(place, "cpu", task, examples.sample(ATTACKED, 0))
+        return attacks.figures(plan.variant, attacks.run(victim, plan, some))["aua"]
+
+
+# The scores that candidates are ordered and accepted by; higher is better.
+SCORES: dict[str, Callable[..., float]] = {"accuracy": accuracy, "perturbed": perturbed, "attacked": attacked}
 
 
 def soup(
@@ -102,7 +120,7 @@ def soup(
     def scored(*members: int) -> float:
         def compute() -> float:
             model.load_state_dict(mean([states[i] for i in members]))
-            return SCORES[score](model, tokenizer, examples, spec.max_length, PROBLEMS[spec.problem])
+            return SCORES[score](model, tokenizer, examples, spec)
 
         nonlocal done
         value = job.value(f"score of {'+'.join(map(str, members))}", compute)

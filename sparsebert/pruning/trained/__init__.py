@@ -7,12 +7,27 @@ from collections.abc import Iterable
 
 from pydantic import create_model
 
-from sparsebert.pruning.trained import imp, mask, soft_movement
+from sparsebert.pruning.trained import (
+    bag_of_tricks,
+    early_robust,
+    imp,
+    mask,
+    rmc,
+    robust_ticket,
+    soft_movement,
+    super_ticket,
+)
 from sparsebert.pruning.trained.method import Trained, TrainedConfig
 
 __all__ = ["TRAINED", "SubnetConfig"]
 
-TRAINED = {method.name: method for method in (mask.METHOD, imp.METHOD, imp.REWOUND, soft_movement.METHOD)}
+TRAINED = {
+    method.name: method
+    for method in (
+        mask.METHOD, imp.METHOD, imp.REWOUND, soft_movement.METHOD, robust_ticket.METHOD, super_ticket.METHOD,
+        early_robust.METHOD, rmc.METHOD, bag_of_tricks.METHOD,
+    )
+}  # fmt: skip
 
 
 def flat(methods: Iterable[Trained]) -> type[TrainedConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from sparsebert.errors import InputError
+from sparsebert.patterns import Pattern
 from sparsebert.pruning.trained.method import Floats, Start, Trained, TrainedConfig
 
 
@@ -23,7 +24,7 @@ def _hook(start: Start, rewound=None):
     )  # fmt: skip
 
 
-def _require_last(config: RewoundConfig, sparsity: float) -> None:
+def _require_last(config: RewoundConfig, pattern: Pattern, sparsity: float) -> None:
     if config.select == "best":
         raise InputError("imp-rw ends with untrained weights, so there is nothing to select", fix="leave --select out")
 

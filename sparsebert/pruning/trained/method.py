@@ -10,7 +10,7 @@ from pydantic import Field
 
 from sparsebert.config import LearnConfig, Positive, PruneConfig
 from sparsebert.errors import InputError
-from sparsebert.patterns import Pattern
+from sparsebert.patterns import Pattern, Unstructured
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,27 @@ class RisingConfig(TrainedConfig):
         return {name: getattr(self, name) for name in ("gradual", "update_every", "settle")}
 
 
-def require_rising(config: RisingConfig, sparsity: float) -> None:
+class TicketConfig(TrainedConfig):
+    """The flags of a method that searches for a ticket and then trains it."""
+
+    search: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the steps that the search takes [default: for robust-ticket 0.5, super-ticket and "
+        "bag-of-tricks 0.1; for early-robust, where it may end earlier, 0.2]",
+    )
+
+
+class RewoundTicketConfig(TicketConfig):
+    """The flags of such a method that trains the ticket from earlier weights."""
+
+    rewind: str | None = Field(
+        None, description="weights that the ticket is trained from: pretrained, or a DIR [default: pretrained]"
+    )
+
+
+def require_rising(config: RisingConfig, pattern: Pattern, sparsity: float) -> None:
     """InputError if the sparsity would fall."""
     if config.gradual is not None and config.gradual > sparsity:
         raise InputError(
@@ -85,11 +105,22 @@ class Start(NamedTuple):
     rewound: Callable[[], dict[str, torch.Tensor]]
 
 
+def require_unstructured(config: TrainedConfig, pattern: Pattern, sparsity: float) -> None:
+    """InputError for a pattern: tickets are unstructured, or whole heads and units."""
+    if not isinstance(pattern, Unstructured):
+        raise InputError(f"a ticket is unstructured or whole heads and units, got {pattern}", fix="leave --pattern out")
+
+
 class Floats(NamedTuple):
     """Numbers of floats that a run holds in memory. beside: beside the model; learning: with gradients and moments."""
 
     beside: int
     learning: int
+
+
+def passes(config: TrainedConfig) -> float:
+    """Forward and backward passes per step of a run that learns as its flags say."""
+    return config.ascent_steps if config.adversarial == "freelb" else 1.0
 
 
 @dataclass(frozen=True)
@@ -98,22 +129,30 @@ class Trained:
 
     config: the class of its flags. hook: makes the hook around the steps of the training loop; the hook's `fold` ends
     the training. floats: from the number of scores (one per weight, or per group of weights) and of all parameters of
-    a model. check: (config, sparsity), raises InputError for settings that no run can have, before anything is read.
-    by_pattern: values of the fields that the user has not set. lr: the default peak learning rate, from the number of
-    steps. rewinds: "during": the run goes back to the weights of --rewind; "after": the zeros of the hook's `keeps` are
-    put into these weights at the end; None: no --rewind. selects: whether weights from before the end may be kept
-    (--select best).
+    a model. check: (config, pattern, sparsity), raises InputError for settings that no run can have, before anything is
+    read. by_pattern: values of the fields that the user has not set. lr: the default peak learning rate, from the
+    number of steps. rewinds: "during": the run goes back to the weights of --rewind; "after": the zeros of the hook's
+    `keeps` are put into these weights at the end; None: no --rewind. rewinds_to: these weights, unless --rewind names
+    others. selects: whether weights from before the end may be kept (--select best). passes: forward and backward
+    passes per step, mean over the run. loss: what it learns by in place of --loss, from the model that is pruned as
+    teacher if --teacher names no other. rounds: whether it ends with rounding to int8. zeros: (model, config,
+    sparsity), the number of zeros that are made; None: what the pattern gives.
     """
 
     name: str
     config: type[TrainedConfig]
     hook: Callable[[Start], Hook]
     floats: Callable[[int, int], Floats]
-    check: Callable[[Any, float], None] = lambda config, sparsity: None
+    check: Callable[[Any, Pattern, float], None] = lambda config, pattern, sparsity: None
     by_pattern: Callable[[Pattern], dict] = lambda pattern: {}
     lr: Callable[[int], float] = lambda steps: LR
     rewinds: Literal["during", "after"] | None = None
+    rewinds_to: Literal["start", "pretrained"] = "start"
     selects: bool = True
+    passes: Callable[[Any], float] = passes
+    zeros: Callable[[Any, Any, float], int] | None = None
+    loss: str | None = None
+    rounds: bool = False
 
     @property
     def flags(self) -> set[str]:

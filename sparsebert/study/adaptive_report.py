@@ -1,0 +1,226 @@
+"""Reports the cells of the study `adaptive`: accuracy, accuracy under attack and queries beside the dense model, the
+controls, and the distances of hidden states.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import jobs
+from sparsebert.robustness import statistics
+from sparsebert.study.adaptive import ATTACK, CONTROL
+from sparsebert.study.adaptive_grid import AdaptiveGrid, Cell
+from sparsebert.study.pages import Section, head, lay_out, markdown_page, percent, write_html, write_parquet
+from sparsebert.study.run import Outcome
+
+NOTES = (
+    "Acc, Aua and Asr: accuracy before and after TextFooler, and the share of the attacked examples that were fooled, "
+    "in percent, on the same examples of the reported split for all models of a task. Means over dense models with "
+    "half of their 95 % t interval. `- dense` is the difference from the dense model that a model was made from, in "
+    "points, paired: over dense models if there are several, else over examples. The attack's neighbours and sentence "
+    "encoder stand in for the paper's, and the encoder is MiniLM: no figure here compares with one of its tables. "
+    "Dense models, settings and the order of the cells were fixed before; soups are judged on held-out training "
+    "examples."
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One setting in one form, fp32 or int8. cells: its cells with their results, one per dense model."""
+
+    cell: Cell
+    form: str
+    cells: list[tuple[Cell, dict]]
+
+    @property
+    def label(self) -> str:
+        return self.cell.label + (" in int8" if self.form == "int8" else "")
+
+    def figures(self, name: str, attack: str = ATTACK, form: str | None = None) -> list:
+        """A figure of the attack in each cell that has it."""
+        forms = [result["forms"].get(form or self.form) for _, result in self.cells]
+        found = [each["attacks"].get(attack, {}).get(name) for each in forms if each is not None]
+        return [value for value in found if value is not None]
+
+
+def lines_of(outcome: Outcome) -> list[Line]:
+    """One line per setting and form, in the grid's order."""
+    found: dict[tuple[str, str], list[tuple[Cell, dict]]] = {}
+    for cell, result in outcome.done:
+        for form in ("fp32", "int8"):
+            if form in result["forms"]:
+                found.setdefault((json.dumps(cell.setting), form), []).append((cell, result))
+    return [Line(cells[0][0], form, cells) for (_, form), cells in found.items()]
+
+
+def publish_adaptive(
+    grid: AdaptiveGrid, outcome: Outcome, output: Path, markdown_path: Path | None = None, hours: float | None = None
+) -> dict:
+    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns their content as JSON."""
+    lines = lines_of(outcome)
+    sections, missing = sections_of(outcome), left_out(outcome)
+    if outcome.done:
+        write_html(output / "report.html", grid.name, NOTES, sections, missing)
+        write_parquet(output / "cells.parquet", [row for each in outcome.done for row in _parquet_rows(*each)])
+    if markdown_path is not None:
+        budget = "" if hours is None else f" --budget {hours:g}"
+        command = f"sparsebert study adaptive --grid {grid.name}{budget} -o DIR --markdown {markdown_path.name}"
+        jobs.write(markdown_path, markdown_page(grid.name, head(outcome, command), NOTES, sections, missing))
+    return {
+        "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),
+        "hours": sum(result["seconds"] for _, result in outcome.done) / 3600,
+        "settings": [
+            {
+                **line.cell.setting, "form": line.form, "dense": [cell.dense for cell, _ in line.cells],
+                **{name: line.figures(name) for name in ("acc", "aua", "asr", "queries", "difference")},
+            }
+            for line in lines
+        ],
+        "left_out": [cell.model_dump() for cell in outcome.left_out],
+    }  # fmt: skip
+
+
+def sections_of(outcome: Outcome) -> list[Section]:
+    """The tables: the models of each task, the dense ones, the controls, the distances of hidden states."""
+    lines = lines_of(outcome)
+    sections = []
+    for task in dict.fromkeys(line.cell.task for line in lines):
+        own = [line for line in lines if line.cell.task == task]
+        heads = ["method", "zeros", "dense models", "Acc", "Aua", "Asr", "queries", "Acc - dense", "Aua - dense"]
+
+        def charts(own: list[Line] = own) -> list[tuple[str, object]]:
+            return [("accuracy under attack", _curves(own, "aua")), ("accuracy", _curves(own, "acc"))]
+
+        sections.append(Section(task, heads, [_row(line) for line in own], charts))
+        dense = [(cell, result) for cell, result in outcome.done if cell.task == task and cell.method == "dense"]
+        if dense:
+            rows = [[cell.dense, *_alone(result)] for cell, result in dense]
+            sections.append(Section(f"{task}: dense models", ["model", "Acc", "Aua", "Asr", "queries"], rows))
+    if rows := [_controls(line) for line in lines if any(cell.controls for cell, _ in line.cells)]:
+        heads = [
+            "task", "method", "zeros", "right on texts that fooled the dense model", "dense right on texts that fooled "
+            "this", "Aua, confidence matched", "- dense", "Acc after random synonyms", "- dense",
+        ]  # fmt: skip
+        sections.append(Section("Controls", heads, rows))
+    if rows := [row for line in lines if line.form == "fp32" for row in _distances(line)]:
+        layers = max(len(row) for row in rows) - 4
+        rows = [row + [""] * (layers + 4 - len(row)) for row in rows]
+        heads = ["task", "method", "zeros", "texts", *(f"layer {i + 1}" for i in range(layers))]
+        sections.append(Section("First token: mean of 1 - cos to the dense model's hidden state", heads, rows))
+    return sections
+
+
+def left_out(outcome: Outcome) -> list[str]:
+    """One line per setting that has cells left out, with their dense models."""
+    missing: dict[str, list[str]] = {}
+    for cell in outcome.left_out:
+        missing.setdefault(f"{cell.task}: {cell.label} {cell.zeros:.4g}", []).append(cell.dense)
+    return [f"{name}, of {', '.join(models)}" for name, models in missing.items()]
+
+
+def points(differences: Sequence[float], interval: Sequence[float] | None) -> str:
+    """Mean difference in points with its 95 % interval: over dense models if there are several, else `interval`."""
+    if not differences:
+        return ""
+    values = np.array(differences, dtype=np.float64)
+    low, high = statistics.mean_interval(values) if len(values) > 1 else interval
+    return f"{100 * values.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+
+
+def _row(line: Line) -> list[str]:
+    results = [result for _, result in line.cells]
+    zeros = 100 * np.mean([result["sparsity"] for result in results])
+    evaluations = [result["forms"][line.form] for result in results]
+    accuracy = [each["difference"] for each in evaluations if "difference" in each]
+    ci = evaluations[0].get("difference_ci")
+    under = points(line.figures("difference"), *line.figures("difference_ci")[:1] or [None])
+    return [
+        line.label, f"{zeros:.2f}", str(len(results)), *(_mean(line, name) for name in ("acc", "aua", "asr")),
+        f"{np.mean(line.figures('queries')):.0f}" if line.figures("queries") else "", points(accuracy, ci), under,
+    ]  # fmt: skip
+
+
+def _mean(line: Line, name: str, attack: str = ATTACK, form: str | None = None) -> str:
+    values = line.figures(name, attack, form)
+    return percent(values) if values else ""
+
+
+def _alone(result: dict) -> list[str]:
+    figures = result["forms"]["fp32"]["attacks"][ATTACK]
+    told = [_with_interval(figures, name) for name in ("acc", "aua", "asr")]
+    return [*told, "" if figures["queries"] is None else f"{figures['queries']:.0f}"]
+
+
+def _with_interval(figures: dict, name: str) -> str:
+    if figures.get(name) is None:
+        return ""
+    low, high = figures[f"{name}_ci"]
+    return f"{100 * figures[name]:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def _controls(line: Line) -> list[str]:
+    transfers = []
+    for name in ("from_dense", "to_dense"):
+        shares = [each["accuracy"] for each in line.figures(name)]
+        transfers.append(percent(shares) if shares else "")
+
+    def under(attack: str, form: str) -> list[str]:
+        interval = line.figures("difference_ci", attack, form)[:1] or [None]
+        return [_mean(line, "aua", attack, form), points(line.figures("difference", attack, form), *interval)]
+
+    matched = under(ATTACK, "matched") if line.form == "fp32" else ["", ""]
+    zeros = f"{100 * line.cell.zeros:.4g}"
+    return [line.cell.task, line.label, zeros, *transfers, *matched, *under(CONTROL, line.form)]
+
+
+def _distances(line: Line) -> list[list[str]]:
+    found = [result["distances"] for _, result in line.cells if "distances" in result]
+    if not found:
+        return []
+    start = [line.cell.task, line.label, f"{100 * line.cell.zeros:.4g}"]
+    return [
+        [*start, texts, *(f"{value:.4f}" for value in np.mean([each[texts] for each in found], axis=0))]
+        for texts in ("original", "adversarial")
+    ]
+
+
+def _curves(lines: list[Line], name: str):
+    """One curve over the share of zeros per method; dense models as a horizontal line."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    curves: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.figures(name):
+            curves.setdefault(line.label, []).append(line)
+    for label, points_ in curves.items():
+        points_ = sorted(points_, key=lambda line: line.cell.zeros)
+        means = [float(np.mean(line.figures(name))) for line in points_]
+        if points_[0].cell.method == "dense":
+            figure.add_scatter(x=[0, 0.95], y=[means[0]] * 2, name=label, mode="lines", line={"dash": "dot"})
+            continue
+        figure.add_scatter(x=[line.cell.zeros for line in points_], y=means, name=label, mode="lines+markers")
+    lay_out(figure, name)
+    return figure
+
+
+def _parquet_rows(cell: Cell, result: dict) -> list[dict]:
+    """One row per form of a cell."""
+    shared = {name: result[name] for name in ("seconds", "code", "machine")}
+    shared |= {**cell.model_dump(), "label": cell.label, "zeros": result["sparsity"]}
+    rows = []
+    for form, figures in result["forms"].items():
+        numbers = {
+            f"{attack}.{name}": float(value)
+            for attack, each in figures["attacks"].items()
+            for name, value in each.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        whole = {name: figures.get(name) for name in ("accuracy", "ece", "kl_to_dense", "agreement", "difference")}
+        rows.append({**shared, "form": form, "dtype": figures["dtype"], **whole, **numbers})
+    return rows

@@ -1,0 +1,249 @@
+"""The study `adaptive`: its grid, its cells, and what it reports."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pyarrow.parquet
+import pytest
+import yaml
+from models import classifier, saved
+
+from sparsebert import checkpoint, data
+from sparsebert.cli import main
+from sparsebert.errors import InputError
+from sparsebert.robustness import attacks
+from sparsebert.robustness.distances import distances
+from sparsebert.study import adaptive, planned, publish_adaptive, read_adaptive, read_only, run_adaptive
+from sparsebert.study.adaptive_grid import Cell
+from sparsebert.study.adaptive_report import left_out, points, sections_of
+from sparsebert.training import soup
+
+QUICK = {"n": 40, "batch_size": 8, "precision": "fp32", "hold_out": 40}
+SMALL = {
+    "tasks": {
+        "mr": {
+            "n": 12,
+            "attack_seconds": 2,
+            "train": {**QUICK, "steps": 3},
+            "dense": {
+                "a": {"seed": 0},
+                "b": {"seed": 1, "adversarial": "freelb", "ascent_steps": 1},
+                "both": {"members": ["a", "b"]},
+            },
+            "prune": {**QUICK, "steps": 10, "lr": 1e-2, "calibration_tokens": 300, "wanda": {"calibration": ["none"]}},
+        }
+    },
+    "cells": [
+        {"task": "mr", "dense": ["both", "a"]},
+        {"task": "mr", "dense": "both", "method": "magnitude", "sparsity": 0.5, "controls": True, "distances": True},
+        {"task": "mr", "dense": "a", "method": "magnitude", "sparsity": 0.5},
+        {"task": "mr", "dense": "a", "method": "wanda", "pattern": "16:32", "int8": True},
+        {"task": "mr", "dense": "a", "method": ["imp", "imp-rw"], "sparsity": 0.5, "adversarial": "freelb"},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("start") / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def few_are_attacked_for_a_soup(monkeypatch):
+    monkeypatch.setattr(sys.modules[soup.__module__], "ATTACKED", 10)
+
+
+def written(folder, start, **changes):
+    path = folder / "grid.yaml"
+    path.write_text(yaml.safe_dump({"model": str(start), **SMALL, **changes}))
+    return path
+
+
+def test_the_packaged_grid_has_the_papers_tables():
+    grid = read_adaptive("adaptive")
+    of_task = {task: [cell for cell in grid.cells if cell.task == task] for task in ("sst2", "agnews", "imdb")}
+    for task, cells in of_task.items():
+        models = {cell.dense for cell in cells if cell.method == "dense"}
+        assert len(models) >= (5 if task == "sst2" else 2), task
+        configs = [grid.train_config(task, name) for name in models if grid.members(task, name) is None]
+        assert any(config.adversarial == "freelb" for config in configs), task
+        assert any(grid.members(task, name) for name in models), task
+        methods = {(cell.method, cell.adversarial) for cell in cells}
+        for method in ("magnitude", "imp", "imp-rw", "soft-movement", "wanda", "sparsegpt", "adaptive", "knowledge",
+                       "robust-ticket", "bag-of-tricks", "rmc", "super-ticket", "early-robust"):  # fmt: skip
+            assert (method, "none") in methods, (task, method)
+        assert ("imp", "freelb") in methods
+        zeros = {round(cell.zeros, 3) for cell in cells}
+        assert {0.0, 0.3, 0.5, 0.875, 0.95} <= zeros and {"32:64", "4x1"} <= {cell.pattern for cell in cells}
+    assert any(cell.controls for cell in grid.cells) and any(cell.distances for cell in grid.cells)
+
+
+def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start):
+    grid = read_adaptive(str(written(tmp_path, start)))
+    outcome = run_adaptive(grid, tmp_path / "out")
+    assert [cell for cell, _ in outcome.done] == grid.cells and not outcome.left_out
+    assert not list((tmp_path / "out/models").glob("cell-*")), "pruned models are not kept"
+    results = {cell.label + cell.dense: result for cell, result in outcome.done}
+    controlled = results["magnitudeboth"]
+    assert set(controlled["forms"]) == {"fp32", "matched"} and len(controlled["distances"]["original"]) == 2
+    figures = controlled["forms"]["fp32"]["attacks"]
+    assert set(figures) == {"textfooler", "random-synonym"} and figures["textfooler"]["n"] == 12
+    assert {"difference", "difference_ci", "from_dense", "to_dense", "queries"} <= set(figures["textfooler"])
+    assert set(results["wanda, 16:32a"]["forms"]) == {"fp32", "int8"}
+    assert results["imp-rw + FreeLBa"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+    document = publish_adaptive(grid, outcome, tmp_path / "out", tmp_path / "table.md")
+    json.dumps(document)
+    shown = (tmp_path / "table.md").read_text()
+    for title in ("## mr\n", "## mr: dense models", "## Controls", "## First token"):
+        assert title in shown
+    assert "| magnitude | 50.00 | 2 |" in shown and "| wanda, 16:32 in int8 | 5" in shown
+    assert (tmp_path / "out/report.html").read_text().startswith("<!doctype html>")
+    rows = pyarrow.parquet.read_table(tmp_path / "out/cells.parquet").to_pylist()
+    assert [row["form"] for row in rows].count("int8") == 1 and len(rows) == 7 + 2
+
+    begun = []
+    again = run_adaptive(grid, tmp_path / "out", progress=lambda done, total, what="": begun.append(what))
+    assert set(begun) == {"cells"} and again.done == outcome.done
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of a cell."""
+
+
+def test_a_killed_cell_goes_on_with_the_examples_it_had_not_attacked(tmp_path, start, monkeypatch):
+    cells = SMALL["cells"][2:3]
+    grid = read_adaptive(str(written(tmp_path, start, cells=cells)))
+    whole = run_adaptive(grid, tmp_path / "whole").done
+
+    def kill(done, total, what=""):
+        if what.startswith("attack textfooler") and done == total:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_adaptive(grid, tmp_path / "out", progress=kill)
+    calls, original = [], attacks.run.__globals__["_claimed"]
+
+    def claimed(book, units, code):
+        calls.extend(units)
+        return original(book, units, code)
+
+    monkeypatch.setitem(attacks.run.__globals__, "_claimed", claimed)
+    resumed = run_adaptive(grid, tmp_path / "out").done
+    assert len(calls) == 12, "the dense model's examples: the other model's are in the ledger"
+
+    def told(done):
+        found = json.loads(json.dumps([result["forms"] for _, result in done]))
+        for forms in found:
+            for form in forms.values():
+                for each in form["attacks"].values():
+                    del each["seconds"]
+        return found
+
+    assert told(resumed) == told(whole)
+
+
+def test_a_budget_takes_the_first_cells_and_lists_the_others(tmp_path, start):
+    grid = read_adaptive(str(written(tmp_path, start)))
+    rows = planned(grid, hours=1e-9)
+    assert [row["label"] for row in rows] == [cell.label for cell in grid.cells]
+    assert not any(row["runs"] for row in rows) and all(row["seconds"] >= 2 for row in rows)
+    first = rows[0]["seconds"], rows[1]["seconds"]
+    assert first[0] >= 2 + 3 * 2 and first[1] == 2, "the soup's cell makes both members and scores three averages"
+    outcome = run_adaptive(grid, tmp_path / "out", hours=0.0)
+    assert not outcome.done and outcome.left_out == grid.cells
+    assert left_out(outcome)[:2] == ["mr: dense 0, of both, a", "mr: magnitude 0.5, of both, a"]
+    assert sections_of(outcome) == []
+
+
+def test_only_the_cells_that_are_asked_for_are_run(tmp_path, start):
+    grid = read_adaptive(str(written(tmp_path, start)))
+    only = read_only(["method=dense,magnitude", "dense=a"], list(Cell.model_fields))
+    outcome = run_adaptive(grid, tmp_path / "out", only=only)
+    assert [(cell.method, cell.dense) for cell, _ in outcome.done] == [("dense", "a"), ("magnitude", "a")]
+    for text in ("controls=true", "sparsity=0.5"):
+        assert read_only([text], list(Cell.model_fields))(grid.cells[2]), text
+    for text in ("speed=1", "method"):
+        with pytest.raises(InputError, match="only must be FIELD=VALUE,… of task, dense"):
+            read_only([text], list(Cell.model_fields))
+
+
+def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, start, capsys):
+    path = written(tmp_path, start)
+    command = ["study", "adaptive", "--grid", str(path), "-o", str(tmp_path / "out"), "--dry-run", "--budget", "1"]
+    assert main([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["cells"]) == 7 and document["seconds"] > 14 and not (tmp_path / "out").exists()
+    assert main([*command, "--only", "method=imp"]) == 0
+    assert "1 of 1 cells, about" in capsys.readouterr().out
+
+
+def test_soups_and_models_are_judged_on_no_reported_example(tmp_path, start, monkeypatch):
+    seen, original = [], attacks.run
+
+    def run(victim, plan, examples, *more):
+        seen.append(examples)
+        return original(victim, plan, examples, *more)
+
+    monkeypatch.setattr(attacks, "run", run)
+    grid = read_adaptive(str(written(tmp_path, start)))
+    adaptive.dense_model(grid, "mr", "both", tmp_path / "models", lambda *_: None, False)
+    held = data.hold_out(data.training(data.get_task("mr")), 40)[1]
+    assert len(seen) == 3 and all(set(each.texts) <= set(held.texts) for each in seen)
+
+
+def test_a_change_of_any_setting_of_a_cell_is_other_work(tmp_path, start):
+    def inputs(**changes):
+        tasks = {"mr": {**SMALL["tasks"]["mr"], **changes}}
+        return [each for _, each in adaptive.inputs_of(read_adaptive(str(written(tmp_path, start, tasks=tasks))))]
+
+    before = inputs()
+    assert inputs(attack_seconds=9) == before
+    assert all(a != b for a, b in zip(inputs(n=13), before, strict=True))
+    other = inputs(prune={**SMALL["tasks"]["mr"]["prune"], "wanda": {"calibration": ["general"]}})
+    assert [a != b for a, b in zip(other, before, strict=True)] == [False] * 4 + [True, False, False]
+    other = inputs(dense={**SMALL["tasks"]["mr"]["dense"], "b": {"seed": 7}})
+    assert [a != b for a, b in zip(other, before, strict=True)] == [True, False, True] + [False] * 4
+
+
+def test_hidden_states_are_compared_layer_by_layer(tmp_path, start):
+    texts = ["a fine film", "dull and long", "so so"]
+    assert distances(start, start, texts) == pytest.approx([0, 0], abs=1e-6)
+    model = classifier()
+    model.bert.encoder.layer[1].output.LayerNorm.weight.data *= -1
+    other = saved(tmp_path / "other", model)
+    first, second = distances(other, start, texts)
+    assert first == pytest.approx(0, abs=1e-6) and second > 0.5
+    one, _ = distances(saved(tmp_path / "third", seed=3), start, texts[:1])
+    many = [distances(tmp_path / "third", start, [text])[0] for text in texts]
+    assert distances(tmp_path / "third", start, texts)[0] == pytest.approx(sum(many) / 3, abs=1e-5) and one == many[0]
+    assert checkpoint.load(start)
+
+
+def test_differences_have_intervals_over_models_or_over_examples():
+    assert points([], None) == ""
+    assert points([0.01], (-0.02, 0.04)) == "+1.00 [-2.00, +4.00]"
+    assert points([0.01, 0.03], None) == "+2.00 [-10.71, +14.71]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"cells": [{"task": "mr", "dense": "c"}]}, "dense 'c' of task mr, which is not in tasks"),
+        ({"cells": [{"task": "mr", "dense": "a", "method": "speed"}]}, "must be dense or one of"),
+        ({"cells": [{"task": "mr", "dense": "a", "sparsity": 0.5}]}, "no zeros"),
+        ({"cells": [{"task": "mr", "dense": "a", "method": "wanda", "adversarial": "freelb"}]}, "does not train"),
+        ({"cells": [{"task": "mr", "dense": "a", "method": "robust-ticket", "pattern": "2:4"}]}, "a ticket is"),
+        ({"cells": [{"task": "mr", "dense": "a"}] * 2}, "twice"),
+        ({"tasks": {"mr": {"dense": {}}}}, "attack_seconds"),
+        ({"tasks": {"mr": {"attack_seconds": 1, "dense": {}, "prune": {"imp": {"epoch": 1}}}}}, "no flag of prune"),
+        ({"tasks": {"rte": {"attack_seconds": 1, "dense": {}}}}, "has pairs"),
+        ({"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {}}}}}, "needs hold_out"),
+        ({"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {"members": ["z"]}}}}}, "member z"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused(tmp_path, start, changes, match):
+    with pytest.raises(InputError, match=match):
+        read_adaptive(str(written(tmp_path, start, **changes)))
