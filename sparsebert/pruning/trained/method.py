@@ -123,6 +123,12 @@ def passes(config: TrainedConfig) -> float:
     return config.ascent_steps if config.adversarial == "freelb" else 1.0
 
 
+def passes_with_search(config: TicketConfig, search: float) -> float:
+    """Likewise of a ticket whose search is under attack. search: the default share of the steps."""
+    share = config.search or search
+    return share * config.ascent_steps + (1 - share) * passes(config)
+
+
 @dataclass(frozen=True)
 class Trained:
     """One method that trains with labels.

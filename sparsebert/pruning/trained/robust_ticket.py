@@ -10,7 +10,7 @@ from sparsebert.pruning.trained.method import (
     RewoundTicketConfig,
     Start,
     Trained,
-    passes,
+    passes_with_search,
     require_unstructured,
 )
 
@@ -37,11 +37,6 @@ def _hook(start: Start):
     )  # fmt: skip
 
 
-def _passes(config: RobustTicketConfig) -> float:
-    share = config.search or SEARCH
-    return share * config.ascent_steps + (1 - share) * passes(config)
-
-
 METHOD = Trained(
     "robust-ticket",
     RobustTicketConfig,
@@ -50,5 +45,5 @@ METHOD = Trained(
     check=require_unstructured,
     rewinds="during",
     rewinds_to="pretrained",
-    passes=_passes,
+    passes=lambda config: passes_with_search(config, SEARCH),
 )
