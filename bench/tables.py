@@ -29,9 +29,8 @@ MADE_OF = {
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": "DENSE/plain-0: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 -o "
     "DENSE/plain-0`; frontier/: python -m bench.study_frontier DENSE/plain-0 --prune frontier",
-    "frontier_zen5": f"{DENSE} && sparsebert prune DENSE/plain-0 --task sst2 --pattern PATTERN --sparsity SPARSITY, as the "
-    "names of the models say. `dense` was right on as many "
-    "sentences as plain-0; its weights are not recorded",
+    "frontier_zen5": f"{DENSE} && sparsebert prune DENSE/plain-0 --task sst2 --pattern PATTERN --sparsity SPARSITY, as "
+    "the names of the models say. `dense` was right on as many sentences as plain-0; its weights are not recorded",
     "mutants": "DIR: a checkout of 37f01f4; --seed 0 drew 300 mutants of its data.py, ledger.py, checkpoint/ and "
     "engine/engine.py; they ran against test_data, test_ledger, test_checkpoint and test_engine, about half of them "
     "without a limit on the time of their tests",
