@@ -862,3 +862,20 @@ def test_files_beside_the_task_may_have_its_columns_or_the_usual_ones(tmp_path):
         assert others([path], ("review",)) == [text for _, text, _, _ in REVIEWS]
     with pytest.raises(DataError, match="must have a column 'review', has 'id', 'text'"):
         data.read_texts(Path(path), ("review",), must=True)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [(("a", "b", "c"), "one text or two, got 3 columns: 'a', 'b', 'c'"), (("a", "a"), "'a' is named twice")],
+)
+def test_predict_refuses_columns_that_are_no_text_and_no_pair(tmp_path, named, message):
+    (tmp_path / "x.csv").write_text("a,b,c\none,two,three\n")
+    with pytest.raises(InputError, match=message):
+        data.read_texts(tmp_path / "x.csv", named, must=True)
+
+
+def test_a_file_of_lines_has_no_columns_to_name(tmp_path):
+    (tmp_path / "x.txt").write_text("one\n")
+    with pytest.raises(InputError, match="has lines and no columns, got 'a'"):
+        data.read_texts(tmp_path / "x.txt", ("a",), must=True)
+    assert data.read_texts(tmp_path / "x.txt", ("a",)) == ([["one"]], 0)

@@ -107,9 +107,13 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
 
 def read_texts(path: Path, named: tuple[str, ...] = (), must: bool = False) -> tuple[list[list[str]], int]:
     """(the text columns of a file, one, or two for pairs: the non-blank lines of a .txt, else those of its table; how
-    many lines of a .txt were blank). named, must: as in `text_columns`.
+    many lines of a .txt were blank). named, must: as in `text_columns`; InputError for names that `require_columns`
+    refuses, and with `must` for columns of a .txt.
     """
+    require_columns(named)
     if path.suffix == ".txt":
+        if named and must:
+            raise InputError(f"{path} has lines and no columns, got {shown(named[0])}", fix="leave --text-column out")
         _require_file(path)
         lines, blank = lines_of(path.read_bytes(), path)
         return [lines], blank
