@@ -234,17 +234,16 @@ def plot(rows: list[harness.Row], path: Path) -> None:
     dense += [("dense int8, our engine", row["ms_1"]) for row in rows if row["pattern"] == "dense int8"]
     dense.sort(key=lambda each: each[1])
     least, largest = min(row["ms_1"] for row in rows), dense[-1][1]
+    low = True
+    for i, (name, ms) in enumerate(dense):
+        low = not low if i and ms < 1.15 * dense[i - 1][1] else True  # beside a near one, not over it
+        of_kl.annotate(
+            name, (ms, 0.02 if low else 0.98), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
+            color="0.35", ha="right", va="bottom" if low else "top", xytext=(-2, 0), textcoords="offset points",
+        )  # fmt: skip
     for axis in (of_kl, of_accuracy):
-        low = True
-        for i, (name, ms) in enumerate(dense):
+        for _, ms in dense:
             axis.axvline(ms, color="0.6", linewidth=0.8, linestyle=":")
-            if axis is of_accuracy:
-                continue
-            low = not low if i and ms < 1.15 * dense[i - 1][1] else True  # beside a near one, not over it
-            axis.annotate(
-                name, (ms, 0.02 if low else 0.98), xycoords=("data", "axes fraction"), rotation=90, fontsize=7,
-                color="0.35", ha="right", va="bottom" if low else "top", xytext=(-2, 0), textcoords="offset points",
-            )  # fmt: skip
         axis.set(xscale="log", xlabel="ms per sentence, one per call", xlim=(0.8 * least, 1.2 * largest))
         ticks = [tick for tick in (0.5, 1, 2, 4, 8, 16, 32) if tick < 1.3 * largest]
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])

@@ -26,7 +26,8 @@ if str(ROOT) not in sys.path:
 # The files that take longest. If one of them began last, all workers but one would wait for it.
 LONGEST = (
     "test_knowledge", "test_build", "test_training", "test_on_gpu", "test_labels", "test_cli", "test_pruning",
-    "test_srnets", "test_engine", "test_subnets", "test_max_length", "test_gpu_report", "test_attack_runs",
+    "test_srnets", "test_engine", "test_subnets", "test_adaptive", "test_max_length", "test_gpu_report",
+    "test_attack_runs",
 )  # fmt: skip
 
 
@@ -62,6 +63,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 local_data = pytest.mark.usefixtures("data_at_hand")  # marks a test that reads the real data sets
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small classifier with random weights, to train from."""
+    from models import saved
+
+    return saved(tmp_path_factory.mktemp("start") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def tuned(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same after a short fine-tuning."""
+    from sparsebert.config import TrainConfig
+    from sparsebert.training import train
+
+    output = tmp_path_factory.mktemp("tuned") / "m"
+    train(start, "mr", output, TrainConfig(n=64, batch_size=8, epochs=1, precision="fp32"))
+    return output
 
 
 @pytest.fixture

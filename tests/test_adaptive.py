@@ -45,11 +45,6 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
-
-
 @pytest.fixture(autouse=True)
 def few_are_attacked_for_a_soup(monkeypatch):
     monkeypatch.setattr(sys.modules[soup.__module__], "ATTACKED", 10)

@@ -147,11 +147,6 @@ def test_the_weak_learner_judges_the_other_half():
     assert not seen[0] & seen[1] and len(seen[0] | seen[1]) == 40
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
-
-
 TINY = {"batch_size": 8, "epochs": 0.1, "precision": "fp32"}
 
 

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import classifier, saved, tokenizer
+from models import classifier, tokenizer
 
 from sparsebert import checkpoint, config, data
 from sparsebert.encoders import encoder_layers
@@ -16,11 +16,6 @@ from sparsebert.training.losses import Targets
 from sparsebert.training.soup import SCORES
 
 SETTINGS = {"n": 48, "batch_size": 8, "epochs": 1, "lr": 1e-3, "hold_out": 60}
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -42,11 +42,6 @@ SMALL = {
 DENSE = [{"task": "mr", "seed": [0, 1, 2]}]
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
-
-
 def written(folder, start, **changes):
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump({"model": str(start), **SMALL, **changes}))

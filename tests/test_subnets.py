@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import classifier, saved
+from models import classifier
 
 from sparsebert import checkpoint, config, encoders, patterns
 from sparsebert.errors import InputError, OutputError
@@ -22,18 +22,6 @@ QUICK = {"n": 48, "batch_size": 4, "steps": 12, "precision": "fp32", "lr": 1e-2}
 
 class Killed(Exception):
     """Stands for a kill in the middle of a run."""
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def tuned(start, tmp_path_factory):
-    output = tmp_path_factory.mktemp("tuned") / "m"
-    train(start, "mr", output, config.TrainConfig(n=64, batch_size=8, epochs=1, precision="fp32"))
-    return output
 
 
 def sparsity_of(pattern: str) -> float:

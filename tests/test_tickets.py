@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from models import classifier, saved
+from models import classifier
 
 from sparsebert import checkpoint, config, data, encoders
 from sparsebert.engine import Engine
 from sparsebert.errors import InputError
 from sparsebert.pruning import SubnetConfig, prune_checkpoint
 from sparsebert.pruning.plan import plan
-from sparsebert.training import adversarial, loop, train
+from sparsebert.training import adversarial, loop
 from sparsebert.training.imp import LossesWhilePruned
 from sparsebert.training.losses import Targets, difficulty, smoothed
 from sparsebert.training.setup import TrainingSetup
@@ -29,18 +29,6 @@ METHODS = ["robust-ticket", "super-ticket", "early-robust", "bag-of-tricks"]
 
 class Killed(Exception):
     """Stands for a kill in the middle of a run."""
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
-
-
-@pytest.fixture(scope="module")
-def tuned(start, tmp_path_factory):
-    output = tmp_path_factory.mktemp("tuned") / "m"
-    train(start, "mr", output, config.TrainConfig(n=64, batch_size=8, epochs=1, precision="fp32"))
-    return output
 
 
 def batch_of(rows: int = 6):

@@ -22,11 +22,6 @@ class Killed(Exception):
     """Stands for a kill in the middle of a run."""
 
 
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    return saved(tmp_path_factory.mktemp("start") / "tiny")
-
-
 @pytest.fixture
 def snapshots(monkeypatch):
     monkeypatch.setattr(loop, "STEPS_PER_SNAPSHOT", 2)

@@ -34,9 +34,7 @@ class Subnet:
         self.pattern, self.tokens = parse(config.pattern), config.calibration_tokens
         self.sparsity = sparsity_of(self.pattern, config.sparsity)
         self.start = _weights(subnet.start, source)
-        wanted = subnet.rewind
-        if self.method.rewinds == "during" and wanted is None and self.method.rewinds_to != "start":
-            wanted = self.method.rewinds_to
+        wanted = self.method.rewinds_to if subnet.rewind is None else subnet.rewind
         self.rewind = None if wanted is None else _weights(wanted, source)
         if self.method.rewinds == "during" and self.rewind is None:
             self.rewind = self.start

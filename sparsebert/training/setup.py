@@ -195,10 +195,8 @@ class TrainingSetup:
             return kept[0]["difficulty"]
         settings = self.config.model_copy(update={"loss": "ce", "adversarial": "none"})
         model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, self.device)
-        encoded, labels = (
-            tokenize(tokenizer, self.examples, self.spec.max_length),
-            torch.from_numpy(self.examples.labels),
-        )
+        encoded = tokenize(tokenizer, self.examples, self.spec.max_length)
+        labels = torch.from_numpy(self.examples.labels)
 
         def measure() -> torch.Tensor:
             with autocast(run.precision == "bf16", model.device):

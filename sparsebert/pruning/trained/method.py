@@ -134,15 +134,15 @@ class Trained:
     """One method that trains with labels.
 
     config: the class of its flags. hook: makes the hook around the steps of the training loop; the hook's `fold` ends
-    the training. floats: from the number of scores (one per weight, or per group of weights) and of all parameters of
-    a model. check: (config, pattern, sparsity), raises InputError for settings that no run can have, before anything is
+    the training. floats: from the number of scores (one per weight, or per group of weights) and of all parameters of a
+    model. check: (config, pattern, sparsity), raises InputError for settings that no run can have, before anything is
     read. by_pattern: values of the fields that the user has not set. lr: the default peak learning rate, from the
     number of steps. rewinds: "during": the run goes back to the weights of --rewind; "after": the zeros of the hook's
     `keeps` are put into these weights at the end; None: no --rewind. rewinds_to: these weights, unless --rewind names
-    others. selects: whether weights from before the end may be kept (--select best). passes: forward and backward
-    passes per step, mean over the run. loss: what it learns by in place of --loss, from the model that is pruned as
-    teacher if --teacher names no other. rounds: whether it ends with rounding to int8. zeros: (model, config,
-    sparsity), the number of zeros that are made; None: what the pattern gives.
+    others; None: those of the start. selects: whether weights from before the end may be kept (--select best). passes:
+    forward and backward passes per step, mean over the run. loss: what it learns by in place of --loss, from the model
+    that is pruned as teacher if --teacher names no other. rounds: whether it ends with rounding to int8. zeros: (model,
+    config, sparsity), the number of zeros that are made; None: what the pattern gives.
     """
 
     name: str
@@ -153,7 +153,7 @@ class Trained:
     by_pattern: Callable[[Pattern], dict] = lambda pattern: {}
     lr: Callable[[int], float] = lambda steps: LR
     rewinds: Literal["during", "after"] | None = None
-    rewinds_to: Literal["start", "pretrained"] = "start"
+    rewinds_to: Literal["pretrained"] | None = None
     selects: bool = True
     passes: Callable[[Any], float] = passes
     zeros: Callable[[Any, Any, float], int] | None = None
