@@ -33,6 +33,7 @@ from sparsebert import Engine, checkpoint, cli, data, environment
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.cli import demo, main
 from sparsebert.cli.commands import app
+from sparsebert.cli.output import then
 from sparsebert.heads import MULTI_LABEL, ONE_LOGIT, SINGLE_LABEL, answers, softmax
 
 SMALL_DEMO = [
@@ -710,7 +711,7 @@ def test_help_is_short_and_help_all_has_every_flag(name, capsys, monkeypatch):
     parameters = typer.main.get_command(app).commands[name].params
     grouped = [parameter for parameter in parameters if parameter.rich_help_panel is not None]
     short = run(capsys, name, "--help")[1]
-    assert short.count("\n") <= 80 and ("--help-all" in short) == bool(grouped)
+    assert short.count("\n") <= 80 and ("all options:" in short) == bool(grouped)
     assert not any(
         re.search(rf"{parameter.opts[0]}\b(?!-)", short.partition("all options:")[0]) for parameter in grouped
     )
@@ -718,7 +719,34 @@ def test_help_is_short_and_help_all_has_every_flag(name, capsys, monkeypatch):
         code, whole, err = run(capsys, name, "--help-all")
         assert (code, err) == (0, "") and all(parameter.opts[0] in whole for parameter in parameters[1:])
     else:
-        assert "No such option: --help-all" in refused(capsys, name, "--help-all")
+        assert run(capsys, name, "--help-all") == (0, short, "")
+
+
+def test_help_all_of_the_whole_command_is_its_help(capsys):
+    assert run(capsys, "--help-all") == run(capsys, "--help") and run(capsys, "--help")[0] == 0
+
+
+VALUED = {
+    name: [parameter.opts[0] for parameter in command.params if not getattr(parameter, "is_flag", True)]
+    for name, command in typer.main.get_command(app).commands.items()
+}
+
+
+@pytest.mark.parametrize("name", [name for name, options in VALUED.items() if options])
+def test_an_option_without_its_value_points_to_the_help_of_its_command(name, capsys):
+    said = refused(capsys, name, VALUED[name][0])
+    assert f"Option '{VALUED[name][0]}' requires an argument; see " in said and said.endswith(f" {name} --help\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "it's", "a\nb", "\x1b[31mred", "tab\there", "it's\n", "\u202eright", "a\\b\n", "é", "\udcff"]
+)
+def test_the_next_command_gives_a_shell_the_name_and_a_terminal_no_orders(name, capsys):
+    then("eval", Path(name))
+    printed = capsys.readouterr().err.removeprefix("next: ")
+    assert printed[:-1].isprintable()
+    got = subprocess.run(["bash", "-c", f"printf %s {printed.removeprefix('eval ')}"], capture_output=True, check=True)
+    assert got.stdout == os.fsencode(name)
 
 
 def test_every_flag_says_what_it_is_for():

@@ -292,6 +292,18 @@ def test_the_command_prints_every_set_and_says_which_were_found(folder, model, d
     assert code == 0 and out.count("\n") == 1 and json.loads(out)["domains"] is json.loads(out)["outside"] is None
 
 
+def test_the_command_says_by_which_columns_own_files_were_read(folder, model, capsys):
+    task = csv(folder / "task.csv", [(f"text {i}", f"more {i}", i % 2) for i in range(40)], "review,text,stars")
+    columns = ["--text-column", "review", "--label-column", "stars"]
+    other = csv(folder / "other.csv", OWN, "sentence,label")
+    code, out, err = command(capsys, model, "--task", task, *columns, "--domains", other, "--json")
+    assert code == 0 and ", split by a hash of the texts, of columns 'review', 'stars'\n" in err
+    assert f"domains: {other} (columns 'sentence', 'label'); without what is in" in err
+    told = json.loads(out)
+    assert told["rows"]["columns"] == ["review", "stars"]
+    assert told["domains"][other]["rows"] == {"test": len(OWN), "split": "files", "columns": ["sentence", "label"]}
+
+
 def test_no_p_value_is_shown_as_0():
     rows = rows_of({"accuracy": 0.5, "accuracy_ci": None, "mcnemar_p": 4e-5, "mcnemar_p_holm": 0.00012})
     assert [row[1] for row in rows] == ["50.0%", "below 0.0001", "0.0001"]

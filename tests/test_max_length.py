@@ -22,6 +22,7 @@ from sparsebert.training import soup, train
 
 TINY = {"steps": 2, "batch_size": 4, "precision": "fp32"}
 TRAINED = {"method": "mask"}
+ROWS = {"train": 40, "test": 40, "split": "files", "columns": ["text", "label"]}  # of `folder`
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_own_texts_are_kept_whole_as_the_engine_keeps_them(tmp_path, folder):
     engine = Engine.load(model, cached=False)
     accuracy = (engine.logits(examples.texts).argmax(1) == examples.labels).mean()
     assert found.accuracy == accuracy
-    assert (found.max_length, found.cut, found.rows) == (512, 0.0, {"train": 40, "test": 40, "split": "files"})
+    assert (found.max_length, found.cut, found.rows) == (512, 0.0, ROWS)
 
 
 def test_the_share_of_texts_cut_is_that_of_longer_ones(tmp_path, folder):
@@ -106,7 +107,7 @@ def test_a_pruning_tells_the_length_the_share_cut_and_the_rows(tmp_path, folder,
     pruned = prune_checkpoint(saved(tmp_path / "model"), str(folder), tmp_path / "out", config, subnet).as_json()
     told = pruned["training"] if subnet else pruned
     assert told["max_length"] == 100 and told["cut"] == pytest.approx(0.5, abs=0.1)
-    assert told["rows"] == {"train": 40, "test": 40, "split": "files"}
+    assert told["rows"] == (ROWS if subnet else ROWS | {"columns": ["text"]})  # without labels none are read
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["sparsebert"]
     assert stored["max_length"] == 100
 

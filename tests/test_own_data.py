@@ -575,7 +575,9 @@ def test_one_file_is_split_by_its_texts_alone(tmp_path):
     train, test = data.load(task, task.train), data.load(task, task.test)
     assert sorted(train.texts + test.texts) == sorted(text for text, _ in rows)
     assert abs(len(test) / 400 - TEST_SHARE) < 0.06
-    assert data.rows_read(task) == {"train": len(train), "test": len(test), "split": "hash of the texts"}
+    assert data.rows_read(task) == {
+        "train": len(train), "test": len(test), "split": "hash of the texts", "columns": ["text", "label"]
+    }  # fmt: skip
     # Added rows move no others, and a text that differs only in case and spaces stays in the same split.
     more = [(f"{text.upper()} ", label) for text, label in rows] + [(f"another {i}", 0) for i in range(100)]
     path.write_text(as_csv(more + rows[::-1]))
@@ -800,7 +802,7 @@ def test_named_columns_stand_before_the_usual_ones(tmp_path):
 def test_named_columns_hold_for_all_splits(tmp_path):
     reviews(tmp_path / "train.csv")
     (tmp_path / "test.jsonl").write_text('{"text": "a", "stars": "good"}\n')
-    with pytest.raises(DataError, match=r"test\.jsonl must have a column 'review', has 'text', 'stars'"):
+    with pytest.raises(DataError, match=r"'review' in train\.csv, not in test\.jsonl, which has 'text', 'stars'"):
         data.get_task(TaskConfig(task=str(tmp_path), text_column="review", label_column="stars"))
 
 
@@ -812,14 +814,21 @@ def test_the_classes_of_a_named_column_of_datasets_have_their_names(tmp_path):
     assert data.get_task(asked).labels == ("bad", "good")
 
 
-HAS = "has 'id', 'review', 'reply', 'stars'; name the column: "
+COLUMNS = "has 'id', 'review', 'reply', 'stars'; "
+HAS = COLUMNS + "name the column: "
 
 
 @pytest.mark.parametrize(
     ("named", "error", "says"),
     [
         ({"text_column": "Review"}, DataError, f"must have a column 'Review', {HAS}--text-column review"),
-        ({"text_column": ("review", "zzz")}, DataError, f"must have a column 'zzz', {HAS}--text-column COLUMN, or put"),
+        ({"text_column": "RE_VIEW"}, DataError, f"must have a column 'RE_VIEW', {HAS}--text-column review"),
+        ({"text_column": ("review", "zzz")}, DataError, f"'zzz', {COLUMNS}name one of these: --text-column COLUMN$"),
+        (
+            {"text_column": "review, reply"},
+            DataError,
+            f"{COLUMNS}give the flag once for each column: --text-column review --text-column reply$",
+        ),
         ({"text_column": "review", "label_column": "starz"}, DataError, f"'starz', {HAS}--label-column stars"),
         ({"label_column": "stars"}, DataError, f"must have a column 'text', {HAS}--text-column review"),
         ({"text_column": "review"}, DataError, f"must have a column 'label', {HAS}--label-column stars"),
@@ -832,6 +841,41 @@ def test_columns_that_cannot_be_told_are_refused_with_those_that_are_there(tmp_p
     path = reviews(tmp_path / "own.csv")
     with pytest.raises(error, match=says):
         data.get_task(TaskConfig(task=path, **named))
+
+
+def test_a_column_whose_accents_are_composed_otherwise_is_proposed_as_it_is_spelled(tmp_path):
+    decomposed = "e\u0301tat"
+    (path := tmp_path / "own.csv").write_text(f"text,x,{decomposed}\na,1,0\nb,2,1\n")
+    with pytest.raises(DataError, match=f"name the column: --label-column '{decomposed}'"):
+        data.get_task(TaskConfig(task=str(path), label_column="\u00e9tat"))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "named", "says"),
+    [
+        ("text,label", "text,stars", {}, "'label' in train.csv, not in test.csv, which has 'text', 'stars'"),
+        ("text,stars", "text,label", {"label_column": "label"}, "'label' in test.csv, not in train.csv"),
+        ("review,label", "text,label", {"text_column": "review"}, "'review' in train.csv, not in test.csv"),
+    ],
+)  # fmt: skip
+def test_files_of_a_folder_that_name_a_column_differently_are_told_to_agree(tmp_path, train, test, named, says):
+    for split, header in (("train", train), ("test", test)):
+        (tmp_path / f"{split}.csv").write_text(f"{header}\na,0\nb,1\n")
+    with pytest.raises(DataError, match=says) as caught:
+        data.get_task(TaskConfig(task=str(tmp_path), **named))
+    assert caught.value.fix == "name the columns alike in both files"
+
+
+def test_a_bad_label_is_told_by_the_name_of_its_column(tmp_path):
+    (path := tmp_path / "own.csv").write_text("text,stars\na,0\nb,\n")
+    with pytest.raises(DataError, match=r"own.csv, line 3: stars must be a class or a number, got ''"):
+        data.get_task(TaskConfig(task=str(path), label_column="stars"))
+
+
+def test_rows_swallowed_by_a_quote_are_noticed_by_a_named_column_of_labels(tmp_path):
+    (path := tmp_path / "own.csv").write_text('text,stars\n"so good,1\nfine,0\nbad",0\nwell,1\n')
+    with pytest.raises(DataError, match="looks like a row, but is inside a text that begins with a quote on line 2"):
+        data.get_task(TaskConfig(task=str(path), label_column="stars"))
 
 
 def test_a_label_column_that_is_not_there_is_told_even_if_labels_are_not_needed(tmp_path):

@@ -119,7 +119,8 @@ def _run(arguments: list[str]) -> int:
     except TyperException as error:  # a missing, unknown or malformed argument
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "sparsebert"
-        return _refuse(f"{cut(error.format_message().rstrip('.'))}; see {command} --help")
+        problem = error.format_message().rstrip(".").replace("Value error, ", "")  # of pydantic
+        return _refuse(f"{cut(problem)}; see {command} --help")
 
 
 def _refuse(problem: str) -> int:

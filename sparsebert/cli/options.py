@@ -14,10 +14,12 @@ import typer
 import typer.core
 from pydantic.fields import FieldInfo
 from rich.markup import escape
+from typer.exceptions import TyperException
 
 from sparsebert.config import Settings, validated
 
 EXPERT = "Expert options"
+HELP = ["--help", "--help-all"]  # where there is nothing more to show
 
 
 def option(*names: str, help: str, panel: str | None = None, **more):
@@ -28,12 +30,27 @@ def option(*names: str, help: str, panel: str | None = None, **more):
 class Commands(typer.Typer):
     """A Typer whose commands have a short --help (`Command`)."""
 
+    def __init__(self, **settings):
+        super().__init__(context_settings={"help_option_names": HELP}, **settings)
+
     def command(self, name: str | None = None, **settings) -> Callable:
         return super().command(name, cls=Command, **settings)
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose --help shows the flags under no heading; --help-all shows the others too."""
+    """A command whose --help shows the flags under no heading; --help-all shows the others too, or is the same."""
+
+    def __init__(self, *values, **settings):
+        super().__init__(*values, **settings)
+        short = any(param.rich_help_panel is not None for param in self.params)
+        self.context_settings["help_option_names"] = ["--help"] if short else HELP
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:
+            error.ctx = getattr(error, "ctx", None) or ctx  # an option without its value does not know its command
+            raise
 
     def format_help(self, ctx: typer.Context, formatter) -> None:
         short = copy.copy(self)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsebert.errors import shown
+
 if TYPE_CHECKING:
     from sparsebert.config import TaskConfig
     from sparsebert.encoders import Progress
@@ -31,24 +33,43 @@ def say_what_was_read(result) -> None:
     result: of `train`, `prune_checkpoint` or `evaluate`.
     """
     if result.rows is not None:
-        counts = ", ".join(f"{count:,} of {split}" for split, count in result.rows.items() if split != "split")
+        counts = ", ".join(f"{count:,} of {split}" for split, count in result.rows.items() if isinstance(count, int))
         how = f", split by a {result.rows['split']}" if result.rows["split"] != "files" else ""
-        print(f"rows read: {counts}{how}", file=sys.stderr)
+        print(f"rows read: {counts}{how}, of columns {_listed(result.rows['columns'])}", file=sys.stderr)
     if getattr(result, "resumed", ""):
         print(f"resumed an earlier run, which had got up to {result.resumed}", file=sys.stderr)
     if getattr(result, "left_out", 0):
         print(f"{result.left_out:,} texts were left out: they are in what is reported", file=sys.stderr)
     if domains := getattr(result, "domains", None):
         splits = " or ".join(next(iter(domains.values()))["apart_from"])
-        print(f"domains: {', '.join(domains)}; without what is in {result.task}, {splits}, too", file=sys.stderr)
+        of = {name: domain["rows"] for name, domain in domains.items()}
+        read = [name + (f" (columns {_listed(rows['columns'])})" if rows else "") for name, rows in of.items()]
+        print(f"domains: {', '.join(read)}; without what is in {result.task}, {splits}, too", file=sys.stderr)
     if result.cut:
         print(f"{result.cut:.1%} of the texts were cut at {result.max_length} tokens (--max-length)", file=sys.stderr)
+
+
+def _listed(columns: list[str]) -> str:
+    return ", ".join(map(shown, columns))
 
 
 def then(*command: object) -> None:
     """Names the command that people would type next, quoted for a shell. A Path is never taken for a flag."""
     parts = [f"./{part}" if isinstance(part, Path) and str(part).startswith("-") else str(part) for part in command]
-    print(f"next: {shlex.join(parts)}", file=sys.stderr)
+    print(f"next: {' '.join(map(_quoted, parts))}", file=sys.stderr)
+
+
+def _quoted(part: str) -> str:
+    """The part as a shell reads it; of characters that a terminal would obey, the bytes by number, as in $'\\x0a'."""
+    if part.isprintable():
+        return shlex.quote(part)
+
+    def escaped(one: str) -> str:
+        if one.isprintable():
+            return f"\\{one}" if one in "\\'" else one
+        return "".join(f"\\x{byte:02x}" for byte in one.encode(errors="surrogateescape"))
+
+    return f"$'{''.join(map(escaped, part))}'"
 
 
 def of_task(task: TaskConfig) -> list[object]:

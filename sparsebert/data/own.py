@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,17 @@ import numpy as np
 
 from sparsebert.config import TaskConfig
 from sparsebert.data.examples import Examples, sameness
-from sparsebert.data.tables import NUMBER, SUFFIXES, Table, read, require_columns, text_columns, texts_of
+from sparsebert.data.tables import (
+    LABEL,
+    LABEL_FLAG,
+    NUMBER,
+    SUFFIXES,
+    Table,
+    read,
+    require_columns,
+    text_columns,
+    texts_of,
+)
 from sparsebert.data.tasks import TASKS, Task
 from sparsebert.errors import DataError, InputError, alike, shown
 from sparsebert.heads import fold
@@ -45,15 +56,14 @@ def get_task(task: str | TaskConfig, *, labelled: bool = True, values: bool = Fa
             )
         return replace(TASKS[name], labelled=labelled)
     path = Path(name)
-    named = (*asked.text_column, *filter(None, [asked.label_column]))
     try:
         if path.is_dir():
-            return _of_tables(path, _in_folder(path, named), asked, labelled, values, beside)
+            return _of_tables(path, _in_folder(path, asked), asked, labelled, values, beside)
         wanted = os.path.lexists(path) or (path.suffix in SUFFIXES and not path.exists() and "\0" not in name)
     except (OSError, ValueError):  # not a valid path
         wanted = False
     if wanted:
-        found = {"test" if beside else "": read(path, named)}
+        found = {"test" if beside else "": read(path, asked.text_column, asked.label_column)}
         return _of_tables(path, found, asked, labelled, values, beside)
     if like := alike(path):
         raise InputError(f"there is no file, folder or task {shown(name)}", fix=f"did you mean {like}?")
@@ -63,14 +73,16 @@ def get_task(task: str | TaskConfig, *, labelled: bool = True, values: bool = Fa
 
 
 def rows_read(task: Task) -> dict | None:
-    """Number of rows per split of the user's own task, and how it was split; None for a known task."""
+    """Number of rows per split of the user's own task, how it was split and by which columns it was read; None for a
+    known task.
+    """
     if task.own is None:
         return None
     rows = {split: len(examples) for split, examples in task.own.items()}
-    return {**rows, "split": "hash of the texts" if task.by_hash else "files"}
+    return {**rows, "split": "hash of the texts" if task.by_hash else "files", "columns": list(task.columns)}
 
 
-def _in_folder(folder: Path, named: tuple[str, ...]) -> dict[str, Table]:
+def _in_folder(folder: Path, asked: TaskConfig) -> dict[str, Table]:
     found = {}
     for split, choices in _SPLITS.items():
         for stems in choices:
@@ -80,7 +92,7 @@ def _in_folder(folder: Path, named: tuple[str, ...]) -> dict[str, Table]:
                 names = " and ".join(path.name for path in paths)
                 raise DataError(f"{folder} has several files of its {split} split: {names}", fix="keep one of them")
             if paths:
-                found[split] = read(paths[0], named)
+                found[split] = read(paths[0], asked.text_column, asked.label_column)
                 break
     if not found:
         if (folder / "config.json").exists():
@@ -97,6 +109,10 @@ def _of_tables(
     path: Path, found: dict[str, Table], asked: TaskConfig, labelled: bool, values: bool, beside: bool
 ) -> Task:
     """The task made of the tables of its splits. The key "" marks a table that is still to be split."""
+    if not beside:
+        label = [asked.label_column or LABEL] if labelled or asked.label_column is not None else []
+        for name in (*asked.text_column, *label):
+            _require_in_all(path, found.values(), name)
     columns = {split: text_columns(table, asked.text_column, not beside) for split, table in found.items()}
     if len({len(names) for names in columns.values()}) > 1:
         said = ", ".join(f"{found[split].path.name} has {' and '.join(names)}" for split, names in columns.items())
@@ -115,11 +131,25 @@ def _of_tables(
         else:
             own = _by_hash(path, examples)
     _require_learnable(path, problem, names, own)
+    last = [*found][-1]
     return Task(
         path.name, names, "train", "test", pair=own[next(iter(own))].texts_b is not None, max_length=None,
         problem=problem, folder=path.resolve(), own=own, labelled=labelled, by_hash="" in found,
-        text_column=asked.text_column, label_column=asked.label_column,
+        columns=(*columns[last], *([found[last].label] if labelled else [])), text_column=asked.text_column,
+        label_column=asked.label_column,
     )  # fmt: skip
+
+
+def _require_in_all(folder: Path, tables: Collection[Table], name: str) -> None:
+    """DataError for a column that only some of a folder's files have: another name would not do for them all."""
+    without = [table for table in tables if name not in table.columns]
+    having = [table.path.name for table in tables if name in table.columns]
+    if without and having:
+        raise DataError(
+            f"{folder} has a column {shown(name)} in {having[0]}, not in {without[0].path.name}, which has "
+            f"{', '.join(map(shown, without[0].names[:20]))}",
+            fix="name the columns alike in both files",
+        )
 
 
 def _by_hash(path: Path, examples: Examples) -> dict[str, Examples]:
@@ -157,10 +187,10 @@ def _require_learnable(path: Path, problem: str, names: tuple[str, ...], own: di
 
 def _labels(table: Table, texts: tuple[str, ...], named: str | None, beside: bool) -> list:
     """The values of the label column: the one that was named, else `label`."""
-    name = "label" if named is None or (beside and named not in table.columns) else named
+    name = table.label if named is None or beside else named
     if name in texts:
         raise DataError(f"{table.path} has its texts in the column {name!r}, not its labels", fix="name another column")
-    return table.column(name, None if beside else "--label-column")
+    return table.column(name, None if beside else LABEL_FLAG, named is not None)
 
 
 def _understood(
@@ -327,4 +357,4 @@ def _numbers(parts: list) -> list:
 
 
 def _refuse(table: Table, row: int, value, wanted: str):
-    raise DataError(f"{table.where(row)}: label must be {wanted}, got {shown(value)}", fix="correct the label")
+    raise DataError(f"{table.where(row)}: {table.label} must be {wanted}, got {shown(value)}", fix="correct the label")

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from sparsebert.errors import DataError, InputError, alike, first_line, shown
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 OF_TEXTS = (".txt", *SUFFIXES)  # files that texts without labels are read from
+LABEL = "label"
+TEXT_FLAG, LABEL_FLAG = "--text-column", "--label-column"  # of TaskConfig
 LARGEST = 1 << 31  # max bytes per file: calibration and test sets are smaller
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 # A quoted field, in which quotes are doubled, or a bare one, followed by a comma or a line end. The csv module is not
@@ -48,13 +51,15 @@ _MEANT = {
 @dataclass(frozen=True)
 class Table:
     """Columns by name, all of the same length; of .parquet only the columns that are used here. at: the position of
-    each row for messages, such as "line 7" or "row 7". names: all columns of the file.
+    each row for messages, such as "line 7" or "row 7". names: all columns of the file. label: its column of labels, if
+    it has one.
     """
 
     path: Path
     columns: dict[str, list]
     at: list[str]
     names: tuple[str, ...]
+    label: str = LABEL
 
     def __len__(self) -> int:
         return len(self.at)
@@ -63,32 +68,51 @@ class Table:
         """The file and the position of a row in it, for messages."""
         return f"{self.path}, {self.at[row]}"
 
-    def column(self, name: str, flag: str | None = None) -> list:
-        """The values of a column. DataError, listing the columns, if there is none of this name. flag: what another one
-        can be named by.
+    def column(self, name: str, flag: str | None = None, named: bool = False) -> list:
+        """The values of a column. DataError, listing the columns, if there is none of this name. flag: by what another
+        one can be named. named: whether the user named this one by it.
         """
         if name not in self.columns:
-            found = ", ".join(map(shown, self.names[:20]))
-            second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # never meant as the first text
-            near = [other for other in self.names if _folded(other) in _MEANT.get(name, ())]
-            near += difflib.get_close_matches(name, [other for other in self.names if other not in second], n=1)
-            if flag is None:
-                hint = f"rename {near[0]!r} to {name!r}" if near else f"name a column {name!r} on the first line"
-            elif near:
-                hint = f"name the column: {flag} {shlex.quote(near[0])}"
-            else:
-                hint = f"name the column: {flag} COLUMN, or put a line of column names first"
-            hint += " (prune and predict need none)" if name == "label" and not near else ""
-            if any(other.startswith('"') for other in self.names):
-                hint = "write .tsv without quotes, or save it as .csv"
-            raise DataError(f"{self.path} must have a column {name!r}, has {found}", fix=hint)
+            raise DataError(
+                f"{self.path} must have a column {shown(name)}, has {', '.join(map(shown, self.names[:20]))}",
+                fix=self._instead_of(name, flag, named),
+            )
         return self.columns[name]
 
+    def _instead_of(self, name: str, flag: str | None, named: bool) -> str:
+        """What to do about a column that is not there."""
+        if any(other.startswith('"') for other in self.names):
+            return "write .tsv without quotes, or save it as .csv"
+        if named and set(parts := [part.strip() for part in name.split(",")]) <= set(self.names):
+            return f"give the flag once for each column: {_flags(parts, flag)}"
+        like = self._like(name)
+        if flag is None:
+            fix = f"rename {like!r} to {name!r}" if like else f"name a column {name!r} on the first line"
+        elif like:
+            fix = f"name the column: {_flags([like], flag)}"
+        elif named:
+            fix = f"name one of these: {flag} COLUMN"
+        else:
+            fix = f"name the column: {flag} COLUMN, or put a line of column names first"
+        return fix + (" (prune and predict need none)" if name == LABEL and not like else "")
 
-def read(path: Path, also: tuple[str, ...] = ()) -> Table:
+    def _like(self, name: str) -> str | None:
+        """The column that is most likely meant by a name that the file does not have, if one is."""
+        folded: dict[str, str] = {}
+        for other in self.names:
+            folded.setdefault(_folded(other), other)
+        for meant in (name, *_MEANT.get(name, ())):  # but for case, separators and how accents are composed
+            if _folded(meant) in folded:
+                return folded[_folded(meant)]
+        second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # never meant as the first text
+        close = difflib.get_close_matches(_folded(name), [key for key in folded if folded[key] not in second], n=1)
+        return folded[close[0]] if close else None
+
+
+def read(path: Path, also: tuple[str, ...] = (), label: str | None = None) -> Table:
     """Reads the table in a file; the suffix tells its format. In .csv a field may be quoted; in .tsv a quote is an
     ordinary character. Both need a header, and their values are strings. also: columns wanted besides those of the
-    usual names.
+    usual names. label: the column of labels where the file has it; else `label` is.
 
     Raises DataError for a file that is of no such format, is not UTF-8, has no rows, repeats or lacks a column name, or
     has a row of another width, and for a quoted .csv text that has swallowed the rows after it.
@@ -97,7 +121,7 @@ def read(path: Path, also: tuple[str, ...] = ()) -> Table:
     if path.suffix not in SUFFIXES:
         raise DataError(f"{path} must end in {', '.join(SUFFIXES)}", fix="convert or rename it")
     try:
-        table = _parquet(path, also) if path.suffix == ".parquet" else _lines(path)
+        table = _parquet(path, also, label) if path.suffix == ".parquet" else _lines(path, label)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}", fix="repair or replace it") from error
     if not len(table):
@@ -146,8 +170,13 @@ def _require_file(path: Path) -> None:
         raise DataError(f"{path} must be below {LARGEST >> 30} GiB, has {path.stat().st_size}", fix="take fewer rows")
 
 
-def _lines(path: Path) -> Table:
-    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path.read_bytes(), path))
+def _lines(path: Path, label: str | None) -> Table:
+    return {".csv": _csv, ".tsv": _tsv, ".jsonl": _jsonl}[path.suffix](path, _decoded(path.read_bytes(), path), label)
+
+
+def _labels_in(names: Iterable[str], label: str | None) -> str:
+    """The column of labels in a file with these columns, if one was named."""
+    return LABEL if label is None or label not in names else label
 
 
 def _decoded(raw: bytes, path: Path | str) -> str:
@@ -170,7 +199,7 @@ def _decoded(raw: bytes, path: Path | str) -> str:
     return text
 
 
-def _csv(path: Path, text: str) -> Table:
+def _csv(path: Path, text: str, label: str | None) -> Table:
     text = text if text.endswith("\n") else text + "\n"
     header = text[: text.index("\n")]
     if "," not in header:
@@ -196,7 +225,7 @@ def _csv(path: Path, text: str) -> Table:
                 at.append(f"line {start}" if line == start else f"lines {start} to {line}")
             line += 1
             row, start = [], line
-    table = _headed(path, rows, at, "quote texts that hold commas, or save the file as .jsonl")
+    table = _headed(path, rows, at, "quote texts that hold commas, or save the file as .jsonl", label)
     for i, column, line in long:
         if i:
             _require_no_swallowed(table, i - 1, column, line)
@@ -213,7 +242,7 @@ def _fault(text: str, position: int) -> str:
     return f"a quoted field is followed by {shown(text[field.end() : field.end() + 20])}, not by a comma"
 
 
-def _tsv(path: Path, text: str) -> Table:
+def _tsv(path: Path, text: str, label: str | None) -> Table:
     lines = text.replace("\r\n", "\n").split("\n")
     kept = [(line.split("\t"), i) for i, line in enumerate(lines, start=1) if line]
     for row, i in kept[1:]:
@@ -223,7 +252,8 @@ def _tsv(path: Path, text: str) -> Table:
                 fix="save the file as .csv, or write it without quoting",
             )
     rows, at = [row for row, _ in kept], [f"line {i}" for _, i in kept]
-    return _headed(path, rows, at, "replace tabs and line ends within texts by spaces, or save the file as .jsonl")
+    cure = "replace tabs and line ends within texts by spaces, or save the file as .jsonl"
+    return _headed(path, rows, at, cure, label)
 
 
 def _is_quoted(field: str) -> bool:
@@ -232,7 +262,7 @@ def _is_quoted(field: str) -> bool:
     return len(field) > 3 and field[0] == field[-1] == '"' and '""' in inner and '"' not in inner.replace('""', "")
 
 
-def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Table:
+def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str, label: str | None) -> Table:
     """The table of the rows, whose first one names the columns. cure: the fix for a row of another width."""
     if not rows:
         raise DataError(f"{path} must begin with a line of column names, is empty", fix="add it")
@@ -251,7 +281,7 @@ def _headed(path: Path, rows: list[list[str]], at: list[str], cure: str) -> Tabl
                 f"{path}, {place}: must have {len(names)} fields ({shown(', '.join(names))}), has {len(row)}", fix=cure
             )
     columns = {name: [row[i] for row in rows[1:]] for i, name in enumerate(names)}
-    return Table(path, columns, at[1:], tuple(names))
+    return Table(path, columns, at[1:], tuple(names), _labels_in(names, label))
 
 
 def _require_separator(path: Path, header: str) -> None:
@@ -275,9 +305,9 @@ def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> No
     label in the label column: then the field's opening quote was not meant as one. first: the field's first line in the
     file.
     """
-    if "label" not in table.columns:
+    if table.label not in table.columns:
         return
-    place, labels = table.names.index("label"), set(table.columns["label"])
+    place, labels = table.names.index(table.label), set(table.columns[table.label])
     numbers = any(map(NUMBER.fullmatch, labels))
     lines = table.columns[table.names[column]][row].split("\n")
     for i, line in enumerate(lines):
@@ -295,7 +325,7 @@ def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> No
             )
 
 
-def _jsonl(path: Path, text: str) -> Table:
+def _jsonl(path: Path, text: str, label: str | None) -> Table:
     rows, at, number = [], [], 0
 
     def unique(pairs: list[tuple]) -> dict:
@@ -323,14 +353,15 @@ def _jsonl(path: Path, text: str) -> Table:
         rows.append(row)
         at.append(f"line {number}")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return Table(path, {name: [row.get(name) for row in rows] for name in names}, at, tuple(names))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    return Table(path, columns, at, tuple(names), _labels_in(names, label))
 
 
-def _parquet(path: Path, also: tuple[str, ...]) -> Table:
+def _parquet(path: Path, also: tuple[str, ...], label: str | None) -> Table:
     import pyarrow
     import pyarrow.parquet
 
-    known = {"label", *also, *(name for names in _TEXT_COLUMNS for name in names)}
+    known = {LABEL, label, *also, *(name for names in _TEXT_COLUMNS for name in names)}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:  # unlike read_table, takes no columns from the path
             names = file.schema_arrow.names
@@ -346,9 +377,10 @@ def _parquet(path: Path, also: tuple[str, ...]) -> Table:
                 values.append(float(value) if isinstance(value, decimal.Decimal) else value)
             except ValueError as error:  # such as UnicodeDecodeError
                 raise DataError(f"{path}, row {row}: {name} must be UTF-8: {error}", fix="save it as UTF-8") from error
-    for name in {"label", *also} & columns.keys():
+    for name in {LABEL, label, *also} & columns.keys():
         columns[name] = _named_classes(columns[name], found.schema.metadata or {}, name)
-    return Table(path, columns, [f"row {i}" for i in range(1, found.num_rows + 1)], tuple(names))
+    at = [f"row {i}" for i in range(1, found.num_rows + 1)]
+    return Table(path, columns, at, tuple(names), _labels_in(names, label))
 
 
 def _named_classes(labels: list, metadata: dict[bytes, bytes], column: str) -> list:
@@ -386,7 +418,7 @@ def text_columns(table: Table, named: tuple[str, ...] = (), must: bool = False) 
     """
     if named and (must or set(named) <= table.columns.keys()):
         for name in named:
-            table.column(name, "--text-column")
+            table.column(name, TEXT_FLAG, named=True)
         return named
     found = [names for names in _TEXT_COLUMNS if set(names) <= table.columns.keys()]
     found = [names for names in found if not any(set(names) < set(other) for other in found)]
@@ -398,7 +430,7 @@ def text_columns(table: Table, named: tuple[str, ...] = (), must: bool = False) 
             else "keep the columns of one reading, or rename the others",
         )
     if not found:
-        table.column("text", "--text-column" if must else None)  # raises the error, which lists the columns
+        table.column("text", TEXT_FLAG if must else None)  # raises the error, which lists the columns
     usual = {_folded(name) for names in _TEXT_COLUMNS for name in names}
     if more := [name for name in table.names if name not in found[0] and _folded(name) in usual]:
         raise DataError(
@@ -410,13 +442,13 @@ def text_columns(table: Table, named: tuple[str, ...] = (), must: bool = False) 
     return found[0]
 
 
-def _flags(columns: Iterable[str]) -> str:
-    return " ".join(f"--text-column {shlex.quote(column)}" for column in columns)
+def _flags(columns: Iterable[str], flag: str = TEXT_FLAG) -> str:
+    return " ".join(f"{flag} {shlex.quote(column)}" for column in columns)
 
 
 def _folded(column: str) -> str:
-    """A column's name without case and separators."""
-    return re.sub(r"[\W_]", "", column).lower()
+    """A column's name without case, separators and differences of how its accents are composed."""
+    return re.sub(r"[\W_]", "", unicodedata.normalize("NFKC", column)).casefold()
 
 
 def texts_of(table: Table, name: str) -> list[str]:

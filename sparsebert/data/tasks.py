@@ -45,7 +45,8 @@ class Task:
     For the user's own task:
 
     folder: its folder or file. own: its examples by split. by_hash: whether one file was split by a hash of its texts.
-    text_column, label_column: the columns that were named (TaskConfig).
+    columns: those that its reported split was read by, texts first. text_column, label_column: those that were named
+    (TaskConfig).
     """
 
     name: str
@@ -66,6 +67,7 @@ class Task:
     own: dict[str, Examples] | None = field(default=None, compare=False, repr=False)
     labelled: bool = True
     by_hash: bool = False
+    columns: tuple[str, ...] = ()
     text_column: tuple[str, ...] = ()
     label_column: str | None = None
 

@@ -89,9 +89,12 @@ def evaluate(
     )
     on_tests = {of.name: compare_ood(of, examples, *got) for of, examples, *got in islice(runs, len(tests))}
     on_domains = {
-        of.name: {"left_out": examples.left_out, "apart_from": apart_from, **whole(of, examples, *got).figures("task")}
+        of.name: {
+            "rows": data.rows_read(of), "left_out": examples.left_out, "apart_from": apart_from,
+            **whole(of, examples, *got).figures("task"),
+        }
         for of, examples, *got in islice(runs, len(others))
-    }
+    }  # fmt: skip
     on_texts = {
         of.name: {**drift(problem, dense, own), **_lengths(tokenizer, of, examples)}
         for of, examples, own, dense in runs
