@@ -155,7 +155,7 @@ def traced(victim: Victim, plan: Plan, units: Iterable[Unit]) -> Iterator[tuple[
         for number, text, other, label in units
     )
     models = {VICTIM: victim.logits, ENCODER: lambda texts: plan.resources.encoder.embed(texts)}
-    for end in lockstep.run(attacks, models):
+    for end in filter(None, lockstep.run(attacks, models)):
         attack = end.attack
         trace = {"importance": attack.importance, "steps": attack.steps, "similarity": attack.similarity}
         row = {"outcome": end.outcome, "perturbed": end.last and end.last.text.text, "queries": attack.queries}

@@ -176,7 +176,7 @@ def measure(victim: Victim, plan: Plan, units: list[Unit], ask: Ask, stock: int)
 
     def ours(part: Sequence[Unit]) -> tuple[list[dict], float]:
         start = time.perf_counter()
-        found = sorted(attacked(victim, plan, part), key=lambda row: number_of[row[0]])
+        found = sorted(filter(None, attacked(victim, plan, part)), key=lambda row: number_of[row[0]])
         return [row for _, row, _ in found], time.perf_counter() - start
 
     def theirs(part: Sequence[Unit], **how: bool) -> tuple[list[dict], float]:

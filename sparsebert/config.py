@@ -330,6 +330,11 @@ class AttackConfig(Settings):
         "as a control: greedy attacks find their way by the confidence",
     )
     workers: int = Field(1, ge=1, le=256, description="number of processes that attack; they share the cores")
+    ray: bool = Field(
+        False,
+        description="let the processes be actors on a Ray cluster: that of RAY_ADDRESS, else one on this machine; all "
+        "nodes must have the model at the same path",
+    )
     ledger: str | None = Field(
         None,
         description="FILE that keeps each attacked example, so that none is attacked twice [default: in the cache]",

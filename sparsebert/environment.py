@@ -111,6 +111,11 @@ def that_matter() -> dict[str, str]:
     return {name: value.rstrip("/").rpartition("/")[2] for name, value in found.items() if name not in _DO_NOT}
 
 
+def send_no_usage() -> None:
+    """Keeps Ray from reporting its use over the network; before it is imported. A user's own choice stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
 def calm_openmp(granted: float) -> None:
     """Makes torch's OpenMP threads sleep as soon as they wait: beside another busy process, spinning threads take ten
     times as long. Also limits their number to the `granted` CPUs if the process may use only a part of its cores.

@@ -5,6 +5,7 @@ The command line prints one as a single line and exits with code 2.
 
 import re
 import reprlib
+from functools import partial
 from pathlib import Path
 
 LONGEST = 500  # max characters of a problem, or of its fix, in a message
@@ -68,6 +69,9 @@ class SparsebertError(Exception):
     def __str__(self) -> str:
         return f"{cut(self.problem)}; {cut(self.fix)}"
 
+    def __reduce__(self):  # between processes; an exception is else made again without keywords
+        return partial(type(self), fix=self.fix), (self.problem,)
+
 
 class InputError(SparsebertError):
     """An argument, a text or a label that breaks its contract."""
@@ -100,6 +104,7 @@ _EXTRAS = {
     "sentence_transformers": "demo",
     "datasets": "hub",
     "matplotlib": "bench",
+    "ray": "ray",
     "textattack": "textattack",
 }
 

@@ -56,7 +56,8 @@ def plan_of(name: str):
 
 
 def rows_of(name: str) -> list[dict]:
-    return [row for _, row, _ in sorted(attacked(Victim(), plan_of(name), UNITS), key=lambda found: found[0])]
+    ended = filter(None, attacked(Victim(), plan_of(name), UNITS))
+    return [row for _, row, _ in sorted(ended, key=lambda found: found[0])]
 
 
 def how(name: str) -> list[dict]:

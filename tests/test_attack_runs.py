@@ -26,10 +26,10 @@ from sparsebert.cli import main
 from sparsebert.config import AttackConfig
 from sparsebert.data import Examples
 from sparsebert.encoders import no_progress
-from sparsebert.errors import OutputError, SparsebertWarning
+from sparsebert.errors import InputError, OutputError, SparsebertWarning, UnsupportedError
 from sparsebert.jobs import Ledger, OtherVersion, ledger
 from sparsebert.robustness import attack
-from sparsebert.robustness.attacks import RECIPES, Plan, crew, figures
+from sparsebert.robustness.attacks import RECIPES, Plan, crew, figures, ray_actors
 from sparsebert.robustness.attacks import run as run_attacks
 from sparsebert.robustness.attacks.resources import Resources
 from sparsebert.robustness.attacks.words import words_of
@@ -320,8 +320,8 @@ def test_an_example_whose_attack_raises_is_an_error_and_the_others_go_on(book):
 
 
 def test_an_interrupted_run_keeps_what_was_finished(book, monkeypatch):
-    def stopped(victim, plan, units, tick):
-        for n, done in enumerate(real(victim, plan, units)):
+    def stopped(victim, plan, units):
+        for n, done in enumerate(filter(None, real(victim, plan, units))):
             if n == 2:
                 raise KeyboardInterrupt
             yield done
@@ -585,14 +585,16 @@ run = sys.modules["sparsebert.robustness.attacks.run"]
 
 if __name__ == "__main__":
     model, ledger_file, after, lease, output = sys.argv[1:]
-    run.FLUSH, run.BLOCK, ledger.LEASE = 0.0, 4, float(lease)
+    run.BLOCK, ledger.LEASE = 4, float(lease)
     real, count = crew.attacked, 0
 
-    def attacked(victim, plan, units, tick):
+    def attacked(victim, plan, units):
         global count
         for i, unit in enumerate(units):
             for done in real(victim, plan, [unit]):
                 yield done
+                if done is None:
+                    continue
                 count += 1
                 time.sleep(0.02)
                 if count == int(after):
@@ -629,9 +631,9 @@ def test_a_run_that_was_killed_goes_on_and_computes_nothing_twice(sets, model, b
         kept = len(held.results(RUN.KIND))
     assert 6 <= kept <= 7, "one unit is lost at most"
     real, computed = crew.attacked, []
-    monkeypatch.setattr(crew, "attacked", lambda *a, **k: (computed.append(done) or done for done in real(*a, **k)))
+    monkeypatch.setattr(crew, "attacked", lambda *a: (computed.append(done) or done for done in real(*a)))
     again = attack(model, "mr", "deepwordbug", AttackConfig(ledger=book))
-    assert untimed(again.rows) == whole and len(computed) == 24 - kept
+    assert untimed(again.rows) == whole and len(list(filter(None, computed))) == 24 - kept
 
 
 def test_two_processes_share_a_ledger_and_have_the_same_rows(sets, model, book):
@@ -658,16 +660,145 @@ def test_workers_find_what_one_process_finds(sets, model, monkeypatch):
     assert attacked_by(sets, model, 2) == alone
 
 
-def test_where_workers_are_killed_the_process_that_began_them_goes_on_alone(sets, model, monkeypatch):
-    pools, real, calls = [], crew.ProcessPoolExecutor, iter(range(100))
+def killed_at(monkeypatch, examples: int, every: bool):
+    """A Progress that kills workers after so many examples: all of them, or one."""
+    made, real = [], crew.Processes
     monkeypatch.setattr(crew, "UNITS", 5)
-    monkeypatch.setattr(crew, "ProcessPoolExecutor", lambda *a, **more: pools.append(real(*a, **more)) or pools[-1])
+    monkeypatch.setattr(crew, "Processes", lambda *a: made.append(real(*a)) or made[-1])
+    killed = []
 
-    def kill(*_) -> None:
-        if next(calls) == 1:  # after the first example; were one left, it might do the rest before anybody notices
-            for pid in list(pools[0]._processes):
-                os.kill(pid, signal.SIGKILL)
+    def kill(done: int, _total: int, _what: str = "") -> None:
+        if done >= examples and not killed:
+            for process in made[0]._processes[: None if every else 1]:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                killed.append(process.pid)
 
+    return kill
+
+
+def test_where_workers_are_killed_the_process_that_began_them_goes_on_alone(sets, model, monkeypatch):
     alone = attacked_by(sets, model, 1)
-    with pytest.warns(SparsebertWarning, match="a worker was killed; the work goes on without workers"):
+    kill = killed_at(monkeypatch, 1, every=True)
+    with pytest.warns(SparsebertWarning, match="a worker was killed; the work goes on without it"):
         assert attacked_by(sets, model, 2, kill) == alone
+
+
+def test_where_one_worker_is_killed_the_other_does_what_it_left(sets, model, monkeypatch):
+    alone = attacked_by(sets, model, 1)
+    kill = killed_at(monkeypatch, 1, every=False)
+    monkeypatch.setattr(
+        crew, "attacked", lambda _victim, _plan, units: iter(list(units) and pytest.fail("by this one"))
+    )
+    with pytest.warns(SparsebertWarning, match="a worker was killed; the work goes on without it"):
+        assert attacked_by(sets, model, 2, kill) == alone
+
+
+def test_workers_end_with_the_process_that_began_them(sets, model, book):
+    """Killed, it ends none of them: they notice that nobody listens."""
+    code = (
+        "import sys; from sparsebert.cli import main\n"
+        "if __name__ == '__main__': main(sys.argv[1:])\n"
+    )  # fmt: skip
+    (sets / "attacker.py").write_text(code)
+    arguments = ["attack", model, "--task", "mr", "--attack", "deepwordbug", "--ledger", book, "--workers", 2, "--json"]
+    process = subprocess.Popen([sys.executable, sets / "attacker.py", *map(str, arguments)])
+    found: list[int] = []
+    until(lambda: len(children(process.pid, found)) >= 2)
+    process.kill()
+    process.wait()
+    until(lambda: not any(alive(pid) for pid in found))
+
+
+def children(parent: int, found: list[int]) -> list[int]:
+    """Adds to `found` the workers of a process that have begun."""
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    found[:] = [pid for pid in map(int, listed) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return found
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(happens, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+# --- on a Ray cluster of one node -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """Ray on this machine, with two CPUs whatever it has, and without NLTK's data, as in `sets`."""
+    ray = ray_actors.ray
+    empty = str(tmp_path_factory.mktemp("ray"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", empty)
+        patch.setenv("SPARSEBERT_DATA", empty)
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield ray
+    ray.shutdown()
+
+
+def by_ray(sets: Path, model: Path, workers: int, progress=no_progress) -> list[dict]:
+    settings = AttackConfig(workers=workers, ray=True, ledger=str(sets / "ray.sqlite"))
+    return untimed(attack(model, "mr", "deepwordbug", settings, progress=progress).rows)
+
+
+def test_actors_find_what_one_process_finds_and_a_ledger_keeps_it(sets, model, cluster, monkeypatch):
+    alone = attacked_by(sets, model, 1)
+    monkeypatch.setattr(crew, "UNITS", 5)
+    monkeypatch.setattr(
+        crew, "attacked", lambda _victim, _plan, units: iter(list(units) and pytest.fail("by this one"))
+    )
+    assert by_ray(sets, model, 2) == alone
+    assert cluster.is_initialized(), "a cluster that others began is left to them"
+    monkeypatch.setattr(ray_actors, "Actors", lambda *_: pytest.fail("actors with nothing to do"))
+    assert by_ray(sets, model, 1) == alone
+
+
+def test_where_an_actor_is_lost_the_rest_is_done_without_it(sets, model, cluster, monkeypatch):
+    alone, made, real = attacked_by(sets, model, 1), [], ray_actors.Actors
+    monkeypatch.setattr(crew, "UNITS", 5)
+    monkeypatch.setattr(ray_actors, "Actors", lambda *a: made.append(real(*a)) or made[-1])
+
+    def lose(done: int, *_) -> None:
+        if done == 1:
+            cluster.kill(made[0]._actors[0])
+
+    with pytest.warns(SparsebertWarning, match="a worker was killed; the work goes on without it"):
+        assert by_ray(sets, model, 2, lose) == alone
+
+
+def test_a_node_that_would_find_something_else_is_refused(sets, model, cluster, monkeypatch):
+    monkeypatch.setattr(Plan, "facts", property(lambda plan: {"attack": "deepwordbug", "seed": 99}))
+    with pytest.raises(UnsupportedError, match="has another seed: 0 in place of 99"):
+        by_ray(sets, model, 1)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "cores"),
+    [([2], 1, 2), ([2], 2, 1), ([2, 2, 2, 2], 2, 2), ([3, 1], 2, 1), ([8, 2], 3, 2), ([8, 2], 2, 4)],
+)
+def test_an_actor_has_no_more_cores_than_all_of_them_can_have(nodes, workers, cores):
+    assert ray_actors.cores_each(nodes, workers) == cores
+
+
+def test_more_actors_than_cores_are_refused_and_do_not_wait_for_ever(sets, model, cluster):
+    with pytest.raises(InputError, match="the Ray cluster has 2 CPUs, asked for are 3 workers; ask for fewer"):
+        by_ray(sets, model, 3)
+
+
+def test_without_ray_the_extra_is_named(sets, model, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, ray_actors.__name__)
+    monkeypatch.delattr(sys.modules[crew.__package__], "ray_actors")
+    code, _, err = command(capsys, model, *BUG, "--ray")
+    assert code == 2 and err.splitlines()[-1] == "error: this command needs ray; pip install 'sparsebert[ray]'"

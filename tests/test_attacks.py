@@ -63,8 +63,13 @@ def begun(recipe: Recipe, text: str, *, label: int = 0, number: int = 0, most: i
     return Attack(recipe, None, number, Text(text), other, first, label, 0, frozenset(stop), most)
 
 
+def ends_of(*arguments, **settings):
+    """What `lockstep.run` yields of attacks, without what it yields of rounds."""
+    return filter(None, lockstep.run(*arguments, **settings))
+
+
 def ended(attack: Attack, victim, **models):
-    (end,) = lockstep.run([attack], {VICTIM: victim, **models})
+    (end,) = ends_of([attack], {VICTIM: victim, **models})
     return end
 
 
@@ -301,7 +306,7 @@ def test_outcomes_depend_neither_on_the_width_nor_on_the_order(name):
     found = []
     for width, order in ((1, 1), (3, 1), (128, 1), (3, -1)):
         attacks = [begun(recipe(SWAPS, SEARCHES[name]), text, number=i) for i, text in enumerate(TEXTS)][::order]
-        found.append(seen(lockstep.run(attacks, {VICTIM: by_words(0.2, **weights)}, width=width)))
+        found.append(seen(ends_of(attacks, {VICTIM: by_words(0.2, **weights)}, width=width)))
     assert len(found[0]) == len(TEXTS) and found == found[:1] * 4
     assert {outcome for outcome, *_ in found[0].values()} == {"succeeded", "failed"}
 
@@ -309,15 +314,24 @@ def test_outcomes_depend_neither_on_the_width_nor_on_the_order(name):
 def test_attacks_that_wait_share_a_call_and_equal_items_are_asked_once():
     victim = by_words(0.1, A=0.1)
     attacks = [begun(recipe({"one": ["A"]}), text, number=i) for i, text in enumerate(["one x", "one x", "x one"])]
-    assert len(seen(lockstep.run(attacks, {VICTIM: victim}))) == 3
+    assert len(seen(ends_of(attacks, {VICTIM: victim}))) == 3
     assert victim.calls[0] == ["one x", "x one"]
     assert len(victim.calls) == 3 and max(Counter(victim.asked).values()) == 1
+
+
+def test_what_ended_before_a_round_is_told_before_its_calls():
+    told, ask = [], by_words(0.1, A=0.1)
+    attacks = [begun(recipe({"one": ["A"]}), text, number=i) for i, text in enumerate(["one", "two", "one x"])]
+    for end in lockstep.run(attacks, {VICTIM: lambda items: told.append("call") or ask(items)}):
+        told.append("round" if end is None else "end")
+    assert told[:2] == ["round", "call"] and told.count("end") == 3 and told.count("call") > 2
+    assert all(before in ("round", "call") for before, one in itertools.pairwise(told) if one == "call")
 
 
 def test_no_more_attacks_are_begun_than_the_width():
     victim, begun_ = by_words(0.1, A=0.1), []
     attacks = (begun_.append(i) or begun(recipe({"one": ["A"]}), f"one {i}", number=i) for i in range(10))
-    ends = lockstep.run(attacks, {VICTIM: victim}, width=3)
+    ends = ends_of(attacks, {VICTIM: victim}, width=3)
     next(ends)
     assert len(begun_) <= 4 and max(len(call) for call in victim.calls) <= 6
     assert len(list(ends)) == 9
@@ -349,7 +363,7 @@ def test_an_error_of_one_attack_ends_that_attack_alone(where):
         begun(recipe({}, constraints=[constraint], transform=transform), text, number=i)
         for i, text in enumerate(["one a", "bad one", "one c"])
     ]
-    found = seen(lockstep.run(attacks, {VICTIM: victim}))
+    found = seen(ends_of(attacks, {VICTIM: victim}))
     assert found[0][:2] == ("succeeded", "A a") and found[2][:2] == ("succeeded", "A c")
     assert found[1][:2] == ("error", None)
     says = {"transform": "'no such word'", "constraint": "encoder: broken; mend it", "victim": "cannot read"}
@@ -373,7 +387,7 @@ def test_what_is_no_fault_of_an_example_stops_the_run():
 def test_an_attack_out_of_time_has_failed_and_says_so_and_counts_what_was_answered(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(lockstep.time, "perf_counter", lambda: float(next(clock)))  # a second a call
-    (end,) = lockstep.run([begun(recipe(SWAPS), "one two three")], {VICTIM: by_words(0.1, A=0.1)}, seconds=1.5)
+    (end,) = ends_of([begun(recipe(SWAPS), "one two three")], {VICTIM: by_words(0.1, A=0.1)}, seconds=1.5)
     assert (end.outcome, text_of(end), end.attack.capped) == ("failed", "one two three", "seconds")
     assert end.attack.seconds == 2 and end.attack.queries == 4
 
@@ -382,7 +396,7 @@ def test_a_text_that_the_victim_gets_wrong_is_skipped_however_long_its_first_ans
     clock = itertools.count()
     monkeypatch.setattr(lockstep.time, "perf_counter", lambda: float(next(clock)))
     attacks = [begun(recipe(SWAPS), text, number=i) for i, text in enumerate(["one", "wrong"])]
-    found = seen(lockstep.run(attacks, {VICTIM: by_words(0.1, wrong=0.6)}, seconds=0.1))
+    found = seen(ends_of(attacks, {VICTIM: by_words(0.1, wrong=0.6)}, seconds=0.1))
     assert found[0][:2] == ("failed", "one") and found[1][:2] == ("skipped", "wrong")
 
 
@@ -390,7 +404,7 @@ def test_time_is_charged_by_the_share_of_the_items(monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(lockstep.time, "perf_counter", lambda: float(next(clock)))
     attacks = [begun(recipe({}), text, number=i) for i, text in enumerate(["a b c", "a"])]
-    ends = {end.attack.example: end.attack for end in lockstep.run(attacks, {VICTIM: by_words(0.1)})}
+    ends = {end.attack.example: end.attack for end in ends_of(attacks, {VICTIM: by_words(0.1)})}
     assert ends[0].seconds == 0.5 + 3 / 4 and ends[1].seconds == 0.5 + 1 / 4
 
 

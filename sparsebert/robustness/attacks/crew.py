@@ -1,15 +1,16 @@
-"""Who attacks: this process, or worker processes beside it."""
+"""Who attacks: this process, worker processes beside it, or actors on a Ray cluster."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from typing import Protocol
 
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import SparsebertWarning
@@ -18,70 +19,148 @@ from sparsebert.robustness.attacks.recipes import named
 
 TICK = 5.0  # seconds
 UNITS = 32  # examples that a worker gets at a time
-_work: tuple[Victim, Plan] | None = None  # of a worker process
+
+Work = Callable[[Iterable[Unit]], Iterator[Done | None]]
+Told = list[Done] | None  # by a worker: examples that ended in one round; None: all that it was given have ended
+
+
+class Lost(Exception):
+    """A worker is not there any more."""
+
+
+class Workers(Protocol):
+    """Workers by number, each of which attacks what it is given and tells what has ended after every round."""
+
+    def give(self, number: int, units: list[Unit]) -> None: ...
+
+    def told(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these workers that have something to tell; waits TICK seconds at most."""
+
+    def hear(self, number: int) -> Told:
+        """What one of them has to tell; raises Lost if it was killed."""
+
+    def close(self) -> None: ...
 
 
 @contextmanager
-def of(victim: Victim, plan: Plan, tick: Callable[[], None]) -> Iterator[Callable[[Iterable[Unit]], Iterator[Done]]]:
-    """A function that attacks units as `attacked` does, by as many processes as the plan's config says; each has its
-    share of the cores. If one of them is killed, this process goes on alone. tick: is called every few seconds.
+def of(victim: Victim, plan: Plan) -> Iterator[Work]:
+    """A function that attacks units as `attacked` does, by as many workers as the plan's config says. What a worker
+    that is killed leaves is done by the others, and by this process once there are none. It yields None after every
+    round of a worker, too, and every few seconds.
     """
-    workers = plan.config.workers
-    if workers == 1:
-        yield lambda units: attacked(victim, plan, units, tick=tick)
+    config = plan.config
+    if config.workers == 1 and not config.ray:
+        yield lambda units: attacked(victim, plan, units)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
-    spec = (
-        str(victim.classifier.directory), victim.classifier.device, victim.task, victim.order, victim.temperature,
-        plan.recipe.name, plan.config, workers, context.Value("i", 0),
-    )  # fmt: skip
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=spec)
-    broken = False
+    workers: Workers | None = None  # until there is work
+    idle = list(range(config.workers))
 
-    def work(units: Iterable[Unit]) -> Iterator[Done]:
-        nonlocal broken
+    def work(units: Iterable[Unit]) -> Iterator[Done | None]:
+        nonlocal workers
         coming = iter(units)
-        if not broken:
-            try:
-                yield from _shared(pool, workers, coming, tick)
-            except BrokenProcessPool:
-                broken = True
-                warnings.warn("a worker was killed; the work goes on without workers", SparsebertWarning, stacklevel=2)
-        yield from attacked(victim, plan, coming, tick=tick)
+        left: dict[int, dict[int, Unit]] = {}  # worker -> example -> unit that it was given and has not ended
+        while True:
+            while idle and (block := list(islice(coming, UNITS))):
+                workers = workers or _workers(victim, plan)
+                number = idle.pop()
+                workers.give(number, block)
+                left[number] = {unit[0]: unit for unit in block}
+            if not left:
+                break
+            for number in workers.told(list(left)):
+                try:
+                    rows = workers.hear(number)
+                except Lost:
+                    warnings.warn("a worker was killed; the work goes on without it", SparsebertWarning, stacklevel=2)
+                    coming = chain(left.pop(number).values(), coming)
+                    continue
+                if rows is None:
+                    del left[number]
+                    idle.append(number)
+                for row in rows or ():
+                    del left[number][row[0]]
+                    yield row
+            yield None
+        yield from attacked(victim, plan, coming)  # there is something only if no worker is left
 
     try:
         yield work
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if workers is not None:
+            workers.close()
 
 
-def _shared(
-    pool: ProcessPoolExecutor, workers: int, coming: Iterator[Unit], tick: Callable[[], None]
-) -> Iterator[Done]:
-    running: set[Future] = set()
-    while True:
-        while len(running) < workers and (block := list(islice(coming, UNITS))):
-            running.add(pool.submit(_attack, block))
-        if not running:
-            return
-        done, running = wait(running, timeout=TICK, return_when=FIRST_COMPLETED)
-        tick()
-        for future in done:
-            yield from future.result()
+def _workers(victim: Victim, plan: Plan) -> Workers:
+    if not plan.config.ray:
+        return Processes(victim, plan)
+    from sparsebert.robustness.attacks import ray_actors  # of an extra
+
+    return ray_actors.Actors(victim, plan)
 
 
-def _begin(directory, device, task, order, temperature, recipe, config, workers, started) -> None:
-    """Makes a new process ready to attack."""
-    global _work
-    with started.get_lock():
-        number = started.value
-        started.value += 1
+def rounds(victim: Victim, plan: Plan, units: Iterable[Unit]) -> Iterator[list[Done]]:
+    """Attacks units and yields after every round what has ended in it."""
+    ended: list[Done] = []
+    for row in chain(attacked(victim, plan, units), [None]):
+        if row is not None:
+            ended.append(row)
+        elif ended:
+            yield ended
+            ended = []
+
+
+class Processes:
+    """Worker processes on this machine; each has its share of the cores."""
+
+    def __init__(self, victim: Victim, plan: Plan):
+        context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
+        classifier, count = victim.classifier, plan.config.workers
+        spec = (str(classifier.directory), classifier.device, victim.task, victim.order, victim.temperature)
+        self._pipes, self._processes = [], []
+        for number in range(count):
+            ours, theirs = context.Pipe()
+            arguments = (theirs, (number, count), *spec, plan.recipe.name, plan.config)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()  # so that a read of ours ends when the process does
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def give(self, number: int, units: list[Unit]) -> None:
+        try:
+            self._pipes[number].send(units)
+        except OSError:  # it was killed while it had nothing to do; `hear` will say so
+            pass
+
+    def told(self, numbers: Sequence[int]) -> list[int]:
+        ready = wait([self._pipes[number] for number in numbers], TICK)
+        return [number for number in numbers if self._pipes[number] in ready]
+
+    def hear(self, number: int) -> Told:
+        try:
+            return self._pipes[number].recv()
+        except (EOFError, OSError) as error:
+            raise Lost from error
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.terminate()
+
+
+def _serve(pipe, share, directory, device, task, order, temperature, recipe, config) -> None:
+    """The work of one process, until the other end of its pipe is closed. share: (its number, of how many)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that began it is interrupted, and ends it
+    number, count = share
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[number % workers :: workers] or cores)
+    os.sched_setaffinity(0, cores[number % count :: count] or cores)
     victim = Victim(Classifier.load(directory, device), task, order, temperature)
     (plan,) = plans(named(recipe), config, task)
-    _work = (victim, plan)
-
-
-def _attack(units: list[Unit]) -> list[Done]:
-    return list(attacked(*_work, units))
+    try:
+        while True:
+            for ended in rounds(victim, plan, pipe.recv()):
+                pipe.send(ended)
+            pipe.send(None)
+    except (EOFError, OSError):
+        return

@@ -44,14 +44,13 @@ def run(
     *,
     width: int = WIDTH,
     seconds: float | None = None,
-    tick: Callable[[], None] = lambda: None,
-) -> Iterator[Finished]:
-    """Runs the attacks and yields each when it ends. Which end first depends on `width`; how they end does not.
+) -> Iterator[Finished | None]:
+    """Runs the attacks and yields each when it ends, and None before every round, which may take a while. Which end
+    first depends on `width`; how they end does not.
 
     models: by the name in Question.model: a function from a list of items to a row for each. seconds: time that an
     attack may take; it is charged for the rounds that it takes part in, by its share of their items. An attack
-    that takes longer ends as failed, with `capped` = "seconds". An error of one attack ends that attack alone. tick: is
-    called once per round.
+    that takes longer ends as failed, with `capped` = "seconds". An error of one attack ends that attack alone.
     """
     coming = iter(attacks)
     waiting: list[tuple[Attack, Iterator, Question]] = []
@@ -64,7 +63,7 @@ def run(
                 return
             coming = chain([attack], coming)
             continue
-        tick()
+        yield None
         round_, waiting = waiting, []
         for attack, steps, answer in _answered(round_, models):
             if isinstance(answer, str):

@@ -169,25 +169,25 @@ def textfooler_stopwords() -> frozenset[str]:
     return frozenset(packed.read_text(encoding="utf-8").split())
 
 
-def attacked(
-    victim: Victim, plan: Plan, units: Iterable[Unit], *, tick: Callable[[], None] = lambda: None
-) -> Iterator[Done]:
-    """(number of the example, its row, seconds) of each unit, in the order in which they end.
+def attacked(victim: Victim, plan: Plan, units: Iterable[Unit]) -> Iterator[Done | None]:
+    """(number of the example, its row, seconds) of each unit, in the order in which they end, and None before every
+    round of calls of the models.
 
     A row has outcome (skipped: the victim is wrong already; succeeded; failed; error), perturbed (the last text; None
     after an error), queries, words_changed (share of the words), score (1 - probability of the true label at the end),
-    capped (queries or seconds, if a limit ended the search), error. tick: is called between calls of the models.
+    capped (queries or seconds, if a limit ended the search), error.
     """
     attacks = (_begun(plan, unit) for unit in units)
-    for end in lockstep.run(attacks, _models(victim, plan), seconds=plan.config.max_seconds, tick=tick):
-        yield end.attack.example, _row(end), end.attack.seconds
+    for end in lockstep.run(attacks, _models(victim, plan), seconds=plan.config.max_seconds):
+        yield None if end is None else (end.attack.example, _row(end), end.attack.seconds)
 
 
 def traced(victim: Victim, plan: Plan, unit: Unit) -> tuple[dict, list[dict]]:
     """The row of one unit, as of `attacked`, and the changes that led from its text to the last one: from, to, and
     before and after, the scores of the texts before and after the change, None for a text that was not asked about.
     """
-    (end,) = lockstep.run([_begun(plan, unit, Traced)], _models(victim, plan), seconds=plan.config.max_seconds)
+    attacks = [_begun(plan, unit, Traced)]
+    (end,) = filter(None, lockstep.run(attacks, _models(victim, plan), seconds=plan.config.max_seconds))
 
     def score_of(text: Text) -> float | None:
         known = end.attack.known.get(text.text)

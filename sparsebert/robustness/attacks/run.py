@@ -24,7 +24,6 @@ from sparsebert.robustness.attacks.plan import Plan, Unit, Victim
 KIND = "attack"
 ID = 12  # hex digits of a unit's key that name an attacked example
 BLOCK = 16  # examples that are claimed in one step
-FLUSH = 2.0  # seconds between writes of finished examples
 
 
 def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_progress) -> list[dict]:
@@ -99,26 +98,25 @@ def _rows(
     done = sum(row is not None for row in found)
     progress(done, len(units))
     ready: list[tuple[dict, dict, float]] = []
-    written = time.monotonic()
 
     def flush() -> None:
-        nonlocal written
         if ready:
             book.add(KIND, ready, code)
             ready.clear()
         book.renew()
-        written = time.monotonic()
 
-    with crew.of(victim, plan, book.renew) as work:
+    with crew.of(victim, plan) as work:
         while left := [i for i, row in enumerate(found) if row is None]:
             before = done
             claimed = _claimed(book, [(units[i], keys[i]) for i in left], code)
             try:
-                for i, row, seconds in work(claimed):
+                for ended in work(claimed):
+                    if ended is None:
+                        flush()
+                        continue
+                    i, row, seconds = ended
                     found[i] = row | {"seconds": round(seconds, 4)}
                     ready.append((keys[i], found[i], seconds))
-                    if time.monotonic() - written > FLUSH:
-                        flush()
                     done += 1
                     progress(done, len(units))
             finally:
