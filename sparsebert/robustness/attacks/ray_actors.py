@@ -18,8 +18,8 @@ from sparsebert.robustness.attacks.recipes import named
 
 environment.send_no_usage()
 
-import ray
-from ray.exceptions import RayActorError, RayError
+import ray  # noqa: E402  which reads what that sets
+from ray.exceptions import RayActorError, RayError  # noqa: E402
 
 PATIENCE = 60.0  # seconds in which actors begin if there are CPUs for them
 PATHS = ("neighbours", "sentence_encoder", "masked_lm", "stored")  # fields of AttackConfig that may be files
