@@ -5,6 +5,7 @@ The command line prints one as a single line and exits with code 2.
 
 import re
 import reprlib
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -12,14 +13,29 @@ LONGEST = 500  # max characters of a problem, or of its fix, in a message
 
 
 def cut(text: str, longest: int = LONGEST) -> str:
-    """The text on one line: other white space than spaces becomes a space. If it is longer than `longest`, its middle
-    is left out, so that a long path keeps both ends.
+    """The text on one line: other white space than spaces becomes a space, what a terminal would obey its escape. If it
+    is longer than `longest`, its middle is left out, so that a long path keeps both ends.
     """
     text = re.sub(r" *[^\S \xa0]+ *", " ", text).strip()
+    if not text.isprintable():
+        text = "".join(one if one.isprintable() or one == "\xa0" else ascii(one)[1:-1] for one in text)
     if len(text) <= longest:
         return text
     half = longest // 2
     return f"{text[:half]} … {text[-half:]}"
+
+
+def quoted(word: str) -> str:
+    """The word as a shell reads it; of characters that a terminal would obey, the bytes by number, as in $'\\x0a'."""
+    if word.isprintable():
+        return shlex.quote(word)
+
+    def escaped(one: str) -> str:
+        if one.isprintable():
+            return f"\\{one}" if one in "\\'" else one
+        return "".join(f"\\x{byte:02x}" for byte in one.encode(errors="surrogateescape"))
+
+    return f"$'{''.join(map(escaped, word))}'"
 
 
 class _Short(reprlib.Repr):

@@ -33,7 +33,8 @@ from sparsebert import Engine, checkpoint, cli, data, environment
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.cli import demo, main
 from sparsebert.cli.commands import app
-from sparsebert.cli.output import then
+from sparsebert.cli.output import of_task, then
+from sparsebert.config import TaskConfig
 from sparsebert.heads import MULTI_LABEL, ONE_LOGIT, SINGLE_LABEL, answers, softmax
 
 SMALL_DEMO = [
@@ -210,7 +211,8 @@ def test_a_dry_run_of_a_method_that_trains(dense, tmp_path, capsys, method):
     ],
 )
 def test_a_dry_run_refuses_what_the_run_refuses_before_its_work(dense, tmp_path, capsys, flags, says):
-    given = ["--task", "mr", "-o", tmp_path / "p", *[dense if flag == "DENSE" else flag for flag in flags]]
+    given = [dense if flag == "DENSE" else flag for flag in flags]
+    given += ([] if "--task" in flags else ["--task", "mr"]) + ([] if "-o" in flags else ["-o", tmp_path / "p"])
     if "rte" in flags or "paws_qqp" in flags:
         if environment.data_dir() is None:
             require("data", "SPARSEBERT_DATA is not set")
@@ -738,6 +740,39 @@ def test_an_option_without_its_value_points_to_the_help_of_its_command(name, cap
     assert f"Option '{VALUED[name][0]}' requires an argument; see " in said and said.endswith(f" {name} --help\n")
 
 
+def test_the_next_command_tells_a_folder_from_a_task_or_model_of_its_name(capsys):
+    then("eval", Path("minilm"), *of_task(TaskConfig(task="./mr")), "--vs", Path("mr"))
+    assert capsys.readouterr().err == "next: eval ./minilm --task ./mr --vs ./mr\n"
+    then("eval", Path("out"), *of_task(TaskConfig(task="mr")))
+    assert capsys.readouterr().err == "next: eval out --task mr\n"
+
+
+def test_a_folder_called_minilm_is_a_folder_and_the_name_is_the_packaged_encoder(tmp_path, monkeypatch):
+    saved(tmp_path / "minilm")
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.resolve(Path("minilm")) == Path("minilm") and "gt_all" in str(checkpoint.resolve("minilm"))
+    assert checkpoint.made_from(Path("./minilm"), "x")["model"] == str(tmp_path / "minilm")
+
+
+@pytest.mark.parametrize(
+    "given", [("--label-column", "a", "--label-column", "b"), ("--task", "mr", "--task", "sst2"), ("--n", "1", "--n=2")]
+)
+def test_an_option_of_one_value_is_given_once(given, capsys):
+    said = refused(capsys, "eval", "model", *given)
+    assert f"Invalid value for '{given[0]}': is given twice, and takes one value; see " in said
+
+
+def test_help_names_its_flags_in_one_order(capsys):
+    for name in ([], ["predict"], ["prune"]):
+        assert re.search(r"-h +|--help,? *-h", run(capsys, *name, "-h")[1]) and run(capsys, *name, "-h")[0] == 0
+        code = "import sys; from sparsebert.cli import main; main(sys.argv[1:])"
+        outs = {
+            subprocess.run([sys.executable, "-c", code, *name, "--help"], capture_output=True, check=True,
+                           env=os.environ | {"PYTHONHASHSEED": seed}).stdout for seed in "012"
+        }  # fmt: skip
+        assert len(outs) == 1
+
+
 @pytest.mark.parametrize(
     "name", ["a b", "it's", "a\nb", "\x1b[31mred", "tab\there", "it's\n", "\u202eright", "a\\b\n", "é", "\udcff"]
 )
@@ -793,7 +828,7 @@ def test_the_texts_and_pairs_of_a_file_are_classified(dense, tmp_path, capsys):
     assert run(capsys, "predict", dense, "--file", table)[1].splitlines()[0].endswith("\tit rained\tit was wet")
     for arguments, got in (([], "neither"), (["a text", "--file", table], "both")):
         assert f"predict needs either texts or --file, got {got}" in refused(capsys, "predict", dense, *arguments)
-    assert f"{table} is a file; --file classifies the texts in it" in run(capsys, "predict", dense, table)[2]
+    assert f"{table} looks like a file; --file classifies the texts in one" in run(capsys, "predict", dense, table)[2]
     assert "must end in .txt, .parquet" in refused(capsys, "predict", dense, "--file", tmp_path / "texts.doc")
 
 
@@ -871,7 +906,7 @@ def test_eval_tells_the_dense_accuracy_the_difference_and_units(dense, tmp_path,
     table = out[: out.index('{"task"')]
     assert f"{found['dense_score']:.1%}" in table and f"{100 * found['difference']:+.1f}" in table
     assert f"[{found['kl_ci'][0]:.4f}, {found['kl_ci'][1]:.4f}]" in table
-    for words in ("accuracy of the dense model", "difference in points, paired", "same label as the dense model"):
+    for words in (f"accuracy of {dense.name}", "difference in points, paired", f"same label as {dense.name}"):
         assert words in table
     assert "metric" not in table and "max_length" not in table
 
@@ -987,7 +1022,7 @@ def test_named_columns_go_through_every_command_and_into_the_next_one(dense, tmp
     assert code == 0 and document(out)["n"] > 0 and f"next: sparsebert bench {tmp_path / 'p'} {told}\n" in err
     few = ["--calibration", "none", "--calibration-tokens", 64]
     code, _, err = run(capsys, "quantize", tmp_path / "p", *own, *few, "-o", tmp_path / "q")
-    assert code == 0 and f"next: sparsebert eval {tmp_path / 'q'} {told} --vs {tmp_path / 'p'}\n" in err
+    assert code == 0 and f"next: sparsebert eval {tmp_path / 'q'} {told} --vs {tmp_path / 'm'}\n" in err
     code, out, _ = run(capsys, "bench", tmp_path / "p", *own, "--n", 4, "--rounds", 2, "--rivals", "none")
     assert code == 0
     code, out, _ = run(capsys, "soup", tmp_path / "m", *own, "--score", "accuracy", "-o", tmp_path / "s")

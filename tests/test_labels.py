@@ -216,7 +216,7 @@ def test_a_file_that_shows_some_of_a_models_labels_is_evaluated(tmp_path):
 @pytest.mark.parametrize("shown", [["0", "2"], ["x", "x"]])
 def test_a_class_without_examples_is_not_trained_on(tmp_path, shown):
     (tmp_path / "mine.csv").write_text("text,label\n" + "".join(f"text {i},{shown[i % 2]}\n" for i in range(40)))
-    with pytest.raises(DataError, match=r"two classes, and of each class: (none is LABEL_1|all are x)"):
+    with pytest.raises(DataError, match=r"two labels, and each of them, (none has 'LABEL_1'|all have 'x')"):
         train("minilm", str(tmp_path / "mine.csv"), tmp_path / "m")
 
 

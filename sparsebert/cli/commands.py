@@ -71,7 +71,9 @@ Overwrite = Annotated[
     bool,
     option("--overwrite", help="replace an output that is there already and was made with other settings or code"),
 ]
-Json = Annotated[bool, option("--json", help="print the result as one line of JSON, and no table")]
+Json = Annotated[
+    bool, option("--json", help="print one line of JSON alone (where output is no terminal it follows the tables)")
+]
 Timing = Annotated[
     list[Path] | None,
     option(metavar="FILE.json", help="what `sparsebert bench --json` printed, for the latency; may be repeated"),
@@ -147,7 +149,8 @@ def train(
             ["seconds", f"{result.seconds:.1f}"],
             ["saved in", str(output)],
         ]
-        table(f"{model} fine-tuned on {task.task}", ["", ""], rows)
+        how = "was fine-tuned before" if result.resumed_from == result.steps else "fine-tuned"
+        table(f"{model} {how} on {task.task}", ["", ""], rows)
         then("sparsebert", "prune", output, *of_task(task), "-o", Path(f"{output}-sparse"))
     emit({"task": task.task, "seed": config.seed, **result.as_json()}, json)
 
@@ -261,18 +264,34 @@ def quantize(
         rows += [["saved in (same size on disk: as float32)", str(output)]]
         how = "was rounded before, in" if result.reused else "rounded in"
         table(f"{directory} in int8: {how} {result.seconds:.0f} s", ["", ""], rows)
-        _then_eval_or_bench(output, directory, task, kept)
+        _then_eval_or_bench(output, _dense_of(directory), task, kept)
     emit({**result.as_json(), "output": str(output), "kept": kept}, json)
 
 
+def _dense_of(directory: Path) -> Path:
+    """The model that `directory` was pruned from, if it was pruned here and that is still there; else itself."""
+    from sparsebert import checkpoint
+    from sparsebert.errors import CheckpointError
+
+    try:
+        return next(
+            (path for path, made in checkpoint.ancestors(directory) if made.get("command") != "prune"), directory
+        )
+    except CheckpointError:
+        return directory
+
+
 def _then_eval_or_bench(made: Path, source: Path, task: TaskConfig, kept: dict | None) -> None:
-    """Names the next command: `eval`, if the task has the labels for it."""
+    """Names the next command: `eval`, if the task has the labels for it; else why it would be refused, and `bench`."""
     from sparsebert.robustness import misfit
 
-    if kept is not None and misfit(made, task) is None:
+    refused = misfit(made, task)
+    if kept is not None and refused is None:
         then("sparsebert", "eval", made, *of_task(task), "--vs", source)
-    else:
-        then("sparsebert", "bench", made, *of_task(task))
+        return
+    if refused is not None:
+        print(f"this needed no labels, but eval would say: {refused}", file=sys.stderr)
+    then("sparsebert", "bench", made, *of_task(task))
 
 
 def _kept(pruned: Path, dense: Path, task: TaskConfig, max_length: int | None, device: str) -> dict | None:
@@ -397,8 +416,8 @@ def attack(
     json: Json = False,
     config: AttackConfig,
 ) -> None:
-    """Attack the classifier in DIR: which texts that mean the same does it get wrong? After an interruption the same
-    command goes on.
+    """Attack the classifier in DIR: change words of its texts and keep what they mean, and count what it then gets
+    wrong. After an interruption the same command goes on.
     """
     from sparsebert.robustness import attack as run
     from sparsebert.robustness.attacks.entry import require_output, write_rows
@@ -534,7 +553,9 @@ def predict(
         rows = list(zip(*columns, strict=True))
         left = f", {blank:,} blank left out" if blank else ""
         print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read{left}", file=sys.stderr)
-    elif texts == ["-"]:
+    elif "-" in texts:
+        if len(texts) > 1:
+            raise InputError("- is standard input, and stands alone; it has texts beside it", fix="leave them out")
         if sys.stdin is None:
             raise InputError("standard input is closed", fix="give texts as arguments, or --file")
         found, blank = data.lines_of(sys.stdin.buffer.read(), "standard input")
@@ -543,8 +564,9 @@ def predict(
             print(f"{blank:,} blank {'line was' if blank == 1 else 'lines were'} left out", file=sys.stderr)
     else:
         rows = [(text,) for text in texts]
-        if len(texts) == 1 and len(texts[0]) < 256 and os.path.isfile(texts[0]):
-            print(f"warning: {texts[0]} is a file; --file classifies the texts in it", file=sys.stderr)
+        alone = cut(texts[0], 256) if len(texts) == 1 else ""
+        if alone.endswith(data.OF_TEXTS) or (len(texts[0]) < 256 and len(texts) == 1 and os.path.isfile(texts[0])):
+            print(f"warning: {alone} looks like a file; --file classifies the texts in one", file=sys.stderr)
     engine = Engine.load(directory)
     given = [row if len(row) == 2 else row[0] for row in rows]
     ids, types, were_cut = engine.encode(given, truncate=True)

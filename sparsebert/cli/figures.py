@@ -92,14 +92,14 @@ def tables_of_evaluation(
     for name, found in sets.items():
         less = f", less {found['left_out']:,} that {task} has too" if found.get("left_out") else ""
         title = f"{model} {runs}on {found['n']:,} examples of {name}, {found['split']}{less}"
-        tables.append((title, columns, rows_of(found) + ([] if name == task else _cut(found))))
+        tables.append((title, columns, rows_of(found, dense) + ([] if name == task else _cut(found))))
     for name, found in (figures["attacks"] or {}).items():
         title = f"{model} {runs}under attack by {name}, {found['n']:,} examples of {task}"
-        tables.append((title, columns, rows_of_attack(found)))
+        tables.append((title, columns, rows_of_attack(found, dense)))
     for name, found in (figures["outside"] or {}).items():
         title = f"{model} {runs}beside {dense} on {found['n']:,} texts of {name}, without labels"
         near = {**found, "metric": figures["metric"], "kl_to_dense": found["kl"]}
-        tables.append((title, columns, rows_of(near) + _cut(found)))
+        tables.append((title, columns, rows_of(near, dense) + _cut(found)))
     return tables
 
 
@@ -108,11 +108,15 @@ def _cut(figures: dict) -> list[list[str]]:
     return [[f"texts cut at {figures['max_length']} tokens", _share(share), ""]] if share else []
 
 
-def rows_of(figures: dict) -> list[list[str]]:
-    """[figure, value, 95 % interval] of the figures of `Evaluation`, `compare_ood` or `drift` that are not None."""
+def rows_of(figures: dict, dense: Path | None = None) -> list[list[str]]:
+    """[figure, value, 95 % interval] of the figures of `Evaluation`, `compare_ood` or `drift` that are not None. dense:
+    the model that they compare with, which a user may have pruned already.
+    """
     metric = figures.get("metric", "accuracy")  # OOD tests have no other
     if metric == "accuracy" and "accuracy" in figures:
         figures = {**figures, "score": figures["accuracy"], "score_ci": figures["accuracy_ci"], "accuracy": None}
+    if figures.get("mcnemar_p_holm") == figures.get("mcnemar_p"):
+        figures = {**figures, "mcnemar_p_holm": None}  # there is one set
     rows = _rows(figures, _OF_SCORE[metric] | _WORDS)
     groups = {"summed probabilities": figures.get("summed") or {}}
     for name, found in figures.items():
@@ -120,7 +124,13 @@ def rows_of(figures: dict) -> list[list[str]]:
             groups |= found
     for group, found in groups.items():
         rows += [[f"{group}: {row[0]}", *row[1:]] for row in _rows(found, {"accuracy": ("accuracy", _share)} | _WORDS)]
-    return rows
+    return _beside(rows, dense)
+
+
+def _beside(rows: list[list[str]], dense: Path | None) -> list[list[str]]:
+    """The rows with the name of the model that they compare with."""
+    name = "the dense model" if dense is None else dense.name or str(dense)
+    return [[row[0].replace("the dense model", name), *row[1:]] for row in rows]
 
 
 def _rows(figures: dict, words: Words) -> list[list[str]]:
@@ -160,8 +170,8 @@ _OF_ATTACK: Words = {
 }
 
 
-def rows_of_attack(figures: dict) -> list[list[str]]:
-    """[what, how much, interval] of the figures of an attack."""
+def rows_of_attack(figures: dict, dense: Path | None = None) -> list[list[str]]:
+    """[what, how much, interval] of the figures of an attack. dense: as in `rows_of`."""
     rows = [["attack", figures["variant"], ""], ["texts", f"{figures['n']:,}", ""]]
     rows += _rows(figures, _OF_ATTACK | {name: _WORDS[name] for name in ("mcnemar_p", "mcnemar_p_holm")})
     others = {
@@ -177,7 +187,8 @@ def rows_of_attack(figures: dict) -> list[list[str]]:
     for name, said in (("errors", "texts that ended in an error, left out"), ("capped", "searches ended by a limit")):
         if figures[name]:
             rows.append([said, f"{figures[name]:,}", ""])
-    return [*rows, ["seconds of work, earlier runs too", f"{figures['seconds']:.0f}", ""]]
+    rows.append(["seconds of work, earlier runs too", f"{figures['seconds']:.0f}", ""])
+    return _beside(rows, dense)
 
 
 def tables_of_replay(document: dict) -> list[tuple[str, list[str], list[list[str]]]]:

@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable
 from types import UnionType
 from typing import Annotated, Union, get_args, get_origin
@@ -19,7 +20,7 @@ from typer.exceptions import TyperException
 from sparsebert.config import Settings, validated
 
 EXPERT = "Expert options"
-HELP = ["--help", "--help-all"]  # where there is nothing more to show
+HELP = ["-h", "--help", "--help-all"]  # where there is nothing more to show
 
 
 def option(*names: str, help: str, panel: str | None = None, **more):
@@ -27,30 +28,49 @@ def option(*names: str, help: str, panel: str | None = None, **more):
     return typer.Option(*names, help=escape(help), rich_help_panel=panel, **more)
 
 
+class _Helpful:
+    """Names the flags of help in one order; Click takes them from a set."""
+
+    def get_help_option_names(self, ctx: typer.Context) -> list[str]:
+        return sorted(super().get_help_option_names(ctx), key=len)
+
+
+class _Group(_Helpful, typer.core.TyperGroup):
+    pass
+
+
 class Commands(typer.Typer):
     """A Typer whose commands have a short --help (`Command`)."""
 
     def __init__(self, **settings):
-        super().__init__(context_settings={"help_option_names": HELP}, **settings)
+        super().__init__(cls=_Group, context_settings={"help_option_names": HELP}, **settings)
 
     def command(self, name: str | None = None, **settings) -> Callable:
         return super().command(name, cls=Command, **settings)
 
 
-class Command(typer.core.TyperCommand):
+class Command(_Helpful, typer.core.TyperCommand):
     """A command whose --help shows the flags under no heading; --help-all shows the others too, or is the same."""
 
     def __init__(self, *values, **settings):
         super().__init__(*values, **settings)
         short = any(param.rich_help_panel is not None for param in self.params)
-        self.context_settings["help_option_names"] = ["--help"] if short else HELP
+        self.context_settings["help_option_names"] = HELP[:2] if short else HELP
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         try:
+            self._require_once(ctx, args)
             return super().parse_args(ctx, args)
         except TyperException as error:
             error.ctx = getattr(error, "ctx", None) or ctx  # an option without its value does not know its command
             raise
+
+    def _require_once(self, ctx: typer.Context, args: list[str]) -> None:
+        """BadParameter for an option of one value that is given twice: the first one would be dropped."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        for param, times in Counter(given).items():
+            if times > 1 and not (param.param_type_name == "argument" or param.is_flag or param.multiple):
+                raise typer.BadParameter("is given twice, and takes one value", ctx, param)
 
     def format_help(self, ctx: typer.Context, formatter) -> None:
         short = copy.copy(self)
@@ -99,7 +119,8 @@ def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Ca
             fields |= new.keys()
             for name, field in new.items():
                 expert = parameter.name == "config" and basic is not None and name not in basic
-                under = EXPERT if expert else cls.heading or None
+                basic_ = parameter.name == "config" and basic is not None and not expert
+                under = EXPERT if expert else None if basic_ else cls.heading or None
                 parameters.append(_parameter(name, field, under))
                 grouped |= under is not None
         if grouped:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparsebert.errors import shown
+from sparsebert.errors import quoted, shown
 
 if TYPE_CHECKING:
     from sparsebert.config import TaskConfig
@@ -54,29 +53,27 @@ def _listed(columns: list[str]) -> str:
 
 
 def then(*command: object) -> None:
-    """Names the command that people would type next, quoted for a shell. A Path is never taken for a flag."""
-    parts = [f"./{part}" if isinstance(part, Path) and str(part).startswith("-") else str(part) for part in command]
-    print(f"next: {' '.join(map(_quoted, parts))}", file=sys.stderr)
+    """Names the command that people would type next, quoted for a shell. A Path is never taken for a flag, nor for a
+    task or model that is known by its name.
+    """
+    from sparsebert.checkpoint import PACKAGED
+    from sparsebert.data import TASKS
 
+    def said(part: object) -> str:
+        taken = isinstance(part, Path) and (str(part).startswith("-") or str(part) in (*TASKS, PACKAGED))
+        return f"./{part}" if taken else str(part)
 
-def _quoted(part: str) -> str:
-    """The part as a shell reads it; of characters that a terminal would obey, the bytes by number, as in $'\\x0a'."""
-    if part.isprintable():
-        return shlex.quote(part)
-
-    def escaped(one: str) -> str:
-        if one.isprintable():
-            return f"\\{one}" if one in "\\'" else one
-        return "".join(f"\\x{byte:02x}" for byte in one.encode(errors="surrogateescape"))
-
-    return f"$'{''.join(map(escaped, part))}'"
+    parts = map(said, command)
+    print(f"next: {' '.join(map(quoted, parts))}", file=sys.stderr)
 
 
 def of_task(task: TaskConfig) -> list[object]:
     """The flags of a task, for `then`."""
+    from sparsebert.data import TASKS
+
     columns = [part for name in task.text_column for part in ("--text-column", name)]
     columns += [] if task.label_column is None else ["--label-column", task.label_column]
-    return ["--task", Path(task.task), *columns]
+    return ["--task", task.task if task.task in TASKS else Path(task.task), *columns]
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

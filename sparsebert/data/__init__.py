@@ -23,13 +23,14 @@ from sparsebert.data.examples import (
     word_table,
 )
 from sparsebert.data.own import get_task, rows_read
-from sparsebert.data.tables import lines_of, read_texts
+from sparsebert.data.tables import OF_TEXTS, lines_of, read_texts
 from sparsebert.data.tasks import ENTAILMENT, FACT, NLI, PARAPHRASE, SENTIMENT, TASKS, Task
 
 __all__ = [
     "ENTAILMENT",
     "FACT",
     "NLI",
+    "OF_TEXTS",
     "PARAPHRASE",
     "SENTIMENT",
     "TASKS",

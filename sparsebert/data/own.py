@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import itertools
 import os
@@ -27,7 +28,7 @@ from sparsebert.data.tables import (
     texts_of,
 )
 from sparsebert.data.tasks import TASKS, Task
-from sparsebert.errors import DataError, InputError, alike, shown
+from sparsebert.errors import DataError, InputError, alike, quoted, shown
 from sparsebert.heads import fold
 
 MAX_CLASSES = 1000  # a column with more values is not a label
@@ -65,10 +66,12 @@ def get_task(task: str | TaskConfig, *, labelled: bool = True, values: bool = Fa
     if wanted:
         found = {"test" if beside else "": read(path, asked.text_column, asked.label_column)}
         return _of_tables(path, found, asked, labelled, values, beside)
-    if like := alike(path):
+    if like := alike(path) or next(iter(difflib.get_close_matches(name, TASKS, 1)), None):
         raise InputError(f"there is no file, folder or task {shown(name)}", fix=f"did you mean {like}?")
     raise InputError(
-        f"task must be one of {', '.join(TASKS)}, a folder or a file, got {shown(name)}", fix="choose one of these"
+        f"task must be one of {', '.join(TASKS)}, a folder, or a file that ends in {', '.join(SUFFIXES)}, got "
+        f"{shown(name)}",
+        fix="choose one of these",
     )
 
 
@@ -100,7 +103,7 @@ def _in_folder(folder: Path, asked: TaskConfig) -> dict[str, Table]:
         others = sorted(path.name for path in folder.iterdir() if path.suffix in SUFFIXES)
         raise DataError(
             f"task folder {folder} must hold train and test as one of {', '.join(SUFFIXES)}, found neither",
-            fix=f"name one file, which is split: --task {folder / others[0]}" if others else "add them",
+            fix=f"name one file, which is split: --task {quoted(str(folder / others[0]))}" if others else "add them",
         )
     return found
 
@@ -114,9 +117,13 @@ def _of_tables(
         for name in (*asked.text_column, *label):
             _require_in_all(path, found.values(), name)
     columns = {split: text_columns(table, asked.text_column, not beside) for split, table in found.items()}
-    if len({len(names) for names in columns.values()}) > 1:
+    if len(set(columns.values())) > 1:
         said = ", ".join(f"{found[split].path.name} has {' and '.join(names)}" for split, names in columns.items())
-        raise DataError(f"{path}: all splits must be of single texts, or all of pairs: {said}", fix="make them alike")
+        alone = len({len(names) for names in columns.values()}) == 1
+        rule = (
+            "must name the columns of its texts alike" if alone else "must have single texts, or pairs, in both files"
+        )
+        raise DataError(f"{path} {rule}: {said}", fix="make them alike")
     problem, names, labels = "single_label", (), dict.fromkeys(found)
     if labelled or asked.label_column is not None:  # a name that is wrong is told even if labels are not needed
         cells = {split: _labels(table, columns[split], asked.label_column, beside) for split, table in found.items()}

@@ -7,15 +7,15 @@ import difflib
 import json
 import os
 import re
-import shlex
 import stat
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsebert.errors import DataError, InputError, alike, first_line, shown
+from sparsebert.errors import DataError, InputError, SparsebertWarning, alike, first_line, quoted, shown
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
 OF_TEXTS = (".txt", *SUFFIXES)  # files that texts without labels are read from
@@ -43,8 +43,35 @@ _TEXT_COLUMNS = (
 )
 # Other usual names, which a message proposes to rename.
 _MEANT = {
-    "text": ("review", "content", "comment", "message", "body", "document", "tweet", "utterance"),
-    "label": ("labels", "class", "category", "sentiment", "target", "topic", "intent", "rating", "stars", "score"),
+    "text": (
+        "review",
+        "content",
+        "comment",
+        "message",
+        "body",
+        "document",
+        "tweet",
+        "utterance",
+        "headline",
+        "title",
+        "phrase",
+        "input",
+    ),
+    "label": (
+        "labels",
+        "class",
+        "category",
+        "sentiment",
+        "target",
+        "topic",
+        "intent",
+        "rating",
+        "stars",
+        "score",
+        "polarity",
+        "gold",
+        "y",
+    ),
 }
 
 
@@ -83,7 +110,8 @@ class Table:
         """What to do about a column that is not there."""
         if any(other.startswith('"') for other in self.names):
             return "write .tsv without quotes, or save it as .csv"
-        if named and set(parts := [part.strip() for part in name.split(",")]) <= set(self.names):
+        parts = [part.strip() for part in name.split(",")]
+        if named and flag == TEXT_FLAG and len(parts) == len(set(parts) & set(self.names)) == 2:
             return f"give the flag once for each column: {_flags(parts, flag)}"
         like = self._like(name)
         if flag is None:
@@ -93,7 +121,8 @@ class Table:
         elif named:
             fix = f"name one of these: {flag} COLUMN"
         else:
-            fix = f"name the column: {flag} COLUMN, or put a line of column names first"
+            fix = f"name the column: {flag} COLUMN"
+            fix += ", or put a line of column names first" if self.path.suffix in (".csv", ".tsv") else ""
         return fix + (" (prune and predict need none)" if name == LABEL and not like else "")
 
     def _like(self, name: str) -> str | None:
@@ -106,7 +135,8 @@ class Table:
                 return folded[_folded(meant)]
         second = {names[1] for names in _TEXT_COLUMNS if len(names) == 2}  # never meant as the first text
         close = difflib.get_close_matches(_folded(name), [key for key in folded if folded[key] not in second], n=1)
-        return folded[close[0]] if close else None
+        within = [key for meant in _MEANT.get(name, ()) if len(meant) > 3 for key in folded if meant in key]
+        return next((folded[key] for key in (*close, *within)), None)
 
 
 def read(path: Path, also: tuple[str, ...] = (), label: str | None = None) -> Table:
@@ -226,9 +256,16 @@ def _csv(path: Path, text: str, label: str | None) -> Table:
             line += 1
             row, start = [], line
     table = _headed(path, rows, at, "quote texts that hold commas, or save the file as .jsonl", label)
-    for i, column, line in long:
-        if i:
-            _require_no_swallowed(table, i - 1, column, line)
+    long = [(i - 1, column, line) for i, column, line in long if i]
+    if table.label in table.columns:
+        _require_no_swallowed(table, long)
+    elif long:
+        warnings.warn(
+            f"{path}: {len(long):,} texts span several lines, the first begins on line {long[0][2]}; if it begins with "
+            "a quote that is not doubled, the rows after it are in it",
+            SparsebertWarning,
+            stacklevel=2,
+        )
     return table
 
 
@@ -300,29 +337,28 @@ def _require_names(where: Path | str, names: list[str]) -> None:
         raise DataError(f"{where} must name every column once, has {shown(twice[0])} twice", fix="rename one of them")
 
 
-def _require_no_swallowed(table: Table, row: int, column: int, first: int) -> None:
+def _require_no_swallowed(table: Table, long: list[tuple[int, int, int]]) -> None:
     """Raises DataError if one line of a field that spans several looks like a row, or like the rest of one, with a
-    label in the label column: then the field's opening quote was not meant as one. first: the field's first line in the
-    file.
+    label in the label column: then the field's opening quote was not meant as one. long: row and column of such fields,
+    and their first line in the file.
     """
-    if table.label not in table.columns:
-        return
     place, labels = table.names.index(table.label), set(table.columns[table.label])
     numbers = any(map(NUMBER.fullmatch, labels))
-    lines = table.columns[table.names[column]][row].split("\n")
-    for i, line in enumerate(lines):
-        fields = line.rstrip("\r").split(",")
-        before = 0 if i else column  # fields of the same row before this line, and after it
-        behind = 0 if i < len(lines) - 1 else len(table.names) - 1 - column
-        if len(fields) != len(table.names) - before - behind or not 0 <= place - before < len(fields):
-            continue
-        found = fields[place - before]
-        if found in labels or (numbers and NUMBER.fullmatch(found)):
-            raise DataError(
-                f"{table.path}, line {first + i}: {shown(line)} looks like a row, but is inside a text that begins "
-                f"with a quote on line {first}",
-                fix="double that quote, or save the file as .tsv or .jsonl",
-            )
+    for row, column, first in long:
+        lines = table.columns[table.names[column]][row].split("\n")
+        for i, line in enumerate(lines):
+            fields = line.rstrip("\r").split(",")
+            before = 0 if i else column  # fields of the same row before this line, and after it
+            behind = 0 if i < len(lines) - 1 else len(table.names) - 1 - column
+            if len(fields) != len(table.names) - before - behind or not 0 <= place - before < len(fields):
+                continue
+            found = fields[place - before]
+            if found in labels or (numbers and NUMBER.fullmatch(found)):
+                raise DataError(
+                    f"{table.path}, line {first + i}: {shown(line)} looks like a row, but is inside a text that begins "
+                    f"with a quote on line {first}",
+                    fix="double that quote, or save the file as .tsv or .jsonl",
+                )
 
 
 def _jsonl(path: Path, text: str, label: str | None) -> Table:
@@ -334,6 +370,8 @@ def _jsonl(path: Path, text: str, label: str | None) -> Table:
             _require_names(f"{path}, line {number}:", [name for name, _ in pairs])
         return found
 
+    if text.lstrip()[:1] == "[":
+        raise DataError(f"{path} must have a JSON object on each line, is one array", fix="write one object per line")
     decode = json.JSONDecoder(object_pairs_hook=unique).decode
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -391,10 +429,15 @@ def _named_classes(labels: list, metadata: dict[bytes, bytes], column: str) -> l
     except (KeyError, TypeError, AttributeError, ValueError):  # written by another program, or not a ClassLabel
         return labels
 
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return labels
+
     def named(value):
         if isinstance(value, list):
             return [named(part) for part in value]
-        return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value  # the column was changed after its classes were named
+        return names[value] if 0 <= value < len(names) else None if value == -1 else value
 
     return [named(value) for value in labels]
 
@@ -443,7 +486,7 @@ def text_columns(table: Table, named: tuple[str, ...] = (), must: bool = False) 
 
 
 def _flags(columns: Iterable[str], flag: str = TEXT_FLAG) -> str:
-    return " ".join(f"{flag} {shlex.quote(column)}" for column in columns)
+    return " ".join(f"{flag} {quoted(column)}" for column in columns)
 
 
 def _folded(column: str) -> str:

@@ -71,8 +71,9 @@ class Column:
 @dataclass
 class Card:
     """Columns: the dense model first, if there is one, then by sparsity. lines: of the figures. metric: the main
-    figure. cheapest: the column that costs least of those within a point of the dense model under every attack; None if
-    there is none, or nothing to compare. cost: how it costs least, "fastest" if all were timed, else "smallest".
+    figure. cheapest: the column that costs least of those within a point of the dense model, also under every
+    attack; None if there is none, or nothing to compare. cost: how it costs least, "fastest" if all were timed, else
+    "smallest".
     """
 
     task: str
@@ -154,7 +155,14 @@ def _card(documents: list[dict], timings: list[dict]) -> Card:
         _add_timing(columns, timing)
     lines = list(dict.fromkeys(line for column in columns for line in column.figures))
     return Card(
-        first["task"], first["split"], first["n"], first["metric"], columns, lines, documents, *_cheapest(columns)
+        first["task"],
+        first["split"],
+        first["n"],
+        first["metric"],
+        columns,
+        lines,
+        documents,
+        *_cheapest(columns, WORDS.get(first["metric"], first["metric"])),
     )
 
 
@@ -234,12 +242,12 @@ def _add_timing(columns: list[Column], timing: dict) -> None:
         )
 
 
-def _cheapest(columns: list[Column]) -> tuple[Column | None, str]:
+def _cheapest(columns: list[Column], main: str) -> tuple[Column | None, str]:
     lines = {line for column in columns for line in column.attacks}
 
     def holds(column: Column) -> bool:
-        moved = [column.figures[line].difference for line in lines if line in column.figures]
-        return len(moved) == len(lines) and all(each is not None and each[0] >= -POINT for each in moved)
+        moved = [column.figures[line].difference for line in (main, *lines) if line in column.figures]
+        return len(moved) == 1 + len(lines) and all(each is not None and each[0] >= -POINT for each in moved)
 
     within = [column for column in columns[1:] if lines and columns[0].dense and holds(column)]
     timed = next((what for what in columns[0].milliseconds if all(what in c.milliseconds for c in columns)), None)
@@ -273,9 +281,12 @@ def heading(card: Card, column: Column) -> str:
 def verdict(card: Card) -> str:
     """What the star of the table means, or why there is none."""
     if card.cheapest is not None:
-        return f"★ the {card.cost} model whose accuracy is within 1 point of the dense model's under every attack."
+        return (
+            f"★ the {card.cost} model whose accuracy, also under every attack, is within 1 point of the dense model's "
+            f"on these {card.n:,} examples."
+        )
     if card.attacks and card.columns[0].dense:
-        return "No model is within 1 point of the dense model's accuracy under every attack."
+        return "No model is within 1 point of the dense model's accuracy, and of it under every attack."
     return ""
 
 

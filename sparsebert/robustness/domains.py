@@ -47,9 +47,15 @@ def named(task: Task, names: str, model: str | Path) -> tuple[Task, ...]:
             raise refused
         found.setdefault(of.folder or name, of)
     if not found:
+        alike = {of.labels for of in data.TASKS.values()
+                 if len(of.labels) == len(labels) and of.pair == task.pair and data.at_hand(of, of.test)}  # fmt: skip
+        others = "; ".join(", ".join(names) for names in sorted(alike - {tuple(labels)}))
         raise InputError(
-            f"domains {ALL} found none: no other set of the labels {', '.join(labels)} is on this machine",
-            fix="set SPARSEBERT_DATA, or name a file of your own",
+            f"domains {ALL} found none: no other set of the labels {', '.join(labels)} is on this machine"
+            + (f", only of {others}" if others else ""),
+            fix="call the model's labels as a set does (sparsebert reseal), and yours in the file"
+            if others
+            else "set SPARSEBERT_DATA, or name a file of your own",
         )
     return tuple(found.values())
 

@@ -64,7 +64,7 @@ def write_report(
         import plotly.graph_objects as go
         from plotly.io import to_html
     except ImportError as error:
-        raise UnsupportedError("the report needs plotly", fix="pip install plotly") from error
+        raise UnsupportedError("the report needs plotly", fix="pip install 'sparsebert[eval]'") from error
 
     figures = [
         ("Accuracy", "Whiskers are 95 % Wilson intervals.", "", _accuracy(go, evaluations)),

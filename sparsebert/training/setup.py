@@ -279,9 +279,9 @@ def _require_classes(spec: Task, examples: Examples) -> None:
         return
     empty = sorted(set(range(len(spec.labels))) - set(examples.labels.tolist()))
     if empty or len(spec.labels) < 2:
-        what = f"none is {spec.labels[empty[0]]}" if empty else f"all are {spec.labels[0]}"
+        what = f"none has {spec.labels[empty[0]]!r}" if empty else f"all have {spec.labels[0]!r}"
         raise DataError(
-            f"task {spec.name!r}: training examples must be of at least two classes, and of each class: {what}",
+            f"task {spec.name!r}: the training examples must have at least two labels, and each of them, {what}",
             fix="add examples, or number the classes 0, 1, … without gaps",
         )
 

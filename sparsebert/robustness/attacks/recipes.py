@@ -8,6 +8,7 @@ Encoder. So the accuracies under attack compare models with each other, not with
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -154,7 +155,9 @@ def named(names: str | Sequence[str]) -> list[Recipe]:
     wanted = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     for name in wanted:
         if name not in RECIPES:
+            like = difflib.get_close_matches(name, RECIPES, 1)
             raise InputError(
-                f"attacks must be among {', '.join(RECIPES)}, got {name!r}", fix="choose from these, with commas"
+                f"attacks must be among {', '.join(RECIPES)}, got {name!r}",
+                fix=f"did you mean {like[0]}?" if like else "choose from these",
             )
     return [RECIPES[name] for name in dict.fromkeys(wanted)]
