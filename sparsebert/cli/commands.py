@@ -274,11 +274,11 @@ def _dense_of(directory: Path) -> Path:
     from sparsebert.errors import CheckpointError
 
     try:
-        return next(
-            (path for path, made in checkpoint.ancestors(directory) if made.get("command") != "prune"), directory
-        )
+        made = checkpoint.ancestors(directory)
+        dense = next((path for path, recipe in made if recipe.get("command") != "prune"), directory)
     except CheckpointError:
         return directory
+    return dense.relative_to(Path.cwd()) if dense.is_relative_to(Path.cwd()) else dense
 
 
 def _then_eval_or_bench(made: Path, source: Path, task: TaskConfig, kept: dict | None) -> None:
