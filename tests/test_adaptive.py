@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
@@ -102,6 +103,39 @@ def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start):
     begun = []
     again = run_adaptive(grid, tmp_path / "out", progress=lambda done, total, what="": begun.append(what))
     assert set(begun) == {"cells"} and again.done == outcome.done
+
+
+def test_the_packaged_grid_of_what_is_kept_has_three_models_two_draws_and_unseen_domains():
+    grid = read_adaptive("keeping")
+    pruned = [cell for cell in grid.cells if cell.method != "dense"]
+    for setting in {cell.label + str(cell.zeros): cell.setting for cell in pruned}.values():
+        same = [cell for cell in pruned if cell.setting == setting]
+        assert {(cell.dense, cell.draw) for cell in same} == {(f"plain-{i}", draw) for i in range(3) for draw in (0, 1)}
+    assert all(cell.domains and set(cell.attacks_of) == {"textfooler", "deepwordbug", "pwws"} for cell in grid.cells)
+    assert {cell.zeros for cell in pruned if cell.method == "knowledge"} == {0.875, 0.95}
+
+
+def test_what_is_kept_in_other_domains_and_under_attacks_is_told_over_models_and_draws(tmp_path, start, monkeypatch):
+    texts = [f"the {word} lamp number {i}" for i in range(10) for word in ("lovely", "awful")]
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    made = pyarrow.table({"text": texts, "label": [1, 0] * 10})
+    pyarrow.parquet.write_table(made, tmp_path / "data" / "sst2" / "dev.parquet")
+    monkeypatch.setenv("SPARSEBERT_DATA", str(tmp_path / "data"))
+    asked = {"task": "mr", "domains": True, "attacks": "deepwordbug"}
+    cells = [
+        {**asked, "dense": ["a", "b"], "method": "wanda", "sparsity": 0.5, "draw": [0, 1], "calibration": "general"}
+    ]
+    grid = read_adaptive(str(written(tmp_path, start, cells=cells)))
+    assert grid.prune_configs(grid.cells[1])[0].calibration == ("general",)
+    outcome = run_adaptive(grid, tmp_path / "out")
+    drawn = [result["forms"]["fp32"] for _, result in outcome.done]
+    assert len(drawn) == 4 and set(drawn[0]["attacks"]) == {"textfooler", "deepwordbug"}
+    assert len({form["domains"]["sst2"]["kl_to_dense"] for form in drawn}) == 4, "draws differ"
+    (section,) = [each for each in sections_of(outcome) if each.title.startswith("Kept")]
+    told = dict(zip(section.heads, section.rows[0], strict=True))
+    assert told["method"] == "wanda, calibration general" and told["dense models, cells"] == "2, 4"
+    mean = sum(form["domains"]["sst2"]["kl_to_dense"] for form in drawn) / 4
+    assert told["sst2: KL"] == f"{mean:.4f}" and told["deepwordbug: Aua - dense"].count("[") == 1
 
 
 class Killed(Exception):
@@ -228,7 +262,10 @@ def test_differences_have_intervals_over_models_or_over_examples():
     [
         ({"cells": [{"task": "mr", "dense": "c"}]}, "dense 'c' of task mr, which is not in tasks"),
         ({"cells": [{"task": "mr", "dense": "a", "method": "speed"}]}, "must be dense or one of"),
-        ({"cells": [{"task": "mr", "dense": "a", "sparsity": 0.5}]}, "no zeros"),
+        ({"cells": [{"task": "mr", "dense": "a", "sparsity": 0.5}]}, "a dense cell is not pruned, got sparsity"),
+        ({"cells": [{"task": "mr", "dense": "a", "draw": 1}]}, "a dense cell is not pruned, got draw"),
+        ({"cells": [{"task": "mr", "dense": "a", "method": "mask", "draw": 1}]}, "mask has no calibration texts"),
+        ({"cells": [{"task": "mr", "dense": "a", "attacks": "hotflip"}]}, "attacks must be among"),
         ({"cells": [{"task": "mr", "dense": "a", "method": "wanda", "adversarial": "freelb"}]}, "does not train"),
         ({"cells": [{"task": "mr", "dense": "a", "method": "robust-ticket", "pattern": "2:4"}]}, "a ticket is"),
         ({"cells": [{"task": "mr", "dense": "a"}] * 2}, "twice"),

@@ -14,7 +14,7 @@ from sparsebert.jobs import code_of, digest, place
 from sparsebert.pruning import METHODS, prune_checkpoint, quantize_checkpoint
 from sparsebert.robustness import attack, evaluate
 from sparsebert.robustness.distances import distances
-from sparsebert.study.adaptive_grid import AdaptiveGrid, Cell
+from sparsebert.study.adaptive_grid import ATTACK, AdaptiveGrid, Cell
 from sparsebert.study.adaptive_plan import Guess
 from sparsebert.study.grid import chosen, config_of
 from sparsebert.study.run import Outcome, Study, run_cells
@@ -22,7 +22,6 @@ from sparsebert.training import soup, train
 
 KIND = "adaptive cell"
 CODE = code_of("sparsebert.pruning.entry")[:12]  # hash of the code that trains and prunes the cells
-ATTACK, CONTROL = "textfooler", "random-synonym"
 COMPARED = 200  # texts on which hidden states are compared
 
 
@@ -49,7 +48,7 @@ def run_adaptive(
     guess = Guess(grid)
 
     def alike(cell: Cell) -> tuple:
-        return (*cell.setting.values(), cell.int8, cell.controls, *guess.made(cell))
+        return (*cell.setting.values(), cell.int8, cell.domains, *cell.attacks_of, *guess.made(cell))
 
     study = Study(
         KIND, inputs_of(grid), compute, CODE, group=lambda cell: (cell.task, cell.dense), alike=alike,
@@ -123,7 +122,7 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
     path, scratch = dense, []
     if cell.method != "dense":
         config, subnet = grid.prune_configs(cell)
-        path = models / f"cell-{digest([dense.name, CODE, cell.setting])[:12]}"
+        path = models / f"cell-{digest([dense.name, CODE, cell.setting, cell.draw])[:12]}"
         result = prune_checkpoint(dense, cell.task, path, config, subnet, overwrite=overwrite, progress=part("prune"))
         made = {"sparsity": result.sparsity, "training": result.training}
         scratch.append(path)
@@ -132,11 +131,18 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
             train(source, cell.task, path, config, overwrite=overwrite, progress=part("train the ticket"))
             scratch.append(path)
 
-    def figures(directory: Path, attacks: str, what: str, match: bool = False) -> dict:
+    def figures(directory: Path, attacks: list[str], what: str, match: bool = False) -> dict:
         limits = AttackConfig(ledger=str(output / "attacks.sqlite"), match_confidence=match)
-        vs = None if directory == dense else dense
+        vs, domains = None if directory == dense else dense, "all" if cell.domains and not match else None
         found = evaluate(
-            directory, cell.task, vs=vs, attacks=attacks, attack=limits, n=settings.n, progress=part(what)
+            directory,
+            cell.task,
+            vs=vs,
+            domains=domains,
+            attacks=",".join(attacks),
+            attack=limits,
+            n=settings.n,
+            progress=part(what),
         ).figures("about")
         shown = {
             name: {key: value for key, value in each.items() if key not in ("worst", "settings")}
@@ -144,15 +150,14 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
         }
         return {**found, "attacks": shown}
 
-    attacks = f"{ATTACK},{CONTROL}" if cell.controls else ATTACK
-    forms = {"fp32": figures(path, attacks, "attack")}
+    forms = {"fp32": figures(path, cell.attacks_of, "attack")}
     if cell.controls and path != dense:
-        forms["matched"] = figures(path, ATTACK, "attack, confidence matched,", match=True)
+        forms["matched"] = figures(path, [ATTACK], "attack, confidence matched,", match=True)
     if cell.int8 and forms["fp32"]["dtype"] != "int8":
         rounded = models / f"{path.name}-int8"
         settings8 = config_of(QuantizeConfig, _calibration(settings.prune), f"prune of {cell.task}")
         quantize_checkpoint(path, cell.task, rounded, settings8, overwrite=overwrite, progress=part("round to int8"))
-        forms["int8"] = figures(rounded, attacks, "attack int8")
+        forms["int8"] = figures(rounded, cell.attacks_of, "attack int8")
         scratch.append(rounded)
     if cell.distances:
         made["distances"] = _distances(grid, cell, path, dense, output)

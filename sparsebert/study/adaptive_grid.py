@@ -13,8 +13,11 @@ from sparsebert.errors import InputError
 from sparsebert.patterns import parse, sparsity_of
 from sparsebert.pruning import METHODS, check
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
+from sparsebert.robustness import attacks
 from sparsebert.study.grid import chosen, config_of, expanded
 from sparsebert.training.recipe import read_yaml
+
+ATTACK, CONTROL = "textfooler", "random-synonym"
 
 
 class Cell(Settings):
@@ -23,7 +26,9 @@ class Cell(Settings):
     dense: name of the dense model. method: of `sparsebert prune`, or "dense" for that model itself. sparsity: None for
     what the pattern implies. adversarial: how a method with labels trains. int8: also round it to int8. controls: also
     attack it with its confidence matched to the dense model's, and with random synonyms. distances: also compare its
-    hidden states with the dense model's.
+    hidden states with the dense model's. calibration: for a method without labels, what it looks at beside the task's
+    texts (PruneConfig.calibration); None: the grid's. draw: seed of the choice of calibration texts; draws are
+    repetitions. attacks: further ones, with commas. domains: also evaluate it on every other set with its labels.
     """
 
     task: str
@@ -35,6 +40,10 @@ class Cell(Settings):
     int8: bool = False
     controls: bool = False
     distances: bool = False
+    calibration: str | None = None
+    draw: int = Field(0, ge=0)
+    attacks: str = ""
+    domains: bool = False
 
     @field_validator("method")
     @classmethod
@@ -46,8 +55,14 @@ class Cell(Settings):
     @property
     def setting(self) -> dict:
         """What is done to the dense model: cells with the same setting are repetitions."""
-        names = ("task", "method", "pattern", "sparsity", "adversarial")
+        names = ("task", "method", "pattern", "sparsity", "adversarial", "calibration")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def attacks_of(self) -> list[str]:
+        """The attacks on it, TextFooler first."""
+        more = [CONTROL] if self.controls else []
+        return list(dict.fromkeys([ATTACK, *more, *filter(None, self.attacks.split(","))]))
 
     @property
     def zeros(self) -> float:
@@ -57,6 +72,7 @@ class Cell(Settings):
     def label(self) -> str:
         """The method as a text for people."""
         said = self.method + (" + FreeLB" if self.adversarial == "freelb" else "")
+        said += "" if self.calibration is None else f", calibration {self.calibration}"
         return said if self.pattern == "unstructured" else f"{said}, {self.pattern}"
 
 
@@ -101,6 +117,10 @@ class AdaptiveGrid:
         flags |= METHODS[cell.method].flags if trained is None else set()
         of_prune = {name: value for name, value in fields.items() if name in flags}
         of_prune |= {"method": cell.method, "pattern": cell.pattern, "sparsity": cell.sparsity}
+        if trained is None:
+            of_prune["seed"] = cell.draw
+        if cell.calibration is not None:
+            of_prune["calibration"] = cell.calibration.split(",")
         names = set() if trained is None else set(trained.config.model_fields) - set(of_prune)
         of_subnet = {name: value for name, value in fields.items() if name in names}
         if trained is not None:
@@ -140,6 +160,7 @@ def read_adaptive(name: str) -> AdaptiveGrid:
                     raise InputError(f"dense {member} needs hold_out: soups are chosen on it", fix="add hold_out: 2000")
     for cell in grid.cells:
         _check(grid, cell)
+        attacks.named(cell.attacks_of)
     return grid
 
 
@@ -147,9 +168,12 @@ def _check(grid: AdaptiveGrid, cell: Cell) -> None:
     if cell.task not in grid.tasks or cell.dense not in grid.tasks[cell.task].dense:
         raise InputError(f"a cell has dense {cell.dense!r} of task {cell.task}, which is not in tasks", fix="add it")
     if cell.method == "dense":
-        if cell.sparsity or cell.pattern != "unstructured" or cell.adversarial != "none" or cell.distances:
-            raise InputError("a dense cell has no zeros and no distances from itself", fix="correct the grid")
+        own_fields = {"task", "dense", "int8", "controls", "attacks", "domains"}
+        if others := [name for name in cell.model_fields_set - own_fields - {"method"} if getattr(cell, name)]:
+            raise InputError(f"a dense cell is not pruned, got {', '.join(sorted(others))}", fix="correct the grid")
         return
+    if cell.method in TRAINED and (cell.draw or cell.calibration is not None):
+        raise InputError(f"{cell.method} has no calibration texts, got a draw or calibration", fix="leave it out")
     if cell.method not in TRAINED and cell.adversarial != "none":
         raise InputError(f"{cell.method} does not train, got adversarial {cell.adversarial}", fix="leave it out")
     check(*grid.prune_configs(cell))

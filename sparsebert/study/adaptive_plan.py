@@ -44,9 +44,7 @@ class Guess:
                     total += self._training(cell.task, config, passes(config))
             else:
                 total += plan_model(self._shapes, config, speed=self._speed).seconds["total"]
-        attacks = 1.0
-        if cell.controls:
-            attacks += 1 + (cell.method != "dense")
+        attacks = float(len(cell.attacks_of) + (cell.controls and cell.method != "dense"))
         if cell.int8:
             attacks += 1
             rounding = PruneConfig(method="wanda", int8=True)

@@ -5,7 +5,7 @@ controls, and the distances of hidden states.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +13,7 @@ import numpy as np
 
 from sparsebert import jobs
 from sparsebert.robustness import statistics
-from sparsebert.study.adaptive import ATTACK, CONTROL
-from sparsebert.study.adaptive_grid import AdaptiveGrid, Cell
+from sparsebert.study.adaptive_grid import ATTACK, CONTROL, AdaptiveGrid, Cell
 from sparsebert.study.pages import Section, head, lay_out, markdown_page, percent, write_html, write_parquet
 from sparsebert.study.run import Outcome
 
@@ -31,7 +30,7 @@ NOTES = (
 
 @dataclass(frozen=True)
 class Line:
-    """One setting in one form, fp32 or int8. cells: its cells with their results, one per dense model."""
+    """One setting in one form, fp32 or int8. cells: its cells with their results, one per dense model and draw."""
 
     cell: Cell
     form: str
@@ -46,6 +45,14 @@ class Line:
         forms = [result["forms"].get(form or self.form) for _, result in self.cells]
         found = [each["attacks"].get(attack, {}).get(name) for each in forms if each is not None]
         return [value for value in found if value is not None]
+
+    def by_model(self, figure: Callable[[dict], float | None]) -> list[float]:
+        """A figure of the evaluations, meaned over the draws of each dense model: draws of one are not independent."""
+        found: dict[str, list[float]] = {}
+        for cell, result in self.cells:
+            if (value := figure(result["forms"].get(self.form) or {})) is not None:
+                found.setdefault(cell.dense, []).append(value)
+        return [float(np.mean(values)) for values in found.values()]
 
 
 def lines_of(outcome: Outcome) -> list[Line]:
@@ -101,6 +108,7 @@ def sections_of(outcome: Outcome) -> list[Section]:
         if dense:
             rows = [[cell.dense, *_alone(result)] for cell, result in dense]
             sections.append(Section(f"{task}: dense models", ["model", "Acc", "Aua", "Asr", "queries"], rows))
+    sections += _kept([line for line in lines if line.cell.method != "dense"])
     if rows := [_controls(line) for line in lines if any(cell.controls for cell, _ in line.cells)]:
         heads = [
             "task", "method", "zeros", "right on texts that fooled the dense model", "dense right on texts that fooled "
@@ -113,6 +121,50 @@ def sections_of(outcome: Outcome) -> list[Section]:
         heads = ["task", "method", "zeros", "texts", *(f"layer {i + 1}" for i in range(layers))]
         sections.append(Section("First token: mean of 1 - cos to the dense model's hidden state", heads, rows))
     return sections
+
+
+def _kept(lines: Sequence[Line]) -> list[Section]:
+    """What each setting keeps of the dense model in domain, in other domains and under each attack."""
+    kept = [line for line in lines if any(cell.domains for cell, _ in line.cells)]
+    found = [result["forms"][line.form] for line in kept for _, result in line.cells]
+    sets = dict.fromkeys(name for each in found for name in each.get("domains") or {})
+    under = dict.fromkeys(name for each in found for name in each["attacks"])
+    figures: dict[str, tuple[Callable[[list[float]], str], Callable[[dict], float | None]]] = {
+        "KL": (_nats, lambda form: form.get("kl_to_dense")),
+        "agreement": (percent, lambda form: form.get("agreement")),
+        "Acc - dense": (_points, lambda form: form.get("difference")),
+    }
+
+    def of_set(name: str, figure: str) -> Callable[[dict], float | None]:
+        return lambda form: figures[figure][1]((form.get("domains") or {}).get(name, {}))
+
+    wanted = {**figures}
+    wanted |= {
+        f"{name}: {figure}": (form, of_set(name, figure)) for name in sets for figure, (form, _) in figures.items()
+    }
+    for name in under:
+        wanted[f"{name}: Aua - dense"] = (
+            _points,
+            lambda form, name=name: form["attacks"].get(name, {}).get("difference"),
+        )
+    rows = []
+    for line in kept:
+        values = [(form, line.by_model(figure)) for form, figure in wanted.values()]
+        zeros = f"{100 * line.cell.zeros:.4g}"
+        models = f"{len({cell.dense for cell, _ in line.cells})}, {len(line.cells)}"
+        rows.append(
+            [line.cell.task, line.label, zeros, models, *(form(found) if found else "" for form, found in values)]
+        )
+    heads = ["task", "method", "zeros", "dense models, cells", *wanted]
+    return [Section("Kept: in domain, in other domains, under attack", heads, rows)] if rows else []
+
+
+def _points(differences: list[float]) -> str:
+    return points(differences, None)
+
+
+def _nats(values: list[float]) -> str:
+    return f"{np.mean(values):.4f}"
 
 
 def left_out(outcome: Outcome) -> list[str]:
@@ -128,8 +180,10 @@ def points(differences: Sequence[float], interval: Sequence[float] | None) -> st
     if not differences:
         return ""
     values = np.array(differences, dtype=np.float64)
-    low, high = statistics.mean_interval(values) if len(values) > 1 else interval
-    return f"{100 * values.mean():+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    if len(values) > 1:
+        interval = statistics.mean_interval(values)
+    mean = f"{100 * values.mean():+.2f}"
+    return mean if interval is None else f"{mean} [{100 * interval[0]:+.2f}, {100 * interval[1]:+.2f}]"
 
 
 def _row(line: Line) -> list[str]:
