@@ -482,7 +482,9 @@ def test_the_texts_that_fool_do_fool(sets, model):
 def test_a_file_that_holds_something_else_stays(sets, model, capsys):
     output = sets / "rows.parquet"
     write(output, {"thesis": ["mine"]})
-    code, out, err = command(capsys, model, *BUG, "--n", 4, "-o", output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crew, "attacked", lambda *_: pytest.fail("it is refused before the work"))
+        code, out, err = command(capsys, model, *BUG, "--n", 4, "-o", output)
     assert code == 2 and "exists and holds something else" in err and out == ""
     assert pq.read_table(output).to_pylist() == [{"thesis": "mine"}]
     assert command(capsys, model, *BUG, "--n", 4, "-o", output, "--overwrite")[0] == 0

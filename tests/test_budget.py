@@ -64,6 +64,17 @@ def test_the_fewest_zeros_that_are_fast_enough_and_keep_within_the_budget_are_ch
     assert not (tmp_path / "out.search").exists() and choice.chosen.drop_ci == (-3.0, 5.0)
 
 
+def test_it_times_and_attacks_texts_as_long_as_the_model_is_pruned_for(dense, tmp_path, timed, monkeypatch):
+    seen = []
+    real = StandIns.__init__
+    monkeypatch.setattr(
+        StandIns, "__init__", lambda self, d, spec, *more: seen.append(spec) or real(self, d, spec, *more)
+    )
+    monkeypatch.setattr(budget, "_drop", lambda _p, _d, spec, *more: seen.append(spec) or (0.0, (0.0, 0.0)))
+    search(dense, "mr", tmp_path / "out", CONFIG.model_copy(update={"max_length": 20}), WITHIN)
+    assert [spec.max_length for spec in seen] == [20, 20]
+
+
 def test_a_candidate_that_loses_too_much_is_passed_over(dense, tmp_path, timed, drops):
     drops[0]["32x1"] = 9.0
     choice = search(dense, "mr", tmp_path / "out", CONFIG, WITHIN)

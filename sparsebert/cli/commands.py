@@ -423,7 +423,7 @@ def attack(
     from sparsebert.robustness.attacks.entry import require_output, write_rows
 
     if output is not None:
-        require_output(output)
+        require_output(output, overwrite=overwrite)
     with progress(f"attack ({attack})") as update:
         found = run(directory, task, attack, config, progress=update)
     if output is not None:

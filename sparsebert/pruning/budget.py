@@ -104,13 +104,14 @@ def search(
         raise InputError("a budget needs both min_speedup and max_robust_drop", fix="give both")
     directory = checkpoint.resolve(directory)
     target = checkpoint.check_output(output, sources=[directory], overwrite=overwrite)
-    spec = task_for(task, directory)
+    spec = limited(task_for(task, directory), checkpoint.shapes(directory).config, config.max_length)
     examples = data.training(spec)
     held = data.hold_out(examples, min(budget.budget_n, len(examples) // 2))[1]
     (plan,) = attacking.plans(attacking.named(budget.budget_attack), AttackConfig(), spec)
     facts = {
         "model": checkpoint.source_sha256(directory), "texts": held.sha256, "machine": card()["cpu"],
         "isa": _dispatch.isa(), "code": code_of("sparsebert.pruning.budget"), "min_speedup": budget.min_speedup,
+        "max_length": spec.max_length,
     }  # fmt: skip
     key = digest([facts, plan.facts, config.model_dump(), budget.model_dump()])
     if (made := _finished(target, key)) is not None:
@@ -202,9 +203,8 @@ class StandIns:
 
     def __init__(self, directory: Path, spec: data.Task, examples: data.Examples, folder: Path):
         self._directory, self._folder, self._dense = directory, folder, Engine.load(directory, cached=False)
-        length = limited(spec, checkpoint.shapes(directory).config, None).max_length
         some = examples.sample(TIMED, 0)
-        encoded = tokenize(checkpoint.load_tokenizer(directory), some, length)
+        encoded = tokenize(checkpoint.load_tokenizer(directory), some, spec.max_length)
         self._ids = [row["input_ids"] for row in encoded]
         self._types = [row.get("token_type_ids") or [0] * len(row["input_ids"]) for row in encoded]
 

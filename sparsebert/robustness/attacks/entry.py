@@ -53,11 +53,30 @@ def attack(
     return Attacked(figures(plan.variant, rows), rows, data.rows_read(spec), key)
 
 
-def require_output(path: Path) -> None:
-    """Raises OutputError unless a parquet file can be written at `path`; before any work."""
+def require_output(path: Path, *, overwrite: bool = False) -> None:
+    """Raises OutputError unless a parquet file can be written at `path`; before any work. A file there must hold rows
+    of an attack, unless `overwrite` is set.
+    """
     if path.suffix != ".parquet":
         raise OutputError(f"{path} must end in .parquet", fix="choose another -o")
     jobs.require_place(jobs.place(path).parent)
+    if path.exists() and not overwrite and _key_of(path) is None:
+        raise _taken(path)
+
+
+def _key_of(path: Path) -> bytes | None:
+    """The key of the attack whose rows a file holds; None for any other file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return (pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY)
+    except (OSError, pyarrow.ArrowException):
+        return None
+
+
+def _taken(path: Path) -> OutputError:
+    return OutputError(f"{path} exists and holds something else", fix="choose another -o, or give --overwrite")
 
 
 def write_rows(path: Path, found: Attacked, *, overwrite: bool = False) -> None:
@@ -68,13 +87,8 @@ def write_rows(path: Path, found: Attacked, *, overwrite: bool = False) -> None:
     import pyarrow.parquet
 
     key = found.key.encode()
-    if path.exists() and not overwrite:
-        try:
-            held = (pyarrow.parquet.read_schema(path).metadata or {}).get(_KEY)
-        except (OSError, pyarrow.ArrowException):
-            held = None
-        if held != key:
-            raise OutputError(f"{path} exists and holds something else", fix="choose another -o, or give --overwrite")
+    if path.exists() and not overwrite and _key_of(path) != key:
+        raise _taken(path)
     kinds = {"id": "int64", "queries": "int64", "words_changed": "double", "score": "double", "seconds": "double"}
     columns = [(name, kinds.get(name, "string")) for name in found.rows[0]]
     table = pyarrow.Table.from_pylist(found.rows, pyarrow.schema(columns))

@@ -139,6 +139,7 @@ class Plan:
         return {
             "attack": self.recipe.name,
             "resources": {name: sha256 for name, (_, sha256) in self.used.items()},
+            "stopwords": jobs.digest(sorted(self.stopwords)),
             "seed": self.config.seed,
             "field": "text" if self.first else "text_b",
             "max_queries": self.config.max_queries,
