@@ -1,1 +1,3 @@
-"""Serving a classifier. So far the queue in front of the engine (`batcher`); there is no server yet."""
+"""Serving a classifier: the queue in front of an engine (`batcher`), and an engine in a process of its own (`process`).
+There is no server yet.
+"""
