@@ -198,15 +198,15 @@ def test_texts_are_cut_to_what_the_tokenizer_says_where_nothing_else_is(director
 
 def test_a_long_text_is_bounded_before_it_is_tokenized(loaded, monkeypatch):
     # 10 MB, of which only a few thousand characters matter.
-    pieces, encode = [], type(loaded._tokenizer._tokenizer).encode
+    pieces, encode = [], type(loaded._inputs._tokenizer._tokenizer).encode
 
     class Counting:
-        def __getattr__(self, name, inner=loaded._tokenizer._tokenizer):
+        def __getattr__(self, name, inner=loaded._inputs._tokenizer._tokenizer):
             if name == "encode":
                 return lambda text, **options: pieces.append(len(text)) or encode(inner, text, **options)
             return getattr(inner, name)
 
-    monkeypatch.setattr(loaded._tokenizer, "_tokenizer", Counting())
+    monkeypatch.setattr(loaded._inputs._tokenizer, "_tokenizer", Counting())
     text = "a gripping film " * 650_000
     cut_at_16 = loaded.logits([text, text[:1000]], max_length=16, truncate=True)
     assert np.array_equal(cut_at_16[0], cut_at_16[1])

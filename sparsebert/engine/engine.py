@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
-from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +38,7 @@ class Engine:
 
     def __init__(self, encoders: tuple[PackedEncoder, ...], files: Files, settings: dict, dtype: str):
         self.directory, self.config, self._settings = files.directory, files.config, settings
-        self._tokenizer, self._facts = files.tokenizer, files.facts
+        self._inputs, self._facts = inputs.Inputs(files), files.facts
         self.threads, self.dtype, self.isa = _dispatch.threads(settings["threads"]), dtype, _dispatch.isa()
         self._encoders = cache.shared(encoders)  # one for each of TOKENS, or one for all batches
         self.problem, self.labels = heads.problem_of(self.config), list(heads.label_names(self.config))
@@ -182,7 +181,7 @@ class Engine:
     @property
     def truncates_at(self) -> int:
         """Max tokens that `logits` keeps of a text with `truncate`: the positions, or the tokenizer's limit if less."""
-        return self._tokenizer.max_length
+        return self._inputs.truncates_at
 
     def explain(self, *, measure: bool = False, texts: Iterable[Text] = ()) -> list[dict]:
         """How each linear runs, first to last: layer, name, shape [n_out, n_in], density, form and kernel in long
@@ -253,33 +252,7 @@ class Engine:
         """(token ids, token types) of each text, as `forward` takes them, and the numbers of the texts that were cut.
         Arguments and errors are those of `logits`.
         """
-        if not isinstance(truncate, (bool, np.bool_)):
-            raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
-        limit = self.encoder.max_length
-        if max_length is None:
-            max_length = self.truncates_at if truncate else limit
-        elif not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= limit:
-            raise InputError(
-                f"max_length must be an integer from 3 to {limit}, got {shown(max_length)}",
-                fix="choose a length in that range, or None",
-            )
-        rows, most = inputs.read(texts, len(self.encoder.words), self._facts.padding), int(max_length)
-        at = [i for i, row in enumerate(rows) if type(row) is not list]
-        encoded = self._tokenizer.rows([rows[i] for i in at], max_length=most, truncate=bool(truncate), numbers=at)
-        found = dict(zip(at, encoded, strict=True))
-        ids, types, cut = [], [], []
-        for i, row in enumerate(rows):
-            if i not in found and len(row) > most and not truncate:
-                raise InputError(
-                    f"texts must have at most {most} tokens, texts[{i}] has {len(row)}",
-                    fix="pass truncate=True to cut them, or shorten it",
-                )
-            row_ids, row_types, was_cut = found.get(i) or (row[:most], [0] * min(most, len(row)), len(row) > most)
-            ids.append(row_ids)
-            types.append(row_types)
-            if was_cut:
-                cut.append(i)
-        return ids, types, cut
+        return self._inputs.encode(texts, max_length=max_length, truncate=truncate)
 
     def forward(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]], *, first: int = 0) -> np.ndarray:
         """Logits of token id lists, float32 [sequences, labels]; every sequence has at least one token. first: the

@@ -5,10 +5,56 @@ from __future__ import annotations
 from collections.abc import Iterable
 from numbers import Integral
 
+import numpy as np
+
+from sparsebert.checkpoint import Files
 from sparsebert.errors import InputError, shown
 
 Row = str | tuple[str, str] | list[int]
 _HOW = "pass a list of strings, of (text, text_b) pairs, or of lists of token ids"
+
+
+class Inputs:
+    """Turns texts into what an engine computes, without one. Any number of threads may call it at once.
+
+    limit: max tokens of a text, the model's positions. truncates_at: max tokens that are kept of a text that is cut:
+    the positions, or the tokenizer's limit if less.
+    """
+
+    def __init__(self, files: Files):
+        self._tokenizer, self._vocabulary, self._padding = files.tokenizer, files.facts.vocabulary, files.facts.padding
+        self.limit, self.truncates_at = files.facts.max_length, files.tokenizer.max_length
+
+    def encode(
+        self, texts: Iterable, *, max_length: int | None = None, truncate: bool = False
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """`Engine.encode`."""
+        if not isinstance(truncate, (bool, np.bool_)):
+            raise InputError(f"truncate must be True or False, got {shown(truncate)}", fix="pass one of these")
+        if max_length is None:
+            max_length = self.truncates_at if truncate else self.limit
+        elif not isinstance(max_length, Integral) or isinstance(max_length, bool) or not 3 <= max_length <= self.limit:
+            raise InputError(
+                f"max_length must be an integer from 3 to {self.limit}, got {shown(max_length)}",
+                fix="choose a length in that range, or None",
+            )
+        rows, most = read(texts, self._vocabulary, self._padding), int(max_length)
+        at = [i for i, row in enumerate(rows) if type(row) is not list]
+        encoded = self._tokenizer.rows([rows[i] for i in at], max_length=most, truncate=bool(truncate), numbers=at)
+        found = dict(zip(at, encoded, strict=True))
+        ids, types, cut = [], [], []
+        for i, row in enumerate(rows):
+            if i not in found and len(row) > most and not truncate:
+                raise InputError(
+                    f"texts must have at most {most} tokens, texts[{i}] has {len(row)}",
+                    fix="pass truncate=True to cut them, or shorten it",
+                )
+            row_ids, row_types, was_cut = found.get(i) or (row[:most], [0] * min(most, len(row)), len(row) > most)
+            ids.append(row_ids)
+            types.append(row_types)
+            if was_cut:
+                cut.append(i)
+        return ids, types, cut
 
 
 def read(texts: Iterable, vocabulary: int, padding: int | None = None) -> list[Row]:

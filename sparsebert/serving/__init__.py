@@ -1,3 +1,3 @@
-"""Serving a classifier: the queue in front of an engine (`batcher`), and an engine in a process of its own (`process`).
-There is no server yet.
+"""Serving a classifier: the queue in front of an engine (`batcher`), an engine in a process of its own (`process`), and
+both with a tokenizer, for an event loop (`served`). There is no HTTP yet.
 """

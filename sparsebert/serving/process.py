@@ -57,19 +57,34 @@ class EngineProcess:
         """`Engine.forward` in the process. One question is asked at a time; other threads wait. timeout: seconds after
         which the process is taken to hang, and is killed. Raises what `Engine.forward` raises, and Gone.
         """
+        with self._asking:
+            self.ask(ids, type_ids)
+            return self.answer(timeout)
+
+    def ask(self, ids: Sequence[Sequence[int]], type_ids: Sequence[Sequence[int]]) -> None:
+        """The first half of `forward`, for a caller that has other things to do: asks, and does not wait."""
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         flat = [np.fromiter(chain.from_iterable(rows), np.int32) for rows in (ids, type_ids)]
-        question = b"".join([HEAD.pack(len(ids)), lengths.tobytes(), *(row.tobytes() for row in flat)])
-        with self._asking:
-            try:
-                self._pipe.send_bytes(question)
-            except OSError as error:
-                raise Gone(f"the engine process {self.pid} has ended") from error
-            answer = self._receive(timeout)
-        return np.frombuffer(answer, np.float32).reshape(len(ids), len(self.facts["labels"]))
+        try:
+            self._pipe.send_bytes(b"".join([HEAD.pack(len(ids)), lengths.tobytes(), *(row.tobytes() for row in flat)]))
+        except OSError as error:
+            raise Gone(f"the engine process {self.pid} has ended") from error
+
+    def answer(self, timeout: float | None = None) -> np.ndarray:
+        """The second half: what was asked for, float32 [texts, labels]. Does not wait once `fileno` can be read."""
+        answer = self._receive(timeout)
+        return np.frombuffer(answer, np.float32).reshape(-1, len(self.facts["labels"]))
+
+    def fileno(self) -> int:
+        """The file descriptor that can be read when there is an answer, or the process has ended."""
+        return self._pipe.fileno()
+
+    def kill(self) -> None:
+        """Ends the process at once; `answer` says so."""
+        self._process.kill()
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Ends the process, whatever it does. Once more changes nothing."""
         self._process.kill()
         self._process.join()
         self._pipe.close()

@@ -1,0 +1,250 @@
+"""A model that is being served: its tokenizer, the queue, and the engine in a process of its own, which is begun again
+if it ends. For one event loop; no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sparsebert import checkpoint
+from sparsebert.engine.inputs import Inputs
+from sparsebert.errors import SparsebertError
+from sparsebert.serving.batcher import Batch, Batcher, Limits, Request
+from sparsebert.serving.process import EngineProcess, Gone
+
+HUNG = 30.0  # seconds after which a batch that did not come back ends its process
+AGAIN = (0.1, 0.5, 1.0, 2.0, 5.0)  # seconds before a process is begun again, after each failure in a row
+TICK = 0.05  # seconds between looks for deadlines that have passed
+INLINE = 4_000  # characters that are tokenized at once; more would keep others waiting, and go to a thread
+
+Text = str | tuple[str, str]
+
+
+class Unavailable(Exception):
+    """The engine is not there at present, or no request is taken any more. retry_after: seconds."""
+
+    def __init__(self, reason: str, retry_after: float):
+        super().__init__(reason)
+        self.retry_after = retry_after
+
+
+class TooLate(Exception):
+    """The deadline passed before there was an answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """logits: float32 [texts, labels]. tokens: of each text. cut: which texts were cut. Seconds: tokenizing, queue
+    (until the last text began) and inference (of the batches that held the texts).
+    """
+
+    logits: np.ndarray
+    tokens: list[int]
+    cut: list[int]
+    tokenizing: float
+    queue: float
+    inference: float
+
+
+@dataclass(eq=False)
+class _Pending:
+    """What an answer is waiting for."""
+
+    future: asyncio.Future
+    ids: list[list[int]]
+    types: list[list[int]]
+    admitted: float
+    logits: np.ndarray | None = None
+    began: float = 0.0
+    inference: float = 0.0
+
+
+@dataclass
+class Counts:
+    """Of one model since it was begun. tokens and seconds: of its batches."""
+
+    batches: int = 0
+    texts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    restarts: int = 0
+
+
+class Served:
+    """`await Served.begin(directory)`, then any number of `answer` at once, then `await close()`."""
+
+    def __init__(self, directory: Path, dtype: str, threads: int | None, limits: Limits | None):
+        self.directory, self._dtype, self._threads = directory, dtype, threads
+        self.batcher, self.counts = Batcher(limits), Counts()
+        self._process: EngineProcess | None = None
+        self._closing = False
+        self._work = asyncio.Event()
+        self._tasks: list[asyncio.Task] = []
+
+    @classmethod
+    async def begin(
+        cls, directory: str | Path, *, dtype: str = "auto", threads: int | None = None, limits: Limits | None = None
+    ) -> Served:
+        """Loads the model and warms it up. Raises what `Engine.load` raises."""
+        directory = checkpoint.resolve(directory).absolute()
+        self = cls(directory, dtype, threads, limits)
+        self._process = await asyncio.to_thread(EngineProcess, directory, dtype=dtype, threads=threads)
+        self._inputs = Inputs(checkpoint.read(directory))
+        self.facts = self._process.facts
+        await asyncio.to_thread(self._warm_up)
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
+        return self
+
+    @property
+    def ready(self) -> bool:
+        return self._process is not None and not self._closing
+
+    async def answer(
+        self, texts: Sequence[Text], *, truncate: bool = False, max_length: int | None = None, seconds: float = math.inf
+    ) -> Answer:
+        """Logits of texts. truncate, max_length: as for `Engine.logits`. seconds: until the answer is of no use.
+
+        Raises InputError for texts that the engine would refuse, Unavailable, batcher.Refused, TooLate. If the caller
+        is cancelled, what is still in the queue is not run.
+        """
+        if not self.ready:
+            raise Unavailable("the engine is being started" if not self._closing else "the server is stopping", 1.0)
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
+        settings = {"truncate": truncate, "max_length": max_length}
+        if size <= INLINE:
+            ids, types, cut = self._inputs.encode(texts, **settings)
+        else:
+            ids, types, cut = await asyncio.to_thread(self._inputs.encode, texts, **settings)
+        lengths, now = [len(row) for row in ids], loop.time()
+        pending = _Pending(loop.create_future(), ids, types, now)
+        request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
+        self._work.set()
+        try:
+            logits = await pending.future
+        finally:
+            self.batcher.leave(request)  # one that has ended stays as it is
+        return Answer(logits, lengths, cut, now - start, pending.began - now, pending.inference)
+
+    async def close(self, seconds: float = 0.0) -> bool:
+        """Takes no request any more, waits for those in flight, for so many seconds at most, and ends the process.
+        Returns whether all were answered.
+        """
+        self._closing = True
+        end = asyncio.get_running_loop().time() + seconds
+        while self.batcher.in_flight and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.01)
+        answered = not self.batcher.in_flight
+        for task in self._tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        if self._process is not None:
+            await asyncio.to_thread(self._process.close)
+            self._process = None
+        return answered
+
+    def _warm_up(self) -> None:
+        """The first calls are slower, as the process starts its threads and touches the weights."""
+        ids, types, _ = self._inputs.encode(["a text to warm up on"] * 8)
+        for _ in range(3):
+            self._process.forward(ids, types, timeout=HUNG)
+
+    async def _run(self) -> None:
+        """Runs batches, one after another."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self._process.alive:
+                await self._begin_again()
+            batch = self.batcher.next(loop.time())
+            if batch is None:
+                self._work.clear()
+                await self._work.wait()
+                continue
+            for request, _ in batch.items:
+                request.payload.began = loop.time()
+            try:
+                logits = await self._forward(self._process, batch)
+            except (Gone, SparsebertError) as error:
+                self._fail(Unavailable(f"the engine failed: {error}", 1.0))
+                await asyncio.to_thread(self._process.close)
+                continue
+            self._finish(batch, logits, loop.time())
+
+    async def _forward(self, process: EngineProcess, batch: Batch) -> np.ndarray:
+        loop = asyncio.get_running_loop()
+        rows = [(request.payload.ids[i], request.payload.types[i]) for request, i in batch.items]
+        process.ask([ids for ids, _ in rows], [types for _, types in rows])
+        ready = loop.create_future()
+        loop.add_reader(process.fileno(), lambda: ready.done() or ready.set_result(None))
+        try:
+            await asyncio.wait_for(ready, HUNG)
+        except TimeoutError:
+            process.kill()
+        finally:
+            loop.remove_reader(process.fileno())
+        return process.answer(HUNG)
+
+    def _finish(self, batch: Batch, logits: np.ndarray, now: float) -> None:
+        counts, seconds = self.counts, now - batch.began
+        counts.batches, counts.texts, counts.tokens = (
+            counts.batches + 1, counts.texts + len(batch.items), counts.tokens + batch.tokens
+        )  # fmt: skip
+        counts.seconds += seconds
+        for (request, i), row in zip(batch.items, logits, strict=True):
+            pending = request.payload
+            if pending.logits is None:
+                pending.logits = np.empty((len(pending.ids), logits.shape[1]), np.float32)
+            pending.logits[i] = row
+        for pending in {id(request): request.payload for request, _ in batch.items}.values():
+            pending.inference += seconds
+        for request in self.batcher.done(now):
+            self._tell(request, request.payload.logits)
+
+    def _fail(self, error: Exception) -> None:
+        for request in self.batcher.failed():
+            self._tell(request, error)
+
+    @staticmethod
+    def _tell(request: Request, result) -> None:
+        future = request.payload.future
+        if future.done():
+            return
+        if isinstance(result, Exception):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    async def _begin_again(self) -> None:
+        """Puts a new process in the place of one that has ended."""
+        gone, self._process = self._process, None
+        await asyncio.to_thread(gone.close)
+        for failures in range(1_000_000):
+            await asyncio.sleep(0 if failures == 0 else AGAIN[min(failures, len(AGAIN)) - 1])
+            try:
+                process = await asyncio.to_thread(
+                    EngineProcess, self.directory, dtype=self._dtype, threads=self._threads
+                )
+                break
+            except (Gone, SparsebertError, OSError):
+                continue
+        self._process = process
+        self.counts.restarts += 1
+
+    async def _watch(self) -> None:
+        """Ends requests whose deadline has passed, and has an idle process looked at."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(TICK)
+            if self._process is not None and not self._process.alive:
+                self._work.set()
+            for request in self.batcher.expired(loop.time()):
+                self._tell(request, TooLate("there was no answer before the deadline"))

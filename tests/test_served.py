@@ -1,0 +1,166 @@
+"""A model that is being served: answers, refusals and ends of requests; engines that die and begin again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+from models import saved
+
+from sparsebert import Engine
+from sparsebert.errors import CheckpointError, InputError
+from sparsebert.serving.batcher import Limits, Refused
+from sparsebert.serving.served import Served, TooLate, Unavailable
+
+WORDS = ["good", "bad", "film", "the", "a", "not", "so", "very", "long", "story"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("served") / "model")
+
+
+def serving(model, scenario, **settings):
+    """Runs the coroutine scenario(served) beside a served model."""
+
+    async def run():
+        served = await Served.begin(model, threads=1, **settings)
+        try:
+            return await scenario(served)
+        finally:
+            await served.close()
+
+    return asyncio.run(run())
+
+
+def texts_of(seed: int) -> list:
+    draw = random.Random(seed)
+    made = [" ".join(draw.choices(WORDS, k=draw.randint(1, 40))) for _ in range(draw.randint(1, 6))]
+    return [(text, "so it was") if draw.random() < 0.2 else text for text in made]
+
+
+def test_many_at_once_get_what_the_engine_gives_each(model):
+    engine = Engine.load(model, threads=1)
+    asked = [texts_of(seed) for seed in range(60)]
+
+    async def scenario(served):
+        return await asyncio.gather(*(served.answer(texts) for texts in asked)), served.counts
+
+    answers, counts = serving(model, scenario, limits=Limits(wait=60))
+    for texts, answer in zip(asked, answers, strict=True):
+        assert answer.logits == pytest.approx(engine.logits(texts), abs=1e-5)
+        assert answer.tokens == [len(ids) for ids in engine.encode(texts)[0]] and answer.cut == []
+        assert min(answer.tokenizing, answer.queue, answer.inference) >= 0
+    assert counts.texts == sum(map(len, asked)) and counts.batches < len(asked) and counts.restarts == 0
+
+
+def test_a_long_text_is_an_error_or_is_cut(model):
+    engine = Engine.load(model, threads=1)
+    long = "good " * 2000
+
+    async def scenario(served):
+        with pytest.raises(InputError, match="truncate=True"):
+            await served.answer([long])
+        return await served.answer(["a film", long], truncate=True), await served.answer(
+            [long], truncate=True, max_length=9
+        )
+
+    both, short = serving(model, scenario)
+    assert both.cut == [1] and both.tokens[1] == engine.truncates_at and short.tokens == [9]
+    assert both.logits == pytest.approx(engine.logits(["a film", long], truncate=True), abs=1e-5)
+
+
+def test_whoever_leaves_is_forgotten_and_whoever_is_late_is_told(model):
+    async def scenario(served):
+        process = served._process
+        os.kill(process.pid, signal.SIGSTOP)  # an engine that takes its time
+        running = asyncio.create_task(served.answer(["a film"]))
+        await asyncio.sleep(0.05)
+        leaves = asyncio.create_task(served.answer(["a film"] * 3))
+        late = asyncio.create_task(served.answer(["a film"], seconds=0.1))
+        await asyncio.sleep(0.02)
+        assert served.batcher.in_flight == 3 and served.batcher.waiting == 4
+        leaves.cancel()
+        with pytest.raises(TooLate):
+            await late
+        assert served.batcher.in_flight == 1 and served.batcher.waiting == 0
+        os.kill(process.pid, signal.SIGCONT)
+        await running
+        return served.counts.texts, served.batcher.in_flight
+
+    assert serving(model, scenario, limits=Limits(wait=60)) == (1, 0)
+
+
+def test_more_than_is_worth_waiting_for_is_refused(model):
+    async def scenario(served):
+        os.kill(served._process.pid, signal.SIGSTOP)
+        waiting = [asyncio.create_task(served.answer(["a film"])) for _ in range(4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(Refused, match="4 requests are in flight"):
+            await served.answer(["a film"])
+        os.kill(served._process.pid, signal.SIGCONT)
+        await asyncio.gather(*waiting)
+        return await served.answer(["a film"])
+
+    assert serving(model, scenario, limits=Limits(in_flight=4, wait=60)).logits.shape == (1, 2)
+
+
+def test_a_killed_engine_fails_what_it_was_at_and_comes_back_for_the_rest(model):
+    async def scenario(served):
+        loop, pid = asyncio.get_running_loop(), served._process.pid
+        os.kill(pid, signal.SIGSTOP)
+        running = asyncio.create_task(served.answer(["a film"]))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(served.answer(["so so"]))
+        await asyncio.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        start = loop.time()
+        with pytest.raises(Unavailable, match="the engine failed"):
+            await running
+        told = loop.time() - start
+        while not served.ready:
+            await asyncio.sleep(0.01)
+        return told, await waiting, loop.time() - start, served.counts.restarts
+
+    told, answer, back, restarts = serving(model, scenario, limits=Limits(wait=60))
+    assert told < 1 and back < 5 and restarts == 1
+    assert answer.logits == pytest.approx(Engine.load(model).logits(["so so"]), abs=1e-5)
+
+
+def test_a_killed_engine_is_noticed_though_nobody_asks(model):
+    async def scenario(served):
+        os.kill(served._process.pid, signal.SIGKILL)
+        for _ in range(500):
+            await asyncio.sleep(0.01)
+            if served.counts.restarts and served.ready:
+                return await served.answer(["a film"])
+
+    assert serving(model, scenario).logits.shape == (1, 2)
+
+
+def test_closing_answers_those_in_flight_and_takes_no_more(model):
+    async def scenario():
+        served = await Served.begin(model, threads=1)
+        answers = [asyncio.create_task(served.answer(texts_of(i))) for i in range(10)]
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(served.close(10.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Unavailable, match="the server is stopping"):
+            await served.answer(["a film"])
+        return await closing, await asyncio.gather(*answers)
+
+    closed, answers = asyncio.run(scenario())
+    assert closed and len(answers) == 10 and all(np.isfinite(answer.logits).all() for answer in answers)
+
+
+def test_a_model_that_is_damaged_is_not_served(tmp_path):
+    damaged = saved(tmp_path / "damaged")
+    raw = bytearray((damaged / "model.safetensors").read_bytes())
+    raw[-100] ^= 1
+    (damaged / "model.safetensors").write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"damaged/model\.safetensors"):
+        asyncio.run(Served.begin(damaged))
