@@ -884,7 +884,7 @@ def test_files_of_a_folder_have_their_texts_in_columns_of_one_name(tmp_path, hea
 
 def test_texts_of_several_lines_are_warned_of_where_no_label_would_give_swallowed_rows_away(tmp_path):
     (path := tmp_path / "own.csv").write_text('id,text\n1,good\n2,"great\n3,bad\n4,5"\n5,end\n')
-    with pytest.warns(SparsebertWarning, match="1 texts span several lines, the first begins on line 3; if it begins"):
+    with pytest.warns(SparsebertWarning, match="a text spans several lines, the first begins on line 3; if it begins"):
         assert data.read_texts(path)[0] == [["good", "great\n3,bad\n4,5", "end"]]
 
 

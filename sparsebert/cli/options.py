@@ -119,8 +119,8 @@ def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Ca
             fields |= new.keys()
             for name, field in new.items():
                 expert = parameter.name == "config" and basic is not None and name not in basic
-                basic_ = parameter.name == "config" and basic is not None and not expert
-                under = EXPERT if expert else None if basic_ else cls.heading or None
+                first = parameter.name == "config" and basic is not None and not expert
+                under = EXPERT if expert else None if first else cls.heading or None
                 parameters.append(_parameter(name, field, under))
                 grouped |= under is not None
         if grouped:

@@ -43,35 +43,8 @@ _TEXT_COLUMNS = (
 )
 # Other usual names, which a message proposes to rename.
 _MEANT = {
-    "text": (
-        "review",
-        "content",
-        "comment",
-        "message",
-        "body",
-        "document",
-        "tweet",
-        "utterance",
-        "headline",
-        "title",
-        "phrase",
-        "input",
-    ),
-    "label": (
-        "labels",
-        "class",
-        "category",
-        "sentiment",
-        "target",
-        "topic",
-        "intent",
-        "rating",
-        "stars",
-        "score",
-        "polarity",
-        "gold",
-        "y",
-    ),
+    "text": "review content comment message body document tweet utterance headline title phrase input".split(),
+    "label": "labels class category sentiment target topic intent rating stars score polarity gold y".split(),
 }
 
 
@@ -260,9 +233,10 @@ def _csv(path: Path, text: str, label: str | None) -> Table:
     if table.label in table.columns:
         _require_no_swallowed(table, long)
     elif long:
+        many = f"{len(long):,} texts span" if len(long) > 1 else "a text spans"
         warnings.warn(
-            f"{path}: {len(long):,} texts span several lines, the first begins on line {long[0][2]}; if it begins with "
-            "a quote that is not doubled, the rows after it are in it",
+            f"{path}: {many} several lines, the first begins on line {long[0][2]}; if it begins with a quote that is "
+            "not doubled, the rows after it are in it",
             SparsebertWarning,
             stacklevel=2,
         )
