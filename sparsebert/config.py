@@ -377,6 +377,36 @@ class BenchConfig(TaskConfig):
     )
 
 
+class ServeConfig(Settings):
+    """Settings of a server."""
+
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; any but this machine's own needs an API key, or --insecure"
+    )
+    port: int = Field(8080, ge=0, le=65535, description="port to listen on; 0: any free one")
+    dtype: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto", description="number format; auto: the one that the checkpoint was made for"
+    )
+    threads: int | None = Field(None, ge=1, le=1024, description="threads of the engine [default: all cores]")
+    api_key_file: str | None = Field(
+        None, description="FILE with the key that clients must send; else SPARSEBERT_API_KEY, if it is set"
+    )
+    insecure: bool = Field(False, description="serve everybody who reaches the address, without a key")
+    max_body_kb: Count = Field(2000, description="largest body of a request, in kB")
+    max_items: Count = Field(32, description="most texts of a request")
+    max_tokens: int | None = Field(
+        None, ge=3, lt=LARGE, description="most tokens of a text [default: the model's positions]"
+    )
+    max_batch_tokens: Count = Field(16_384, description="most tokens that run together")
+    max_in_flight: Count = Field(512, description="most requests without an answer; more get 429")
+    max_wait_ms: Positive = Field(
+        200.0, description="a request that would probably wait longer than this, in ms, gets 429 at once"
+    )
+    timeout: Positive = Field(30.0, description="seconds after which an answer is of no use: the request gets 503")
+    read_timeout: Positive = Field(10.0, description="seconds in which the body of a request must have come")
+    drain_timeout: Positive = Field(20.0, description="seconds for requests in flight when the server is told to stop")
+
+
 class DemoConfig(Settings):
     """Sizes of the demo; with the defaults it is the full demo."""
 

@@ -111,6 +111,11 @@ def that_matter() -> dict[str, str]:
     return {name: value.rstrip("/").rpartition("/")[2] for name, value in found.items() if name not in _DO_NOT}
 
 
+def api_key() -> str | None:
+    """The key that clients of a server must send, SPARSEBERT_API_KEY; None if it is not set or empty."""
+    return os.environ.get("SPARSEBERT_API_KEY") or None
+
+
 def send_no_usage() -> None:
     """Keeps Ray from reporting its use over the network; before it is imported. A user's own choice stays."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -119,6 +119,7 @@ _EXTRAS = {
     **dict.fromkeys(("duckdb", "plotly"), "eval"),
     "sentence_transformers": "demo",
     "datasets": "hub",
+    **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
     "matplotlib": "bench",
     "ray": "ray",
     "textattack": "textattack",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsons
 import os
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from sparsebert.config import (
     EvalConfig,
     PruneConfig,
     QuantizeConfig,
+    ServeConfig,
     TaskConfig,
     TrainConfig,
 )
@@ -585,6 +587,20 @@ def predict(
         said = ", ".join(f"{label} {score:.3f}" for label, score in answer.predicted.items())
         longest = 200 if sys.stdout.isatty() else sys.maxsize
         print("\t".join([said or "no label", *(cut(text, longest) for text in row)]))
+
+
+@app.command()
+@flags(basic=("host", "port", "api_key_file", "threads"), config=ServeConfig)
+def serve(directory: Directory, *, config: ServeConfig) -> None:
+    """Serve the classifier in DIR over HTTP: /predict, /rerank, /classify, /health, /metrics, /info, /openapi.json.
+    SIGTERM stops it when the requests in flight are answered.
+    """
+    from sparsebert.serving.server import serve as run
+
+    def log(line: dict) -> None:
+        print(jsons.dumps(line), file=sys.stderr, flush=True)
+
+    run(directory, config, ready=lambda told: emit(told, True), log=log)
 
 
 @app.command()

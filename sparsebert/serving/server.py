@@ -1,0 +1,150 @@
+"""Runs a server until it is told to stop. SIGTERM or Ctrl-C: takes no more requests, answers those in flight, exits;
+the second one exits at once. SIGHUP: loads the model directory anew, and swaps it in between two requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import stat
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from sparsebert import checkpoint, environment
+from sparsebert.config import ServeConfig
+from sparsebert.errors import InputError, SparsebertError, SparsebertWarning, first_line
+from sparsebert.serving.batcher import Limits
+from sparsebert.serving.http import Rules, State, app_of
+from sparsebert.serving.served import Served
+
+BACKLOG = 2048  # connections that the kernel keeps while the loop is busy
+
+
+def serve(
+    directory: str | Path, config: ServeConfig, *, ready: Callable[[dict], None], log: Callable[[dict], None]
+) -> None:
+    """Serves the classifier in `directory` until SIGTERM or Ctrl-C. ready: is called once, with ready, url, model and
+    pid. log: takes a line for every request and fault.
+
+    Raises InputError for an address without a key, a key that cannot be read and a port that is taken, and what
+    `Engine.load` raises; before anything is served.
+    """
+    directory = checkpoint.resolve(directory)
+    key = key_of(config)
+    if key is None and not config.insecure and not _is_loopback(config.host):
+        raise InputError(
+            f"anybody who reaches {config.host} could use the server, and there is no API key",
+            fix="give --api-key-file FILE, or --insecure, or --host 127.0.0.1",
+        )
+    with listening(config.host, config.port) as listener:
+        asyncio.run(_serve(directory, config, key, listener, ready, log))
+
+
+def key_of(config: ServeConfig) -> str | None:
+    """The API key: the first line of its file, else the environment's; None if neither is given."""
+    if config.api_key_file is None:
+        return environment.api_key()
+    path = Path(config.api_key_file)
+    try:
+        key = path.read_text(encoding="utf-8").split("\n")[0].strip()
+        mode = path.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the API key cannot be read from {path}: {first_line(error)}", fix="correct it") from error
+    if len(key) < 16:
+        raise InputError(
+            f"the API key in {path} must have at least 16 characters, has {len(key)}", fix="make a longer one"
+        )
+    if mode & (stat.S_IRGRP | stat.S_IROTH):
+        warnings.warn(f"{path} can be read by others: chmod 600 {path}", SparsebertWarning, stacklevel=2)
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int):
+    """A socket that is bound to the address; InputError if it cannot be."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+    except OSError as error:
+        raise InputError(
+            f"there is no address {host}: {error.strerror or error}", fix="choose another --host"
+        ) from error
+    with contextlib.closing(listener):
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError as error:
+            raise InputError(f"{host}:{port} cannot be used: {error.strerror}", fix="choose another --port") from error
+        yield listener
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, whose signals are ours."""
+
+    def install_signal_handlers(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+async def _serve(directory: Path, config: ServeConfig, key: str | None, listener: socket.socket, ready, log) -> None:
+    limits = Limits(config.max_in_flight, config.max_batch_tokens, wait=config.max_wait_ms / 1e3)
+
+    async def begin() -> Served:
+        return await Served.begin(directory, dtype=config.dtype, threads=config.threads, limits=limits)
+
+    rules = Rules(
+        config.max_body_kb * 1000, config.max_items, config.max_tokens, config.timeout, config.read_timeout, key
+    )
+    state = State(await begin(), rules, directory.absolute().name, log)
+    server = _Server(
+        uvicorn.Config(
+            app_of(state), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(1, int(config.drain_timeout)), server_header=False, backlog=BACKLOG,
+        )
+    )  # fmt: skip
+    loop, tasks = asyncio.get_running_loop(), set()
+
+    def stop() -> None:
+        server.force_exit = state.stopping
+        state.stopping = server.should_exit = True
+
+    async def reload() -> None:
+        try:
+            fresh = await begin()
+        except SparsebertError as error:
+            state.log({"level": "error", "error": f"the model was not loaded anew: {error}"})
+            return
+        old, state.served = state.served, fresh
+        state.log({"level": "info", "reloaded": str(directory)})
+        await old.close(config.drain_timeout)
+
+    def again() -> None:
+        task = loop.create_task(reload())
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, again)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    ready({"ready": True, "url": url, "model": state.name, "pid": os.getpid()})
+    await server.serve(sockets=[listener])
+    await state.served.close(config.drain_timeout)

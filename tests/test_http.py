@@ -1,0 +1,432 @@
+"""The server, over HTTP: a process of its own, asked by sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import refused
+from models import saved
+
+from sparsebert import Engine
+from sparsebert.heads import sigmoid, softmax
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return saved(tmp_path_factory.mktemp("served") / "model")
+
+
+class Running:
+    """A server that was begun by the command, and what it says."""
+
+    def __init__(self, directory: Path, *flags: object, env: dict | None = None):
+        command = [sys.executable, "-m", "sparsebert", "serve", directory, "--port", 0, "--threads", 1, *flags]
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | (env or {}),
+        )
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(self.process.communicate()[1])
+        self.told = json.loads(line)
+        self.port = int(self.told["url"].rpartition(":")[2])
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=lambda: self.lines.extend(self.process.stderr), daemon=True)
+        self._reader.start()
+
+    def ask(self, route: str, body=None, *, headers: dict | None = None, method: str = "") -> tuple[int, object, dict]:
+        """(status, document, headers) of an answer. body: bytes, or what becomes JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            raw = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method or ("GET" if raw is None else "POST"), route, raw, headers or {})
+            answer = connection.getresponse()
+            text = answer.read()
+            found = {name.lower(): value for name, value in answer.getheaders()}
+            return answer.status, json.loads(text) if "json" in found["content-type"] else text.decode(), found
+
+    def metric(self, name: str) -> float:
+        text = self.ask("/metrics")[1]
+        return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line))
+
+    @property
+    def engine(self) -> int:
+        """The process of the engine."""
+        pid = self.process.pid
+        return next(
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        )  # fmt: skip
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self._reader.join(5)
+        return code
+
+
+@contextlib.contextmanager
+def running(directory: Path, *flags: object, env: dict | None = None) -> Iterator[Running]:
+    server = Running(directory, *flags, env=env)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.kill(server.engine, signal.SIGCONT)
+            server.process.kill()
+            server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with running(model) as begun:
+        yield begun
+
+
+def until(happens, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+def scores(document: list[dict]) -> dict[str, float]:
+    return {row["label"]: row["score"] for row in document}
+
+
+def test_a_text_a_pair_and_a_batch_get_the_engines_probabilities(model, server):
+    engine = Engine.load(model)
+    texts = ["a gripping film", ("it rained", "it was wet"), "so so"]
+    wanted = softmax(engine.logits(texts))
+    forms = [["a gripping film"], ["it rained", "it was wet"], {"text": "so so"}]
+    status, document, headers = server.ask("/predict", {"inputs": forms})
+    assert status == 200 and [row["label"] for row in document[0]] == [
+        engine.labels[i] for i in (-wanted[0]).argsort(kind="stable")
+    ]
+    for row, found in zip(wanted, document, strict=True):
+        assert scores(found) == pytest.approx(dict(zip(engine.labels, row, strict=True)), abs=1e-5)
+    assert int(headers["x-compute-tokens"]) == sum(map(len, engine.encode(texts)[0])) and "x-truncated" not in headers
+    assert all(float(headers[f"x-{name}-time"]) >= 0 for name in ("queue", "tokenization", "inference"))
+    for alone in ("a gripping film", {"text": "a gripping film"}):
+        status, document, _ = server.ask("/predict", {"inputs": alone})
+        assert status == 200 and scores(document) == pytest.approx(
+            dict(zip(engine.labels, wanted[0], strict=True)), abs=1e-5
+        )
+    status, document, _ = server.ask(
+        "/predict", {"inputs": {"text": "it rained", "text_pair": "it was wet"}, "top_k": 1}
+    )
+    assert [row["label"] for row in document] == [engine.labels[wanted[1].argmax()]]
+
+
+def test_scores_are_those_that_are_asked_for(model, server):
+    logits = Engine.load(model).logits(["a film"])
+    for flags, wanted in (
+        ({"raw_scores": True}, logits), ({"activation": "sigmoid"}, sigmoid(logits)),
+        ({"activation": "identity"}, logits),
+    ):  # fmt: skip
+        document = server.ask("/predict", {"inputs": "a film", **flags})[1]
+        assert sorted(scores(document).values()) == pytest.approx(sorted(wanted[0]), abs=1e-5), flags
+
+
+def test_a_long_text_is_an_error_unless_it_may_be_cut(server):
+    long = "good " * 2000
+    status, document, _ = server.ask("/predict", {"inputs": long})
+    assert status == 422 and "at most 512 tokens" in document["error"] and document["type"] == "validation"
+    status, _, headers = server.ask("/predict", {"inputs": [["a film"], [long]], "truncate": True})
+    assert status == 200 and headers["x-truncated"] == "1"
+
+
+def test_texts_are_ranked_by_a_model_of_one_logit(tmp_path, server):
+    directory = saved(tmp_path / "reranker", labels=1)
+    with running(directory) as begun:
+        texts = ["it was wet", "it was dry", "so so"]
+        status, document, _ = begun.ask("/rerank", {"query": "it rained", "texts": texts, "return_text": True})
+        logits = Engine.load(directory).logits([("it rained", text) for text in texts])[:, 0]
+        assert status == 200 and [row["index"] for row in document] == (-logits).argsort().tolist()
+        assert [row["score"] for row in document] == pytest.approx(sorted(sigmoid(logits), reverse=True), abs=1e-5)
+        assert document[0]["text"] == texts[logits.argmax()]
+    status, document, _ = server.ask("/rerank", {"query": "it rained", "texts": texts})
+    assert status == 424 and "2 labels" in document["error"]
+
+
+def test_the_shape_of_vllm(model, server):
+    probabilities = softmax(Engine.load(model).logits(["a film", "so so"]))
+    status, document, _ = server.ask("/classify", {"input": ["a film", "so so"], "model": "model"})
+    assert status == 200 and document["object"] == "list" and document["usage"]["total_tokens"] > 4
+    for row, wanted in zip(document["data"], probabilities, strict=True):
+        assert row["probs"] == pytest.approx(wanted, abs=1e-5) and row["num_classes"] == 2
+        assert row["label"] == Engine.load(model).labels[wanted.argmax()]
+    assert server.ask("/classify", {"input": "a film", "model": "another"})[0] == 404
+
+
+def test_it_says_what_it_serves_and_within_which_limits(model, server):
+    assert server.told["model"] == "model" and server.told["pid"] == server.process.pid
+    document = server.ask("/info")[1]
+    assert document["labels"] == Engine.load(model).labels and document["activation"] == "softmax"
+    assert document["limits"]["items"] == 32 and document["limits"]["tokens"] == 512
+    assert server.ask("/health/live")[:2] == (200, {"live": True}) and server.ask("/health/ready")[:2] == (
+        200,
+        {"ready": True},
+    )
+    paths = server.ask("/openapi.json")[1]["paths"]
+    assert {"/predict", "/rerank", "/classify", "/info", "/metrics"} <= paths.keys()
+
+
+def test_every_request_has_an_id_and_is_counted_and_logged_once(model):
+    with running(model) as begun:
+        assert (
+            begun.ask("/predict", {"inputs": "a film"}, headers={"X-Request-Id": "mine-1"})[2]["x-request-id"]
+            == "mine-1"
+        )
+        made = begun.ask("/predict", b"{", headers={"X-Request-Id": "bad id!"})
+        assert made[0] == 400 and made[1]["request_id"] == made[2]["x-request-id"] != "bad id!"
+        begun.ask("/nowhere")
+        assert begun.metric("sparsebert_requests_total") == 3, "the one for the metrics is not over"
+        assert begun.metric("sparsebert_texts_total") == 1
+        assert begun.end() == 0
+    logged = [json.loads(line) for line in begun.lines]
+    told = [(line["route"], line["status"]) for line in logged if "route" in line]
+    assert told[:3] == [("/predict", 200), ("/predict", 400), ("other", 404)] and logged[0]["request_id"] == "mine-1"
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no JSON": b"{", "no UTF-8": b'{"inputs": "\xff"}', "nothing": b"", "NaN": b'{"inputs": NaN}',
+    "lone surrogate": b'{"inputs": "\\ud800"}', "deep": b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a number": {"inputs": 3}, "null": {"inputs": None}, "no inputs": {}, "a list": [1], "empty text": {"inputs": ""},
+    "blank text": {"inputs": "  "}, "empty batch": {"inputs": []}, "empty item": {"inputs": [[]]},
+    "plain list": {"inputs": ["a", "b"]}, "three": {"inputs": [["a", "b", "c"]]}, "mixed": {"inputs": [["a", 1]]},
+    "many": {"inputs": [["a"]] * 33}, "unknown field": {"inputs": "a", "max_length": 9},
+    "top 0": {"inputs": "a", "top_k": 0},
+    "truncate 1": {"inputs": "a", "truncate": 1}, "unknown activation": {"inputs": "a", "activation": "tanh"},
+    "both": {"inputs": "a", "raw_scores": True, "activation": "softmax"}, "object": {"inputs": {"txt": "a"}},
+    "large": b" " * 2_100_000, "ten megabytes": b'{"inputs": "' + b"a" * 10_000_000 + b'"}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_no_question_gets_an_error_of_one_shape(server, name):
+    status, document, _ = server.ask("/predict", BAD[name])
+    assert 400 <= status < 500, document
+    assert document.keys() == {"error", "type", "request_id", "hint"} and all(map(str, document.values()))
+    assert document["error"] and "\n" not in document["error"] and len(document["error"]) < 600
+    assert server.ask("/predict", {"inputs": "a film"})[0] == 200
+
+
+def test_odd_texts_end_nothing(server):
+    """A word of a million characters is one unknown token, and a NUL character is none."""
+    for text in ("x" * 1_000_000, "a\0b", "\u202e\ufffe"):
+        assert server.ask("/predict", {"inputs": text})[0] in (200, 422)
+
+
+def test_a_body_without_a_length_is_read_no_further_than_it_may_be(server):
+    with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        piece = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+        with contextlib.suppress(OSError):
+            for _ in range(1100):
+                connection.sendall(piece)
+        with contextlib.suppress(OSError):
+            assert b" 413 " in connection.recv(4096)
+    assert server.ask("/predict", {"inputs": "a film"})[0] == 200
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(model):
+    with (
+        running(model, "--read-timeout", 0.2) as begun,
+        socket.create_connection(("127.0.0.1", begun.port), 20) as connection,
+    ):
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        answer = connection.recv(4096)
+        assert b" 408 " in answer and b"connection: close" in answer.lower()
+
+
+def test_a_key_is_asked_for_everywhere_but_by_probes_and_is_in_no_log(model, tmp_path):
+    key = "k" * 20
+    (file := tmp_path / "key").write_text(f"{key}\n")
+    file.chmod(0o600)
+    with running(model, "--api-key-file", file, "--host", "0.0.0.0") as begun:
+        for route, body in (
+            ("/predict", {"inputs": "a"}),
+            ("/info", None),
+            ("/metrics", None),
+            ("/openapi.json", None),
+        ):
+            assert begun.ask(route, body)[0] == 401
+            assert begun.ask(route, body, headers={"Authorization": f"Bearer {key}x"})[0] == 401
+            assert begun.ask(route, body, headers={"Authorization": f"Bearer {key}"})[0] == 200
+        assert begun.ask("/predict", {"inputs": "a"})[2]["www-authenticate"] == "Bearer"
+        assert begun.ask("/health/ready")[0] == begun.ask("/health/live")[0] == 200
+        arguments = Path(f"/proc/{begun.process.pid}/cmdline").read_text()
+        assert begun.end() == 0
+    assert key not in "".join(begun.lines) and key not in arguments
+    with running(model, "--host", "0.0.0.0", env={"SPARSEBERT_API_KEY": key}) as begun:
+        assert begun.ask("/info")[0] == 401
+
+
+def test_what_would_not_be_safe_or_cannot_be_is_refused_before_anything_is_served(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("SPARSEBERT_API_KEY", raising=False)
+    assert "there is no API key" in refused(capsys, "serve", model, "--host", "0.0.0.0")
+    (short := tmp_path / "short").write_text("k")
+    assert "at least 16 characters" in refused(capsys, "serve", model, "--api-key-file", short)
+    assert "cannot be read" in refused(capsys, "serve", model, "--api-key-file", tmp_path / "none")
+    assert "there is no address" in refused(capsys, "serve", model, "--host", "999.1.1.1", "--insecure")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"127.0.0.1:{port} cannot be used" in refused(capsys, "serve", model, "--port", port)
+    damaged = saved(tmp_path / "damaged")
+    raw = bytearray((damaged / "model.safetensors").read_bytes())
+    raw[-100] ^= 1
+    (damaged / "model.safetensors").write_bytes(raw)
+    assert "damaged/model.safetensors" in refused(capsys, "serve", damaged, "--port", 0)
+    (open_key := tmp_path / "open").write_text("k" * 20)
+    open_key.chmod(0o644)
+    with running(model, "--api-key-file", open_key) as begun:
+        assert begun.end() == 0
+    assert f"warning: {open_key} can be read by others" in begun.lines[0]
+
+
+# --- faults and ends --------------------------------------------------------------------------------------------------
+
+
+def asked(server: Running, body: dict) -> tuple[threading.Thread, list]:
+    """A question in a thread, and what will be answered."""
+    found: list = []
+    thread = threading.Thread(target=lambda: found.append(server.ask("/predict", body)), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def test_more_than_may_be_in_flight_is_told_to_come_again(model):
+    with running(model, "--max-in-flight", 2, "--max-wait-ms", 1e6) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        threads = [asked(begun, {"inputs": "a film"}) for _ in range(2)]
+        until(lambda: begun.metric("sparsebert_in_flight") == 2)
+        start = time.perf_counter()
+        status, document, headers = begun.ask("/predict", {"inputs": "a film"})
+        assert (status, document["type"]) == (429, "overloaded") and int(headers["retry-after"]) >= 1
+        assert time.perf_counter() - start < 1
+        os.kill(begun.engine, signal.SIGCONT)
+        for thread, found in threads:
+            thread.join(10)
+            assert found[0][0] == 200
+
+
+def test_whoever_leaves_holds_no_place(model):
+    with running(model, "--max-wait-ms", 1e6) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        first, found = asked(begun, {"inputs": "a film"})
+        until(lambda: begun.metric("sparsebert_in_flight") == 1)
+        body = json.dumps({"inputs": [["a film"]] * 8}).encode()
+        for _ in range(20):
+            with socket.create_connection(("127.0.0.1", begun.port), 20) as connection:
+                connection.sendall(
+                    b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+                )
+                until(lambda: begun.metric("sparsebert_waiting") == 8)
+            until(lambda: begun.metric("sparsebert_waiting") == 0)
+        assert begun.metric("sparsebert_in_flight") == 1
+        os.kill(begun.engine, signal.SIGCONT)
+        first.join(10)
+        assert found[0][0] == 200 and begun.metric("sparsebert_texts_total") == 1
+        assert begun.metric(r"sparsebert_requests_total\{route=\"/predict\",status=\"499\"\}") == 20
+
+
+def test_an_engine_that_is_killed_comes_back_and_the_server_lives(model):
+    with running(model, "--max-wait-ms", 1e6) as begun:
+        engine = begun.engine
+        os.kill(engine, signal.SIGSTOP)
+        thread, found = asked(begun, {"inputs": "a film"})
+        until(lambda: (begun.metric("sparsebert_in_flight"), begun.metric("sparsebert_waiting")) == (1, 0))
+        start = time.monotonic()
+        os.kill(engine, signal.SIGKILL)
+        thread.join(10)
+        status, document, headers = found[0]
+        assert (status, document["type"]) == (503, "unavailable") and "retry-after" in headers
+        until(lambda: begun.ask("/health/live")[0] == 200 and begun.ask("/health/ready")[0] == 200)
+        until(lambda: begun.ask("/predict", {"inputs": "a film"})[0] == 200)
+        assert time.monotonic() - start < 5 and begun.metric("sparsebert_engine_restarts") == 1
+
+
+def test_an_answer_that_comes_too_late_is_an_error(model):
+    with running(model, "--timeout", 0.3, "--max-wait-ms", 1e6) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        status, document, _ = begun.ask("/predict", {"inputs": "a film"})
+        assert (status, document["type"]) == (503, "deadline")
+        os.kill(begun.engine, signal.SIGCONT)
+        until(lambda: begun.ask("/predict", {"inputs": "a film"})[0] == 200)
+
+
+def test_told_to_stop_it_answers_what_is_in_flight(model):
+    with running(model, "--max-wait-ms", 1e6) as begun:
+        engine = begun.engine
+        os.kill(engine, signal.SIGSTOP)
+        threads = [asked(begun, {"inputs": "a film"}) for _ in range(3)]
+        until(lambda: begun.metric("sparsebert_in_flight") == 3)
+        begun.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        assert begun.process.poll() is None
+        os.kill(engine, signal.SIGCONT)
+        for thread, found in threads:
+            thread.join(10)
+            assert found[0][0] == 200
+        assert begun.process.wait(10) == 0 and not Path(f"/proc/{engine}").exists()
+
+
+def test_a_model_is_swapped_without_a_lost_request(tmp_path):
+    directory = saved(tmp_path / "model", seed=1)
+    before = Engine.load(directory).logits(["a film"])
+    with running(directory) as begun:
+        stop, seen = threading.Event(), []
+
+        def keep_asking() -> None:
+            while not stop.is_set():
+                seen.append(begun.ask("/predict", {"inputs": "a film", "raw_scores": True})[:2])
+
+        thread = threading.Thread(target=keep_asking, daemon=True)
+        thread.start()
+        until(lambda: len(seen) > 3)
+        other = saved(tmp_path / "other", seed=2)
+        directory.rename(tmp_path / "old")
+        other.rename(directory)
+        after = Engine.load(directory).logits(["a film"])
+        begun.process.send_signal(signal.SIGHUP)
+
+        def shown(logits: np.ndarray) -> list[float]:
+            return sorted(logits[0].tolist())
+
+        until(lambda: sorted(scores(seen[-1][1]).values()) == pytest.approx(shown(after), abs=1e-4))
+        stop.set()
+        thread.join(10)
+        assert all(status == 200 for status, _ in seen)
+        for _, document in seen:
+            found = sorted(scores(document).values())
+            assert found == pytest.approx(shown(before), abs=1e-4) or found == pytest.approx(shown(after), abs=1e-4)
+        (directory / "config.json").write_text("{")
+        begun.process.send_signal(signal.SIGHUP)
+        until(lambda: any("was not loaded anew" in line for line in begun.lines))
+        assert begun.ask("/predict", {"inputs": "a film"})[0] == 200
