@@ -182,6 +182,39 @@ def test_the_shape_of_vllm(model, server):
     assert server.ask("/classify", {"input": "a film", "model": "another"})[0] == 404
 
 
+def test_the_open_inference_protocol(model, server):
+    engine = Engine.load(model)
+    pairs = [("it rained", "it was wet"), ("so so", "a film")]
+    columns = [{"name": name, "shape": [2], "datatype": "BYTES", "data": [pair[i] for pair in pairs]}
+               for i, name in enumerate(("text", "text_pair"))]  # fmt: skip
+    status, document, _ = server.ask("/v2/models/model/infer", {"id": "42", "inputs": columns})
+    assert status == 200 and (document["id"], document["model_name"]) == ("42", "model")
+    found = {output["name"]: output for output in document["outputs"]}
+    wanted = engine.logits(pairs)
+    assert found["logits"]["data"] == pytest.approx(wanted.ravel(), abs=1e-5) and found["logits"]["shape"] == [2, 2]
+    assert found["scores"]["data"] == pytest.approx(softmax(wanted).ravel(), abs=1e-5)
+    assert found["label"]["data"] == [engine.labels[i] for i in wanted.argmax(1)]
+    alone = {"inputs": [columns[0] | {"shape": [2, 1]}], "outputs": [{"name": "label"}]}
+    status, document, _ = server.ask("/v2/models/model/infer", alone)
+    assert status == 200 and [output["name"] for output in document["outputs"]] == ["label"]
+    metadata = server.ask("/v2/models/model")[1]
+    assert [part["name"] for part in metadata["inputs"]] == ["text", "text_pair"] and metadata["outputs"][0][
+        "shape"
+    ] == [-1, 2]
+    for route in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/model/ready"):
+        assert server.ask(route)[0] == 200
+    assert server.ask("/v2/models/another")[0] == server.ask("/v2/models/another/infer", alone)[0] == 404
+    for bad in (
+        {"inputs": []}, {"inputs": [columns[1]]}, {"inputs": [columns[0] | {"shape": [3]}]},
+        {"inputs": [columns[0] | {"datatype": "INT32"}]}, {"inputs": [columns[0] | {"data": [1, 2]}]},
+        {"inputs": [columns[0], columns[1] | {"shape": [1], "data": ["a"]}]},
+        {"inputs": [columns[0]], "parameters": {"truncate": "yes"}},
+        {"inputs": [columns[0] | {"shape": [0], "data": []}]},
+    ):  # fmt: skip
+        assert server.ask("/v2/models/model/infer", bad)[0] == 422, bad
+    assert server.metric(r'sparsebert_requests_total\{route="/v2/models/\{name\}/infer",status="200"\}') == 2
+
+
 def test_it_says_what_it_serves_and_within_which_limits(model, server):
     assert server.told["model"] == "model" and server.told["pid"] == server.process.pid
     document = server.ask("/info")[1]

@@ -29,7 +29,8 @@ IGNORED = 64_000_000  # bytes of a body that is too large that are read and thro
 CLIENT_LEFT = 499  # in logs and metrics; nobody receives it
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 BUCKETS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-OPEN = ("/health/live", "/health/ready")  # need no key: probes have none
+# Probes have no key.
+OPEN = ("/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
 
 
 class Fault(Exception):
@@ -123,6 +124,42 @@ class Classify(Body):
     input: str | list[str]
     model: str | None = None
     truncate: bool = True
+
+
+class Tensor(BaseModel):
+    """One of KServe. data: texts, flat or in lists as the shape says."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    shape: list[int]
+    datatype: str
+    data: list
+
+
+class Infer(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    id: str | None = None
+    inputs: list[Tensor] = Field(min_length=1, max_length=2)
+    outputs: list[dict] | None = None
+    parameters: dict = Field(default_factory=dict)
+
+
+def _column(tensor: Tensor) -> list[str]:
+    """The texts of a tensor of n texts, shape [n] or [n, 1]."""
+    if tensor.datatype != "BYTES":
+        raise Fault(
+            422, "validation", f"{tensor.name} must be of datatype BYTES, is {cut(tensor.datatype, 20)}", "send texts"
+        )
+    texts = [part[0] if isinstance(part, list) and len(part) == 1 else part for part in tensor.data]
+    count = len(texts)
+    if not all(isinstance(text, str) for text in texts) or tensor.shape not in ([count], [count, 1]):
+        raise Fault(
+            422, "validation", f"{tensor.name} must be {count} texts of shape [{count}], has {cut(str(tensor.shape), 60)}",
+            "correct shape or data",
+        )  # fmt: skip
+    return texts
 
 
 def _inputs(given: str | Item | list, rules: Rules) -> tuple[list[Text], bool]:
@@ -266,14 +303,71 @@ def app_of(state: State) -> Guard:
             answer,
         )  # fmt: skip
 
+    def require_model(name: str) -> None:
+        if name != state.name:
+            raise Fault(404, "model", f"there is no model {cut(name, 64)!r}, only {state.name!r}", "see /info")
+
+    @app.post("/v2/models/{name}/infer", openapi_extra=takes(Infer))
+    async def infer(name: str, request: Request) -> Response:
+        """Classify texts, by KServe's open inference protocol. Inputs text and, for pairs, text_pair; parameters:
+        truncate.
+        """
+        require_model(name)
+        asked = await _read(request, Infer)
+        columns = {tensor.name: _column(tensor) for tensor in asked.inputs}
+        first, second = columns.get("text"), columns.get("text_pair")
+        if first is None or (len(columns) == 2 and (second is None or len(second) != len(first))) or not first:
+            raise Fault(
+                422, "validation", f"inputs must be text, and text_pair of as many, are {list(columns)}", "see /v2"
+            )
+        if not isinstance(truncate := asked.parameters.get("truncate", False), bool):
+            raise Fault(422, "validation", "parameters.truncate must be true or false", "correct it")
+        _require_few(len(first), state.rules)
+        answer = await answered(first if second is None else list(zip(first, second, strict=True)), truncate)
+        wanted = None if asked.outputs is None else {output.get("name") for output in asked.outputs}
+        outputs = [
+            {"name": kind, "datatype": datatype, "shape": list(values.shape), "data": values.ravel().tolist()}
+            for kind, datatype, values in (
+                ("logits", "FP32", answer.logits), ("scores", "FP64", scores_of(answer, None)),
+                ("label", "BYTES", np.array(state.served.facts["labels"])[answer.logits.argmax(axis=1)]),
+            )
+            if wanted is None or kind in wanted
+        ]  # fmt: skip
+        said = {} if asked.id is None else {"id": asked.id}
+        return _json({"model_name": state.name, "model_version": "1", **said, "outputs": outputs}, answer)
+
+    @app.get("/v2")
+    async def server() -> dict:
+        return {"name": "sparsebert", "version": __version__, "extensions": []}
+
+    @app.get("/v2/models/{name}")
+    async def metadata(name: str) -> dict:
+        require_model(name)
+        count = len(state.served.facts["labels"])
+        tensors = {"text": ("BYTES", [-1]), "text_pair": ("BYTES", [-1])}, {
+            "logits": ("FP32", [-1, count]), "scores": ("FP64", [-1, count]), "label": ("BYTES", [-1])
+        }  # fmt: skip
+        inputs, outputs = (
+            [{"name": kind, "datatype": datatype, "shape": shape} for kind, (datatype, shape) in each.items()]
+            for each in tensors
+        )
+        return {"name": name, "versions": ["1"], "platform": "sparsebert", "inputs": inputs, "outputs": outputs}
+
     @app.get("/health/live")
+    @app.get("/v2/health/live")
     async def live() -> dict:
         return {"live": True}
 
     @app.get("/health/ready")
+    @app.get("/v2/health/ready")
     async def ready() -> Response:
         up = state.served.ready and not state.stopping
         return JSONResponse({"ready": up}, 200 if up else 503)
+
+    @app.get("/v2/models/{name}/ready")
+    async def model_ready(name: str) -> Response:
+        require_model(name)
+        return await ready()
 
     @app.get("/info")
     async def info() -> dict:
@@ -303,7 +397,7 @@ def app_of(state: State) -> Guard:
 
     for kind in (HTTPException, Fault, Refused, Unavailable, TooLate, SparsebertError, Exception):
         app.add_exception_handler(kind, told)
-    return Guard(app, state, frozenset(route.path for route in app.routes))
+    return Guard(app, state)
 
 
 DEFAULT_ACTIVATION = {
@@ -332,8 +426,8 @@ class Guard:
     clients who leave, gives every error one shape, and counts and logs every request once.
     """
 
-    def __init__(self, app, state: State, routes: frozenset[str]):
-        self._app, self._state, self._routes = app, state, routes
+    def __init__(self, app, state: State):
+        self._app, self._state = app, state
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -363,7 +457,7 @@ class Guard:
             if not begun:
                 await _error(fault, request_id)(scope, receive, sending)
         finally:
-            route = scope["path"] if scope["path"] in self._routes else "other"
+            route = getattr(scope.get("route"), "path", "other")
             seconds = time.perf_counter() - start
             state.metrics.requests.labels(route, str(status)).inc()
             state.metrics.total.labels(route).observe(seconds)
