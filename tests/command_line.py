@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from sparsebert.cli import main
 
 
@@ -16,3 +18,11 @@ def refused(capsys, *arguments) -> str:
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
     return err
+
+
+def until(happens, seconds: float = 60.0) -> None:
+    """Returns once `happens()` is true; fails after so many seconds."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)

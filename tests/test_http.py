@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import refused
+from command_line import refused, until
 from models import saved
 
 from sparsebert import Engine
@@ -101,13 +101,6 @@ def running(directory: Path, *flags: object, env: dict | None = None) -> Iterato
 def server(model):
     with running(model) as begun:
         yield begun
-
-
-def until(happens, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -156,8 +156,8 @@ def _column(tensor: Tensor) -> list[str]:
     count = len(texts)
     if not all(isinstance(text, str) for text in texts) or tensor.shape not in ([count], [count, 1]):
         raise Fault(
-            422, "validation", f"{tensor.name} must be {count} texts of shape [{count}], has {cut(str(tensor.shape), 60)}",
-            "correct shape or data",
+            422, "validation", f"{tensor.name} has {count} entries and the shape {cut(str(tensor.shape), 60)}",
+            "send texts, of shape [n] or [n, 1]",
         )  # fmt: skip
     return texts
 
