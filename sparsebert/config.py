@@ -403,6 +403,12 @@ class ServeConfig(Settings):
         200.0, description="a request that would probably wait longer than this, in ms, gets 429 at once"
     )
     timeout: Positive = Field(30.0, description="seconds after which an answer is of no use: the request gets 503")
+    shadow: str | None = Field(
+        None,
+        description="DIR of the dense model, which a share of the requests also runs on: how often both agree, and how "
+        "long each takes, are metrics",
+    )
+    shadow_rate: float = Field(0.01, ge=0, le=1, description="that share")
     read_timeout: Positive = Field(10.0, description="seconds in which the body of a request must have come")
     drain_timeout: Positive = Field(20.0, description="seconds for requests in flight when the server is told to stop")
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import refused, until
-from models import saved
+from models import classifier, saved
 
 from sparsebert import Engine
 from sparsebert.heads import sigmoid, softmax
@@ -236,6 +237,31 @@ def test_every_request_has_an_id_and_is_counted_and_logged_once(model):
     logged = [json.loads(line) for line in begun.lines]
     told = [(line["route"], line["status"]) for line in logged if "route" in line]
     assert told[:3] == [("/predict", 200), ("/predict", 400), ("other", 404)] and logged[0]["request_id"] == "mine-1"
+
+
+def test_a_shadow_is_asked_beside_and_compared_by_the_names_of_its_labels(model, tmp_path):
+    turned = classifier()
+    with torch.no_grad():
+        for part in (turned.classifier.weight, turned.classifier.bias):
+            part.copy_(part.flip(0))
+    opposite = saved(tmp_path / "opposite", turned)
+    turned.config.id2label = {0: "positive", 1: "negative"}
+    turned.config.label2id = {"positive": 0, "negative": 1}
+    for shadow, same in ((saved(tmp_path / "turned", turned), 10), (opposite, 0)):
+        with running(model, "--shadow", shadow, "--shadow-rate", 1) as begun:
+            for i in range(5):
+                assert begun.ask("/predict", {"inputs": [[f"a film {i}"], ["so so"]]})[0] == 200
+            until(lambda begun=begun: begun.metric("sparsebert_shadow_texts_total") == 10)
+            assert begun.metric("sparsebert_shadow_same_total") == same
+            assert begun.metric("sparsebert_shadow_seconds_count") == 10
+            assert begun.end() == 0
+
+
+def test_a_shadow_with_other_labels_is_refused(model, tmp_path, capsys):
+    said = refused(capsys, "serve", model, "--port", 0, "--shadow", saved(tmp_path / "three", labels=3))
+    assert "three has 3 labels (entailment, neutral, contradiction), 2" in said
+    said = refused(capsys, "serve", model, "--port", 0, "--shadow", saved(tmp_path / "one", labels=1))
+    assert "is a one_logit model, the served one is single_label" in said
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

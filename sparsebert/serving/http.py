@@ -7,10 +7,11 @@ import contextlib
 import hmac
 import json
 import math
+import random
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -72,6 +73,12 @@ class Metrics:
         self.queue = Histogram("sparsebert_queue_seconds", "until the last text began", **seconds)
         self.tokenizing = Histogram("sparsebert_tokenizing_seconds", "texts to token ids", **seconds)
         self.inference = Histogram("sparsebert_inference_seconds", "of the batches that held the texts", **seconds)
+        self.shadowed = Counter("sparsebert_shadow_texts", "texts that the shadow answered too", registry=self.registry)
+        self.same = Counter("sparsebert_shadow_same", "those of them with the same labels", registry=self.registry)
+        self.skipped = Counter("sparsebert_shadow_skipped", "requests it had no time for", registry=self.registry)
+        self.both = Histogram(
+            "sparsebert_shadow_seconds", "inference, of requests that both answered", ["model"], **seconds
+        )
         self.flight = Gauge("sparsebert_in_flight", "requests without an answer", registry=self.registry)
         self.waiting = Gauge("sparsebert_waiting", "texts in the queue", registry=self.registry)
         self.batches = Gauge("sparsebert_batches", "batches so far", registry=self.registry)
@@ -80,7 +87,9 @@ class Metrics:
 
 @dataclass
 class State:
-    """What the routes share. served: the model that answers now, which a reload replaces. log: takes a line."""
+    """What the routes share. served: the model that answers now, which a reload replaces. log: takes a line. shadow:
+    the model that a share of the requests also runs on, and `columns` where it has the labels of `served`.
+    """
 
     served: Served
     rules: Rules
@@ -88,6 +97,16 @@ class State:
     log: Callable[[dict], None]
     metrics: Metrics = field(default_factory=Metrics)
     stopping: bool = False
+    shadow: Served | None = None
+    shadow_rate: float = 0.0
+    columns: np.ndarray | None = None
+    tasks: set[asyncio.Task] = field(default_factory=set)
+
+    def beside(self, coroutine: Coroutine) -> None:
+        """Lets it run beside the requests."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
 
 # --- what clients send ------------------------------------------------------------------------------------------------
@@ -237,6 +256,8 @@ def app_of(state: State) -> Guard:
         state.metrics.tokens.inc(sum(answer.tokens))
         for name in ("queue", "tokenizing", "inference"):
             getattr(state.metrics, name).observe(getattr(answer, name))
+        if state.shadow is not None and random.random() < state.shadow_rate:
+            state.beside(_compare(state, texts, truncate, answer))
         return answer
 
     def scores_of(answer: Answer, activation: str | None) -> np.ndarray:
@@ -398,6 +419,25 @@ def app_of(state: State) -> Guard:
     for kind in (HTTPException, Fault, Refused, Unavailable, TooLate, SparsebertError, Exception):
         app.add_exception_handler(kind, told)
     return Guard(app, state)
+
+
+async def _compare(state: State, texts: list[Text], truncate: bool, answer: Answer) -> None:
+    """Runs texts that were answered on the shadow, and counts how often it says the same."""
+    metrics, rules = state.metrics, state.rules
+    try:
+        dense = await state.shadow.answer(texts, truncate=truncate, max_length=rules.tokens, seconds=rules.seconds)
+    except (Refused, Unavailable, TooLate, SparsebertError):
+        metrics.skipped.inc()
+        return
+    problem = heads.PROBLEMS[state.served.facts["problem"]]
+    if problem is heads.ONE_LOGIT:
+        said = [logits[:, 0] > 0 for logits in (answer.logits, dense.logits)]
+    else:
+        said = [problem.predict(logits) for logits in (answer.logits, dense.logits[:, state.columns])]
+    metrics.shadowed.inc(len(texts))
+    metrics.same.inc(int((said[0] == said[1]).reshape(len(texts), -1).all(axis=1).sum()))
+    for name, each in (("served", answer), ("shadow", dense)):
+        metrics.both.labels(name).observe(each.inference)
 
 
 DEFAULT_ACTIVATION = {

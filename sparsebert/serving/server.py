@@ -15,9 +15,10 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import uvicorn
 
-from sparsebert import checkpoint, environment
+from sparsebert import checkpoint, environment, heads
 from sparsebert.config import ServeConfig
 from sparsebert.errors import InputError, SparsebertError, SparsebertWarning, first_line
 from sparsebert.serving.batcher import Limits
@@ -112,14 +113,17 @@ async def _serve(directory: Path, config: ServeConfig, key: str | None, listener
     rules = Rules(
         config.max_body_kb * 1000, config.max_items, config.max_tokens, config.timeout, config.read_timeout, key
     )
-    state = State(await begin(), rules, directory.absolute().name, log)
+    state = State(await begin(), rules, directory.absolute().name, log, shadow_rate=config.shadow_rate)
+    if config.shadow is not None:
+        state.shadow = await _shadow(Path(config.shadow), config, state.served)
+        state.columns = columns_of(state.shadow, state.served)
     server = _Server(
         uvicorn.Config(
             app_of(state), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30,
             timeout_graceful_shutdown=max(1, int(config.drain_timeout)), server_header=False, backlog=BACKLOG,
         )
     )  # fmt: skip
-    loop, tasks = asyncio.get_running_loop(), set()
+    loop = asyncio.get_running_loop()
 
     def stop() -> None:
         server.force_exit = state.stopping
@@ -131,20 +135,43 @@ async def _serve(directory: Path, config: ServeConfig, key: str | None, listener
         except SparsebertError as error:
             state.log({"level": "error", "error": f"the model was not loaded anew: {error}"})
             return
+        if state.shadow is not None:
+            try:
+                state.columns = columns_of(state.shadow, fresh)
+            except SparsebertError as error:
+                state.log({"level": "error", "error": f"the model was not swapped: {error}"})
+                await fresh.close()
+                return
         old, state.served = state.served, fresh
         state.log({"level": "info", "reloaded": str(directory)})
         await old.close(config.drain_timeout)
 
-    def again() -> None:
-        task = loop.create_task(reload())
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, again)
+    loop.add_signal_handler(signal.SIGHUP, lambda: state.beside(reload()))
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     ready({"ready": True, "url": url, "model": state.name, "pid": os.getpid()})
     await server.serve(sockets=[listener])
-    await state.served.close(config.drain_timeout)
+    for served in filter(None, (state.served, state.shadow)):
+        await served.close(config.drain_timeout)
+
+
+async def _shadow(directory: Path, config: ServeConfig, served: Served) -> Served:
+    """The dense model; the served one is ended if it cannot be loaded."""
+    try:
+        return await Served.begin(directory, threads=config.threads)
+    except BaseException:
+        await served.close()
+        raise
+
+
+def columns_of(shadow: Served, served: Served) -> np.ndarray:
+    """Where the shadow has the labels of the served model. InputError if it has others."""
+    if shadow.facts["problem"] != served.facts["problem"]:
+        raise InputError(
+            f"the shadow {shadow.directory} is a {shadow.facts['problem']} model, the served one is "
+            f"{served.facts['problem']}",
+            fix="name the model that it was pruned from",
+        )
+    return heads.columns(shadow.facts["labels"], served.facts["labels"], str(shadow.directory))
