@@ -35,9 +35,12 @@ DEVICE = Field(
 
 
 class Settings(BaseModel):
-    """Checked settings that do not change. heading: that of their flags in --help, beside those of another class."""
+    """Checked settings that do not change. heading: that of their flags in --help, beside those of another class.
+    variables: what the names of environment variables begin with that stand for their flags; None: there are none.
+    """
 
     heading: ClassVar[str] = ""
+    variables: ClassVar[str | None] = None
 
     # defer_build: what checks them is built on first use; --help does not need it.
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
@@ -379,6 +382,8 @@ class BenchConfig(TaskConfig):
 
 class ServeConfig(Settings):
     """Settings of a server."""
+
+    variables: ClassVar[str | None] = "SPARSEBERT_SERVE_"
 
     host: str = Field(
         "127.0.0.1", description="address to listen on; any but this machine's own needs an API key, or --insecure"

@@ -362,6 +362,18 @@ def test_what_would_not_be_safe_or_cannot_be_is_refused_before_anything_is_serve
     assert f"warning: {open_key} can be read by others" in begun.lines[0]
 
 
+def test_the_environment_gives_what_no_flag_gives(model):
+    with running(model, env={"SPARSEBERT_SERVE_MAX_ITEMS": "2", "SPARSEBERT_SERVE_THREADS": "2"}) as begun:
+        document = begun.ask("/info")[1]
+        assert document["limits"]["items"] == 2 and document["threads"] == 1, "a flag goes before its variable"
+        assert begun.ask("/predict", {"inputs": [["a"]] * 3})[0] == 413
+
+
+def test_a_variable_that_is_none_is_refused(model, capsys, monkeypatch):
+    monkeypatch.setenv("SPARSEBERT_SERVE_PORT", "70000")
+    assert "port" in refused(capsys, "serve", model)
+
+
 # --- faults and ends --------------------------------------------------------------------------------------------------
 
 

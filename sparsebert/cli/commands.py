@@ -590,7 +590,7 @@ def predict(
 
 
 @app.command()
-@flags(basic=("host", "port", "api_key_file", "threads"), config=ServeConfig)
+@flags(basic=("host", "port", "api_key_file", "insecure", "threads"), config=ServeConfig)
 def serve(directory: Directory, *, config: ServeConfig) -> None:
     """Serve the classifier in DIR over HTTP: /predict, /rerank, /classify, /health, /metrics, /info, /openapi.json.
     SIGTERM stops it when the requests in flight are answered.

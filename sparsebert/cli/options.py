@@ -121,7 +121,7 @@ def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Ca
                 expert = parameter.name == "config" and basic is not None and name not in basic
                 first = parameter.name == "config" and basic is not None and not expert
                 under = EXPERT if expert else None if first else cls.heading or None
-                parameters.append(_parameter(name, field, under))
+                parameters.append(_parameter(name, field, under, cls.variables))
                 grouped |= under is not None
         if grouped:
             parameters.append(
@@ -137,12 +137,15 @@ def flags(basic: tuple[str, ...] | None = None, **classes: type[Settings]) -> Ca
     return decorate
 
 
-def _parameter(name: str, field: FieldInfo, under: str | None) -> inspect.Parameter:
-    """The flag of a field, listed under a heading."""
+def _parameter(name: str, field: FieldInfo, under: str | None, variables: str | None) -> inspect.Parameter:
+    """The flag of a field, listed under a heading. variables: what the environment variables begin with that stand for
+    flags.
+    """
     names = (field.json_schema_extra or {}).get("flags", ())
     if field.annotation is bool:  # without its --no-, which every default is
         names = (f"--{name.replace('_', '-')}",)
-    annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under)]
+    more = {} if variables is None else {"envvar": f"{variables}{name.upper()}", "show_envvar": False}
+    annotation = Annotated[_plain(field.annotation), option(*names, help=field.description, panel=under, **more)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=_default(field), annotation=annotation)
 
 
