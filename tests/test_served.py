@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -93,6 +94,30 @@ def test_whoever_leaves_is_forgotten_and_whoever_is_late_is_told(model):
         return served.counts.texts, served.batcher.in_flight
 
     assert serving(model, scenario, limits=Limits(wait=60)) == (1, 0)
+
+
+def test_a_long_question_to_an_engine_that_hangs_holds_nobody_up(model, monkeypatch):
+    monkeypatch.setattr(sys.modules[Served.__module__], "HUNG", 1.0)
+
+    async def scenario(served):
+        loop = asyncio.get_running_loop()
+        os.kill(served._process.pid, signal.SIGSTOP)
+        running = asyncio.create_task(served.answer(["good " * 500] * 100, truncate=True))
+        latest, start = loop.time(), loop.time()
+        while not running.done():
+            await asyncio.sleep(0.01)
+            assert loop.time() - latest < 0.5, "the loop stood still"
+            latest = loop.time()
+        with pytest.raises(Unavailable, match="the engine failed"):
+            await running
+        seconds = loop.time() - start
+        while not served.ready:
+            await asyncio.sleep(0.01)
+        return seconds, await served.answer(["a film"])
+
+    limits = Limits(batch_tokens=100_000, batch_seconds=100.0, wait=100.0)
+    seconds, answer = serving(model, scenario, limits=limits)
+    assert 0.9 < seconds < 5 and answer.logits.shape == (1, 2)
 
 
 def test_more_than_is_worth_waiting_for_is_refused(model):

@@ -21,6 +21,7 @@ from sparsebert.serving.process import EngineProcess, Gone
 
 HUNG = 30.0  # seconds after which a batch that did not come back ends its process
 AGAIN = (0.1, 0.5, 1.0, 2.0, 5.0)  # seconds before a process is begun again, after each failure in a row
+FITS = 4_000  # tokens of a question that a pipe takes though nobody reads it; a longer one is sent by a thread
 TICK = 0.05  # seconds between looks for deadlines that have passed
 INLINE = 4_000  # characters that are tokenized at once; more would keep others waiting, and go to a thread
 
@@ -182,11 +183,16 @@ class Served:
     async def _forward(self, process: EngineProcess, batch: Batch) -> np.ndarray:
         loop = asyncio.get_running_loop()
         rows = [(request.payload.ids[i], request.payload.types[i]) for request, i in batch.items]
-        process.ask([ids for ids, _ in rows], [types for _, types in rows])
+        question = [ids for ids, _ in rows], [types for _, types in rows]
         ready = loop.create_future()
         loop.add_reader(process.fileno(), lambda: ready.done() or ready.set_result(None))
         try:
-            await asyncio.wait_for(ready, HUNG)
+            async with asyncio.timeout(HUNG):
+                if batch.tokens <= FITS:
+                    process.ask(*question)
+                else:
+                    await asyncio.to_thread(process.ask, *question)
+                await ready
         except TimeoutError:
             process.kill()
         finally:
