@@ -2,14 +2,14 @@
 
 python -m bench.make_general WORDNET.zip    # in WNDB layout: data.noun, data.verb, data.adj, data.adv
 
-Writes sparsebert/assets/general/texts.txt.gz, one text per line. The same dictionary gives the same bytes: the choice
+Writes sparsebert/assets/general/texts.txt.xz, one text per line. The same dictionary gives the same bytes: the choice
 of texts and their order follow from their hashes.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
+import lzma
 import re
 import sys
 import zipfile
@@ -17,7 +17,7 @@ from pathlib import Path
 
 EXAMPLES, DEFINITIONS = 9000, 5000
 WORDS = range(5, 41)  # per text
-TARGET = Path(__file__).parents[1] / "sparsebert" / "assets" / "general" / "texts.txt.gz"
+TARGET = Path(__file__).parents[1] / "sparsebert" / "assets" / "general" / "texts.txt.xz"
 
 
 def texts_of(archive: Path) -> tuple[set[str], set[str]]:
@@ -43,7 +43,7 @@ def main() -> int:
         sys.exit(__doc__)
     examples, definitions = texts_of(Path(sys.argv[1]))
     chosen = drawn({*drawn(examples, EXAMPLES), *drawn(definitions, DEFINITIONS)}, EXAMPLES + DEFINITIONS)
-    packed = gzip.compress("".join(f"{text}\n" for text in chosen).encode(), compresslevel=9, mtime=0)
+    packed = lzma.compress("".join(f"{text}\n" for text in chosen).encode(), preset=9 | lzma.PRESET_EXTREME)
     TARGET.write_bytes(packed)
     print(f"{len(chosen)} texts, {len(packed)} bytes in {TARGET}")
     return 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
+import lzma
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -215,13 +215,13 @@ def _in_labels_of(task: Task, other: Task) -> np.ndarray:
 @functools.cache
 def word_neighbors() -> dict[str, list[str]]:
     """Lower-case word -> up to 8 words of similar meaning, nearest first (counter-fitted vectors; packaged)."""
-    packed = resources.files("sparsebert") / "assets" / "attack" / "counterfitted_neighbors.txt.gz"
+    packed = resources.files("sparsebert") / "assets" / "attack" / "counterfitted_neighbors.txt.xz"
     return word_table(packed.read_bytes())
 
 
 def word_table(packed: bytes) -> dict[str, list[str]]:
-    """Word -> words, of a packaged table: lines of words, separated by one space, compressed by gzip."""
-    lines = gzip.decompress(packed).decode().split("\n")
+    """Word -> words, of a packaged table: lines of words, separated by one space, compressed by xz."""
+    lines = lzma.decompress(packed).decode().split("\n")
     return {word: others for word, *others in (line.split(" ") for line in lines)}
 
 
@@ -233,8 +233,8 @@ def general_texts(*, unseen: bool = False) -> tuple[str, ...]:
     """The packaged general texts: sentences of a dictionary, in an arbitrary order. unseen: True for the last UNSEEN of
     them, which nothing calibrates on, so that reports can measure on them; False for the others.
     """
-    packed = resources.files("sparsebert") / "assets" / "general" / "texts.txt.gz"
-    texts = tuple(gzip.decompress(packed.read_bytes()).decode().splitlines())
+    packed = resources.files("sparsebert") / "assets" / "general" / "texts.txt.xz"
+    texts = tuple(lzma.decompress(packed.read_bytes()).decode().splitlines())
     return texts[-UNSEEN:] if unseen else texts[:-UNSEEN]
 
 

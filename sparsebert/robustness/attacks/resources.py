@@ -125,7 +125,7 @@ class Synonyms:
     """Open English WordNet: the single words that share a sense with a word. sha256: of the table."""
 
     def __init__(self):
-        packed = (resources.files("sparsebert") / "assets" / "attack" / "oewn_synonyms.txt.gz").read_bytes()
+        packed = (resources.files("sparsebert") / "assets" / "attack" / "oewn_synonyms.txt.xz").read_bytes()
         self.sha256 = hashlib.sha256(packed).hexdigest()
         self._table = data.word_table(packed)
         self.of = cache(self._of)

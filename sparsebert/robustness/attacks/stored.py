@@ -163,7 +163,7 @@ def _table(units: list[dict]):
         "queries": whole, "words_changed": real, "score": real, "capped": text, "error": text, "seconds": real,
         "finished": text, "model": text, "engine": text, "dtype": text, "device": text, "isa": text,
         "max_length": whole, "outputs": pa.list_(whole), "temperature": real, "resources": pa.map_(text, text),
-        "seed": whole, "field": text, "max_queries": whole, "max_seconds": real, "code": text,
+        "stopwords": text, "seed": whole, "field": text, "max_queries": whole, "max_seconds": real, "code": text,
     }  # fmt: skip
     rows = []
     for unit in units:
