@@ -40,6 +40,9 @@ MADE_OF = {
     "obs_sweep_cuda": CHECKOUTS,
     "prune": "DIR: MiniLM fine-tuned on a task, which is not recorded and does not change the time",
     "prune_avx2": "DIR: MiniLM fine-tuned on a task, which is not recorded and does not change the time",
+    "pruning_groups": "plain-0 to plain-2: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 "
+    "--seed 0` (1, 2); its cells: the same command with --dense plain-0 plain-1 plain-2 --draws 0 --spaces '87.5 %' "
+    "4x1 8x1 --only 'knowledge 1' 'knowledge 2'; the other rows, and some of 8x1, of fewer models",
     "pruning_ladder": f"{DENSE}{CELLS}0",
     "pruning_main": f"{DENSE}{CELLS}0 DENSE/plain-1 DENSE/plain-2 --draws 0 1",
     "pruning_patterns": f"{DENSE}{CELLS}0 DENSE/plain-1",
