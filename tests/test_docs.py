@@ -90,7 +90,7 @@ def slug(title: str) -> str:
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
 
 
-@pytest.mark.parametrize("path", [path for path in DOCS if path != GENERATED], ids=name_of)
+@pytest.mark.parametrize("path", [ROOT / "README.md", *(p for p in DOCS if p != GENERATED)], ids=name_of)
 def test_lines_outside_tables_have_at_most_120_characters(path: Path):
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         assert len(line) <= 120 or line.startswith("|"), f"{name_of(path)}, line {number}: {len(line)}"

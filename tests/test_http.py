@@ -199,7 +199,8 @@ def test_the_open_inference_protocol(model, server):
         assert server.ask(route)[0] == 200
     assert server.ask("/v2/models/another")[0] == server.ask("/v2/models/another/infer", alone)[0] == 404
     for bad in (
-        {"inputs": []}, {"inputs": [columns[1]]}, {"inputs": [columns[0] | {"shape": [3]}]},
+        {"inputs": []}, {"inputs": [columns[1]]}, {"inputs": [columns[0], columns[0]]},
+        {"inputs": [columns[0] | {"shape": [3]}]},
         {"inputs": [columns[0] | {"datatype": "INT32"}]}, {"inputs": [columns[0] | {"data": [1, 2]}]},
         {"inputs": [columns[0], columns[1] | {"shape": [1], "data": ["a"]}]},
         {"inputs": [columns[0]], "parameters": {"truncate": "yes"}},

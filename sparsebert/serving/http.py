@@ -337,7 +337,8 @@ def app_of(state: State) -> Guard:
         asked = await _read(request, Infer)
         columns = {tensor.name: _column(tensor) for tensor in asked.inputs}
         first, second = columns.get("text"), columns.get("text_pair")
-        if first is None or (len(columns) == 2 and (second is None or len(second) != len(first))) or not first:
+        twice = len(columns) < len(asked.inputs)
+        if twice or first is None or (len(columns) == 2 and (second is None or len(second) != len(first))) or not first:
             raise Fault(
                 422, "validation", f"inputs must be text, and text_pair of as many, are {list(columns)}", "see /v2"
             )

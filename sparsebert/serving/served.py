@@ -69,12 +69,10 @@ class _Pending:
 
 @dataclass
 class Counts:
-    """Of one model since it was begun. tokens and seconds: of its batches."""
+    """Of one model since it was begun."""
 
     batches: int = 0
     texts: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
     restarts: int = 0
 
 
@@ -200,11 +198,9 @@ class Served:
         return process.answer(HUNG)
 
     def _finish(self, batch: Batch, logits: np.ndarray, now: float) -> None:
-        counts, seconds = self.counts, now - batch.began
-        counts.batches, counts.texts, counts.tokens = (
-            counts.batches + 1, counts.texts + len(batch.items), counts.tokens + batch.tokens
-        )  # fmt: skip
-        counts.seconds += seconds
+        seconds = now - batch.began
+        self.counts.batches += 1
+        self.counts.texts += len(batch.items)
         for (request, i), row in zip(batch.items, logits, strict=True):
             pending = request.payload
             if pending.logits is None:

@@ -21,7 +21,7 @@ TICK = 5.0  # seconds
 UNITS = 32  # examples that a worker gets at a time
 
 Work = Callable[[Iterable[Unit]], Iterator[Done | None]]
-Told = list[Done] | None  # by a worker: examples that ended in one round; None: all that it was given have ended
+Told = Done | None  # by a worker: an example that has ended; None: all that it was given have ended
 
 
 class Lost(Exception):
@@ -29,7 +29,7 @@ class Lost(Exception):
 
 
 class Workers(Protocol):
-    """Workers by number, each of which attacks what it is given and tells what has ended after every round."""
+    """Workers by number, each of which attacks what it is given and tells of each example when it ends."""
 
     def give(self, number: int, units: list[Unit]) -> None: ...
 
@@ -45,8 +45,8 @@ class Workers(Protocol):
 @contextmanager
 def of(victim: Victim, plan: Plan) -> Iterator[Work]:
     """A function that attacks units as `attacked` does, by as many workers as the plan's config says. What a worker
-    that is killed leaves is done by the others, and by this process once there are none. It yields None after every
-    round of a worker, too, and every few seconds.
+    that is killed leaves is done by the others, and by this process once there are none. It yields None every few
+    seconds at least.
     """
     config = plan.config
     if config.workers == 1 and not config.ray:
@@ -69,17 +69,17 @@ def of(victim: Victim, plan: Plan) -> Iterator[Work]:
                 break
             for number in workers.told(list(left)):
                 try:
-                    rows = workers.hear(number)
+                    row = workers.hear(number)
                 except Lost:
                     warnings.warn("a worker was killed; the work goes on without it", SparsebertWarning, stacklevel=2)
                     coming = chain(left.pop(number).values(), coming)
                     continue
-                if rows is None:
+                if row is None:
                     del left[number]
                     idle.append(number)
-                for row in rows or ():
-                    del left[number][row[0]]
-                    yield row
+                    continue
+                del left[number][row[0]]
+                yield row
             yield None
         yield from attacked(victim, plan, coming)  # there is something only if no worker is left
 
@@ -96,17 +96,6 @@ def _workers(victim: Victim, plan: Plan) -> Workers:
     from sparsebert.robustness.attacks import ray_actors  # of an extra
 
     return ray_actors.Actors(victim, plan)
-
-
-def rounds(victim: Victim, plan: Plan, units: Iterable[Unit]) -> Iterator[list[Done]]:
-    """Attacks units and yields after every round what has ended in it."""
-    ended: list[Done] = []
-    for row in chain(attacked(victim, plan, units), [None]):
-        if row is not None:
-            ended.append(row)
-        elif ended:
-            yield ended
-            ended = []
 
 
 class Processes:
@@ -159,8 +148,8 @@ def _serve(pipe, share, directory, device, task, order, temperature, recipe, con
     (plan,) = plans(named(recipe), config, task)
     try:
         while True:
-            for ended in rounds(victim, plan, pipe.recv()):
-                pipe.send(ended)
+            for row in filter(None, attacked(victim, plan, pipe.recv())):
+                pipe.send(row)
             pipe.send(None)
     except (EOFError, OSError):
         return

@@ -12,8 +12,8 @@ from pathlib import Path
 from sparsebert import environment
 from sparsebert.engine.classifier import Classifier
 from sparsebert.errors import InputError, SparsebertError, SparsebertWarning, UnsupportedError, first_line
-from sparsebert.robustness.attacks.crew import TICK, Lost, Told, rounds
-from sparsebert.robustness.attacks.plan import Done, Plan, Unit, Victim, plans
+from sparsebert.robustness.attacks.crew import TICK, Lost, Told
+from sparsebert.robustness.attacks.plan import Done, Plan, Unit, Victim, attacked, plans
 from sparsebert.robustness.attacks.recipes import named
 
 environment.send_no_usage()
@@ -123,5 +123,7 @@ class _Actor:
                 fix="use nodes of one kind, with the same files",
             )
 
-    def attack(self, units: list[Unit]) -> Iterator[list[Done]]:
-        yield from rounds(self._victim, self._plan, units)
+    def attack(self, units: list[Unit]) -> Iterator[Done]:
+        for row in attacked(self._victim, self._plan, units):
+            if row is not None:
+                yield row

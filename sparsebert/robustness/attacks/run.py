@@ -97,30 +97,19 @@ def _rows(
     found = book.found(KIND, keys, code)
     done = sum(row is not None for row in found)
     progress(done, len(units))
-    ready: list[tuple[dict, dict, float]] = []
-
-    def flush() -> None:
-        if ready:
-            book.add(KIND, ready, code)
-            ready.clear()
-        book.renew()
-
     with crew.of(victim, plan) as work:
         while left := [i for i, row in enumerate(found) if row is None]:
             before = done
             claimed = _claimed(book, [(units[i], keys[i]) for i in left], code)
-            try:
-                for ended in work(claimed):
-                    if ended is None:
-                        flush()
-                        continue
-                    i, row, seconds = ended
-                    found[i] = row | {"seconds": round(seconds, 4)}
-                    ready.append((keys[i], found[i], seconds))
-                    done += 1
-                    progress(done, len(units))
-            finally:
-                flush()
+            for ended in work(claimed):
+                book.renew()
+                if ended is None:
+                    continue
+                i, row, seconds = ended
+                found[i] = row | {"seconds": round(seconds, 4)}
+                book.add(KIND, [(keys[i], found[i], seconds)], code)  # at once: a kill loses nothing that had ended
+                done += 1
+                progress(done, len(units))
             left = [i for i in left if found[i] is None]
             for i, row in zip(left, book.found(KIND, [keys[i] for i in left], code), strict=True):
                 found[i] = row
