@@ -12,8 +12,9 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 
 def prepare_interpreter() -> None:
     """Fills fresh memory with NaN, refuses to load or store outside the tensors that a kernel was given, which the
-    interpreter would do in silence, and repairs its dot, which multiplies the bits of bfloat16 as integers instead of
-    their values.
+    interpreter would do in silence, and repairs its dot: it multiplies the bits of bfloat16 as integers instead of
+    their values, and leaves the order of a sum to a BLAS, by which it may depend on where a row or a column stands in
+    the tile, as it never does on a GPU.
     """
     given: list[tuple[int, int]] = []  # first address, and the one after the last, of each tensor
     to_host = GridExecutor._init_args_hst
@@ -46,13 +47,16 @@ def prepare_interpreter() -> None:
     GridExecutor._init_args_hst = recorded
     InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = checked_load, checked_store
 
-    def widened(operand: TensorHandle) -> TensorHandle:
+    def values(operand: TensorHandle) -> np.ndarray:
         if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            return operand.data
+        return (operand.data.astype(np.uint32) << 16).view(np.float32)
 
-    dot = InterpreterBuilder.create_dot
-    InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    def dot(self, a, b, c, *rest):
+        product = np.einsum("...mk,...kn->...mn", values(a), values(b), dtype=c.data.dtype)
+        return TensorHandle(product + c.data, c.dtype.scalar)
+
+    InterpreterBuilder.create_dot = dot
     torch.use_deterministic_algorithms(True)  # which fills fresh memory with NaN
 
 
