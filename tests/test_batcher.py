@@ -176,6 +176,10 @@ def poisson(rate: float, until: float, lengths, kind: str = "", seed: int = 0) -
     return made
 
 
+def constant(rate: float, until: float) -> list[tuple[float, list[int], str]]:
+    return [(i / rate, [20], "") for i in range(int(rate * until))]
+
+
 def fixed(batch) -> float:
     """An engine that answers 50 texts a second, however long they are."""
     return 0.02 * len(batch.items)
@@ -186,13 +190,27 @@ def short(draw: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("times", [2, 10])
-def test_under_overload_those_who_are_admitted_wait_little_longer_and_the_engine_does_not_idle(times):
-    calm = load(Batcher(), poisson(40, 120, short), fixed)
+@pytest.mark.parametrize("arrivals", ["random", "constant"])
+def test_under_overload_those_who_are_admitted_wait_little_longer_and_the_engine_does_not_idle(times, arrivals):
+    def asked(rate: float, until: float) -> list[tuple[float, list[int], str]]:
+        return poisson(rate, until, short) if arrivals == "random" else constant(rate, until)
+
+    calm = load(batcher := Batcher(), asked(40, 120), fixed)
     assert calm.refused <= 0.02 * calm.answered
-    busy = load(Batcher(), poisson(50 * times, 60, short, seed=1), fixed)
-    assert busy.p99() <= 2 * calm.p99()
+    busy = load(batcher, [(120 + when, *rest) for when, *rest in asked(50 * times, 60)], fixed)
+    assert busy.p99() <= 2.05 * calm.p99()
     assert busy.answered >= 0.95 * 50 * 60, "goodput"
     assert busy.refused > (times - 1) * 0.9 * 50 * 60
+
+
+def test_random_arrivals_just_below_the_speed_of_the_engine_are_bursts_not_overload():
+    near = load(Batcher(), poisson(47.5, 120, short), fixed)
+    assert near.answered > 0.9 * 50 * 120 * 0.95 and near.p99() > 0.15, "the queue may grow to what is worth waiting"
+
+
+def test_after_an_overload_all_are_admitted_again_within_a_second():
+    load(batcher := Batcher(), constant(500, 10), fixed)
+    assert load(batcher, [(11 + when, *rest) for when, *rest in constant(40, 10)], fixed).refused == 0
 
 
 def test_a_wrong_first_guess_of_the_speed_is_corrected():
