@@ -414,7 +414,7 @@ class ServeConfig(Settings):
         "long each takes, are metrics",
     )
     shadow_rate: float = Field(0.01, ge=0, le=1, description="that share")
-    read_timeout: Positive = Field(10.0, description="seconds in which the body of a request must have come")
+    read_timeout: Positive = Field(10.0, description="seconds in which the head of a request, and its body, must come")
     drain_timeout: Positive = Field(20.0, description="seconds for requests in flight when the server is told to stop")
 
 

@@ -43,7 +43,7 @@ class Queue(RuleBasedStateMachine):
         except Refused as refused:
             assert refused.retry_after >= 0 and str(refused)
             assert (self.batcher.in_flight, self.batcher.waiting) == before
-            assert self.open, "an engine that has nothing to do takes every request"
+            assert self.open or self.batch is not None, "an engine that has nothing to do takes every request"
             return
         self.open.append(request)
         self.ran[request], self.begun[request] = [], []

@@ -22,7 +22,8 @@ import torch
 from command_line import refused, until
 from models import classifier, saved
 
-from sparsebert import Engine
+from sparsebert import Engine, checkpoint
+from sparsebert.engine.inputs import Inputs
 from sparsebert.heads import sigmoid, softmax
 
 
@@ -153,6 +154,57 @@ def test_a_long_text_is_an_error_unless_it_may_be_cut(server):
     assert status == 200 and headers["x-truncated"] == "1"
 
 
+def test_a_long_text_is_read_whole_in_windows(model, server):
+    engine, long = Engine.load(model), "a film that is good " * 60
+    (ids,), _, _ = Inputs(checkpoint.read(model)).encode([long])
+    begin, end, words = ids[0], ids[-1], ids[1:-1]
+    windows = [[begin, *words[i : i + 98], end] for i in range(0, len(words) - 98 + 50, 50)]
+    wanted = softmax(engine.logits(windows).mean(axis=0, keepdims=True))[0]
+    for settings in ({"window": 100}, {"window": 100, "stride": 50}):
+        status, document, headers = server.ask("/predict", {"inputs": [["so so"], [long]], **settings})
+        assert status == 200 and headers["x-windows"] == f"1,{len(windows)}"
+        assert scores(document[1]) == pytest.approx(dict(zip(engine.labels, wanted, strict=True)), abs=1e-5)
+        assert scores(document[0]) == pytest.approx(scores(server.ask("/predict", {"inputs": "so so"})[1]), abs=1e-5)
+    status, document, headers = server.ask("/classify", {"input": long, "window": 100})
+    assert status == 200 and headers["x-windows"] == str(len(windows))
+    assert document["data"][0]["probs"] == pytest.approx(wanted, abs=1e-5)
+    tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [long]}
+    asked = {"inputs": [tensor], "parameters": {"window": 100, "stride": 50, "another": 1}}
+    document = server.ask("/v2/models/model/infer", asked)[1]
+    assert document["outputs"][1]["data"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_windows_of_a_pair_go_over_the_second_text(model, server):
+    engine, long = Engine.load(model), "a film that is good " * 60
+    ids, types, _ = engine.encode([("so so", long)], max_length=512)
+    first = ids[0].index(engine.encode(["so"])[0][0][-1], 1) + 1
+    room, words = 100 - first - 1, ids[0][first:-1]
+    starts = range(0, len(words) - room + 40, 40)
+    rows = [(ids[0][:first] + words[i : i + room] + ids[0][-1:]) for i in starts]
+    kinds = [types[0][:first] + [1] * (len(row) - first) for row in rows]
+    wanted = softmax(engine.forward(rows, kinds).mean(axis=0, keepdims=True))[0]
+    asked = {"inputs": {"text": "so so", "text_pair": long}, "window": 100, "stride": 40}
+    status, document, headers = server.ask("/predict", asked)
+    assert status == 200 and headers["x-windows"] == str(len(rows))
+    assert scores(document) == pytest.approx(dict(zip(engine.labels, wanted, strict=True)), abs=1e-5)
+
+
+def test_windows_that_would_leave_tokens_out_or_are_too_many_are_refused(server):
+    long = "good " * 2000
+    for settings, said in (
+        ({"window": 100, "stride": 99}, "tokens between two that begin 99 apart would be left out"),
+        ({"window": 2}, "greater than or equal to 3"), ({"window": 513}, "may have 512 tokens"),
+        ({"window": 32}, "at most 32 are allowed"), ({"stride": 5}, "there is no window"),
+        ({"window": 100, "truncate": True}, "exclude each other"), ({"window": 100, "stride": 0}, "stride"),
+    ):  # fmt: skip
+        status, document, _ = server.ask("/predict", {"inputs": long, **settings})
+        assert status == 422 and said in document["error"], settings
+    status, document, _ = server.ask("/predict", {"inputs": [["good " * 300]] * 20, "window": 200})
+    assert status == 422 and "at most 32 are allowed" in document["error"]
+    status, document, _ = server.ask("/predict", {"inputs": {"text": long, "text_pair": "a"}, "window": 200})
+    assert status == 422 and "the first part of the pair" in document["error"]
+
+
 def test_texts_are_ranked_by_a_model_of_one_logit(tmp_path, server):
     directory = saved(tmp_path / "reranker", labels=1)
     with running(directory) as begun:
@@ -205,9 +257,22 @@ def test_the_open_inference_protocol(model, server):
         {"inputs": [columns[0], columns[1] | {"shape": [1], "data": ["a"]}]},
         {"inputs": [columns[0]], "parameters": {"truncate": "yes"}},
         {"inputs": [columns[0] | {"shape": [0], "data": []}]},
+        {"inputs": [columns[0]], "outputs": [{"name": "probabilities"}]},
+        {"inputs": [columns[0]], "parameters": {"window": "many"}},
     ):  # fmt: skip
         assert server.ask("/v2/models/model/infer", bad)[0] == 422, bad
-    assert server.metric(r'sparsebert_requests_total\{route="/v2/models/\{name\}/infer",status="200"\}') == 2
+    assert server.metric(r'sparsebert_requests_total\{route="/v2/models/\{name\}/infer",status="200"\}') >= 2
+
+
+def test_a_text_that_may_have_several_labels_is_not_given_one(tmp_path):
+    model = classifier()
+    model.config.problem_type = "multi_label_classification"
+    with running(saved(tmp_path / "several", model)) as begun:
+        assert begun.ask("/classify", {"input": "a film"})[1]["data"][0]["label"] is None
+        tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a film"]}
+        document = begun.ask("/v2/models/several/infer", {"inputs": [tensor]})[1]
+        assert [output["name"] for output in document["outputs"]] == ["logits", "scores"]
+        assert [output["name"] for output in begun.ask("/v2/models/several")[1]["outputs"]] == ["logits", "scores"]
 
 
 def test_it_says_what_it_serves_and_within_which_limits(model, server):
@@ -250,12 +315,20 @@ def test_a_shadow_is_asked_beside_and_compared_by_the_names_of_its_labels(model,
     turned.config.label2id = {"positive": 0, "negative": 1}
     for shadow, same in ((saved(tmp_path / "turned", turned), 10), (opposite, 0)):
         with running(model, "--shadow", shadow, "--shadow-rate", 1) as begun:
+            document = begun.ask("/shadow/predict", {"inputs": "so so"})[1]
+            engine = Engine.load(shadow)
+            (row,) = softmax(engine.logits(["so so"]))
+            assert scores(document) == pytest.approx(dict(zip(engine.labels, row, strict=True)), abs=1e-5)
             for i in range(5):
                 assert begun.ask("/predict", {"inputs": [[f"a film {i}"], ["so so"]]})[0] == 200
             until(lambda begun=begun: begun.metric("sparsebert_shadow_texts_total") == 10)
             assert begun.metric("sparsebert_shadow_same_total") == same
             assert begun.metric("sparsebert_shadow_seconds_count") == 10
             assert begun.end() == 0
+
+
+def test_without_a_shadow_there_is_none_to_ask(server):
+    assert server.ask("/shadow/predict", {"inputs": "a"})[0] == 404 and server.ask("/info")[1]["shadow"] is False
 
 
 def test_a_shadow_with_other_labels_is_refused(model, tmp_path, capsys):
@@ -318,6 +391,36 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
         assert b" 408 " in answer and b"connection: close" in answer.lower()
 
 
+def test_a_head_that_does_not_come_or_does_not_end_is_not_waited_for(model):
+    def answer(*parts: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", begun.port), 20) as connection:
+            for part in parts:
+                connection.sendall(part)
+            with contextlib.suppress(OSError):
+                return b"".join(iter(lambda: connection.recv(4096), b""))
+        return b""
+
+    whole = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+    with running(model, "--read-timeout", 0.3) as begun:
+        for parts in (
+            (b"",),
+            (b"GET /health/li",),
+            (b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ",),
+            (whole, b"GET /h"),
+        ):
+            found = answer(*parts)
+            assert b"HTTP/1.1 408 " in found and b'"type": "http"' in found, parts
+        found = answer(b"GET / HTTP/1.1\r\n", *[b"A: " + b"a" * 4093 + b"\r\n"] * 20)
+        assert b"HTTP/1.1 431 " in found or found == b""
+        assert b"HTTP/1.1 400 " in (found := answer(b"\x16\x03\x01\x02\x00")) and b"no HTTP request" in found
+        assert begun.ask("/predict", {"inputs": "a film"})[0] == 200
+        with socket.create_connection(("127.0.0.1", begun.port), 20) as idle:  # between two requests, as long as others
+            for _ in range(3):
+                idle.sendall(whole)
+                time.sleep(0.5)
+                assert b"200 OK" in idle.recv(4096)
+
+
 def test_a_key_is_asked_for_everywhere_but_by_probes_and_is_in_no_log(model, tmp_path):
     key = "k" * 20
     (file := tmp_path / "key").write_text(f"{key}\n")
@@ -327,13 +430,14 @@ def test_a_key_is_asked_for_everywhere_but_by_probes_and_is_in_no_log(model, tmp
             ("/predict", {"inputs": "a"}),
             ("/info", None),
             ("/metrics", None),
-            ("/openapi.json", None),
+            ("/stats", None),
         ):
             assert begun.ask(route, body)[0] == 401
             assert begun.ask(route, body, headers={"Authorization": f"Bearer {key}x"})[0] == 401
             assert begun.ask(route, body, headers={"Authorization": f"Bearer {key}"})[0] == 200
         assert begun.ask("/predict", {"inputs": "a"})[2]["www-authenticate"] == "Bearer"
-        assert begun.ask("/health/ready")[0] == begun.ask("/health/live")[0] == 200
+        for route in ("/health/ready", "/health/live", "/", "/docs", "/openapi.json"):
+            assert begun.ask(route)[0] == 200, route
         arguments = Path(f"/proc/{begun.process.pid}/cmdline").read_text()
         assert begun.end() == 0
     assert key not in "".join(begun.lines) and key not in arguments
@@ -347,6 +451,9 @@ def test_what_would_not_be_safe_or_cannot_be_is_refused_before_anything_is_serve
     (short := tmp_path / "short").write_text("k")
     assert "at least 16 characters" in refused(capsys, "serve", model, "--api-key-file", short)
     assert "cannot be read" in refused(capsys, "serve", model, "--api-key-file", tmp_path / "none")
+    monkeypatch.setenv("SPARSEBERT_API_KEY", "k")
+    assert "SPARSEBERT_API_KEY must have at least 16" in refused(capsys, "serve", model, "--host", "0.0.0.0")
+    monkeypatch.delenv("SPARSEBERT_API_KEY")
     assert "there is no address" in refused(capsys, "serve", model, "--host", "999.1.1.1", "--insecure")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from browser import tab
 from command_line import refused, run
-from conftest import require
 from huggingface_hub import ModelCard
 from models import classifier, saved
 
@@ -229,36 +227,22 @@ def test_the_page_fetches_nothing_and_what_it_shows_is_inert(page):
     assert "encoder" in found.text and "0" * 64 in found.text and "d" * 64 in found.text
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
-MEASURE = """<script>addEventListener("load", () => setTimeout(() => parent.postMessage({
+MEASURE = """({
   title: document.title, wide: document.documentElement.scrollWidth, window: innerWidth,
-  charts: [...document.querySelectorAll(".main-svg")].length, bars: document.querySelectorAll(".bars .point").length,
+  charts: document.querySelectorAll(".main-svg").length, bars: document.querySelectorAll(".bars .point").length,
   whiskers: document.querySelectorAll(".errorbar").length,
   owned: document.querySelectorAll("p script, td script").length,
-}, "*"), 500))</script></body>"""
+})"""
 
 
 def test_in_a_browser_at_phone_width_without_network_the_charts_are_drawn_and_nothing_sticks_out(page, tmp_path):
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        require("browser", f"none of {', '.join(BROWSERS)} is installed")
-    (tmp_path / "page.html").write_text(page.read_text().replace("</body>", MEASURE))
-    (tmp_path / "frame.html").write_text(
-        "<body><iframe src='page.html' width=390 height=844 frameborder=0></iframe><script>addEventListener('message', "
-        "event => { document.body.dataset.found = JSON.stringify(event.data) })</script></body>"
-    )
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=10000", "--dump-dom",
-        (tmp_path / "frame.html").as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    told = re.search(r'data-found="([^"]*)"', done.stdout)
-    assert told, done.stderr[-2000:]
-    found = json.loads(told[1].replace("&quot;", '"'))
+    with tab(page.as_uri(), tmp_path / "profile", width=390) as shown:
+        shown.until("document.querySelectorAll('.bars .point').length == 9")
+        found = shown.value(MEASURE)
+        assert not shown.errors
     assert found["window"] == 390 and found["wide"] <= 390, "no scrolling sideways"
     assert found["title"] == "sparsebert: mr" and found["owned"] == 0, "the script in a text has not run"
-    assert found["charts"] >= 2 and found["bars"] == 9 and found["whiskers"] >= 9
+    assert found["charts"] >= 2 and found["whiskers"] >= 9
 
 
 def test_a_report_is_written_over_a_report_only(page, tmp_path, capsys):

@@ -95,8 +95,8 @@ class TextEncoder:
                     self._refuse_long(text, found, max_length, i if numbers is None else numbers[i])
                 ids, types, cut = self._cut(text, max_length)
             else:
-                ids, types = found.ids, found.type_ids
-            yield ids, types if self._types else [0] * len(ids), cut
+                ids, types = found.ids, found.type_ids if self._types else [0] * len(found.ids)
+            yield ids, types, cut
 
     def exceeds(self, text: Text, most: int) -> bool:
         """Whether a text or pair has more than `most` tokens. A long text is only read until that is certain."""
@@ -106,6 +106,37 @@ class TextEncoder:
             stream.fetch(most + 1 - count)
             count += stream.count
         return count > most
+
+    def windows(self, text: Text, *, size: int, step: int, most: int) -> list[tuple[list[int], list[int]]]:
+        """(token ids, token types) of windows of at most `size` tokens, special ones included, that cover a text; each
+        begins `step` tokens after the one before. Of a pair, windows go over the second part and all hold the first.
+        Raises InputError if tokens would fall between two windows, and for more than `most` windows.
+        """
+        parts = _parts(text)
+        room = size - self._special(text)
+        streams = [_Stream(self._tokenizer, part, self._pieces, left=False) for part in parts]
+        for stream in streams:
+            stream.fetch(max(room, 0) + step * most)
+        long = streams[-1]
+        room -= sum(stream.count for stream in streams[:-1])
+        if room < step:
+            beside = "special tokens" if len(parts) == 1 else "the first part of the pair and special tokens"
+            raise InputError(
+                f"windows of {size} tokens hold at most {max(room, 0)} besides {beside}, so that tokens between two "
+                f"that begin {step} apart would be left out",
+                fix="choose a smaller stride or a larger window",
+            )
+        count = 1 + max(0, -(-(long.count - room) // step))
+        if count > most:
+            raise InputError(
+                f"a text of {long.count}{'' if long.done else ' or more'} tokens needs {count} windows, at most {most} "
+                "are allowed",
+                fix="choose a larger window or stride, or send a part of it",
+            )
+        return [
+            self._arranged([stream.kept(stream.count) for stream in streams[:-1]] + [long.slice(i * step, room)])
+            for i in range(count)
+        ]
 
     def _refuse_long(self, text: Text, found: Encoding | None, most: int, number: int) -> None:
         """Raises InputError for a text of more than `most` tokens."""
@@ -143,12 +174,17 @@ class TextEncoder:
                 stream = longer if shorter.done else shorter
                 stream.fetch(stream.count + 1)
             keep = shares(a.count, b.count, room)
+        ids, types = self._arranged([stream.kept(tokens) for stream, tokens in zip(streams, keep, strict=True)])
+        return ids, types, sum(stream.count for stream in streams) > room
+
+    def _arranged(self, parts: list[list[int]]) -> tuple[list[int], list[int]]:
+        """(token ids, token types) of a text or a pair with its special tokens. parts: ids without them."""
         ids, types = [], []
         for token, kind, part in self._templates[len(parts)]:
-            row = [token] if part is None else streams[part].kept(keep[part])
+            row = [token] if part is None else parts[part]
             ids += row
-            types += [kind] * len(row)
-        return ids, types, sum(stream.count for stream in streams) > room
+            types += [kind if self._types else 0] * len(row)
+        return ids, types
 
 
 class _Stream:
@@ -176,6 +212,10 @@ class _Stream:
     def kept(self, tokens: int) -> list[int]:
         """The first `tokens` of the tokens read so far; the last ones if `left`."""
         return self._found[-tokens:] if self._left else self._found[:tokens]
+
+    def slice(self, start: int, tokens: int) -> list[int]:
+        """`tokens` of the tokens read so far, from number `start` on."""
+        return self._found[start : start + tokens]
 
 
 def _split(text: str, pieces: Pieces | None, left: bool) -> Iterator[str]:

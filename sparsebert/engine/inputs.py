@@ -56,6 +56,26 @@ class Inputs:
                 cut.append(i)
         return ids, types, cut
 
+    def windows(
+        self, texts: Iterable, *, size: int, step: int, most: int
+    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
+        """(token ids, token types) of windows that cover the texts, in order, and how many each text has: see
+        `TextEncoder.windows`. texts: strings and pairs. size: at most the model's positions. most: of all texts.
+        """
+        if size > self.limit:
+            raise InputError(f"a window may have {self.limit} tokens, got {size}", fix="choose a smaller window")
+        ids, types, counts = [], [], []
+        for row in read(texts, self._vocabulary, self._padding):
+            found = self._tokenizer.windows(row, size=size, step=step, most=most)
+            ids += [row_ids for row_ids, _ in found]
+            types += [row_types for _, row_types in found]
+            counts.append(len(found))
+        if len(ids) > most:
+            raise InputError(
+                f"the texts need {len(ids)} windows, at most {most} are allowed", fix="send several requests"
+            )
+        return ids, types, counts
+
 
 def read(texts: Iterable, vocabulary: int, padding: int | None = None) -> list[Row]:
     """One row per text: a string, a pair of strings as a tuple, or its token ids as a list.

@@ -15,8 +15,8 @@ from typing import Any
 
 ITEM_COST = 8  # what a text costs beside its tokens, in tokens
 RATE_MEMORY = 0.2  # weight of the newest batch in the estimate of the engine's speed
-# A queue is no burst any more if, for so many seconds, so many times more was asked for than the engine can do: chosen by
-# simulating an engine of fixed speed, so that random arrivals at 80 and 95 % of it are refused no more often than before.
+# A queue is no burst any more if, for so many seconds, so many times more was asked for than the engine can do. Chosen
+# by simulating an engine of fixed speed: random arrivals at 80 % of it are refused no more often than without the rule.
 STANDING, HOPELESS = 0.25, 1.75
 SUDDEN = 10  # by how much one batch may be slower than that, in the estimate: one that hung must not refuse all others
 

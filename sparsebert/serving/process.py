@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import struct
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from multiprocessing.connection import Connection
@@ -30,7 +31,8 @@ class Gone(Exception):
 class EngineProcess:
     """Loads a model directory in a new process, and asks it for logits.
 
-    facts: of the engine there: labels, problem, dtype, isa, threads, max_length (positions), truncates_at, density.
+    facts: of the engine there: labels, problem, dtype, isa, threads, max_length (positions), truncates_at, density,
+    kernels (linears by form and kernel, in batches of many tokens).
     pid: of the process.
 
     Raises what `Engine.load` raises; Gone if the process ends before the engine is loaded.
@@ -117,7 +119,7 @@ def _answer(pipe: Connection, settings: str) -> None:
         facts = {
             "labels": engine.labels, "problem": engine.problem.name, "dtype": engine.dtype, "isa": engine.isa,
             "threads": engine.threads, "max_length": engine.encoder.max_length, "truncates_at": engine.truncates_at,
-            "density": engine.density,
+            "density": engine.density, "kernels": _kernels(engine),
         }  # fmt: skip
         pipe.send_bytes(OK + json.dumps(facts).encode())
         while True:
@@ -129,6 +131,10 @@ def _answer(pipe: Connection, settings: str) -> None:
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended
         return None
+
+
+def _kernels(engine: Engine) -> dict[str, int]:
+    return dict(Counter(f"{row['form']}, {row['kernel']}" for row in engine.explain()).most_common())
 
 
 def _read(question: bytes) -> tuple[list[np.ndarray], list[np.ndarray]]:

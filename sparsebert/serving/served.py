@@ -41,14 +41,26 @@ class TooLate(Exception):
 
 
 @dataclass(frozen=True)
+class Windows:
+    """How a long text is read whole: in windows of `size` tokens at most, each beginning `step` tokens after the one
+    before. Its logits are the mean over its windows. most: windows of a request.
+    """
+
+    size: int
+    step: int
+    most: int
+
+
+@dataclass(frozen=True)
 class Answer:
-    """logits: float32 [texts, labels]. tokens: of each text. cut: which texts were cut. Seconds: tokenizing, queue
-    (until the last text began) and inference (of the batches that held the texts).
+    """logits: float32 [texts, labels]. tokens: that were computed. cut: which texts were cut. windows: of each text.
+    Seconds: tokenizing, queue (until the last text began) and inference (of the batches that held the texts).
     """
 
     logits: np.ndarray
-    tokens: list[int]
+    tokens: int
     cut: list[int]
+    windows: list[int]
     tokenizing: float
     queue: float
     inference: float
@@ -106,9 +118,16 @@ class Served:
         return self._process is not None and not self._closing
 
     async def answer(
-        self, texts: Sequence[Text], *, truncate: bool = False, max_length: int | None = None, seconds: float = math.inf
+        self,
+        texts: Sequence[Text],
+        *,
+        truncate: bool = False,
+        max_length: int | None = None,
+        windows: Windows | None = None,
+        seconds: float = math.inf,
     ) -> Answer:
-        """Logits of texts. truncate, max_length: as for `Engine.logits`. seconds: until the answer is of no use.
+        """Logits of texts. truncate, max_length: as for `Engine.logits`. windows: in place of both. seconds: until the
+        answer is of no use.
 
         Raises InputError for texts that the engine would refuse, Unavailable, batcher.Refused, TooLate. If the caller
         is cancelled, what is still in the queue is not run.
@@ -118,11 +137,16 @@ class Served:
         loop = asyncio.get_running_loop()
         start = loop.time()
         size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
-        settings = {"truncate": truncate, "max_length": max_length}
-        if size <= INLINE:
-            ids, types, cut = self._inputs.encode(texts, **settings)
-        else:
-            ids, types, cut = await asyncio.to_thread(self._inputs.encode, texts, **settings)
+
+        def encode() -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
+            if windows is not None:
+                ids, types, counts = self._inputs.windows(
+                    texts, size=windows.size, step=windows.step, most=windows.most
+                )
+                return ids, types, [], counts
+            return *self._inputs.encode(texts, truncate=truncate, max_length=max_length), [1] * len(texts)
+
+        ids, types, cut, counts = encode() if size <= INLINE else await asyncio.to_thread(encode)
         lengths, now = [len(row) for row in ids], loop.time()
         pending = _Pending(loop.create_future(), ids, types, now)
         request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
@@ -131,7 +155,10 @@ class Served:
             logits = await pending.future
         finally:
             self.batcher.leave(request)  # one that has ended stays as it is
-        return Answer(logits, lengths, cut, now - start, pending.began - now, pending.inference)
+        if len(counts) < len(logits):
+            ends = np.cumsum(counts)[:-1]
+            logits = np.stack([part.mean(axis=0, dtype=np.float64) for part in np.split(logits, ends)]).astype("f4")
+        return Answer(logits, sum(lengths), cut, counts, now - start, pending.began - now, pending.inference)
 
     async def close(self, seconds: float = 0.0) -> bool:
         """Takes no request any more, waits for those in flight, for so many seconds at most, and ends the process.

@@ -13,6 +13,7 @@ import socket
 import stat
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,12 @@ from sparsebert import checkpoint, environment, heads
 from sparsebert.config import ServeConfig
 from sparsebert.errors import InputError, SparsebertError, SparsebertWarning, first_line
 from sparsebert.serving.batcher import Limits
-from sparsebert.serving.http import Rules, State, app_of
+from sparsebert.serving.http import app_of
+from sparsebert.serving.protocol import Protocol
 from sparsebert.serving.served import Served
+from sparsebert.serving.state import Rules, State
 
+KEY = 16  # characters of an API key, at least
 BACKLOG = 2048  # connections that the kernel keeps while the loop is busy
 
 
@@ -50,17 +54,22 @@ def serve(
 
 def key_of(config: ServeConfig) -> str | None:
     """The API key: the first line of its file, else the environment's; None if neither is given."""
-    if config.api_key_file is None:
-        return environment.api_key()
-    path = Path(config.api_key_file)
-    try:
-        key = path.read_text(encoding="utf-8").split("\n")[0].strip()
-        mode = path.stat().st_mode
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the API key cannot be read from {path}: {first_line(error)}", fix="correct it") from error
-    if len(key) < 16:
+    path = None if config.api_key_file is None else Path(config.api_key_file)
+    if path is None:
+        key, mode = environment.api_key(), 0
+        if key is None:
+            return None
+    else:
+        try:
+            key, mode = path.read_text(encoding="utf-8").split("\n")[0].strip(), path.stat().st_mode
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"the API key cannot be read from {path}: {first_line(error)}", fix="correct it"
+            ) from error
+    if len(key) < KEY:
         raise InputError(
-            f"the API key in {path} must have at least 16 characters, has {len(key)}", fix="make a longer one"
+            f"the API key in {path or 'SPARSEBERT_API_KEY'} must have at least {KEY} characters, has {len(key)}",
+            fix="make a longer one",
         )
     if mode & (stat.S_IRGRP | stat.S_IROTH):
         warnings.warn(f"{path} can be read by others: chmod 600 {path}", SparsebertWarning, stacklevel=2)
@@ -119,8 +128,10 @@ async def _serve(directory: Path, config: ServeConfig, key: str | None, listener
         state.columns = columns_of(state.shadow, state.served)
     server = _Server(
         uvicorn.Config(
-            app_of(state), log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30,
-            timeout_graceful_shutdown=max(1, int(config.drain_timeout)), server_header=False, backlog=BACKLOG,
+            app_of(state), http=partial(Protocol, head_seconds=config.read_timeout), ws="none", log_config=None,
+            access_log=False, lifespan="off",
+            timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(config.drain_timeout)), server_header=False,
+            backlog=BACKLOG,
         )
     )  # fmt: skip
     loop = asyncio.get_running_loop()

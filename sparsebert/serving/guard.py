@@ -1,0 +1,133 @@
+"""Stands between the network and the routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import re
+import secrets
+import time
+
+from sparsebert.serving.faults import Fault, answer_of, fault_of
+from sparsebert.serving.state import State
+
+IGNORED = 64_000_000  # bytes of a body that is too large that are read and thrown away
+CLIENT_LEFT = 499  # in logs and metrics; nobody receives it
+REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+# Probes have no key, and a browser cannot show one before it has a page to ask for it.
+OPEN = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+
+
+class Guard:
+    """Stands between the network and the routes: checks the key, reads the body within its limits, ends the work of
+    clients who leave, gives every error one shape, and counts and logs every request once.
+    """
+
+    def __init__(self, app, state: State):
+        self._app, self._state = app, state
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        start, state = time.perf_counter(), self._state
+        heads_ = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        shown = heads_.get("x-request-id", "")
+        request_id = shown if REQUEST_ID.fullmatch(shown) else secrets.token_hex(8)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status, begun = CLIENT_LEFT, False
+
+        async def sending(message) -> None:
+            nonlocal status, begun
+            if message["type"] == "http.response.start":
+                status, begun = message["status"], True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._guarded(scope, receive, sending, heads_)
+        except ClientLeft:
+            pass
+        except Exception as error:  # noqa: BLE001  the last resort: no request is without an answer
+            fault = fault_of(error)
+            if fault.status == 500:
+                state.log({"level": "error", "request_id": request_id, "error": repr(error)})
+            if not begun:
+                await answer_of(fault, request_id)(scope, receive, sending)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            seconds = time.perf_counter() - start
+            state.metrics.requests.labels(route, str(status)).inc()
+            state.metrics.total.labels(route).observe(seconds)
+            if scope["method"] == "POST":
+                state.recent.add(time.monotonic(), seconds, status)
+            state.log({
+                "level": "info", "request_id": request_id, "method": scope["method"], "route": route, "status": status,
+                "ms": round(1e3 * seconds, 3),
+            })  # fmt: skip
+
+    async def _guarded(self, scope, receive, send, heads_: dict[str, str]) -> None:
+        rules = self._state.rules
+        if rules.key is not None and scope["path"] not in OPEN:
+            given = heads_.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), rules.key.encode()):
+                raise Fault(401, "key", "the API key is missing or wrong", "send Authorization: Bearer KEY")
+        body = await self._body(receive, heads_)
+        sent = False
+
+        async def given_body():
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await asyncio.Future()  # `_until_left` listens
+
+        work = asyncio.ensure_future(self._app(scope, given_body, send))
+        left = asyncio.ensure_future(_until_left(receive))
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await work
+                raise ClientLeft
+            await work
+        finally:
+            left.cancel()
+            work.cancel()
+
+    async def _body(self, receive, heads_: dict[str, str]) -> bytes:
+        """The body. One that is too large is read to its end, or to IGNORED, before it is refused: a client that is
+        still sending would not see the answer.
+        """
+        most, parts, size = self._state.rules.body, [], 0
+        length = heads_.get("content-length", "")
+        too_large = Fault(413, "body", f"a body may have {most:,} bytes", "send less")
+        if length.isdecimal() and int(length) > IGNORED:
+            raise too_large
+        try:
+            async with asyncio.timeout(self._state.rules.read):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientLeft
+                    part = message.get("body", b"")
+                    size += len(part)
+                    if size <= most:
+                        parts.append(part)
+                    if size > IGNORED or (size > most and not message.get("more_body")):
+                        raise too_large
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError as error:
+            seconds = self._state.rules.read
+            raise Fault(408, "body", f"the body did not come within {seconds:g} s", "send it at once") from error
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer."""
+
+
+async def _until_left(receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
