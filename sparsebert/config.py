@@ -418,6 +418,38 @@ class ServeConfig(Settings):
     drain_timeout: Positive = Field(20.0, description="seconds for requests in flight when the server is told to stop")
 
 
+class LoadtestConfig(Settings):
+    """Settings of a load test."""
+
+    rate: str = Field("10", description="requests per second; several with commas, one run each")
+    seconds: Positive = Field(10.0, lt=1e6, description="length of a run, in seconds")
+    batch: Count = Field(1, description="texts per request")
+    arrivals: Literal["poisson", "constant"] = Field(
+        "poisson", description="when requests are due: at random, as from many clients, or at equal distances"
+    )
+    timeout: Positive = Field(30.0, lt=1e6, description="seconds after which a request is given up")
+    api_key_file: str | None = Field(
+        None, description="FILE with the server's API key; else SPARSEBERT_API_KEY, if it is set"
+    )
+    seed: Seed = Field(0, description="random seed, of the order of the texts and of random arrivals")
+
+    @field_validator("rate")
+    @classmethod
+    def _are_rates(cls, rate: str) -> str:
+        try:
+            rates = [float(part) for part in rate.split(",")]
+        except ValueError:
+            rates = []
+        if not rates or not all(0 < each <= 1e6 for each in rates):
+            raise ValueError("numbers above 0 and up to 1,000,000, with commas between them")
+        return rate
+
+    @property
+    def rates(self) -> list[float]:
+        """In the order given."""
+        return [float(part) for part in self.rate.split(",")]
+
+
 class DemoConfig(Settings):
     """Sizes of the demo; with the defaults it is the full demo."""
 
@@ -443,7 +475,7 @@ def validated(config_class: type[Settings], fields: dict, where: str = "", fix: 
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        rule = first["msg"].removeprefix("Input should be ")
+        rule = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         wrong = f"{name} must be {rule}" if rule != first["msg"] else f"{name}: {rule}"
         if fix is None and name == "sparsity" and isinstance(given := first["input"], float) and 1 < given < 100:
             fix = f"for {given:.12g} % write --sparsity {given / 100:.12g}"

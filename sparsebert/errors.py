@@ -119,7 +119,9 @@ _EXTRAS = {
     **dict.fromkeys(("duckdb", "plotly"), "eval"),
     "sentence_transformers": "demo",
     "datasets": "hub",
-    **dict.fromkeys(("fastapi", "prometheus_client", "starlette", "uvicorn"), "serve"),
+    **dict.fromkeys(
+        ("aiohttp", "fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
+    ),
     "matplotlib": "bench",
     "ray": "ray",
     "textattack": "textattack",

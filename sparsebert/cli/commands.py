@@ -15,6 +15,7 @@ from sparsebert.cli.figures import (
     rows_of_kept,
     rows_of_machine,
     rows_of_plan,
+    table_of_load,
     table_of_study,
     tables_of_evaluation,
     tables_of_replay,
@@ -30,6 +31,7 @@ from sparsebert.config import (
     BudgetConfig,
     DemoConfig,
     EvalConfig,
+    LoadtestConfig,
     PruneConfig,
     QuantizeConfig,
     ServeConfig,
@@ -40,6 +42,7 @@ from sparsebert.errors import InputError, cut
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 
 BENCH = "sparsebert bench DIR --json"
+DRAWN = (".png", ".svg", ".pdf")
 SHOWN = 5  # adversarial texts that `attack` prints
 
 app = Commands(
@@ -522,6 +525,19 @@ def replay(
     emit(document, json)
 
 
+def _require_file(file: Path | None, text_column: list[str] | None) -> None:
+    if text_column and file is None:
+        raise InputError("--text-column is of a --file, none is given", fix="leave it out, or give --file")
+
+
+def _rows_of(file: Path, text_column: list[str] | None) -> tuple[list[tuple[str, ...]], int]:
+    """(the texts, one or two per row; how many lines were blank) of a file."""
+    from sparsebert import data
+
+    columns, blank = data.read_texts(file, tuple(text_column or ()), must=True)
+    return list(zip(*columns, strict=True)), blank
+
+
 @app.command()
 def predict(
     directory: Directory,
@@ -546,13 +562,11 @@ def predict(
     from sparsebert.engine import Engine
     from sparsebert.heads import answers
 
+    _require_file(file, text_column)
     if bool(texts) == (file is not None):
         raise InputError(f"predict needs either texts or --file, got {'both' if texts else 'neither'}", fix="give one")
-    if text_column and file is None:
-        raise InputError("--text-column is of a --file, none is given", fix="leave it out, or give --file")
     if file is not None:
-        columns, blank = data.read_texts(file, tuple(text_column or ()), must=True)
-        rows = list(zip(*columns, strict=True))
+        rows, blank = _rows_of(file, text_column)
         left = f", {blank:,} blank left out" if blank else ""
         print(f"{len(rows):,} {'pairs' if len(rows[0]) == 2 else 'texts'} read{left}", file=sys.stderr)
     elif "-" in texts:
@@ -601,6 +615,67 @@ def serve(directory: Directory, *, config: ServeConfig) -> None:
         print(jsons.dumps(line), file=sys.stderr, flush=True)
 
     run(directory, config, ready=lambda told: emit(told, True), log=log)
+
+
+@app.command()
+@flags(basic=("rate", "seconds", "batch", "api_key_file"), config=LoadtestConfig)
+def loadtest(
+    url: Annotated[str, typer.Argument(metavar="URL", help="address of the server, such as http://127.0.0.1:8080")],
+    *,
+    file: Annotated[
+        Path | None,
+        option(
+            metavar="FILE",
+            help="send the texts or pairs of a file (.txt, .csv, .tsv, .jsonl, .parquet) "
+            "[default: film reviews that come with the package]",
+        ),
+    ] = None,
+    text_column: Annotated[
+        list[str] | None, option("--text-column", help=TaskConfig.model_fields["text_column"].description)
+    ] = None,
+    plot: Annotated[
+        Path | None, option(metavar="FILE", help="also draw the latencies to this file (.png, .svg, .pdf)")
+    ] = None,
+    json: Json = False,
+    config: LoadtestConfig,
+) -> None:
+    """Send requests to a server at a fixed rate, whether or not it keeps up, and tell their latencies."""
+    from sparsebert import data
+    from sparsebert.serving.loadtest import LATE
+    from sparsebert.serving.loadtest import loadtest as run
+    from sparsebert.serving.loadtest import plot as draw
+
+    _require_file(file, text_column)
+    if plot is not None:
+        if plot.suffix not in DRAWN or not plot.parent.is_dir():
+            raise InputError(
+                f"{plot} must end in {', '.join(DRAWN)}, in a folder that is there", fix="choose another file"
+            )
+        import matplotlib  # noqa: F401  what is missing is said before the run
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"the server's URL must begin with http://, got {url}", fix=f"write http://{url}")
+    if file is None:
+        spec = data.get_task("mr")
+        texts = list(data.load(spec, spec.test).texts)
+    else:
+        texts = [row if len(row) == 2 else row[0] for row in _rows_of(file, text_column)[0]]
+    with progress("loadtest") as update:
+        info, found = run(url, texts, config, update)
+    rows = [row for row, _ in found]
+    if plot is not None:
+        draw(found, plot)
+    if not json:
+        table(*table_of_load(f"{info['model']} at {url}, texts per request: {config.batch}", rows))
+    for row in rows:
+        if row["late_ms"] > LATE:
+            print(
+                f"warning: at {row['rate']:g} requests/s this machine sent requests up to {row['late_ms']:.0f} ms too "
+                "late: the latencies hold that too; test from another machine, or at a lower rate",
+                file=sys.stderr,
+            )
+        for why, count in row["why"].items():
+            print(f"{count:,} requests at {row['rate']:g}/s failed: {why}", file=sys.stderr)
+    emit({"model": info["model"], "url": url, "batch": config.batch, "arrivals": config.arrivals, "rows": rows}, json)
 
 
 @app.command()

@@ -310,3 +310,18 @@ def table_of_study(rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
     begun = sum(row["runs"] for row in rows)
     title = f"{begun} of {len(rows)} cells, about {spent / 3600:.1f} hours on this machine"
     return title, ["task", "dense model", "method", "zeros", "minutes", "hours by then"], shown
+
+
+def table_of_load(title: str, rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
+    """(title, columns, rows) of a load test."""
+    latencies = {"p50": "p50_ms", "p90": "p90_ms", "p99": "p99_ms", "p99.9": "p999_ms", "most": "max_ms"}
+    shown = [
+        [
+            f"{row['rate']:g}", f"{row['answered']:,}", f"{row['refused']:,}", f"{row['failed']:,}",
+            f"{row['texts_per_s']:,.1f}",
+            *("" if row[key] is None else f"{row[key]:.1f}" for key in latencies.values()),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["requests/s", "answered", "refused", "failed", "texts/s", *(f"{name} ms" for name in latencies)]
+    return title, columns, shown

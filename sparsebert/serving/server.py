@@ -10,8 +10,6 @@ import ipaddress
 import os
 import signal
 import socket
-import stat
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import uvicorn
 
-from sparsebert import checkpoint, environment, heads
+from sparsebert import checkpoint, heads
 from sparsebert.config import ServeConfig
-from sparsebert.errors import InputError, SparsebertError, SparsebertWarning, first_line
+from sparsebert.errors import InputError, SparsebertError
 from sparsebert.serving.batcher import Limits
 from sparsebert.serving.http import app_of
+from sparsebert.serving.key import key_of
 from sparsebert.serving.protocol import Protocol
 from sparsebert.serving.served import Served
 from sparsebert.serving.state import Rules, State
 
-KEY = 16  # characters of an API key, at least
 BACKLOG = 2048  # connections that the kernel keeps while the loop is busy
 
 
@@ -42,7 +40,7 @@ def serve(
     `Engine.load` raises; before anything is served.
     """
     directory = checkpoint.resolve(directory)
-    key = key_of(config)
+    key = key_of(config.api_key_file)
     if key is None and not config.insecure and not _is_loopback(config.host):
         raise InputError(
             f"anybody who reaches {config.host} could use the server, and there is no API key",
@@ -50,30 +48,6 @@ def serve(
         )
     with listening(config.host, config.port) as listener:
         asyncio.run(_serve(directory, config, key, listener, ready, log))
-
-
-def key_of(config: ServeConfig) -> str | None:
-    """The API key: the first line of its file, else the environment's; None if neither is given."""
-    path = None if config.api_key_file is None else Path(config.api_key_file)
-    if path is None:
-        key, mode = environment.api_key(), 0
-        if key is None:
-            return None
-    else:
-        try:
-            key, mode = path.read_text(encoding="utf-8").split("\n")[0].strip(), path.stat().st_mode
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"the API key cannot be read from {path}: {first_line(error)}", fix="correct it"
-            ) from error
-    if len(key) < KEY:
-        raise InputError(
-            f"the API key in {path or 'SPARSEBERT_API_KEY'} must have at least {KEY} characters, has {len(key)}",
-            fix="make a longer one",
-        )
-    if mode & (stat.S_IRGRP | stat.S_IROTH):
-        warnings.warn(f"{path} can be read by others: chmod 600 {path}", SparsebertWarning, stacklevel=2)
-    return key
 
 
 def _is_loopback(host: str) -> bool:
