@@ -1,6 +1,6 @@
 """Load for a server, as clients who do not wait for one another make it: requests are due at times that are drawn
-before the run, and a latency counts from when its request was due. So a server that stops for a second has a second of late
-answers, and not one (which is what a client that waits for each answer would see).
+before the run, and a latency counts from when its request was due. So a server that stops for a second has a second of
+late answers, and not one, which is what a client that waits for each answer would see.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def plot(found: Sequence[tuple[dict, Sequence[Sent]]], path: Path) -> None:
 
     several = len(found) > 1
     figure, axes = pyplot.subplots(1, 1 + several, figsize=(5 + 4.5 * several, 4), layout="constrained", squeeze=False)
-    of_share, shares = axes[0][0], [0.0, 0.5, 0.9, 0.99, 0.999, 0.9999]
+    of_share, shares = axes[0][0], [0.5, 0.9, 0.99, 0.999, 0.9999]
     for line, requests in found:
         ordered = sorted(1e3 * (each.over - each.due) for each in requests if each.status == OK)
         if ordered:
@@ -189,6 +189,8 @@ def plot(found: Sequence[tuple[dict, Sequence[Sent]]], path: Path) -> None:
         of_rate.set(yscale="log", xlabel="requests/s", ylabel="ms")
         of_rate.legend(fontsize=8)
     for axis in axes[0]:
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -8,7 +8,7 @@ import signal
 import struct
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,8 +28,23 @@ class Gone(Exception):
     """The process has ended, or was ended because it did not answer in time."""
 
 
+Forward = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], np.ndarray]
+Load = Callable[..., tuple[Forward, dict]]  # (directory, dtype, threads) -> what computes logits, and facts about it
+
+
+def load_engine(directory: str, dtype: str, threads: int | None) -> tuple[Forward, dict]:
+    """Our engine, and what `EngineProcess.facts` says of it."""
+    engine = Engine.load(directory, dtype=dtype, threads=threads)
+    kernels = Counter(f"{row['form']}, {row['kernel']}" for row in engine.explain())
+    return engine.forward, {
+        "labels": engine.labels, "problem": engine.problem.name, "dtype": engine.dtype, "isa": engine.isa,
+        "threads": engine.threads, "max_length": engine.encoder.max_length, "truncates_at": engine.truncates_at,
+        "density": engine.density, "kernels": dict(kernels.most_common()),
+    }  # fmt: skip
+
+
 class EngineProcess:
-    """Loads a model directory in a new process, and asks it for logits.
+    """Loads a model directory in a new process, and asks it for logits. load: of a module, since it runs in there.
 
     facts: of the engine there: labels, problem, dtype, isa, threads, max_length (positions), truncates_at, density,
     kernels (linears by form and kernel, in batches of many tokens).
@@ -38,11 +53,13 @@ class EngineProcess:
     Raises what `Engine.load` raises; Gone if the process ends before the engine is loaded.
     """
 
-    def __init__(self, directory: str | Path, *, dtype: str = "auto", threads: int | None = None):
+    def __init__(
+        self, directory: str | Path, *, dtype: str = "auto", threads: int | None = None, load: Load = load_engine
+    ):
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that other threads hold
         self._pipe, theirs = context.Pipe()
-        settings = json.dumps({"directory": str(directory), "dtype": dtype, "threads": threads})
-        self._process = context.Process(target=_answer, args=(theirs, settings), daemon=True, name="sparsebert-engine")
+        given = (theirs, load, str(directory), dtype, threads)
+        self._process = context.Process(target=_answer, args=given, daemon=True, name="sparsebert-engine")
         self._process.start()
         theirs.close()  # so that a read of ours ends when the process does
         self._asking = threading.Lock()
@@ -107,34 +124,24 @@ class EngineProcess:
         raise kind(told["problem"], fix=told["fix"])
 
 
-def _answer(pipe: Connection, settings: str) -> None:
+def _answer(pipe: Connection, load: Load, *settings) -> None:
     """The work of the process, until the other end of its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server is interrupted, and ends it
-    given = json.loads(settings)
     try:
         try:
-            engine = Engine.load(given["directory"], dtype=given["dtype"], threads=given["threads"])
+            forward, facts = load(*settings)
         except SparsebertError as error:
             return pipe.send_bytes(_refusal(error))
-        facts = {
-            "labels": engine.labels, "problem": engine.problem.name, "dtype": engine.dtype, "isa": engine.isa,
-            "threads": engine.threads, "max_length": engine.encoder.max_length, "truncates_at": engine.truncates_at,
-            "density": engine.density, "kernels": _kernels(engine),
-        }  # fmt: skip
         pipe.send_bytes(OK + json.dumps(facts).encode())
         while True:
             ids, types = _read(pipe.recv_bytes())
             try:
-                answer = OK + engine.forward(ids, types).tobytes()
+                answer = OK + forward(ids, types).tobytes()
             except SparsebertError as error:
                 answer = _refusal(error)
             pipe.send_bytes(answer)
     except (EOFError, OSError):  # the server has ended
         return None
-
-
-def _kernels(engine: Engine) -> dict[str, int]:
-    return dict(Counter(f"{row['form']}, {row['kernel']}" for row in engine.explain()).most_common())
 
 
 def _read(question: bytes) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from sparsebert import checkpoint
 from sparsebert.engine.inputs import Inputs
 from sparsebert.errors import SparsebertError
 from sparsebert.serving.batcher import Batch, Batcher, Limits, Request
-from sparsebert.serving.process import EngineProcess, Gone
+from sparsebert.serving.process import EngineProcess, Gone, Load, load_engine
 
 HUNG = 30.0  # seconds after which a batch that did not come back ends its process
 AGAIN = (0.1, 0.5, 1.0, 2.0, 5.0)  # seconds before a process is begun again, after each failure in a row
@@ -91,8 +92,8 @@ class Counts:
 class Served:
     """`await Served.begin(directory)`, then any number of `answer` at once, then `await close()`."""
 
-    def __init__(self, directory: Path, dtype: str, threads: int | None, limits: Limits | None):
-        self.directory, self._dtype, self._threads = directory, dtype, threads
+    def __init__(self, directory: Path, begin: Callable[[], EngineProcess], limits: Limits | None):
+        self.directory, self._begin_process = directory, begin
         self.batcher, self.counts = Batcher(limits), Counts()
         self._process: EngineProcess | None = None
         self._closing = False
@@ -101,12 +102,18 @@ class Served:
 
     @classmethod
     async def begin(
-        cls, directory: str | Path, *, dtype: str = "auto", threads: int | None = None, limits: Limits | None = None
+        cls,
+        directory: str | Path,
+        *,
+        dtype: str = "auto",
+        threads: int | None = None,
+        limits: Limits | None = None,
+        load: Load = load_engine,
     ) -> Served:
-        """Loads the model and warms it up. Raises what `Engine.load` raises."""
+        """Loads the model and warms it up. Raises what `Engine.load` raises. load: as for `EngineProcess`."""
         directory = checkpoint.resolve(directory).absolute()
-        self = cls(directory, dtype, threads, limits)
-        self._process = await asyncio.to_thread(EngineProcess, directory, dtype=dtype, threads=threads)
+        self = cls(directory, partial(EngineProcess, directory, dtype=dtype, threads=threads, load=load), limits)
+        self._process = await asyncio.to_thread(self._begin_process)
         self._inputs = Inputs(checkpoint.read(directory))
         self.facts = self._process.facts
         await asyncio.to_thread(self._warm_up)
@@ -259,9 +266,7 @@ class Served:
         for failures in range(1_000_000):
             await asyncio.sleep(0 if failures == 0 else AGAIN[min(failures, len(AGAIN)) - 1])
             try:
-                process = await asyncio.to_thread(
-                    EngineProcess, self.directory, dtype=self._dtype, threads=self._threads
-                )
+                process = await asyncio.to_thread(self._begin_process)
                 break
             except (Gone, SparsebertError, OSError):
                 continue

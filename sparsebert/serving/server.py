@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import uvicorn
+import uvloop
 
 from sparsebert import checkpoint, heads
 from sparsebert.config import ServeConfig
@@ -23,6 +24,7 @@ from sparsebert.errors import InputError, SparsebertError
 from sparsebert.serving.batcher import Limits
 from sparsebert.serving.http import app_of
 from sparsebert.serving.key import key_of
+from sparsebert.serving.process import Load, load_engine
 from sparsebert.serving.protocol import Protocol
 from sparsebert.serving.served import Served
 from sparsebert.serving.state import Rules, State
@@ -31,10 +33,15 @@ BACKLOG = 2048  # connections that the kernel keeps while the loop is busy
 
 
 def serve(
-    directory: str | Path, config: ServeConfig, *, ready: Callable[[dict], None], log: Callable[[dict], None]
+    directory: str | Path,
+    config: ServeConfig,
+    *,
+    ready: Callable[[dict], None],
+    log: Callable[[dict], None],
+    load: Load = load_engine,
 ) -> None:
     """Serves the classifier in `directory` until SIGTERM or Ctrl-C. ready: is called once, with ready, url, model and
-    pid. log: takes a line for every request and fault.
+    pid. log: takes a line for every request and fault. load: what computes logits, as for `EngineProcess`.
 
     Raises InputError for an address without a key, a key that cannot be read and a port that is taken, and what
     `Engine.load` raises; before anything is served.
@@ -47,7 +54,7 @@ def serve(
             fix="give --api-key-file FILE, or --insecure, or --host 127.0.0.1",
         )
     with listening(config.host, config.port) as listener:
-        asyncio.run(_serve(directory, config, key, listener, ready, log))
+        uvloop.run(_serve(directory, config, key, listener, ready, log, load))
 
 
 def _is_loopback(host: str) -> bool:
@@ -87,11 +94,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(directory: Path, config: ServeConfig, key: str | None, listener: socket.socket, ready, log) -> None:
+async def _serve(
+    directory: Path, config: ServeConfig, key: str | None, listener: socket.socket, ready, log, load
+) -> None:
     limits = Limits(config.max_in_flight, config.max_batch_tokens, wait=config.max_wait_ms / 1e3)
 
     async def begin() -> Served:
-        return await Served.begin(directory, dtype=config.dtype, threads=config.threads, limits=limits)
+        return await Served.begin(directory, dtype=config.dtype, threads=config.threads, limits=limits, load=load)
 
     rules = Rules(
         config.max_body_kb * 1000, config.max_items, config.max_tokens, config.timeout, config.read_timeout, key

@@ -49,7 +49,7 @@ class Cell(Settings):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name != "dense" and name not in METHODS:
-            raise ValueError(f"must be dense or one of {', '.join(METHODS)}")
+            raise ValueError(f"dense or one of {', '.join(METHODS)}")
         return name
 
     @property

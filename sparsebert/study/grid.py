@@ -51,7 +51,7 @@ class Cell(Settings):
     @classmethod
     def _trains(cls, name: str | None) -> str | None:
         if name is not None and name not in TRAINED:
-            raise ValueError(f"must be one of {', '.join(TRAINED)}")
+            raise ValueError(f"one of {', '.join(TRAINED)}")
         return name
 
     @property
