@@ -218,6 +218,7 @@ def app_of(state: State) -> Guard:
         known.flight.set(served.batcher.in_flight)
         known.waiting.set(served.batcher.waiting)
         known.batches.set(served.counts.batches)
+        known.ran.set(served.counts.texts)
         known.restarts.set(served.counts.restarts)
         return Response(generate_latest(known.registry), media_type="text/plain; version=0.0.4")
 

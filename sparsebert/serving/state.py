@@ -55,6 +55,7 @@ class Metrics:
         self.flight = Gauge("sparsebert_in_flight", "requests without an answer", registry=self.registry)
         self.waiting = Gauge("sparsebert_waiting", "texts in the queue", registry=self.registry)
         self.batches = Gauge("sparsebert_batches", "batches so far", registry=self.registry)
+        self.ran = Gauge("sparsebert_ran_texts", "texts of them, answered or not", registry=self.registry)
         self.restarts = Gauge("sparsebert_engine_restarts", "engines that were begun again", registry=self.registry)
 
 
