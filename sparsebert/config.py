@@ -416,6 +416,18 @@ class ServeConfig(Settings):
     shadow_rate: float = Field(0.01, ge=0, le=1, description="that share")
     read_timeout: Positive = Field(10.0, description="seconds in which the head of a request, and its body, must come")
     drain_timeout: Positive = Field(20.0, description="seconds for requests in flight when the server is told to stop")
+    ray: bool = Field(False, description="serve on the Ray cluster of RAY_ADDRESS, or on one that is begun here")
+    replicas: str = Field(
+        "1",
+        pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$",
+        description="with --ray: how many engines; 1-8 for between one and eight, as load asks for",
+    )
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """(fewest, most) replicas."""
+        parts = [int(part) for part in self.replicas.split("-")]
+        return min(parts), max(parts)
 
 
 class LoadtestConfig(Settings):

@@ -123,7 +123,8 @@ _EXTRAS = {
         ("aiohttp", "fastapi", "httptools", "prometheus_client", "starlette", "uvicorn", "uvloop"), "serve"
     ),
     "matplotlib": "bench",
-    "ray": "ray",
+    **dict.fromkeys(("grpc", "ray"), "ray"),
+    "opentelemetry": "trace",
     "textattack": "textattack",
 }
 

@@ -609,6 +609,11 @@ def serve(directory: Directory, *, config: ServeConfig) -> None:
     """Serve the classifier in DIR over HTTP: /predict, /rerank, /classify, /health, /metrics, /info, /openapi.json.
     SIGTERM stops it when the requests in flight are answered.
     """
+    if config.ray:
+        from sparsebert.serving.ray_serve import serve_on_ray
+
+        serve_on_ray(directory, config, ready=lambda told: emit(told, True))
+        return
     from sparsebert.serving.server import serve as run
 
     def log(line: dict) -> None:

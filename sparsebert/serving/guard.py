@@ -35,12 +35,12 @@ class Guard:
         shown = heads_.get("x-request-id", "")
         request_id = shown if REQUEST_ID.fullmatch(shown) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
-        status, begun = CLIENT_LEFT, False
+        status, begun, answer = CLIENT_LEFT, False, []
 
         async def sending(message) -> None:
-            nonlocal status, begun
+            nonlocal status, begun, answer
             if message["type"] == "http.response.start":
-                status, begun = message["status"], True
+                status, begun, answer = message["status"], True, message["headers"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -61,6 +61,10 @@ class Guard:
             state.metrics.total.labels(route).observe(seconds)
             if scope["method"] == "POST":
                 state.recent.add(time.monotonic(), seconds, status)
+            if state.tracer is not None:
+                now = time.time_ns()
+                facts = {"sparsebert.request_id": request_id, **_spent(answer)}
+                state.tracer.request(heads_, now - int(1e9 * seconds), now, scope["method"], route, status, facts)
             state.log({
                 "level": "info", "request_id": request_id, "method": scope["method"], "route": route, "status": status,
                 "ms": round(1e3 * seconds, 3),
@@ -122,6 +126,12 @@ class Guard:
         except TimeoutError as error:
             seconds = self._state.rules.read
             raise Fault(408, "body", f"the body did not come within {seconds:g} s", "send it at once") from error
+
+
+def _spent(headers: list[tuple[bytes, bytes]]) -> dict[str, float]:
+    """The milliseconds that an answer's headers tell, as attributes."""
+    times = {b"x-queue-time": "queue", b"x-tokenization-time": "tokenizing", b"x-inference-time": "inference"}
+    return {f"sparsebert.{times[name]}_ms": float(value) for name, value in headers if name in times}
 
 
 class ClientLeft(Exception):

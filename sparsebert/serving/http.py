@@ -240,10 +240,15 @@ def app_of(state: State) -> Guard:
     def openapi() -> dict:
         document = plain()
         document.setdefault("components", {})["schemas"] = bodies.schemas()
-        for route in document["paths"].values():
-            for operation in route.values():  # FastAPI's own error, which has another shape
-                if "HTTPValidationError" in json.dumps(operation["responses"].get("422", {})):
-                    operation["responses"]["422"] = _of_error(FAULTS[422])
+        for path, route in document["paths"].items():
+            for answers in (operation["responses"] for operation in route.values()):
+                if "HTTPValidationError" in json.dumps(answers.get("422", {})):
+                    del answers["422"]  # FastAPI's own error, of another shape, for a name that is no string
+                answers.setdefault("401", _of_error(FAULTS[401]))
+                if "{name}" in path:
+                    answers.setdefault("404", _of_error("the model has another name"))
+                if path.endswith("/ready"):
+                    answers["503"] = {"description": FAULTS[503]}
         return document
 
     app.openapi = openapi

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -142,7 +143,7 @@ class Served:
         if not self.ready:
             raise Unavailable("the engine is being started" if not self._closing else "the server is stopping", 1.0)
         loop = asyncio.get_running_loop()
-        start = loop.time()
+        start = time.monotonic()
         size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
 
         def encode() -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
@@ -154,7 +155,7 @@ class Served:
             return *self._inputs.encode(texts, truncate=truncate, max_length=max_length), [1] * len(texts)
 
         ids, types, cut, counts = encode() if size <= INLINE else await asyncio.to_thread(encode)
-        lengths, now = [len(row) for row in ids], loop.time()
+        lengths, now = [len(row) for row in ids], time.monotonic()
         pending = _Pending(loop.create_future(), ids, types, now)
         request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
         self._work.set()
@@ -172,8 +173,8 @@ class Served:
         Returns whether all were answered.
         """
         self._closing = True
-        end = asyncio.get_running_loop().time() + seconds
-        while self.batcher.in_flight and asyncio.get_running_loop().time() < end:
+        end = time.monotonic() + seconds
+        while self.batcher.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.01)
         answered = not self.batcher.in_flight
         for task in self._tasks:
@@ -193,24 +194,23 @@ class Served:
 
     async def _run(self) -> None:
         """Runs batches, one after another."""
-        loop = asyncio.get_running_loop()
         while True:
             if not self._process.alive:
                 await self._begin_again()
-            batch = self.batcher.next(loop.time())
+            batch = self.batcher.next(time.monotonic())
             if batch is None:
                 self._work.clear()
                 await self._work.wait()
                 continue
             for request, _ in batch.items:
-                request.payload.began = loop.time()
+                request.payload.began = time.monotonic()
             try:
                 logits = await self._forward(self._process, batch)
             except (Gone, SparsebertError) as error:
                 self._fail(Unavailable(f"the engine failed: {error}", 1.0))
                 await asyncio.to_thread(self._process.close)
                 continue
-            self._finish(batch, logits, loop.time())
+            self._finish(batch, logits, time.monotonic())
 
     async def _forward(self, process: EngineProcess, batch: Batch) -> np.ndarray:
         loop = asyncio.get_running_loop()
@@ -275,10 +275,9 @@ class Served:
 
     async def _watch(self) -> None:
         """Ends requests whose deadline has passed, and has an idle process looked at."""
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK)
             if self._process is not None and not self._process.alive:
                 self._work.set()
-            for request in self.batcher.expired(loop.time()):
+            for request in self.batcher.expired(time.monotonic()):
                 self._tell(request, TooLate("there was no answer before the deadline"))

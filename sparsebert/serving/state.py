@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from sparsebert.serving.recent import Recent
 from sparsebert.serving.served import Served
+from sparsebert.serving.tracing import Tracer
 
 BUCKETS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -75,6 +76,7 @@ class State:
     shadow: Served | None = None
     shadow_rate: float = 0.0
     columns: np.ndarray | None = None
+    tracer: Tracer | None = None
     tasks: set[asyncio.Task] = field(default_factory=set)
 
     def __post_init__(self):
