@@ -50,6 +50,8 @@ class Application:
             await self._load(), rules, self.directory.absolute().name, self._log, shadow_rate=config.shadow_rate,
             tracer=traced,
         )  # fmt: skip
+        for warning in self.state.served.facts["warnings"]:
+            self._log({"level": "warning", "warning": warning})
         try:
             if config.shadow is not None:
                 self.state.shadow = await Served.begin(Path(config.shadow), threads=config.threads)

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import struct
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -17,7 +18,7 @@ import numpy as np
 
 from sparsebert import errors
 from sparsebert.engine import Engine
-from sparsebert.errors import SparsebertError
+from sparsebert.errors import SparsebertError, SparsebertWarning
 
 HEAD = struct.Struct("<q")  # number of texts in a question
 OK, REFUSED = b"+", b"-"  # first byte of an answer
@@ -34,12 +35,15 @@ Load = Callable[..., tuple[Forward, dict]]  # (directory, dtype, threads) -> wha
 
 def load_engine(directory: str, dtype: str, threads: int | None) -> tuple[Forward, dict]:
     """Our engine, and what `EngineProcess.facts` says of it."""
-    engine = Engine.load(directory, dtype=dtype, threads=threads)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", SparsebertWarning)
+        engine = Engine.load(directory, dtype=dtype, threads=threads)
     kernels = Counter(f"{row['form']}, {row['kernel']}" for row in engine.explain())
     return engine.forward, {
         "labels": engine.labels, "problem": engine.problem.name, "dtype": engine.dtype, "isa": engine.isa,
         "threads": engine.threads, "max_length": engine.encoder.max_length, "truncates_at": engine.truncates_at,
         "density": engine.density, "kernels": dict(kernels.most_common()),
+        "warnings": [str(each.message) for each in said if issubclass(each.category, SparsebertWarning)],
     }  # fmt: skip
 
 
@@ -47,7 +51,7 @@ class EngineProcess:
     """Loads a model directory in a new process, and asks it for logits. load: of a module, since it runs in there.
 
     facts: of the engine there: labels, problem, dtype, isa, threads, max_length (positions), truncates_at, density,
-    kernels (linears by form and kernel, in batches of many tokens).
+    kernels (linears by form and kernel, in batches of many tokens), warnings.
     pid: of the process.
 
     Raises what `Engine.load` raises; Gone if the process ends before the engine is loaded.
