@@ -121,6 +121,13 @@ def send_no_usage() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
+def wants_traces() -> bool:
+    """Whether OpenTelemetry's own variables name an address for traces, and do not turn them off."""
+    named = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{name}ENDPOINT") for name in ("", "TRACES_"))
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    return named and not off
+
+
 def calm_openmp(granted: float) -> None:
     """Makes torch's OpenMP threads sleep as soon as they wait: beside another busy process, spinning threads take ten
     times as long. Also limits their number to the `granted` CPUs if the process may use only a part of its cores.

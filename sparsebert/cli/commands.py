@@ -609,16 +609,14 @@ def serve(directory: Directory, *, config: ServeConfig) -> None:
     """Serve the classifier in DIR over HTTP: /predict, /rerank, /classify, /health, /metrics, /info, /openapi.json.
     SIGTERM stops it when the requests in flight are answered.
     """
-    if config.ray:
-        from sparsebert.serving.ray_serve import serve_on_ray
-
-        serve_on_ray(directory, config, ready=lambda told: emit(told, True))
-        return
-    from sparsebert.serving.server import serve as run
 
     def log(line: dict) -> None:
         print(jsons.dumps(line), file=sys.stderr, flush=True)
 
+    if config.ray:
+        from sparsebert.serving.ray_serve import serve_on_ray as run
+    else:
+        from sparsebert.serving.server import serve as run
     run(directory, config, ready=lambda told: emit(told, True), log=log)
 
 

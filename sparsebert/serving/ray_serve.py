@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +26,12 @@ NAME = "sparsebert"
 ONGOING = 16  # requests per replica that autoscaling aims at
 
 
-def serve_on_ray(directory: str | Path, config: ServeConfig, *, ready: Callable[[dict], None]) -> None:
+def serve_on_ray(
+    directory: str | Path, config: ServeConfig, *, ready: Callable[[dict], None], log: Callable[[dict], None]
+) -> None:
     """Serves the classifier in `directory` on the Ray cluster of RAY_ADDRESS, else on one that is begun here, until
-    SIGTERM or Ctrl-C. Every node must have the directory. ready: is called once, as by `server.serve`.
+    SIGTERM or Ctrl-C. Every node must have the directory. ready: is called once, as by `server.serve`. log: takes a
+    line, on the node of a replica.
 
     Raises what `server.serve` raises, and UnsupportedError if the replicas do not begin.
     """
@@ -59,7 +60,7 @@ def serve_on_ray(directory: str | Path, config: ServeConfig, *, ready: Callable[
             }}  # fmt: skip
 
         def build() -> Application:  # a plain function, by which Ray knows that it makes the application on a replica
-            return Application(directory, alone, key, _log)
+            return Application(directory, alone, key, log)
 
         replicas = serve.deployment(
             serve.ingress(build)(), name=NAME,
@@ -84,7 +85,3 @@ def serve_on_ray(directory: str | Path, config: ServeConfig, *, ready: Callable[
         serve.shutdown()
         if began:
             ray.shutdown()
-
-
-def _log(line: dict) -> None:
-    print(json.dumps(line), file=sys.stderr, flush=True)

@@ -4,10 +4,9 @@ set and the extra `trace` installed, spans go to that address. Otherwise nothing
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
-ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+from sparsebert import environment
 
 
 class Tracer:
@@ -45,6 +44,4 @@ class Tracer:
 
 def tracer() -> Tracer | None:
     """None unless an endpoint is set. Raises ModuleNotFoundError without the extra."""
-    named = any(os.environ.get(name) for name in ENDPOINTS)
-    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
-    return Tracer() if named and not off else None
+    return Tracer() if environment.wants_traces() else None
