@@ -35,8 +35,11 @@ def model(tmp_path_factory) -> Path:
 class Running:
     """A server that was begun by the command, and what it says."""
 
-    def __init__(self, directory: Path, *flags: object, env: dict | None = None, port: int = 0):
-        command = [sys.executable, "-m", "sparsebert", "serve", directory, "--port", port, "--threads", 1, *flags]
+    def __init__(
+        self, directory: Path, *flags: object, env: dict | None = None, port: int = 0, before: tuple[str, ...] = ()
+    ):
+        given = ("-m", "sparsebert", "serve", directory, "--port", port, "--threads", 1, *flags)
+        command = [*before, sys.executable, *given]
         self.process = subprocess.Popen(
             list(map(str, command)),
             stdout=subprocess.PIPE,
@@ -87,8 +90,8 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(directory: Path, *flags: object, env: dict | None = None, port: int = 0) -> Iterator[Running]:
-    server = Running(directory, *flags, env=env, port=port)
+def running(directory: Path, *flags: object, **settings) -> Iterator[Running]:
+    server = Running(directory, *flags, **settings)
     try:
         yield server
     finally:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gzip
 import http.client
 import http.server
 import json
+import random
+import shutil
 import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,8 @@ from command_line import refused, run
 from models import saved
 from test_http import Running, running
 
+from bench.bench_serving import malformed
+from bench.http_client import connected
 from sparsebert import Engine
 from sparsebert.config import LoadtestConfig
 from sparsebert.errors import InputError
@@ -103,6 +109,21 @@ def test_no_request_that_the_openapi_document_suggests_is_answered_otherwise_tha
 
         ask()
     assert {200, 422} <= statuses and server.ask("/health/ready")[0] == 200
+
+
+def test_malformed_requests_end_nothing_and_are_all_answered(server):
+    async def ask() -> Counter:
+        draw, found = random.Random(3), Counter()
+        for _ in range(400):
+            connection = await connected(server.port)
+            status, _ = await connection.ask(malformed(draw), 30.0)
+            connection.transport.close()
+            found[status] += 1
+        return found
+
+    engine, found = server.engine, asyncio.run(ask())
+    assert max(found) < 500 and {400, 413, 422} <= found.keys() and found[0] < 20, found
+    assert server.engine == engine and server.ask("/health/ready")[0] == 200
 
 
 # --- traces -----------------------------------------------------------------------------------------------------------
@@ -256,3 +277,22 @@ def test_servers_that_begin_at_once_share_a_cache(model, tmp_path):
         for each in begun:
             assert each.end() == 0
     assert not [path for path in (tmp_path / "cache").rglob("*") if "tmp" in path.name]
+
+
+def test_a_disk_that_is_full_while_it_packs_is_said_and_leaves_nothing(model, tmp_path):
+    cache = tmp_path / "cache"
+    with running(model, env={"SPARSEBERT_CACHE": str(cache)}, before=("prlimit", "--fsize=100000")) as begun:
+        assert begun.ask("/predict", {"inputs": "a film"})[0] == 200
+        assert begun.end() == 0
+    assert "is not kept" in json.loads(begun.lines[0])["warning"]
+    # The note on the directory is there: what it had when its hashes were right.
+    assert not [path for path in cache.rglob("*") if path.is_file() and path.suffix != ".json"]
+
+
+def test_a_model_that_fails_its_golden_logits_is_not_served(model, tmp_path, capsys):
+    changed = Path(shutil.copytree(model, tmp_path / "changed"))
+    file = changed / "sparsebert" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["golden"]["logits"][0][0] += 1.0
+    file.write_text(json.dumps(manifest))
+    assert "golden" in refused(capsys, "serve", changed, "--port", 0)
