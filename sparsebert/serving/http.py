@@ -258,7 +258,8 @@ def app_of(state: State) -> Guard:
 
     for kind in (HTTPException, Fault, Refused, Unavailable, TooLate, SparsebertError, Exception):
         app.add_exception_handler(kind, told)
-    return Guard(app, state)
+    direct = {"/predict": predict, "/shadow/predict": shadow_predict, "/rerank": rerank, "/classify": classify}
+    return Guard(app, state, direct)
 
 
 def _described(asked: str, answered: str | None, faults: dict[int, str] | None = None) -> dict:
