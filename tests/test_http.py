@@ -72,15 +72,19 @@ class Running:
         return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(rf"{name}(\{{|\s)", line))
 
     @property
-    def engine(self) -> int:
-        """The process of the engine."""
-        pid = self.process.pid
-        return next(
+    def engines(self) -> list[int]:
+        """The processes of engines."""
+        return [
             int(child)
-            for task in Path(f"/proc/{pid}/task").iterdir()
+            for task in Path(f"/proc/{self.process.pid}/task").iterdir()
             for child in (task / "children").read_text().split()
             if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-        )  # fmt: skip
+        ]  # fmt: skip
+
+    @property
+    def engine(self) -> int:
+        """The process of the engine."""
+        return self.engines[0]
 
     def end(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -309,14 +313,11 @@ def test_every_request_has_an_id_and_is_counted_and_logged_once(model):
 
 
 def test_a_shadow_is_asked_beside_and_compared_by_the_names_of_its_labels(model, tmp_path):
-    turned = classifier()
+    other = classifier()
     with torch.no_grad():
-        for part in (turned.classifier.weight, turned.classifier.bias):
+        for part in (other.classifier.weight, other.classifier.bias):
             part.copy_(part.flip(0))
-    opposite = saved(tmp_path / "opposite", turned)
-    turned.config.id2label = {0: "positive", 1: "negative"}
-    turned.config.label2id = {"positive": 0, "negative": 1}
-    for shadow, same in ((saved(tmp_path / "turned", turned), 10), (opposite, 0)):
+    for shadow, same in ((turned(tmp_path / "turned"), 10), (saved(tmp_path / "opposite", other), 0)):
         with running(model, "--shadow", shadow, "--shadow-rate", 1) as begun:
             document = begun.ask("/shadow/predict", {"inputs": "so so"})[1]
             engine = Engine.load(shadow)
@@ -424,6 +425,46 @@ def test_a_head_that_does_not_come_or_does_not_end_is_not_waited_for(model):
                 assert b"200 OK" in idle.recv(4096)
 
 
+def test_trailers_without_end_are_not_kept(model):
+    with running(model) as begun, socket.create_connection(("127.0.0.1", begun.port), 20) as connection:
+
+        def memory() -> int:
+            return int(Path(f"/proc/{begun.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n")
+        before = memory()
+        for _ in range(400):
+            connection.sendall(b"A: a\r\n" * 10_000)
+        assert memory() < before + 20e6, "24 MB of trailers were sent"
+
+
+def test_an_offer_to_speak_another_protocol_is_not_heard(server):
+    body = b'{"inputs": "a film"}'
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+    head += b"HTTP2-Settings: AAE\r\nContent-Length: %d\r\n\r\n" % len(body)
+    for parts in ((head + body,), (head, body)):  # Java's client sends the second
+        with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
+            for _ in range(2):
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(0.05)
+                answer = connection.recv(4096)
+                assert b"HTTP/1.1 200 " in answer and b"label" in answer, answer
+
+
+def test_what_is_no_request_has_an_id_and_is_counted_and_logged(model):
+    with running(model) as begun:
+        with socket.create_connection(("127.0.0.1", begun.port), 20) as connection:
+            connection.sendall(b"\x16\x03\x01\r\n\r\n")
+            answer = connection.recv(4096)
+        (request_id,) = re.findall(rb"x-request-id: (\w+)", answer)
+        assert json.loads(answer.split(b"\r\n\r\n")[1])["request_id"] == request_id.decode()
+        assert begun.metric(r'sparsebert_requests_total\{route="none",status="400"\}') == 1
+        assert begun.end() == 0
+    logged = [json.loads(line) for line in begun.lines]
+    assert [line["status"] for line in logged if line.get("request_id") == request_id.decode()] == [400]
+
+
 def test_a_key_is_asked_for_everywhere_but_by_probes_and_is_in_no_log(model, tmp_path):
     key = "k" * 20
     (file := tmp_path / "key").write_text(f"{key}\n")
@@ -437,7 +478,9 @@ def test_a_key_is_asked_for_everywhere_but_by_probes_and_is_in_no_log(model, tmp
         ):
             assert begun.ask(route, body)[0] == 401
             assert begun.ask(route, body, headers={"Authorization": f"Bearer {key}x"})[0] == 401
+            assert begun.ask(route, body, headers={"Authorization": key})[0] == 401
             assert begun.ask(route, body, headers={"Authorization": f"Bearer {key}"})[0] == 200
+            assert begun.ask(route, body, headers={"Authorization": f"bearer {key}"})[0] == 200
         assert begun.ask("/predict", {"inputs": "a"})[2]["www-authenticate"] == "Bearer"
         for route in ("/health/ready", "/health/live", "/", "/docs", "/openapi.json"):
             assert begun.ask(route)[0] == 200, route
@@ -454,6 +497,9 @@ def test_what_would_not_be_safe_or_cannot_be_is_refused_before_anything_is_serve
     (short := tmp_path / "short").write_text("k")
     assert "at least 16 characters" in refused(capsys, "serve", model, "--api-key-file", short)
     assert "cannot be read" in refused(capsys, "serve", model, "--api-key-file", tmp_path / "none")
+    short.write_text("é" * 20)
+    assert "printable ASCII" in refused(capsys, "serve", model, "--api-key-file", short)
+    assert "at most 512 tokens" in refused(capsys, "serve", model, "--port", 0, "--max-tokens", 513)
     monkeypatch.setenv("SPARSEBERT_API_KEY", "k")
     assert "SPARSEBERT_API_KEY must have at least 16" in refused(capsys, "serve", model, "--host", "0.0.0.0")
     monkeypatch.delenv("SPARSEBERT_API_KEY")
@@ -570,6 +616,125 @@ def test_told_to_stop_it_answers_what_is_in_flight(model):
             thread.join(10)
             assert found[0][0] == 200
         assert begun.process.wait(10) == 0 and not Path(f"/proc/{engine}").exists()
+
+
+def test_when_its_time_is_over_those_in_flight_get_an_error_of_the_usual_shape(model):
+    with running(model, "--max-wait-ms", 1e6, "--drain-timeout", 0.5) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        threads = [asked(begun, {"inputs": "a film"}) for _ in range(3)]
+        until(lambda: begun.metric("sparsebert_in_flight") == 3)
+        begun.process.send_signal(signal.SIGTERM)
+        for thread, found in threads:
+            thread.join(10)
+            assert found[0][0] == 503 and found[0][1]["type"] == "unavailable", found
+        assert begun.process.wait(10) == 0
+    begun._reader.join(5)
+    assert all(json.loads(line) for line in begun.lines)
+
+
+def test_told_to_stop_twice_it_exits_at_once(model):
+    with running(model, "--max-wait-ms", 1e6) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        thread, _ = asked(begun, {"inputs": "a film"})
+        until(lambda: begun.metric("sparsebert_in_flight") == 1)
+        begun.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        begun.process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        begun.process.wait(10)
+        assert time.monotonic() < start + 3
+        thread.join(5)
+
+
+def turned(folder: Path) -> Path:
+    """A model that says the same as `model` by the names of its labels, in another order."""
+    other = classifier()
+    with torch.no_grad():
+        for part in (other.classifier.weight, other.classifier.bias):
+            part.copy_(part.flip(0))
+    other.config.id2label = {0: "positive", 1: "negative"}
+    other.config.label2id = {"positive": 0, "negative": 1}
+    return saved(folder, other)
+
+
+def test_labels_are_those_of_the_model_that_answered_whatever_is_swapped_or_dies(tmp_path):
+    first, second = saved(tmp_path / "model"), turned(tmp_path / "turned")
+    wanted = dict(
+        zip(Engine.load(first).labels, softmax(Engine.load(first).logits(["a film"]))[0].tolist(), strict=True)
+    )
+    with running(first) as begun:
+        stop, seen = threading.Event(), []
+
+        def keep_asking() -> None:
+            while not stop.is_set():
+                seen.append(begun.ask("/predict", {"inputs": [["a film"]] * 16})[:2])
+
+        threads = [threading.Thread(target=keep_asking, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):  # the directory is replaced, and reread by request
+            first.rename(tmp_path / "aside")
+            second.rename(first)
+            (tmp_path / "aside").rename(second)
+            swapped = sum("reloaded" in line for line in begun.lines)
+            begun.process.send_signal(signal.SIGHUP)
+            until(lambda swapped=swapped: sum("reloaded" in line for line in begun.lines) > swapped)
+        first.rename(tmp_path / "aside")  # and found to be another one when the engine is begun again
+        second.rename(first)
+        until(lambda: len(seen) > 5 and len(begun.engines) == 1)
+        os.kill(begun.engine, signal.SIGKILL)
+        until(lambda: any("holds another model than before" in line for line in begun.lines))
+        many = len(seen)
+        until(lambda: sum(status == 200 for status, _ in seen[many:]) > 5)
+        stop.set()
+        for thread in threads:
+            thread.join(10)
+        assert begun.metric("sparsebert_engine_restarts") == 1
+    assert {status for status, _ in seen} <= {200, 503} and {200} <= {status for status, _ in seen}
+    for status, document in seen:
+        if status == 200:
+            assert all(scores(row) == pytest.approx(wanted, abs=1e-4) for row in document)
+
+
+LONG = "a!" * 400_000  # has no place where it may be cut before it is read
+
+
+def test_a_request_that_is_still_read_when_the_model_is_swapped_gets_an_answer(model):
+    with running(model) as begun:
+        found = [asked(begun, {"inputs": LONG, "truncate": True}) for _ in range(3)]
+        time.sleep(0.2)
+        begun.process.send_signal(signal.SIGHUP)
+        for thread, answers in found:
+            thread.join(30)
+            assert answers[0][0] in (200, 503), answers
+
+
+def test_long_texts_keep_no_probe_waiting(model):
+    with running(model) as begun:
+        found = [asked(begun, {"inputs": LONG, "truncate": True}) for _ in range(3)]
+        slowest = 0.0
+        while any(thread.is_alive() for thread, _ in found):
+            start = time.monotonic()
+            assert begun.ask("/health/live")[0] == 200
+            slowest = max(slowest, time.monotonic() - start)
+        assert all(answers[0][0] == 200 for _, answers in found)
+    assert slowest < 2.0, "one of them alone takes as long"
+
+
+def test_a_log_that_nobody_reads_stops_nothing(model):
+    given = ("-m", "sparsebert", "serve", model, "--port", 0, "--threads", 1)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, given)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        port = int(json.loads(process.stdout.readline())["url"].rpartition(":")[2])
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            for _ in range(1500):  # a pipe takes 64 kB
+                connection.request("GET", "/health/live")
+                assert connection.getresponse().read()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_model_is_swapped_without_a_lost_request(tmp_path):

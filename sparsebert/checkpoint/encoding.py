@@ -205,7 +205,11 @@ class _Stream:
             else:
                 if len(piece) > 2 * PIECE and self._pieces is not None:
                     piece = self._pieces.shortened(piece)
-                found = self._tokenizer.encode(piece, add_special_tokens=False).ids
+                if len(piece) > 2 * PIECE:  # as a batch, which lets other threads run meanwhile
+                    (encoding,) = self._tokenizer.encode_batch([piece], add_special_tokens=False)
+                else:
+                    encoding = self._tokenizer.encode(piece, add_special_tokens=False)
+                found = encoding.ids
                 self.count += len(found)
                 self._found = found + self._found if self._left else self._found + found
 

@@ -69,6 +69,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 # Where a text may be cut in two so that the tokens of the two parts, joined, are those of the whole text.
 _AT_SPACES = re.compile("(?<=[0-9A-Za-z])(?= [0-9A-Za-z])")
 _BETWEEN_WORDS = re.compile("(?<=[0-9A-Za-z])(?=[ \\t\\r\\n][0-9A-Za-z])")
+_BETWEEN_PUNCTUATION = re.compile(r"(?<=[!-/:-@\[-`{-~])(?=[!-/:-@\[-`{-~])")  # of which each is a word to BERT
 _BETWEEN_WORDS_OR_CHINESE = re.compile(_BETWEEN_WORDS.pattern + "|(?<=[\u4e00-\u9fff])(?=[\u4e00-\u9fff])")
 _AS_IT_IS = (
     "if tokenizer.json is what the model was trained with, set tokenizer_class to PreTrainedTokenizerFast in "
@@ -347,6 +348,8 @@ def _pieces(tokenizer: Tokenizer) -> Pieces | None:
     kinds = [part["type"] for part in splits.get("pretokenizers", [splits]) if part]
     if kinds == ["BertPreTokenizer"] and normalizer.get("type") == "BertNormalizer":
         between = _BETWEEN_WORDS_OR_CHINESE if normalizer["handle_chinese_chars"] else _BETWEEN_WORDS
+        if not any(_BETWEEN_PUNCTUATION.search(token.content) for token in added):
+            between = re.compile(f"{between.pattern}|{_BETWEEN_PUNCTUATION.pattern}")
         # Words above 1,000 letters are cut to 1,000 (Pieces.shortened): both must be unknown to the model.
         bounded = getattr(tokenizer.model, "max_input_chars_per_word", 10**9) < 1000
         inside_words = any(re.fullmatch("[0-9A-Za-z]+", token.content) for token in added)

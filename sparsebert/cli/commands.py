@@ -610,14 +610,23 @@ def serve(directory: Directory, *, config: ServeConfig) -> None:
     SIGTERM stops it when the requests in flight are answered.
     """
 
-    def log(line: dict) -> None:
-        print(jsons.dumps(line), file=sys.stderr, flush=True)
-
     if config.ray:
-        from sparsebert.serving.ray_serve import serve_on_ray as run
-    else:
-        from sparsebert.serving.server import serve as run
-    run(directory, config, ready=lambda told: emit(told, True), log=log)
+        from sparsebert.serving.ray_serve import serve_on_ray
+
+        serve_on_ray(directory, config, ready=lambda told: emit(told, True), log=_say)
+        return
+    from sparsebert.serving.lines import Lines
+    from sparsebert.serving.server import serve as run
+
+    log = Lines(sys.stderr)
+    try:
+        run(directory, config, ready=lambda told: emit(told, True), log=log)
+    finally:
+        log.close()
+
+
+def _say(line: dict) -> None:
+    print(jsons.dumps(line), file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -34,7 +34,7 @@ class Application:
         self.directory, self._config, self._key, self._log = checkpoint.resolve(directory), config, key, log
         limits = Limits(config.max_in_flight, config.max_batch_tokens, wait=config.max_wait_ms / 1e3)
         self._load = partial(
-            Served.begin, self.directory, dtype=config.dtype, threads=config.threads, limits=limits, load=load
+            Served.begin, self.directory, dtype=config.dtype, threads=config.threads, limits=limits, load=load, log=log
         )
         self.state: State | None = None
 
@@ -53,6 +53,12 @@ class Application:
         for warning in self.state.served.facts["warnings"]:
             self._log({"level": "warning", "warning": warning})
         try:
+            most = self.state.served.facts["max_length"]
+            if config.max_tokens is not None and config.max_tokens > most:
+                raise InputError(
+                    f"the model takes at most {most} tokens of a text, got --max-tokens {config.max_tokens}",
+                    fix="choose fewer, or leave it out",
+                )
             if config.shadow is not None:
                 self.state.shadow = await Served.begin(Path(config.shadow), threads=config.threads)
                 self.state.columns = columns_of(self.state.shadow, self.state.served)
@@ -67,6 +73,11 @@ class Application:
             await served.close(seconds)
         if self.state.tracer is not None:
             self.state.tracer.close()
+
+    def give_up(self) -> None:
+        """Tells requests that are in flight that there will be no answer."""
+        for served in filter(None, (self.state.served, self.state.shadow)):
+            served.give_up()
 
     async def reload(self) -> None:
         """Loads the directory anew and swaps it in between two requests. If that fails, it is logged, and the old model
@@ -86,6 +97,8 @@ class Application:
                 await fresh.close()
                 return
         old, state.served = state.served, fresh
+        for name, count in vars(old.counts).items():  # they go on
+            setattr(fresh.counts, name, getattr(fresh.counts, name) + count)
         state.log({"level": "info", "reloaded": str(self.directory)})
         await old.close(self._config.drain_timeout)
 

@@ -77,7 +77,8 @@ class _Waiting:
 
 
 class Batcher:
-    """Every request ends once: it is returned by `done`, `failed` or `expired`, or its caller told `leave`.
+    """Every request ends once: it is returned by `done`, `failed`, `all_failed` or `expired`, or its caller told
+    `leave`.
 
     The order is one rule for single texts and for many: a text is due when it would be done if its request had the
     engine to itself. So a short text does not wait for all of a long request that came just before it, and a long one
@@ -200,6 +201,14 @@ class Batcher:
         """
         batch = self._end()
         lost = [request for request in dict.fromkeys(r for r, _ in batch.items) if request.state == "waiting"]
+        for request in lost:
+            self._close(request, "failed")
+        self._sweep()
+        return lost
+
+    def all_failed(self) -> list[Request]:
+        """Ends all requests, and returns them. What of them is running runs on."""
+        lost = list(self._requests)
         for request in lost:
             self._close(request, "failed")
         self._sweep()

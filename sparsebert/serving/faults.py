@@ -43,7 +43,7 @@ def answer_of(fault: Fault, request_id: str) -> Response:
     headers = {} if fault.retry_after is None else {"retry-after": str(max(1, math.ceil(fault.retry_after)))}
     if fault.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if fault.status in (408, 413):
+    if fault.status in (401, 408, 413):
         headers["connection"] = "close"  # what is left of the body is not read
     content = {"error": fault.error, "type": fault.kind, "request_id": request_id, "hint": fault.hint}
     return JSONResponse(content, fault.status, headers)

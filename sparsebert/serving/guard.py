@@ -80,8 +80,8 @@ class Guard:
     async def _guarded(self, scope, receive, send, heads_: dict[str, str]) -> None:
         rules = self._state.rules
         if rules.key is not None and scope["path"] not in OPEN:
-            given = heads_.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), rules.key.encode()):
+            scheme, _, given = heads_.get("authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), rules.key.encode()):
                 raise Fault(401, "key", "the API key is missing or wrong", "send Authorization: Bearer KEY")
         body = await self._body(receive, heads_)
         sent = False

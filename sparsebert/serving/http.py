@@ -47,14 +47,14 @@ def app_of(state: State) -> Guard:
         return answer
 
     def scores_of(answer: Answer, activation: str | None) -> np.ndarray:
-        name = activation or DEFAULT_ACTIVATION[state.served.facts["problem"]]
+        name = activation or DEFAULT_ACTIVATION[answer.facts["problem"]]
         return ACTIVATIONS[name](answer.logits)
 
-    def scored(asked: bodies.Predict, answer: Answer, facts: dict, alone: bool) -> Response:
+    def scored(asked: bodies.Predict, answer: Answer, alone: bool) -> Response:
         scores = scores_of(answer, "identity" if asked.raw_scores else asked.activation)
         rows = []
         for row in scores.tolist():
-            ranked = sorted(zip(facts["labels"], row, strict=True), key=lambda pair: -pair[1])[: asked.top_k]
+            ranked = sorted(zip(answer.facts["labels"], row, strict=True), key=lambda pair: -pair[1])[: asked.top_k]
             rows.append([{"label": label, "score": score} for label, score in ranked])
         return _json(rows[0] if alone else rows, answer)
 
@@ -70,7 +70,7 @@ def app_of(state: State) -> Guard:
     async def predict(request: Request) -> Response:
         """Classify texts: of each text the labels with their scores, the highest first."""
         asked, texts, alone = await to_predict(request)
-        return scored(asked, await answered(texts, asked), state.served.facts, alone)
+        return scored(asked, await answered(texts, asked), alone)
 
     @app.post("/shadow/predict", openapi_extra=_described("Predict", "Scores", {404: "there is no shadow"}))
     async def shadow_predict(request: Request) -> Response:
@@ -78,14 +78,14 @@ def app_of(state: State) -> Guard:
         if state.shadow is None:
             raise Fault(404, "model", "there is no shadow", "begin the server with --shadow DIR")
         asked, texts, alone = await to_predict(request)
-        return scored(asked, await _answer(state.shadow, state, texts, asked), state.shadow.facts, alone)
+        return scored(asked, await _answer(state.shadow, state, texts, asked), alone)
 
     @app.post("/rerank", openapi_extra=_described("Rerank", None, {424: "the model has other than one logit"}))
     async def rerank(request: Request) -> Response:
         """Rank texts for a query, by a model of one logit."""
+        asked = await bodies.read(request, bodies.Rerank)
         if state.served.facts["problem"] != heads.ONE_LOGIT.name:
             raise Fault(424, "model", f"{state.name} has {len(state.served.facts['labels'])} labels", "ask /predict")
-        asked = await bodies.read(request, bodies.Rerank)
         bodies.require_few(len(asked.texts), state.rules)
         answer = await answered([(asked.query, text) for text in asked.texts], asked)
         scores = ACTIVATIONS["identity" if asked.raw_scores else "sigmoid"](answer.logits)[:, 0].tolist()
@@ -108,7 +108,7 @@ def app_of(state: State) -> Guard:
             raise Fault(422, "validation", "input must hold at least one text, holds none", "send a text")
         bodies.require_few(len(texts), state.rules)
         answer = await answered(texts, asked)
-        scores, count, names = scores_of(answer, None), len(state.served.facts["labels"]), names_of(answer)
+        scores, count, names = scores_of(answer, None), len(answer.facts["labels"]), names_of(answer)
         rows = [
             {"index": i, "label": names[i] if names else None, "probs": row.tolist(), "num_classes": count}
             for i, row in enumerate(scores)
@@ -124,15 +124,15 @@ def app_of(state: State) -> Guard:
 
     def names_of(answer: Answer) -> list[str]:
         """The label of each text; none if a text may have several."""
-        facts = state.served.facts
+        facts = answer.facts
         several = facts["problem"] == heads.MULTI_LABEL.name
         return [] if several else [facts["labels"][i] for i in answer.logits.argmax(axis=1)]
 
-    def outputs_of() -> dict[str, tuple[str, list[int]]]:
+    def outputs_of(facts: dict) -> dict[str, tuple[str, list[int]]]:
         """Of each output of `infer` its type and shape. There is no label where a text may have several."""
-        count = len(state.served.facts["labels"])
+        count = len(facts["labels"])
         found = {"logits": ("FP32", [-1, count]), "scores": ("FP64", [-1, count]), "label": ("BYTES", [-1])}
-        if state.served.facts["problem"] == heads.MULTI_LABEL.name:
+        if facts["problem"] == heads.MULTI_LABEL.name:
             del found["label"]
         return found
 
@@ -149,7 +149,7 @@ def app_of(state: State) -> Guard:
         asked = await bodies.read(request, bodies.Infer)
         texts, long = bodies.tensors_of(asked), bodies.long_of(asked)
         bodies.require_few(len(texts), state.rules)
-        known = list(outputs_of())
+        known = list(outputs_of(state.served.facts))
         wanted = known if asked.outputs is None else [output.name for output in asked.outputs]
         if unknown := [output for output in wanted if output not in known]:
             raise Fault(422, "validation", f"there is no output {cut(unknown[0], 40)!r}", f"known: {', '.join(known)}")
@@ -162,7 +162,7 @@ def app_of(state: State) -> Guard:
                 "shape": list(values[kind].shape),
                 "data": values[kind].ravel().tolist(),
             }
-            for kind, (datatype, _) in outputs_of().items()
+            for kind, (datatype, _) in outputs_of(answer.facts).items()
             if kind in wanted
         ]
         said = {} if asked.id is None else {"id": asked.id}
@@ -175,7 +175,7 @@ def app_of(state: State) -> Guard:
     @app.get("/v2/models/{name}")
     async def metadata(name: str) -> dict:
         require_model(name)
-        tensors = {"text": ("BYTES", [-1]), "text_pair": ("BYTES", [-1])}, outputs_of()
+        tensors = {"text": ("BYTES", [-1]), "text_pair": ("BYTES", [-1])}, outputs_of(state.served.facts)
         inputs, outputs = (
             [{"name": kind, "datatype": datatype, "shape": shape} for kind, (datatype, shape) in each.items()]
             for each in tensors
@@ -301,7 +301,9 @@ async def _compare(state: State, texts: list[Text], long: bodies.Long, answer: A
     except (Refused, Unavailable, TooLate, SparsebertError):
         metrics.skipped.inc()
         return
-    problem = heads.PROBLEMS[state.served.facts["problem"]]
+    if answer.facts is not state.served.facts:
+        return  # a model that was swapped meanwhile, with labels of its own
+    problem = heads.PROBLEMS[answer.facts["problem"]]
     if problem is heads.ONE_LOGIT:
         said = [logits[:, 0] > 0 for logits in (answer.logits, dense.logits)]
     else:

@@ -28,6 +28,11 @@ def key_of(file: str | None) -> str | None:
             raise InputError(
                 f"the API key cannot be read from {path}: {first_line(error)}", fix="correct it"
             ) from error
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise InputError(
+            f"the API key in {path or 'SPARSEBERT_API_KEY'} must be printable ASCII without spaces, as headers are",
+            fix="make another one",
+        )
     if len(key) < SHORTEST:
         raise InputError(
             f"the API key in {path or 'SPARSEBERT_API_KEY'} must have at least {SHORTEST} characters, has {len(key)}",

@@ -6,6 +6,7 @@ late answers, and not one, which is what a client that waits for each answer wou
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import random
 import time
@@ -69,13 +70,13 @@ async def _all(url: str, texts: Sequence[Text], config: LoadtestConfig, progress
 async def _info(session: aiohttp.ClientSession, url: str) -> dict:
     wrong = None
     try:
-        async with session.get(f"{url}/info") as answer:
+        async with session.get(f"{url}/info", allow_redirects=False) as answer:
             if answer.status == 401:
                 raise InputError(f"{url} wants an API key, or another one", fix="give --api-key-file FILE")
             info = await answer.json()
             if not isinstance(info, dict) or "model" not in info:
                 wrong = f"its /info has status {answer.status} and no model"
-    except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+    except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
         wrong = first_line(error)
     if wrong:
         raise InputError(f"no sparsebert server answers at {url}: {wrong}", fix="begin one: sparsebert serve DIR")
@@ -86,7 +87,7 @@ def bodies(texts: Sequence[Text], batch: int, seed: int) -> list[bytes]:
     """Bodies for /predict, of all texts in random order; a pair is a tuple."""
     order = list(texts)
     random.Random(seed).shuffle(order)
-    order += order[: -len(order) % batch]  # so that the last is as large
+    order += itertools.islice(itertools.cycle(order), -len(order) % batch)  # so that the last is as large
     items = [[text] if isinstance(text, str) else list(text) for text in order]
     return [
         json.dumps({"inputs": items[i : i + batch], "truncate": True}).encode() for i in range(0, len(items), batch)
@@ -114,9 +115,11 @@ async def offered(
         sent = time.perf_counter() - start
         status, why = NO_ANSWER, ""
         try:
-            async with session.post(f"{url}/predict", data=body) as answer:
+            async with session.post(f"{url}/predict", data=body, allow_redirects=False) as answer:
                 await answer.read()
                 status = answer.status
+                if status == OK and answer.content_type != "application/json":
+                    status, why = NO_ANSWER, f"an answer of {cut(answer.content_type, 40)}"
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             why = first_line(error)
         found.append(Sent(due, sent, time.perf_counter() - start, status, why))

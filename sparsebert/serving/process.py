@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import errors
+from sparsebert import checkpoint, errors
 from sparsebert.engine import Engine
-from sparsebert.errors import SparsebertError, SparsebertWarning
+from sparsebert.errors import CheckpointError, SparsebertError, SparsebertWarning
 
 HEAD = struct.Struct("<q")  # number of texts in a question
 OK, REFUSED = b"+", b"-"  # first byte of an answer
@@ -37,12 +37,16 @@ def load_engine(directory: str, dtype: str, threads: int | None) -> tuple[Forwar
     """Our engine, and what `EngineProcess.facts` says of it."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", SparsebertWarning)
+        before = checkpoint.read(directory).content_sha256
         engine = Engine.load(directory, dtype=dtype, threads=threads)
+        content = checkpoint.read(directory).content_sha256
+    if content != before:
+        raise CheckpointError(f"{directory} changed while it was loaded", fix="load it again when it rests")
     kernels = Counter(f"{row['form']}, {row['kernel']}" for row in engine.explain())
     return engine.forward, {
         "labels": engine.labels, "problem": engine.problem.name, "dtype": engine.dtype, "isa": engine.isa,
         "threads": engine.threads, "max_length": engine.encoder.max_length, "truncates_at": engine.truncates_at,
-        "density": engine.density, "kernels": dict(kernels.most_common()),
+        "density": engine.density, "kernels": dict(kernels.most_common()), "content_sha256": content,
         "warnings": [str(each.message) for each in said if issubclass(each.category, SparsebertWarning)],
     }  # fmt: skip
 
@@ -51,7 +55,8 @@ class EngineProcess:
     """Loads a model directory in a new process, and asks it for logits. load: of a module, since it runs in there.
 
     facts: of the engine there: labels, problem, dtype, isa, threads, max_length (positions), truncates_at, density,
-    kernels (linears by form and kernel, in batches of many tokens), warnings.
+    kernels (linears by form and kernel, in batches of many tokens), warnings, content_sha256 (of weights, config and
+    tokenizer).
     pid: of the process.
 
     Raises what `Engine.load` raises; Gone if the process ends before the engine is loaded.

@@ -1,28 +1,35 @@
-"""HTTP/1.1 on a connection: uvicorn's, with bounds for the head of a request, which it takes from anybody for ever."""
+"""HTTP/1.1 on a connection: uvicorn's, with bounds for the head of a request, which it takes from anybody for ever, and
+for the trailers after its body.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import secrets
+from collections.abc import Callable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 64 * 1024
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
+UPGRADE = re.compile(rb"\r\n(upgrade|http2-settings):", re.IGNORECASE)
 
 
 class Protocol(HttpToolsProtocol):
     """The head of a request, its line and headers, must come within head_seconds of the connection or of its first
-    byte, and have at most HEAD_BYTES. What is no request has the shape of every other error.
+    byte, and have at most HEAD_BYTES. Trailers are not kept. Offers to speak another protocol are not heard: the parser
+    would take the body for that protocol. What is no request has the shape of every other error. told: is called for
+    it, with the status, the request's id and the error.
     """
 
-    def __init__(self, *given, head_seconds: float, **settings):
+    def __init__(self, *given, head_seconds: float, told: Callable[[int, str, str], None], **settings):
         super().__init__(*given, **settings)
-        self._head_seconds = head_seconds
-
-    _timer: asyncio.TimerHandle | None = None
-    _received = 0  # bytes of the head
+        self._head_seconds, self._told = head_seconds, told
+        self._timer: asyncio.TimerHandle | None = None  # while a head is expected
+        self._received = 0  # bytes of the head
+        self._between = True  # no request has begun since the last one ended
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -33,6 +40,11 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._between:
+            end = data.find(b"\r\n\r\n")
+            if UPGRADE.search(data, 0, end if end >= 0 else len(data)):
+                end = len(data) if end < 0 else end
+                data = UPGRADE.sub(rb"\r\nx-\1:", data[:end]) + data[end:]
         if self._timer is not None:
             self._received += len(data)
         super().data_received(data)
@@ -41,11 +53,20 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._between = False
         self._expect_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._timer is not None:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._have_head()
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._between = True
+        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "this is no HTTP request", "send HTTP/1.1")
@@ -67,10 +88,11 @@ class Protocol(HttpToolsProtocol):
         self._have_head()
         if self.transport.is_closing():
             return
-        told = {"error": error, "type": "http", "request_id": secrets.token_hex(8), "hint": hint}
-        body = json.dumps(told).encode()
+        request_id = secrets.token_hex(8)
+        body = json.dumps({"error": error, "type": "http", "request_id": request_id, "hint": hint}).encode()
         self.transport.write(
-            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s"
-            % (status, REASONS[status], len(body), body)
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n"
+            b"x-request-id: %s\r\n\r\n%s" % (status, REASONS[status], len(body), request_id.encode(), body)
         )
         self.transport.close()
+        self._told(status, request_id, error)

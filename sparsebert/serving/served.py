@@ -17,8 +17,8 @@ import numpy as np
 
 from sparsebert import checkpoint
 from sparsebert.engine.inputs import Inputs
-from sparsebert.errors import SparsebertError
-from sparsebert.serving.batcher import Batch, Batcher, Limits, Request
+from sparsebert.errors import CheckpointError, SparsebertError
+from sparsebert.serving.batcher import Batch, Batcher, Limits, Refused, Request
 from sparsebert.serving.process import EngineProcess, Gone, Load, load_engine
 
 HUNG = 30.0  # seconds after which a batch that did not come back ends its process
@@ -26,6 +26,8 @@ AGAIN = (0.1, 0.5, 1.0, 2.0, 5.0)  # seconds before a process is begun again, af
 FITS = 4_000  # tokens of a question that a pipe takes though nobody reads it; a longer one is sent by a thread
 TICK = 0.05  # seconds between looks for deadlines that have passed
 INLINE = 4_000  # characters that are tokenized at once; more would keep others waiting, and go to a thread
+TOKENIZERS = 2  # texts above that which are tokenized at the same time
+STOPPING = "the server is stopping"
 
 Text = str | tuple[str, str]
 
@@ -55,11 +57,13 @@ class Windows:
 
 @dataclass(frozen=True)
 class Answer:
-    """logits: float32 [texts, labels]. tokens: that were computed. cut: which texts were cut. windows: of each text.
-    Seconds: tokenizing, queue (until the last text began) and inference (of the batches that held the texts).
+    """logits: float32 [texts, labels]. facts: of the engine that computed them, as `EngineProcess.facts`. tokens: that
+    were computed. cut: which texts were cut. windows: of each text. Seconds: tokenizing, queue (until the last text
+    began) and inference (of the batches that held the texts).
     """
 
     logits: np.ndarray
+    facts: dict
     tokens: int
     cut: list[int]
     windows: list[int]
@@ -83,7 +87,7 @@ class _Pending:
 
 @dataclass
 class Counts:
-    """Of one model since it was begun."""
+    """What the engine did so far, and how often it was begun again."""
 
     batches: int = 0
     texts: int = 0
@@ -93,11 +97,15 @@ class Counts:
 class Served:
     """`await Served.begin(directory)`, then any number of `answer` at once, then `await close()`."""
 
-    def __init__(self, directory: Path, begin: Callable[[], EngineProcess], limits: Limits | None):
-        self.directory, self._begin_process = directory, begin
+    def __init__(
+        self, directory: Path, begin: Callable[[], EngineProcess], limits: Limits | None, log: Callable[[dict], None]
+    ):
+        self.directory, self._begin_process, self._log = directory, begin, log
         self.batcher, self.counts = Batcher(limits), Counts()
         self._process: EngineProcess | None = None
-        self._closing = False
+        self._closing = self._given_up = False
+        self._entering = 0  # requests that are being tokenized
+        self._tokenizers = asyncio.Semaphore(TOKENIZERS)
         self._work = asyncio.Event()
         self._tasks: list[asyncio.Task] = []
 
@@ -110,16 +118,35 @@ class Served:
         threads: int | None = None,
         limits: Limits | None = None,
         load: Load = load_engine,
+        log: Callable[[dict], None] = lambda line: None,
     ) -> Served:
-        """Loads the model and warms it up. Raises what `Engine.load` raises. load: as for `EngineProcess`."""
+        """Loads the model and warms it up. Raises what `Engine.load` raises. load: as for `EngineProcess`. log: takes a
+        line when the engine ends and when it is begun again.
+        """
         directory = checkpoint.resolve(directory).absolute()
-        self = cls(directory, partial(EngineProcess, directory, dtype=dtype, threads=threads, load=load), limits)
-        self._process = await asyncio.to_thread(self._begin_process)
-        self._inputs = Inputs(checkpoint.read(directory))
-        self.facts = self._process.facts
+        begun = partial(EngineProcess, directory, dtype=dtype, threads=threads, load=load)
+        self = cls(directory, begun, limits, log)
+        self._take(*await asyncio.to_thread(self._loaded))
         await asyncio.to_thread(self._warm_up)
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
         return self
+
+    def _loaded(self) -> tuple[EngineProcess, Inputs]:
+        """An engine, and the tokenizer of the same files."""
+        process = self._begin_process()
+        try:
+            files = checkpoint.read(self.directory)
+            if files.content_sha256 != process.facts["content_sha256"]:
+                raise CheckpointError(
+                    f"{self.directory} changed while it was loaded", fix="load it again when it rests"
+                )
+            return process, Inputs(files)
+        except BaseException:
+            process.close()
+            raise
+
+    def _take(self, process: EngineProcess, inputs: Inputs) -> None:
+        self._process, self._inputs, self.facts = process, inputs, process.facts
 
     @property
     def ready(self) -> bool:
@@ -141,20 +168,34 @@ class Served:
         is cancelled, what is still in the queue is not run.
         """
         if not self.ready:
-            raise Unavailable("the engine is being started" if not self._closing else "the server is stopping", 1.0)
+            raise Unavailable(STOPPING if self._closing else "the engine is being started", 1.0)
+        if self.batcher.in_flight + self._entering >= self.batcher.limits.in_flight:
+            raise Refused(f"{self.batcher.limits.in_flight} requests are in flight", 1.0)
         loop = asyncio.get_running_loop()
         start = time.monotonic()
         size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
 
+        inputs, facts = self._inputs, self.facts
+
         def encode() -> tuple[list[list[int]], list[list[int]], list[int], list[int]]:
             if windows is not None:
-                ids, types, counts = self._inputs.windows(
-                    texts, size=windows.size, step=windows.step, most=windows.most
-                )
+                ids, types, counts = inputs.windows(texts, size=windows.size, step=windows.step, most=windows.most)
                 return ids, types, [], counts
-            return *self._inputs.encode(texts, truncate=truncate, max_length=max_length), [1] * len(texts)
+            return *inputs.encode(texts, truncate=truncate, max_length=max_length), [1] * len(texts)
 
-        ids, types, cut, counts = encode() if size <= INLINE else await asyncio.to_thread(encode)
+        if size <= INLINE:
+            ids, types, cut, counts = encode()
+        else:
+            self._entering += 1
+            try:
+                async with self._tokenizers:
+                    ids, types, cut, counts = await asyncio.to_thread(encode)
+            finally:
+                self._entering -= 1
+            if self._given_up:
+                raise Unavailable(STOPPING, 1.0)
+            if facts is not self.facts:
+                raise Unavailable("the model was replaced", 1.0)
         lengths, now = [len(row) for row in ids], time.monotonic()
         pending = _Pending(loop.create_future(), ids, types, now)
         request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
@@ -166,17 +207,18 @@ class Served:
         if len(counts) < len(logits):
             ends = np.cumsum(counts)[:-1]
             logits = np.stack([part.mean(axis=0, dtype=np.float64) for part in np.split(logits, ends)]).astype("f4")
-        return Answer(logits, sum(lengths), cut, counts, now - start, pending.began - now, pending.inference)
+        return Answer(logits, facts, sum(lengths), cut, counts, now - start, pending.began - now, pending.inference)
 
     async def close(self, seconds: float = 0.0) -> bool:
-        """Takes no request any more, waits for those in flight, for so many seconds at most, and ends the process.
+        """Takes no request any more, waits for those that it has, for so many seconds at most, and ends the process.
         Returns whether all were answered.
         """
         self._closing = True
         end = time.monotonic() + seconds
-        while self.batcher.in_flight and time.monotonic() < end:
+        while (self.batcher.in_flight or self._entering) and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        answered = not self.batcher.in_flight
+        answered = not self.batcher.in_flight and not self._entering
+        self.give_up()
         for task in self._tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -185,6 +227,15 @@ class Served:
             await asyncio.to_thread(self._process.close)
             self._process = None
         return answered
+
+    def give_up(self) -> None:
+        """Takes no request any more, and tells those that it has that there will be no answer."""
+        self._closing = self._given_up = True
+        self._end_all(Unavailable(STOPPING, 1.0))
+
+    def _end_all(self, error: Exception) -> None:
+        for request in self.batcher.all_failed():
+            self._tell(request, error)
 
     def _warm_up(self) -> None:
         """The first calls are slower, as the process starts its threads and touches the weights."""
@@ -207,6 +258,7 @@ class Served:
             try:
                 logits = await self._forward(self._process, batch)
             except (Gone, SparsebertError) as error:
+                self._log({"level": "error", "error": f"the engine failed: {error}"})
                 self._fail(Unavailable(f"the engine failed: {error}", 1.0))
                 await asyncio.to_thread(self._process.close)
                 continue
@@ -260,18 +312,26 @@ class Served:
             future.set_result(result)
 
     async def _begin_again(self) -> None:
-        """Puts a new process in the place of one that has ended."""
+        """Puts a new process in the place of one that has ended. If the directory holds another model by now, requests
+        that were tokenized for the old one are ended.
+        """
         gone, self._process = self._process, None
         await asyncio.to_thread(gone.close)
         for failures in range(1_000_000):
             await asyncio.sleep(0 if failures == 0 else AGAIN[min(failures, len(AGAIN)) - 1])
             try:
-                process = await asyncio.to_thread(self._begin_process)
+                process, inputs = await asyncio.to_thread(self._loaded)
                 break
-            except (Gone, SparsebertError, OSError):
-                continue
-        self._process = process
+            except (Gone, SparsebertError, OSError) as error:
+                self._log({"level": "error", "error": f"the engine was not begun again: {error}"})
+        if process.facts["content_sha256"] != self.facts["content_sha256"]:
+            self._log({"level": "warning", "warning": f"{self.directory} holds another model than before"})
+            self._end_all(Unavailable("the model was replaced", 1.0))
+            self._take(process, inputs)
+        else:
+            self._process = process
         self.counts.restarts += 1
+        self._log({"level": "info", "engine": "begun again", "pid": process.pid})
 
     async def _watch(self) -> None:
         """Ends requests whose deadline has passed, and has an idle process looked at."""

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import math
 import os
 import signal
 import socket
@@ -44,6 +46,21 @@ def serve(
         uvloop.run(_serve(Application(directory, config, key, log, load), config, listener, ready))
 
 
+GRACE = 5  # seconds after the drain timeout in which the last answers, all errors, are sent
+
+
+class _ToLog(logging.Handler):
+    """uvicorn's own errors as lines of the log."""
+
+    def __init__(self, log: Callable[[dict], None]):
+        super().__init__(logging.ERROR)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        cause = record.exc_info[1] if record.exc_info else None
+        self._log({"level": "error", "error": record.getMessage().split("\n")[0], "cause": repr(cause)})
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, whose signals are ours."""
 
@@ -58,17 +75,27 @@ class _Server(uvicorn.Server):
 async def _serve(app: Application, config: ServeConfig, listener: socket.socket, ready) -> None:
     await app.begin()
     state, loop = app.state, asyncio.get_running_loop()
+
+    def told(status: int, request_id: str, error: str) -> None:
+        state.metrics.requests.labels("none", str(status)).inc()
+        state.log({"level": "info", "request_id": request_id, "route": "none", "status": status, "error": error})
+
+    logging.getLogger("uvicorn").handlers = [_ToLog(state.log)]
     server = _Server(
         uvicorn.Config(
-            app, http=partial(Protocol, head_seconds=config.read_timeout), ws="none", log_config=None, access_log=False,
-            lifespan="off", timeout_keep_alive=30, timeout_graceful_shutdown=max(1, int(config.drain_timeout)),
-            server_header=False, backlog=BACKLOG,
+            app, http=partial(Protocol, head_seconds=config.read_timeout, told=told), ws="none", log_config=None,
+            access_log=False, lifespan="off", timeout_keep_alive=30, server_header=False, backlog=BACKLOG,
+            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + GRACE,
         )
     )  # fmt: skip
 
     def stop() -> None:
-        server.force_exit = state.stopping
-        state.stopping = server.should_exit = True
+        if state.stopping:
+            server.force_exit = True
+            app.give_up()
+        else:
+            state.stopping = server.should_exit = True
+            loop.call_later(config.drain_timeout, app.give_up)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
@@ -77,4 +104,4 @@ async def _serve(app: Application, config: ServeConfig, listener: socket.socket,
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     ready({"ready": True, "url": url, "model": state.name, "pid": os.getpid()})
     await server.serve(sockets=[listener])
-    await app.end(config.drain_timeout)
+    await app.end(0.0)
