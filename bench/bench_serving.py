@@ -284,16 +284,20 @@ async def soak(server: Server, texts: list[str], seconds: float) -> AsyncIterato
 
     async def watch() -> None:
         while time.monotonic() < end:
-            samples.append((time.monotonic(), sum(server.memory().values())))
+            samples.append((time.monotonic(), server.memory()))
             await asyncio.sleep(min(10.0, seconds / 50))
 
     await asyncio.gather(watch(), *(client(i) for i in range(4)))
-    warm = [(when, size) for when, size in samples if when > samples[0][0] + seconds / 6]
-    slope = float(np.polyfit(*zip(*warm, strict=True), 1)[0]) * 3600
+    warm = [(when, used) for when, used in samples if when > samples[0][0] + seconds / 6]
+    hours = [(when - warm[0][0]) / 3600 for when, _ in warm]
+    slopes = {name: float(np.polyfit(hours, [used[name] for _, used in warm], 1)[0]) for name in warm[0][1]}
+    told = ", ".join(
+        f"{name} {slope:+.2f} MB/h ({warm[0][1][name]:.1f} MB, at the end {warm[-1][1][name]:.1f})"
+        for name, slope in slopes.items()
+    )
     yield row(
         "soak", f"{seconds / 60:g} minutes, {count:,} mixed requests", "below 1 MB/h after warm-up",
-        f"{slope:+.2f} MB/h; {warm[0][1]:.1f} MB, at the end {warm[-1][1]:.1f}; in flight afterwards "
-        f"{server.metric('sparsebert_in_flight'):.0f}", slope < 1.0,
+        f"{told}; in flight afterwards {server.metric('sparsebert_in_flight'):.0f}", sum(slopes.values()) < 1.0,
     )  # fmt: skip
 
 
