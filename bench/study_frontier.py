@@ -48,35 +48,36 @@ NOTES = (
     "training texts. `kernels`: the forms of the {linears} linears. One dense model, one draw of calibration texts. "
     "{fastest}"
 )
-# (pattern, sparsity, whether it is also rounded to int8)
-FRONTIER = [("unstructured", 0.75, False), ("unstructured", 0.875, False), ("unstructured", 0.95, False)]
-FRONTIER += [("4x1", 0.75, True), ("4x1", 0.8, True), ("4x1", 0.875, True)]
-FRONTIER += [("32x1", 0.75, True), ("32x1", 0.875, True)]
+# (pattern, sparsity, tier, whether it is also rounded to int8)
+FRONTIER = [("unstructured", 0.875, tier, False) for tier in (1, 2)]
+FRONTIER += [("4x1", 0.75, 1, True), ("4x1", 0.875, 1, True), ("4x1", 0.875, 2, True)]
+FRONTIER += [("8x1", 0.75, 1, True), ("8x1", 0.875, 1, True), ("8x1", 0.875, 2, True)]
+FRONTIER += [("32x1", sparsity, tier, True) for sparsity in (0.75, 0.875) for tier in (1, 2)]
 TIMED = 64
 CALLS = (1, 32)  # sentences
 CALIBRATION = 300  # training texts for rivals in int8, the default of NNCF
 INT8 = "openvino-int8"
 POINTS = 1.0  # that a model may lose and still count as accurate as the dense one
 RIVAL = "rival"
-MARKERS = {0.75: "o", 0.8: "s", 0.875: "^", 0.95: "*"}  # of the sparsities of FRONTIER
+MARKERS = {0.75: "o", 0.875: "^", 0.95: "*"}  # of sparsities
 COLOURS = {
-    "dense": "black", "unstructured": "tab:blue", "4x1": "tab:orange", "4x1 int8": "tab:red", "32x1": "tab:green",
-    "32x1 int8": "tab:purple", "dense int8": "0.4",
+    "dense": "black", "unstructured": "tab:blue", "4x1": "tab:orange", "8x1": "tab:red", "16x1": "tab:olive",
+    "32x1": "tab:green",
 }  # fmt: skip
 
 
-def names_of(pattern: str, sparsity: float, int8: bool) -> list[str]:
+def names_of(pattern: str, sparsity: float, tier: int, int8: bool) -> list[str]:
     """The directories that an entry of FRONTIER makes."""
-    name = f"{pattern}-{sparsity:g}"
+    name = f"{pattern}-{sparsity:g}" + (f"-tier{tier}" if tier > 1 else "")
     return [name, f"{name}-int8"] if int8 else [name]
 
 
 def pruned(dense: Path, task: str, folder: Path) -> list[Path]:
     """The directories of FRONTIER in `folder`, and the dense model in int8. Makes those that are not finished."""
     directories = []
-    for pattern, sparsity, int8 in FRONTIER:
-        made = [folder / name for name in names_of(pattern, sparsity, int8)]
-        prune_checkpoint(dense, task, made[0], PruneConfig(pattern=pattern, sparsity=sparsity))
+    for pattern, sparsity, tier, int8 in FRONTIER:
+        made = [folder / name for name in names_of(pattern, sparsity, tier, int8)]
+        prune_checkpoint(dense, task, made[0], PruneConfig(pattern=pattern, sparsity=sparsity, tier=tier))
         if int8:
             quantize_checkpoint(made[0], task, made[1])
         directories += made
@@ -161,12 +162,13 @@ def measure(directories: list[Path], args: argparse.Namespace) -> tuple[list[har
 
 
 def pattern_of(name: str, dense: str) -> str:
-    """Which line of the plot a directory belongs to."""
+    """Which line of the plot a directory belongs to: its pattern, tier if it is 2, and int8."""
     if name == dense:
         return "dense"
     part = name.removesuffix("-int8")
-    pattern = part.rpartition("-")[0] or "dense"
-    return pattern if part == name else f"{pattern} int8"
+    plain = part.removesuffix("-tier2")
+    pattern = plain.rpartition("-")[0] or "dense"
+    return pattern + " tier 2" * (plain != part) + " int8" * (part != name)
 
 
 def fastest(rows: list[harness.Row], timings: dict[int, Timings]) -> str:
@@ -215,11 +217,14 @@ def plot(rows: list[harness.Row], path: Path) -> None:
     figure, (of_kl, of_accuracy) = pyplot.subplots(1, 2, figsize=(10, 4.3), layout="constrained")
     for pattern in dict.fromkeys(row["pattern"] for row in rows if row["pattern"] != RIVAL):
         part = sorted((row for row in rows if row["pattern"] == pattern), key=lambda row: row["ms_1"])
-        x, style = [row["ms_1"] for row in part], {"color": COLOURS.get(pattern)}
+        colour, filled = COLOURS.get(pattern.split()[0]), pattern.endswith("int8")
+        style = {"color": colour, "markerfacecolor": colour if filled else "white"}
         error = np.array([[row["accuracy"] - row["low"], row["high"] - row["accuracy"]] for row in part]).T
-        of_accuracy.errorbar(x, [row["accuracy"] for row in part], yerr=error, elinewidth=0.6, **style)
+        lines = {"color": colour, "linestyle": "--" if "tier 2" in pattern else "-", "linewidth": 1.0}
+        x = [row["ms_1"] for row in part]
+        of_accuracy.errorbar(x, [row["accuracy"] for row in part], yerr=error, elinewidth=0.4, **lines)
         if not pattern.startswith("dense"):
-            of_kl.plot(x, [row["kl"] for row in part], label=pattern, **style)
+            of_kl.plot(x, [row["kl"] for row in part], **lines)
         for row in part:
             marker = min(MARKERS.items(), key=lambda each, row=row: abs(each[0] - row["zeros"]))[1]
             marker = "D" if pattern.startswith("dense") else marker
@@ -249,9 +254,23 @@ def plot(rows: list[harness.Row], path: Path) -> None:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.25)
+    known = {row["pattern"].split()[0] for row in rows if row["pattern"] != RIVAL}
+    lines = [Line2D([], [], color=c, label=name) for name, c in COLOURS.items() if name in known]
+    lines += [Line2D([], [], color="0.3", linestyle="--", label="tier 2")]
     zeros = [Line2D([], [], color="0.3", linestyle="", marker=m, label=f"{s:.1%} zeros") for s, m in MARKERS.items()]
-    lines = of_kl.get_legend_handles_labels()[0]
-    figure.legend(handles=[*lines, *zeros], fontsize=8, loc="outside lower center", ncols=len(lines) + len(zeros))
+    zeros += [
+        Line2D(
+            [],
+            [],
+            color="0.3",
+            linestyle="",
+            marker="s",
+            markerfacecolor="0.3" if name == "int8" else "white",
+            label=name,
+        )
+        for name in ("fp32", "int8")
+    ]
+    figure.legend(handles=[*lines, *zeros], fontsize=8, loc="outside lower center", ncols=6)
     figure.savefig(path, dpi=150)
 
 

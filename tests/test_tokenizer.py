@@ -321,6 +321,8 @@ def test_long_texts_are_read_in_pieces_to_the_same_ids(directories, tmp_path, mo
         "  ",
         "a\nb",
         "c\td",
+        "!?..!!",
+        "#@[SEP][SEP]!e\u0301.",
     ]
     if kind == "bert":
         parts += ["w" * 1500, " " * 1500]
@@ -338,7 +340,7 @@ def test_long_texts_are_read_in_pieces_to_the_same_ids(directories, tmp_path, mo
 
 TEN_MEGABYTES = {
     "words": "a b " * 2_500_000, "one word": "word" * 2_500_000, "spaces": " " * 10_000_000 + "x",
-    "lines": "line\n" * 2_000_000, "chinese": "你好世界" * 1_000_000,
+    "lines": "line\n" * 2_000_000, "chinese": "你好世界" * 1_000_000, "punctuation": "!?" * 5_000_000,
 }  # fmt: skip
 
 
@@ -411,7 +413,7 @@ def test_texts_read_in_small_pieces_are_cut_as_the_whole_is(directories, tmp_pat
     whole = Tokenizer.from_file(str(directories[kind] / "tokenizer.json"))
     whole.no_padding()
     rng = random.Random(1)
-    words = ["word", "Other", "naïve", "3.5", "it's", "中文字", "\n\n", "[SEP]", "  ", "a\nb", "x" * 50]
+    words = ["word", "Other", "naïve", "3.5", "it's", "中文字", "\n\n", "[SEP]", "  ", "a\nb", "x" * 50, "!?..![SEP]?"]
     long = [" ".join(rng.choice(words) for _ in range(n)) for n in (14, 15, 31)]
     rows = [*long, *itertools.product(long, repeat=2), ("short", long[2]), (long[2], "short"), ("so", "short"), "one"]
     for limit in (8, 21, 22):
