@@ -18,6 +18,6 @@ RUN install -d -o 10001 -g 10001 /cache
 USER 10001:10001
 VOLUME /cache
 EXPOSE 8080
-HEALTHCHECK --start-period=10s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/health/ready', timeout=2)"]
+HEALTHCHECK --start-period=10s CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ.get('SPARSEBERT_SERVE_PORT', '8080') + '/health/ready', timeout=2)"]
 ENTRYPOINT ["sparsebert", "serve"]
 CMD ["/model"]

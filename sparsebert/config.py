@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparsebert.errors import InputError
 
@@ -415,13 +415,35 @@ class ServeConfig(Settings):
     )
     shadow_rate: float = Field(0.01, ge=0, le=1, description="that share")
     read_timeout: Positive = Field(10.0, description="seconds in which the head of a request, and its body, must come")
-    drain_timeout: Positive = Field(20.0, description="seconds for requests in flight when the server is told to stop")
+    stop_delay: float = Field(
+        0.0,
+        ge=0,
+        lt=1e6,
+        description="seconds for which a server that is told to stop still answers, while /health/ready says 503",
+    )
+    drain_timeout: Positive = Field(
+        20.0, description="seconds after that for requests in flight; new ones are told that the server stops"
+    )
+    name: str | None = Field(
+        None, pattern=r"^[\w.:-]{1,64}$", description="the model's name for clients [default: that of the directory]"
+    )
+    quiet: bool = Field(False, description="log only requests that were not answered")
     ray: bool = Field(False, description="serve on the Ray cluster of RAY_ADDRESS, or on one that is begun here")
     replicas: str = Field(
         "1",
         pattern=r"^[1-9]\d{0,3}(-[1-9]\d{0,3})?$",
         description="with --ray: how many engines; 1-8 for between one and eight, as load asks for",
     )
+
+    @model_validator(mode="after")
+    def _need_no_other(self):
+        for name, needed in (("shadow_rate", "shadow"), ("replicas", "ray")):
+            if name in self.model_fields_set and not getattr(self, needed):
+                given, default = getattr(self, name), type(self).model_fields[name].default
+                if given != default:
+                    flags = [each.replace("_", "-") for each in (name, needed)]
+                    raise ValueError(f"--{flags[0]} is of --{flags[1]}, which is not given")
+        return self
 
     @property
     def replica_range(self) -> tuple[int, int]:

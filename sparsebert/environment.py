@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from sparsebert.errors import DataError, InputError, shown
@@ -109,6 +110,12 @@ def that_matter() -> dict[str, str]:
     """The variables set in this process on which figures may depend, by name; of a path only the last part."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_MATTER) and value}
     return {name: value.rstrip("/").rpartition("/")[2] for name, value in found.items() if name not in _DO_NOT}
+
+
+def unknown_variables(prefix: str, fields: Iterable[str]) -> list[str]:
+    """Variables that begin with `prefix` and name no field."""
+    known = {f"{prefix}{name.upper()}" for name in fields}
+    return sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
 
 
 def api_key() -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -51,7 +52,8 @@ def test_the_health_check_tells_a_server_that_is_ready_from_one_that_is_not(tmp_
     _, _, code = json.loads(line[line.index("[") :])
 
     def checked(port: int) -> int:
-        done = subprocess.run([sys.executable, "-c", code.replace("8080", str(port))], capture_output=True)
+        env = os.environ | {"SPARSEBERT_SERVE_PORT": str(port)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
         return done.returncode
 
     # Without a place for the cache, as on a root file system that is read-only.
@@ -72,7 +74,8 @@ def test_the_manifest_asks_for_what_the_server_has():
     assert deployment["spec"]["selector"]["matchLabels"] == pod["metadata"]["labels"] == service["spec"]["selector"]
     variables = {each["name"]: each.get("value") for each in container["env"]}
     assert variables.keys() <= VARIABLES | {"SPARSEBERT_API_KEY"}
-    assert pod["spec"]["terminationGracePeriodSeconds"] > float(variables["SPARSEBERT_SERVE_DRAIN_TIMEOUT"])
+    waits = sum(float(variables[f"SPARSEBERT_SERVE_{name}"]) for name in ("STOP_DELAY", "DRAIN_TIMEOUT"))
+    assert pod["spec"]["terminationGracePeriodSeconds"] > waits
     probes = [container[f"{name}Probe"]["httpGet"] for name in ("startup", "readiness", "liveness")]
     ports = {each["containerPort"] for each in container["ports"]}
     assert all(probe["path"] in OPEN and probe["port"] in ports for probe in probes)

@@ -176,7 +176,7 @@ def test_a_long_text_is_read_whole_in_windows(model, server):
     assert status == 200 and headers["x-windows"] == str(len(windows))
     assert document["data"][0]["probs"] == pytest.approx(wanted, abs=1e-5)
     tensor = {"name": "text", "shape": [1], "datatype": "BYTES", "data": [long]}
-    asked = {"inputs": [tensor], "parameters": {"window": 100, "stride": 50, "another": 1}}
+    asked = {"inputs": [tensor], "parameters": {"window": 100, "stride": 50, "binary_data_output": False}}
     document = server.ask("/v2/models/model/infer", asked)[1]
     assert document["outputs"][1]["data"] == pytest.approx(wanted, abs=1e-5)
 
@@ -266,6 +266,7 @@ def test_the_open_inference_protocol(model, server):
         {"inputs": [columns[0] | {"shape": [0], "data": []}]},
         {"inputs": [columns[0]], "outputs": [{"name": "probabilities"}]},
         {"inputs": [columns[0]], "parameters": {"window": "many"}},
+        {"inputs": [columns[0]], "parameters": {"truncat": 1}},
     ):  # fmt: skip
         assert server.ask("/v2/models/model/infer", bad)[0] == 422, bad
     assert server.metric(r'sparsebert_requests_total\{route="/v2/models/\{name\}/infer",status="200"\}') >= 2
@@ -291,6 +292,9 @@ def test_it_says_what_it_serves_and_within_which_limits(model, server):
         200,
         {"ready": True},
     )
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)) as connection:
+        connection.request("HEAD", "/health")
+        assert connection.getresponse().status == 200
     paths = server.ask("/openapi.json")[1]["paths"]
     assert {"/predict", "/rerank", "/classify", "/info", "/metrics"} <= paths.keys()
 
@@ -307,8 +311,11 @@ def test_every_request_has_an_id_and_is_counted_and_logged_once(model):
         assert begun.metric("sparsebert_requests_total") == 3, "the one for the metrics is not over"
         assert begun.metric("sparsebert_texts_total") == 1
         assert begun.end() == 0
-    logged = [json.loads(line) for line in begun.lines]
-    told = [(line["route"], line["status"]) for line in logged if "route" in line]
+    whole = [json.loads(line) for line in begun.lines]
+    assert whole[0]["model"] == "model" and whole[-1]["stopping"] and all(line["time"] for line in whole)
+    logged = [line for line in whole if "route" in line]
+    told = [(line["route"], line["status"]) for line in logged]
+    assert "error" not in logged[0] and logged[1]["error"]
     assert told[:3] == [("/predict", 200), ("/predict", 400), ("other", 404)] and logged[0]["request_id"] == "mine-1"
 
 
@@ -526,6 +533,14 @@ def test_the_environment_gives_what_no_flag_gives(model):
         assert begun.ask("/predict", {"inputs": [["a"]] * 3})[0] == 413
 
 
+def test_what_would_be_left_out_is_said(model, capsys, monkeypatch):
+    assert "--replicas is of --ray, which is not given" in refused(capsys, "serve", model, "--replicas", "2")
+    assert "--shadow-rate is of --shadow" in refused(capsys, "serve", model, "--shadow-rate", 0.5)
+    with running(model, env={"SPARSEBERT_SERVE_MAXITEMS": "2"}) as begun:
+        assert begun.end() == 0
+    assert begun.lines[0] == "warning: SPARSEBERT_SERVE_MAXITEMS is the variable of no flag\n"
+
+
 def test_a_variable_that_is_none_is_refused(model, capsys, monkeypatch):
     monkeypatch.setenv("SPARSEBERT_SERVE_PORT", "70000")
     assert "port" in refused(capsys, "serve", model)
@@ -630,6 +645,31 @@ def test_when_its_time_is_over_those_in_flight_get_an_error_of_the_usual_shape(m
         assert begun.process.wait(10) == 0
     begun._reader.join(5)
     assert all(json.loads(line) for line in begun.lines)
+
+
+def test_told_to_stop_it_answers_on_for_a_while_and_says_that_it_is_not_ready(model):
+    with running(model, "--stop-delay", 1.5, "--name", "mine", "--quiet") as begun:
+        assert begun.told["model"] == "mine" and begun.ask("/v2/models/mine/ready")[0] == 200
+        begun.process.send_signal(signal.SIGTERM)
+        until(lambda: begun.ask("/health/ready")[0] == 503)
+        assert begun.ask("/predict", {"inputs": "a film"})[0] == 200 and begun.ask("/health/live")[0] == 200
+        assert begun.process.wait(10) == 0
+    begun._reader.join(5)
+    assert all(json.loads(line).get("status", 503) == 503 for line in begun.lines), "answered requests are not logged"
+
+
+def test_while_requests_are_answered_a_server_that_stops_says_so(model):
+    with running(model, "--max-wait-ms", 1e6) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        thread, found = asked(begun, {"inputs": "a film"})
+        until(lambda: begun.metric("sparsebert_in_flight") == 1)
+        begun.process.send_signal(signal.SIGTERM)
+        until(lambda: begun.ask("/health")[0] == 503)
+        status, document, _ = begun.ask("/predict", {"inputs": "a film"})
+        assert status == 503 and document["error"] == "the server is stopping"
+        os.kill(begun.engine, signal.SIGCONT)
+        thread.join(10)
+        assert found[0][0] == 200 and begun.process.wait(10) == 0
 
 
 def test_told_to_stop_twice_it_exits_at_once(model):

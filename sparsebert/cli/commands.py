@@ -606,8 +606,8 @@ def predict(
 @app.command()
 @flags(basic=("host", "port", "api_key_file", "insecure", "threads"), config=ServeConfig)
 def serve(directory: Directory, *, config: ServeConfig) -> None:
-    """Serve the classifier in DIR over HTTP: /predict, /rerank, /classify, /health, /metrics, /info, /openapi.json.
-    SIGTERM stops it when the requests in flight are answered.
+    """Serve the classifier in DIR over HTTP: a page at /, routes at /docs. SIGTERM stops it when the requests in flight
+    are answered. Every flag has a variable: SPARSEBERT_SERVE_MAX_ITEMS for --max-items.
     """
 
     if config.ray:
@@ -615,9 +615,12 @@ def serve(directory: Directory, *, config: ServeConfig) -> None:
 
         serve_on_ray(directory, config, ready=lambda told: emit(told, True), log=_say)
         return
+    from sparsebert import environment
     from sparsebert.serving.lines import Lines
     from sparsebert.serving.server import serve as run
 
+    for name in environment.unknown_variables(ServeConfig.variables, ServeConfig.model_fields):
+        print(f"warning: {name} is the variable of no flag", file=sys.stderr)
     log = Lines(sys.stderr)
     try:
         run(directory, config, ready=lambda told: emit(told, True), log=log)
@@ -675,7 +678,7 @@ def loadtest(
         info, found = run(url, texts, config, update)
     rows = [row for row, _ in found]
     if plot is not None:
-        draw(found, plot)
+        draw(found, plot, info["model"])
     if not json:
         table(*table_of_load(f"{info['model']} at {url}, texts per request: {config.batch}", rows))
     for row in rows:

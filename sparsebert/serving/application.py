@@ -47,8 +47,8 @@ class Application:
         )  # fmt: skip
         traced = tracer()
         self.state = State(
-            await self._load(), rules, self.directory.absolute().name, self._log, shadow_rate=config.shadow_rate,
-            tracer=traced,
+            await self._load(), rules, config.name or self.directory.absolute().name, self._log, config.quiet,
+            shadow_rate=config.shadow_rate, tracer=traced,
         )  # fmt: skip
         for warning in self.state.served.facts["warnings"]:
             self._log({"level": "warning", "warning": warning})
@@ -60,7 +60,7 @@ class Application:
                     fix="choose fewer, or leave it out",
                 )
             if config.shadow is not None:
-                self.state.shadow = await Served.begin(Path(config.shadow), threads=config.threads)
+                self.state.shadow = await Served.begin(Path(config.shadow), threads=config.threads, log=self._log)
                 self.state.columns = columns_of(self.state.shadow, self.state.served)
         except BaseException:
             await self.end(0.0)
@@ -99,7 +99,8 @@ class Application:
         old, state.served = state.served, fresh
         for name, count in vars(old.counts).items():  # they go on
             setattr(fresh.counts, name, getattr(fresh.counts, name) + count)
-        state.log({"level": "info", "reloaded": str(self.directory)})
+        told = {"reloaded": str(self.directory), "content_sha256": fresh.facts["content_sha256"]}
+        state.log({"level": "info", **told})
         await old.close(self._config.drain_timeout)
 
     async def __call__(self, scope, receive, send) -> None:

@@ -122,7 +122,7 @@ class Batcher:
         if self.in_flight >= self.limits.in_flight:
             raise Refused(f"{self.limits.in_flight} requests are in flight", max(wait - self.limits.wait, 0.0))
         if wait > self.limits.wait:
-            raise Refused(f"it would wait {wait:.3f} s", wait - self.limits.wait)
+            raise Refused(f"it would wait {wait:.3f} s, longer than {self.limits.wait:g}", wait - self.limits.wait)
         if standing and before and self._rate * (before + _cost(lengths[0])) > self.limits.batch_seconds:
             raise Refused("more is asked than the engine can do", self.limits.wait)
         whole = self._before(sum(map(_cost, lengths)), now)[1] + self._rate * sum(map(_cost, lengths))

@@ -61,6 +61,10 @@ class Item(Body):
 class Predict(Long):
     """Texts to classify."""
 
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"inputs": [["a gripping film"], ["so so"]], "top_k": 1}]}
+    )
+
     # What lists hold is read by `texts_of`, whose errors say more than those of a union of types.
     inputs: Annotated[str | Item | list, WithJsonSchema({"anyOf": [_TEXT, _ITEM, _BATCH]})] = Field(
         description='a text, or {"text", "text_pair"}, or a batch: a list of [text], [text, pair] or such objects'
@@ -75,6 +79,8 @@ class Predict(Long):
 class Rerank(Long):
     """Texts to order by how well they go with a query."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"query": "why rain?", "texts": ["clouds", "a film"]}]})
+
     query: str
     texts: list[str] = Field(min_length=1)
     raw_scores: bool = Field(False, description="logits in place of probabilities")
@@ -83,6 +89,8 @@ class Rerank(Long):
 
 class Classify(Long):
     """Texts to classify."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a gripping film", "so so"]}]})
 
     input: str | list[str] = Field(description="a text or texts")
     model: str | None = Field(None, description="the model's name, see /info")
@@ -118,7 +126,12 @@ class Output(BaseModel):
 class Infer(BaseModel):
     """Texts to classify, by KServe's open inference protocol."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(
+        strict=True,
+        json_schema_extra={
+            "examples": [{"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a gripping film"]}]}]
+        },
+    )
 
     id: str | None = None
     inputs: list[Tensor] = Field(min_length=1, max_length=2, description="text and, for pairs, text_pair")
@@ -146,6 +159,7 @@ class Error(BaseModel):
     hint: str
 
 
+OF_TRITON = ("binary_data_output",)  # a parameter that its clients send, and answers in JSON follow anyway
 REQUESTS = (Item, Predict, Rerank, Classify, Infer)
 ANSWERS = (Scores, Error)
 
@@ -208,11 +222,9 @@ def tensors_of(asked: Infer) -> list[Text]:
 
 
 def long_of(asked: Infer) -> Long:
-    """What `Infer.parameters` say of long texts; those of other servers' are left alone."""
+    """What `Infer.parameters` say of long texts."""
     try:
-        return Long.model_validate(
-            {name: asked.parameters[name] for name in Long.model_fields if name in asked.parameters}
-        )
+        return Long.model_validate({k: v for k, v in asked.parameters.items() if k not in OF_TRITON})
     except ValidationError as error:
         raise Fault(422, "validation", f"parameters.{told(error)}", "see Infer in /docs") from error
 

@@ -19,7 +19,8 @@ IGNORED = 64_000_000  # bytes of a body that is too large that are read and thro
 CLIENT_LEFT = 499  # in logs and metrics; nobody receives it
 REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 # Probes have no key, and a browser cannot show one before it has a page to ask for it.
-OPEN = ("/", "/docs", "/openapi.json", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+PROBES = ("/health", "/health/live", "/health/ready", "/v2/health/live", "/v2/health/ready")
+OPEN = ("/", "/docs", "/openapi.json", *PROBES)
 
 
 class Guard:
@@ -55,7 +56,7 @@ class Guard:
         except ClientLeft:
             pass
         except Exception as error:  # noqa: BLE001  the last resort: no request is without an answer
-            fault = fault_of(error)
+            fault = scope["fault"] = fault_of(error)
             if fault.status == 500:
                 state.log({"level": "error", "request_id": request_id, "error": repr(error)})
             if not begun:
@@ -72,14 +73,17 @@ class Guard:
                 now = time.time_ns()
                 facts = {"sparsebert.request_id": request_id, **_spent(answer)}
                 state.tracer.request(heads_, now - int(1e9 * seconds), now, scope["method"], route, status, facts)
-            state.log({
-                "level": "info", "request_id": request_id, "method": scope["method"], "route": route, "status": status,
-                "ms": round(1e3 * seconds, 3),
-            })  # fmt: skip
+            if status >= 400 or not state.quiet:
+                said = {"error": scope["fault"].error} if "fault" in scope else {}
+                state.log({
+                    "level": "info" if status < 500 else "error", "request_id": request_id, "method": scope["method"],
+                    "route": route, "status": status, "ms": round(1e3 * seconds, 3), **said,
+                })  # fmt: skip
 
     async def _guarded(self, scope, receive, send, heads_: dict[str, str]) -> None:
         rules = self._state.rules
-        if rules.key is not None and scope["path"] not in OPEN:
+        known = scope["path"] in OPEN or scope["path"] == f"/v2/models/{self._state.name}/ready"
+        if rules.key is not None and not known:
             scheme, _, given = heads_.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), rules.key.encode()):
                 raise Fault(401, "key", "the API key is missing or wrong", "send Authorization: Bearer KEY")

@@ -9,19 +9,20 @@ from collections.abc import Callable
 
 import numpy as np
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
 from sparsebert import __version__, heads
-from sparsebert.errors import SparsebertError, cut
+from sparsebert.errors import InputError, SparsebertError, cut
 from sparsebert.serving import bodies, pages
 from sparsebert.serving.batcher import Refused
 from sparsebert.serving.faults import Fault, answer_of, fault_of
-from sparsebert.serving.guard import Guard
-from sparsebert.serving.served import Answer, Served, Text, TooLate, Unavailable
+from sparsebert.serving.guard import PROBES, Guard
+from sparsebert.serving.served import STOPPING, Answer, Served, Text, TooLate, Unavailable
 from sparsebert.serving.state import State
 
+KEY = {"type": "http", "scheme": "bearer", "description": "the API key, if the server has one"}
 # What a request for answers may come to, beside 200.
 FAULTS = {
     400: "no JSON", 401: "the API key is missing or wrong", 408: "the body did not come in time",
@@ -182,13 +183,20 @@ def app_of(state: State) -> Guard:
         )
         return {"name": name, "versions": ["1"], "platform": "sparsebert", "inputs": inputs, "outputs": outputs}
 
-    @app.get("/health/live")
-    @app.get("/v2/health/live")
+    def probe(*paths: str) -> Callable:
+        def add(endpoint: Callable) -> Callable:
+            for path in paths:
+                app.add_api_route(path, endpoint, methods=["GET"])
+                app.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+            return endpoint
+
+        return add
+
+    @probe("/health/live", "/v2/health/live")
     async def live() -> dict:
         return {"live": True}
 
-    @app.get("/health/ready")
-    @app.get("/v2/health/ready")
+    @probe("/health", "/health/ready", "/v2/health/ready")
     async def ready() -> Response:
         up = state.served.ready and not state.stopping
         return JSONResponse({"ready": up}, 200 if up else 503)
@@ -204,6 +212,7 @@ def app_of(state: State) -> Guard:
         facts, limits = state.served.facts, state.served.batcher.limits
         return {
             "model": state.name, "version": __version__, **facts, "sparsity": 1 - facts["density"],
+            "truncates_at": min(facts["truncates_at"], state.rules.tokens or facts["truncates_at"]),
             "activation": DEFAULT_ACTIVATION[facts["problem"]], "shadow": state.shadow is not None,
             "limits": {
                 "body_bytes": state.rules.body, "items": state.rules.items,
@@ -212,7 +221,7 @@ def app_of(state: State) -> Guard:
             },
         }  # fmt: skip
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         known, served = state.metrics, state.served
         known.flight.set(served.batcher.in_flight)
@@ -220,6 +229,8 @@ def app_of(state: State) -> Guard:
         known.batches.set(served.counts.batches)
         known.ran.set(served.counts.texts)
         known.restarts.set(served.counts.restarts)
+        known.model.clear()
+        known.model.labels(state.name, served.facts["content_sha256"], served.facts["dtype"]).set(1)
         return Response(generate_latest(known.registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/stats")
@@ -239,12 +250,14 @@ def app_of(state: State) -> Guard:
 
     def openapi() -> dict:
         document = plain()
-        document.setdefault("components", {})["schemas"] = bodies.schemas()
+        document["components"] = {"schemas": bodies.schemas(), "securitySchemes": {"key": KEY}}
+        document["security"] = [{}, {"key": []}]
         for path, route in document["paths"].items():
             for answers in (operation["responses"] for operation in route.values()):
                 if "HTTPValidationError" in json.dumps(answers.get("422", {})):
                     del answers["422"]  # FastAPI's own error, of another shape, for a name that is no string
-                answers.setdefault("401", _of_error(FAULTS[401]))
+                if path not in PROBES and not path.endswith("/ready"):
+                    answers.setdefault("401", _of_error(FAULTS[401]))
                 if "{name}" in path:
                     answers.setdefault("404", _of_error("the model has another name"))
                 if path.endswith("/ready"):
@@ -254,7 +267,8 @@ def app_of(state: State) -> Guard:
     app.openapi = openapi
 
     async def told(request: Request, error: Exception) -> Response:
-        return answer_of(fault_of(error), request.state.request_id)
+        request.scope["fault"] = fault_of(error)
+        return answer_of(request.scope["fault"], request.state.request_id)
 
     for kind in (HTTPException, Fault, Refused, Unavailable, TooLate, SparsebertError, Exception):
         app.add_exception_handler(kind, told)
@@ -288,9 +302,17 @@ def _page(text: str) -> Response:
 
 
 async def _answer(served: Served, state: State, texts: list[Text], long: bodies.Long) -> Answer:
+    if state.refusing:
+        raise Unavailable(STOPPING, 1.0)
     rules, windows = state.rules, long.windows(state.rules)
-    cut = {"truncate": long.truncate, "max_length": rules.tokens} if windows is None else {"windows": windows}
-    return await served.answer(texts, seconds=rules.seconds, **cut)
+    how = {"truncate": long.truncate, "max_length": rules.tokens} if windows is None else {"windows": windows}
+    try:
+        return await served.answer(texts, seconds=rules.seconds, **how)
+    except InputError as error:
+        if "truncate=True" not in error.fix:
+            raise
+        hint = 'send "truncate": true, or "window": so many tokens, or a shorter text'
+        raise Fault(422, "validation", cut(error.problem), hint) from error
 
 
 async def _compare(state: State, texts: list[Text], long: bodies.Long, answer: Answer) -> None:

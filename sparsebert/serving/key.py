@@ -21,6 +21,7 @@ def key_of(file: str | None) -> str | None:
         key, mode = environment.api_key(), 0
         if key is None:
             return None
+        key = key.strip()
     else:
         try:
             key, mode = path.read_text(encoding="utf-8").split("\n")[0].strip(), path.stat().st_mode
@@ -31,7 +32,7 @@ def key_of(file: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise InputError(
             f"the API key in {path or 'SPARSEBERT_API_KEY'} must be printable ASCII without spaces, as headers are",
-            fix="make another one",
+            fix="make another one, as `openssl rand -hex 16` does",
         )
     if len(key) < SHORTEST:
         raise InputError(

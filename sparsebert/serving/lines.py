@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+from datetime import UTC, datetime
 from typing import TextIO
 
 MOST = 10_000  # lines that wait to be written; more are dropped, and counted
@@ -20,7 +21,7 @@ class Lines:
 
     def __call__(self, line: dict) -> None:
         if self._waiting.qsize() < MOST:
-            self._waiting.put(line)
+            self._waiting.put({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), **line})
         else:
             self._dropped += 1
 

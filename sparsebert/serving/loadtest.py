@@ -165,12 +165,13 @@ def quantile(ordered: Sequence[float], share: float) -> float | None:
     return 1e3 * ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else None
 
 
-def plot(found: Sequence[tuple[dict, Sequence[Sent]]], path: Path) -> None:
+def plot(found: Sequence[tuple[dict, Sequence[Sent]]], path: Path, title: str = "") -> None:
     """Latency by the share of requests that were faster, a line per rate; with several rates also by the rate."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator
 
     several = len(found) > 1
     figure, axes = pyplot.subplots(1, 1 + several, figsize=(5 + 4.5 * several, 4), layout="constrained", squeeze=False)
@@ -181,7 +182,10 @@ def plot(found: Sequence[tuple[dict, Sequence[Sent]]], path: Path) -> None:
             # The scale stretches the slowest: a tenth of the requests has as much room as all of them.
             x = [1 - i / (len(ordered) + 1) for i in range(1, len(ordered) + 1)]
             of_share.plot(x, ordered, label=f"{line['rate']:g} requests/s")
-    of_share.set(xscale="log", yscale="log", xlim=(1, 1e-4), xlabel="share of requests that were faster", ylabel="ms")
+    most = max(line["answered"] for line, _ in found)
+    of_share.set(xscale="log", yscale="log", xlim=(1, 0.7 / (most + 1)), ylabel="ms")
+    of_share.set(xlabel="share of requests that were faster", title=title)
+    shares = [share for share in shares if 1 - share > 0.7 / (most + 1)]
     of_share.set_xticks([1 - share for share in shares], [f"{100 * share:g} %" for share in shares])
     of_share.legend(fontsize=8)
     if several:
@@ -192,8 +196,9 @@ def plot(found: Sequence[tuple[dict, Sequence[Sent]]], path: Path) -> None:
         of_rate.set(yscale="log", xlabel="requests/s", ylabel="ms")
         of_rate.legend(fontsize=8)
     for axis in axes[0]:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.25)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import html
+import json
 from importlib import resources
 
 HEAD = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #22292f; max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem }
-code { background: #eef1f3; padding: .1rem .3rem }
+pre { background: #eef1f3; padding: .5rem; overflow-x: auto }
+code { white-space: nowrap; background: #eef1f3; padding: .1rem .3rem }
 p { margin: .3rem 0; color: #55606a } table { border-collapse: collapse; width: 100%; margin: .5rem 0 }
 td { padding: .25rem .8rem .25rem 0; border-bottom: 1px solid #dde2e6 }
 td { vertical-align: top; overflow-wrap: anywhere }
@@ -33,6 +35,11 @@ def reference(document: dict) -> str:
             parts.append(f"<p>{said(operation.get('description') or operation.get('summary', ''))}</p>")
             if body := operation.get("requestBody"):
                 parts.append(f"<p>Takes {_type(body['content']['application/json']['schema'])}.</p>")
+            answer = (
+                operation["responses"].get("200", {}).get("content", {}).get("application/json", {}).get("schema", {})
+            )
+            if "$ref" in answer:
+                parts.append(f"<p>Answers {_type(answer)}.</p>")
             told = [(status, each["description"]) for status, each in operation["responses"].items() if status != "200"]
             if told:
                 parts.append(_table((f"<code>{said(status)}</code>", said(text)) for status, text in told))
@@ -44,6 +51,7 @@ def reference(document: dict) -> str:
             for field, each in schema.get("properties", {}).items()
         ]  # fmt: skip
         parts.append(_table(rows) if rows else f"<p>{_type(schema)}</p>")
+        parts += [f"<pre>{said(json.dumps(each))}</pre>" for each in schema.get("examples", [])]
     title = f"<title>Routes · {said(document['info']['title'])}</title><style>{STYLE}</style>"
     return f'<!doctype html><html lang="en"><head>{HEAD}{title}</head><body>{"".join(parts)}</body></html>'
 

@@ -58,8 +58,8 @@ class Windows:
 @dataclass(frozen=True)
 class Answer:
     """logits: float32 [texts, labels]. facts: of the engine that computed them, as `EngineProcess.facts`. tokens: that
-    were computed. cut: which texts were cut. windows: of each text. Seconds: tokenizing, queue (until the last text
-    began) and inference (of the batches that held the texts).
+    were computed. cut: which texts were cut. windows: of each text. Seconds, one after the other: tokenizing, queue
+    (until the first text began), inference (until the last one was done).
     """
 
     logits: np.ndarray
@@ -82,7 +82,6 @@ class _Pending:
     admitted: float
     logits: np.ndarray | None = None
     began: float = 0.0
-    inference: float = 0.0
 
 
 @dataclass
@@ -152,6 +151,11 @@ class Served:
     def ready(self) -> bool:
         return self._process is not None and not self._closing
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests have no answer yet."""
+        return self.batcher.in_flight + self._entering > 0
+
     async def answer(
         self,
         texts: Sequence[Text],
@@ -201,13 +205,13 @@ class Served:
         request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
         self._work.set()
         try:
-            logits = await pending.future
+            logits, end = await pending.future
         finally:
             self.batcher.leave(request)  # one that has ended stays as it is
         if len(counts) < len(logits):
             ends = np.cumsum(counts)[:-1]
             logits = np.stack([part.mean(axis=0, dtype=np.float64) for part in np.split(logits, ends)]).astype("f4")
-        return Answer(logits, facts, sum(lengths), cut, counts, now - start, pending.began - now, pending.inference)
+        return Answer(logits, facts, sum(lengths), cut, counts, now - start, pending.began - now, end - pending.began)
 
     async def close(self, seconds: float = 0.0) -> bool:
         """Takes no request any more, waits for those that it has, for so many seconds at most, and ends the process.
@@ -215,9 +219,9 @@ class Served:
         """
         self._closing = True
         end = time.monotonic() + seconds
-        while (self.batcher.in_flight or self._entering) and time.monotonic() < end:
+        while self.busy and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        answered = not self.batcher.in_flight and not self._entering
+        answered = not self.busy
         self.give_up()
         for task in self._tasks:
             task.cancel()
@@ -247,6 +251,7 @@ class Served:
         """Runs batches, one after another."""
         while True:
             if not self._process.alive:
+                self._log({"level": "error", "error": f"the engine process {self._process.pid} has ended"})
                 await self._begin_again()
             batch = self.batcher.next(time.monotonic())
             if batch is None:
@@ -254,7 +259,7 @@ class Served:
                 await self._work.wait()
                 continue
             for request, _ in batch.items:
-                request.payload.began = time.monotonic()
+                request.payload.began = request.payload.began or time.monotonic()
             try:
                 logits = await self._forward(self._process, batch)
             except (Gone, SparsebertError) as error:
@@ -284,7 +289,6 @@ class Served:
         return process.answer(HUNG)
 
     def _finish(self, batch: Batch, logits: np.ndarray, now: float) -> None:
-        seconds = now - batch.began
         self.counts.batches += 1
         self.counts.texts += len(batch.items)
         for (request, i), row in zip(batch.items, logits, strict=True):
@@ -292,10 +296,8 @@ class Served:
             if pending.logits is None:
                 pending.logits = np.empty((len(pending.ids), logits.shape[1]), np.float32)
             pending.logits[i] = row
-        for pending in {id(request): request.payload for request, _ in batch.items}.values():
-            pending.inference += seconds
         for request in self.batcher.done(now):
-            self._tell(request, request.payload.logits)
+            self._tell(request, (request.payload.logits, now))
 
     def _fail(self, error: Exception) -> None:
         for request in self.batcher.failed():
@@ -331,7 +333,7 @@ class Served:
         else:
             self._process = process
         self.counts.restarts += 1
-        self._log({"level": "info", "engine": "begun again", "pid": process.pid})
+        self._log({"level": "warning", "warning": f"the engine was begun again as process {process.pid}"})
 
     async def _watch(self) -> None:
         """Ends requests whose deadline has passed, and has an idle process looked at."""

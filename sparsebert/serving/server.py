@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import os
 import signal
 import socket
@@ -46,7 +45,7 @@ def serve(
         uvloop.run(_serve(Application(directory, config, key, log, load), config, listener, ready))
 
 
-GRACE = 5  # seconds after the drain timeout in which the last answers, all errors, are sent
+GRACE = 5  # seconds in which the last answers are sent
 
 
 class _ToLog(logging.Handler):
@@ -85,23 +84,36 @@ async def _serve(app: Application, config: ServeConfig, listener: socket.socket,
         uvicorn.Config(
             app, http=partial(Protocol, head_seconds=config.read_timeout, told=told), ws="none", log_config=None,
             access_log=False, lifespan="off", timeout_keep_alive=30, server_header=False, backlog=BACKLOG,
-            timeout_graceful_shutdown=math.ceil(config.drain_timeout) + GRACE,
+            timeout_graceful_shutdown=GRACE,
         )
     )  # fmt: skip
 
     def stop() -> None:
+        state.log({"level": "info", "stopping": "at once" if state.stopping else "when requests are answered"})
         if state.stopping:
-            server.force_exit = True
+            server.force_exit = server.should_exit = True
             app.give_up()
         else:
-            state.stopping = server.should_exit = True
-            loop.call_later(config.drain_timeout, app.give_up)
+            state.stopping = True
+            state.beside(drain())
+
+    async def drain() -> None:
+        """Listens on: first as before, for balancers that have not heard yet, then to say that it stops."""
+        await asyncio.sleep(config.stop_delay)
+        state.refusing, end = True, loop.time() + config.drain_timeout
+        while state.busy and loop.time() < end:
+            await asyncio.sleep(0.02)
+        app.give_up()
+        server.should_exit = True
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, lambda: state.beside(app.reload()))
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    state.log(
+        {"level": "info", "serving": url, "model": state.name, "content_sha256": state.served.facts["content_sha256"]}
+    )
     ready({"ready": True, "url": url, "model": state.name, "pid": os.getpid()})
     await server.serve(sockets=[listener])
     await app.end(0.0)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from sparsebert.serving.recent import Recent
 from sparsebert.serving.served import Served
 from sparsebert.serving.tracing import Tracer
 
+disable_created_metrics()
 BUCKETS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -44,9 +45,9 @@ class Metrics:
         self.total = Histogram(
             "sparsebert_request_seconds", "from the request's head to its answer", ["route"], **seconds
         )
-        self.queue = Histogram("sparsebert_queue_seconds", "until the last text began", **seconds)
+        self.queue = Histogram("sparsebert_queue_seconds", "until the first text began", **seconds)
         self.tokenizing = Histogram("sparsebert_tokenizing_seconds", "texts to token ids", **seconds)
-        self.inference = Histogram("sparsebert_inference_seconds", "of the batches that held the texts", **seconds)
+        self.inference = Histogram("sparsebert_inference_seconds", "from then to the end of the last one", **seconds)
         self.shadowed = Counter("sparsebert_shadow_texts", "texts that the shadow answered too", registry=self.registry)
         self.same = Counter("sparsebert_shadow_same", "those of them with the same labels", registry=self.registry)
         self.skipped = Counter("sparsebert_shadow_skipped", "requests it had no time for", registry=self.registry)
@@ -58,21 +59,27 @@ class Metrics:
         self.batches = Gauge("sparsebert_batches", "batches so far", registry=self.registry)
         self.ran = Gauge("sparsebert_ran_texts", "texts of them, answered or not", registry=self.registry)
         self.restarts = Gauge("sparsebert_engine_restarts", "engines that were begun again", registry=self.registry)
+        self.model = Gauge(
+            "sparsebert_model", "1 for the model that answers", ["name", "content_sha256", "dtype"],
+            registry=self.registry,
+        )  # fmt: skip
 
 
 @dataclass
 class State:
-    """What the routes share. served: the model that answers now, which a reload replaces. log: takes a line. shadow:
-    the model that a share of the requests also runs on, and `columns` where it has the labels of `served`. recent: the
-    last minute's requests for answers.
+    """What the routes share. served: the model that answers now, which a reload replaces. name: of the model. log:
+    takes a line; quiet: not for requests that were answered. shadow: the model that a share of the requests also runs
+    on, and `columns` where it has the labels of `served`. recent: the last minute's requests for answers.
     """
 
     served: Served
     rules: Rules
     name: str
     log: Callable[[dict], None]
+    quiet: bool = False
     metrics: Metrics = field(default_factory=Metrics)
-    stopping: bool = False
+    stopping: bool = False  # not ready: balancers should send no more
+    refusing: bool = False  # and what they still send is refused
     shadow: Served | None = None
     shadow_rate: float = 0.0
     columns: np.ndarray | None = None
@@ -84,6 +91,11 @@ class State:
 
     def _counts(self) -> tuple[int, int, int]:
         return self.served.batcher.waiting, self.served.counts.batches, self.served.counts.texts
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests have no answer yet."""
+        return any(served.busy for served in filter(None, (self.served, self.shadow)))
 
     def beside(self, coroutine: Coroutine) -> None:
         """Lets it run beside the requests."""
