@@ -29,8 +29,8 @@ MADE_OF = {
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": "DENSE/plain-0: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 -o "
     "DENSE/plain-0`; frontier/: python -m bench.study_frontier DENSE/plain-0 --prune frontier",
-    "frontier_zen5": f"{DENSE} && sparsebert prune DENSE/plain-0 --task sst2 --pattern PATTERN --sparsity SPARSITY, as "
-    "the names of the models say. `dense` was right on as many sentences as plain-0; its weights are not recorded",
+    "frontier_amx": "DENSE/plain-0: as for frontier; the models: `sparsebert prune DENSE/plain-0 --task sst2 --pattern "
+    "PATTERN --sparsity SPARSITY`, and `sparsebert quantize` for int8, as their names say",
     "mutants": "DIR: a checkout of 37f01f4; --seed 0 drew 300 mutants of its data.py, ledger.py, checkpoint/ and "
     "engine/engine.py; they ran against test_data, test_ledger, test_checkpoint and test_engine, about half of them "
     "without a limit on the time of their tests",
@@ -46,6 +46,7 @@ MADE_OF = {
     "pruning_ladder": f"{DENSE}{CELLS}0",
     "pruning_main": f"{DENSE}{CELLS}0 DENSE/plain-1 DENSE/plain-2 --draws 0 1",
     "pruning_patterns": f"{DENSE}{CELLS}0 DENSE/plain-1",
+    "serving": "frontier/ and DENSE/: as for the table frontier",
     "srnets_hans": "DIR: the folder of the command of srnets",
 }
 
