@@ -21,8 +21,8 @@ def sources(*patterns: str) -> list[str]:
 
 
 # One binary for every CPU, so there is no -march here: each kernel sets its instruction set by a target pragma and is
-# chosen at run time. The symbol table is kept (no -s): tests/test_build.py needs it to see which function holds which
-# instructions.
+# chosen at run time. A build in place keeps the symbol table: tests/test_build.py needs it to see which function
+# holds which instructions.
 core = Pybind11Extension(
     "sparsebert._C",
     sources("csrc/bind/*.cpp", "csrc/cpu/*.cpp"),
@@ -64,10 +64,12 @@ def nvcc() -> str | None:
 
 
 class Build(build_ext):
-    """Builds `sparsebert._cuda` by nvcc alone."""
+    """Builds `sparsebert._cuda` by nvcc alone, and wheels without the names of functions, which are 200 kB."""
 
     def build_extension(self, extension: Extension) -> None:
         if extension.name != "sparsebert._cuda":
+            if not (self.inplace or self.editable_mode):
+                extension.extra_link_args = [*extension.extra_link_args, "-s"]
             super().build_extension(extension)
             return
         target = Path(self.get_ext_fullpath(extension.name))

@@ -49,6 +49,8 @@ if built is None:
     os.execvp({compiler!r}, [{compiler!r}, *("-O0" if a == "-O3" else a for a in arguments)])
 elif target.endswith(".so"):
     shutil.copy(built, target)
+    if "-s" in arguments:
+        os.execvp("strip", ["strip", target])
 else:
     open(target, "w").close()
 """

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import http.client
 import http.server
+import importlib.util
 import json
 import random
 import shutil
@@ -186,19 +187,27 @@ def test_without_an_endpoint_nothing_of_it_is_imported(model):
 # --- load test --------------------------------------------------------------------------------------------------------
 
 
-def test_a_load_test_tells_latencies_at_every_rate_and_draws_them(server, tmp_path, capsys):
+def test_a_load_test_tells_latencies_at_every_rate(server, tmp_path, capsys):
     url = f"http://127.0.0.1:{server.port}"
     (texts := tmp_path / "texts.csv").write_text("text,text_b\na film,so so\nit rained,it was wet\n")
     command = ("loadtest", url, "--seconds", 0.5, "--batch", 3, "--file", texts, "--arrivals", "constant")
-    code, out, _ = run(capsys, *command, "--rate", "20,40", "--plot", tmp_path / "p.png", "--json")
+    code, out, _ = run(capsys, *command, "--rate", "20,40", "--json")
     document = json.loads(out)
     assert code == 0 and [row["requests"] for row in document["rows"]] == [10, 20] and document["model"] == "model"
     for row in document["rows"]:
         assert row["answered"] == row["requests"] and row["refused"] == row["failed"] == 0
         assert 0 < row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"] <= row["max_ms"]
-    assert (tmp_path / "p.png").stat().st_size > 10_000
     code, out, _ = run(capsys, "loadtest", url, "--rate", "5", "--seconds", 0.5)
     assert code == 0 and "requests/s" in out and "p99.9 ms" in out
+
+
+def test_a_load_test_is_drawn_or_says_what_that_needs(server, tmp_path, capsys, monkeypatch):
+    command = ("loadtest", f"http://127.0.0.1:{server.port}", "--rate", "10,20", "--seconds", 0.5, "--plot")
+    if importlib.util.find_spec("matplotlib") is not None:  # of the extra `bench`
+        assert run(capsys, *command, tmp_path / "p.png")[0] == 0
+        assert (tmp_path / "p.png").stat().st_size > 10_000
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "pip install 'sparsebert[bench]'" in refused(capsys, *command, tmp_path / "q.png")
 
 
 def test_latencies_count_from_when_a_request_was_due():

@@ -607,7 +607,7 @@ def predict(
 @flags(basic=("host", "port", "api_key_file", "insecure", "threads"), config=ServeConfig)
 def serve(directory: Directory, *, config: ServeConfig) -> None:
     """Serve the classifier in DIR over HTTP: a page at /, routes at /docs. SIGTERM stops it when the requests in flight
-    are answered. Every flag has a variable: SPARSEBERT_SERVE_MAX_ITEMS for --max-items.
+    are answered. Every flag has a variable, such as SPARSEBERT_SERVE_PORT for --port.
     """
 
     if config.ray:
