@@ -105,6 +105,15 @@ def stock(directory: Path) -> Path:
     return directory
 
 
+def flipped():
+    """`classifier` with its outputs in the opposite order, under the same names."""
+    model = classifier()
+    with torch.no_grad():
+        for part in (model.classifier.weight, model.classifier.bias):
+            part.copy_(part.flip(0))
+    return model
+
+
 def saved(directory: Path, model=None, **changes) -> Path:
     """Writes a model directory as the package does."""
     model = model or classifier(**changes)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from command_line import refused, until
-from models import classifier, saved
+from models import classifier, flipped, saved
 
 from sparsebert import Engine, checkpoint
 from sparsebert.engine.inputs import Inputs
@@ -320,10 +319,7 @@ def test_every_request_has_an_id_and_is_counted_and_logged_once(model):
 
 
 def test_a_shadow_is_asked_beside_and_compared_by_the_names_of_its_labels(model, tmp_path):
-    other = classifier()
-    with torch.no_grad():
-        for part in (other.classifier.weight, other.classifier.bias):
-            part.copy_(part.flip(0))
+    other = flipped()
     for shadow, same in ((turned(tmp_path / "turned"), 10), (saved(tmp_path / "opposite", other), 0)):
         with running(model, "--shadow", shadow, "--shadow-rate", 1) as begun:
             document = begun.ask("/shadow/predict", {"inputs": "so so"})[1]
@@ -617,13 +613,20 @@ def test_an_answer_that_comes_too_late_is_an_error(model):
         until(lambda: begun.ask("/predict", {"inputs": "a film"})[0] == 200)
 
 
-def test_told_to_stop_it_answers_what_is_in_flight(model):
-    with running(model, "--max-wait-ms", 1e6) as begun:
-        engine = begun.engine
-        os.kill(engine, signal.SIGSTOP)
-        threads = [asked(begun, {"inputs": "a film"}) for _ in range(3)]
-        until(lambda: begun.metric("sparsebert_in_flight") == 3)
+@contextlib.contextmanager
+def told_to_stop(model: Path, count: int, *flags: object) -> Iterator[tuple[Running, list]]:
+    """A server that has so many requests in flight, whose engine stands still, and was sent SIGTERM."""
+    with running(model, "--max-wait-ms", 1e6, *flags) as begun:
+        os.kill(begun.engine, signal.SIGSTOP)
+        threads = [asked(begun, {"inputs": "a film"}) for _ in range(count)]
+        until(lambda: begun.metric("sparsebert_in_flight") == count)
         begun.process.send_signal(signal.SIGTERM)
+        yield begun, threads
+
+
+def test_told_to_stop_it_answers_what_is_in_flight(model):
+    with told_to_stop(model, 3) as (begun, threads):
+        engine = begun.engine
         time.sleep(0.2)
         assert begun.process.poll() is None
         os.kill(engine, signal.SIGCONT)
@@ -634,11 +637,7 @@ def test_told_to_stop_it_answers_what_is_in_flight(model):
 
 
 def test_when_its_time_is_over_those_in_flight_get_an_error_of_the_usual_shape(model):
-    with running(model, "--max-wait-ms", 1e6, "--drain-timeout", 0.5) as begun:
-        os.kill(begun.engine, signal.SIGSTOP)
-        threads = [asked(begun, {"inputs": "a film"}) for _ in range(3)]
-        until(lambda: begun.metric("sparsebert_in_flight") == 3)
-        begun.process.send_signal(signal.SIGTERM)
+    with told_to_stop(model, 3, "--drain-timeout", 0.5) as (begun, threads):
         for thread, found in threads:
             thread.join(10)
             assert found[0][0] == 503 and found[0][1]["type"] == "unavailable", found
@@ -659,11 +658,7 @@ def test_told_to_stop_it_answers_on_for_a_while_and_says_that_it_is_not_ready(mo
 
 
 def test_while_requests_are_answered_a_server_that_stops_says_so(model):
-    with running(model, "--max-wait-ms", 1e6) as begun:
-        os.kill(begun.engine, signal.SIGSTOP)
-        thread, found = asked(begun, {"inputs": "a film"})
-        until(lambda: begun.metric("sparsebert_in_flight") == 1)
-        begun.process.send_signal(signal.SIGTERM)
+    with told_to_stop(model, 1) as (begun, [(thread, found)]):
         until(lambda: begun.ask("/health")[0] == 503)
         status, document, _ = begun.ask("/predict", {"inputs": "a film"})
         assert status == 503 and document["error"] == "the server is stopping"
@@ -673,11 +668,7 @@ def test_while_requests_are_answered_a_server_that_stops_says_so(model):
 
 
 def test_told_to_stop_twice_it_exits_at_once(model):
-    with running(model, "--max-wait-ms", 1e6) as begun:
-        os.kill(begun.engine, signal.SIGSTOP)
-        thread, _ = asked(begun, {"inputs": "a film"})
-        until(lambda: begun.metric("sparsebert_in_flight") == 1)
-        begun.process.send_signal(signal.SIGTERM)
+    with told_to_stop(model, 1) as (begun, [(thread, _)]):
         time.sleep(0.3)
         begun.process.send_signal(signal.SIGTERM)
         start = time.monotonic()
@@ -688,10 +679,7 @@ def test_told_to_stop_twice_it_exits_at_once(model):
 
 def turned(folder: Path) -> Path:
     """A model that says the same as `model` by the names of its labels, in another order."""
-    other = classifier()
-    with torch.no_grad():
-        for part in (other.classifier.weight, other.classifier.bias):
-            part.copy_(part.flip(0))
+    other = flipped()
     other.config.id2label = {0: "positive", 1: "negative"}
     other.config.label2id = {"positive": 0, "negative": 1}
     return saved(folder, other)

@@ -6,9 +6,8 @@ import json
 import re
 
 import pytest
-import torch
 from browser import tab
-from models import classifier, saved
+from models import flipped, saved
 from test_http import Running, running
 
 from sparsebert.serving.recent import KEPT, SECONDS, Recent
@@ -17,11 +16,7 @@ from sparsebert.serving.recent import KEPT, SECONDS, Recent
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Running:
     folder = tmp_path_factory.mktemp("served")
-    turned = classifier()
-    with torch.no_grad():
-        for part in (turned.classifier.weight, turned.classifier.bias):
-            part.copy_(part.flip(0))
-    with running(saved(folder / "model"), "--shadow", saved(folder / "dense", turned)) as begun:
+    with running(saved(folder / "model"), "--shadow", saved(folder / "dense", flipped())) as begun:
         yield begun
 
 

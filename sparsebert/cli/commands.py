@@ -609,18 +609,18 @@ def serve(directory: Directory, *, config: ServeConfig) -> None:
     """Serve the classifier in DIR over HTTP: a page at /, routes at /docs. SIGTERM stops it when the requests in flight
     are answered. Every flag has a variable, such as SPARSEBERT_SERVE_PORT for --port.
     """
+    from sparsebert import environment
 
+    for name in environment.unknown_variables(ServeConfig.variables, ServeConfig.model_fields):
+        print(f"warning: {name} is the variable of no flag", file=sys.stderr)
     if config.ray:
         from sparsebert.serving.ray_serve import serve_on_ray
 
         serve_on_ray(directory, config, ready=lambda told: emit(told, True), log=_say)
         return
-    from sparsebert import environment
     from sparsebert.serving.lines import Lines
     from sparsebert.serving.server import serve as run
 
-    for name in environment.unknown_variables(ServeConfig.variables, ServeConfig.model_fields):
-        print(f"warning: {name} is the variable of no flag", file=sys.stderr)
     log = Lines(sys.stderr)
     try:
         run(directory, config, ready=lambda told: emit(told, True), log=log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import time
@@ -33,9 +34,8 @@ FAULTS = {
 
 def app_of(state: State) -> Guard:
     """The ASGI app: FastAPI's routes inside the guard."""
-    app = FastAPI(
-        title="sparsebert", version=__version__, docs_url=None, redoc_url=None
-    )  # their pages load scripts from afar
+    # Without FastAPI's own pages, which load scripts from afar.
+    app = FastAPI(title="sparsebert", version=__version__, docs_url=None, redoc_url=None)
 
     async def answered(texts: list[Text], long: bodies.Long) -> Answer:
         answer = await _answer(state.served, state, texts, long)
@@ -248,6 +248,7 @@ def app_of(state: State) -> Guard:
 
     plain = app.openapi
 
+    @functools.cache
     def openapi() -> dict:
         document = plain()
         document["components"] = {"schemas": bodies.schemas(), "securitySchemes": {"key": KEY}}

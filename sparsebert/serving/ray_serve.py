@@ -77,8 +77,8 @@ def serve_on_ray(
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stop.set())
         ready({
-            "ready": True, "url": f"http://{config.host}:{port}", "model": directory.name, "pid": os.getpid(),
-            "replicas": [least, most], "threads": threads,
+            "ready": True, "url": f"http://{config.host}:{port}", "model": config.name or directory.name,
+            "pid": os.getpid(), "replicas": [least, most], "threads": threads,
         })  # fmt: skip
         stop.wait()
     finally:

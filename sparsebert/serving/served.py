@@ -79,7 +79,6 @@ class _Pending:
     future: asyncio.Future
     ids: list[list[int]]
     types: list[list[int]]
-    admitted: float
     logits: np.ndarray | None = None
     began: float = 0.0
 
@@ -175,7 +174,6 @@ class Served:
             raise Unavailable(STOPPING if self._closing else "the engine is being started", 1.0)
         if self.batcher.in_flight + self._entering >= self.batcher.limits.in_flight:
             raise Refused(f"{self.batcher.limits.in_flight} requests are in flight", 1.0)
-        loop = asyncio.get_running_loop()
         start = time.monotonic()
         size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
 
@@ -201,7 +199,7 @@ class Served:
             if facts is not self.facts:
                 raise Unavailable("the model was replaced", 1.0)
         lengths, now = [len(row) for row in ids], time.monotonic()
-        pending = _Pending(loop.create_future(), ids, types, now)
+        pending = _Pending(asyncio.get_running_loop().create_future(), ids, types)
         request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
         self._work.set()
         try:

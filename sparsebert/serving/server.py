@@ -1,5 +1,6 @@
-"""Runs a server until it is told to stop. SIGTERM or Ctrl-C: takes no more requests, answers those in flight, exits;
-the second one exits at once. SIGHUP: loads the model directory anew, and swaps it in between two requests.
+"""Runs a server until it is told to stop. SIGTERM or Ctrl-C: is not ready, refuses new requests after a delay, answers
+those in flight, exits; the second one exits at once. SIGHUP: loads the model directory anew, and swaps it in between
+two requests.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from sparsebert.serving.listening import BACKLOG, allowed_key, listening
 from sparsebert.serving.process import Load, load_engine
 from sparsebert.serving.protocol import Protocol
 
+LARGE = 256 * 1024  # bytes
+_MALLOPT = {-8: 2, -3: LARGE, -1: LARGE}  # glibc's M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+GRACE = 5  # seconds in which the last answers are sent
+
 
 def serve(
     directory: str | Path,
@@ -45,11 +50,6 @@ def serve(
     give_memory_back()
     with listening(config.host, config.port) as listener:
         uvloop.run(_serve(Application(directory, config, key, log, load), config, listener, ready))
-
-
-LARGE = 256 * 1024  # bytes
-_MALLOPT = {-8: 2, -3: LARGE, -1: LARGE}  # glibc's M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-GRACE = 5  # seconds in which the last answers are sent
 
 
 def give_memory_back() -> None:
