@@ -185,15 +185,21 @@ def fixed(batch) -> float:
     return 0.02 * len(batch.items)
 
 
+def equal(draw: random.Random) -> list[int]:
+    return [20]
+
+
 def short(draw: random.Random) -> list[int]:
     return [draw.randint(5, 50)]
 
 
-@pytest.mark.parametrize("times", [2, 10])
-@pytest.mark.parametrize("arrivals", ["random", "constant"])
+@pytest.mark.parametrize("times", [2, 3, 10])
+@pytest.mark.parametrize("arrivals", ["random", "random and equal", "constant"])
 def test_under_overload_those_who_are_admitted_wait_little_longer_and_the_engine_does_not_idle(times, arrivals):
     def asked(rate: float, until: float) -> list[tuple[float, list[int], str]]:
-        return poisson(rate, until, short) if arrivals == "random" else constant(rate, until)
+        if arrivals == "constant":
+            return constant(rate, until)
+        return poisson(rate, until, short if arrivals == "random" else equal)
 
     calm = load(batcher := Batcher(), asked(40, 120), fixed)
     assert calm.refused <= 0.02 * calm.answered

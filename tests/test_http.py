@@ -376,6 +376,21 @@ def test_odd_texts_end_nothing(server):
         assert server.ask("/predict", {"inputs": text})[0] in (200, 422)
 
 
+def resident(pid: int) -> float:
+    """Megabytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def test_bodies_that_were_refused_are_forgotten_at_once(server):
+    body = b" " * 2_100_000
+    for _ in range(5):
+        server.ask("/predict", body)
+    before = resident(server.process.pid)
+    for _ in range(60):
+        assert server.ask("/predict", body)[0] == 413
+    assert resident(server.process.pid) < before + 20, "of 120 MB that came"
+
+
 def test_a_body_without_a_length_is_read_no_further_than_it_may_be(server):
     with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
         connection.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")

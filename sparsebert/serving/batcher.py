@@ -17,7 +17,9 @@ ITEM_COST = 8  # what a text costs beside its tokens, in tokens
 RATE_MEMORY = 0.2  # weight of the newest batch in the estimate of the engine's speed
 # A queue is no burst any more if, for so many seconds, so many times more was asked for than the engine can do. Chosen
 # by simulating an engine of fixed speed: random arrivals at 80 % of it are refused no more often than without the rule.
-STANDING, HOPELESS = 0.25, 1.75
+STANDING, HOPELESS = 0.2, 1.75
+# In overload, a batch of spare work more may wait each time that the engine ran dry, and so much less after each batch.
+FORGOTTEN = 0.01
 SUDDEN = 10  # by how much one batch may be slower than that, in the estimate: one that hung must not refuse all others
 
 
@@ -35,7 +37,7 @@ class Limits:
     take, so that those who come meanwhile do not wait long. A text that alone is beyond either limit runs alone.
     wait: seconds that a request may probably wait for its first text to begin; it is refused at once if it would be
     longer, so that a queue never grows beyond what is worth waiting for. That is for bursts: while much more is asked
-    than the engine can do, no more than one batch may wait, since a longer queue would answer nobody more.
+    than the engine can do, no more may wait than keeps it busy, since a longer queue would answer nobody more.
     """
 
     in_flight: int = 512
@@ -95,6 +97,9 @@ class Batcher:
         self._number = 0
         self._asked, self._asked_at = 0.0, 0.0  # seconds of work left if an engine HOPELESS times as fast had it all
         self._calm_at = 0.0  # when that was last 0
+        self._spare = (
+            0.0  # seconds of work that may wait beside a batch in overload, so that the engine has always some
+        )
 
     @property
     def in_flight(self) -> int:
@@ -123,7 +128,12 @@ class Batcher:
             raise Refused(f"{self.limits.in_flight} requests are in flight", max(wait - self.limits.wait, 0.0))
         if wait > self.limits.wait:
             raise Refused(f"it would wait {wait:.3f} s, longer than {self.limits.wait:g}", wait - self.limits.wait)
-        if standing and before and self._rate * (before + _cost(lengths[0])) > self.limits.batch_seconds:
+        if not standing:
+            self._spare = 0.0
+        elif self._running is None and not self._queue:
+            self._spare = min(self._spare + self.limits.batch_seconds, self.limits.wait)
+        most = self.limits.batch_seconds + self._spare
+        if standing and before and self._rate * (before + _cost(lengths[0])) > most:
             raise Refused("more is asked than the engine can do", self.limits.wait)
         whole = self._before(sum(map(_cost, lengths)), now)[1] + self._rate * sum(map(_cost, lengths))
         if now + whole > deadline and self._requests:
@@ -187,6 +197,7 @@ class Batcher:
         batch = self._end()
         measured = min((now - batch.began) / _cost_of(batch), SUDDEN * self._rate)
         self._rate = max(self._rate + RATE_MEMORY * (measured - self._rate), 1e-9)
+        self._spare *= 1 - FORGOTTEN
         complete = []
         for request, _ in batch.items:
             request._unfinished -= 1

@@ -21,9 +21,12 @@ class Fault(Exception):
 
 
 def fault_of(error: Exception) -> Fault:
-    """The answer to what went wrong."""
+    """The answer to what went wrong. It does not say where: a request that has its fault, which has the frames, which
+    have the request would stay, with its body, until the garbage collector comes.
+    """
     if isinstance(error, Fault):
-        return error
+        error.__cause__ = error.__context__ = None
+        return error.with_traceback(None)
     if isinstance(error, HTTPException):
         return Fault(error.status_code, "route", str(error.detail), "see /openapi.json")
     if isinstance(error, InputError):

@@ -121,9 +121,8 @@ class Guard:
         """
         most, parts, size = self._state.rules.body, [], 0
         length = heads_.get("content-length", "")
-        too_large = Fault(413, "body", f"a body may have {most:,} bytes", "send less")
         if length.isdecimal() and int(length) > IGNORED:
-            raise too_large
+            raise _too_large(most)
         try:
             async with asyncio.timeout(self._state.rules.read):
                 while True:
@@ -135,12 +134,16 @@ class Guard:
                     if size <= most:
                         parts.append(part)
                     if size > IGNORED or (size > most and not message.get("more_body")):
-                        raise too_large
+                        raise _too_large(most)
                     if not message.get("more_body"):
                         return b"".join(parts)
         except TimeoutError as error:
             seconds = self._state.rules.read
             raise Fault(408, "body", f"the body did not come within {seconds:g} s", "send it at once") from error
+
+
+def _too_large(most: int) -> Fault:
+    return Fault(413, "body", f"a body may have {most:,} bytes", "send less")
 
 
 def _spent(headers: list[tuple[bytes, bytes]]) -> dict[str, float]:
