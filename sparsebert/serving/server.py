@@ -26,7 +26,7 @@ from sparsebert.serving.listening import BACKLOG, allowed_key, listening
 from sparsebert.serving.process import Load, load_engine
 from sparsebert.serving.protocol import Protocol
 
-LARGE = 256 * 1024  # bytes
+LARGE = 64 * 1024  # bytes
 _MALLOPT = {-8: 2, -3: LARGE, -1: LARGE}  # glibc's M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 GRACE = 5  # seconds in which the last answers are sent
 
