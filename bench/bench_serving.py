@@ -148,6 +148,8 @@ async def offered(server: Server, texts: list[str], rate: float, seconds: float,
 
     async def one(due: float, raw: bytes) -> None:
         sent = time.perf_counter() - start
+        while idle and idle[-1].transport.is_closing():  # the server ends those that it has not heard of for long
+            idle.pop()
         connection = idle.pop() if idle else await connected(server.port)
         status, _ = await connection.ask(raw, 30.0)
         if status:

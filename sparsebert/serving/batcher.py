@@ -19,7 +19,7 @@ RATE_MEMORY = 0.2  # weight of the newest batch in the estimate of the engine's 
 # by simulating an engine of fixed speed: random arrivals at 80 % of it are refused no more often than without the rule.
 STANDING, HOPELESS = 0.2, 1.75
 # In overload, a batch of spare work more may wait each time that the engine ran dry, and so much less after each batch.
-FORGOTTEN = 0.01
+FORGOTTEN = 0.003
 SUDDEN = 10  # by how much one batch may be slower than that, in the estimate: one that hung must not refuse all others
 
 
