@@ -18,8 +18,9 @@ RATE_MEMORY = 0.2  # weight of the newest batch in the estimate of the engine's 
 # A queue is no burst any more if, for so many seconds, so many times more was asked for than the engine can do. Chosen
 # by simulating an engine of fixed speed: random arrivals at 80 % of it are refused no more often than without the rule.
 STANDING, HOPELESS = 0.2, 1.75
-# In overload, a batch of spare work more may wait each time that the engine ran dry, and so much less after each batch.
-FORGOTTEN = 0.003
+# In overload, so many batches of work more may wait each time that the engine ran dry, and so much less of it after each
+# batch: it must run dry again and again, not once.
+SPARED, FORGOTTEN = 0.5, 0.003
 SUDDEN = 10  # by how much one batch may be slower than that, in the estimate: one that hung must not refuse all others
 
 
@@ -131,7 +132,7 @@ class Batcher:
         if not standing:
             self._spare = 0.0
         elif self._running is None and not self._queue:
-            self._spare = min(self._spare + self.limits.batch_seconds, self.limits.wait)
+            self._spare = min(self._spare + SPARED * self.limits.batch_seconds, self.limits.wait)
         most = self.limits.batch_seconds + self._spare
         if standing and before and self._rate * (before + _cost(lengths[0])) > most:
             raise Refused("more is asked than the engine can do", self.limits.wait)
