@@ -18,7 +18,7 @@ RATE_MEMORY = 0.2  # weight of the newest batch in the estimate of the engine's 
 # A queue is no burst any more if, for so many seconds, so many times more was asked for than the engine can do. Chosen
 # by simulating an engine of fixed speed: random arrivals at 80 % of it are refused no more often than without the rule.
 STANDING, HOPELESS = 0.2, 1.75
-# In overload, so many batches of work more may wait each time that the engine ran dry, and so much less of it after each
+# In overload, so many batches of work more may wait each time that the engine ran dry, and by so much less after each
 # batch: it must run dry again and again, not once.
 SPARED, FORGOTTEN = 0.5, 0.003
 SUDDEN = 10  # by how much one batch may be slower than that, in the estimate: one that hung must not refuse all others
