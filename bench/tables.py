@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 HEAD = re.compile(r"^Machine: (.+)\.  \nCommand: `(.+)`  \nEnvironment: (.+)\.(?:  )?$", re.M)
 DENSE = "sparsebert train minilm --task sst2 --recipe bench/recipes/three-dense.yaml -o DENSE"
 CELLS = "; its cells: the same command with --dense DENSE/plain-"
+SERVED = "frontier/ and DENSE/: as for the table frontier"
 CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 # Table -> how the files were made that its command names, or the cells that it reads.
 MADE_OF = {
@@ -29,6 +30,9 @@ MADE_OF = {
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
     "frontier": "DENSE/plain-0: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 -o "
     "DENSE/plain-0`; frontier/: python -m bench.study_frontier DENSE/plain-0 --prune frontier",
+    "frontier_agnews": "DENSE/agnews: `sparsebert train minilm --task agnews --n 12000 --epochs 1 --lr 1e-4 --hold-out "
+    "1000 -o DENSE/agnews`; the models: `sparsebert prune DENSE/agnews --task agnews --pattern PATTERN --sparsity "
+    "0.875` with `--tier 2` and `sparsebert quantize`, as their names say",
     "frontier_amx": "DENSE/plain-0: as for frontier; the models: `sparsebert prune DENSE/plain-0 --task sst2 --pattern "
     "PATTERN --sparsity SPARSITY`, and `sparsebert quantize` for int8, as their names say",
     "mutants": "DIR: a checkout of 37f01f4; --seed 0 drew 300 mutants of its data.py, ledger.py, checkpoint/ and "
@@ -46,7 +50,9 @@ MADE_OF = {
     "pruning_ladder": f"{DENSE}{CELLS}0",
     "pruning_main": f"{DENSE}{CELLS}0 DENSE/plain-1 DENSE/plain-2 --draws 0 1",
     "pruning_patterns": f"{DENSE}{CELLS}0 DENSE/plain-1",
-    "serving": "frontier/ and DENSE/: as for the table frontier",
+    "serving": SERVED,
+    "serving_overload": SERVED,
+    "serving_soak": SERVED,
     "srnets_hans": "DIR: the folder of the command of srnets",
 }
 

@@ -98,9 +98,7 @@ class Batcher:
         self._number = 0
         self._asked, self._asked_at = 0.0, 0.0  # seconds of work left if an engine HOPELESS times as fast had it all
         self._calm_at = 0.0  # when that was last 0
-        self._spare = (
-            0.0  # seconds of work that may wait beside a batch in overload, so that the engine has always some
-        )
+        self._spare = 0.0  # seconds of work that may wait in overload, beside a batch
 
     @property
     def in_flight(self) -> int:
@@ -133,8 +131,7 @@ class Batcher:
             self._spare = 0.0
         elif self._running is None and not self._queue:
             self._spare = min(self._spare + SPARED * self.limits.batch_seconds, self.limits.wait)
-        most = self.limits.batch_seconds + self._spare
-        if standing and before and self._rate * (before + _cost(lengths[0])) > most:
+        elif before and self._rate * (before + _cost(lengths[0])) > self.limits.batch_seconds + self._spare:
             raise Refused("more is asked than the engine can do", self.limits.wait)
         whole = self._before(sum(map(_cost, lengths)), now)[1] + self._rate * sum(map(_cost, lengths))
         if now + whole > deadline and self._requests:
