@@ -53,7 +53,7 @@ def measure(model: str, pattern: str, sizes: tuple[Size, ...], args: argparse.Na
     """One row per engine and size. Raises CheckpointError if our logits are not torch's."""
     rows: list[harness.Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        directory = random_directory(model, pattern, args.sparsity, Path(folder))
+        directory = random_directory(model, pattern, args.sparsity, Path(folder), args.dtype)
         for size in sizes:
             config = BenchConfig(
                 n=size.n, batch=size.batch, seq=size.seq, rounds=args.rounds, threads=args.threads, dtype=args.dtype,
@@ -75,7 +75,7 @@ def main() -> int:
     parser.add_argument("--sparsity", type=float, default=0.9, help="of patterns that imply no sparsity (default 0.9)")
     parser.add_argument("--rivals", default="torch", help="as for `sparsebert bench`")
     parser.add_argument("--deepsparse-python", help="as for `sparsebert bench`")
-    parser.add_argument("--dtype", default="auto", help="dtype of our engine: auto, fp32 or bf16")
+    parser.add_argument("--dtype", default="auto", help="dtype of our engine: auto, fp32, bf16 or int8")
     parser.add_argument("--rounds", type=int, default=9, help="rounds (default 9)")
     args = parser.parse_args()
     rows: list[harness.Row] = []

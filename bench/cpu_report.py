@@ -31,7 +31,7 @@ from bench.harness import Clock
 from bench.tables import RESULTS
 from sparsebert import checkpoint, environment, machine
 from sparsebert.checkpoint.scales import PARTS
-from sparsebert.cli.timing import SHAPES, texts_of
+from sparsebert.cli.timing import LABELS, SHAPES, texts_of
 from sparsebert.config import BenchConfig, PruneConfig
 from sparsebert.encoders import collate, encoder_linears
 from sparsebert.engine import Engine
@@ -53,7 +53,6 @@ PATTERNS = {
     DENSE: ("fp32", "int8"), "unstructured": ("fp32",), "4x1": ("int8",), "32x1": ("fp32", "bf16", "int8"),
 }  # fmt: skip
 SPARSITY = 0.9
-LABELS = 8  # tolerances are shares of the largest logit; of two random ones both are sometimes small
 PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "openvino", "nncf")
 COLUMNS = {
     "batch": "d", "seq": "", "engine": "", "dtype": "", "pattern": "", "sparsity": ".2f", "ms": ".2f", "spread": ".0%",

@@ -16,6 +16,7 @@ from bench import harness
 from bench.gpu_place import Place
 from bench.harness import Row
 from sparsebert import checkpoint
+from sparsebert.cli.timing import LABELS
 from sparsebert.config import PruneConfig
 from sparsebert.engine import Engine
 from sparsebert.engine.formats import DTYPES
@@ -29,7 +30,6 @@ BERT_BASE = {"initializer_range": 0.04}  # larger than the default, so that atte
 BERT_LARGE = BERT_BASE | {
     "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
 }  # fmt: skip
-LABELS = 8  # tolerances are shares of the largest logit; of two random ones both are sometimes small
 Ids = list[list[int]]
 
 

@@ -103,7 +103,9 @@ def random_moments(n_in: int, seed: int = 0) -> torch.Tensor:
     return torch.triu(h) + torch.triu(h, 1).T
 
 
-def random_directory(model: str, pattern: str, sparsity: float, folder: Path) -> Path:
-    """A model directory with random weights. `sparsity` is only used by patterns that imply none."""
+def random_directory(model: str, pattern: str, sparsity: float, folder: Path, dtype: str = "auto") -> Path:
+    """A model directory with random weights, with the scales of int8 if that is the dtype. `sparsity` is only used by
+    patterns that imply none.
+    """
     implied = {} if ":" in pattern else {"sparsity": sparsity}
-    return random_model(BenchConfig(random=model, pattern=pattern, **implied), folder)
+    return random_model(BenchConfig(random=model, pattern=pattern, dtype=dtype, **implied), folder)

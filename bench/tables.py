@@ -28,6 +28,7 @@ MADE_OF = {
     "qnli",
     "end_to_end": "PATH: the python of an environment with deepsparse 1.8.0",
     "end_to_end_bert_base": "PATH: the python of an environment with deepsparse 1.8.0",
+    "end_to_end_int8": "V: an environment of Python 3.11 with deepsparse 1.8.0",
     "frontier": "DENSE/plain-0: `sparsebert train minilm --task sst2 --epochs 1 --lr 1e-4 --hold-out 2000 -o "
     "DENSE/plain-0`; frontier/: python -m bench.study_frontier DENSE/plain-0 --prune frontier",
     "frontier_agnews": "DENSE/agnews: `sparsebert train minilm --task agnews --n 12000 --epochs 1 --lr 1e-4 --hold-out "
@@ -54,6 +55,7 @@ MADE_OF = {
     "serving_overload": SERVED,
     "serving_soak": SERVED,
     "srnets_hans": "DIR: the folder of the command of srnets",
+    "versions": "DIR: a checkout of 138a072, the last commit before the core was rewritten for int8, and built",
 }
 
 

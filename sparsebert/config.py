@@ -309,10 +309,10 @@ class AttackConfig(Settings):
         lt=LARGE,
         description="texts that an attack may ask the model about, per example [default: no limit]",
     )
-    max_seconds: Positive = Field(
+    max_seconds: Positive | None = Field(
         60.0,
         description="time that an attack may take per example; it then counts as failed, and is reported as capped",
-    )
+    )  # None: no limit, so that a figure that decides something is the same on a slow or busy machine
     neighbours: str | None = Field(
         None,
         description="FILE of word vectors, such as counter-fitted-vectors.txt, or of neighbours (JSON, word -> words) "

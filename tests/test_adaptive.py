@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import sys
 
 import pyarrow
@@ -89,6 +91,10 @@ def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start):
     assert {"difference", "difference_ci", "from_dense", "to_dense", "queries"} <= set(figures["textfooler"])
     assert set(results["wanda, 16:32a"]["forms"]) == {"fp32", "int8"}
     assert results["imp-rw + FreeLBa"]["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "out/attacks.sqlite")) as book:
+        (limits,) = book.execute("select distinct json_extract(inputs, '$.max_seconds') from units").fetchall()
+    assert limits == (None,), "a slow model must not pass for a robust one"
 
     document = publish_adaptive(grid, outcome, tmp_path / "out", tmp_path / "table.md")
     json.dumps(document)

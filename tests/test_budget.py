@@ -48,6 +48,7 @@ def drops(monkeypatch):
     def drop(pruned, *rest):
         pattern = checkpoint.read_config(pruned)["sparsebert"]["pattern"]
         attacked.append(pattern)
+        assert rest[-2].config.max_seconds is None, "a slow model must not pass for a robust one"
         return lost[pattern], (lost[pattern] - 4, lost[pattern] + 4)
 
     monkeypatch.setattr(budget, "_drop", drop)

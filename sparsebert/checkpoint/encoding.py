@@ -86,7 +86,7 @@ class TextEncoder:
         long = float("inf") if max_length is None else max(PIECE, LONG * max_length)
         short = [i for i, text in enumerate(texts) if sum(map(len, _parts(text))) <= long]
         encoded = (
-            dict(zip(short, self._tokenizer.encode_batch([texts[i] for i in short]), strict=True)) if short else {}
+            dict(zip(short, self._tokenizer.encode_batch_fast([texts[i] for i in short]), strict=True)) if short else {}
         )
         for i, text in enumerate(texts):
             found, cut = encoded.get(i), False

@@ -107,7 +107,7 @@ def search(
     spec = limited(task_for(task, directory), checkpoint.shapes(directory).config, config.max_length)
     examples = data.training(spec)
     held = data.hold_out(examples, min(budget.budget_n, len(examples) // 2))[1]
-    (plan,) = attacking.plans(attacking.named(budget.budget_attack), AttackConfig(), spec)
+    (plan,) = attacking.plans(attacking.named(budget.budget_attack), AttackConfig(max_seconds=None), spec)
     facts = {
         "model": checkpoint.source_sha256(directory), "texts": held.sha256, "machine": card()["cpu"],
         "isa": _dispatch.isa(), "code": code_of("sparsebert.pruning.budget"), "min_speedup": budget.min_speedup,

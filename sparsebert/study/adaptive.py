@@ -132,7 +132,7 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
             scratch.append(path)
 
     def figures(directory: Path, attacks: list[str], what: str, match: bool = False) -> dict:
-        limits = AttackConfig(ledger=str(output / "attacks.sqlite"), match_confidence=match)
+        limits = _limits(output, match_confidence=match)
         vs, domains = None if directory == dense else dense, "all" if cell.domains and not match else None
         found = evaluate(
             directory,
@@ -166,13 +166,18 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
     return {"forms": forms, **made}
 
 
+def _limits(output: Path, **settings) -> AttackConfig:
+    """No limit on the time of an example: a slow model, or a busy machine, would pass for a robust one."""
+    return AttackConfig(ledger=str(output / "attacks.sqlite"), max_seconds=None, **settings)
+
+
 def _calibration(fields: dict) -> dict:
     return {name: value for name, value in fields.items() if name in QuantizeConfig.model_fields}
 
 
 def _distances(grid: AdaptiveGrid, cell: Cell, path: Path, dense: Path, output: Path) -> dict[str, list[float]]:
     """Distances from the dense model by layer, on reported texts and on those that an attack on it ended with."""
-    limits = AttackConfig(ledger=str(output / "attacks.sqlite"), n=grid.tasks[cell.task].n)
+    limits = _limits(output, n=grid.tasks[cell.task].n)
     rows = [row for row in attack(dense, cell.task, ATTACK, limits).rows if row["outcome"] in ("succeeded", "failed")]
     rows, length = rows[:COMPARED], data.get_task(cell.task).max_length
     return {

@@ -62,7 +62,7 @@ def attacked(model, tokenizer, examples: Examples, task: Task) -> float:
     """
     from sparsebert.robustness import attacks
 
-    (plan,) = attacks.plans(attacks.named("textfooler"), AttackConfig(), task)
+    (plan,) = attacks.plans(attacks.named("textfooler"), AttackConfig(max_seconds=None), task)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder) / "model"
         checkpoint.save(model, tokenizer, place, recipe={"command": "soup"}, figures={})
