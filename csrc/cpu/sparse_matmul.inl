@@ -10,6 +10,11 @@ namespace {
 constexpr int widest_rows = 4;
 constexpr int widest_groups = lanes == 8 ? 3 : 4;
 
+// Weights come from memory in each batch, unless the model is small. Within a row or a tile they are read in too many
+// short streams for the processor to fetch them ahead, so the kernels do: the next rows of a group, and so many entries
+// of a row.
+constexpr int fetched_ahead = 512;
+
 void pack(const TransposeJob<float>& job, std::int64_t panel, std::int64_t part) {
   const std::int64_t n = job.n;
   const std::int64_t width = std::int64_t{job.shape.width_vectors} * lanes;
@@ -90,6 +95,11 @@ inline void multiply_slice(const LinearJob<float>& job, const std::int32_t* rows
       }
     }
     for (std::int64_t k = 0; k < count; ++k) {
+      if constexpr (width_vectors <= 2) {
+        // Few tokens: there is less to compute than to read.
+        __builtin_prefetch(values + k * slice_rows + fetched_ahead, 0, 2);
+        __builtin_prefetch(cols + k * slice_rows + fetched_ahead, 0, 2);
+      }
 #pragma GCC unroll 4
       for (int r = 0; r < at_once; ++r) {
         const float* in = x + std::int64_t{cols[k * slice_rows + r]} * width;
@@ -143,6 +153,7 @@ inline void multiply_tiles(const LinearJob<float>& job, std::int64_t group, std:
   f32 acc[tiles * group_slice][count] = {};
   for (std::int64_t k = 0; k < kept; ++k) {
     const float* in = x + std::int64_t{cols[k]} * width;
+    __builtin_prefetch(values + (kept + k) * (tiles * group_slice), 0, 2);
     f32 right[count];
 #pragma GCC unroll 8
     for (int n = 0; n < count; ++n) right[n] = *reinterpret_cast<const f32*>(in + n * lanes);

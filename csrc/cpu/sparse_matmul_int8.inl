@@ -113,6 +113,8 @@ inline void add_products(const std::int8_t* values, std::int64_t quads, Right ri
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) row[r] = values + r * quads * quad_cols;
   for (std::int64_t q = 0; q < quads; ++q) {
+    // The next rows' weights: see fetched_ahead in sparse_matmul.inl.
+    __builtin_prefetch(values + (quads + q) * (rows * quad_cols), 0, 2);
     u8 quad[4];
     right(q, quad);
 #pragma GCC unroll 4
