@@ -21,6 +21,8 @@ CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 MADE_OF = {
     "attacks": DENSE,
     "attacks_more": DENSE,
+    "attack_times": "DENSE/plain-0: as for frontier; DENSE/agnews: as for frontier_agnews; DENSE/imdb: `sparsebert "
+    "train minilm --task imdb --n 4000 --epochs 1 --lr 1e-4 --hold-out 1000 -o DENSE/imdb`",
     "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; its settings are not recorded",
     "calibration": "mr-0 to mr-2: `sparsebert train minilm --task mr --epochs 2 --seed 0` (1, 2); outside: "
     "`python -m bench.make_outside`",
