@@ -19,9 +19,7 @@ SHAPES = {  # the class of transformers, and what its defaults, BERT-base, do no
     "bert-large": ("Bert", LARGE),
     "roberta-base": ("Roberta", ROBERTA),
 }
-LABELS = (
-    8  # of random weights: tolerances are shares of the largest logit, and two random ones are sometimes both small
-)
+LABELS = 8  # tolerances are shares of the largest logit; of two random ones both are sometimes small
 
 
 def random_model(config: BenchConfig, folder: Path) -> Path:
