@@ -51,9 +51,19 @@ NOTES = (
 )
 
 
+def cells_of(patterns: dict[str, tuple[float, ...]]) -> list[tuple[str, float]]:
+    """(pattern, sparsity) of every model, dense first."""
+    return [DENSE, *((pattern, sparsity) for pattern, of_it in patterns.items() for sparsity in of_it)]
+
+
+def calls_in_turn(seconds: float) -> int:
+    """As many calls of so many seconds as fit in TURN_S, from 1 to 50."""
+    return max(1, min(50, int(TURN_S / seconds)))
+
+
 def engines(model: str, patterns: dict, dtype: str, threads: int, folder: Path) -> dict[tuple[str, float], Engine]:
     """Engines with random weights for every pattern and sparsity, dense first. Loading verifies their logits."""
-    wanted = [DENSE, *((pattern, sparsity) for pattern, of_it in patterns.items() for sparsity in of_it)]
+    wanted = cells_of(patterns)
     loaded = {}
     for i, (pattern, sparsity) in enumerate(wanted):
         directory = random_directory(model, pattern, sparsity, folder / str(i))
@@ -67,9 +77,9 @@ def forward(engine: Engine, ids: list[list[int]]) -> Callable[[], np.ndarray]:
 
 
 def timed(calls: dict, rounds: int) -> Timings:
-    """Times all candidates in turn. A turn has as many calls as fit in TURN_S, from 1 to 50; times are per call."""
+    """Times all candidates in turn, `calls_in_turn` at a time; times are per call."""
     probe = interleave(calls, rounds=1)
-    repeats = {key: max(1, min(50, int(TURN_S / probe.minimum(key)))) for key in calls}
+    repeats = {key: calls_in_turn(probe.minimum(key)) for key in calls}
 
     def turn(call: Callable[[], np.ndarray], n: int) -> None:
         for _ in range(n):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from bench import harness
-from bench.bench_cells import BATCHES, DENSE, LENGTHS, PATTERNS, QUICK, TURN_S
+from bench.bench_cells import BATCHES, LENGTHS, PATTERNS, QUICK, TURN_S, calls_in_turn, cells_of
 from bench.shapes import random_directory
 from sparsebert.engine.measure import Timings, in_order, ratio_text
 from sparsebert.ops import _dispatch
@@ -94,7 +94,7 @@ def compared(case: str, asks: dict[str, Ask], length: int, batch: int, rounds: i
     """Seconds per call of the two, in turn, and the largest difference of their logits. Raises WrongOutput."""
     logits = {name: np.array(ask(length, batch, 0)) for name, ask in asks.items()}
     error = harness.check(case, {THIS: lambda: logits[THIS]}, logits[EARLIER], TOLERANCE)
-    calls = max(1, min(50, int(TURN_S / min(ask(length, batch, 1) for ask in asks.values()))))
+    calls = calls_in_turn(min(ask(length, batch, 1) for ask in asks.values()))
     seconds = {name: np.empty(rounds) for name in asks}
     for turn in range(rounds):
         for name in in_order(asks, turn):
@@ -143,8 +143,6 @@ def main() -> int:
     args.checkout = args.checkout.resolve()
     if not list(args.checkout.glob("sparsebert/_C.*.so")):
         parser.error(f"{args.checkout} must hold a built sparsebert: run `python setup.py build_ext --inplace` there")
-    patterns = QUICK if args.quick else PATTERNS
-    cases = [DENSE, *((pattern, sparsity) for pattern, of_it in patterns.items() for sparsity in of_it)]
 
     def case(pattern: str, sparsity: float) -> list[harness.Row]:
         with tempfile.TemporaryDirectory() as folder:
@@ -153,7 +151,7 @@ def main() -> int:
         print(f"{pattern} {sparsity}: worst {', '.join(row['worst'] for row in found)}", file=sys.stderr)
         return found
 
-    rows, right = harness.measured(partial(case, *of) for of in cases)
+    rows, right = harness.measured(partial(case, *of) for of in cells_of(QUICK if args.quick else PATTERNS))
     notes = NOTES.format(
         model=args.model, threads=args.threads, dtype=args.dtype, rounds=args.rounds, turn=1e3 * TURN_S,
         most=MOST_TOKENS,
