@@ -122,6 +122,7 @@ def test_a_new_word_changes_nothing_else(text, word, data):
     start, end = old.spans[index]
     made = old.with_word(index, word)
     assert made.text == text[:start] + word + text[end:]
+    assert made.spans == spans_of(made.text)
     assert made.words == words_of(made.text) == old.words[:index] + words_of(word) + old.words[index + 1 :]
     assert [made.words[i] for i in made.latest] == words_of(word)
     moved = len(words_of(word)) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -319,13 +320,43 @@ def test_attacks_that_wait_share_a_call_and_equal_items_are_asked_once():
     assert len(victim.calls) == 3 and max(Counter(victim.asked).values()) == 1
 
 
-def test_what_ended_before_a_round_is_told_before_its_calls():
-    told, ask = [], by_words(0.1, A=0.1)
-    attacks = [begun(recipe({"one": ["A"]}), text, number=i) for i, text in enumerate(["one", "two", "one x"])]
-    for end in lockstep.run(attacks, {VICTIM: lambda items: told.append("call") or ask(items)}):
-        told.append("round" if end is None else "end")
-    assert told[:2] == ["round", "call"] and told.count("end") == 3 and told.count("call") > 2
-    assert all(before in ("round", "call") for before, one in itertools.pairwise(told) if one == "call")
+def test_what_has_ended_is_told_before_the_next_calls_have_ended():
+    heard, calls, ask = threading.Event(), [], by_words(0.1, wrong=0.6, A=0.1)
+
+    def victim(items):
+        calls.append(heard.is_set() if not calls else heard.wait(20))  # the first answer ends "wrong"
+        return ask(items)
+
+    swaps = recipe({"one": ["A"]})
+    for end in lockstep.run([begun(swaps, "one"), begun(swaps, "wrong")], {VICTIM: victim}):
+        if end is not None:
+            heard.set()
+    assert calls[0] is False and len(calls) > 1 and all(calls[1:])
+
+
+def test_one_half_goes_on_while_the_models_answer_the_other():
+    further, waited, ask = threading.Event(), [], by_words(0.1, wrong=0.6, A=0.1)
+
+    def attacks():
+        yield from (begun(recipe({}), text) for text in ("wrong", "slow"))
+        further.set()  # "wrong" has ended
+        yield begun(recipe({}), "one")
+
+    def victim(items):
+        if items == ["slow"]:
+            waited.append(further.wait(20))
+        return ask(items)
+
+    assert len(list(ends_of(attacks(), {VICTIM: victim}, width=2))) == 3 and waited == [True]
+
+
+def test_an_error_in_the_thread_of_the_models_is_raised_and_the_thread_ends():
+    def victim(items):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(ends_of([begun(recipe({}), "one")], {VICTIM: victim}))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("attacked models")]
 
 
 def test_no_more_attacks_are_begun_than_the_width():

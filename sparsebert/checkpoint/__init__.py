@@ -6,7 +6,15 @@ every tensor, sha256 of the other files, golden texts with their token ids and l
 arguments that made it). `read` opens a directory. Importing this package needs neither torch nor transformers.
 """
 
-from sparsebert.checkpoint.classifier import golden_logits, load, load_tokenizer, require_model, saved_bytes, shapes
+from sparsebert.checkpoint.classifier import (
+    golden_logits,
+    load,
+    load_config,
+    load_tokenizer,
+    require_model,
+    saved_bytes,
+    shapes,
+)
 from sparsebert.checkpoint.encoding import TextEncoder
 from sparsebert.checkpoint.files import Changed
 from sparsebert.checkpoint.manifest import GOLDEN_TOLERANCE, MANIFEST
@@ -43,6 +51,7 @@ __all__ = [
     "golden_logits",
     "has_head",
     "load",
+    "load_config",
     "load_tokenizer",
     "made_from",
     "mapped_arrays",

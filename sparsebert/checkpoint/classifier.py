@@ -24,10 +24,24 @@ def shapes(directory: str | Path):
     import torch
     from transformers import AutoModelForSequenceClassification
 
+    def made(config):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config)
+
+    return _described(directory, made)
+
+
+def load_config(directory: str | Path):
+    """The transformers config object that a model directory's config.json describes."""
+    return _described(directory, lambda config: config)
+
+
+def _described(directory: str | Path, made: Callable):
+    """What `made` makes of the config object."""
     files = read(directory, head=False)
     try:
-        with quiet_transformers(), torch.random.fork_rng(devices=[]), torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(_config(files))
+        with quiet_transformers():
+            return made(_config(files))
     except FAULTS as error:
         raise CheckpointError(
             f"{files.directory}/config.json must describe a model: {first_line(error)}", fix=REBUILD

@@ -46,7 +46,7 @@ def texts_of(directory: Path, config: BenchConfig) -> list[dict]:
     """Token id lists: `config.n` of the task's test texts, or of random words of one length."""
     from sparsebert.encoders import limited, token_limit, tokenize
 
-    stock = checkpoint.shapes(directory).config
+    stock = checkpoint.load_config(directory)
     if config.seq != "mix":
         if config.max_length is not None:
             raise InputError(f"--max-length belongs to --seq mix, got --seq {config.seq}", fix="leave it out")

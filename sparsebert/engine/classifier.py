@@ -58,9 +58,9 @@ class Classifier:
         engine = _engine(directory, dtype, runs_on)
         if dtype == "int8" and not any(isinstance(linear.weight, PackedInt8) for linear in engine.encoder.linears):
             dtype = "fp32"  # rows in float32 cost less here
-        model, tokenizer = checkpoint.load(directory)
-        config = model.config
         if engine is None:
+            model, tokenizer = checkpoint.load(directory)
+            config = model.config
             with at_work_on(runs_on):
                 model.to(runs_on)
 
@@ -69,6 +69,8 @@ class Classifier:
                     return predict(model, tokenizer, examples, max_length=max_length, progress=progress)
 
             return cls(directory, config, tokenizer, problem, names, "torch", device, dtype, run_torch)
+
+        config, tokenizer = checkpoint.load_config(directory), checkpoint.load_tokenizer(directory)
 
         def run(examples: Examples, *, max_length: int, progress: Progress) -> np.ndarray:
             # The same tokenizer as in `predict`: transformers may override what tokenizer.json says.

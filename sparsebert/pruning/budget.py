@@ -104,7 +104,7 @@ def search(
         raise InputError("a budget needs both min_speedup and max_robust_drop", fix="give both")
     directory = checkpoint.resolve(directory)
     target = checkpoint.check_output(output, sources=[directory], overwrite=overwrite)
-    spec = limited(task_for(task, directory), checkpoint.shapes(directory).config, config.max_length)
+    spec = limited(task_for(task, directory), checkpoint.load_config(directory), config.max_length)
     examples = data.training(spec)
     held = data.hold_out(examples, min(budget.budget_n, len(examples) // 2))[1]
     (plan,) = attacking.plans(attacking.named(budget.budget_attack), AttackConfig(max_seconds=None), spec)

@@ -82,7 +82,7 @@ class TrainingSetup:
         a device that cannot be used.
         """
         device, needs = device_for(config.device), LOSSES[config.loss]
-        spec = limited(spec, checkpoint.shapes(source).config, config.max_length)
+        spec = limited(spec, checkpoint.load_config(source), config.max_length)
         examples, held_out = examples_of(spec, config)
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})

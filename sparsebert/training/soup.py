@@ -97,7 +97,7 @@ def soup(
         raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}", fix="choose one of these")
     sources = [checkpoint.resolve(directory) for directory in directories]
     spec = task_for(task, sources[0])
-    spec = limited(spec, checkpoint.shapes(sources[0]).config, max_length)
+    spec = limited(spec, checkpoint.load_config(sources[0]), max_length)
     shared = _shared(sources, task_recipe(spec))
     target = checkpoint.check_output(output, sources=read_by(spec, *sources), overwrite=overwrite)
     rest, examples = data.hold_out(data.training(spec), shared["hold_out"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
 
 from sparsebert.errors import SparsebertError, first_line
 from sparsebert.robustness.attacks.attack import Attack, Question, Scored
@@ -45,36 +46,49 @@ def run(
     width: int = WIDTH,
     seconds: float | None = None,
 ) -> Iterator[Finished | None]:
-    """Runs the attacks and yields each when it ends, and None before every round, which may take a while. Which end
-    first depends on `width`; how they end does not.
+    """Runs the attacks and yields each when it ends, and None before every wait for the models, which may take a while.
+    Which end first depends on `width`; how they end does not.
 
-    models: by the name in Question.model: a function from a list of items to a row for each. seconds: time that an
-    attack may take; it is charged for the rounds that it takes part in, by its share of their items. An attack
+    The attacks are in two halves: while the models, in a thread of their own, answer one, the other goes on to its next
+    questions. models: by the name in Question.model: a function from a list of items to a row for each. seconds: time
+    that an attack may take; it is charged for the rounds that it takes part in, by its share of their items. An attack
     that takes longer ends as failed, with `capped` = "seconds". An error of one attack ends that attack alone.
     """
     coming = iter(attacks)
-    waiting: list[tuple[Attack, Iterator, Question]] = []
-    while True:
-        for attack in islice(coming, width - len(waiting)):
-            if (finished := _advance(attack, attack.run(), None, waiting)) is not None:
-                yield finished
-        if not waiting:
-            if (attack := next(coming, None)) is None:
-                return
-            coming = chain([attack], coming)
-            continue
-        yield None
-        round_, waiting = waiting, []
-        for attack, steps, answer in _answered(round_, models):
-            if isinstance(answer, str):
-                yield Finished(attack, "error", None, answer)
-            elif (finished := _advance(attack, steps, answer, waiting)) is not None:
-                yield finished
-            elif seconds is not None and attack.seconds > seconds:  # it knows of its original by now
-                waiting.pop()
-                steps.close()
-                attack.capped = "seconds"
-                yield Finished(attack, "failed", attack.start)
+    rounds: deque[tuple[list, Future]] = deque()  # what waits for answers, the oldest first
+    worker = ThreadPoolExecutor(1, "attacked models")
+    try:
+        for half in (width - width // 2, width // 2):
+            waiting: list[tuple[Attack, Iterator, Question]] = []
+            yield from _join(coming, waiting, half)
+            if waiting:
+                rounds.append((waiting, worker.submit(_answers, waiting, models)))
+        while rounds:
+            yield None
+            round_, answers = rounds.popleft()
+            waiting = []
+            for (attack, steps, _), answer in zip(round_, answers.result(), strict=True):
+                if isinstance(answer, str):
+                    yield Finished(attack, "error", None, answer)
+                elif (finished := _advance(attack, steps, answer, waiting)) is not None:
+                    yield finished
+                elif seconds is not None and attack.seconds > seconds:  # it knows of its original by now
+                    waiting.pop()
+                    steps.close()
+                    attack.capped = "seconds"
+                    yield Finished(attack, "failed", attack.start)
+            yield from _join(coming, waiting, len(round_))
+            if waiting:
+                rounds.append((waiting, worker.submit(_answers, waiting, models)))
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def _join(coming: Iterator[Attack], waiting: list, most: int) -> Iterator[Finished]:
+    """Begins attacks until `most` are waiting, or none is left. Yields those that have ended by then."""
+    while len(waiting) < most and (attack := next(coming, None)) is not None:
+        if (finished := _advance(attack, attack.run(), None, waiting)) is not None:
+            yield finished
 
 
 def _advance(attack: Attack, steps, answer, waiting: list) -> Finished | None:
@@ -88,8 +102,8 @@ def _advance(attack: Attack, steps, answer, waiting: list) -> Finished | None:
     return None
 
 
-def _answered(round_: list, models: dict[str, Model]) -> Iterator[tuple[Attack, Iterator, Sequence | str]]:
-    """(attack, its steps, the rows it asked for, or an error's first line). Equal items are asked once."""
+def _answers(round_: list, models: dict[str, Model]) -> list[Sequence | str]:
+    """For each attack the rows that it asked for, or an error's first line. Equal items are asked once."""
     answers: dict[int, Sequence | str] = {}
     for name in dict.fromkeys(question.model for _, _, question in round_):
         asking = [
@@ -112,5 +126,4 @@ def _answered(round_: list, models: dict[str, Model]) -> Iterator[tuple[Attack, 
         share = (time.perf_counter() - start) / sum(len(part) for _, _, part in asking)
         for _, attack, part in asking:
             attack.seconds += share * len(part)
-    for i, (attack, steps, _) in enumerate(round_):
-        yield attack, steps, answers[i]
+    return [answers[i] for i in range(len(round_))]

@@ -36,6 +36,7 @@ class Tagger:
     def __init__(self, weights: dict[str, dict[str, float]], single: dict[str, str], tags: Sequence[str]):
         self._weights, self._single, self._tags = weights, single, sorted(tags)
         self.tag = lru_cache(1 << 16)(self._tag)
+        self._best = lru_cache(1 << 16)(self._heaviest)
 
     @classmethod
     def read(cls, weights: bytes, single: bytes, tags: bytes) -> Tagger:
@@ -55,11 +56,13 @@ class Tagger:
         seen = [*_BEFORE, *map(_normal, words), *_AFTER]
         last, before_last = _BEFORE
         for i, word in enumerate(words[: at + 1]):
-            tag = self._single.get(word) or self._best(seen, i + 2, word, last, before_last)
+            tag = self._single.get(word) or self._best(tuple(seen[i : i + 5]), word, last, before_last)
             last, before_last = tag, last
         return UNIVERSAL.get(last, "X")
 
-    def _best(self, seen: list[str], i: int, word: str, last: str, before_last: str) -> str:
+    def _heaviest(self, seen: tuple[str, ...], word: str, last: str, before_last: str) -> str:
+        """The tag with the largest sum for a word. seen: it and two words on each side, as the features see them."""
+        second_before, before, this, after, second_after = seen
         sums = dict.fromkeys(self._tags, 0.0)
         for feature in (
             "bias",
@@ -68,14 +71,14 @@ class Tagger:
             f"i-1 tag {last}",
             f"i-2 tag {before_last}",
             f"i tag+i-2 tag {last} {before_last}",
-            f"i word {seen[i]}",
-            f"i-1 tag+i word {last} {seen[i]}",
-            f"i-1 word {seen[i - 1]}",
-            f"i-1 suffix {seen[i - 1][-3:]}",
-            f"i-2 word {seen[i - 2]}",
-            f"i+1 word {seen[i + 1]}",
-            f"i+1 suffix {seen[i + 1][-3:]}",
-            f"i+2 word {seen[i + 2]}",
+            f"i word {this}",
+            f"i-1 tag+i word {last} {this}",
+            f"i-1 word {before}",
+            f"i-1 suffix {before[-3:]}",
+            f"i-2 word {second_before}",
+            f"i+1 word {after}",
+            f"i+1 suffix {after[-3:]}",
+            f"i+2 word {second_after}",
         ):
             for tag, weight in self._weights.get(feature, {}).items():
                 sums[tag] += weight

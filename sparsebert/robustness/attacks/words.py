@@ -72,7 +72,12 @@ class Text:
         if not word:
             return type(self)(self._without(index))
         made = type(self)(self.text[:start] + word + self.text[end:])
-        count = 1 if _PLAIN.fullmatch(word) else len(words_of(word))
+        if _PLAIN.fullmatch(word):
+            count, by = 1, len(word) - (end - start)
+            after = [(first + by, last + by) for first, last in self.spans[index + 1 :]]
+            made.spans = [*self.spans[:index], (start, end + by), *after]
+        else:
+            count = len(words_of(word))
         if count == 1:
             moved = self.changed
         else:
