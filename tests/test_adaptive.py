@@ -139,7 +139,10 @@ def test_what_is_kept_in_other_domains_and_under_attacks_is_told_over_models_and
     assert len({form["domains"]["sst2"]["kl_to_dense"] for form in drawn}) == 4, "draws differ"
     (section,) = [each for each in sections_of(outcome) if each.title.startswith("Kept")]
     told = dict(zip(section.heads, section.rows[0], strict=True))
-    assert told["method"] == "wanda, calibration general" and told["dense models, cells"] == "2, 4"
+    assert told["method"] == "wanda, calibration general" and told["dense models"] == "2, 4 cells"
+    first = dict(zip(sections_of(outcome)[0].heads, sections_of(outcome)[0].rows[0], strict=True))
+    by_model = [(drawn[i]["difference"] + drawn[i + 1]["difference"]) / 2 for i in (0, 2)]  # over the draws of each
+    assert first["dense models"] == "2, 4 cells" and first["Acc - dense"] == points(by_model, None)
     mean = sum(form["domains"]["sst2"]["kl_to_dense"] for form in drawn) / 4
     assert told["sst2: KL"] == f"{mean:.4f}" and told["deepwordbug: Aua - dense"].count("[") == 1
 

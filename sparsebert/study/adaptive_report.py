@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,11 +21,11 @@ from sparsebert.study.run import Outcome
 NOTES = (
     "Acc, Aua and Asr: accuracy before and after TextFooler, and the share of the attacked examples that were fooled, "
     "in percent, on the same examples of the reported split for all models of a task. Means over dense models with "
-    "half of their 95 % t interval. `- dense` is the difference from the dense model that a model was made from, in "
-    "points, paired: over dense models if there are several, else over examples. The attack's neighbours and sentence "
-    "encoder stand in for the paper's, and the encoder is MiniLM: no figure here compares with one of its tables. "
-    "Dense models, settings and the order of the cells were fixed before; soups are judged on held-out training "
-    "examples."
+    "half of their 95 % t interval, after those over draws of calibration texts. `- dense` is the difference from the "
+    "dense model that a model was made from, in points, paired: over dense models if there are several, else over "
+    "examples. The attack's neighbours and sentence encoder stand in for the paper's, and the encoder is MiniLM: no "
+    "figure here compares with one of its tables. Dense models, settings and the order of the cells were fixed before; "
+    "soups are judged on held-out training examples."
 )
 
 
@@ -37,22 +38,44 @@ class Line:
     cells: list[tuple[Cell, dict]]
 
     @property
+    def counts(self) -> str:
+        """How many dense models it was made from, and cells, if those are more."""
+        models, cells = len({cell.dense for cell, _ in self.cells}), len(self.cells)
+        return str(models) if cells == models else f"{models}, {cells} cells"
+
+    @property
     def label(self) -> str:
         return self.cell.label + (" in int8" if self.form == "int8" else "")
 
     def figures(self, name: str, attack: str = ATTACK, form: str | None = None) -> list:
         """A figure of the attack in each cell that has it."""
-        forms = [result["forms"].get(form or self.form) for _, result in self.cells]
-        found = [each["attacks"].get(attack, {}).get(name) for each in forms if each is not None]
-        return [value for value in found if value is not None]
+        return [value for _, value in self._found(_of_attack(name, attack), form)]
 
-    def by_model(self, figure: Callable[[dict], float | None]) -> list[float]:
+    def by_model(self, figure: Callable[[dict], float | None], form: str | None = None) -> list[float]:
         """A figure of the evaluations, meaned over the draws of each dense model: draws of one are not independent."""
         found: dict[str, list[float]] = {}
-        for cell, result in self.cells:
-            if (value := figure(result["forms"].get(self.form) or {})) is not None:
-                found.setdefault(cell.dense, []).append(value)
+        for dense, value in self._found(figure, form):
+            found.setdefault(dense, []).append(value)
         return [float(np.mean(values)) for values in found.values()]
+
+    def difference(self, figure: Callable[[dict], dict], form: str | None = None) -> str:
+        """The difference from the dense model, for people. figure: of a form, what has it and its interval."""
+        values = self.by_model(lambda each: figure(each).get("difference"), form)
+        intervals = [value for _, value in self._found(lambda each: figure(each).get("difference_ci"), form)]
+        return points(values, intervals[0] if len(intervals) == 1 else None)
+
+    def _found(self, figure: Callable[[dict], Any], form: str | None) -> list[tuple[str, Any]]:
+        """(dense model, figure) of each cell that has it."""
+        found = [(cell.dense, figure(result["forms"].get(form or self.form) or {})) for cell, result in self.cells]
+        return [(dense, value) for dense, value in found if value is not None]
+
+
+def _of_attack(name: str, attack: str = ATTACK) -> Callable[[dict], Any]:
+    return lambda form: _attacked(form, attack).get(name)
+
+
+def _attacked(form: dict, attack: str = ATTACK) -> dict:
+    return form.get("attacks", {}).get(attack, {})
 
 
 def lines_of(outcome: Outcome) -> list[Line]:
@@ -143,19 +166,16 @@ def _kept(lines: Sequence[Line]) -> list[Section]:
         f"{name}: {figure}": (form, of_set(name, figure)) for name in sets for figure, (form, _) in figures.items()
     }
     for name in under:
-        wanted[f"{name}: Aua - dense"] = (
-            _points,
-            lambda form, name=name: form["attacks"].get(name, {}).get("difference"),
-        )
+        wanted[f"{name}: Aua - dense"] = _points, _of_attack("difference", name)
     rows = []
     for line in kept:
         values = [(form, line.by_model(figure)) for form, figure in wanted.values()]
         zeros = f"{100 * line.cell.zeros:.4g}"
-        models = f"{len({cell.dense for cell, _ in line.cells})}, {len(line.cells)}"
+        models = line.counts
         rows.append(
             [line.cell.task, line.label, zeros, models, *(form(found) if found else "" for form, found in values)]
         )
-    heads = ["task", "method", "zeros", "dense models, cells", *wanted]
+    heads = ["task", "method", "zeros", "dense models", *wanted]
     return [Section("Kept: in domain, in other domains, under attack", heads, rows)] if rows else []
 
 
@@ -187,20 +207,16 @@ def points(differences: Sequence[float], interval: Sequence[float] | None) -> st
 
 
 def _row(line: Line) -> list[str]:
-    results = [result for _, result in line.cells]
-    zeros = 100 * np.mean([result["sparsity"] for result in results])
-    evaluations = [result["forms"][line.form] for result in results]
-    accuracy = [each["difference"] for each in evaluations if "difference" in each]
-    ci = evaluations[0].get("difference_ci")
-    under = points(line.figures("difference"), *line.figures("difference_ci")[:1] or [None])
+    zeros = 100 * np.mean([result["sparsity"] for _, result in line.cells])
+    queries = line.by_model(_of_attack("queries"))
     return [
-        line.label, f"{zeros:.2f}", str(len(results)), *(_mean(line, name) for name in ("acc", "aua", "asr")),
-        f"{np.mean(line.figures('queries')):.0f}" if line.figures("queries") else "", points(accuracy, ci), under,
+        line.label, f"{zeros:.2f}", line.counts, *(_mean(line, name) for name in ("acc", "aua", "asr")),
+        f"{np.mean(queries):.0f}" if queries else "", line.difference(lambda form: form), line.difference(_attacked),
     ]  # fmt: skip
 
 
 def _mean(line: Line, name: str, attack: str = ATTACK, form: str | None = None) -> str:
-    values = line.figures(name, attack, form)
+    values = line.by_model(_of_attack(name, attack), form)
     return percent(values) if values else ""
 
 
@@ -224,8 +240,7 @@ def _controls(line: Line) -> list[str]:
         transfers.append(percent(shares) if shares else "")
 
     def under(attack: str, form: str) -> list[str]:
-        interval = line.figures("difference_ci", attack, form)[:1] or [None]
-        return [_mean(line, "aua", attack, form), points(line.figures("difference", attack, form), *interval)]
+        return [_mean(line, "aua", attack, form), line.difference(lambda each: _attacked(each, attack), form)]
 
     matched = under(ATTACK, "matched") if line.form == "fp32" else ["", ""]
     zeros = f"{100 * line.cell.zeros:.4g}"
@@ -254,7 +269,7 @@ def _curves(lines: list[Line], name: str):
             curves.setdefault(line.label, []).append(line)
     for label, points_ in curves.items():
         points_ = sorted(points_, key=lambda line: line.cell.zeros)
-        means = [float(np.mean(line.figures(name))) for line in points_]
+        means = [float(np.mean(line.by_model(_of_attack(name)))) for line in points_]
         if points_[0].cell.method == "dense":
             figure.add_scatter(x=[0, 0.95], y=[means[0]] * 2, name=label, mode="lines", line={"dash": "dot"})
             continue
