@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 
 from sparsebert.errors import SparsebertError, first_line
 from sparsebert.robustness.attacks.attack import Attack, Question, Scored
@@ -55,17 +56,19 @@ def run(
     that takes longer ends as failed, with `capped` = "seconds". An error of one attack ends that attack alone.
     """
     coming = iter(attacks)
-    rounds: deque[tuple[list, Future]] = deque()  # what waits for answers, the oldest first
+    rounds: deque[tuple[list, int, Future]] = deque()  # what waits for answers, its size when full, the answers
     worker = ThreadPoolExecutor(1, "attacked models")
     try:
-        for half in (width - width // 2, width // 2):
+        first = list(islice(coming, width))
+        middle = (len(first) + 1) // 2
+        for half in (first[:middle], first[middle:]):
             waiting: list[tuple[Attack, Iterator, Question]] = []
-            yield from _join(coming, waiting, half)
+            yield from _join(chain(half, coming), waiting, len(half))
             if waiting:
-                rounds.append((waiting, worker.submit(_answers, waiting, models)))
+                rounds.append((waiting, len(half), worker.submit(_answers, waiting, models)))
         while rounds:
             yield None
-            round_, answers = rounds.popleft()
+            round_, most, answers = rounds.popleft()
             waiting = []
             for (attack, steps, _), answer in zip(round_, answers.result(), strict=True):
                 if isinstance(answer, str):
@@ -77,9 +80,9 @@ def run(
                     steps.close()
                     attack.capped = "seconds"
                     yield Finished(attack, "failed", attack.start)
-            yield from _join(coming, waiting, len(round_))
+            yield from _join(coming, waiting, most)
             if waiting:
-                rounds.append((waiting, worker.submit(_answers, waiting, models)))
+                rounds.append((waiting, most, worker.submit(_answers, waiting, models)))
     finally:
         worker.shutdown(cancel_futures=True)
 
