@@ -93,26 +93,38 @@ def edits_at_most(most: int) -> Constraint:
 
 
 def within(a: str, b: str, most: int) -> bool:
-    """Whether the Levenshtein distance of two texts is at most `most`. Only cells near the diagonal are computed."""
+    """Whether the Levenshtein distance of two texts is at most `most`. A column of the table of distances is two
+    numbers with a bit per character of `a`: where the distance rises, and where it falls [Myers 1999; Hyyrö 2003].
+    """
+    start = _agree(a, b)
+    a, b = a[start:], b[start:]
+    end = _agree(a[::-1], b[::-1])
+    a, b = a[: len(a) - end], b[: len(b) - end]
     if abs(len(a) - len(b)) > most:
         return False
-    far = most + 1
-    row = list(range(min(len(b), most) + 1))
-    first = 0  # the column of row[0]
-    for i, x in enumerate(a, 1):
-        start, end = max(0, i - most), min(len(b), i + most)
-        above = dict(enumerate(row, first))
-        row, left = [], far
-        for j in range(start, end + 1):
-            if j == 0:
-                left = i
-            else:
-                left = min(above.get(j, far) + 1, left + 1, above.get(j - 1, far) + (x != b[j - 1]))
-            row.append(left)
-        first = start
-        if min(row) > most:
+    if max(len(a), len(b)) <= most:
+        return True
+    places: dict[str, int] = {}
+    for i, letter in enumerate(a):
+        places[letter] = places.get(letter, 0) | 1 << i
+    every, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
+    rises, falls, distance = every, 0, len(a)
+    for left, letter in zip(range(len(b) - 1, -1, -1), b, strict=True):
+        equal = places.get(letter, 0)
+        stays = equal | falls
+        diagonal = ((equal & rises) + rises ^ rises) | equal
+        more, less = falls | ~(diagonal | rises), rises & diagonal  # from the column before
+        distance += bool(more & last) - bool(less & last)
+        if distance - left > most:
             return False
-    return row[len(b) - first] <= most
+        more, less = more << 1 | 1, less << 1
+        rises, falls = (less | ~(stays | more)) & every, more & stays & every
+    return distance <= most
+
+
+def _agree(a: str, b: str) -> int:
+    """How many characters at the start of two texts are the same."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def changed_at_most(share: float) -> Constraint:
