@@ -21,6 +21,7 @@ CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 MADE_OF = {
     "attacks": DENSE,
     "attacks_more": DENSE,
+    "attacks_pruned": "frontier/: as for the table frontier",
     "attack_times": "DENSE/plain-0: as for frontier; DENSE/agnews: as for frontier_agnews; DENSE/imdb: `sparsebert "
     "train minilm --task imdb --n 4000 --epochs 1 --lr 1e-4 --hold-out 1000 -o DENSE/imdb`",
     "bf16": "MODEL: MiniLM fine-tuned on MNLI, 69.4 % of dev_matched; its settings are not recorded",
