@@ -121,6 +121,17 @@ def test_the_packaged_grid_of_what_is_kept_has_three_models_two_draws_and_unseen
     assert {cell.zeros for cell in pruned if cell.method == "knowledge"} == {0.875, 0.95}
 
 
+def test_the_packaged_grid_of_tier_2_shares_the_dense_cells_of_keeping_and_differs_in_the_tier():
+    keeping, grid = read_adaptive("keeping"), read_adaptive("keeping-tier2")
+    assert grid.tasks["sst2"].model_copy(update={"prune": {}}) == keeping.tasks["sst2"]
+    dense = [cell for cell in grid.cells if cell.method == "dense"]
+    pruned = [cell for cell in grid.cells if cell.method != "dense"]
+    assert dense == [cell for cell in keeping.cells if cell.method == "dense"]
+    wanted = [cell for cell in keeping.cells if cell.label == "knowledge" and cell.zeros == 0.875]
+    assert {(cell.dense, cell.draw) for cell in pruned} == {(cell.dense, cell.draw) for cell in wanted}
+    assert all(grid.prune_configs(cell)[0].tier == 2 for cell in pruned)
+
+
 def test_what_is_kept_in_other_domains_and_under_attacks_is_told_over_models_and_draws(tmp_path, start, monkeypatch):
     texts = [f"the {word} lamp number {i}" for i in range(10) for word in ("lovely", "awful")]
     (tmp_path / "data" / "sst2").mkdir(parents=True)

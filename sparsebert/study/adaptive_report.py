@@ -47,9 +47,9 @@ class Line:
     def label(self) -> str:
         return self.cell.label + (" in int8" if self.form == "int8" else "")
 
-    def figures(self, name: str, attack: str = ATTACK, form: str | None = None) -> list:
-        """A figure of the attack in each cell that has it."""
-        return [value for _, value in self._found(_of_attack(name, attack), form)]
+    def figures(self, name: str) -> list:
+        """A figure of TextFooler in each cell that has it."""
+        return [value for _, value in self._found(_of_attack(name))]
 
     def by_model(self, figure: Callable[[dict], float | None], form: str | None = None) -> list[float]:
         """A figure of the evaluations, meaned over the draws of each dense model: draws of one are not independent."""
@@ -64,7 +64,7 @@ class Line:
         intervals = [value for _, value in self._found(lambda each: figure(each).get("difference_ci"), form)]
         return points(values, intervals[0] if len(intervals) == 1 else None)
 
-    def _found(self, figure: Callable[[dict], Any], form: str | None) -> list[tuple[str, Any]]:
+    def _found(self, figure: Callable[[dict], Any], form: str | None = None) -> list[tuple[str, Any]]:
         """(dense model, figure) of each cell that has it."""
         found = [(cell.dense, figure(result["forms"].get(form or self.form) or {})) for cell, result in self.cells]
         return [(dense, value) for dense, value in found if value is not None]
@@ -171,10 +171,8 @@ def _kept(lines: Sequence[Line]) -> list[Section]:
     for line in kept:
         values = [(form, line.by_model(figure)) for form, figure in wanted.values()]
         zeros = f"{100 * line.cell.zeros:.4g}"
-        models = line.counts
-        rows.append(
-            [line.cell.task, line.label, zeros, models, *(form(found) if found else "" for form, found in values)]
-        )
+        told = [form(found) if found else "" for form, found in values]
+        rows.append([line.cell.task, line.label, zeros, line.counts, *told])
     heads = ["task", "method", "zeros", "dense models", *wanted]
     return [Section("Kept: in domain, in other domains, under attack", heads, rows)] if rows else []
 
