@@ -777,8 +777,8 @@ def study(
     grid: Annotated[
         str | None,
         option(
-            help="YAML file of cells, or srnets-small, srnets-paper or adaptive, which are packaged [default: for "
-            "adaptive: adaptive]"
+            help="YAML file of cells, or a packaged grid: srnets-small, srnets-paper; adaptive, keeping, "
+            "keeping-tier2 [default: for adaptive: adaptive]"
         ),
     ] = None,
     output: Annotated[Path, option("--output", "-o", help="folder for ledger, models and report")],
