@@ -99,7 +99,8 @@ def publish_adaptive(
         write_parquet(output / "cells.parquet", [row for each in outcome.done for row in _parquet_rows(*each)])
     if markdown_path is not None:
         budget = "" if hours is None else f" --budget {hours:g}"
-        command = f"sparsebert study adaptive --grid {grid.name}{budget} -o DIR --markdown {markdown_path.name}"
+        shown = markdown_path.name if markdown_path.is_absolute() else markdown_path
+        command = f"sparsebert study adaptive --grid {grid.name}{budget} -o DIR --markdown {shown}"
         jobs.write(markdown_path, markdown_page(grid.name, head(outcome, command), NOTES, sections, missing))
     return {
         "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),
