@@ -276,6 +276,11 @@ class EvalConfig(Settings):
     attacks: str | None = Field(
         None, description=f"also attack it (names with commas: {', '.join(ATTACKS)}), with texts that mean the same"
     )
+    match_confidence: bool = Field(
+        False,
+        description="with --attacks and --vs: divide the model's logits by the number that makes it as confident as "
+        "the dense model, as a control: greedy attacks find their way by the confidence",
+    )
     n: int | None = Field(
         None,
         ge=1,
@@ -326,11 +331,6 @@ class AttackConfig(Settings):
     )
     stored: str | None = Field(
         None, description="for transfer: FILE.parquet of another model's adversarial texts, from sparsebert attack -o"
-    )
-    match_confidence: bool = Field(
-        False,
-        description="with --vs: divide the model's logits by the number that makes it as confident as the dense model, "
-        "as a control: greedy attacks find their way by the confidence",
     )
     workers: int = Field(1, ge=1, le=256, description="number of processes that attack; they share the cores")
     ray: bool = Field(

@@ -6,6 +6,8 @@ import contextlib
 import json
 import sqlite3
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -78,7 +80,7 @@ def test_the_packaged_grid_has_the_papers_tables():
     assert any(cell.controls for cell in grid.cells) and any(cell.distances for cell in grid.cells)
 
 
-def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start):
+def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start, monkeypatch):
     grid = read_adaptive(str(written(tmp_path, start)))
     outcome = run_adaptive(grid, tmp_path / "out")
     assert [cell for cell, _ in outcome.done] == grid.cells and not outcome.left_out
@@ -98,6 +100,11 @@ def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start):
 
     document = publish_adaptive(grid, outcome, tmp_path / "out", tmp_path / "table.md")
     json.dumps(document)
+    monkeypatch.chdir(tmp_path)
+    given = replace(grid, given="grids/g.yaml")
+    publish_adaptive(given, outcome, tmp_path / "out", Path("t.md"), 0.5)
+    said = "`sparsebert study adaptive --grid grids/g.yaml --budget 0.5 -o DIR --markdown t.md`"
+    assert said in Path("t.md").read_text()
     shown = (tmp_path / "table.md").read_text()
     for title in ("## mr\n", "## mr: dense models", "## Controls", "## First token"):
         assert title in shown

@@ -134,7 +134,7 @@ def test_a_ledger_that_is_in_use_or_out_of_reach_is_not_taken_for_a_damaged_one(
         Ledger(path, overwrite=True)
     book._db.execute("ROLLBACK")
     assert Ledger(path, overwrite=True).found("unit", UNITS[:1]) == [{"x": 0}]
-    with pytest.raises(OutputError, match="cannot be opened: unable to open database file"):
+    with pytest.raises(OutputError, match="cannot be opened: unable to open database file; free space, or choose"):
         Ledger(path.parent, overwrite=True)
     assert sorted(p.name for p in path.parent.iterdir()) == ["l.sqlite"]
 

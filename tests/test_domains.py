@@ -254,11 +254,13 @@ def test_unlabelled_texts_compare_the_two_models(folder, model, dense):
     texts = [text for text, _ in OWN]
     (folder / "own.txt").write_text("\n\n".join(texts))
     names = [str(folder / "own.txt"), csv(folder / "own.csv", OWN)]
-    result = evaluate(model, "mr", vs=dense, texts=[*names, names[0]], n=12)
+    again = str(folder / "." / ".." / folder.name / "own.txt")
+    result = evaluate(model, "mr", vs=dense, texts=[*names, names[0], again], n=12)
     assert list(result.outside) == names and result.outside[names[0]] == result.outside[names[1]]
     examples = data.Examples("", "", texts, None, None).sample(12, 0)
     wanted = drift(heads.SINGLE_LABEL, logits_of(dense, examples, 512), logits_of(model, examples, 512))
-    assert result.outside[names[0]] == {**wanted, "max_length": 512, "cut": 0.0} and wanted["kl"] > 0
+    told = {"max_length": 512, "cut": 0.0, "data": examples.sha256}
+    assert result.outside[names[0]] == {**wanted, **told} and wanted["kl"] > 0
 
 
 def test_single_texts_are_paired_for_a_task_of_pairs(folder):

@@ -16,7 +16,7 @@ from models import classifier, saved, tokenizer
 from sparsebert import Engine, checkpoint, config, data, encoders, heads
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import predict, set_labels
-from sparsebert.errors import DataError, InputError
+from sparsebert.errors import DataError, InputError, SparsebertWarning
 from sparsebert.pruning import SubnetConfig, distillation, draw, prune, prune_checkpoint
 from sparsebert.robustness import compare, evaluate
 from sparsebert.robustness.evaluation import divergences
@@ -64,6 +64,9 @@ def test_ids_of_a_file_are_those_of_the_first_model_for_both(tmp_path):
     assert found.agreement == 1.0 and found.kl_to_dense < 1e-9 and found.difference == 0.0
     with pytest.raises(InputError, match="has the labels"):
         evaluate(first, str(own), vs=saved(tmp_path / "c", classifier(labels=("a", "b", "c", "d"))))
+    with pytest.warns(SparsebertWarning, match="labels by number, .* by name: they are taken to be in the same order"):
+        found = evaluate(saved(tmp_path / "d", classifier(labels=4)), str(own), vs=first)
+    assert found.agreement == 1.0 and found.kl_to_dense < 1e-9
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_no_cell_is_begun_that_would_end_too_late(tmp_path, start, quick):
     grid = read_grid(str(written(tmp_path, start, cells=SMALL["cells"][:1])))
     outcome = run_grid(grid, tmp_path / "out", hours=0.0)
     assert not outcome.done and outcome.left_out == grid.cells
-    assert "Left out for time" in markdown(grid, outcome, "")
+    page = markdown(grid, outcome, "", tmp_path / "t.md")
+    assert "Left out for time" in page and "--grid " + Path(grid.given).name + " -o DIR --markdown t.md`" in page
 
 
 def test_comparisons_pair_seeds():

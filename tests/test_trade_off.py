@@ -60,7 +60,7 @@ def document(name: str = "s50", sparsity: float = 0.5, size: int = 2_000_000, fo
         "model": facts(name, sparsity, size), "dense": facts("dense", 0.0, 4_000_000), "data": "d" * 64, "seed": 0,
         "versions": {"sparsebert": "0.1.0"},
     }  # fmt: skip
-    domain = compare(task, examples, logits, logits).figures("task")
+    domain = compare(task, examples, logits, logits).figures("task") | {"data": "e" * 64, "max_length": 128}
     figures |= {"attacks": {"textfooler": found}, "domains": {"imdb": domain}, "about": about}
     return json.loads(json.dumps(figures))
 
@@ -121,6 +121,11 @@ def test_without_a_dense_model_or_attacks_there_is_a_card_and_no_star():
         (lambda d: d.update(task="sst2"), "the same task, got 'mr' and 'sst2'"),
         (lambda d: d.update(n=19), "the same n"),
         (lambda d: d["about"].update(data="other"), "the same examples"),
+        (lambda d: d.update(max_length=8), "the same max_length, got None and 8"),
+        (lambda d: d["domains"]["imdb"].update(data="other"), "the same examples of imdb"),
+        (lambda d: d["domains"]["imdb"].update(max_length=64), "the same max_length of imdb, got 128 and 64"),
+        (lambda d: d["domains"]["imdb"].pop("data"), "make them anew with this version|KeyError 'data'"),
+        (lambda d: d["attacks"]["textfooler"].update(temperature=1.5), "the same confidence under textfooler"),
         (lambda d: d["about"]["dense"].update(content_sha256="other"), "the same dense model"),
         (lambda d: d["attacks"]["textfooler"].update(variant="other"), "the same attack textfooler"),
         (lambda d: d["about"].update(model=facts("s50", 0.5, 1)), "is there twice"),
@@ -132,6 +137,19 @@ def test_what_does_not_compare_is_refused(change, said):
     change(other)
     with pytest.raises(InputError, match=said):
         card.card([document(), other])
+
+
+def test_an_attack_with_the_confidence_of_the_dense_model_says_so_wherever_it_is_shown():
+    matched = document()
+    matched["attacks"]["textfooler"]["temperature"] = 1.25
+    made = card.card([matched])
+    assert "under textfooler, confidence matched" in made.lines and "under textfooler" not in made.lines
+    page = saving.model_card("m", matched, made)
+    said = "logits divided by 1.2500, for the dense model's confidence"
+    assert f"* attack: textfooler (toy); {said}" in page
+    (under,) = (result for result in saving._results(matched) if "under textfooler" in result["dataset"]["name"])
+    assert said in under["dataset"]["args"]["attack"]
+    assert "divided" not in saving.model_card("m", document(), card.card([document()]))
 
 
 def test_a_timing_of_another_model_is_refused():
@@ -168,6 +186,14 @@ def test_worst_flips_are_each_shown_once_with_a_reason():
     ]
     assert [row["id"] for row in found] == [3, 19, 4, 0, 1, 5, 2]
     assert worst(rows(set())) == []
+
+
+def test_the_fewest_words_are_counted_without_punctuation():
+    one, two = ("bad film , . ! ? - ' ; :", 0.5), ("ten plain words are in this text and two changed", 0.2)
+    shared = {"unit": "", "label": "negative", "outcome": "succeeded", "perturbed": "", "queries": 1, "score": 0.6}
+    texts = [two, two, two, one]
+    found = worst([shared | {"id": i, "original": t, "words_changed": share} for i, (t, share) in enumerate(texts)])
+    assert [row["id"] for row in found if row["why"] == "fewest words"] == [3, 0, 1]
 
 
 def test_the_facts_of_a_model_count_its_zeros_and_what_it_takes_without_them(tmp_path):
@@ -287,15 +313,14 @@ def evaluated(tmp_path_factory):
     texts = ["a gripping film of rare beauty", "a tedious mess", "warm and splendid", "it drags on and on"]
     lines = [f"{text},{label}" for text, label in zip(texts, ["positive", "negative"] * 2, strict=True)]
     (folder / "texts" / "test.csv").write_text("\n".join(["text,label", *lines]) + "\n")
-    command = ["eval", folder / "model", "--task", folder / "texts", "--vs", folder / "dense", "--ledger",
-               folder / "l.sqlite", "--device", "cpu", "--json"]  # fmt: skip
-    return folder, command
+    command = ["eval", folder / "model", "--task", folder / "texts", "--vs", folder / "dense", "--device", "cpu"]
+    return folder, [*command, "--json"]
 
 
 def test_eval_saves_figures_rows_and_a_model_card_beside_the_model_which_stays_verified(evaluated, capsys):
     folder, command = evaluated
-    attacked = [*command, "--attacks", "deepwordbug", "--save", "--report", folder / "r.html"]
-    code, out, err = run(capsys, *attacked)
+    attacked = ["--attacks", "deepwordbug", "--ledger", folder / "l.sqlite"]
+    code, out, err = run(capsys, *command, *attacked, "--save", "--report", folder / "r.html")
     assert code == 0, err
     found = json.loads(out)
     assert "attacked" not in found and found["about"]["model"]["directory"] == str(folder / "model")
@@ -311,6 +336,11 @@ def test_eval_saves_figures_rows_and_a_model_card_beside_the_model_which_stays_v
     assert {result.dataset_split for result in index} == {"test"}
     assert under["variant"] in (folder / "model/README.md").read_text()
     assert Page((folder / "r.html").read_text()).text.count("deepwordbug") > 1
+
+    for flags in (["--field", "text_b"], ["--workers", 2], ["--max-queries", 1]):
+        assert "is a setting of attacks, and none is asked for; add --attacks" in refused(capsys, *command, *flags)
+    alone = ["attack", folder / "model", "--task", folder / "texts", "--attack", "deepwordbug"]
+    assert "No such option: --match-confidence" in refused(capsys, *alone, "--match-confidence")
 
     code, _, err = run(capsys, *command, "--save")
     assert code == 0 and not list((folder / "model/sparsebert").glob("attacks-*")), "rows that the figures lack"

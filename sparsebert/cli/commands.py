@@ -351,7 +351,10 @@ def soup(
 
 
 @app.command("eval")
-@flags(task=TaskConfig, config=EvalConfig, attack=AttackConfig)
+@flags(
+    basic=tuple(EvalConfig.model_fields.keys() - {"match_confidence"}),
+    task=TaskConfig, config=EvalConfig, attack=AttackConfig,
+)  # fmt: skip
 def evaluate(
     directory: Directory,
     *,
@@ -387,8 +390,8 @@ def evaluate(
     with progress("evaluate") as update:
         result = run(
             directory, task, vs=vs, ood=config.ood, domains=config.domains, texts=config.texts,
-            attacks=config.attacks, attack=attack, n=config.n, seed=config.seed, max_length=config.max_length,
-            device=config.device, progress=update,
+            attacks=config.attacks, attack=attack, match_confidence=config.match_confidence, n=config.n,
+            seed=config.seed, max_length=config.max_length, device=config.device, progress=update,
         )  # fmt: skip
     say_what_was_read(result)
     figures = result.as_json()

@@ -50,7 +50,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False, read_only: bool = False):
-        self._path, self._read_only = path, read_only
+        self._path, self._overwrite, self._read_only = path, overwrite, read_only
         self._told = 0
         self._owner = secrets.token_hex(8)
         self._renewed = 0.0
@@ -221,6 +221,8 @@ class Ledger:
     def _fix(self) -> str:
         if self._read_only:
             return "name the ledger of earlier work"
+        if self._overwrite:  # it was no damage, or could not be moved aside
+            return "free space, or choose another place for it"
         return "free space, or give --overwrite to begin a damaged one anew"
 
 

@@ -171,14 +171,21 @@ def _require_same(first: dict, other: dict) -> None:
         about = document["about"]
         if about is None:
             raise InputError("evaluations must say what they are of, one does not", fix="run sparsebert eval again")
-        return {name: document[name] for name in ("task", "split", "n")} | {"examples": about["data"]}
+        facts = {"task": document["task"], "split": document["split"], "n": document["n"], "examples": about["data"]}
+        return facts | {"max_length": document["max_length"]}
 
     one, two = facts_of(first), facts_of(other)
     dense = [document["about"]["dense"] for document in (first, other)]
     if None not in dense:
         one["dense model"], two["dense model"] = (facts["content_sha256"] for facts in dense)
-    for name in (first["attacks"] or {}).keys() & (other["attacks"] or {}).keys():
-        one[f"attack {name}"], two[f"attack {name}"] = (each["attacks"][name]["variant"] for each in (first, other))
+    for kind in ("attacks", "ood", "domains", "outside"):
+        for name in (first[kind] or {}).keys() & (other[kind] or {}).keys():
+            for what, found in ((one, first[kind][name]), (two, other[kind][name])):
+                if kind == "attacks":
+                    what[f"attack {name}"] = found["variant"]
+                    what[f"confidence under {name}"] = "the dense model's" if _is_matched(found) else "its own"
+                else:
+                    what[f"examples of {name}"], what[f"max_length of {name}"] = found["data"], found["max_length"]
     for name, value in one.items():
         if value != two[name]:
             raise InputError(
@@ -187,13 +194,20 @@ def _require_same(first: dict, other: dict) -> None:
             )
 
 
+def _is_matched(attack: dict) -> bool:
+    """Whether the logits were divided by a number, so that the model is as confident as the dense one."""
+    return attack.get("temperature", 1.0) != 1.0
+
+
 def _column(facts: dict, documents: Sequence[dict], *, dense: bool) -> Column:
     """The column of a model. documents: of its own evaluation; for the dense model, of those it was compared in."""
     column = Column(Path(facts["directory"]).name or facts["directory"], facts, dense)
     for document in documents:
         sets = {WORDS.get(document["metric"], document["metric"]): ("score", document)}
-        sets |= {f"under {name}": ("aua", found) for name, found in (document["attacks"] or {}).items()}
-        column.attacks |= {f"under {name}" for name in document["attacks"] or {}}
+        for name, found in (document["attacks"] or {}).items():
+            line = f"under {name}{', confidence matched' if _is_matched(found) else ''}"
+            sets[line] = ("aua", found)
+            column.attacks.add(line)
         sets |= {f"{name}, out of distribution": ("accuracy", found) for name, found in (document["ood"] or {}).items()}
         sets |= {f"{name}, other domain": ("score", found) for name, found in (document["domains"] or {}).items()}
         for line, (name, found) in sets.items():

@@ -54,8 +54,11 @@ def unlabelled(files: Sequence[str], pair: bool, named: tuple[str, ...] = ()) ->
     pair: whether the task is of pairs; single texts are then paired, first half and second half (data.in_pairs).
     InputError for pairs if it is not, and for a single text if it is; DataError as of read_texts.
     """
+    each: dict[Path, str] = {}
+    for file in files:
+        each.setdefault(Path(file).resolve(), file)
     found = []
-    for file in dict.fromkeys(files):
+    for file in each.values():
         columns, _ = data.read_texts(Path(file), named)
         if len(columns) == 2 and not pair:
             raise InputError(f"{file} has pairs, the task has single texts", fix="name a file of single texts")

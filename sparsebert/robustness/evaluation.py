@@ -36,18 +36,20 @@ class Evaluation:
     dense_score: the dense model's score on the same examples. difference: score - dense_score, paired.
     mcnemar_p: p-value of the paired comparison (statistics.mcnemar), for one label per text; else None.
     mcnemar_p_holm: the same, adjusted for the number of such comparisons that `evaluate` makes: on the task, each OOD
-        test and each domain (statistics.holm).
+        test, each domain and under each attack (statistics.holm).
     What compares with the dense model is None without one.
     engine: what computed the logits, "sparsebert" or "torch", and dtype: in what numbers, fp32 or int8, if `evaluate`
         did. max_length: max tokens kept per text. cut: share of the texts that have more tokens.
     rows: rows read from the user's own files (data.rows_read).
-    ood: name of the test -> figures of `compare_ood`, for the tests that were requested.
+    ood: name of the test -> figures of `compare_ood`, max_length, and data: the hash of the examples, for the tests
+        that were requested.
     attacks: name of the attack -> figures (attacks.figures), for the attacks that were requested. With a dense model
         also temperature, by which the logits were divided, and from_dense and to_dense (attacks.transferred): how
         this model does on the texts that fooled the dense one, and the reverse.
     domains: name of the domain -> those of these figures that it has, for the domains that were requested, and
-        left_out: how many of its texts are also in the task (domains.unshared); apart_from: in which splits of it.
-    outside: name of the texts -> figures of `drift`, max_length and cut, for the texts that were requested.
+        left_out: how many of its texts are also in the task (domains.unshared); apart_from: in which splits of it;
+        data: the hash of the examples.
+    outside: name of the texts -> figures of `drift`, max_length, cut and data, for the texts that were requested.
     about: what was evaluated (card.facts of the model and of the dense one), the hash of the examples, the seed of the
         subsets, and versions; None if `evaluate` did not run.
     attacked: name of the attack -> rows of attacks.run. In no JSON document.

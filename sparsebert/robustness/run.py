@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -10,15 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from sparsebert import __version__, data, heads, machine
-from sparsebert.config import AttackConfig, TaskConfig
+from sparsebert.config import AttackConfig, EvalConfig, TaskConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import DataError, InputError
+from sparsebert.errors import DataError, InputError, SparsebertWarning
 from sparsebert.robustness import attacks as attacking
 from sparsebert.robustness import card, statistics
 from sparsebert.robustness import domains as other_domains
 from sparsebert.robustness import ood as out_of_distribution
+from sparsebert.robustness.attacks.words import words_of
 from sparsebert.robustness.drift import drift, unlabelled
 from sparsebert.robustness.evaluation import Evaluation, compare, order_for
 from sparsebert.robustness.ood import compare_ood
@@ -36,6 +38,7 @@ def evaluate(
     texts: Sequence[str] = (),
     attacks: str | None = None,
     attack: AttackConfig | None = None,
+    match_confidence: bool = False,
     n: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
@@ -50,22 +53,27 @@ def evaluate(
     ones on this machine; without the texts that are also in the training or the reported split of `task`, which is
     taken for the task that the model was trained on. texts: files of unlabelled texts (drift.unlabelled), on which
     the answers of the two models are compared. attacks: names of attacks (attacks.RECIPES), separated by commas,
-    and attack: their settings, of which n, seed, max_length and device are those of the evaluation. n: size of a
-    seeded random subset of every set. max_length: max tokens kept per text, in place of each task's default. A
-    model in int8 runs in int8, any other in float32 (Classifier.load); labels are matched by name. device: cpu,
-    cuda, or auto for a GPU if one can be used.
-    Raises InputError for an unknown test or domain and for texts without `vs`, and DataError for a missing set, before
-    any model is loaded, and InputError if a model's labels are not the task's. Raises UnsupportedError for a GPU that
-    cannot be used.
+    and attack: their settings, of which n, seed, max_length and device are those of the evaluation. match_confidence:
+    under attack the model's logits are divided by the number that makes it as confident as `vs`. n: size of a seeded
+    random subset of every set. max_length: max tokens kept per text, in place of each task's default. A model in int8
+    runs in int8, any other in float32 (Classifier.load); labels are matched by name. device: cpu, cuda, or auto for a
+    GPU if one can be used.
+    Raises InputError for an unknown test or domain, for texts without `vs`, and for settings of attacks without
+    attacks, and DataError for a missing set, before any model is loaded, and InputError if a model's labels are not the
+    task's. Raises UnsupportedError for a GPU that cannot be used.
     """
     if texts and vs is None:
         raise InputError("texts are compared with the dense model's answers, and none is given", fix="add --vs DENSE")
     spec = task_for(task, model)
     tests = () if ood is None else out_of_distribution.named(spec, ood)
     others = () if domains is None else other_domains.named(spec, domains, model)
-    settings = (attack or AttackConfig()).model_copy(update={"n": n, "seed": seed})
-    if settings.match_confidence and (attacks is None or vs is None):
+    if match_confidence and (attacks is None or vs is None):
         raise InputError("match_confidence is for attacks beside a dense model", fix="add --attacks and --vs DENSE")
+    if attacks is None and (given := _given(attack)):
+        raise InputError(
+            f"{given} is a setting of attacks, and none is asked for", fix="add --attacks, or leave it out"
+        )
+    settings = (attack or AttackConfig()).model_copy(update={"n": n, "seed": seed})
     planned = [] if attacks is None else attacking.plans(attacking.named(attacks), settings, spec)
     outside = [examples.sample(n, seed) for examples in unlabelled(texts, spec.pair, spec.text_column)]
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
@@ -87,16 +95,19 @@ def evaluate(
     found = replace(
         whole(*next(runs)), engine=classifiers[0].engine, dtype=classifiers[0].dtype, rows=data.rows_read(spec)
     )
-    on_tests = {of.name: compare_ood(of, examples, *got) for of, examples, *got in islice(runs, len(tests))}
+    on_tests = {
+        of.name: {**compare_ood(of, examples, *got), "max_length": of.max_length, "data": examples.sha256}
+        for of, examples, *got in islice(runs, len(tests))
+    }
     on_domains = {
         of.name: {
             "rows": data.rows_read(of), "left_out": examples.left_out, "apart_from": apart_from,
-            **whole(of, examples, *got).figures("task"),
+            "data": examples.sha256, **whole(of, examples, *got).figures("task"),
         }
         for of, examples, *got in islice(runs, len(others))
     }  # fmt: skip
     on_texts = {
-        of.name: {**drift(problem, dense, own), **_lengths(tokenizer, of, examples)}
+        of.name: {**drift(problem, dense, own), **_lengths(tokenizer, of, examples), "data": examples.sha256}
         for of, examples, own, dense in runs
     }
     found = replace(found, ood=on_tests or None, domains=on_domains or None, outside=on_texts or None)
@@ -105,8 +116,15 @@ def evaluate(
         "model": facts[0], "dense": facts[1] if vs is not None else None, "data": sets[0][1].sha256, "seed": seed,
         "versions": {name: machine.version_of(name) for name in VERSIONS} | {"sparsebert": __version__},
     }  # fmt: skip
-    under, rows = _attacked(classifiers, *sets[0], logits[0], planned, progress)
+    under, rows = _attacked(classifiers, *sets[0], logits[0], planned, match_confidence, progress)
     return _adjusted(replace(found, attacks=under or None, attacked=rows or None, about=about))
+
+
+def _given(attack: AttackConfig | None) -> str | None:
+    """The first of the settings of attacks that is not what it is by default; None if there is none."""
+    own = AttackConfig.model_fields.keys() - EvalConfig.model_fields.keys()
+    default = AttackConfig()
+    return next((name for name in sorted(own) if getattr(attack or default, name) != getattr(default, name)), None)
 
 
 def _attacked(
@@ -115,6 +133,7 @@ def _attacked(
     examples: Examples,
     logits: list[np.ndarray],
     plans: list[attacking.Plan],
+    match_confidence: bool,
     progress: Progress,
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """The figures of each attack on the first classifier, paired with the second one's if there are two, with `worst`
@@ -122,7 +141,7 @@ def _attacked(
     """
     orders = _orders(task, classifiers) if plans else []
     victims = [attacking.Victim(each, task, order) for each, order in zip(classifiers, orders, strict=False)]
-    if plans and plans[0].config.match_confidence:
+    if match_confidence:
         victims[0] = replace(victims[0], temperature=attacking.temperature(*logits))
     found, kept = {}, {}
     for plan in plans:
@@ -151,7 +170,7 @@ def worst(rows: Sequence[dict], dense: Sequence[dict] | None = None, most: int =
     fooled = [i for i, row in enumerate(rows) if row["outcome"] == "succeeded"]
 
     def words(i: int) -> int:
-        return round(rows[i]["words_changed"] * len(rows[i]["original"].split()))
+        return round(rows[i]["words_changed"] * len(words_of(rows[i]["original"])))
 
     def sure(i: int) -> float:
         return -rows[i]["score"]
@@ -246,6 +265,13 @@ def _orders(task: Task, classifiers: list[Classifier]) -> list[np.ndarray]:
         first, other = classifiers
         if not heads.are_anonymous(first.names):
             orders[1] = heads.columns(other.names, first.names, str(other.directory))[orders[0]]
+        elif not heads.are_anonymous(other.names):
+            warnings.warn(
+                f"{first.directory} has its labels by number, {other.directory} by name: they are taken to be in the "
+                "same order",
+                SparsebertWarning,
+                stacklevel=3,
+            )
     return orders
 
 

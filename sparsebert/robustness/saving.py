@@ -68,7 +68,7 @@ def model_card(name: str, document: dict, made: Card) -> str:
     lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in [columns, *rows]]
     table = ["| " + " | ".join(row) + " |" for row in lines]
     table.insert(1, "|---" * len(columns) + "|")
-    variants = [found["variant"] for found in (document["attacks"] or {}).values()]
+    variants = [f"{found['variant']}{_divided(found)}" for found in (document["attacks"] or {}).values()]
     facts = document["about"]["model"]
     said = [
         "---", yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip(), "---", OURS, "", f"# {name}", "",
@@ -92,12 +92,18 @@ def _results(document: dict) -> list[dict]:
         if found["aua"] is not None:
             under = f"accuracy under {name}"
             results.append(_result(task, split, "accuracy", found["aua"], found["aua_ci"], found["n"], under))
-            results[-1]["dataset"] |= {"name": f"{task} under {name}", "args": {"attack": found["variant"]}}
+            args = {"attack": f"{found['variant']}{_divided(found)}"}
+            results[-1]["dataset"] |= {"name": f"{task} under {name}", "args": args}
     for name, found in (document["ood"] or {}).items():
         results.append(_result(name, found["split"], "accuracy", found["accuracy"], found["accuracy_ci"], found["n"]))
     for name, found in (document["domains"] or {}).items():
         results.append(_result(name, found["split"], found["metric"], found["score"], found["score_ci"], found["n"]))
     return results
+
+
+def _divided(attack: dict) -> str:
+    divisor = attack.get("temperature", 1.0)
+    return "" if divisor == 1.0 else f"; logits divided by {divisor:.4f}, for the dense model's confidence"
 
 
 def _result(set_: str, split: str, metric: str, value: float, interval, n: int, name: str | None = None) -> dict:

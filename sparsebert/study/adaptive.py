@@ -132,7 +132,6 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
             scratch.append(path)
 
     def figures(directory: Path, attacks: list[str], what: str, match: bool = False) -> dict:
-        limits = _limits(output, match_confidence=match)
         vs, domains = None if directory == dense else dense, "all" if cell.domains and not match else None
         found = evaluate(
             directory,
@@ -140,7 +139,8 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
             vs=vs,
             domains=domains,
             attacks=",".join(attacks),
-            attack=limits,
+            attack=_limits(output),
+            match_confidence=match,
             n=settings.n,
             progress=part(what),
         ).figures("about")

@@ -94,9 +94,10 @@ class TaskSettings(Settings):
 
 @dataclass(frozen=True)
 class AdaptiveGrid:
-    """The content of a grid file. cells: the most important first."""
+    """The content of a grid file. given: the file, or the name of a packaged one. cells: the most important first."""
 
     name: str
+    given: str
     model: str
     tasks: dict[str, TaskSettings]
     cells: list[Cell]
@@ -144,7 +145,7 @@ def read_adaptive(name: str) -> AdaptiveGrid:
     if not isinstance(content, dict) or not {"model", "tasks", "cells"} <= content.keys():
         raise InputError(f"grid {path} must have model, tasks and cells", fix="see the packaged grid adaptive")
     tasks = {task: config_of(TaskSettings, fields, f"task {task}") for task, fields in content["tasks"].items()}
-    grid = AdaptiveGrid(path.stem, content["model"], tasks, expanded(content["cells"], Cell, path))
+    grid = AdaptiveGrid(path.stem, name, content["model"], tasks, expanded(content["cells"], Cell, path))
     for task, settings in tasks.items():
         if data.get_task(task).pair:
             raise InputError(f"task {task} has pairs of texts, this study is of single texts", fix="leave it out")

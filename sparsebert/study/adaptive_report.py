@@ -15,7 +15,7 @@ import numpy as np
 from sparsebert import jobs
 from sparsebert.robustness import statistics
 from sparsebert.study.adaptive_grid import ATTACK, CONTROL, AdaptiveGrid, Cell
-from sparsebert.study.pages import Section, head, lay_out, markdown_page, percent, write_html, write_parquet
+from sparsebert.study.pages import Section, command, head, lay_out, markdown_page, percent, write_html, write_parquet
 from sparsebert.study.run import Outcome
 
 NOTES = (
@@ -98,10 +98,8 @@ def publish_adaptive(
         write_html(output / "report.html", grid.name, NOTES, sections, missing)
         write_parquet(output / "cells.parquet", [row for each in outcome.done for row in _parquet_rows(*each)])
     if markdown_path is not None:
-        budget = "" if hours is None else f" --budget {hours:g}"
-        shown = markdown_path.name if markdown_path.is_absolute() else markdown_path
-        command = f"sparsebert study adaptive --grid {grid.name}{budget} -o DIR --markdown {shown}"
-        jobs.write(markdown_path, markdown_page(grid.name, head(outcome, command), NOTES, sections, missing))
+        said = head(outcome, command("adaptive", grid.given, markdown_path, hours))
+        jobs.write(markdown_path, markdown_page(grid.name, said, NOTES, sections, missing))
     return {
         "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),
         "hours": sum(result["seconds"] for _, result in outcome.done) / 3600,

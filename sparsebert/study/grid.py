@@ -95,6 +95,7 @@ class Comparison(Settings):
 class Grid:
     """The content of a grid file.
 
+    given: the file, or the name of a packaged one.
     train, prune: task -> fields of TrainConfig and SubnetConfig; under the name of a loss or method, the fields that
         differ for it.
     cells: in the order in which they are run.
@@ -102,6 +103,7 @@ class Grid:
     """
 
     name: str
+    given: str
     model: str
     ood: dict[str, list[str]]
     train: dict[str, dict]
@@ -149,6 +151,7 @@ def read_grid(name: str) -> Grid:
         raise InputError(f"grid {path} has cells of {unknown[0]}, but no settings for it", fix="add it to tasks")
     grid = Grid(
         name=path.stem,
+        given=name,
         model=content["model"],
         ood={task: settings.get("ood", []) for task, settings in tasks.items()},
         train={task: settings.get("train", {}) for task, settings in tasks.items()},

@@ -40,6 +40,13 @@ def head(outcome: Outcome, command: str) -> str:
     ])  # fmt: skip
 
 
+def command(which: str, grid: str | Path, markdown_path: Path, hours: float | None = None) -> str:
+    """The command that writes these tables. Of an absolute path, which is another on each machine, only the name."""
+    grid, page = (path.name if (path := Path(given)).is_absolute() else path for given in (grid, markdown_path))
+    budget = "" if hours is None else f" --budget {hours:g}"
+    return f"sparsebert study {which} --grid {grid}{budget} -o DIR --markdown {page}"
+
+
 def markdown_page(title: str, head: str, notes: str, sections: Sequence[Section], left_out: Sequence[str]) -> str:
     """The sections as markdown, and what was left out."""
     parts = [f"# {title}", head, notes]

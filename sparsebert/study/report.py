@@ -13,7 +13,7 @@ import numpy as np
 from sparsebert import jobs
 from sparsebert.robustness import statistics
 from sparsebert.study.grid import Cell, Comparison, Grid
-from sparsebert.study.pages import Section, head, lay_out, markdown_page, percent, write_html, write_parquet
+from sparsebert.study.pages import Section, command, head, lay_out, markdown_page, percent, write_html, write_parquet
 from sparsebert.study.run import Outcome
 
 
@@ -59,7 +59,7 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
         write_html(output / "report.html", grid.name, notes, _sections(grid, outcome), _left_out(outcome))
         write_parquet(output / "cells.parquet", [_parquet_row(*each) for each in outcome.done])
     if markdown_path is not None:
-        jobs.write(markdown_path, markdown(grid, outcome, notes))
+        jobs.write(markdown_path, markdown(grid, outcome, notes, markdown_path))
     return document
 
 
@@ -122,10 +122,10 @@ def _only(lines: list[Line], fields: dict) -> Line | None:
     return next((line for line in lines if line.cell.setting == wanted), None)
 
 
-def markdown(grid: Grid, outcome: Outcome, notes: str) -> str:
-    """The tables of the HTML page as markdown."""
-    missing = _left_out(outcome)
-    return markdown_page(grid.name, _head(grid, outcome), notes, _sections(grid, outcome), missing)
+def markdown(grid: Grid, outcome: Outcome, notes: str, path: Path) -> str:
+    """The tables of the HTML page as markdown, for a file at `path`."""
+    said = head(outcome, command("srnets", grid.given, path))
+    return markdown_page(grid.name, said, notes, _sections(grid, outcome), _left_out(outcome))
 
 
 def _sections(grid: Grid, outcome: Outcome) -> list[Section]:
@@ -142,10 +142,6 @@ def _sections(grid: Grid, outcome: Outcome) -> list[Section]:
     if found := [row for comparison in grid.comparisons if (row := compared(lines, comparison))]:
         sections.append(Section("Paired over seeds", *_comparisons(found)))
     return sections
-
-
-def _head(grid: Grid, outcome: Outcome) -> str:
-    return head(outcome, f"sparsebert study srnets --grid {grid.name} -o DIR --markdown bench/results/srnets.md")
 
 
 def _parquet_row(cell: Cell, result: dict) -> dict:
