@@ -12,6 +12,7 @@ from sparsebert.errors import InputError
 LARGE = 2**31  # a larger count is a typing error
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, lt=LARGE)]
 MaxLength = Annotated[int | None, Field(ge=3, lt=LARGE)]
 MAX_LENGTH = "max tokens per text; the rest is cut [default: the task's, and for your own files the model's]"
@@ -314,10 +315,12 @@ class AttackConfig(Settings):
         lt=LARGE,
         description="texts that an attack may ask the model about, per example [default: no limit]",
     )
-    max_seconds: Positive | None = Field(
+    # None or 0: no limit, so that a figure that decides something is the same on a slow or busy machine.
+    max_seconds: NotNegative | None = Field(
         60.0,
-        description="time that an attack may take per example; it then counts as failed, and is reported as capped",
-    )  # None: no limit, so that a figure that decides something is the same on a slow or busy machine
+        description="time that an attack may take per example; it then counts as failed, and is reported as capped; 0: "
+        "no limit, as in published tables",
+    )
     neighbours: str | None = Field(
         None,
         description="FILE of word vectors, such as counter-fitted-vectors.txt, or of neighbours (JSON, word -> words) "
@@ -342,6 +345,11 @@ class AttackConfig(Settings):
         None,
         description="FILE that keeps each attacked example, so that none is attacked twice [default: in the cache]",
     )
+
+    @field_validator("max_seconds")
+    @classmethod
+    def _zero_is_no_limit(cls, seconds: float | None) -> float | None:
+        return seconds or None
 
 
 class BenchConfig(TaskConfig):

@@ -255,6 +255,10 @@ def test_whatever_decides_the_victims_logits_is_a_miss(book, field):
     assert toy.asked
 
 
+def test_no_limit_on_time_is_0_on_the_command_line_and_none_in_a_key():
+    assert AttackConfig(max_seconds=0).max_seconds is None and AttackConfig().max_seconds == 60.0
+
+
 @pytest.mark.parametrize(
     "changed", [{"seed": 1}, {"max_queries": 10_000}, {"max_seconds": 59.0}, {"name": "pwws"}], ids=str
 )

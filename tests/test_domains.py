@@ -156,6 +156,15 @@ def test_texts_that_the_task_has_too_are_left_out_and_counted(folder, model):
     assert (found["n"], found["left_out"], found["apart_from"]) == (8, 5, ["train", "test"])
 
 
+def test_a_split_that_is_neither_trained_nor_reported_on_is_no_other_domain_either(folder):
+    before = domains.unshared(TASKS["mr"], domains.of_task(TASKS["sst2"]))
+    write(folder, "sst2", [(f"{text} !", -1) for text in MR["test"].texts[5:9]], "test")
+    known = domains.of_task(TASKS["sst2"])
+    assert [examples.split for examples in known] == ["dev", "test"]
+    after = domains.unshared(TASKS["mr"], known)
+    assert set(before.texts) - set(after.texts) == set(MR["test"].texts[5:9])
+
+
 def test_what_datasets_would_give_is_asked_for_both_splits(folder, monkeypatch):
     monkeypatch.setattr(data, "load", lambda of, split: split)
     assert domains.of_task(TASKS["sst2"]) == ["dev"], "a local file stands for all that is at hand"

@@ -160,7 +160,10 @@ def test_ids_that_name_no_example_or_several_are_refused(attacked, capsys, monke
     folder, _ = attacked
     keys = [unit["key"] for unit in stored.stored(folder / "l.sqlite")]
     absent = next(f"{n:04x}" for n in range(99) if not any(key.startswith(f"{n:04x}") for key in keys))
-    assert "names 0" in refused(capsys, "replay", absent, "--ledger", folder / "l.sqlite")
+    said = refused(capsys, "replay", absent, "--ledger", folder / "l.sqlite")
+    assert (
+        f"one attacked example of ledger {folder / 'l.sqlite'}, {absent} names 0; name the ledger of the attack" in said
+    )
     for name in ("abc", "not hex", ""):
         assert "hexadecimal digits" in refused(capsys, "replay", name, "--ledger", folder / "l.sqlite")
     twins = [{"key": "abcdef01"}, {"key": "abcdef02"}]

@@ -342,6 +342,11 @@ def test_eval_saves_figures_rows_and_a_model_card_beside_the_model_which_stays_v
     alone = ["attack", folder / "model", "--task", folder / "texts", "--attack", "deepwordbug"]
     assert "No such option: --match-confidence" in refused(capsys, *alone, "--match-confidence")
 
+    page = folder / "of-a-directory.html"
+    code, out, err = run(capsys, "report", folder / "model", "-o", page, "--json")
+    assert code == 0 and "under deepwordbug" in out, err
+    assert "must hold" in refused(capsys, "report", folder / "dense", "-o", page)
+
     code, _, err = run(capsys, *command, "--save")
     assert code == 0 and not list((folder / "model/sparsebert").glob("attacks-*")), "rows that the figures lack"
     assert "accuracy under" not in (folder / "model/README.md").read_text()

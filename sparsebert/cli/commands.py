@@ -453,7 +453,12 @@ def attack(
 @app.command()
 def report(
     evaluations: Annotated[
-        list[Path], typer.Argument(metavar="EVAL.json", help="what `sparsebert eval --json` printed, of several models")
+        list[Path],
+        typer.Argument(
+            metavar="EVAL.json",
+            help="what `sparsebert eval --json` printed, or the directory of a model after `eval --save`, of several "
+            "models",
+        ),
     ],
     *,
     output: Annotated[Path, option("--output", "-o", metavar="FILE.html", help="page to write")],
@@ -461,10 +466,11 @@ def report(
     json: Json = False,
 ) -> None:
     """Put evaluations of several models on one page: a card, a chart of accuracy against cost, the worst flips."""
-    from sparsebert.robustness import card, trade_off
+    from sparsebert.robustness import card, saving, trade_off
 
     trade_off.require_page(output)
-    documents = card.read_documents(evaluations, "sparsebert eval DIR --task TASK --json")
+    files = [path / saving.FIGURES if path.is_dir() else path for path in evaluations]
+    documents = card.read_documents(files, "sparsebert eval DIR --task TASK --json")
     made = trade_off.write_trade_off(output, documents, card.read_documents(timing or [], BENCH))
     columns, rows = card.table_of(made)
     if not json:

@@ -305,7 +305,8 @@ def table_of_study(rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
     spent, shown = 0.0, []
     for row in rows:
         spent += row["seconds"] * row["runs"]
-        told = [row["task"], row["dense"], row["label"], f"{100 * row['zeros']:.4g} %", f"{row['seconds'] / 60:.0f}"]
+        label = f"{row['label']}{', draw ' + str(row['draw']) if row['draw'] else ''}{', int8 too' * row['int8']}"
+        told = [row["task"], row["dense"], label, f"{100 * row['zeros']:.4g} %", f"{row['seconds'] / 60:.0f}"]
         shown.append([*told, f"{spent / 3600:.1f}" if row["runs"] else "left out"])
     begun = sum(row["runs"] for row in rows)
     title = f"{begun} of {len(rows)} cells, about {spent / 3600:.1f} hours on this machine"

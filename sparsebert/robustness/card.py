@@ -300,7 +300,7 @@ def verdict(card: Card) -> str:
             f"on these {card.n:,} examples."
         )
     if card.attacks and card.columns[0].dense:
-        return "No model is within 1 point of the dense model's accuracy, and of it under every attack."
+        return "No model is within 1 point of the dense model both as it is and under every attack."
     return ""
 
 

@@ -12,7 +12,7 @@ from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError
 from sparsebert.jobs import code_of, digest, place
 from sparsebert.pruning import METHODS, prune_checkpoint, quantize_checkpoint
-from sparsebert.robustness import attack, evaluate
+from sparsebert.robustness import attack, domains, evaluate
 from sparsebert.robustness.distances import distances
 from sparsebert.study.adaptive_grid import ATTACK, AdaptiveGrid, Cell
 from sparsebert.study.adaptive_plan import Guess
@@ -60,17 +60,27 @@ def run_adaptive(
 
 
 def inputs_of(grid: AdaptiveGrid) -> list[tuple[Cell, dict]]:
-    """Every cell with everything that decides its result."""
+    """Every cell with everything that decides its result; of other domains, what they must share no text with."""
     source = checkpoint.source_sha256(checkpoint.resolve(grid.model))
-    found = {}
+    found, apart = {}, {}
     for task, settings in grid.tasks.items():
         spec = data.get_task(task)
         if spec.train is None:
             raise InputError(f"task {task!r} has no training split", fix="leave it out of the grid")
         reported = data.load(spec, spec.test, limit=settings.n)
         found[task] = {"training": data.training(spec).sha256, "reported": reported.sha256}
+        if any(cell.domains and cell.task == task for cell in grid.cells):
+            apart[task] = {"apart_from": [part.sha256 for part in domains.of_task(spec)]}
     return [
-        (cell, {"cell": cell.model_dump(), "model": source, "data": found[cell.task], **_of_cell(grid, cell)})
+        (
+            cell,
+            {
+                "cell": cell.model_dump(),
+                "model": source,
+                "data": found[cell.task] | (apart[cell.task] if cell.domains else {}),
+                **_of_cell(grid, cell),
+            },
+        )
         for cell in grid.cells
     ]
 
@@ -132,12 +142,12 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
             scratch.append(path)
 
     def figures(directory: Path, attacks: list[str], what: str, match: bool = False) -> dict:
-        vs, domains = None if directory == dense else dense, "all" if cell.domains and not match else None
+        vs, others = None if directory == dense else dense, "all" if cell.domains and not match else None
         found = evaluate(
             directory,
             cell.task,
             vs=vs,
-            domains=domains,
+            domains=others,
             attacks=",".join(attacks),
             attack=_limits(output),
             match_confidence=match,

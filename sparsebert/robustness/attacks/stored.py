@@ -93,8 +93,12 @@ def find(prefix: str, ledger: str | Path | None = None) -> dict:
         )
     found = [unit for unit in stored(ledger) if unit["key"].startswith(wanted)]
     if len(found) != 1:
-        fix = "give more digits" if found else "take one from: sparsebert query 'select id, text from attacks'"
-        raise InputError(f"ID must name one attacked example, {wanted} names {len(found):,}", fix=fix)
+        whose = "the ledger in the cache" if ledger is None else f"ledger {ledger}"
+        fix = "give more digits" if found else (
+            "name the ledger of the attack, --ledger FILE, or take an id from: sparsebert query 'select id, text from "
+            "attacks'"
+        )  # fmt: skip
+        raise InputError(f"ID must name one attacked example of {whose}, {wanted} names {len(found):,}", fix=fix)
     return found[0]
 
 
