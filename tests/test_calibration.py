@@ -85,6 +85,7 @@ def test_words_are_swapped_for_neighbours_and_misspelt_by_one_edit():
     words = [word for text in MR.texts[:2000] for word in text.split() if word.isalpha() and len(word) > 1]
     words = [word for word in words if word.isascii()]
     near = data.word_neighbors()
+    assert "nice" in near["good"] and all(len(words) <= 8 for words in near.values())
     swapped = swap_words(" ".join(words), rng).split(" ")
     changed = [(a, b) for a, b in zip(words, swapped, strict=True) if a != b]
     assert all(b in near[a.lower()] for a, b in changed)
