@@ -6,12 +6,11 @@ python -m bench.study_calibration report --dense mr=DIR mr=DIR mr=DIR --outside 
 The dense models: `sparsebert train minilm --task agnews --n 6000 --epochs 1`, `… --task qnli --n 6000 --epochs 1`, and
 for MR `… --task mr --epochs 2 --seed 0` (1, 2).
 
-`choose` compares mixtures, pruning with the default method, on held-out training texts: of the task itself, as they are
-and with changed words, of other tasks, and of both joined to long texts. None of its tasks is reported. `report`
-compares the task's texts alone with the default mixture, for each method: on the task's test split, on longer texts
-made of it, on reviews (IMDB by length, and every file in FOLDER, which bench.make_outside makes, as we may not ship
-these texts), and on texts that are not reviews, for which only the distance from the dense model means anything. No
-reported set has a text of a mixture.
+`choose` compares mixtures, pruning with the default method, on held-out training texts: of the task itself, of other
+tasks, and of both joined to long texts. None of its tasks is reported. `report` compares the task's texts alone with
+the default mixture, for each method: on the task's test split, on longer texts made of it, on reviews (IMDB by length,
+and every file in FOLDER, which bench.make_outside makes, as we may not ship these texts), and on texts that are not
+reviews, for which only the distance from the dense model means anything. No reported set has a text of a mixture.
 
 A finished cell is a line of the cells file, and is never computed again. Sets outside the domain are cut to at most 400
 texts, chosen with a seed.
@@ -25,8 +24,6 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,27 +38,22 @@ from sparsebert.engine.classifier import Classifier
 from sparsebert.jobs import Ledger, code_of, digest
 from sparsebert.pruning import draw, prune
 from sparsebert.pruning.calibration import SHARES
-from sparsebert.pruning.perturbation import misspell, swap_words
 from sparsebert.robustness.drift import drift, joined
 
 KIND, CODE = "calibration cell", "sparsebert.pruning"
 MOST = 400  # max texts of a set outside the domain
-OLD, BEFORE, NEW = "task", "mixture", "mixture, perturbed"
+OLD, NEW = "task", "mixture"
 REVIEWS = "reviews:"
-ALL = {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}
-# Name -> (total tokens, shares, whether half of the texts are perturbed). 0.6 of 250,000 tokens are the same 150,000
-# tokens of the task's own texts.
+# Name -> (total tokens, shares). 0.6 of 250,000 tokens are the same 150,000 tokens of the task's own texts.
 MIXTURES = {
-    OLD: (150_000, {"task": 1.0}, False),
-    "task, longer": (250_000, {"task": 0.6, "task, joined": 0.4}, False),
-    "general": (250_000, {"task": 0.6, "others": 0.4}, False),
-    "general, longer": (250_000, {"task": 0.6, "others": 0.1, "others, joined": 0.3}, False),
-    "all": (250_000, ALL, False),
-    "all, fewer own": (250_000, {"task": 0.4, "task, joined": 0.2, "others": 0.15, "others, joined": 0.25}, False),
-    "all, as many": (150_000, ALL, False),
-    "all, perturbed": (250_000, ALL, True),
-    BEFORE: (250_000, ALL, False),
-    NEW: (PruneConfig().calibration_tokens, SHARES, True),
+    OLD: (150_000, {"task": 1.0}),
+    "task, longer": (250_000, {"task": 0.6, "task, joined": 0.4}),
+    "general": (250_000, {"task": 0.6, "others": 0.4}),
+    "general, longer": (250_000, {"task": 0.6, "others": 0.1, "others, joined": 0.3}),
+    "all": (250_000, {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}),
+    "all, fewer own": (250_000, {"task": 0.4, "task, joined": 0.2, "others": 0.15, "others, joined": 0.25}),
+    "all, as many": (150_000, {"task": 0.6, "task, joined": 0.15, "others": 0.1, "others, joined": 0.15}),
+    NEW: (PruneConfig().calibration_tokens, SHARES),
 }
 METHODS = {
     "tier 0": {"tier": 0},
@@ -92,17 +84,7 @@ def sets_to_choose_on(task: str) -> dict[str, Examples]:
             if not spec.pair:
                 found[f"outside: {other}, 150 words"] = joined(data.load(data.get_task(other), "train"), 150)
     found["outside: own texts, 150 words"] = without_labels(joined(own, 150), spec.pair)
-    for name, change in (("words swapped", swap_words), ("misspelt", misspell)):
-        found[f"in domain, {name}"] = changed(own, change)
     return found
-
-
-def changed(examples: Examples, change: Callable[[str, np.random.Generator], str]) -> Examples:
-    """The examples with changed words."""
-    rng = np.random.default_rng(7)
-    columns = [None if texts is None else [change(text, rng) for text in texts]
-               for texts in (examples.texts, examples.texts_b)]  # fmt: skip
-    return replace(examples, texts=columns[0], texts_b=columns[1])
 
 
 def sets_to_report(task: str, folder: Path | None) -> dict[str, Examples]:
@@ -140,7 +122,7 @@ def _sets(which: str, task: str, folder: str) -> dict[str, Examples]:
 def sets_of(which: str, task: str, folder: str) -> dict[str, Examples]:
     """The sets of a table. Those outside the domain are cut to MOST texts."""
     return {
-        name: examples if name.startswith("in domain") else examples.sample(MOST, 0)
+        name: examples if name == "in domain" else examples.sample(MOST, 0)
         for name, examples in _sets(which, task, folder).items()
     }
 
@@ -151,7 +133,7 @@ def logits(classifier: Classifier, examples: Examples) -> np.ndarray:
 
 def cell(which: str, task: str, directory: Path, mixture: str, method: dict, folder: str, dense: dict) -> dict:
     """Prunes one model. Returns KL, agreement and points from dense on every set."""
-    tokens, shares, perturb = MIXTURES[mixture]
+    tokens, shares = MIXTURES[mixture]
     config = PruneConfig(calibration_tokens=tokens, **method)
     spec = data.get_task(task)
     examples = data.load(spec, spec.train)
@@ -159,9 +141,7 @@ def cell(which: str, task: str, directory: Path, mixture: str, method: dict, fol
         examples, _ = data.hold_out(examples, 1000)
     model, tokenizer = checkpoint.load(directory)
     longest = spec.max_length if shares.keys() == {"task"} else None
-    texts = draw(
-        model, tokenizer, examples, tokens, longest, 0, others=data.general_texts(), shares=shares, perturb=perturb
-    )
+    texts = draw(model, tokenizer, examples, tokens, longest, 0, others=data.general_texts(), shares=shares)
     before = time.process_time()
     result = prune(model, texts, config)
     found: dict = {"seconds": result.seconds, "cpu_seconds": time.process_time() - before, "parts": texts.parts}
@@ -273,8 +253,7 @@ def main() -> int:
         book.take_over(path)
     code = code_of(CODE)[:12]
     methods = ["tier 1"] if args.which == "choose" else args.methods
-    chosen_from = [name for name in MIXTURES if name not in (BEFORE, NEW)]
-    mixtures = args.mixtures or (chosen_from if args.which == "choose" else [OLD, NEW])
+    mixtures = args.mixtures or ([OLD, NEW] if args.which == "report" else [name for name in MIXTURES if name != NEW])
     folder = str(args.outside or "")
     for entry in args.dense:
         task, _, directory = entry.partition("=")
@@ -285,8 +264,6 @@ def main() -> int:
                 "task": task, "dense": weights, "method": method, "mixture": mixture, "tokens": MIXTURES[mixture][0],
                 "shares": MIXTURES[mixture][1], "sets": sorted(sets_of(args.which, task, folder)),
             }  # fmt: skip
-            if MIXTURES[mixture][2]:
-                inputs["perturb"] = True
             if folder:
                 inputs["outside"] = digest([each.sha256 for each in sets_of(args.which, task, folder).values()])
 

@@ -11,7 +11,6 @@ from sparsebert.data import general_texts
 from sparsebert.errors import DataError, InputError
 from sparsebert.pruning import draw, prune_checkpoint
 from sparsebert.pruning.calibration import HELD_OUT, SHARES, others
-from sparsebert.pruning.perturbation import WORDS, misspell, swap_words
 
 MR = data.load(data.get_task("mr"), "train")
 PAIRS = data.Examples("nli", "train", MR.texts[:400], MR.texts[400:800], None)
@@ -61,51 +60,6 @@ def test_without_other_texts_the_tasks_own_are_taken_as_they_are():
     assert len(found.held_out) == HELD_OUT and not set(found.held_out.texts) & set(found.texts.texts)
 
 
-def test_half_of_the_texts_have_changed_words_unless_they_are_the_tasks_alone():
-    def made(shares, tokens=30_000, perturb=None):
-        return draw(
-            classifier(), tokenizer(), MR, tokens, None, 0, others=general_texts(), shares=shares, perturb=perturb
-        )
-
-    own, shares = {*MR.texts, *general_texts()}, {"task": 0.5, "others": 0.5}
-    plain, found = made(shares, perturb=False), made(shares)
-    assert set(plain.texts.texts) <= own and set(plain.held_out.texts) <= own
-    for texts in (found.texts.texts, found.held_out.texts):
-        assert 0.35 < np.mean([text not in own for text in texts]) < 0.55, "some have no word that could be changed"
-    assert found.sha256 == made(shares).sha256
-    words = {word for text in own for word in text.split()}
-    for perturb in (False, True):
-        joined = made({"task": 0.1, "task, joined": 0.9}, 9_000, perturb).texts.texts
-        assert any(text in max(joined, key=len) for text in MR.texts), "some are as they were"
-        assert all(set(text.split()) <= words for text in joined) is not perturb
-
-
-def test_words_are_swapped_for_neighbours_and_misspelt_by_one_edit():
-    rng = np.random.default_rng(0)
-    words = [word for text in MR.texts[:2000] for word in text.split() if word.isalpha() and len(word) > 1]
-    words = [word for word in words if word.isascii()]
-    near = data.word_neighbors()
-    assert "nice" in near["good"] and all(len(words) <= 8 for words in near.values())
-    swapped = swap_words(" ".join(words), rng).split(" ")
-    changed = [(a, b) for a, b in zip(words, swapped, strict=True) if a != b]
-    assert all(b in near[a.lower()] for a, b in changed)
-    assert len(changed) / sum(word.lower() in near for word in words) == pytest.approx(WORDS, abs=0.02)
-
-    misspelt = misspell(" ".join(words), rng).split(" ")
-    changed = [(a, b) for a, b in zip(words, misspelt, strict=True) if a != b]
-    assert len(changed) / len(words) == pytest.approx(WORDS, abs=0.02)
-    for a, b in changed:
-        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        rest, other = a[same:], b[same:]
-        exchanged = rest[:2] == other[:2][::-1] and rest[2:] == other[2:]
-        assert exchanged or rest[1:] in (other[1:], other) or rest == other[1:], (a, b)
-    assert misspell("a I 12 ! résumé 映画", rng) == "a I 12 ! résumé 映画" and swap_words("", rng) == "" == misspell(
-        "", rng
-    )
-    kinds = {len(b) - len(a) for a, b in changed}
-    assert kinds == {-1, 0, 1}
-
-
 def test_nothing_held_out_is_calibrated_on():
     few = tuple(f"general sentence number {i} of many" for i in range(900))
     found = drawn(60_000, beside=few, examples=MR.take(range(1500)))
@@ -118,7 +72,7 @@ def test_pairs_stay_pairs_and_are_joined_side_by_side():
     found = drawn(examples=PAIRS)
     assert found.texts.texts_b is not None and len(found.texts.texts_b) == len(found.texts.texts)
     own = set(zip(PAIRS.texts, PAIRS.texts_b, strict=True))
-    assert sum(pair in own for pair in zip(found.texts.texts, found.texts.texts_b, strict=True)) > 30
+    assert sum(pair in own for pair in zip(found.texts.texts, found.texts.texts_b, strict=True)) > 100
     assert any(len(b.split()) > 60 for b in found.texts.texts_b)
 
 

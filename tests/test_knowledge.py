@@ -374,9 +374,20 @@ def test_distillation_keeps_zeros_and_embeddings_and_never_gets_worse(monkeypatc
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_half_the_texts_are_joined_to_another_and_pairs_stay_pairs(monkeypatch):
-    monkeypatch.setattr(distillation, "perturbed", lambda texts, rng: texts)
-    texts = ([f"qqa{i}" for i in range(400)], [f"qqb{i}" for i in range(400)])
+def test_words_are_swapped_for_their_neighbours_only():
+    rng = np.random.default_rng(0)
+    near = data.word_neighbors()
+    assert "nice" in near["good"] and all(len(words) <= 8 for words in near.values())
+    text = "a good movie , not terrible at all !"
+    assert distillation.swap_words(text, rng, share=0.0) == text
+    swapped = distillation.swap_words(text, rng, share=1.0).split(" ")
+    for old, new in zip(text.split(" "), swapped, strict=True):
+        assert new in near.get(old, [old])
+    assert distillation.swap_words("Good", rng, share=1.0) in near["good"]
+
+
+def test_half_the_texts_are_joined_to_another_and_pairs_stay_pairs():
+    texts = ([f"qqa{i}" for i in range(400)], [f"qqb{i}" for i in range(400)])  # words without neighbours
     examples = data.Examples("mr", "train", *texts, labels=np.zeros(400, dtype=np.int64))
     changed = distillation._changed(examples, np.random.default_rng(0))
     joined = [text.split() for text in changed.texts if " " in text]

@@ -5,7 +5,7 @@ the model's function on other texts is kept as well.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from sparsebert.data import Examples, general_texts, in_pairs, sameness
 from sparsebert.data.tables import OF_TEXTS, read_texts
 from sparsebert.encoders import collate, token_limit, tokenize
 from sparsebert.errors import InputError
-from sparsebert.pruning.perturbation import perturbed
 
 Batches = list[dict[str, torch.Tensor]]  # int64 [sequences, length] each; all sequences of a batch have one length
 TOKENS_PER_BATCH = 4096
@@ -116,25 +115,22 @@ def draw(
     *,
     others: Sequence[str] = (),
     shares: dict[str, float] | None = None,
-    perturb: bool | None = None,
 ) -> Calibration:
     """Draws calibration texts from `examples`, and from `others` if there are any, in a seeded random order.
 
     Some texts are held out. The rest gives about `tokens` tokens, of which each part gets its share. If a part has too
     few texts, the set is smaller; joined texts never run out, because they are joined anew. shares: of each part; None
-    for SHARES, or for the task's texts alone if there are no others. perturb: whether half of the texts are `perturbed`
-    (before they are joined); None: if there are others. max_length: max tokens per text; None for the model's
-    positions.
+    for SHARES, or for the task's texts alone if there are no others. max_length: max tokens per text; None for the
+    model's positions.
 
     Pair tasks: two texts of `others` make a pair; texts are joined to texts on the same side of the pair.
     """
     limit = token_limit(model.config, max_length)
     rng = np.random.default_rng(seed)
-    changes = np.random.default_rng([seed, 1]) if (bool(others) if perturb is None else perturb) else None
-    own = _Pool(examples.texts, examples.texts_b, changes)
+    own = _Pool(examples.texts, examples.texts_b)
     pools = {"task": own}
     if others:
-        pools["others"] = _Pool(*in_pairs(others, examples.texts_b is not None), changes)
+        pools["others"] = _Pool(*in_pairs(others, examples.texts_b is not None))
         if not pools["others"].texts:
             raise InputError("calibration on pairs needs at least two other texts, got 1", fix="give more texts")
     shares = shares or (SHARES if others else {"task": 1.0})
@@ -180,24 +176,14 @@ _JOINED = ", joined"
 
 @dataclass(frozen=True)
 class _Pool:
-    """Texts that parts of a calibration set are drawn from. texts_b: the second texts of pairs, else None. changes: by
-    which they are `perturbed`, anew whenever they are drawn; None: they are not.
-    """
+    """Texts that parts of a calibration set are drawn from. texts_b: the second texts of pairs, else None."""
 
     texts: Sequence[str]
     texts_b: Sequence[str] | None
-    changes: np.random.Generator | None
 
     def taken(self, rows: np.ndarray) -> Examples:
         """The texts at `rows`."""
         return Examples("", "", self.texts, self.texts_b, None).take(rows)
-
-    def changed(self, examples: Examples) -> Examples:
-        """The examples as they are drawn."""
-        if self.changes is None:
-            return examples
-        texts_b = None if examples.texts_b is None else perturbed(examples.texts_b, self.changes)
-        return replace(examples, texts=perturbed(examples.texts, self.changes), texts_b=texts_b)
 
     def drawn(
         self,
@@ -234,8 +220,7 @@ class _Pool:
     ) -> Iterator[tuple[str, str | None, int]]:
         for start in range(0, len(rows), 1024):
             some = self.taken(rows[start : start + 1024])
-            keys, some = sameness(some), self.changed(some)
-            encoded = tokenize(tokenizer, some, limit)
+            keys, encoded = sameness(some), tokenize(tokenizer, some, limit)
             for a, b, key, row in zip(some.texts, some.texts_b or [None] * len(some), keys, encoded, strict=True):
                 if key not in but:
                     yield a, b, len(row["input_ids"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,13 +30,13 @@ from sparsebert.heads import problem_of
 from sparsebert.machine import bf16_is_fast
 from sparsebert.ops.sparse_matmul import Linear, PackedRows, pack, sparse_matmul
 from sparsebert.pruning.calibration import TOKENS_PER_BATCH, Batches, Calibration
-from sparsebert.pruning.perturbation import perturbed
 
 STEPS, BATCH, LR, WARMUP = 300, 128, 3e-4, 20
 AVERAGED = 50  # steps in the running mean of the weights
 CHECK_EVERY = 50  # steps between two checks on the held-out texts
 SPARSE_BELOW = 0.3  # density of a linear below which its products are quicker without the zeros
-JOINED = 0.5  # share of the texts that are joined to another text
+CHANGED = 0.5  # share of the texts with swapped words; also the share of those joined to another text
+SWAPPED = 0.2  # share of the words with neighbours that are swapped
 
 
 def distill(
@@ -45,10 +46,10 @@ def distill(
     zeros.
 
     Loss: the mean divergence from the teacher (heads.Problem; for one label per text KL(teacher ‖ model)). With
-    `perturb`, half of the texts are joined to another one, and half `perturbed`; the teacher sees the same text. The
-    embeddings are not trained; dropout is off. Every 50 steps a running mean of the weights over about 50 steps is
-    checked. The weights nearest to the teacher on the held-out texts are kept: one of these means, or the weights at
-    the start.
+    `perturb`, a fifth of the words in half of the texts are swapped for neighbours, and half of the texts are joined to
+    another one; the teacher sees the same text. The embeddings are not trained; dropout is off. Every 50 steps a
+    running mean of the weights over about 50 steps is checked. The weights nearest to the teacher on the held-out texts
+    are kept: one of these means, or the weights at the start.
     """
     linears = encoder_linears(model)
     masks = {module: module.weight != 0 for module in linears.values()}
@@ -171,17 +172,29 @@ def _parts(batch: dict[str, torch.Tensor]) -> Iterator[tuple[dict[str, torch.Ten
 
 
 def _changed(examples: data.Examples, rng: np.random.Generator) -> data.Examples:
-    """The examples: some are joined to another one, some have changed words."""
-    joined = rng.random(len(examples)) < JOINED
+    """The examples: some are joined to another one, some get swapped words."""
+    joined, swapped = rng.random((2, len(examples))) < CHANGED
     others = rng.permutation(len(examples))
 
     def column(texts: list[str]) -> list[str]:
         pairs = zip(texts, others, joined, strict=True)
-        return perturbed([f"{text} {texts[other]}" if join else text for text, other, join in pairs], rng)
+        texts = [f"{text} {texts[other]}" if join else text for text, other, join in pairs]
+        return [swap_words(text, rng) if swap else text for text, swap in zip(texts, swapped, strict=True)]
 
     return replace(
         examples, texts=column(examples.texts), texts_b=None if examples.texts_b is None else column(examples.texts_b)
     )
+
+
+def swap_words(text: str, rng: np.random.Generator, share: float = SWAPPED) -> str:
+    """The text, in which about `share` of the words with neighbours are replaced by a random neighbour."""
+    near = data.word_neighbors()
+
+    def swap(match: re.Match) -> str:
+        options = near.get(match[0].lower())
+        return match[0] if options is None or rng.random() >= share else options[rng.integers(len(options))]
+
+    return re.sub(r"[A-Za-z]+", swap, text)
 
 
 @torch.inference_mode()

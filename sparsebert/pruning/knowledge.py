@@ -75,7 +75,7 @@ def knowledge(model, calibration: Calibration, config: PruneConfig, run: Run) ->
 
     Tier 2.
     distill: 300 steps towards the dense model with the zeros fixed.
-    perturb: distillation also on texts with changed words and on joined texts.
+    perturb: distillation also on texts with swapped words and on joined texts.
     """
     steps = steps_of(config)
     pattern = parse(config.pattern)
