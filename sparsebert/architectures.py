@@ -203,7 +203,7 @@ def _count(value: Any) -> bool:
 # Setting -> test of its value, and the rule in words. The shapes of the weights are a further check.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **{
-        name: (_count, "a whole number of at least 1")
+        name: (_count, "a whole number from 1 to 2,147,483,647")
         for name in ("vocabulary", "embedding", "hidden", "layers", "heads", "intermediate", "positions", "types")
     },
     "padding": (lambda v: v is None or (type(v) is int and v >= 0), "null or a token's id"),
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "chunk_size_feed_forward": (lambda v: v is None or (type(v) is int and v >= 0), "a number of tokens", RESTORE),
     "id2label": (lambda v: v is None or isinstance(v, dict), "an object", RESTORE),
     "label2id": (lambda v: v is None or isinstance(v, dict), "an object", RESTORE),
-    "num_labels": (lambda v: v is None or _count(v), "a whole number of at least 1", RESTORE),
+    "num_labels": (lambda v: v is None or _count(v), "a whole number from 1 to 2,147,483,647", RESTORE),
     "sparsebert": (lambda v: v is None or isinstance(v, dict), "an object", RESTORE),
     "dtype": (lambda v: v is None or v in DTYPES, "float32, float16, bfloat16 or float64", RESTORE),
     "torch_dtype": (lambda v: v is None or v in DTYPES, "float32, float16, bfloat16 or float64", RESTORE),

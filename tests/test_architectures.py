@@ -111,7 +111,7 @@ REFUSED = [
     (
         {"num_attention_heads": 4.0},
         CheckpointError,
-        "num_attention_heads must be a whole number of at least 1, got 4.0",
+        "num_attention_heads must be a whole number from 1 to 2,147,483,647, got 4.0",
     ),
     (
         {"num_attention_heads": 3},
