@@ -73,12 +73,19 @@ class Running:
     @property
     def engines(self) -> list[int]:
         """The processes of engines."""
+
+        def read(path: Path) -> str:
+            try:
+                return path.read_text(errors="replace")
+            except OSError:  # the thread or process has ended meanwhile
+                return ""
+
         return [
             int(child)
             for task in Path(f"/proc/{self.process.pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
-        ]  # fmt: skip
+            for child in read(task / "children").split()
+            if "spawn_main" in read(Path(f"/proc/{child}/cmdline"))
+        ]
 
     @property
     def engine(self) -> int:
