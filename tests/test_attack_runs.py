@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -715,6 +717,34 @@ def test_workers_end_with_the_process_that_began_them(sets, model, book):
     process.kill()
     process.wait()
     until(lambda: not any(alive(pid) for pid in found))
+
+
+def test_a_worker_goes_on_once_its_row_is_in_the_ledger(monkeypatch):
+    ended = []
+
+    def attacked(victim, plan, units):
+        for unit in units:
+            ended.append(unit)
+            yield unit
+
+    monkeypatch.setattr(crew, "attacked", attacked)
+    monkeypatch.setattr(crew, "plans", lambda *given: ["plan"])
+    monkeypatch.setattr(crew.Classifier, "load", lambda *given: None)
+    monkeypatch.setattr(crew, "Victim", lambda *given: None)
+    for name in ("signal.signal", "os.sched_setaffinity"):  # of the process, which this thread shares
+        monkeypatch.setattr(name, lambda *given: None)
+    ours, theirs = multiprocessing.Pipe()
+    arguments = (theirs, (0, 1), "m", "cpu", None, None, 1.0, "deepwordbug", None)
+    worker = threading.Thread(target=crew._serve, args=arguments, daemon=True)
+    worker.start()
+    ours.send([1, 2])
+    for told in (1, 2):
+        assert ours.poll(10) and ours.recv() == told and not ours.poll(0.2) and ended[-1] == told
+        ours.send(None)
+    assert ours.poll(10) and ours.recv() is None
+    ours.close()
+    worker.join(10)
+    assert not worker.is_alive() and ended == [1, 2]
 
 
 def children(parent: int, found: list[int]) -> list[int]:

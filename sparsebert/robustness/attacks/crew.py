@@ -29,12 +29,16 @@ class Lost(Exception):
 
 
 class Workers(Protocol):
-    """Workers by number, each of which attacks what it is given and tells of each example when it ends."""
+    """Workers by number, each of which attacks what it is given and tells of each example when it ends. It waits for
+    `told` after what was heard from it, so that a kill loses one ended example a worker at most.
+    """
 
     def give(self, number: int, units: list[Unit]) -> None: ...
 
     def told(self, numbers: Sequence[int]) -> list[int]:
-        """Those of these workers that have something to tell; waits TICK seconds at most."""
+        """Those of these workers that have something to tell; waits TICK seconds at most. What was heard from them is
+        in the ledger by now.
+        """
 
     def hear(self, number: int) -> Told:
         """What one of them has to tell; raises Lost if it was killed."""
@@ -105,7 +109,7 @@ class Processes:
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold
         classifier, count = victim.classifier, plan.config.workers
         spec = (str(classifier.directory), classifier.device, victim.task, victim.order, victim.temperature)
-        self._pipes, self._processes = [], []
+        self._pipes, self._processes, self._heard = [], [], []
         for number in range(count):
             ours, theirs = context.Pipe()
             arguments = (theirs, (number, count), *spec, plan.recipe.name, plan.config)
@@ -116,20 +120,29 @@ class Processes:
             self._processes.append(process)
 
     def give(self, number: int, units: list[Unit]) -> None:
+        self._send(number, units)
+
+    def _send(self, number: int, what: list[Unit] | None) -> None:
         try:
-            self._pipes[number].send(units)
-        except OSError:  # it was killed while it had nothing to do; `hear` will say so
+            self._pipes[number].send(what)
+        except OSError:  # it was killed while it waited; `hear` will say so
             pass
 
     def told(self, numbers: Sequence[int]) -> list[int]:
+        for number in self._heard:
+            self._send(number, None)
+        self._heard = []
         ready = wait([self._pipes[number] for number in numbers], TICK)
         return [number for number in numbers if self._pipes[number] in ready]
 
     def hear(self, number: int) -> Told:
         try:
-            return self._pipes[number].recv()
+            row = self._pipes[number].recv()
         except (EOFError, OSError) as error:
             raise Lost from error
+        if row is not None:
+            self._heard.append(number)
+        return row
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -150,6 +163,7 @@ def _serve(pipe, share, directory, device, task, order, temperature, recipe, con
         while True:
             for row in filter(None, attacked(victim, plan, pipe.recv())):
                 pipe.send(row)
+                pipe.recv()  # once it is in the ledger
             pipe.send(None)
     except (EOFError, OSError):
         return

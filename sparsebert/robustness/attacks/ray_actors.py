@@ -73,7 +73,9 @@ class Actors:
             ) from error
 
     def give(self, number: int, units: list[Unit]) -> None:
-        self._work[number] = self._actors[number].attack.options(num_returns="streaming").remote(units)
+        # The actor waits until what it told was heard.
+        told = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
+        self._work[number] = self._actors[number].attack.options(**told).remote(units)
 
     def told(self, numbers: Sequence[int]) -> list[int]:
         streams = [self._work[number] for number in numbers]
