@@ -9,7 +9,6 @@ examples, drawn by --seed, and begun again with the same command until all are d
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from bench import harness
 from sparsebert.cli import main as command
 from sparsebert.jobs import ledger
 from sparsebert.robustness.attacks import crew, plan
+from sparsebert.robustness.attacks.stored import stored
 
 LOG = "SPARSEBERT_BENCH_ENDED"  # environment variable: the file to which processes write the examples that have ended
 COLUMNS = {
@@ -32,7 +32,8 @@ COLUMNS = {
     "unkilled_s": ".0f",
 }  # fmt: skip
 NOTES = (
-    "`lost`: examples that had ended and were attacked once more, over all kills, and `most_at_once`, at one kill. "
+    "`lost`: examples that had ended before a kill and were in no row after it, over all kills, and `most_at_once`, at "
+    "one kill. "
     "`rows`: whether the table of examples is that of the run that was not killed, the seconds aside. `seconds`: of "
     "all processes, each of which first loads the models; `unkilled_s`: of the one that was not killed."
 )
@@ -100,19 +101,17 @@ def killed(arguments: list[str], workers: int, kills: int, seed: int) -> harness
         unkilled = attack(Path(whole), flags[whole], None)
         wanted = rows_of(Path(whole) / "r.parquet")
         at = np.random.default_rng(seed).choice(np.arange(1, len(wanted)), min(kills, len(wanted) - 1), replace=False)
-        cuts, seconds, log = [], 0.0, Path(torn) / "ended"
+        before, lost, seconds, log = 0, [], 0.0, Path(torn) / "ended"
         for after in sorted(map(int, at)):
             seconds += attack(Path(torn), flags[torn], after)
-            cuts.append(len(ended(log)))
+            lines = ended(log)
+            kept = {unit["inputs"]["text"] for unit in stored(Path(torn) / "l.sqlite")}
+            lost.append(sum(wanted[int(line)]["original"] not in kept for line in set(lines[before:])))
+            before = len(lines)
             print(f"{workers} workers: killed after {after} examples", file=sys.stderr, flush=True)
         seconds += attack(Path(torn), flags[torn], None)
-        lines = ended(log)
-        lost = [
-            sum(line in set(lines[:start]) for line in lines[start:stop])
-            for start, stop in itertools.pairwise([*cuts, len(lines)])
-        ]
         return {
-            "workers": workers, "examples": len(wanted), "kills": len(cuts), "lost": sum(lost),
+            "workers": workers, "examples": len(wanted), "kills": len(lost), "lost": sum(lost),
             "most_at_once": max(lost), "rows": "equal" if rows_of(Path(torn) / "r.parquet") == wanted else "DIFFER",
             "seconds": seconds, "unkilled_s": unkilled,
         }  # fmt: skip
