@@ -33,9 +33,8 @@ COLUMNS = {
 }  # fmt: skip
 NOTES = (
     "`lost`: examples that had ended before a kill and were in no row after it, over all kills, and `most_at_once`, at "
-    "one kill. "
-    "`rows`: whether the table of examples is that of the run that was not killed, the seconds aside. `seconds`: of "
-    "all processes, each of which first loads the models; `unkilled_s`: of the one that was not killed."
+    "one kill. `rows`: whether the table of examples is that of the run that was not killed, the seconds aside. "
+    "`seconds`: of all processes, each of which first loads the models; `unkilled_s`: of the one that was not killed."
 )
 LEASE = 2.0  # seconds after which the claims of a killed process end, in place of a minute
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from sparsebert.cli import main
 
@@ -18,6 +19,19 @@ def refused(capsys, *arguments) -> str:
     code, out, err = run(capsys, *arguments)
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, (code, out, err)
     return err
+
+
+def spawned(parent: int) -> list[int]:
+    """The processes that a process, in any of its threads, has spawned by multiprocessing and that have begun."""
+
+    def read(path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError:  # the thread or process has ended meanwhile
+            return b""
+
+    listed = [read(task / "children").split() for task in Path(f"/proc/{parent}/task").iterdir()]
+    return [int(pid) for each in listed for pid in each if b"spawn_main" in read(Path(f"/proc/{int(pid)}/cmdline"))]
 
 
 def until(happens, seconds: float = 60.0) -> None:

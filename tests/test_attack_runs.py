@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from command_line import until
+from command_line import spawned, until
 from models import classifier, saved
 
 from sparsebert import checkpoint, data
@@ -749,8 +749,7 @@ def test_a_worker_goes_on_once_its_row_is_in_the_ledger(monkeypatch):
 
 def children(parent: int, found: list[int]) -> list[int]:
     """Adds to `found` the workers of a process that have begun."""
-    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    found[:] = [pid for pid in map(int, listed) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found[:] = spawned(parent)
     return found
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import refused, until
+from command_line import refused, spawned, until
 from models import classifier, flipped, saved
 
 from sparsebert import Engine, checkpoint
@@ -73,19 +73,7 @@ class Running:
     @property
     def engines(self) -> list[int]:
         """The processes of engines."""
-
-        def read(path: Path) -> str:
-            try:
-                return path.read_text(errors="replace")
-            except OSError:  # the thread or process has ended meanwhile
-                return ""
-
-        return [
-            int(child)
-            for task in Path(f"/proc/{self.process.pid}/task").iterdir()
-            for child in read(task / "children").split()
-            if "spawn_main" in read(Path(f"/proc/{child}/cmdline"))
-        ]
+        return spawned(self.process.pid)
 
     @property
     def engine(self) -> int:

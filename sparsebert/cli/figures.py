@@ -305,7 +305,7 @@ def table_of_study(rows: list[dict]) -> tuple[str, list[str], list[list[str]]]:
     spent, shown = 0.0, []
     for row in rows:
         spent += row["seconds"] * row["runs"]
-        label = f"{row['label']}{', draw ' + str(row['draw']) if row['draw'] else ''}{', int8 too' * row['int8']}"
+        label = row["label"] + (f", draw {row['draw']}" if row["draw"] else "") + (", int8 too" if row["int8"] else "")
         told = [row["task"], row["dense"], label, f"{100 * row['zeros']:.4g} %", f"{row['seconds'] / 60:.0f}"]
         shown.append([*told, f"{spent / 3600:.1f}" if row["runs"] else "left out"])
     begun = sum(row["runs"] for row in rows)

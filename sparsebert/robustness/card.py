@@ -167,36 +167,36 @@ def _card(documents: list[dict], timings: list[dict]) -> Card:
 
 
 def _require_same(first: dict, other: dict) -> None:
-    def facts_of(document: dict) -> dict:
-        about = document["about"]
-        if about is None:
-            raise InputError("evaluations must say what they are of, one does not", fix="run sparsebert eval again")
-        facts = {"task": document["task"], "split": document["split"], "n": document["n"], "examples": about["data"]}
-        return facts | {"max_length": document["max_length"]}
-
-    one, two = facts_of(first), facts_of(other)
-    dense = [document["about"]["dense"] for document in (first, other)]
-    if None not in dense:
-        one["dense model"], two["dense model"] = (facts["content_sha256"] for facts in dense)
-    for kind in ("attacks", "ood", "domains", "outside"):
-        for name in (first[kind] or {}).keys() & (other[kind] or {}).keys():
-            for what, found in ((one, first[kind][name]), (two, other[kind][name])):
-                if kind == "attacks":
-                    what[f"attack {name}"] = found["variant"]
-                    what[f"confidence under {name}"] = "the dense model's" if _is_matched(found) else "its own"
-                else:
-                    what[f"examples of {name}"], what[f"max_length of {name}"] = found["data"], found["max_length"]
+    one, two = _facts_of(first), _facts_of(other)
     for name, value in one.items():
-        if value != two[name]:
+        if name in two and value != two[name]:
             raise InputError(
                 f"evaluations on one card must have the same {name}, got {shown(value)} and {shown(two[name])}",
                 fix="evaluate the models by the same command",
             )
 
 
-def _is_matched(attack: dict) -> bool:
-    """Whether the logits were divided by a number, so that the model is as confident as the dense one."""
-    return attack.get("temperature", 1.0) != 1.0
+def _facts_of(document: dict) -> dict:
+    """What must be the same in two evaluations on one card, wherever both have it."""
+    about = document["about"]
+    if about is None:
+        raise InputError("evaluations must say what they are of, one does not", fix="run sparsebert eval again")
+    facts = {name: document[name] for name in ("task", "split", "n")} | {"examples": about["data"]}
+    facts["max_length"] = document["max_length"]
+    if about["dense"] is not None:
+        facts["dense model"] = about["dense"]["content_sha256"]
+    for name, found in (document["attacks"] or {}).items():
+        facts[f"attack {name}"] = found["variant"]
+        facts[f"confidence under {name}"] = "its own" if divisor(found) == 1.0 else "the dense model's"
+    for kind in ("ood", "domains", "outside"):
+        for name, found in (document[kind] or {}).items():
+            facts[f"examples of {name}"], facts[f"max_length of {name}"] = found["data"], found["max_length"]
+    return facts
+
+
+def divisor(attack: dict) -> float:
+    """What the logits were divided by under an attack; 1, unless the model was given the dense one's confidence."""
+    return attack.get("temperature", 1.0)
 
 
 def _column(facts: dict, documents: Sequence[dict], *, dense: bool) -> Column:
@@ -205,7 +205,7 @@ def _column(facts: dict, documents: Sequence[dict], *, dense: bool) -> Column:
     for document in documents:
         sets = {WORDS.get(document["metric"], document["metric"]): ("score", document)}
         for name, found in (document["attacks"] or {}).items():
-            line = f"under {name}{', confidence matched' if _is_matched(found) else ''}"
+            line = f"under {name}" if divisor(found) == 1.0 else f"under {name}, confidence matched"
             sets[line] = ("aua", found)
             column.attacks.add(line)
         sets |= {f"{name}, out of distribution": ("accuracy", found) for name, found in (document["ood"] or {}).items()}

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sparsebert import checkpoint, jobs
-from sparsebert.robustness.card import Card, card, table_of, verdict
+from sparsebert.robustness.card import Card, card, divisor, table_of, verdict
 from sparsebert.robustness.evaluation import Evaluation
 
 FIGURES, CARD = "sparsebert/eval.json", "sparsebert/model-card.md"
@@ -102,8 +102,8 @@ def _results(document: dict) -> list[dict]:
 
 
 def _divided(attack: dict) -> str:
-    divisor = attack.get("temperature", 1.0)
-    return "" if divisor == 1.0 else f"; logits divided by {divisor:.4f}, for the dense model's confidence"
+    by = divisor(attack)
+    return "" if by == 1.0 else f"; logits divided by {by:.4f}, for the dense model's confidence"
 
 
 def _result(set_: str, split: str, metric: str, value: float, interval, n: int, name: str | None = None) -> dict:

@@ -62,27 +62,22 @@ def run_adaptive(
 def inputs_of(grid: AdaptiveGrid) -> list[tuple[Cell, dict]]:
     """Every cell with everything that decides its result; of other domains, what they must share no text with."""
     source = checkpoint.source_sha256(checkpoint.resolve(grid.model))
-    found, apart = {}, {}
+    found = {}  # (task, whether other domains are evaluated) -> hashes of its data
     for task, settings in grid.tasks.items():
         spec = data.get_task(task)
         if spec.train is None:
             raise InputError(f"task {task!r} has no training split", fix="leave it out of the grid")
         reported = data.load(spec, spec.test, limit=settings.n)
-        found[task] = {"training": data.training(spec).sha256, "reported": reported.sha256}
+        hashes = {"training": data.training(spec).sha256, "reported": reported.sha256}
+        found[task, False] = hashes
         if any(cell.domains and cell.task == task for cell in grid.cells):
-            apart[task] = {"apart_from": [part.sha256 for part in domains.of_task(spec)]}
-    return [
-        (
-            cell,
-            {
-                "cell": cell.model_dump(),
-                "model": source,
-                "data": found[cell.task] | (apart[cell.task] if cell.domains else {}),
-                **_of_cell(grid, cell),
-            },
-        )
-        for cell in grid.cells
-    ]
+            found[task, True] = hashes | {"apart_from": [part.sha256 for part in domains.of_task(spec)]}
+
+    def inputs(cell: Cell) -> dict:
+        data_of = found[cell.task, cell.domains]
+        return {"cell": cell.model_dump(), "model": source, "data": data_of, **_of_cell(grid, cell)}
+
+    return [(cell, inputs(cell)) for cell in grid.cells]
 
 
 def _of_cell(grid: AdaptiveGrid, cell: Cell) -> dict:

@@ -15,7 +15,7 @@ import numpy as np
 from sparsebert import jobs
 from sparsebert.robustness import statistics
 from sparsebert.study.adaptive_grid import ATTACK, CONTROL, AdaptiveGrid, Cell
-from sparsebert.study.pages import Section, command, head, lay_out, markdown_page, percent, write_html, write_parquet
+from sparsebert.study.pages import Section, command_of, head, lay_out, markdown_page, percent, write_html, write_parquet
 from sparsebert.study.run import Outcome
 
 NOTES = (
@@ -98,7 +98,7 @@ def publish_adaptive(
         write_html(output / "report.html", grid.name, NOTES, sections, missing)
         write_parquet(output / "cells.parquet", [row for each in outcome.done for row in _parquet_rows(*each)])
     if markdown_path is not None:
-        said = head(outcome, command("adaptive", grid.given, markdown_path, hours))
+        said = head(outcome, command_of("adaptive", grid.given, markdown_path, hours))
         jobs.write(markdown_path, markdown_page(grid.name, said, NOTES, sections, missing))
     return {
         "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),

@@ -40,11 +40,14 @@ def head(outcome: Outcome, command: str) -> str:
     ])  # fmt: skip
 
 
-def command(which: str, grid: str | Path, markdown_path: Path, hours: float | None = None) -> str:
-    """The command that writes these tables. Of an absolute path, which is another on each machine, only the name."""
-    grid, page = (path.name if (path := Path(given)).is_absolute() else path for given in (grid, markdown_path))
+def command_of(which: str, grid: str, page: Path, hours: float | None = None) -> str:
+    """The command that writes the tables of a grid, as it was given, to `page`."""
+
+    def told(path: Path) -> str:
+        return path.name if path.is_absolute() else str(path)  # an absolute path is another on each machine
+
     budget = "" if hours is None else f" --budget {hours:g}"
-    return f"sparsebert study {which} --grid {grid}{budget} -o DIR --markdown {page}"
+    return f"sparsebert study {which} --grid {told(Path(grid))}{budget} -o DIR --markdown {told(page)}"
 
 
 def markdown_page(title: str, head: str, notes: str, sections: Sequence[Section], left_out: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from sparsebert import jobs
 from sparsebert.robustness import statistics
 from sparsebert.study.grid import Cell, Comparison, Grid
-from sparsebert.study.pages import Section, command, head, lay_out, markdown_page, percent, write_html, write_parquet
+from sparsebert.study.pages import Section, command_of, head, lay_out, markdown_page, percent, write_html, write_parquet
 from sparsebert.study.run import Outcome
 
 
@@ -124,7 +124,7 @@ def _only(lines: list[Line], fields: dict) -> Line | None:
 
 def markdown(grid: Grid, outcome: Outcome, notes: str, path: Path) -> str:
     """The tables of the HTML page as markdown, for a file at `path`."""
-    said = head(outcome, command("srnets", grid.given, path))
+    said = head(outcome, command_of("srnets", grid.given, path))
     return markdown_page(grid.name, said, notes, _sections(grid, outcome), _left_out(outcome))
 
 

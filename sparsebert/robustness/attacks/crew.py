@@ -29,15 +29,15 @@ class Lost(Exception):
 
 
 class Workers(Protocol):
-    """Workers by number, each of which attacks what it is given and tells of each example when it ends. It waits for
-    `told` after what was heard from it, so that a kill loses one ended example a worker at most.
+    """Workers by number, each of which attacks what it is given and tells of each example when it ends. It does not run
+    ahead of what is heard, so that a kill loses few ended examples.
     """
 
     def give(self, number: int, units: list[Unit]) -> None: ...
 
     def told(self, numbers: Sequence[int]) -> list[int]:
-        """Those of these workers that have something to tell; waits TICK seconds at most. What was heard from them is
-        in the ledger by now.
+        """Those of these workers that have something to tell; waits TICK seconds at most. What was heard before is in
+        the ledger by now.
         """
 
     def hear(self, number: int) -> Told:
@@ -103,7 +103,9 @@ def _workers(victim: Victim, plan: Plan) -> Workers:
 
 
 class Processes:
-    """Worker processes on this machine; each has its share of the cores."""
+    """Worker processes on this machine; each has its share of the cores. After each example it waits until that was
+    heard and `told` is asked again: the row is in the ledger then, so that a kill loses one ended example of each.
+    """
 
     def __init__(self, victim: Victim, plan: Plan):
         context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads hold

@@ -73,7 +73,7 @@ class Actors:
             ) from error
 
     def give(self, number: int, units: list[Unit]) -> None:
-        # The actor waits until what it told was heard.
+        # The actor waits until what it told was heard, which is before it is in the ledger: one example more is lost.
         told = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
         self._work[number] = self._actors[number].attack.options(**told).remote(units)
 
