@@ -19,6 +19,7 @@ SERVED = "frontier/ and DENSE/: as for the table frontier"
 CHECKOUTS = "DIR: checkouts of IST-DASLab/OBC and IST-DASLab/sparsegpt"
 # Table -> how the files were made that its command names, or the cells that it reads.
 MADE_OF = {
+    "attack_kills": DENSE,
     "attacks": DENSE,
     "attacks_more": DENSE,
     "attacks_pruned": "frontier/: as for the table frontier",
