@@ -96,7 +96,7 @@ def test_training_learns_from_nothing_reported_and_says_so(sets, tmp_path, capsy
     flags = ["--steps", "2", "--batch-size", "4", "--precision", "fp32", "--mix-ood"]
     assert main(["train", str(start), "--task", "fever", "-o", str(tmp_path / "m"), *flags]) == 0
     out, err = capsys.readouterr()
-    assert "4 texts were left out" in err and '"left_out": 4' in out
+    assert "what is reported: 4" in err and '"left_out": 4' in out
     spec = data.get_task("fever")
     expected = data.mix_ood(spec, data.training(spec)).sha256
     assert checkpoint.read_recipe(tmp_path / "m")["data_sha256"] == expected

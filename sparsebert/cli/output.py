@@ -38,7 +38,7 @@ def say_what_was_read(result) -> None:
     if getattr(result, "resumed", ""):
         print(f"resumed an earlier run, which had got up to {result.resumed}", file=sys.stderr)
     if getattr(result, "left_out", 0):
-        print(f"{result.left_out:,} texts were left out: they are in what is reported", file=sys.stderr)
+        print(f"texts left out because they are in what is reported: {result.left_out:,}", file=sys.stderr)
     if domains := getattr(result, "domains", None):
         splits = " or ".join(next(iter(domains.values()))["apart_from"])
         of = {name: domain["rows"] for name, domain in domains.items()}
