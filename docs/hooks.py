@@ -11,7 +11,8 @@ from pathlib import Path
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = [path.name for path in sorted((ROOT / "bench/results").glob("*.md"))]
+RESULTS = ROOT / "bench/results"
+TABLES = [path.relative_to(RESULTS).as_posix() for path in sorted(RESULTS.rglob("*.md"))]
 # File of the repository -> its page.
 PAGES = {
     "CHANGELOG.md": "changelog.md",

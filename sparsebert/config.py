@@ -235,7 +235,7 @@ class BudgetConfig(Settings):
         None,
         ge=0,
         le=100,
-        description="points of accuracy under attack that it may lose, on held-out training examples",
+        description="points of accuracy under attack that it may lose, on training examples that pruning does not see",
     )
     budget_attack: str = Field("textfooler", description="the attack, of sparsebert attack")
     budget_n: int = Field(300, ge=20, lt=LARGE, description="examples that are attacked")
