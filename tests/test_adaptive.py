@@ -23,6 +23,8 @@ from sparsebert.robustness.distances import distances
 from sparsebert.study import adaptive, planned, publish_adaptive, read_adaptive, read_only, run_adaptive
 from sparsebert.study.adaptive_grid import Cell
 from sparsebert.study.adaptive_report import left_out, points, sections_of
+from sparsebert.study.pages import percent
+from sparsebert.study.run import Outcome
 from sparsebert.training import soup
 
 QUICK = {"n": 40, "batch_size": 8, "precision": "fp32", "hold_out": 40}
@@ -102,13 +104,17 @@ def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start, monkeypatch)
     json.dumps(document)
     monkeypatch.chdir(tmp_path)
     given = replace(grid, given="grids/g.yaml")
-    publish_adaptive(given, outcome, tmp_path / "out", Path("t.md"), 0.5)
-    said = "`sparsebert study adaptive --grid grids/g.yaml --budget 0.5 -o DIR --markdown t.md`"
+    publish_adaptive(given, outcome, tmp_path / "out", Path("t.md"), ["--budget 0.5", "--only dense=a"])
+    said = "`sparsebert study adaptive --grid grids/g.yaml --budget 0.5 --only dense=a -o DIR --markdown t.md`"
     assert said in Path("t.md").read_text()
     shown = (tmp_path / "table.md").read_text()
     for title in ("## mr\n", "## mr: dense models", "## Controls", "## First token"):
         assert title in shown
-    assert "| magnitude | 50.00 | 2 |" in shown and "| wanda, 16:32 in int8 | 5" in shown
+    assert (
+        "| magnitude, both | 50.00 | 1 |" in shown
+        and "| magnitude | 50.00 | 1 |" in shown
+        and "| wanda, 16:32 in int8 | 5" in shown
+    )
     assert (tmp_path / "out/report.html").read_text().startswith("<!doctype html>")
     rows = pyarrow.parquet.read_table(tmp_path / "out/cells.parquet").to_pylist()
     assert [row["form"] for row in rows].count("int8") == 1 and len(rows) == 7 + 2
@@ -155,10 +161,10 @@ def test_what_is_kept_in_other_domains_and_under_attacks_is_told_over_models_and
     drawn = [result["forms"]["fp32"] for _, result in outcome.done]
     assert len(drawn) == 4 and set(drawn[0]["attacks"]) == {"textfooler", "deepwordbug"}
     assert len({form["domains"]["sst2"]["kl_to_dense"] for form in drawn}) == 4, "draws differ"
-    (section,) = [each for each in sections_of(outcome) if each.title.startswith("Kept")]
+    (section,) = [each for each in sections_of(grid, outcome) if each.title.startswith("Kept")]
     told = dict(zip(section.heads, section.rows[0], strict=True))
     assert told["method"] == "wanda, calibration general" and told["dense models"] == "2, 4 cells"
-    first = dict(zip(sections_of(outcome)[0].heads, sections_of(outcome)[0].rows[0], strict=True))
+    first = dict(zip(sections_of(grid, outcome)[0].heads, sections_of(grid, outcome)[0].rows[0], strict=True))
     by_model = [(drawn[i]["difference"] + drawn[i + 1]["difference"]) / 2 for i in (0, 2)]  # over the draws of each
     assert first["dense models"] == "2, 4 cells" and first["Acc - dense"] == points(by_model, None)
     mean = sum(form["domains"]["sst2"]["kl_to_dense"] for form in drawn) / 4
@@ -211,7 +217,7 @@ def test_a_budget_takes_the_first_cells_and_lists_the_others(tmp_path, start):
     outcome = run_adaptive(grid, tmp_path / "out", hours=0.0)
     assert not outcome.done and outcome.left_out == grid.cells
     assert left_out(outcome)[:2] == ["mr: dense 0, of both, a", "mr: magnitude 0.5, of both, a"]
-    assert sections_of(outcome) == []
+    assert sections_of(grid, outcome) == []
 
 
 def test_only_the_cells_that_are_asked_for_are_run(tmp_path, start):
@@ -278,6 +284,50 @@ def test_hidden_states_are_compared_layer_by_layer(tmp_path, start):
     assert checkpoint.load(start)
 
 
+def result(aua: float, variant: str = "v", transferred: float = 0.5) -> dict:
+    """Of a cell that was run."""
+    attack = {"variant": variant, "acc": 0.9, "aua": aua, "asr": 0.5, "queries": 9.0, "difference": -0.1,
+              "from_dense": {"accuracy": transferred}, "to_dense": None}  # fmt: skip
+    form = {"attacks": {"textfooler": attack}, "difference": 0.0}
+    return {"forms": {"fp32": form}, "sparsity": 0.5, "seconds": 1.0, "machine": "m", "code": "c"}
+
+
+def test_draws_are_no_further_models_in_the_controls(tmp_path, start):
+    grid = read_adaptive(str(written(tmp_path, start)))
+    cells = [Cell(task="mr", dense=name, method="wanda", sparsity=0.5, draw=draw, controls=True)
+             for name in "ab" for draw in (0, 1)]  # fmt: skip
+    done = [(cell, result(0.4, transferred=share)) for cell, share in zip(cells, (0.1, 0.3, 0.5, 0.7), strict=True)]
+    (section,) = [each for each in sections_of(grid, Outcome(done, [])) if each.title == "Controls"]
+    told = dict(zip(section.heads, section.rows[0], strict=True))
+    assert told["right on texts that fooled the dense model"] == percent([0.2, 0.6])
+
+
+def test_cells_that_were_attacked_with_other_resources_are_refused(tmp_path, start):
+    grid = read_adaptive(str(written(tmp_path, start)))
+    done = [(Cell(task="mr", dense=name), result(0.4, variant=name)) for name in "ab"]
+    with pytest.raises(InputError, match="cells of mr must have the same attack textfooler, got a and b"):
+        publish_adaptive(grid, Outcome(done, []), tmp_path / "out")
+
+
+def test_a_cell_is_rounded_on_the_calibration_texts_that_it_was_pruned_with(tmp_path, start, monkeypatch):
+    asked, original = [], adaptive.quantize_checkpoint
+
+    def spied(path, task, output, config, **more):
+        asked.append(config)
+        return original(path, task, output, config, **more)
+
+    monkeypatch.setattr(adaptive, "quantize_checkpoint", spied)
+    (tmp_path / "own.txt").write_text("\n".join(f"a {i} line of my own texts" for i in range(40)))
+    cell = {"task": "mr", "dense": "a", "method": "magnitude", "sparsity": 0.5, "int8": True}
+    wanda = cell | {"method": "wanda", "draw": 3, "calibration": str(tmp_path / "own.txt")}
+    grid = read_adaptive(str(written(tmp_path, start, cells=[wanda])))
+    run_adaptive(grid, tmp_path / "out")
+    assert [(each.seed, each.calibration) for each in asked] == [(3, (str(tmp_path / "own.txt"),))]
+    before = adaptive.inputs_of(grid)
+    (tmp_path / "own.txt").write_text("\n".join(f"other {i} line of my own texts" for i in range(40)))
+    assert adaptive.inputs_of(grid) != before, "other texts in a file of the same name are other work"
+
+
 def test_differences_have_intervals_over_models_or_over_examples():
     assert points([], None) == ""
     assert points([0.01], (-0.02, 0.04)) == "+1.00 [-2.00, +4.00]"
@@ -301,6 +351,14 @@ def test_differences_have_intervals_over_models_or_over_examples():
         ({"tasks": {"rte": {"attack_seconds": 1, "dense": {}}}}, "has pairs"),
         ({"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {}}}}}, "needs hold_out"),
         ({"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {"members": ["z"]}}}}}, "member z"),
+        (
+            {"tasks": {"mr": {"attack_seconds": 1, "dense": {"a": {"members": 3}}}}},
+            "a: members must be a list of names",
+        ),
+        ({"tasks": {"mr": {"attack_seconds": 1, "dense": {}, "prune": {"imp": None}}}}, "imp must map flags to values"),
+        ({"tasks": {"mr": {"attack_seconds": 1, "dense": {}, "prune": {"int8": True}}}}, "int8 belongs to cells"),
+        ({"tasks": ["mr"]}, "tasks must map names to settings"),
+        ({"cells": None}, "has no cells"),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused(tmp_path, start, changes, match):

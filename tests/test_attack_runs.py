@@ -29,10 +29,10 @@ from sparsebert.cli import main
 from sparsebert.config import AttackConfig
 from sparsebert.data import Examples
 from sparsebert.encoders import no_progress
-from sparsebert.errors import InputError, OutputError, SparsebertWarning, UnsupportedError
+from sparsebert.errors import DataError, InputError, OutputError, SparsebertError, SparsebertWarning, UnsupportedError
 from sparsebert.jobs import Ledger, OtherVersion, ledger
 from sparsebert.robustness import attack
-from sparsebert.robustness.attacks import RECIPES, Plan, crew, figures, ray_actors
+from sparsebert.robustness.attacks import RECIPES, Plan, crew, figures, plans, ray_actors, require_few_errors
 from sparsebert.robustness.attacks import run as run_attacks
 from sparsebert.robustness.attacks.resources import Resources
 from sparsebert.robustness.attacks.words import words_of
@@ -245,8 +245,8 @@ def test_equal_examples_have_equal_rows(book):
     assert [{**row, "id": 0, "seconds": 0} for row in rows] == [{**rows[0], "seconds": 0}] * 3
 
 
-FACTS = {"model": "m", "engine": "sparsebert", "dtype": "fp32", "device": "cpu", "isa": "avx2", "max_length": 128,
-         "order": [0, 1], "temperature": 1.0}  # fmt: skip
+FACTS = {"model": "m", "engine": "sparsebert", "dtype": "fp32", "device": "cpu", "isa": "avx2", "core": "c",
+         "max_length": 128, "order": [0, 1], "temperature": 1.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("field", FACTS)
@@ -324,6 +324,10 @@ def test_an_example_whose_attack_raises_is_an_error_and_the_others_go_on(book):
     assert rows[1] == {**rows[1], "outcome": "error", "perturbed": None, "score": None, "error": "this text is bad"}
     found = figures("v", rows)
     assert (found["n"], found["errors"]) == (5, 1)
+    toy = Toy()
+    again = run_attacks(toy, plan(ledger=book), examples())
+    assert {str(item) for item in toy.asked} & set(TEXTS) == {TEXTS[1]}, "what ended in an error is tried again"
+    assert again[1]["outcome"] == "skipped" and [again[i] for i in (0, 2, 3, 4, 5)] == [*rows[:1], *rows[2:]]
 
 
 def test_an_interrupted_run_keeps_what_was_finished(book, monkeypatch):
@@ -407,6 +411,61 @@ def test_figures_beside_a_dense_model_are_of_the_same_examples():
     rows = [row("failed"), row("error"), row("succeeded"), row("failed")]
     found = figures("v", rows, [row("failed"), row("failed"), row("failed"), row("error")])
     assert (found["n"], found["aua"], found["dense_aua"], found["difference"]) == (2, 0.5, 1.0, -0.5)
+    assert found["errors"] == 2, "one is the dense model's"
+    with pytest.raises(SparsebertError, match="2 of 4 examples ended in an error under v"):
+        require_few_errors(found)
+
+
+@pytest.mark.parametrize("n", [100, 200, 300, 500, 1000, 2000])
+def test_a_difference_of_a_point_is_a_point(n):
+    rows = [row("failed")] * (n // 3) + [row("succeeded")] * (n - n // 3)
+    dense = [row("failed")] * (n // 3 + n // 100) + [row("succeeded")] * (n - n // 3 - n // 100)
+    assert figures("v", rows, dense)["difference"] == -0.01
+
+
+def stored_rows(path: Path, **columns) -> Resources:
+    pq.write_table(pa.table(columns), path)
+    return Resources(encoder="none", stored=path)
+
+
+def test_transfer_asks_the_texts_that_fooled_another_model_and_no_others(tmp_path, book):
+    fooled = {
+        "original": [TEXTS[0]] * 2,
+        "perturbed": ["this is bad", "never asked"],
+        "outcome": ["succeeded", "failed"],
+    }
+    resources = stored_rows(tmp_path / "rows.parquet", **fooled)
+    toy = Toy()
+    transfer = replace(plan("transfer", ledger=book), resources=resources)
+    (found,) = run_attacks(toy, transfer, examples(TEXTS[:1]))
+    assert found["outcome"] == "succeeded" and found["perturbed"] == "this is bad" and "never asked" not in toy.asked
+    (other,) = run_attacks(toy, transfer, examples(["another text"]))
+    assert other["outcome"] == "failed" and other["queries"] == 1
+
+
+def test_transfer_of_a_pair_asks_the_texts_beside_the_same_other_one(tmp_path, book):
+    task = replace(SPEC, pair=True)
+    rows = run_attacks(Toy(task=task), plan(first=True, ledger=book), examples(["one two"] * 2, ["first", "second"]))
+    assert [row["other"] for row in rows] == ["first", "second"]
+    fooled = {"original": ["one two"] * 2, "other": ["first", "second"], "perturbed": ["bad one", "bad two"]}
+    resources = stored_rows(tmp_path / "rows.parquet", **fooled, outcome=["succeeded"] * 2)
+    transfer = replace(plan("transfer", first=True, ledger=book), resources=resources)
+    found = run_attacks(Toy(task=task), transfer, examples(["one two"] * 2, ["second", "third"]))
+    assert [row["outcome"] for row in found] == ["succeeded", "failed"] and found[0]["perturbed"] == "bad two"
+
+
+def test_stored_texts_of_pairs_are_refused_for_single_texts(tmp_path):
+    rows = {"original": ["a"], "perturbed": ["b"], "outcome": ["succeeded"]}
+    pq.write_table(pa.table(rows), tmp_path / "single.parquet")
+    pq.write_table(pa.table(rows | {"other": ["c"]}), tmp_path / "pairs.parquet")
+    transfer = [RECIPES["transfer"]]
+    for name, task, said in (
+        ("pairs", SPEC, "is of pairs"),
+        ("single", replace(SPEC, pair=True), "is of single texts"),
+    ):
+        config = AttackConfig(stored=str(tmp_path / f"{name}.parquet"))
+        with pytest.raises(DataError, match=said):
+            plans(transfer, config, task)
 
 
 # --- the command line and processes -----------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from sparsebert.robustness.attacks.attack import CHUNK, ENCODER, MASKED_LM, VICT
 from sparsebert.robustness.attacks.constraints import changed_at_most
 from sparsebert.robustness.attacks.masked_lm import MaskedLM
 from sparsebert.robustness.attacks.resources import Resources
-from sparsebert.robustness.attacks.search import greedy, swarm, worst_of
+from sparsebert.robustness.attacks.search import _met, greedy, swarm, worst_of
 from sparsebert.robustness.attacks.words import Text, words_of
 
 # --- victims and attacks ----------------------------------------------------------------------------------------------
@@ -271,6 +271,31 @@ def test_a_swarm_finds_two_words_that_greedy_search_does_not():
     assert (end.outcome, text_of(end), end.last.text.changed) == ("succeeded", f"A B{REST}", {0, 1})
     again = ended(begun(recipe(swaps, swarm(20, 20)), f"one two{REST}"), victim)
     assert again.attack.queries == end.attack.queries, "its draws are its own"
+
+
+def test_a_swarm_finds_two_words_each_of_which_alone_lowers_the_score():
+    """Its first step draws any word, as TextAttack's does: no word alone raises the score."""
+    swaps = {"good": ["fine"], "film": ["movie"], "plot": ["story"]}
+    scores = [0.3, 0.2, 0.9, 0.9]  # by how many words were replaced
+    victim = Victim(lambda text: scores[sum(word not in swaps for word in words_of(text))])
+    end = ended(begun(recipe(swaps, swarm(60, 20)), "good film plot"), victim)
+    assert (end.outcome, len(end.last.text.changed)) == ("succeeded", 2)
+
+
+def test_a_particle_that_nothing_improves_draws_among_all_words_and_stays_at_one_without_candidates():
+    victim, moved = by_words(0.3, A=-0.1), []
+    for seed in range(300):
+        attack = begun(recipe({"one": ["A"]}, swarm(1, 0)), "one x the y", stop=["the"])
+        attack.seed = seed
+        attack.__post_init__()
+        moved.append(text_of(ended(attack, victim)) == "A x the y")
+    assert 0.17 < np.mean(moved) < 0.33, "one word of four"
+
+
+def test_a_particle_becomes_the_best_text_with_some_of_its_own_words():
+    text, best = Text("one two X four", frozenset({2})), Text("A B three D", frozenset({0, 1, 3}))
+    met = _met(text, best, np.array([True, False, True, False]))
+    assert (met.text, met.changed) == ("one B X D", {1, 2, 3})
 
 
 def test_a_swarm_changes_only_words_that_may_be_changed_and_each_once():
@@ -537,14 +562,66 @@ def place(text: str, word: str, masked: bool = True, most: int = 40) -> Blank:
 
 
 @pytest.mark.parametrize("hidden", [True, False])
-def test_proposals_are_whole_words_in_the_order_of_their_probability(masked, hidden):
+def test_each_proposal_is_one_word_without_marks_of_pieces(masked, hidden):
     (found,) = masked.propose([place("a good film", "a", hidden)])
-    assert found and all(word.isalpha() and words_of(word) == [word] for word in found)
-    assert not any(word.startswith(("Ġ", "▁")) for word in found)
-    mask = masked._tokenizer.mask_token
-    ids = masked._tokenizer(f"{mask} good film" if hidden else "a good film", return_tensors="pt")
-    likely = masked._model(**ids).logits[0, 1].topk(40).indices.tolist()
-    assert set(found) <= {masked._tokenizer.decode([i]).strip() for i in likely}
+    assert len(found) <= 40 and all(len(words_of(word)) == 1 for word in found)
+    assert len(found) > (30 if hidden else 1), "numbers are left out"
+    assert not any(mark in word for word in found for mark in ("Ġ", "▁", "##"))
+    if not hidden:
+        ids = masked._tokenizer("a good film", return_tensors="pt")
+        likely = masked._model(**ids).logits[0, 1].topk(40).indices.tolist()
+        assert set(found) <= {masked._tokenizer.decode([i]).strip() for i in likely}
+
+
+class Ranked:
+    """A masked-language model that ranks tokens as it is told: a list per piece of the text, the likeliest first."""
+
+    config = transformers.BertConfig(max_position_embeddings=64)
+
+    def __init__(self, *ranked: list[str]):
+        self.ranked = ranked
+
+    def __call__(self, input_ids, **_):
+        logits = torch.full((*input_ids.shape, len(tokenizer())), -1000.0)
+        for at, tokens in enumerate(self.ranked, 1):
+            logits[:, at, tokenizer().convert_tokens_to_ids(tokens)] = -torch.arange(len(tokens), dtype=torch.float32)
+        return transformers.modeling_outputs.MaskedLMOutput(logits=logits)
+
+
+def ranked(*lists: list[str]) -> MaskedLM:
+    return MaskedLM(Ranked(*lists), tokenizer(), "ranked", "")
+
+
+@pytest.fixture(scope="module")
+def words():
+    return sorted(word for word in tokenizer().get_vocab() if word.isalpha() and word.isascii() and len(word) > 2)[:100]
+
+
+def test_of_a_mask_the_ranking_is_read_until_there_are_as_many_words_as_wanted(words):
+    noise = ["[UNK]", ".", ",", "!", "-", "'", "?", ";", "[SEP]", "`"]
+    (found,) = ranked([*noise, "##ing", *words]).propose([place("a good film", "a", most=50)])
+    assert found == ["ing", *words[:49]]
+    # As in TextAttack a number is one of the 50, and is then left out.
+    (found,) = ranked(["1995", *noise, "2nd", *words]).propose([place("a good film", "a", most=50)])
+    assert found == ["2nd", *words[:48]]
+
+
+def test_of_a_word_of_one_piece_the_words_among_the_first_tokens_are_proposed(words):
+    tokens = [".", "##ing", "1995", *words]
+    (found,) = ranked(tokens).propose([place("a good film", "a", False, most=8)])
+    assert found == ["1995", *words[:5]]
+
+
+def test_of_a_word_of_several_pieces_the_first_combinations_are_proposed(words):
+    word, ends = "unbelievabel", [f"##{letter}" for letter in "abcdefgh"]
+    blank = place(f"{word} film", word, False, most=3)
+    assert len(tokenizer().tokenize(word)) == 5
+    (found,) = ranked(words, ends, ends, ends, ["##x", ".", *ends]).propose([blank])
+    assert found == [f"{words[0]}aaa{end}" for end in ("x", ".", "a")], "the last piece changes first"
+    (found,) = ranked([".", *words], ["-", *ends], ends, ends, ends).propose([blank])
+    assert found == [".-aaa", ".-aab", ".-aac"], "one word, whatever stands before it"
+    (found,) = ranked(words, [".", *ends], ends, ends, ends).propose([blank._replace(most=8)])
+    assert found == [], "two words each; combinations beyond the first 512 are not looked at"
 
 
 def test_a_masked_word_is_not_seen_and_an_unmasked_one_is(masked):
@@ -554,15 +631,9 @@ def test_a_masked_word_is_not_seen_and_an_unmasked_one_is(masked):
 
 
 def test_of_a_word_of_several_pieces_each_piece_is_replaced(masked):
-    text = "a unbelievabel film"
-    begin, end = text.index("unb"), text.index(" film")
-    pieces = masked._tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    count = sum(a >= begin and b <= end and b > a for a, b in pieces)
-    (found,) = masked.propose([Blank(text, begin, end, False, 8)])
-    assert len(found) <= 8 and all(word.isalpha() for word in found)
-    if count > 3:
-        assert found == []
-    assert masked.propose([Blank("a filmic x", 2, 8, False, 8)])[0] is not None
+    for text, begin, end in (("a unbelievabel film", 2, 14), ("a filmic x", 2, 8)):
+        (found,) = masked.propose([Blank(text, begin, end, False, 8)])
+        assert 1 <= len(found) <= 8 and all(len(words_of(word)) == 1 for word in found)
 
 
 def test_the_words_place_is_filled_not_another_mask_of_the_text(masked):

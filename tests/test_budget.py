@@ -120,6 +120,20 @@ def test_a_stopped_search_goes_on_with_what_it_has_timed_and_pruned(dense, tmp_p
     assert choice.chosen.pattern == "4x1" and len(timed) == asked and choice.result.reused
 
 
+def test_what_a_stopped_search_has_left_is_replaced_by_another_one_that_may(dense, tmp_path, timed, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(budget, "_drop", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        search(dense, "mr", tmp_path / "out", CONFIG, WITHIN)
+    monkeypatch.setattr(budget, "_drop", lambda *given: (0.0, (-1.0, 1.0)))
+    other = PruneConfig(method="wanda", calibration_tokens=300)
+    with pytest.raises(OutputError, match="--overwrite"):
+        search(dense, "mr", tmp_path / "out", other, WITHIN)
+    assert search(dense, "mr", tmp_path / "out", other, WITHIN, overwrite=True).met
+
+
 def test_speed_is_found_by_bisection(dense, tmp_path, timed, drops):
     search(dense, "mr", tmp_path / "out", CONFIG, WITHIN)
     assert len([pattern for pattern, _ in timed if pattern == "4x1"]) <= 5
@@ -131,6 +145,7 @@ def test_speed_is_found_by_bisection(dense, tmp_path, timed, drops):
         (CONFIG, {"min_speedup": 50.0}, "out of reach on this machine, the fastest is 32x1 at 0.95"),
         (CONFIG, {"max_robust_drop": None}, "needs both"),
         (CONFIG, {"budget_attack": "hotflip"}, "attacks must be among"),
+        (CONFIG, {"budget_attack": "deepwordbug,pwws"}, "attacks must be among"),
         (CONFIG.model_copy(update={"sparsity": 0.5}), {}, "chooses pattern, sparsity and int8"),
         (CONFIG.model_copy(update={"pattern": "4x1"}), {}, "chooses pattern, sparsity and int8"),
     ],

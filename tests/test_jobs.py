@@ -55,7 +55,7 @@ def test_whatever_decides_the_result_is_another_key(tmp_path, change):
     assert Job(**fields).key == Job(**fields).key != Job(**{**fields, **change}).key
 
 
-@pytest.mark.parametrize(("part", "value"), [("_core", "another build"), ("_isa", "another"), ("_isa", "scalar")])
+@pytest.mark.parametrize(("part", "value"), [("core_sha256", "another build"), ("_isa", "another"), ("_isa", "scalar")])
 def test_the_machines_part_is_in_the_key(tmp_path, monkeypatch, part, value):
     before = made(tmp_path).key
     monkeypatch.setattr(job_module, part, lambda: value)
@@ -336,7 +336,7 @@ def test_other_work_at_the_same_place_is_refused_naming_the_difference(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("part", "name"), [("code_of", "code"), ("_core", "compiled core"), ("_isa", "instruction set")]
+    ("part", "name"), [("code_of", "code"), ("core_sha256", "compiled core"), ("_isa", "instruction set")]
 )
 def test_changed_code_and_machines_are_said(tmp_path, monkeypatch, part, name):
     unfinished(tmp_path / "out")

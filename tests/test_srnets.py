@@ -151,7 +151,7 @@ def test_shards_are_whole_groups_and_together_the_grid(tmp_path, start, quick):
     assert {cell.seed for cell, _ in first.done} == {0} and {cell.seed for cell in first.left_out} == {1}
     publish(grid, first, tmp_path / "out", tmp_path / "table.md")
     for report in ("out/report.html", "table.md"):
-        left_out = (tmp_path / report).read_text().partition("Left out for time")[2]
+        left_out = (tmp_path / report).read_text().partition("Left out")[2]
         assert "mr: ce 0%, seeds 1" in left_out and "seeds 0" not in left_out
     both = run_grid(grid, tmp_path / "out", shard=(1, 2))
     assert len(both.done) == 4 and not both.left_out
@@ -162,7 +162,7 @@ def test_no_cell_is_begun_that_would_end_too_late(tmp_path, start, quick):
     outcome = run_grid(grid, tmp_path / "out", hours=0.0)
     assert not outcome.done and outcome.left_out == grid.cells
     page = markdown(grid, outcome, "", tmp_path / "t.md")
-    assert "Left out for time" in page and "--grid " + Path(grid.given).name + " -o DIR --markdown t.md`" in page
+    assert "Left out" in page and "--grid " + Path(grid.given).name + " -o DIR --markdown t.md`" in page
 
 
 def test_comparisons_pair_seeds():

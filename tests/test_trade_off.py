@@ -139,6 +139,18 @@ def test_what_does_not_compare_is_refused(change, said):
         card.card([document(), other])
 
 
+def test_each_evaluation_must_compare_with_all_others_not_with_the_first_alone():
+    alone, other = document("s30", 0.3), document("s90", 0.9)
+    alone["about"]["dense"], alone["attacks"] = None, None
+    other["about"]["dense"]["content_sha256"] = "other"
+    with pytest.raises(InputError, match="the same dense model, got 'content of dense' and 'other'"):
+        card.card([alone, document(), other])
+    other = document("s90", 0.9)
+    other["attacks"]["textfooler"]["variant"] = "other"
+    with pytest.raises(InputError, match="the same attack textfooler"):
+        card.card([alone, document(), other])
+
+
 def test_an_attack_with_the_confidence_of_the_dense_model_says_so_wherever_it_is_shown():
     matched = document()
     matched["attacks"]["textfooler"]["temperature"] = 1.25

@@ -841,10 +841,11 @@ def study(
         outcome = run(
             cells, output, hours=hours, shard=part, only=wanted, others=take or [], overwrite=overwrite, progress=update
         )
-    if which == "srnets":
-        document = studies.publish(cells, outcome, output, markdown)
-    else:
-        document = studies.publish_adaptive(cells, outcome, output, markdown, hours)
+    asked = [] if hours is None else [f"--budget {hours:g}"]
+    asked += [f"--only {each}" for each in only or []] + ([f"--shard {shard}"] if shard != "0/1" else [])
+    asked += [f"--take {studies.path_told(path)}" for path in take or []]
+    publish = studies.publish if which == "srnets" else studies.publish_adaptive
+    document = publish(cells, outcome, output, markdown, asked)
     if not json:
         rows = [[name, str(value)] for name, value in document.items() if not isinstance(value, list)]
         table(f"{cells.name}: {len(outcome.done)} cells done, {len(outcome.left_out)} left out", ["", ""], rows)

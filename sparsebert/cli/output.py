@@ -189,7 +189,9 @@ def print_change(row: dict) -> None:
 
 def stop_for_errors(errors: int, n: int) -> None:
     """Ends the command with exit code 3 if more than 1 % of the examples ended in an error."""
-    if errors > 0.01 * n:
+    from sparsebert.robustness.attacks import MOST_ERRORS
+
+    if errors > MOST_ERRORS * n:
         import typer
 
         print(f"{errors:,} of {n:,} examples ended in an error and are in no figure", file=sys.stderr)

@@ -6,7 +6,7 @@ only ways this package writes files and directories: whole or not at all. Needs 
 """
 
 from sparsebert.jobs.files import place, replacing, require_place, require_space, require_writable, write, writing
-from sparsebert.jobs.job import Job, code_of, digest, file_sha256, told
+from sparsebert.jobs.job import Job, code_of, core_sha256, digest, file_sha256, told
 from sparsebert.jobs.ledger import Ledger, OtherVersion, key_of
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Ledger",
     "OtherVersion",
     "code_of",
+    "core_sha256",
     "digest",
     "file_sha256",
     "key_of",

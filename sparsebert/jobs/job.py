@@ -97,7 +97,8 @@ def _file(module: str) -> Path | None:
 
 
 @functools.cache
-def _core() -> str:
+def core_sha256() -> str:
+    """The hash of the compiled core."""
     from sparsebert.ops import _dispatch
 
     return file_sha256(Path(_dispatch.core().__file__))
@@ -130,7 +131,7 @@ class Job:
     def __init__(self, kind: str, inputs: dict, code: str, output: Path, *, overwrite: bool = False, space: int = 0):
         self.output, self.overwrite, self.space = output, overwrite, space
         self.record = {
-            "kind": kind, "inputs": json.loads(json.dumps(inputs)), "code": code_of(code), "core": _core(),
+            "kind": kind, "inputs": json.loads(json.dumps(inputs)), "code": code_of(code), "core": core_sha256(),
             "isa": _isa(),
         }  # fmt: skip
         self.key = digest(self.record)

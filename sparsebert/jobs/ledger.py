@@ -111,6 +111,14 @@ class Ledger:
         self._told += len(units)
         tell(self._path, f"{self._told} results of this run")
 
+    def remove(self, kind: str, inputs: Sequence[dict], code: str = "") -> None:
+        """Forgets these units, so that they are computed again."""
+        if inputs:
+            with self._transaction():
+                self._db.executemany(
+                    "DELETE FROM units WHERE key = ?", [(key_of(kind, each, code),) for each in inputs]
+                )
+
     def claim(self, kind: str, inputs: Sequence[dict], code: str = "") -> list[bool]:
         """Claims units for this object, and says which: those that are neither finished nor claimed by another one.
         A claim ends with the unit, with `release`, or LEASE seconds after it was last renewed.

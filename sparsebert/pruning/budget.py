@@ -18,7 +18,7 @@ from sparsebert.engine import Engine
 from sparsebert.engine.formats import DTYPES
 from sparsebert.engine.measure import Ratio, interleave, ratio_text
 from sparsebert.errors import InputError, OutputError
-from sparsebert.jobs import Ledger, code_of, digest, replacing
+from sparsebert.jobs import Ledger, code_of, core_sha256, digest, replacing
 from sparsebert.machine import card
 from sparsebert.ops import _dispatch
 from sparsebert.pruning.entry import PruneResult, prune_checkpoint, save_stand_in
@@ -107,11 +107,11 @@ def search(
     spec = limited(task_for(task, directory), checkpoint.load_config(directory), config.max_length)
     examples = data.training(spec)
     held = data.hold_out(examples, min(budget.budget_n, len(examples) // 2))[1]
-    (plan,) = attacking.plans(attacking.named(budget.budget_attack), AttackConfig(max_seconds=None), spec)
+    (plan,) = attacking.plans(attacking.named([budget.budget_attack]), AttackConfig(max_seconds=None), spec)
     facts = {
         "model": checkpoint.source_sha256(directory), "texts": held.sha256, "machine": card()["cpu"],
-        "isa": _dispatch.isa(), "code": code_of("sparsebert.pruning.budget"), "min_speedup": budget.min_speedup,
-        "max_length": spec.max_length,
+        "threads": _dispatch.threads(), "isa": _dispatch.isa(), "code": code_of("sparsebert.pruning.budget"),
+        "core": core_sha256(), "min_speedup": budget.min_speedup, "max_length": spec.max_length,
     }  # fmt: skip
     key = digest([facts, plan.facts, config.model_dump(), budget.model_dump()])
     if (made := _finished(target, key)) is not None:
@@ -119,7 +119,9 @@ def search(
     if target.exists() and not overwrite:
         raise OutputError(f"{target} exists and was made by other work", fix="choose another -o, or give --overwrite")
     folder = target.with_name(f"{target.name}.search")
-    fast, slow = _timed(directory, spec, held, folder, facts, budget, progress)
+    book = Ledger(folder / "units.sqlite", overwrite=overwrite)
+    with contextlib.closing(book):
+        fast, slow = _timed(directory, spec, held, book, facts, budget, progress)
     tried: list[tuple[Candidate, Path, PruneResult]] = []
     for candidate in fast:
         path = folder / f"{candidate.pattern}-{candidate.sparsity:g}{'-int8' if candidate.int8 else ''}"
@@ -128,7 +130,8 @@ def search(
         def part(done: int, total: int, what: str = "", of: str = path.name) -> None:
             progress(done, total, f"{of} {what}".strip())
 
-        result = prune_checkpoint(directory, task, path, config.model_copy(update=update), progress=part)
+        settings = config.model_copy(update=update)
+        result = prune_checkpoint(directory, task, path, settings, overwrite=overwrite, progress=part)
         drop, interval = _drop(path, directory, spec, held, plan, part)
         tried.append((Candidate(**{**asdict(candidate), "drop": drop, "drop_ci": interval}), path, result))
         if drop <= budget.max_robust_drop:
@@ -172,15 +175,14 @@ def _timed(
     directory: Path,
     spec: data.Task,
     held: data.Examples,
-    folder: Path,
+    book: Ledger,
     facts: dict,
     budget: BudgetConfig,
     progress: Progress,
 ) -> tuple[list[Candidate], list[Candidate]]:
     """(candidates that reach the speed, those with the fewest zeros first; the other forms at most zeros)."""
-    book = Ledger(folder / "units.sqlite")
     found = []
-    with contextlib.closing(book), tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         stand_ins = StandIns(directory, spec, held, Path(scratch))
         for i, (pattern, int8) in enumerate(FORMS):
             unit = facts | {"pattern": pattern, "int8": int8}
@@ -254,6 +256,6 @@ def _drop(
     """(points of accuracy under attack that `pruned` loses, their 95 % interval)."""
     victims = (attacking.Victim.load(directory, "cpu", spec, examples) for directory in (pruned, dense))
     rows = [attacking.run(victim, plan, some, progress) for victim, some in victims]
-    figures = attacking.figures(plan.variant, *rows)
+    figures = attacking.require_few_errors(attacking.figures(plan.variant, *rows))
     low, high = figures["difference_ci"]
     return -100 * figures["difference"], (-100 * high, -100 * low)

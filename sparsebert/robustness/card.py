@@ -140,9 +140,9 @@ def refusing_others() -> Iterator[None]:
 
 
 def _card(documents: list[dict], timings: list[dict]) -> Card:
-    first = documents[0]
+    first, known = documents[0], {}
     for document in documents:
-        _require_same(first, document)
+        _require_same(known, document)
     beside = [document for document in documents if document["about"]["dense"] is not None]
     columns = [] if not beside else [_column(beside[0]["about"]["dense"], beside, dense=True)]
     for document in sorted(documents, key=lambda each: each["about"]["model"]["sparsity"] or 0.0):
@@ -166,12 +166,12 @@ def _card(documents: list[dict], timings: list[dict]) -> Card:
     )
 
 
-def _require_same(first: dict, other: dict) -> None:
-    one, two = _facts_of(first), _facts_of(other)
-    for name, value in one.items():
-        if name in two and value != two[name]:
+def _require_same(known: dict, document: dict) -> None:
+    """known: the facts of the evaluations before this one, to which its own are added."""
+    for name, value in _facts_of(document).items():
+        if known.setdefault(name, value) != value:
             raise InputError(
-                f"evaluations on one card must have the same {name}, got {shown(value)} and {shown(two[name])}",
+                f"evaluations on one card must have the same {name}, got {shown(known[name])} and {shown(value)}",
                 fix="evaluate the models by the same command",
             )
 

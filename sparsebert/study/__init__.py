@@ -7,11 +7,13 @@ from sparsebert.study.adaptive_grid import read_adaptive
 from sparsebert.study.adaptive_plan import planned
 from sparsebert.study.adaptive_report import publish_adaptive
 from sparsebert.study.grid import read_grid, read_shard
+from sparsebert.study.pages import path_told
 from sparsebert.study.report import publish
 from sparsebert.study.run import read_only
 from sparsebert.study.srnets import run_grid
 
 __all__ = [
+    "path_told",
     "planned",
     "publish",
     "publish_adaptive",

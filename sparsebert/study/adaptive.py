@@ -10,9 +10,10 @@ from sparsebert import checkpoint, data
 from sparsebert.config import AttackConfig, QuantizeConfig
 from sparsebert.encoders import Progress, no_progress
 from sparsebert.errors import InputError
-from sparsebert.jobs import code_of, digest, place
+from sparsebert.jobs import code_of, digest, file_sha256, place
 from sparsebert.pruning import METHODS, prune_checkpoint, quantize_checkpoint
 from sparsebert.robustness import attack, domains, evaluate
+from sparsebert.robustness.attacks import require_few_errors
 from sparsebert.robustness.distances import distances
 from sparsebert.study.adaptive_grid import ATTACK, AdaptiveGrid, Cell
 from sparsebert.study.adaptive_plan import Guess
@@ -89,7 +90,14 @@ def _of_cell(grid: AdaptiveGrid, cell: Cell) -> dict:
         "train": settings.train,
         "dense": {name: settings.dense[name] for name in names},
         "prune": {} if cell.method == "dense" else chosen(settings.prune, METHODS, cell.method),
+        **({"calibration": own} if (own := _own_texts(grid, cell)) else {}),
     }
+
+
+def _own_texts(grid: AdaptiveGrid, cell: Cell) -> dict[str, str]:
+    """The hashes of the user's own files that a cell is calibrated on."""
+    named = () if cell.method == "dense" else grid.prune_configs(cell)[0].calibration
+    return {name: file_sha256(Path(name)) for name in named if Path(name).is_file()}
 
 
 def dense_model(grid: AdaptiveGrid, task: str, name: str, models: Path, progress: Progress, overwrite: bool) -> Path:
@@ -150,7 +158,7 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
             progress=part(what),
         ).figures("about")
         shown = {
-            name: {key: value for key, value in each.items() if key not in ("worst", "settings")}
+            name: {key: value for key, value in require_few_errors(each).items() if key not in ("worst", "settings")}
             for name, each in found["attacks"].items()
         }
         return {**found, "attacks": shown}
@@ -160,7 +168,7 @@ def run_cell(grid: AdaptiveGrid, cell: Cell, output: Path, progress: Progress, *
         forms["matched"] = figures(path, [ATTACK], "attack, confidence matched,", match=True)
     if cell.int8 and forms["fp32"]["dtype"] != "int8":
         rounded = models / f"{path.name}-int8"
-        settings8 = config_of(QuantizeConfig, _calibration(settings.prune), f"prune of {cell.task}")
+        settings8 = config_of(QuantizeConfig, _rounding(grid, cell), f"prune of {cell.task}")
         quantize_checkpoint(path, cell.task, rounded, settings8, overwrite=overwrite, progress=part("round to int8"))
         forms["int8"] = figures(rounded, cell.attacks_of, "attack int8")
         scratch.append(rounded)
@@ -176,7 +184,11 @@ def _limits(output: Path, **settings) -> AttackConfig:
     return AttackConfig(ledger=str(output / "attacks.sqlite"), max_seconds=None, **settings)
 
 
-def _calibration(fields: dict) -> dict:
+def _rounding(grid: AdaptiveGrid, cell: Cell) -> dict:
+    """The settings of rounding to int8: those of the calibration texts that the cell was pruned with."""
+    fields = {**grid.tasks[cell.task].prune, "seed": cell.draw}
+    if cell.calibration is not None:
+        fields["calibration"] = cell.calibration.split(",")
     return {name: value for name, value in fields.items() if name in QuantizeConfig.model_fields}
 
 

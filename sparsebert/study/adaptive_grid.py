@@ -14,7 +14,7 @@ from sparsebert.patterns import parse, sparsity_of
 from sparsebert.pruning import METHODS, check
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.robustness import attacks
-from sparsebert.study.grid import chosen, config_of, expanded
+from sparsebert.study.grid import chosen, config_of, expanded, tasks_of
 from sparsebert.training.recipe import read_yaml
 
 ATTACK, CONTROL = "textfooler", "random-synonym"
@@ -91,6 +91,24 @@ class TaskSettings(Settings):
     dense: dict[str, dict]
     prune: dict = Field(default_factory=dict)
 
+    @field_validator("dense")
+    @classmethod
+    def _has_lists_of_members(cls, dense: dict[str, dict]) -> dict[str, dict]:
+        for name, fields in dense.items():
+            members = fields.get("members", ["a"])
+            if not isinstance(members, list) or not members or not all(isinstance(each, str) for each in members):
+                raise ValueError(f"{name}: members must be a list of names")
+        return dense
+
+    @field_validator("prune")
+    @classmethod
+    def _nests_settings_of_methods(cls, prune: dict) -> dict:
+        if wrong := [name for name, own in prune.items() if name in METHODS and not isinstance(own, dict)]:
+            raise ValueError(f"{wrong[0]} must map flags to values")
+        if any(each.get("int8") for each in (prune, *(prune[name] for name in prune if name in METHODS))):
+            raise ValueError("int8 belongs to cells")
+        return prune
+
 
 @dataclass(frozen=True)
 class AdaptiveGrid:
@@ -144,7 +162,7 @@ def read_adaptive(name: str) -> AdaptiveGrid:
     path, content = read_yaml("grid", name)
     if not isinstance(content, dict) or not {"model", "tasks", "cells"} <= content.keys():
         raise InputError(f"grid {path} must have model, tasks and cells", fix="see the packaged grid adaptive")
-    tasks = {task: config_of(TaskSettings, fields, f"task {task}") for task, fields in content["tasks"].items()}
+    tasks = {task: config_of(TaskSettings, own, f"task {task}") for task, own in tasks_of(content, path).items()}
     grid = AdaptiveGrid(path.stem, name, content["model"], tasks, expanded(content["cells"], Cell, path))
     for task, settings in tasks.items():
         if data.get_task(task).pair:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsebert import jobs
+from sparsebert.errors import InputError
 from sparsebert.robustness import statistics
 from sparsebert.study.adaptive_grid import ATTACK, CONTROL, AdaptiveGrid, Cell
 from sparsebert.study.pages import Section, command_of, head, lay_out, markdown_page, percent, write_html, write_parquet
@@ -25,17 +26,21 @@ NOTES = (
     "dense model that a model was made from, in points, paired: over dense models if there are several, else over "
     "examples. The attack's neighbours and sentence encoder stand in for the paper's, and the encoder is MiniLM: no "
     "figure here compares with one of its tables. Dense models, settings and the order of the cells were fixed before; "
-    "soups are judged on held-out training examples."
+    "soups are judged on held-out training examples. A soup is made of other dense models, of one alone if no average "
+    "is better, so it is in no mean with them: what is made of it has rows of its own."
 )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One setting in one form, fp32 or int8. cells: its cells with their results, one per dense model and draw."""
+    """One setting in one form, fp32 or int8. cells: its cells with their results, one per dense model and draw. soup:
+    the soup that they are made from; None if they are made from other models.
+    """
 
     cell: Cell
     form: str
     cells: list[tuple[Cell, dict]]
+    soup: str | None = None
 
     @property
     def counts(self) -> str:
@@ -45,7 +50,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        return self.cell.label + (" in int8" if self.form == "int8" else "")
+        return self.cell.label + (" in int8" if self.form == "int8" else "") + (f", {self.soup}" if self.soup else "")
 
     def figures(self, name: str) -> list:
         """A figure of TextFooler in each cell that has it."""
@@ -78,27 +83,46 @@ def _attacked(form: dict, attack: str = ATTACK) -> dict:
     return form.get("attacks", {}).get(attack, {})
 
 
-def lines_of(outcome: Outcome) -> list[Line]:
-    """One line per setting and form, in the grid's order."""
-    found: dict[tuple[str, str], list[tuple[Cell, dict]]] = {}
+def lines_of(grid: AdaptiveGrid, outcome: Outcome) -> list[Line]:
+    """One line per setting, soup and form, in the grid's order. InputError for cells that do not compare."""
+    found: dict[tuple[str, str | None, str], list[tuple[Cell, dict]]] = {}
+    known: dict[tuple[str, str], str] = {}
     for cell, result in outcome.done:
+        soup = None if grid.members(cell.task, cell.dense) is None else cell.dense
         for form in ("fp32", "int8"):
             if form in result["forms"]:
-                found.setdefault((json.dumps(cell.setting), form), []).append((cell, result))
-    return [Line(cells[0][0], form, cells) for (_, form), cells in found.items()]
+                _require_same(known, cell, result["forms"][form])
+                found.setdefault((json.dumps(cell.setting), soup, form), []).append((cell, result))
+    return [Line(cells[0][0], form, cells, soup) for (_, soup, form), cells in found.items()]
+
+
+def _require_same(known: dict[tuple[str, str], str], cell: Cell, form: dict) -> None:
+    """known: the variants of attacks, and the hashes of domains, of the cells before this one, to which its own are
+    added.
+    """
+    facts = {f"attack {name}": each["variant"] for name, each in form["attacks"].items()}
+    facts |= {f"domain {name}": each["data"] for name, each in (form.get("domains") or {}).items() if "data" in each}
+    for name, value in facts.items():
+        if known.setdefault((cell.task, name), value) != value:
+            raise InputError(
+                f"cells of {cell.task} must have the same {name}, got {known[cell.task, name]} and {value}",
+                fix="run all of them with the same resources and data",
+            )
 
 
 def publish_adaptive(
-    grid: AdaptiveGrid, outcome: Outcome, output: Path, markdown_path: Path | None = None, hours: float | None = None
+    grid: AdaptiveGrid, outcome: Outcome, output: Path, markdown_path: Path | None = None, flags: Sequence[str] = ()
 ) -> dict:
-    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns their content as JSON."""
-    lines = lines_of(outcome)
-    sections, missing = sections_of(outcome), left_out(outcome)
+    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns their content as JSON.
+    flags: of the command, for the head of the tables.
+    """
+    lines = lines_of(grid, outcome)
+    sections, missing = sections_of(grid, outcome), left_out(outcome)
     if outcome.done:
         write_html(output / "report.html", grid.name, NOTES, sections, missing)
         write_parquet(output / "cells.parquet", [row for each in outcome.done for row in _parquet_rows(*each)])
     if markdown_path is not None:
-        said = head(outcome, command_of("adaptive", grid.given, markdown_path, hours))
+        said = head(outcome, command_of("adaptive", grid.given, markdown_path, flags))
         jobs.write(markdown_path, markdown_page(grid.name, said, NOTES, sections, missing))
     return {
         "grid": grid.name, "cells": len(outcome.done), "report": str(output / "report.html"),
@@ -114,9 +138,9 @@ def publish_adaptive(
     }  # fmt: skip
 
 
-def sections_of(outcome: Outcome) -> list[Section]:
+def sections_of(grid: AdaptiveGrid, outcome: Outcome) -> list[Section]:
     """The tables: the models of each task, the dense ones, the controls, the distances of hidden states."""
-    lines = lines_of(outcome)
+    lines = lines_of(grid, outcome)
     sections = []
     for task in dict.fromkeys(line.cell.task for line in lines):
         own = [line for line in lines if line.cell.task == task]
@@ -233,7 +257,7 @@ def _with_interval(figures: dict, name: str) -> str:
 def _controls(line: Line) -> list[str]:
     transfers = []
     for name in ("from_dense", "to_dense"):
-        shares = [each["accuracy"] for each in line.figures(name)]
+        shares = line.by_model(lambda form, name=name: (_attacked(form).get(name) or {}).get("accuracy"))
         transfers.append(percent(shares) if shares else "")
 
     def under(attack: str, form: str) -> list[str]:

@@ -142,7 +142,7 @@ def read_grid(name: str) -> Grid:
     path, content = read_yaml("grid", name)
     if not isinstance(content, dict) or not {"model", "tasks", "cells"} <= content.keys():
         raise InputError(f"grid {path} must have model, tasks and cells", fix="see the packaged grid srnets-small")
-    tasks = content["tasks"]
+    tasks = tasks_of(content, path)
     for task in tasks:
         data.get_task(task)
     cells = expanded(content["cells"], Cell, path)
@@ -191,12 +191,20 @@ def _check(grid: Grid, cell: Cell) -> None:
     check(*grid.prune_configs(cell))
 
 
+def tasks_of(content: dict, path: Path) -> dict[str, dict]:
+    """The settings of each task in a grid file. InputError for anything else."""
+    tasks = content["tasks"]
+    if not isinstance(tasks, dict) or not all(isinstance(settings, dict) for settings in tasks.values()):
+        raise InputError(f"grid {path}: tasks must map names to settings", fix="correct the grid")
+    return tasks
+
+
 def expanded(entries: list, cell_class: type[Settings], path: Path) -> list:
     """The cells of the entries of a grid file: of each, every combination of the fields that are lists. InputError for
     anything else, and for a cell that is there twice.
     """
     cells = []
-    for entry in entries:
+    for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, dict):
             raise InputError(f"grid {path}: a cell must map fields to values, got {entry!r}", fix="correct the grid")
         values = [value if isinstance(value, list) else [value] for value in entry.values()]

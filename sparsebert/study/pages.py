@@ -16,7 +16,7 @@ from sparsebert.robustness import statistics
 from sparsebert.robustness.report import html_table, write_page
 from sparsebert.study.run import Outcome
 
-LEFT_OUT = "Left out for time"
+LEFT_OUT = "Left out"
 
 
 class Section(NamedTuple):
@@ -40,14 +40,15 @@ def head(outcome: Outcome, command: str) -> str:
     ])  # fmt: skip
 
 
-def command_of(which: str, grid: str, page: Path, hours: float | None = None) -> str:
-    """The command that writes the tables of a grid, as it was given, to `page`."""
+def command_of(which: str, grid: str, page: Path, flags: Sequence[str] = ()) -> str:
+    """The command that writes the tables of a grid, as it was given, to `page`. flags: its other ones."""
+    said = "".join(f" {flag}" for flag in flags)
+    return f"sparsebert study {which} --grid {path_told(grid)}{said} -o DIR --markdown {path_told(page)}"
 
-    def told(path: Path) -> str:
-        return path.name if path.is_absolute() else str(path)  # an absolute path is another on each machine
 
-    budget = "" if hours is None else f" --budget {hours:g}"
-    return f"sparsebert study {which} --grid {told(Path(grid))}{budget} -o DIR --markdown {told(page)}"
+def path_told(path: str | Path) -> str:
+    """A path as a page names it: of an absolute one, which is another on each machine, the name alone."""
+    return Path(path).name if Path(path).is_absolute() else str(path)
 
 
 def markdown_page(title: str, head: str, notes: str, sections: Sequence[Section], left_out: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ parquet.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,8 +34,12 @@ class Line:
     smoke: bool
 
 
-def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | None = None) -> dict:
-    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns their content as JSON."""
+def publish(
+    grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | None = None, flags: Sequence[str] = ()
+) -> dict:
+    """Writes `output`/report.html and cells.parquet, and tables to `markdown_path`; returns their content as JSON.
+    flags: of the command, for the head of the tables.
+    """
     notes = (
         "Means over seeds with half of their 95 % t interval, in percent. Rows are training examples, fewer than the "
         "paper's: no figure here compares with one of its tables. The encoder is all-MiniLM-L6-v2, whose training "
@@ -59,7 +64,7 @@ def publish(grid: Grid, outcome: Outcome, output: Path, markdown_path: Path | No
         write_html(output / "report.html", grid.name, notes, _sections(grid, outcome), _left_out(outcome))
         write_parquet(output / "cells.parquet", [_parquet_row(*each) for each in outcome.done])
     if markdown_path is not None:
-        jobs.write(markdown_path, markdown(grid, outcome, notes, markdown_path))
+        jobs.write(markdown_path, markdown(grid, outcome, notes, markdown_path, flags))
     return document
 
 
@@ -122,9 +127,9 @@ def _only(lines: list[Line], fields: dict) -> Line | None:
     return next((line for line in lines if line.cell.setting == wanted), None)
 
 
-def markdown(grid: Grid, outcome: Outcome, notes: str, path: Path) -> str:
+def markdown(grid: Grid, outcome: Outcome, notes: str, path: Path, flags: Sequence[str] = ()) -> str:
     """The tables of the HTML page as markdown, for a file at `path`."""
-    said = head(outcome, command_of("srnets", grid.given, path))
+    said = head(outcome, command_of("srnets", grid.given, path, flags))
     return markdown_page(grid.name, said, notes, _sections(grid, outcome), _left_out(outcome))
 
 

@@ -67,7 +67,7 @@ def attacked(model, tokenizer, examples: Examples, task: Task) -> float:
         place = Path(folder) / "model"
         checkpoint.save(model, tokenizer, place, recipe={"command": "soup"}, figures={})
         victim, some = attacks.Victim.load(place, "cpu", task, examples.sample(ATTACKED, 0))
-        return attacks.figures(plan.variant, attacks.run(victim, plan, some))["aua"]
+        return attacks.require_few_errors(attacks.figures(plan.variant, attacks.run(victim, plan, some)))["aua"]
 
 
 # The scores that candidates are ordered and accepted by; higher is better.

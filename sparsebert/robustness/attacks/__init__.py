@@ -8,9 +8,10 @@ together, so that each call of a model is a full batch; `run` keeps every attack
 from sparsebert.robustness.attacks.entry import Attacked, attack
 from sparsebert.robustness.attacks.plan import Plan, Victim, plans
 from sparsebert.robustness.attacks.recipes import RECIPES, named
-from sparsebert.robustness.attacks.run import figures, run, temperature, transferred
+from sparsebert.robustness.attacks.run import MOST_ERRORS, figures, require_few_errors, run, temperature, transferred
 
 __all__ = [
+    "MOST_ERRORS",
     "RECIPES",
     "Attacked",
     "Plan",
@@ -19,6 +20,7 @@ __all__ = [
     "figures",
     "named",
     "plans",
+    "require_few_errors",
     "run",
     "temperature",
     "transferred",

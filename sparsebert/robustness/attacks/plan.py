@@ -17,7 +17,7 @@ from sparsebert.config import AttackConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import limited, no_progress
 from sparsebert.engine.classifier import Classifier
-from sparsebert.errors import InputError, SparsebertWarning, UnsupportedError
+from sparsebert.errors import DataError, InputError, SparsebertWarning, UnsupportedError
 from sparsebert.machine import device_for
 from sparsebert.ops import _dispatch
 from sparsebert.robustness.attacks import lockstep
@@ -86,6 +86,7 @@ class Victim:
             "dtype": self.classifier.dtype,
             "device": device_for(self.classifier.device).type,
             "isa": _dispatch.float32_isa(_dispatch.isa()),
+            "core": jobs.core_sha256(),
             "max_length": self.task.max_length,
             "order": self.order.tolist(),
             "temperature": self.temperature,
@@ -107,7 +108,7 @@ class Plan:
             return frozenset()
         if self.recipe.stopwords == "nltk" and self.resources.stopwords is not None:
             return self.resources.stopwords[0]
-        return frozenset() if self.recipe.stopwords == "none" else textfooler_stopwords()
+        return textfooler_stopwords()
 
     @cached_property
     def used(self) -> dict[str, tuple[str, str]]:
@@ -254,5 +255,7 @@ def plans(recipes: Iterable[Recipe], config: AttackConfig, task: Task) -> list[P
     shared = Resources(config.neighbours, config.sentence_encoder, config.masked_lm, config.stored)
     made = [Plan(recipe, shared, config, field_of(task, config.field)) for recipe in recipes]
     for plan in made:
-        _ = plan.used
+        if "stored" in plan.used and shared.stored.pairs != task.pair:
+            has, wants = ("pairs", "single texts") if shared.stored.pairs else ("single texts", "pairs")
+            raise DataError(f"{config.stored} is of {has}, the task {task.name!r} has {wants}", fix="name another file")
     return made

@@ -106,6 +106,7 @@ _TABLE = (
         source="Zang et al. 2020",
         transform=_by_word(changes.synonyms),  # sememes of HowNet in the paper and in TextAttack
         constraints=(),
+        # In the paper and its code the particle takes words of the best texts; in TextAttack they take the particle's.
         search=swarm(60, 20),
         stopwords="nltk",
         needs=("synonyms", "stopwords"),
@@ -113,7 +114,9 @@ _TABLE = (
     Recipe(
         name="bert-attack",
         source="Li et al. 2020",
-        transform=_by_model(masked=False, most=8),  # 48 in the paper and in TextAttack before 0.3.11
+        # 48 in the paper and in TextAttack before 0.3.11. Of a word of several pieces both the paper and its code rank
+        # the combinations by their perplexity; TextAttack means to, but takes the first ones.
+        transform=_by_model(masked=False, most=8),
         constraints=(changed_at_most(0.4), similar(0.2, angular=False)),
         search=greedy("unknown"),
         stopwords="nltk",
@@ -122,7 +125,7 @@ _TABLE = (
     Recipe(
         name="bae",
         source="Garg & Ramakrishnan 2020, BAE-R",
-        transform=_by_model(masked=True, most=50),
+        transform=_by_model(masked=True, most=50),  # the authors leave pieces of words out
         constraints=(same_part_of_speech, similar(0.936338023, window=15, angular=False)),
         search=greedy("delete"),
         stopwords="nltk",

@@ -231,31 +231,34 @@ class Resources:
 
 
 class Stored:
-    """Texts that other attacks have ended with. of(text): those of a text, in the order of the file. name, sha256: of
-    the file.
+    """Texts that fooled another model. of(text, other): those of a text, beside the other one of a pair, in the order
+    of the file. name, sha256: of the file. pairs: whether it is of pairs.
     """
 
     def __init__(self, path: Path):
-        """DataError for a file without the columns original and perturbed."""
+        """DataError for a file without the columns original, perturbed and outcome."""
         import pyarrow
         import pyarrow.parquet
 
+        columns = ["original", "perturbed", "outcome"]
         try:
             self.sha256 = jobs.file_sha256(path)
-            rows = pyarrow.parquet.read_table(path, columns=["original", "perturbed"]).to_pylist()
+            self.pairs = "other" in pyarrow.parquet.read_schema(path).names
+            columns += ["other"] if self.pairs else []
+            rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"{path} must be rows that an attack has written, with original and perturbed: {first_line(error)}",
+                f"{path} must be rows that an attack has written, with {', '.join(columns)}: {first_line(error)}",
                 fix="make it: sparsebert attack DIR --task T --attack A -o FILE.parquet",
             ) from error
         self.name = path.name
-        self._texts: dict[str, list[str]] = {}
+        self._texts: dict[tuple[str, str | None], list[str]] = {}
         for row in rows:
-            if row["perturbed"] is not None and row["perturbed"] != row["original"]:
-                self._texts.setdefault(row["original"], []).append(row["perturbed"])
+            if row["outcome"] == "succeeded":
+                self._texts.setdefault((row["original"], row.get("other")), []).append(row["perturbed"])
 
-    def of(self, text: str) -> list[str]:
-        return self._texts.get(text, [])
+    def of(self, text: str, other: str | None) -> list[str]:
+        return self._texts.get((text, other), [])
 
 
 def _nltk(name: str) -> Callable[[str], bytes] | None:

@@ -15,7 +15,7 @@ from scipy import optimize
 from sparsebert import environment, heads, jobs
 from sparsebert.data import Examples
 from sparsebert.encoders import Progress, no_progress
-from sparsebert.errors import OutputError, SparsebertWarning
+from sparsebert.errors import OutputError, SparsebertError, SparsebertWarning
 from sparsebert.jobs import Ledger
 from sparsebert.robustness import statistics
 from sparsebert.robustness.attacks import crew
@@ -24,14 +24,17 @@ from sparsebert.robustness.attacks.plan import Plan, Unit, Victim
 KIND = "attack"
 ID = 12  # hex digits of a unit's key that name an attacked example
 BLOCK = 16  # examples that are claimed in one step
+MOST_ERRORS = 0.01  # share of the examples that may end in an error
 
 
 def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_progress) -> list[dict]:
     """Attacks the examples. Returns a row for each, in their order: that of `attacked`, with id (the example's number),
-    unit (the first digits of its key in the ledger), original, label (its name) and seconds.
+    unit (the first digits of its key in the ledger), original, other (the other text of a pair), label (its name) and
+    seconds.
 
-    Rows that the ledger has are not computed again. Examples that another process is attacking are waited for; one that
-    was killed holds them for a minute at most. Raises OutputError if the ledger cannot be written.
+    Rows that the ledger has are not computed again, but for those that ended in an error. Examples that another process
+    is attacking are waited for; one that was killed holds them for a minute at most. Raises OutputError if the ledger
+    cannot be written.
     """
     plan.warn_of_stand_ins()
     path = default_ledger() if plan.config.ledger is None else Path(plan.config.ledger)
@@ -53,8 +56,8 @@ def run(victim: Victim, plan: Plan, examples: Examples, progress: Progress = no_
     return [
         {
             "id": i, "unit": jobs.key_of(KIND, key, code)[:ID], "original": text,
-            "label": victim.task.labels[label], **row,
-        } for (i, text, _, label), key, row in zip(units, keys, found, strict=True)
+            **({} if other is None else {"other": other}), "label": victim.task.labels[label], **row,
+        } for (i, text, other, label), key, row in zip(units, keys, found, strict=True)
     ]  # fmt: skip
 
 
@@ -75,7 +78,10 @@ def _opened(path: Path, keys: list[dict]) -> Ledger:
     """The ledger; one that is damaged, in the rows of these keys or as a whole, is moved aside, with a warning."""
     try:
         book = Ledger(path)
-        book.found(KIND, keys, _code())
+        found = book.found(KIND, keys, _code())
+        # What was in the way, such as too little memory, may have gone.
+        failed = [key for key, row in zip(keys, found, strict=True) if row is not None and row["outcome"] == "error"]
+        book.remove(KIND, failed, _code())
         return book
     except jobs.OtherVersion:
         raise
@@ -134,8 +140,9 @@ def figures(variant: str, rows: Sequence[dict], dense: Sequence[dict] | None = N
 
     acc: share that the victim gets right. aua: share that it still gets right after the attack. asr: share of the
     attacked ones that were fooled; None if none was attacked. queries: mean per attacked example. words_changed: mean
-    share of the words, of those that were fooled. errors: examples that ended in an error; they are in no figure.
-    capped: attacked examples whose search a limit has ended; they count as not fooled. seconds: of all examples.
+    share of the words, of those that were fooled. errors: examples that ended in an error, on the dense model too; they
+    are in no figure. capped: attacked examples whose search a limit has ended; they count as not fooled. seconds: of
+    all examples.
     With `dense`, the rows of the dense model on the same examples: dense_aua, and difference (aua - dense_aua), paired,
     with its interval and mcnemar_p.
     """
@@ -149,7 +156,7 @@ def figures(variant: str, rows: Sequence[dict], dense: Sequence[dict] | None = N
     held = np.array([row["outcome"] == "failed" for row in kept], dtype=bool)
     tried = [row for row in kept if row["outcome"] in ("succeeded", "failed")]
     fooled = [row for row in tried if row["outcome"] == "succeeded"]
-    found: dict = {"variant": variant, "n": n, "errors": sum(row["outcome"] == "error" for row in rows)}
+    found: dict = {"variant": variant, "n": n, "errors": len(rows) - n}
     found["capped"] = sum(row["capped"] is not None for row in tried)
     found["seconds"] = round(sum(row["seconds"] for row in rows), 2)
     for name, hits, of in (("acc", len(tried), n), ("aua", int(held.sum()), n), ("asr", len(fooled), len(tried))):
@@ -164,11 +171,22 @@ def figures(variant: str, rows: Sequence[dict], dense: Sequence[dict] | None = N
         found |= {
             "dense_aua": float(other.mean()),
             "dense_aua_ci": statistics.wilson(int(other.sum()), n),
-            "difference": float(held.mean() - other.mean()),
+            "difference": (int(held.sum()) - int(other.sum())) / n,  # exact: limits are set on it
             "difference_ci": statistics.paired_difference(held, other),
             "mcnemar_p": statistics.mcnemar(held, other),
         }
     return found
+
+
+def require_few_errors(figures: dict) -> dict:
+    """The figures; SparsebertError if more than 1 % of the examples ended in an error and are in none of them."""
+    errors, n = figures["errors"], figures["n"] + figures["errors"]
+    if errors > MOST_ERRORS * n:
+        raise SparsebertError(
+            f"{errors:,} of {n:,} examples ended in an error under {figures['variant'].split()[0]}",
+            fix="attack this model on its own to see them: sparsebert attack DIR -o FILE.parquet",
+        )
+    return figures
 
 
 def transferred(

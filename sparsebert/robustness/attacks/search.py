@@ -100,18 +100,19 @@ def worst_of(samples: int, share: float) -> Callable[[Attack], Steps[Scored]]:
 
 
 def stored(attack: Attack) -> Steps[Scored]:
-    """The worst of the texts that other attacks have ended with (Stored), found on whatever model they attacked."""
-    scored = yield from attack.query([Text(text) for text in attack.resources.stored.of(attack.original.text)])
+    """The worst of the texts that fooled another model (Stored)."""
+    found = attack.resources.stored.of(attack.original.text, attack.other)
+    scored = yield from attack.query([Text(text) for text in found])
     return max((attack.start, *scored), key=_goodness)
 
 
 def swarm(particles: int, rounds: int) -> Callable[[Attack], Steps[Scored]]:
     """Particle swarm optimisation over word substitutions [Zang et al. 2020, Section 4], with TextAttack's constants.
 
-    A particle is a text. In each round its words move, with probabilities that its velocities give, to those of its own
-    best text and of the best text of all, if the constraints allow that; then one of its words may be replaced by the
-    candidate that raises the score most. The fewer words of a particle differ from the original, the more often that
-    happens.
+    A particle is a text. In each round it meets its own best text and the best text of all: it becomes that text, with
+    its own words where its velocities say so, if the constraints allow that. Then one of its words may be replaced by
+    the candidate that raises the score most. The fewer words of a particle differ from the original, the more often
+    that happens.
     """
     fastest, slow, inertia = 3.0, (0.8, 0.2), (0.8, 0.2)
 
@@ -135,7 +136,7 @@ def swarm(particles: int, rounds: int) -> Callable[[Attack], Steps[Scored]]:
                 text = particle.text
                 for target, probability in ((own[k], to_own), (best, to_best)):
                     if rng.random() < probability:
-                        text = _towards(text, target.text, rng.random(words) < turn)
+                        text = _met(text, target.text, rng.random(words) < turn)
                 if text is not particle.text and not (yield from attack.allowed([Candidate(text)], particle.text)):
                     text = particle.text
                 moved.append(text)
@@ -165,38 +166,37 @@ def _pull(text: Text, target: Text, fastest: float) -> np.ndarray:
     return np.array([-fastest if a == b else fastest for a, b in zip(text.words, target.words, strict=True)])
 
 
-def _towards(text: Text, target: Text, turns: np.ndarray) -> Text:
-    """`text` with the words of `target` where `turns` says so; a word of the original is no change."""
+def _met(text: Text, best: Text, turns: np.ndarray) -> Text:
+    """`best` with the words of `text` where `turns` says so; a word of the original is no change."""
+    made = best
     for index in np.flatnonzero(turns):
-        if text.words[index] != target.words[index]:
-            moved = text.with_word(int(index), target.words[index])
-            moved.changed = (text.changed - {index}) | (target.changed & {index})
-            text = moved
-    return text
+        if made.words[index] != text.words[index]:
+            changed = (made.changed - {index}) | (text.changed & {index})
+            made = made.with_word(int(index), text.words[index])
+            made.changed = changed
+    return made
 
 
 def _mutated(attack: Attack, particles: list[Scored], rng: np.random.Generator) -> Steps[list[Scored]]:
     """Each particle with one word replaced: the word is drawn by how much its best candidate raises the score, and
-    replaced by that. Equal particles are looked at once.
+    replaced by that. If no candidate of any word does, each word is as likely, and one without candidates stays. Equal
+    particles are looked at once.
     """
     best: dict[str, list[Scored]] = {}
     for particle in particles:
         if particle.text.text in best:
             continue
         found = []
-        for index in attack.modifiable(particle.text):
+        for index in range(len(particle.text.words)):
             candidates = yield from attack.candidates(particle.text, index)
             same = [c.text for c in candidates if len(c.text.words) == len(attack.original.words)]
             scored = yield from attack.query(same)
-            if scored:
-                found.append(max(scored, key=_goodness))
+            found.append(max(scored, key=_goodness) if scored else particle)
         best[particle.text.text] = found
     made = []
     for particle in particles:
         found = best[particle.text.text]
         gains = np.array([max(0.0, float(one.score - particle.score)) for one in found])
-        if not gains.sum():
-            made.append(particle)
-            continue
-        made.append(found[rng.choice(len(found), p=gains / gains.sum())])
+        weights = gains / gains.sum() if gains.any() else None  # None: uniform
+        made.append(found[rng.choice(len(found), p=weights)] if found else particle)
     return made

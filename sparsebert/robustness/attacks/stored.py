@@ -165,7 +165,7 @@ def _table(units: list[dict]):
     kinds = {
         "id": text, "attack": text, "outcome": text, "text": text, "perturbed": text, "other": text, "label": whole,
         "queries": whole, "words_changed": real, "score": real, "capped": text, "error": text, "seconds": real,
-        "finished": text, "model": text, "engine": text, "dtype": text, "device": text, "isa": text,
+        "finished": text, "model": text, "engine": text, "dtype": text, "device": text, "isa": text, "core": text,
         "max_length": whole, "outputs": pa.list_(whole), "temperature": real, "resources": pa.map_(text, text),
         "stopwords": text, "seed": whole, "field": text, "max_queries": whole, "max_seconds": real, "code": text,
     }  # fmt: skip
