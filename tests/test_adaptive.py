@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 import sys
 from dataclasses import replace
@@ -222,14 +223,31 @@ def test_a_budget_takes_the_first_cells_and_lists_the_others(tmp_path, start):
 
 def test_only_the_cells_that_are_asked_for_are_run(tmp_path, start):
     grid = read_adaptive(str(written(tmp_path, start)))
-    only = read_only(["method=dense,magnitude", "dense=a"], list(Cell.model_fields))
+    only = read_only(["method=dense,magnitude", "dense=a"], grid.cells)
     outcome = run_adaptive(grid, tmp_path / "out", only=only)
     assert [(cell.method, cell.dense) for cell, _ in outcome.done] == [("dense", "a"), ("magnitude", "a")]
     for text in ("controls=true", "sparsity=0.5"):
-        assert read_only([text], list(Cell.model_fields))(grid.cells[2]), text
-    for text in ("speed=1", "method"):
-        with pytest.raises(InputError, match="only must be FIELD=VALUE,… of task, dense"):
-            read_only([text], list(Cell.model_fields))
+        assert read_only([text], grid.cells)(grid.cells[2]), text
+    assert [cell for cell in grid.cells if read_only(["sparsity=null"], grid.cells)(cell)] == [
+        cell for cell in grid.cells if cell.sparsity is None
+    ]
+    twice = [Cell(task="mr", dense="a", attacks=more) for more in ("", "pwws,pso")]
+    assert list(map(read_only(["attacks=pwws,pso"], twice), twice)) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("filters", "match"),
+    [
+        (["speed=1"], "only must be FIELD=VALUE,… of task, dense"),
+        (["method"], "only must be FIELD=VALUE,… of task, dense"),
+        (["sparsity=0.5,0.9"], "no cell has sparsity=0.9.*0.5, null"),
+        (["method=dense", "sparsity=0.5"], "no cell has all of method=dense, sparsity=0.5"),
+    ],
+)
+def test_filters_that_no_cell_passes_are_refused(tmp_path, start, filters, match):
+    with pytest.raises(InputError) as caught:
+        read_only(filters, read_adaptive(str(written(tmp_path, start))).cells)
+    assert re.search(match, str(caught.value))
 
 
 def test_a_dry_run_prints_the_plan_and_makes_nothing(tmp_path, start, capsys):

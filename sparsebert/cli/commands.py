@@ -830,7 +830,7 @@ def study(
     read = studies.read_grid if which == "srnets" else studies.read_adaptive
     run = studies.run_grid if which == "srnets" else studies.run_adaptive
     cells, part = read(grid or which), studies.read_shard(shard)
-    wanted = studies.read_only(only or [], list(type(cells.cells[0]).model_fields))
+    wanted = studies.read_only(only or [], cells.cells)
     if dry_run:
         rows = studies.planned(cells, wanted, hours)
         if not json:

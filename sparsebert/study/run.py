@@ -119,20 +119,35 @@ def run_cells(
     return outcome
 
 
-def read_only(filters: Sequence[str], fields: Sequence[str]) -> Callable[[Settings], bool]:
-    """Whether a cell passes all of the filters, `field=value` or `field=value,value`. InputError for a field that cells
-    do not have.
+def read_only(filters: Sequence[str], cells: Sequence[Settings]) -> Callable[[Settings], bool]:
+    """Whether a cell passes all of the filters, `field=value` or `field=value,value`. InputError for a field or a value
+    that none of `cells` has, and if none of them passes.
     """
-    wanted = []
+    wanted, fields = [], list(type(cells[0]).model_fields)
     for text in filters:
         name, found, values = text.partition("=")
         if not found or name not in fields:
             raise InputError(
                 f"only must be FIELD=VALUE,… of {', '.join(fields)}, got {text!r}", fix=f"write {fields[0]}=VALUE"
             )
-        wanted.append((name, set(values.split(","))))
-    return lambda cell: all(_told(getattr(cell, name)) in values for name, values in wanted)
+        had = {_told(getattr(cell, name)) for cell in cells}
+        asked = {values} if values in had else set(values.split(","))
+        if asked - had:
+            raise InputError(
+                f"only: no cell has {name}={min(asked - had)}", fix=f"choose from {', '.join(sorted(had))}"
+            )
+        wanted.append((name, asked))
+
+    def passes(cell: Settings) -> bool:
+        return all(_told(getattr(cell, name)) in values for name, values in wanted)
+
+    if not any(passes(cell) for cell in cells):
+        raise InputError(f"only: no cell has all of {', '.join(filters)}", fix="leave one of them out")
+    return passes
 
 
 def _told(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as a grid file has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
