@@ -299,6 +299,8 @@ def main() -> int:
         parser.error("name models, or --prune FOLDER to make them in")
     if "torch" not in named(args.rivals):
         parser.error("--rivals needs torch, which the others are compared with")
+    if data.get_task(args.task).pair:
+        parser.error(f"--task must have single texts, {args.task} has pairs")
     args.models = args.models or pruned(args.dense, args.task, args.prune)
     rows, facts = measure([args.dense, *args.models], args)
     title = f"Latency against quality of pruned MiniLM, {args.task}"

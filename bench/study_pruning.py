@@ -238,8 +238,8 @@ def summary(cells: dict[tuple[str, str], list[dict]]) -> list[harness.Row]:
         ]:
             row["over"] = float(np.exp(np.mean(ratios)))
         if rounded := [c for c in found if "int8" in c]:
-            for name, figure, unit in (("int8 kl", "kl_to_dense", 1), ("int8 change", "accuracy", 100)):
-                row[name] = unit * float(np.mean([c["int8"][figure] - c[figure] for c in rounded]))
+            for column, figure, unit in (("int8 kl", "kl_to_dense", 1), ("int8 change", "accuracy", 100)):
+                row[column] = unit * float(np.mean([c["int8"][figure] - c[figure] for c in rounded]))
         if far := [c["outside"] for c in found if "outside" in c]:
             row |= {f"kl {texts}": float(np.mean([each[texts]["kl"] for each in far])) for texts in OUTSIDE}
         if pairs:

@@ -127,14 +127,16 @@ def moved(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, tor
 
 def task_for(task: str | TaskConfig, source: str | Path, *, labelled: bool = True, beside: bool = False) -> Task:
     """The task (data.get_task), read for the model in directory `source`: if the model has one logit, a file's numbers
-    are values, not ids of classes. A name that is not a task is refused before the model is read.
+    are values, not ids of classes; and the user's own texts are as long as the model's tokenizer lets them be, which is
+    what `predict` and the server keep. A name that is not a task is refused before the model is read.
     """
     name = TaskConfig.of(task).task
     if name in data.TASKS or not os.path.lexists(name):
         return data.get_task(task, labelled=labelled, beside=beside)
     files = checkpoint.read(source, head=False)
     values = files.has_head and heads.problem_of(files.config) is heads.ONE_LOGIT
-    return data.get_task(task, labelled=labelled, values=values, beside=beside)
+    own = data.get_task(task, labelled=labelled, values=values, beside=beside)
+    return own if own.max_length is not None else replace(own, max_length=files.tokenizer.max_length)
 
 
 def token_limit(config, wanted: int | None) -> int:
@@ -145,11 +147,11 @@ def token_limit(config, wanted: int | None) -> int:
 
 def limited(task: Task, config, asked: int | None) -> Task:
     """The task with the max_length for a model of this transformers config: `asked`, else the task's own, at most the
-    model's positions. Raises InputError if the model cannot take `asked` tokens.
+    model's positions. Raises InputError if the model cannot take `asked` tokens, or they leave no room for a text.
     """
-    positions = token_limit(config, None)
-    if asked is not None and not 3 <= asked <= positions:
-        raise InputError(f"max_length must be 3 to {positions}, got {asked}", fix="choose a length in that range")
+    positions, least = token_limit(config, None), 6 if task.pair else 3  # four special tokens around a pair, at most
+    if asked is not None and not least <= asked <= positions:
+        raise InputError(f"max_length must be {least} to {positions}, got {asked}", fix="choose a length in that range")
     return replace(task, max_length=token_limit(config, task.max_length if asked is None else asked))
 
 

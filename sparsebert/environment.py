@@ -98,12 +98,13 @@ def cache_mb() -> int:
     return int(value)
 
 
-# Variables on which a timing, or the last bits of a result, may depend; and those of ours that affect neither.
+# Variables on which a timing, or the last bits of a result, may depend; and those of ours that affect neither, or are
+# nobody's business.
 _MATTER = (
     "SPARSEBERT_", "OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "ATEN_", "TORCH", "PYTORCH_",
     "CUDA_", "CUBLAS_", "NVIDIA_TF32", "MALLOC_", "LD_PRELOAD",
 )  # fmt: skip
-_DO_NOT = ("SPARSEBERT_CACHE", "SPARSEBERT_CACHE_MB", "SPARSEBERT_REQUIRE")
+_DO_NOT = ("SPARSEBERT_API_KEY", "SPARSEBERT_CACHE", "SPARSEBERT_CACHE_MB", "SPARSEBERT_REQUIRE")
 
 
 def that_matter() -> dict[str, str]:

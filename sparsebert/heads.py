@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import CheckpointError, InputError, UnsupportedError, shown
 
 if TYPE_CHECKING:
     import torch
@@ -156,11 +156,17 @@ _OTHER_HEADS = {
 
 def problem_of(config: dict) -> Problem:
     """The problem type of a config.json. Raises UnsupportedError, naming the fault, for a head that is not a text
-    classifier, an unknown problem type, and one that does not fit the number of labels.
+    classifier, an unknown problem type, and one that does not fit the number of labels; CheckpointError for classes
+    that are not a list of names.
     """
-    for name in config.get("architectures") or ():
+    classes = config.get("architectures")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise CheckpointError(
+            f"config.json: architectures must be a list of names of classes, got {shown(classes)}", fix="correct it"
+        )
+    for name in classes or ():
         for end, does in _OTHER_HEADS.items():
-            if str(name).endswith(end):
+            if name.endswith(end):
                 raise UnsupportedError(
                     f"the model is a {name}, which {does}, not a text classifier", fix="run it in transformers"
                 )
@@ -197,9 +203,9 @@ def label_names(config: dict) -> tuple[str, ...]:
     by_id = {str(key): name for key, name in names.items()}
     found = tuple(by_id.get(str(i), f"LABEL_{i}") for i in range(count))
     if by_id.keys() - {str(i) for i in range(count)} or not all(isinstance(name, str) for name in found):
-        shown = dict(list(names.items())[:5])
+        first = dict(list(names.items())[:5])
         raise InputError(
-            f"config.json: id2label must name the labels 0 to {count - 1} by strings, got {shown}",
+            f"config.json: id2label must name the labels 0 to {count - 1} by strings, got {first}",
             fix="correct it",
         )
     if repeated := [name for name, count in Counter(found).items() if count > 1]:
@@ -321,8 +327,8 @@ def _naming(whose: str, wanted: Sequence[str]) -> str:
 
 
 def _listed(names: Sequence[str], most: int = 6) -> str:
-    shown = ", ".join(name[:40] for name in names[:most])
-    return shown + (", …" if len(names) > most else "")
+    first = ", ".join(name[:40] for name in names[:most])
+    return first + (", …" if len(names) > most else "")
 
 
 class Answer(NamedTuple):

@@ -74,6 +74,17 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small encoder with random weights and no head."""
+    import models
+
+    place = tmp_path_factory.mktemp("encoder") / "tiny"
+    models.classifier().base_model.save_pretrained(place)
+    models.tokenizer().save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
 def tuned(start: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same after a short fine-tuning."""
     from sparsebert.config import TrainConfig

@@ -83,8 +83,8 @@ def test_the_packaged_grid_has_the_papers_tables():
     assert any(cell.controls for cell in grid.cells) and any(cell.distances for cell in grid.cells)
 
 
-def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, start, monkeypatch):
-    grid = read_adaptive(str(written(tmp_path, start)))
+def test_a_study_runs_reports_and_is_not_run_twice(tmp_path, encoder, monkeypatch):
+    grid = read_adaptive(str(written(tmp_path, encoder)))  # imp-rw goes back to it
     outcome = run_adaptive(grid, tmp_path / "out")
     assert [cell for cell, _ in outcome.done] == grid.cells and not outcome.left_out
     assert not list((tmp_path / "out/models").glob("cell-*")), "pruned models are not kept"

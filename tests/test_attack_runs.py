@@ -576,6 +576,8 @@ def test_a_file_that_holds_something_else_stays(sets, model, capsys):
         (("--task", "mr", "--attack", "random-synonym", "--neighbours", "absent.txt"), "absent.txt cannot be read"),
         (("--task", "mr", "--attack", "textfooler", "--sentence-encoder", "absent"), "absent"),
         (("--task", "nope", "--attack", "pwws"), "nope"),
+        ((*BUG, "--sentence-encoder", "absent"), "--sentence-encoder is for attacks that read it, got deepwordbug"),
+        (("--task", "mr", "--attack", "textfooler", "--masked-lm", "absent"), "--masked-lm is for attacks that read"),
     ],
 )
 def test_wrong_arguments_are_one_line_and_exit_code_2(sets, model, capsys, monkeypatch, arguments, message):

@@ -734,6 +734,59 @@ def test_an_encoder_that_pools_in_another_way_is_refused(tmp_path, changes, mess
         SentenceEncoder.load(tmp_path / "a")
 
 
+PROMPTED = {"prompts": {"query": "query: ", "document": ""}}
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "message"),
+    [
+        ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case must be false, as the tokenizer keeps"),
+        ("sentence_roberta_config.json", {"do_lower_case": True}, "do_lower_case must be false"),
+        (
+            "sentence_bert_config.json",
+            {"max_seq_length": "128"},
+            "max_seq_length must be a number of tokens, got '128'",
+        ),
+        ("sentence_bert_config.json", {"max_seq_length": 0}, "max_seq_length must be a number of tokens, got 0"),
+        ("sentence_bert_config.json", [1], r"must hold an object, got \[1\]"),
+        (
+            "config_sentence_transformers.json",
+            {**PROMPTED, "default_prompt_name": "query"},
+            "the prompt of default_prompt_name must be empty, got 'query: '",
+        ),
+    ],
+    ids=str,
+)
+def test_an_encoder_that_changes_texts_first_is_refused(tmp_path, name, held, message):
+    encoder_at(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_lower_case": False}))
+    SentenceEncoder.load(tmp_path / "a")
+    (tmp_path / "a" / name).write_text(json.dumps(held))
+    with pytest.raises(CheckpointError, match=f"{name}: {message}|{name} {message}"):
+        SentenceEncoder.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("default", [None, "document"])
+def test_an_encoder_that_would_change_nothing_is_taken(tmp_path, default):
+    encoder_at(tmp_path / "a")
+    (tmp_path / "a" / "sentence_bert_config.json").write_text('{"do_lower_case": true, "max_seq_length": null}')
+    prompts = json.dumps({**PROMPTED, "default_prompt_name": default})
+    (tmp_path / "a" / "config_sentence_transformers.json").write_text(prompts)
+    assert SentenceEncoder.load(tmp_path / "a").embed(["A"]).shape == (1, 32)
+
+
+@pytest.mark.parametrize(("sizes", "length"), [(None, 20), ({}, 20), ({"max_seq_length": 40}, 40)])
+def test_an_encoder_without_a_length_of_its_own_cuts_where_its_tokenizer_does(tmp_path, sizes, length):
+    model, tok = encoder_at(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 20}))
+    if sizes is not None:
+        (tmp_path / "a" / "sentence_bert_config.json").write_text(json.dumps(sizes))
+    found = SentenceEncoder.load(tmp_path / "a").embed(SENTENCES)
+    assert found == pytest.approx(mean_pooled(model, tok, SENTENCES, length), abs=1e-4)
+
+
 @pytest.mark.parametrize("pooling", [MEAN, {"pooling_mode": "mean", "include_prompt": True}])
 def test_mean_pooling_of_any_version_and_a_scaling_after_it_are_taken(tmp_path, pooling):
     encoder_at(tmp_path / "a", pooling=pooling, modules=["Transformer", "Pooling", "Normalize"])

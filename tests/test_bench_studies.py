@@ -4,10 +4,12 @@ that builds an engine of its own still gives torch's logits.
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
-from bench import bench_sparse_encoder, bench_sparse_matmul, study_pruning
+from bench import bench_sparse_encoder, bench_sparse_matmul, study_frontier, study_hans, study_pruning
 from bench.shapes import LINEARS
 from bench.study_pruning import Cells, shared, summary
 from sparsebert.config import PruneConfig
@@ -87,6 +89,47 @@ def test_ratios_are_taken_within_a_cell_and_weigh_dense_models_alike():
     assert "low" not in rows[1]
     rows = summary({("s", "adaptive"): [*base, cell("x", 0, 0.1)], ("s", "obs"): [*other, cell("x", 0, 0.2)]})
     assert rows[1]["low"] < rows[1]["ratio"] < rows[1]["high"]
+
+
+def test_the_base_has_no_interval_over_itself_with_int8_or_without():
+    int8 = {"kl_to_dense": 0.41, "accuracy": 0.89, "agreement": 1.0, "difference": 0.0}
+    for more in ({}, {"int8": int8}):
+        cells = [identity(weights=weights) | FIGURES | more for weights in ("v", "w", "x")]
+        base, other = summary({("s", study_pruning.BASE): cells, ("s", "obs"): cells})
+        assert "low" not in base and "low" in other
+        assert (base["method"], other["method"]) == (study_pruning.BASE, "obs")
+
+
+def test_the_frontier_is_of_single_texts(monkeypatch, capsys):
+    """Its engines and rivals would see the first text of a pair alone."""
+    monkeypatch.setattr(sys, "argv", ["study_frontier", "DENSE", "MODEL", "--task", "mnli"])
+    with pytest.raises(SystemExit):
+        study_frontier.main()
+    assert "--task must have single texts, mnli has pairs" in capsys.readouterr().err
+
+
+def test_models_of_hans_are_told_apart_by_their_names():
+    named = {
+        "mnli-ce-0-0123456789ab": ("ce", "", 0),
+        "mnli-reweight-mean-12-0123456789ab": ("reweight-mean", "", 12),
+        "mnli-poe-3-0123456789ab-at-0.14": ("poe", " at 0.14", 3),
+    }
+    assert {name: study_hans.kind_of(name) for name in named} == named
+    for wrong in ("mnli-ce", "mnli-ce-at-0.14", "mnli-ce-0-0123456789ab.teacher"):
+        with pytest.raises(InputError, match=f"mnli-LOSS-SEED-SETTINGS, got {wrong}"):
+            study_hans.kind_of(wrong)
+
+
+def test_a_loss_is_compared_with_cross_entropy_after_as_many_steps():
+    figures = dict.fromkeys(study_hans.FIGURES, 0.5)
+    found = {
+        ("ce", ""): {seed: figures for seed in (0, 1)},
+        ("poe", ""): {seed: dict.fromkeys(study_hans.FIGURES, 0.7) for seed in (0, 1)},
+        ("ce", " at 0.14"): {seed: dict.fromkeys(study_hans.FIGURES, 0.4) for seed in (0, 1)},
+        ("poe", " at 0.14"): {seed: figures for seed in (0, 1)},
+    }
+    over = {row["loss"]: row.get("over_ce") for row in study_hans.rows_of(found)}
+    assert over == {"ce": None, "ce at 0.14": None, "poe": pytest.approx(0.2), "poe at 0.14": pytest.approx(0.1)}
 
 
 def test_drift_away_from_the_task_is_of_the_cells_that_measured_it():

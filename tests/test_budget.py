@@ -145,6 +145,7 @@ def test_speed_is_found_by_bisection(dense, tmp_path, timed, drops):
         (CONFIG, {"min_speedup": 50.0}, "out of reach on this machine, the fastest is 32x1 at 0.95"),
         (CONFIG, {"max_robust_drop": None}, "needs both"),
         (CONFIG, {"budget_attack": "hotflip"}, "attacks must be among"),
+        (CONFIG.model_copy(update={"without": "climb"}), {}, "without"),
         (CONFIG, {"budget_attack": "deepwordbug,pwws"}, "attacks must be among"),
         (CONFIG.model_copy(update={"sparsity": 0.5}), {}, "chooses pattern, sparsity and int8"),
         (CONFIG.model_copy(update={"pattern": "4x1"}), {}, "chooses pattern, sparsity and int8"),
@@ -154,6 +155,40 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(dense, tmp_path, timed, d
     with pytest.raises(InputError, match=says):
         search(dense, "mr", tmp_path / "out", config, WITHIN.model_copy(update=within))
     assert not (tmp_path / "out").exists() and not drops[1]
+
+
+def test_forms_that_a_method_cannot_have_are_not_tried(dense, tmp_path, timed, drops, monkeypatch):
+    monkeypatch.setattr(budget, "FORMS", (("4x1", True), ("32x1", False)))
+    choice = search(dense, "mr", tmp_path / "out", CONFIG, WITHIN)  # magnitude does not round to int8
+    assert choice.chosen.pattern == "32x1" and {pattern for pattern, _ in timed} == {"32x1"}
+
+
+def test_nothing_that_is_attacked_is_calibrated_on(dense, tmp_path, timed, monkeypatch):
+    attacked, calibrated, original = [], [], budget.prune_checkpoint.__globals__["draw"]
+
+    def drop(pruned, dense, spec, held, *rest):
+        attacked.extend(held.texts)
+        return 0.0, (-1.0, 1.0)
+
+    def drawn(model, tokenizer, examples, *rest, **more):
+        calibrated.extend(examples.texts)
+        return original(model, tokenizer, examples, *rest, **more)
+
+    monkeypatch.setattr(budget, "_drop", drop)
+    monkeypatch.setitem(budget.prune_checkpoint.__globals__, "draw", drawn)
+    search(dense, "mr", tmp_path / "out", PruneConfig(method="wanda", calibration_tokens=300), WITHIN)
+    assert len(attacked) == 20 and len(calibrated) > 1000 and not set(attacked) & set(calibrated)
+
+
+def test_other_calibration_texts_are_another_search(dense, tmp_path, timed, drops):
+    own = tmp_path / "own.txt"
+    own.write_text("\n".join(f"a {i} line of texts" for i in range(60)))
+    config = PruneConfig(method="wanda", calibration_tokens=300, calibration=(str(own),))
+    search(dense, "mr", tmp_path / "out", config, WITHIN)
+    assert search(dense, "mr", tmp_path / "out", config, WITHIN).result.reused
+    own.write_text("\n".join(f"another {i} line of texts" for i in range(60)))
+    with pytest.raises(OutputError, match="other work"):
+        search(dense, "mr", tmp_path / "out", config, WITHIN)
 
 
 def test_stand_ins_are_timed_and_the_loss_is_that_of_attacks_on_both(dense, tmp_path, monkeypatch):

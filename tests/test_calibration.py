@@ -9,8 +9,9 @@ from models import classifier, saved, tokenizer
 from sparsebert import checkpoint, config, data
 from sparsebert.data import general_texts
 from sparsebert.errors import DataError, InputError
-from sparsebert.pruning import draw, prune_checkpoint
+from sparsebert.pruning import draw, prune, prune_checkpoint
 from sparsebert.pruning.calibration import HELD_OUT, SHARES, others
+from sparsebert.pruning.plan import plan
 
 MR = data.load(data.get_task("mr"), "train")
 PAIRS = data.Examples("nli", "train", MR.texts[:400], MR.texts[400:800], None)
@@ -79,6 +80,46 @@ def test_pairs_stay_pairs_and_are_joined_side_by_side():
 def test_few_texts_are_no_endless_loop():
     found = drawn(20_000, examples=MR.take(range(30)))
     assert found.parts["task"] < 1500 and found.parts["task, joined"] >= 0.15 * 20_000
+
+
+FEW = {"sparsity": 0.5, "calibration_tokens": 600}
+
+
+def own_task(folder, count: int) -> str:
+    """A folder with that many training texts."""
+    folder.mkdir()
+    for name, rows in (("train", range(count)), ("test", range(20, 22))):
+        lines = [f"text number {i} of this film is {'good' if i % 2 else 'bad'},{i % 2}" for i in rows]
+        (folder / f"{name}.csv").write_text("\n".join(["text,label", *lines]))
+    return str(folder)
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_distillation_of_too_few_texts_to_choose_on_is_refused_before_any_work(tmp_path, count):
+    """A tenth of the texts are held out: of nine, none."""
+    dense, task = saved(tmp_path / "dense"), own_task(tmp_path / "task", count)
+    settings = config.PruneConfig(tier=2, **FEW)
+    for asked in (plan, prune_checkpoint):
+        with pytest.raises(InputError, match=r"step distill needs a held-out text"):
+            asked(dense, task, tmp_path / "m", settings)
+    assert not list(tmp_path.glob("m*"))
+    with pytest.raises(InputError, match=r"step distill needs a held-out text"):
+        prune(classifier(), drawn(600, examples=MR.take(range(count))), settings)
+
+
+@pytest.mark.parametrize("fields", [{"tier": 2, "without": "distill,perturb"}, {"tier": 1}, {"method": "wanda"}])
+def test_without_distillation_a_few_texts_will_do(tmp_path, fields):
+    settings = config.PruneConfig(**FEW, **fields)
+    result = prune_checkpoint(saved(tmp_path / "dense"), own_task(tmp_path / "task", 9), tmp_path / "m", settings)
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_ten_texts_are_enough_to_distil(tmp_path, monkeypatch):
+    for name, value in {"STEPS": 6, "CHECK_EVERY": 2, "BATCH": 8}.items():
+        monkeypatch.setattr(f"sparsebert.pruning.distillation.{name}", value)
+    dense, task = saved(tmp_path / "dense"), own_task(tmp_path / "task", 10)
+    result = prune_checkpoint(dense, task, tmp_path / "m", config.PruneConfig(tier=2, **FEW))
+    assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 FILES = {

@@ -26,6 +26,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import sparsebert
 from sparsebert import checkpoint
 from sparsebert.checkpoint import manifest, tensors
+from sparsebert.engine import Engine
 from sparsebert.errors import CheckpointError, InputError, OutputError, UnsupportedError
 from sparsebert.jobs import Job, files
 
@@ -622,6 +623,26 @@ def test_a_file_that_the_manifest_names_may_not_be_absent(directory):
     (directory / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"m lacks tokenizer_config\.json"):
         checkpoint.load(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("special_tokens_map.json", '{"additional_special_tokens": ["ovie"]}'), ("added_tokens.json", "{}"),
+        ("vocab.txt", ""), ("merges.txt", "a b"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_read_and_that_the_manifest_does_not_name_is_refused(directory, name, held):
+    (directory / name).write_text(held)
+    for load in (checkpoint.load, checkpoint.read, Engine.load):
+        with pytest.raises(
+            CheckpointError, match=rf"m/{name} must be among the files of its manifest, was added after"
+        ):
+            load(directory)
+    (directory / name).unlink()
+    for other in ("README.md", "sparsebert/eval.json", "sparsebert/attacks-x.parquet", "sparsebert/int8.safetensors"):
+        (directory / other).write_text("more")
+    checkpoint.load(directory)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,8 @@ def test_bench_times_random_weights_and_takes_one_model(dense, capsys):
     assert code == 0 and document(out)["density"] == pytest.approx(0.1, abs=1e-3)
     for given in ([dense, "--random", "minilm"], []):
         assert "bench needs either DIR or --random" in refused(capsys, "bench", *given)
+    for given in (["--pattern", "32x1"], ["--sparsity", 0.5]):
+        assert "belong to --random" in refused(capsys, "bench", dense, *given)
     assert "got 'tensorrt'" in refused(capsys, "bench", dense, "--rivals", "tensorrt")
 
 
@@ -243,6 +245,11 @@ def test_a_dry_run_refuses_what_the_run_would(dense, tmp_path, capsys):
     assert "multiple of 7" in line
     line = refused(capsys, "prune", dense, "--task", "mr", "--loss", "poe", "-o", tmp_path / "p", "--dry-run")
     assert "belongs to methods mask" in line
+    within = ("--min-speedup", 2, "--max-robust-drop", 1)
+    line = refused(capsys, "prune", dense, "--task", "mr", "-o", tmp_path / "p", *within, "--adversarial", "freelb")
+    assert "--adversarial belongs to methods" in line
+    line = refused(capsys, "prune", dense, "--task", "mr", "-o", tmp_path / "p", "--budget-n", 50)
+    assert "belong to a budget, none was given" in line
     trained = ["--task", "mr", "--method", "mask", "--sparsity", 0.5, "-o", tmp_path / "p", "--dry-run"]
     assert "must not fall" in refused(capsys, "prune", dense, *trained, "--gradual", 0.9)
     assert "hold_out 0" in refused(capsys, "prune", dense, *trained, "--select", "best")

@@ -13,7 +13,7 @@ from scipy import stats
 from scipy.special import expit, softmax
 
 from sparsebert import heads
-from sparsebert.errors import InputError, UnsupportedError
+from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 
 NLI = ("entailment", "neutral", "contradiction")
 
@@ -112,6 +112,12 @@ def test_problem_of_a_config(config, problem):
 def test_other_heads_are_refused_by_name(config, says):
     with pytest.raises(UnsupportedError, match=says):
         heads.problem_of(config)
+
+
+@pytest.mark.parametrize("classes", [1, "BertForTokenClassification", [None], {"a": "b"}])
+def test_classes_that_are_no_list_of_names_are_named(classes):
+    with pytest.raises(CheckpointError, match=r"config.json: architectures must be a list of names of classes, got"):
+        heads.problem_of({"architectures": classes})
 
 
 def test_label_names_fill_in_what_config_does_not_say_and_refuse_what_is_no_name():

@@ -411,9 +411,10 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
 def test_a_head_that_does_not_come_or_does_not_end_is_not_waited_for(model):
     def answer(*parts: bytes) -> bytes:
         with socket.create_connection(("127.0.0.1", begun.port), 20) as connection:
-            for part in parts:
-                connection.sendall(part)
             with contextlib.suppress(OSError):
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(0.01)
                 return b"".join(iter(lambda: connection.recv(4096), b""))
         return b""
 
@@ -424,6 +425,7 @@ def test_a_head_that_does_not_come_or_does_not_end_is_not_waited_for(model):
             (b"GET /health/li",),
             (b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ",),
             (whole, b"GET /h"),
+            (whole, b"\r\n"),  # uvicorn would wait for ever
         ):
             found = answer(*parts)
             assert b"HTTP/1.1 408 " in found and b'"type": "http"' in found, parts
@@ -451,7 +453,9 @@ def test_an_offer_to_speak_another_protocol_is_not_heard(server):
     body = b'{"inputs": "a film"}'
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
     head += b"HTTP2-Settings: AAE\r\nContent-Length: %d\r\n\r\n" % len(body)
-    for parts in ((head + body,), (head, body)):  # Java's client sends the second
+    at = head.index(b"rade: h2c")
+    apart = (head[:40], head[40:at], head[at:-1], head[-1:] + body)
+    for parts in ((head + body,), (head, body), apart):  # Java's client sends the second
         with socket.create_connection(("127.0.0.1", server.port), 20) as connection:
             for _ in range(2):
                 for part in parts:
@@ -592,6 +596,66 @@ def test_whoever_leaves_holds_no_place(model):
         first.join(10)
         assert found[0][0] == 200 and begun.metric("sparsebert_texts_total") == 1
         assert begun.metric(r"sparsebert_requests_total\{route=\"/predict\",status=\"499\"\}") == 20
+
+
+def test_a_text_that_the_engine_would_refuse_is_an_error_of_its_own(tmp_path):
+    with running(saved(tmp_path / "roberta", classifier("roberta"))) as begun:
+        engine = begun.engine
+        for body in ({"inputs": "a <pad> film"}, {"inputs": "a <pad> film " * 9, "window": 8}):
+            status, document, _ = begun.ask("/predict", body)
+            assert status == 422 and "holds the padding token" in document["error"], document
+        assert begun.ask("/predict", {"inputs": "a film"})[0] == 200
+        assert begun.engine == engine and begun.metric("sparsebert_engine_restarts") == 0
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("/classify", {"input": [1] * 600_000}),
+        ("/rerank", {"query": "a", "texts": [1] * 600_000}),
+        ("/v2/models/model/infer",
+         {"inputs": [{"name": "text", "shape": ["a"] * 300_000, "datatype": "BYTES", "data": ["a"]}]}),
+    ],
+)  # fmt: skip
+def test_a_body_with_many_errors_costs_what_one_does(server, route, body):
+    used = spent(server.process.pid)
+    status, document, _ = server.ask(route, body)
+    assert status == 422 and document["type"] in ("validation", "not_supported"), document
+    assert spent(server.process.pid) - used < 1.0, "an error for each takes five seconds, and a gigabyte"
+
+
+def spent(pid: int) -> float:
+    """Seconds of a core that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_directory_that_cannot_be_served_as_asked_is_not_swapped_in(tmp_path, model):
+    first = saved(tmp_path / "model")
+    short = saved(tmp_path / "short", max_position_embeddings=32)
+    three = saved(tmp_path / "three", labels=3)
+    with running(first, "--max-tokens", 48, "--shadow", model, "--shadow-rate", 1) as begun:
+        for other, said in ((short, "at most 32 tokens of a text"), (three, "three labels|3 labels|2 labels")):
+            first.rename(tmp_path / "aside")
+            other.rename(first)
+            begun.process.send_signal(signal.SIGHUP)
+            until(lambda said=said: any(re.search(f"not loaded anew.*({said})", line) for line in begun.lines))
+            assert begun.ask("/predict", {"inputs": "a film"})[0] == 200 and len(begun.engines) == 2
+            first.rename(other)
+            (tmp_path / "aside").rename(first)
+
+
+def test_a_shadow_is_compared_by_the_labels_of_the_model_that_answers_after_a_restart(tmp_path, model):
+    first, second = saved(tmp_path / "model"), turned(tmp_path / "turned")
+    with running(first, "--shadow", model, "--shadow-rate", 1) as begun:
+        engines = begun.engines
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        os.kill(min(engines), signal.SIGKILL)
+        until(lambda: any("holds another model than before" in line for line in begun.lines))
+        until(lambda: begun.ask("/predict", {"inputs": [["a film"]] * 4})[0] == 200)
+        until(lambda: begun.metric("sparsebert_shadow_texts_total") >= 4)
+        assert begun.metric("sparsebert_shadow_same_total") == begun.metric("sparsebert_shadow_texts_total")
 
 
 def test_an_engine_that_is_killed_comes_back_and_the_server_lives(model):

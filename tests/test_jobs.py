@@ -176,6 +176,13 @@ def test_a_file_takes_its_place_whole_and_flushed(tmp_path, monkeypatch):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_a_folder_that_is_a_file_is_an_error_of_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match=r"x\.json cannot be written: "):
+        jobs.write(tmp_path / "file" / "x.json", "{}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_a_prepared_temporary_name_is_not_followed(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "known")

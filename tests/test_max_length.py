@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from models import classifier, saved, tokenizer
+from models import classifier, saved, stock, tokenizer
 
 from sparsebert import Engine, checkpoint, data, encoders
 from sparsebert.checkpoint import encoding
@@ -50,6 +50,26 @@ def test_own_texts_are_kept_whole_as_the_engine_keeps_them(tmp_path, folder):
     accuracy = (engine.logits(examples.texts).argmax(1) == examples.labels).mean()
     assert found.accuracy == accuracy
     assert (found.max_length, found.cut, found.rows) == (512, 0.0, ROWS)
+
+
+def test_own_texts_are_no_longer_than_the_tokenizer_lets_them_be_as_in_predict(tmp_path, folder):
+    model = stock(saved(tmp_path / "model"))
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 20}))
+    examples = data.load(data.get_task(str(folder)), "test")
+    found = evaluate(model, str(folder))
+    served = Engine.load(model, cached=False).logits(examples.texts, truncate=True)
+    assert found.max_length == 20 and found.accuracy == (served.argmax(1) == examples.labels).mean()
+    assert evaluate(model, str(folder), max_length=100).max_length == 100, "who asks for more gets more"
+
+
+def test_a_length_that_leaves_a_pair_no_room_is_refused(tmp_path):
+    model, path = saved(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    rows = [{"text": f"one {i}", "text_b": f"two {i}", "label": i % 2} for i in range(40)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="max_length must be 6 to 512, got 5"):
+        evaluate(model, str(path), max_length=5)
+    assert evaluate(model, str(path), max_length=6).max_length == 6
 
 
 def test_the_share_of_texts_cut_is_that_of_longer_ones(tmp_path, folder):

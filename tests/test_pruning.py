@@ -15,6 +15,7 @@ from sparsebert.config import PruneConfig
 from sparsebert.errors import InputError, OutputError, UnsupportedError
 from sparsebert.pruning import draw, prune, prune_checkpoint
 from sparsebert.pruning.methods import LABEL_FREE
+from sparsebert.pruning.plan import plan_model
 from sparsebert.pruning.solve import Quadratic
 from sparsebert.pruning.stages import stages
 
@@ -123,6 +124,17 @@ def test_what_is_not_pruned_stays(method):
             assert torch.equal(a, b), name
         elif name.endswith("weight"):
             assert not torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "16x1", "8:2:16"])
+@pytest.mark.parametrize("method", LABEL_FREE)
+def test_a_plan_says_the_zeros_that_are_made(method, pattern):
+    model, sparsity = classifier(), None if ":" in pattern else 0.7
+    config = PruneConfig(method=method, pattern=pattern, sparsity=sparsity)
+    planned = plan_model(model, config, speed=1e12)
+    prune(model, calibration(), config)
+    about = 0.01 if method == "knowledge" else 0  # an allotment rounds the sum, not each linear
+    assert sum(zeros(model).values()) == pytest.approx(planned.zeros, rel=about)
 
 
 def test_zeros_are_counted_in_decimal_or_exactly():
@@ -241,6 +253,35 @@ def test_moments_come_from_sparse_predecessors_and_dense_targets(kind, weighted)
                 module.weight[:, ::2] = 0
     assert seen == 14
     assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_the_head_of_an_electra_with_narrow_embeddings_is_what_follows_its_encoder():
+    """`embeddings_project`, a linear before the layers, is not of the head: it does not change, and the dense logits
+    that the head is fitted to are those of the dense model.
+    """
+    model, batches = classifier("electra", embedding_size=16), calibration(kind="electra").batches
+    with torch.no_grad():
+        wanted = torch.cat([model(**batch).logits for batch in batches])
+    heads = []
+    for stage in stages(model, batches, heads=True):
+        if stage.head:
+            heads.append(stage)
+        else:
+            with torch.no_grad():
+                for module in stage.linears.values():
+                    module.weight.zero_()
+    assert [name for stage in heads for name in stage.linears] == ["classifier.dense", "classifier.out_proj"]
+    torch.testing.assert_close(heads[-1].examples[1], wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["adaptive", "knowledge"])
+def test_embeddings_that_are_projected_do_not_change(method):
+    model, untouched = (classifier("electra", embedding_size=16) for _ in range(2))
+    prune(model, calibration(kind="electra"), PruneConfig(method=method, sparsity=0.5))
+    before = dict(untouched.named_parameters())
+    projected = {name: p for name, p in model.named_parameters() if "embeddings_project" in name}
+    assert len(projected) == 2 and all(torch.equal(p, before[name]) for name, p in projected.items())
+    assert not torch.equal(model.classifier.out_proj.weight, before["classifier.out_proj.weight"])
 
 
 def test_dense_inputs_are_measured_whatever_the_caller_changes():

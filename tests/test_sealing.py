@@ -56,6 +56,18 @@ def test_a_stock_directory_says_that_it_is_unsealed_and_following_the_advice_sea
         Engine.load(directory)
 
 
+def test_tokenizer_files_of_a_stock_directory_are_sealed_and_later_ones_refused(directory):
+    models.stock(directory)
+    (directory / "special_tokens_map.json").write_text('{"pad_token": "[PAD]"}')
+    checkpoint.seal(directory)
+    assert "special_tokens_map.json" in checkpoint.read(directory).manifest["files"]
+    checkpoint.load(directory)
+    (directory / "added_tokens.json").write_text('{"[PAD]": 0}')
+    for refused in (checkpoint.load, checkpoint.reseal):
+        with pytest.raises(CheckpointError, match=r"added_tokens.json must be among the files of its manifest"):
+            refused(directory)
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_sealed_directory_loads_without_a_word(directory):
     Engine.load(directory)

@@ -7,15 +7,18 @@ import os
 import random
 import signal
 import sys
+import time
 
 import numpy as np
 import pytest
 from models import saved
 
 from sparsebert import Engine
-from sparsebert.errors import CheckpointError, InputError
+from sparsebert.engine.inputs import Inputs
+from sparsebert.errors import CheckpointError, InputError, SparsebertError
 from sparsebert.serving.batcher import Limits, Refused
-from sparsebert.serving.served import Served, TooLate, Unavailable
+from sparsebert.serving.process import EngineProcess, load_engine
+from sparsebert.serving.served import INLINE, Answer, Served, TooLate, Unavailable
 
 WORDS = ["good", "bad", "film", "the", "a", "not", "so", "very", "long", "story"]
 
@@ -184,6 +187,87 @@ def test_closing_answers_those_in_flight_and_takes_no_more(model):
 
     closed, answers = asyncio.run(scenario())
     assert closed and len(answers) == 10 and all(np.isfinite(answer.logits).all() for answer in answers)
+
+
+def refuses_seven_tokens(directory, dtype, threads):
+    """An engine, as `load_engine`, that refuses texts of seven tokens."""
+    forward, facts = load_engine(directory, dtype, threads)
+
+    def picky(ids, types):
+        if any(len(row) == 7 for row in ids):
+            raise CheckpointError("logits are not finite", fix="train it again")
+        return forward(ids, types)
+
+    return picky, facts
+
+
+def test_a_request_that_the_engine_refuses_ends_alone_and_the_engine_stays(model):
+    async def scenario(served):
+        pid = served._process.pid
+        found = await asyncio.gather(
+            *(served.answer([text]) for text in ("a film", "a very long story so", "good")), return_exceptions=True
+        )
+        return found, served._process.pid == pid, served.counts.restarts
+
+    found, same, restarts = serving(model, scenario, load=refuses_seven_tokens, limits=Limits(wait=60))
+    assert isinstance(found[1], CheckpointError) and same and restarts == 0
+    for answer, text in ((found[0], "a film"), (found[2], "good")):
+        assert answer.logits == pytest.approx(Engine.load(model).logits([text]), abs=1e-5)
+
+
+def test_a_deadline_holds_while_a_text_is_tokenized(model, monkeypatch):
+    original = Inputs.encode
+
+    def slow(self, texts, **how):
+        if len(texts[0]) > INLINE:
+            time.sleep(0.4)
+        return original(self, texts, **how)
+
+    async def scenario(served):
+        monkeypatch.setattr(Inputs, "encode", slow)
+        start = time.monotonic()
+        asked = [served.answer(["a film " * 1000], truncate=True, seconds=0.6) for _ in range(8)]
+        pending = [asyncio.ensure_future(each) for each in asked]
+        await asyncio.sleep(0.05)
+        flight = served.in_flight
+        found = await asyncio.gather(*pending, return_exceptions=True)
+        took = time.monotonic() - start
+        await served.answer(["a film"])
+        return flight, found, took
+
+    flight, found, took = serving(model, scenario, limits=Limits(wait=60))
+    assert flight == 8 and took < 2.0
+    late = [each for each in found if isinstance(each, TooLate)]
+    assert len(late) >= 4 and all(isinstance(each, (Answer, TooLate)) for each in found)
+
+
+def test_a_process_that_is_of_no_use_is_ended(model, monkeypatch):
+    begun, original = [], EngineProcess.__init__
+
+    def noted(self, *given, **settings):
+        original(self, *given, **settings)
+        begun.append(self)
+
+    def no_use(facts):
+        raise InputError("other labels", fix="name another model")
+
+    monkeypatch.setattr(EngineProcess, "__init__", noted)
+    with pytest.raises(InputError, match="other labels"):
+        asyncio.run(Served.begin(model, threads=1, accept=no_use))
+    with monkeypatch.context() as patch:
+        patch.setattr(Served, "_warm_up", lambda self: no_use(None))
+        with pytest.raises(InputError, match="other labels"):
+            asyncio.run(Served.begin(model, threads=1))
+    assert len(begun) == 2 and not any(process.alive for process in begun)
+
+
+def ends(directory, dtype, threads):
+    os._exit(137)
+
+
+def test_an_engine_that_ends_while_it_is_loaded_is_an_error_of_one_line(model):
+    with pytest.raises(SparsebertError, match="has ended, exit code 137"):
+        asyncio.run(Served.begin(model, threads=1, load=ends))
 
 
 def test_a_model_that_is_damaged_is_not_served(tmp_path):

@@ -589,6 +589,21 @@ def test_the_binding_refuses_columns_that_are_not_there():
             make(*arrays.values(), packed.n_in, packed.n_out, None, "none")
 
 
+def test_the_binding_refuses_places_whose_end_is_no_number():
+    core, most = _dispatch.core(), np.iinfo(np.int64).max
+    names = ("rows", "col_begin", "col_count", "cols", "value_begin", "values")
+    arrays = {name: getattr(G, name) for name in names}
+    arrays["value_begin"] = np.full_like(arrays["value_begin"], most)
+    with pytest.raises(ValueError, match="must lie in values"):
+        core.grouped_linear(*arrays.values(), G.n_in, G.n_out, None, "none")
+    names = ("rows", "tiles", "col_begin", "chunks", "cols", "value_begin", "mask_begin", "values", "masks")
+    for place in ("col_begin", "value_begin", "mask_begin"):
+        arrays = {name: getattr(T, name) for name in names}
+        arrays[place] = np.full_like(arrays[place], most)
+        with pytest.raises(ValueError, match="must lie in"):
+            core.tiled_linear(*arrays.values(), T.n_in, T.n_out, None, "none")
+
+
 def test_a_caller_that_flushes_denormals_gets_the_same_bits_on_any_number_of_threads(isa):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((256, 64)) * 1e-39).astype(np.float32)

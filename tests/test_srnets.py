@@ -43,6 +43,12 @@ SMALL = {
 DENSE = [{"task": "mr", "seed": [0, 1, 2]}]
 
 
+@pytest.fixture(scope="module")
+def start(encoder):
+    """A small encoder without a head, which the models of the grids are fine-tuned from."""
+    return encoder
+
+
 def written(folder, start, **changes):
     path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump({"model": str(start), **SMALL, **changes}))
@@ -193,6 +199,14 @@ def test_figures_of_all_sets_in_one_level():
     assert flat(evaluation) == {"accuracy": 0.5, "hans.entailment": 0.9}
 
 
+def test_a_grid_may_leave_parts_empty_and_a_method_that_is_a_loss_too_has_settings(tmp_path, start):
+    cells = [{"task": "mr", "paradigm": "finetuned", "method": name, "sparsity": 0.5} for name in ("rmc", "imp")]
+    tasks = {"mr": {"train": None, "prune": {"rmc": {"difficulty_floor": 0.3}, "imp": {"steps": 7}}}}
+    grid = read_grid(str(written(tmp_path, start, cells=cells, tasks=tasks, comparisons=None, least=None)))
+    first, second = (grid.prune_configs(cell)[1] for cell in grid.cells)
+    assert first.difficulty_floor == 0.3 and second.steps == 7 and grid.comparisons == []
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
@@ -206,6 +220,11 @@ def test_figures_of_all_sets_in_one_level():
         ({"cells": [{"task": "mr", "paradigm": "finetuned", "method": "mask", "gradual": 0.9}]}, "must not fall"),
         ({"tasks": {"mr": {"train": {"speed": 1}}}, "cells": [{"task": "mr"}]}, "speed"),
         ({"tasks": {"nonsense": {}}}, "task must be one of"),
+        ({"tasks": ["mr"]}, "tasks must map names to settings"),
+        ({"tasks": {"mr": {"train": [1]}}, "cells": [{"task": "mr"}]}, r"train must map names to settings, got \[1\]"),
+        ({"comparisons": {"a": 1}}, "comparisons must be a list"),
+        ({"comparisons": [{"name": "c", "figure": "accuracy", "a": {"speed": 1}, "b": {}}]}, "comparison c"),
+        ({"least": 3}, "least must map names to settings"),
     ],
 )
 def test_a_grid_that_cannot_be_run_is_refused(tmp_path, start, changes, match):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import classifier
+from models import classifier, saved, stock
 
 from sparsebert import checkpoint, config, encoders, patterns
 from sparsebert.errors import InputError, OutputError
@@ -22,6 +22,12 @@ QUICK = {"n": 48, "batch_size": 4, "steps": 12, "precision": "fp32", "lr": 1e-2}
 
 class Killed(Exception):
     """Stands for a kill in the middle of a run."""
+
+
+@pytest.fixture(scope="module")
+def start(encoder):
+    """A small encoder without a head, which `tuned` is fine-tuned from."""
+    return encoder
 
 
 def sparsity_of(pattern: str) -> float:
@@ -378,7 +384,7 @@ def test_a_mask_of_the_fine_tuned_model_goes_onto_the_pretrained_weights(start, 
     subnet = SubnetConfig(**QUICK, rewind="pretrained")
     prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method="mask", sparsity=0.5), subnet)
     model, _ = checkpoint.load(tmp_path / "m")
-    before, _ = checkpoint.load(start)
+    before, _ = checkpoint.load(start, num_labels=2)
     linears = encoders.encoder_linears(before)
     for name, linear in encoders.encoder_linears(model).items():
         kept = linear.weight != 0
@@ -398,7 +404,7 @@ def test_imp_rw_gives_pretrained_weights_with_zeros(start, tuned, tmp_path):
     result = prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method="imp-rw", sparsity=0.4), subnet)
     assert result.sparsity == pytest.approx(0.4, abs=1e-3)
     model, _ = checkpoint.load(tmp_path / "m")
-    before, _ = checkpoint.load(start)
+    before, _ = checkpoint.load(start, num_labels=2)
     for name, linear in encoders.encoder_linears(model).items():
         kept = linear.weight != 0
         assert torch.equal(linear.weight[kept], encoders.encoder_linears(before)[name].weight[kept])
@@ -456,12 +462,104 @@ def test_a_short_run_crosses_the_threshold_by_a_larger_learning_rate(tuned, tmp_
         ({"method": "mask"}, {"start": "pretrained"}, "is not known"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(tmp_path, start, fields, subnet, match):
+def test_settings_that_do_not_go_together_are_refused(tmp_path, fields, subnet, match):
+    dense = saved(tmp_path / "dense")
     with pytest.raises(InputError, match=match):
         prune_checkpoint(
-            start, "mr", tmp_path / "m", config.PruneConfig(sparsity=0.5, **fields), SubnetConfig(**subnet)
+            dense, "mr", tmp_path / "m", config.PruneConfig(sparsity=0.5, **fields), SubnetConfig(**subnet)
         )
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("method", "subnet"),
+    [
+        ("imp-rw", {"rewind": "pretrained"}),
+        ("mask", {"rewind": "pretrained"}),
+        ("imp", {"start": "pretrained"}),
+        ("robust-ticket", {}),  # trained from the pretrained weights by default
+        ("mask", {"loss": "poe", "bias": "weak"}),
+        ("mask", {"loss": "confreg", "bias": "weak"}),
+        ("imp", {"loss": "distill"}),
+        ("rmc", {}),
+    ],
+)
+def test_a_classifier_from_elsewhere_does_not_count_as_the_encoder_that_it_was_fine_tuned_from(
+    tmp_path, method, subnet
+):
+    """Its own weights know the labels. Nor does it where a model of this package was made from it."""
+    elsewhere = stock(saved(tmp_path / "elsewhere"))
+    prune_checkpoint(elsewhere, "mr", tmp_path / "made", config.PruneConfig(method="magnitude", sparsity=0.5))
+    for source in (elsewhere, tmp_path / "made"):
+        with pytest.raises(InputError, match=f"the encoder that {source} was fine-tuned from is not known"):
+            prune_checkpoint(
+                source, "mr", tmp_path / "m", config.PruneConfig(method=method, sparsity=0.5),
+                SubnetConfig(**QUICK, **subnet),
+            )  # fmt: skip
+    assert not list(tmp_path.glob("m.*")) and not (tmp_path / "m").exists()
+
+
+def test_a_classifier_from_elsewhere_may_be_named_or_taught_by_one_that_is_named(tuned, tmp_path):
+    elsewhere = stock(saved(tmp_path / "elsewhere"))
+    for method, subnet in (("imp-rw", {"rewind": str(elsewhere)}), ("imp", {"loss": "distill", "teacher": str(tuned)})):
+        subnet = SubnetConfig(**{**QUICK, "steps": 4}, **subnet)
+        settings = config.PruneConfig(method=method, sparsity=0.5)
+        assert prune_checkpoint(elsewhere, "mr", tmp_path / method, settings, subnet).sparsity > 0.49
+
+
+@pytest.mark.parametrize("method", ["mask", "imp-rw", "robust-ticket"])
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"hidden_size": 64, "intermediate_size": 64}, r"is \[\d+, 32\] there and \[\d+, 64\] in"),
+        ({"num_hidden_layers": 3}, r"layer\.2\.attention\.self\.query\.weight is absent there and \[32, 32\] in"),
+        ({"num_hidden_layers": 1}, r"layer\.1\.attention\.self\.query\.weight is \[32, 32\] there and absent in"),
+        ({"kind": "distilbert"}, "there and absent in"),
+    ],
+)
+def test_weights_of_another_architecture_are_no_weights_to_rewind_to(tuned, tmp_path, method, other, says):
+    wrong = saved(tmp_path / "wrong", **other)
+    with pytest.raises(InputError, match=f"weights to rewind to must have the shapes of {tuned}: .*{says}"):
+        prune_checkpoint(
+            tuned, "mr", tmp_path / "m", config.PruneConfig(method=method, sparsity=0.5),
+            SubnetConfig(**QUICK, rewind=str(wrong)),
+        )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["wrong"]
+
+
+def test_a_run_does_not_rewind_to_embeddings_of_another_vocabulary_but_a_mask_goes_onto_them(tuned, tmp_path):
+    """A mask is of linears alone, and the model that it is put into keeps its tokenizer."""
+    other = saved(tmp_path / "other", vocab_size=12_500)
+    for method in ("imp-rw", "mask"):
+        settings = config.PruneConfig(method=method, sparsity=0.5)
+        subnet = SubnetConfig(**{**QUICK, "steps": 4}, rewind=str(other))
+        if method == "imp-rw":
+            with pytest.raises(InputError, match=r"word_embeddings.weight is \[12000, 32\] there and \[12500, 32\]"):
+                prune_checkpoint(tuned, "mr", tmp_path / method, settings, subnet)
+        else:
+            prune_checkpoint(tuned, "mr", tmp_path / method, settings, subnet)
+            assert checkpoint.load(tmp_path / method)[0].config.vocab_size == 12_500
+
+
+@pytest.mark.parametrize("loss", ["distill", "rmc"])
+@pytest.mark.parametrize(("method", "given"), [("mask", None), ("mask", 3e-3), ("imp", None)])
+def test_a_teacher_is_fine_tuned_at_the_learning_rate_of_fine_tuning(tuned, tmp_path, monkeypatch, method, given, loss):
+    """Mask scores have a larger default, which is none of whole models; a rate that is given is that of all."""
+    rates, original = [], loop.TrainingLoop.__init__
+
+    def noted(self, model, settings, *args, part="run", **kwargs):
+        original(self, model, settings, *args, part=part, **kwargs)
+        rates.append((part, settings.loss, settings.lr))
+
+    monkeypatch.setattr(loop.TrainingLoop, "__init__", noted)
+    fields = {name: value for name, value in QUICK.items() if name != "lr"}
+    subnet = SubnetConfig(**fields, lr=given, loss=loss)
+    prune_checkpoint(tuned, "mr", tmp_path / "m", config.PruneConfig(method=method, sparsity=0.5), subnet)
+    beside = given or 5e-5
+    assert checkpoint.read_recipe(tmp_path / "m.teacher")["lr"] == beside
+    assert {rate for _, kind, rate in rates if kind == "ce"} == {beside}
+    (own,) = (rate for _, kind, rate in rates if kind == loss)
+    assert own == (given or pytest.approx(5e-5 * (61_360 / 12) ** 0.5 if method == "mask" else 5e-5))
 
 
 def test_a_diverging_search_stops_and_keeps_its_last_good_state(tuned, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def test_a_page_names_the_variables_that_matter(monkeypatch):
     for name, value in {
         "SPARSEBERT_ISA": "avx2", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "ONEDNN_MAX_CPU_ISA": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2", "MKL_NUM_THREADS": "2", "LD_PRELOAD": "/some/where/libjemalloc.so",
-        "SPARSEBERT_CACHE": "/a/cache", "HOME": "/nowhere", "OMP_PROC_BIND": "",
+        "SPARSEBERT_CACHE": "/a/cache", "SPARSEBERT_API_KEY": "a secret", "HOME": "/nowhere", "OMP_PROC_BIND": "",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     page = harness.markdown("t", [{"a": 1}], {"a": "d"}, "notes")

@@ -31,6 +31,12 @@ class Killed(Exception):
     """Stands for a kill in the middle of a run."""
 
 
+@pytest.fixture(scope="module")
+def start(encoder):
+    """A small encoder without a head, which `tuned` is fine-tuned from."""
+    return encoder
+
+
 def batch_of(rows: int = 6):
     ids = torch.arange(5, 5 + rows * 9).view(rows, 9)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(rows) % 2
@@ -158,7 +164,7 @@ def test_a_robust_ticket_has_the_sparsity_and_is_trained_after_the_draw(start, t
     settings = config.PruneConfig(method="robust-ticket", sparsity=0.3)
     result = prune_checkpoint(tuned, "mr", tmp_path / "m", settings, SubnetConfig(**QUICK))
     assert result.sparsity == pytest.approx(0.3, abs=1e-4)
-    model, before = checkpoint.load(tmp_path / "m")[0], checkpoint.load(start)[0]
+    model, before = checkpoint.load(tmp_path / "m")[0], checkpoint.load(start, num_labels=2)[0]
     moved = [
         (m.weight[m.weight != 0] != other.weight[m.weight != 0]).any().item()
         for m, other in zip(
@@ -210,6 +216,15 @@ def test_the_removed_heads_and_units_make_the_sparsity():
     with pytest.raises(InputError, match=r"6 heads are more than sparsity 0\.1"):
         removed(model, 0.1, heads=0.9)
     assert removed(model, 0.5, whole=True)[:2] == (4, 1)
+
+
+def test_a_sparsity_that_heads_and_units_cannot_make_is_refused():
+    model = classifier(num_attention_heads=4)  # units make half of the encoder's weights here
+    with pytest.raises(InputError, match=r"0 heads and all feed-forward units make sparsity 0\.5, got 0\.9"):
+        removed(model, 0.9, heads=0.0)
+    with pytest.raises(InputError, match=r"6 heads and all feed-forward units make sparsity 0\.875, got 0\.9"):
+        removed(model, 0.9)  # a head of each layer stays
+    assert removed(model, 0.5, heads=0.0)[:2] == (0, 2 * 64), "every unit goes"
 
 
 # SuperTicket

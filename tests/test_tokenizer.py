@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from sparsebert import checkpoint
 from sparsebert.checkpoint import encoding
 from sparsebert.checkpoint.encoding import shares
+from sparsebert.engine import Engine
 from sparsebert.errors import CheckpointError, InputError, UnsupportedError
 
 KINDS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra")
@@ -28,7 +29,7 @@ TEXTS = [
     "مرحبا بالعالم שלום", "tabs\tand\nnew  lines   and    spaces ", " leading", "a1b2c3 1234567", "x" * 150,
     "[SEP] [MASK] <s> </s> <pad> <mask> [PAD]", "it's we'll I'D don't", "\u0130stanbul ſ Ω", "A" * 90 + "b" * 30,
     "e\u0301 combining \u200b zero width \u00a0 hard space \u3000", "😀 emoji 👩\u200d👩\u200d👧 ok",
-    "control \x01\x02 chars \ufffd", "ok",
+    "control \x01\x02 chars \ufffd", "ok", "the [E1] good [e1]s, a smile smiles [NEW]film",
 ]  # fmt: skip
 
 
@@ -94,6 +95,16 @@ def test_ids_and_types_are_those_of_transformers(directories, kind):
     check(directories[kind])
 
 
+def token(content, **flags):
+    off = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": False}
+    return {"content": content, **off, **flags}
+
+
+def roomy(tmp_path, kind):
+    """A stock directory with more rows of embeddings than tokens."""
+    return models.stock(models.saved(tmp_path / "m", kind=kind, vocab_size=30530, num_hidden_layers=1))
+
+
 HONOURED = {
     "types for the fast base class": ("bert", {"tokenizer_class": "PreTrainedTokenizerFast"}),
     "fast base class with types": (
@@ -139,6 +150,30 @@ HONOURED = {
         },
     ),
     "extra special by name": ("bert", {"extra_special_tokens": {"image_token": "stocks"}}),
+    "special of its own name": ("bert", {"doc_token": "[NEW]", "film_token": "stocks", "no_token": 3}),
+    "special of its own name, as an object": (
+        "bert",
+        {
+            "doc_token": {
+                "__type": "AddedToken",
+                "content": "smile",
+                "lstrip": True,
+                "rstrip": False,
+                "single_word": True,
+                "normalized": True,
+                "special": True,
+            },
+        },
+    ),
+    "special of names of two kinds": (
+        "bert",
+        {"b_token": "[NEW]", "extra_special_tokens": {"a_token": "[E1]"}, "bos_token": "[B]", "mask_token": "[M]"},
+    ),
+    "special ones, objects before strings": (
+        "bert",
+        {"doc_token": "[NEW]", "a_token": {"__type": "AddedToken", **token("[E1]", special=True, lstrip=True)}},
+    ),
+    "special of its own name, xlm-roberta": ("xlm-roberta", {"doc_token": "film"}),
     "prefix space of the fast base class": (
         "roberta",
         {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False},
@@ -151,9 +186,7 @@ HONOURED = {
 def test_settings_are_honoured_as_transformers_does(directories, tmp_path, name):
     kind, changes = HONOURED[name]
     if "special" in name:  # more embedding rows for new tokens
-        directories = {
-            kind: models.stock(models.saved(tmp_path / "m", kind=kind, vocab_size=30530, num_hidden_layers=1))
-        }
+        directories = {kind: roomy(tmp_path, kind)}
     check(variant(directories[kind], tmp_path, changes))
 
 
@@ -234,18 +267,105 @@ def test_a_vocabulary_alone_is_enough(directories, tmp_path):
         check(variant(directories["bert"], tmp_path, config, vocab__txt=text, tokenizer__json=None))
 
 
+def without_document(directory, tmp_path, config=None, **files):
+    """`variant` with the vocabulary's own files in place of tokenizer.json."""
+    document = json.loads((directory / "tokenizer.json").read_text())
+    model = document["model"]
+    vocabulary = model["vocab"] | {token["content"]: token["id"] for token in document["added_tokens"]}
+    if model["type"] == "WordPiece":
+        own = {"vocab__txt": "".join(f"{token}\n" for token in sorted(vocabulary, key=vocabulary.get))}
+    else:
+        merges = "".join(f"{a} {b}\n" for a, b in model["merges"])
+        own = {"vocab__json": json.dumps(vocabulary), "merges__txt": "#version: 0.2\n" + merges}
+    return variant(directory, tmp_path, config, tokenizer__json=None, **own, **files)
+
+
 def test_byte_level_vocabulary_and_merges_alone_are_enough(directories, tmp_path):
-    model = json.loads((directories["roberta"] / "tokenizer.json").read_text())["model"]
-    merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"])
-    made = variant(
-        directories["roberta"],
-        tmp_path,
-        {},
-        vocab__json=json.dumps(model["vocab"]),
-        merges__txt=merges,
-        tokenizer__json=None,
-    )
-    check(made)
+    check(without_document(directories["roberta"], tmp_path))
+
+
+BESIDE_A_VOCABULARY = {
+    "a list": ("bert", {}, {"[E1]": 12000, "[NEW]": 12001, "smile": 2868}),
+    "flags": ("bert", {"12000": token("[E1]", normalized=True), "12001": token("[NEW]", lstrip=True)}, None),
+    "flags, which the list lacks": ("bert", {"2868": token("smile", single_word=True)}, {"smile": 2868}),
+    "a special one with other flags": ("bert", {"103": token("[MASK]", lstrip=True, normalized=True)}, None),
+    "byte level": ("roberta", {"1501": token("[E1]", lstrip=True, rstrip=True)}, None),
+    "byte level, a special one with other flags": ("roberta", {"1500": token("<mask>", lstrip=True)}, None),
+    "byte level, a list": ("roberta", {}, {"[NEW]": 1502, "[E1]": 1501}),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE_A_VOCABULARY)
+def test_added_tokens_beside_a_vocabulary_are_found_as_transformers_finds_them(tmp_path, name):
+    kind, flags, ids = BESIDE_A_VOCABULARY[name]
+    config = {"added_tokens_decoder": flags} if flags else {}
+    listed = {} if ids is None else {"added_tokens__json": json.dumps(ids)}
+    check(without_document(roomy(tmp_path, kind), tmp_path, config, **listed))
+
+
+def test_a_special_token_of_two_fields_that_differ_in_its_flags_is_refused(directories, tmp_path):
+    config = {"doc_token": "[E1]", "extra_special_tokens": ["[NEW]", token("[E1]", lstrip=True)]}
+    made = variant(directories["bert"], tmp_path, config)
+    with pytest.raises(
+        UnsupportedError, match=r"special token '\[E1\]' must be matched in one way, extra_special_tokens"
+    ):
+        _ = checkpoint.read(made).tokenizer
+
+
+def test_a_null_takes_a_special_token_of_the_class_away(tmp_path):
+    check(without_document(roomy(tmp_path, "bert"), tmp_path, {"mask_token": None, "pad_token": None}))
+
+
+@pytest.mark.parametrize(
+    ("config", "ids", "says"),
+    [
+        ({}, {"[E1]": 12001}, r"added_tokens.json: added token '\[E1\]' must have the id 12000, .* has 12001"),
+        ({}, {"[MASK]": 103}, r"added_tokens.json: added token '\[MASK\]' must not be a special token"),
+        (
+            {"added_tokens_decoder": {"103": token("[E1]")}},
+            None,
+            r"tokenizer_config.json: added token '\[E1\]' must have the id 12000, .* has 103",
+        ),
+    ],
+)
+def test_added_tokens_beside_a_vocabulary_that_versions_read_differently_are_refused(tmp_path, config, ids, says):
+    listed = {} if ids is None else {"added_tokens__json": json.dumps(ids)}
+    made = without_document(roomy(tmp_path, "bert"), tmp_path, config, **listed)
+    with pytest.raises(UnsupportedError, match=says):
+        _ = checkpoint.read(made).tokenizer
+
+
+MAP = {
+    "a token of its own name": {"doc_token": token("[NEW]", lstrip=True)},
+    "a list": {"additional_special_tokens": ["[NEW]", "stocks"]},
+}
+
+
+@pytest.mark.parametrize("name", MAP)
+def test_the_special_tokens_of_their_own_file_are_those_of_transformers(tmp_path, name):
+    check(variant(roomy(tmp_path, "bert"), tmp_path, special_tokens_map__json=json.dumps(MAP[name])))
+
+
+def test_files_may_differ_in_tokens_that_tokenizer_json_has(directories, tmp_path):
+    special = {"additional_special_tokens": [token("[MASK]", lstrip=True), "[SEP]"]}
+    config = {"extra_special_tokens": ["[MASK]"]}
+    check(variant(directories["bert"], tmp_path, config, special_tokens_map__json=json.dumps(special)))
+
+
+@pytest.mark.parametrize(
+    ("config", "special", "field"),
+    [
+        ({"doc_token": "[NEW]"}, {"doc_token": "[E1]"}, "doc_token"),
+        ({"doc_token": "[NEW]"}, {"other_token": "[E1]"}, "other_token"),
+        ({"additional_special_tokens": ["[NEW]"]}, {"additional_special_tokens": ["[E1]"]}, "extra_special_tokens"),
+        ({"extra_special_tokens": ["[NEW]"]}, {"extra_special_tokens": ["[NEW]", "[E1]"]}, "extra_special_tokens"),
+        ({"extra_special_tokens": ["[NEW]"]}, {"extra_special_tokens": [token("[NEW]", lstrip=True)]}, "extra_special"),
+    ],
+)
+def test_two_files_that_list_other_special_tokens_are_refused(directories, tmp_path, config, special, field):
+    made = variant(directories["bert"], tmp_path, config, special_tokens_map__json=json.dumps(special))
+    with pytest.raises(UnsupportedError, match=rf"special_tokens_map.json: {field}.* must be .*as in tokenizer_config"):
+        _ = checkpoint.read(made).tokenizer
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"model": 3}', ""])
@@ -454,6 +574,51 @@ def test_special_tokens_that_are_none_are_named(directories, tmp_path, kind, con
         made = variant(directories[kind], tmp_path, config)
     with pytest.raises(CheckpointError, match=says):
         _ = checkpoint.read(made).tokenizer
+
+
+MALFORMED = {
+    "tokenizer_config": [
+        {"added_tokens_decoder": {"a": {}}}, {"added_tokens_decoder": {"0": "[PAD]"}}, {"cls_token": {"content": None}},
+        {"added_tokens_decoder": {"0": {"content": 5}}}, {"added_tokens_decoder": {"0": {"content": "a", "lstrip": 1}}},
+        {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, {"extra_special_tokens": [{"a": 1}]},
+        {"extra_special_tokens": [None]}, {"sep_token": None},
+        {"extra_special_tokens": {"a": 5}}, {"extra_special_tokens": ["\ud800"]},
+        {"additional_special_tokens": [{"content": 5}]}, {"model_input_names": ["input_ids", ["a"]]},
+        {"model_input_names": [["a"]]}, {"doc_token": {"a": 1}}, {"mask_token": "\ud800"}, {"cls_token": ["a"]},
+        {"tokenizer_class": 5}, {"model_input_names": []},
+    ],
+    "special_tokens_map": [
+        {"additional_special_tokens": [{"x": 1}]}, {"additional_special_tokens": 5}, {"cls_token": 5},
+        {"model_input_names": 5}, {"do_lower_case": "yes"}, [1],
+    ],
+    "added_tokens": [[1], None, {"a": "b"}, {"a": [1]}, {"a": True}, {"a": -1}, {"\ud800": 3}],
+    "config": [{"tokenizer_class": 5}, {"architectures": 1}, {"architectures": "BertModel"}, {"architectures": [None]}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "held"), [(name, held) for name, rows in MALFORMED.items() for held in rows], ids=lambda v: str(v)[:60]
+)
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.filterwarnings("ignore:.*is unsealed")
+def test_malformed_settings_are_one_line_that_names_file_and_field(directories, tmp_path, name, held, alone):
+    make = without_document if alone else variant
+    made = make(directories["bert"], tmp_path, {"tokenizer_class": REMOVED} if name == "config" else {})
+    path = made / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(before | held if isinstance(held, dict) else held))
+    with pytest.raises((CheckpointError, UnsupportedError)) as raised:
+        Engine.load(made, cached=False)
+    assert f"{path.name}" in raised.value.problem
+    assert not isinstance(held, dict) or name == "added_tokens" or next(iter(held)) in raised.value.problem
+
+
+def test_a_damaged_vocabulary_is_named(directories, tmp_path):
+    for kind, name in (("bert", "vocab.txt"), ("roberta", "vocab.json")):
+        made = without_document(directories[kind], tmp_path)
+        (made / name).write_bytes(b"\xff")
+        with pytest.raises(CheckpointError, match=f"{name} must be a tokenizer"):
+            _ = checkpoint.read(made).tokenizer
 
 
 def test_a_word_too_long_for_a_tokenizer_of_long_words_stays_unknown():

@@ -21,14 +21,14 @@ from sparsebert.training.loop import Hook
 
 # The flags of each method, repeated here so that a field that is lost, or taken by another method, is noticed.
 FLAGS = {
-    "mask": {"gradual", "update_every", "settle", "rewind", "init"},
-    "imp": set(),
-    "imp-rw": {"rewind"},
-    "soft-movement": {"gradual", "update_every", "settle", "scores_lr", "penalty"},
-    "robust-ticket": {"search", "rewind", "scores_lr", "penalty"},
+    "mask": {"head", "gradual", "update_every", "settle", "rewind", "init"},
+    "imp": {"head"},
+    "imp-rw": {"head", "rewind"},
+    "soft-movement": {"head", "gradual", "update_every", "settle", "scores_lr", "penalty"},
+    "robust-ticket": {"head", "search", "rewind", "scores_lr", "penalty"},
     "super-ticket": {"search", "rewind"},
     "early-robust": {"search", "rewind", "heads", "mask_distance"},
-    "rmc": set(),
+    "rmc": {"head"},
     "bag-of-tricks": {"search", "heads"},
 }
 
@@ -42,7 +42,8 @@ def test_a_method_has_the_flags_of_its_class_and_refuses_those_of_others(name):
     own = METHODS[name].config.model_fields.keys() - TrainedConfig.model_fields.keys()
     assert own == FLAGS[name]
     for flag in set().union(*FLAGS.values()) - own:
-        value = {"init": "soft", "rewind": "pretrained", "scores_lr": 0.1, "penalty": 1.0}.get(flag, 0.4)
+        others = {"init": "soft", "rewind": "pretrained", "scores_lr": 0.1, "penalty": 1.0, "head": "dense"}
+        value = others.get(flag, 0.4)
         with pytest.raises(InputError, match=f"--{flag.replace('_', '-')} belongs to method.*, got {name}"):
             check(config.PruneConfig(method=name, sparsity=0.5), SubnetConfig(**{flag: value}))
 

@@ -189,17 +189,45 @@ def test_a_partial_folder_of_the_users_is_left_alone(start, tmp_path):
     assert (tmp_path / "m.partial" / "thesis.tex").read_text() == "mine"
 
 
-def test_confidence_regularisation_trains_its_teacher_first(start, tmp_path):
+def test_confidence_regularisation_trains_its_teacher_first(encoder, tmp_path):
     settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=2, precision="fp32")
     parts = []
-    result = train(start, "mr", tmp_path / "m", settings, progress=lambda done, total, what="": parts.append(what))
+    result = train(encoder, "mr", tmp_path / "m", settings, progress=lambda done, total, what="": parts.append(what))
     assert list(dict.fromkeys(parts)) == [
         "teacher", "weak learner 1 of 2", "weak learner 2 of 2", "ask the teacher", "",
     ]  # fmt: skip
     assert checkpoint.read_recipe(tmp_path / "m.teacher")["loss"] == "ce"
     assert 0 < result.bias["mean_probability_of_label"] < 1
-    again = train(start, "mr", tmp_path / "other", settings.model_copy(update={"teacher": str(tmp_path / "m.teacher")}))
+    taught = settings.model_copy(update={"teacher": str(tmp_path / "m.teacher")})
+    again = train(encoder, "mr", tmp_path / "other", taught)
     assert again.weights_sha256 == result.weights_sha256 and not (tmp_path / "other.teacher").exists()
+    # From a model of this package, the teacher and the weak learner begin at the encoder that it descends from.
+    train(tmp_path / "m.teacher", "mr", tmp_path / "again", settings)
+    assert checkpoint.read_recipe(tmp_path / "again.teacher")["model"] == str(encoder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [
+        ({"loss": "poe", "bias": "weak"}, "--bias"),
+        ({"loss": "confreg", "bias": "weak"}, "--bias"),
+        ({"loss": "distill"}, "--teacher"),
+        ({"loss": "rmc", "teacher": "minilm"}, "sparsebert train"),
+    ],
+)
+def test_models_beside_a_run_do_not_begin_at_a_classifier(start, tmp_path, fields, fix):
+    """Its head, or what its encoder has learnt, knows the labels."""
+    for source in (start, stock(saved(tmp_path / "elsewhere"))):
+        with pytest.raises(InputError, match=f"encoder that {source} was fine-tuned from is not known") as raised:
+            train(source, "mr", tmp_path / "m", SHORT.model_copy(update=fields))
+        assert fix in raised.value.fix
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_a_classifier_is_fine_tuned_on_with_a_teacher_that_is_named(start, encoder, tmp_path):
+    train(encoder, "mr", tmp_path / "teacher", SHORT)
+    settings = SHORT.model_copy(update={"loss": "distill", "teacher": str(tmp_path / "teacher")})
+    assert train(start, "mr", tmp_path / "m", settings).steps == 1
 
 
 @pytest.mark.parametrize(
@@ -220,11 +248,11 @@ def test_what_a_run_lacks_is_said_before_it_begins(start, tmp_path, fields, matc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_teacher_of_other_labels_is_refused(start, tmp_path):
+def test_a_teacher_of_other_labels_is_refused(encoder, tmp_path):
     teacher = saved(tmp_path / "teacher", labels=3)
     settings = config.TrainConfig(loss="confreg", bias="weak", teacher=str(teacher))
     with pytest.raises(InputError, match=r"teacher .* has 3 labels"):
-        train(start, "mr", tmp_path / "m", settings)
+        train(encoder, "mr", tmp_path / "m", settings)
 
 
 def test_the_best_weights_are_those_of_the_best_check(start, tmp_path, monkeypatch):
@@ -310,11 +338,11 @@ def test_models_kept_on_the_way_replace_no_others(start, tmp_path):
     assert checkpoint.weights_sha256(tmp_path / "m-at-0.5") == other and not (tmp_path / "m").exists()
 
 
-def test_other_settings_are_refused_before_a_teacher_is_trained(start, tmp_path):
+def test_other_settings_are_refused_before_a_teacher_is_trained(encoder, tmp_path):
     settings = config.TrainConfig(loss="confreg", bias="weak", n=40, batch_size=8, steps=4, precision="fp32")
-    train(start, "mr", tmp_path / "m", SHORT)
+    train(encoder, "mr", tmp_path / "m", SHORT)
     with pytest.raises(OutputError, match=r"m was made with .*--loss ce, not confreg"):
-        train(start, "mr", tmp_path / "m", settings)
+        train(encoder, "mr", tmp_path / "m", settings)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 

@@ -23,6 +23,11 @@ PyLinear linear_of(Kept kept, const Matrix& matrix, std::int64_t n_in, std::int6
   return {std::move(kept), matrix, bias_data, activation_named(activation), n_in, n_out};
 }
 
+// Whether `length` values from `begin` on lie in an array of `size`.
+bool lies_in(std::int64_t begin, std::int64_t length, std::int64_t size) {
+  return begin >= 0 && length >= 0 && length <= size && begin <= size - length;
+}
+
 void require_rows(const Array<std::int32_t>& rows, std::int64_t n_out) {
   for (std::int64_t i = 0; i < rows.size(); ++i) {
     require(rows.data()[i] >= -1 && rows.data()[i] < n_out, "rows must be rows of W, or -1");
@@ -73,8 +78,8 @@ PyLinear grouped_linear(const Array<std::int32_t>& rows, const Array<std::int32_
           "every group must have columns and values");
   for (std::int64_t g = 0; g < groups; ++g) {
     const std::int64_t begin = col_begin.at(g), count = col_count.at(g), at = value_begin.at(g);
-    require(begin >= 0 && count >= 0 && begin + count <= cols.size(), "columns of a group must lie in cols");
-    require(at >= 0 && at + count * group_rows <= values.size(), "values of a group must lie in values");
+    require(lies_in(begin, count, cols.size()), "columns of a group must lie in cols");
+    require(lies_in(at, count * group_rows, values.size()), "values of a group must lie in values");
   }
   require_rows(rows, n_out);
   require_cols(cols, n_in);
@@ -100,17 +105,15 @@ PyLinear tiled_linear(const Array<std::int32_t>& rows, const Array<std::int32_t>
     const std::int64_t count = chunks.at(g);
     most_chunks = std::max(most_chunks, count);
     require(tiles.at(g) == 1 || tiles.at(g) == 2, "a group must have 1 or 2 tiles");
-    require(col_begin.at(g) >= 0 && count >= 0 && col_begin.at(g) + count * tile_cols <= cols.size(),
-            "columns of a group must lie in cols");
+    require(lies_in(col_begin.at(g), count * tile_cols, cols.size()), "columns of a group must lie in cols");
     const std::int64_t words = count * tiles.at(g) * tile_rows;
     std::int64_t entries = words * tile_cols;
     if (mask_begin.at(g) >= 0) {
-      require(mask_begin.at(g) + words <= masks.size(), "masks of a group must lie in masks");
+      require(lies_in(mask_begin.at(g), words, masks.size()), "masks of a group must lie in masks");
       entries = 0;
       for (std::int64_t i = 0; i < words; ++i) entries += __builtin_popcount(masks.at(mask_begin.at(g) + i));
     }
-    require(value_begin.at(g) >= 0 && value_begin.at(g) + entries <= values.size(),
-            "values of a group must lie in values");
+    require(lies_in(value_begin.at(g), entries, values.size()), "values of a group must lie in values");
   }
   require_rows(rows, n_out);
   require_cols(cols, n_in);
@@ -140,9 +143,8 @@ PyLinear int8_linear(const Array<std::int64_t>& row_begin, const Array<std::int3
     const std::int64_t height = row_begin.at(g + 1) - row_begin.at(g), width = std::int64_t{quads.at(g)} * quad_cols;
     require(height >= group_slice && height <= most_int8_rows && height % group_slice == 0,
             "a group must have 4 to 32 rows, a multiple of 4");
-    require(col_begin.at(g) >= 0 && width >= 0 && col_begin.at(g) + width <= cols.size(),
-            "columns of a group must lie in cols");
-    require(value_begin.at(g) >= 0 && value_begin.at(g) + height * width + int8_overrun <= values.size(),
+    require(lies_in(col_begin.at(g), width, cols.size()), "columns of a group must lie in cols");
+    require(lies_in(value_begin.at(g), height * width + int8_overrun, values.size()),
             "values of a group must lie in values, which end with INT8_OVERRUN more");
     most_quads = std::max<std::int64_t>(most_quads, quads.at(g));
     entries += height * width;

@@ -168,9 +168,16 @@ def verify_tensors(manifest: dict, files: Sequence[tuple[TensorFile, np.ndarray]
 
 
 def verify_files(manifest: dict, folder: Folder, contents: dict[str, bytes | None], *, but: str | None = None) -> None:
-    """Compares the files other than the weights with the manifest; CheckpointError if one differs. contents: name ->
-    bytes of the files that were already read. but: the file that may differ.
+    """Compares the files other than the weights with the manifest; CheckpointError if one differs, is missing or was
+    added. contents: name -> bytes of the files that decide what the model computes, None for a missing one. but: the
+    file that may differ.
     """
+    for name in sorted(name for name, data in contents.items() if data is not None):
+        if name not in manifest["files"] and name != but:
+            raise CheckpointError(
+                f"{folder.path / name} must be among the files of its manifest, was added after the seal",
+                fix="remove it, or copy the directory again from its source",
+            )
     for name, sha256 in manifest["files"].items():
         if name == but:
             continue

@@ -13,23 +13,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from sparsebert.architectures import Facts
+from sparsebert.checkpoint import added_tokens
+from sparsebert.checkpoint.added_tokens import ADDED, CONFIG, DOCUMENT, NAMED, SPECIAL
 from sparsebert.checkpoint.encoding import Pieces, TextEncoder, templates
 from sparsebert.checkpoint.files import REBUILD, parse_json
 from sparsebert.checkpoint.tokenizer_classes import CLASSES, DEFAULT_CLASS, UNIGRAM, WORDPIECE, Settings, TokenizerClass
 from sparsebert.errors import CheckpointError, UnsupportedError, first_line, shown
 
-CONFIG, DOCUMENT, SPECIAL, ADDED = (
-    "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
 VOCABULARIES = (DOCUMENT, "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model")
 FILES = (CONFIG, SPECIAL, ADDED, "merges.txt", *VOCABULARIES)
 
 
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _unset(value: Any) -> bool:
@@ -46,7 +49,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "add_prefix_space": (_is_bool, "true or false"),
     "truncation_side": (lambda v: v in ("left", "right"), "left or right"),
     "model_input_names": (
-        lambda v: isinstance(v, list) and {"input_ids", "attention_mask"} <= set(v) <= _INPUTS and v[0] == "input_ids",
+        lambda v: _are_strings(v) and {"input_ids", "attention_mask"} <= set(v) <= _INPUTS and v[0] == "input_ids",
         "input_ids, attention_mask and optionally token_type_ids",
     ),
     "model_max_length": (lambda v: v is None or (type(v) in (int, float) and v > 0), "a number of tokens"),
@@ -65,7 +68,6 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fix_mistral_regex": (_unset, "absent"),
 }
 _INPUTS = {"input_ids", "attention_mask", "token_type_ids"}
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Where a text may be cut in two so that the tokens of the two parts, joined, are those of the whole text.
 _AT_SPACES = re.compile("(?<=[0-9A-Za-z])(?= [0-9A-Za-z])")
 _BETWEEN_WORDS = re.compile("(?<=[0-9A-Za-z])(?=[ \\t\\r\\n][0-9A-Za-z])")
@@ -81,8 +83,13 @@ def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path:
     """The tokenizer of a model directory. contents: name -> bytes of FILES, None for a missing file. config:
     config.json. Raises CheckpointError and UnsupportedError, naming file and field.
     """
-    settings = _settings(contents, path)
+    own, special = _settings(contents, path)
+    settings = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True} | own | special
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    if name and not isinstance(name, str):
+        raise CheckpointError(
+            f"{path}/config.json: tokenizer_class must be a class's name, got {shown(name)}", fix=REBUILD
+        )
     kind = facts.architecture.kind
     name = (name or DEFAULT_CLASS[kind]).removesuffix("Fast") if name != "PreTrainedTokenizerFast" else name
     if name not in CLASSES:
@@ -97,14 +104,16 @@ def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path:
             f"{path} has no tokenizer ({DOCUMENT})",
             fix="copy tokenizer.json and tokenizer_config.json there from the model that it was trained from",
         )
-    tokens = {k: _content(settings[k]) for k in _NAMED if settings.get(k)}
-    if of is not None:
-        tokens = of.tokens | tokens
+    tokens = {name: added_tokens.content(settings[name]) for name in NAMED if settings.get(name)}
+    if of is not None:  # a null in the settings overrides a class's token
+        tokens = {name: token for name, token in of.tokens.items() if name not in settings} | tokens
+        for name in sorted(of.tokens.keys() - tokens.keys() - {"pad_token", "mask_token"}):
+            raise CheckpointError(f"{path / CONFIG}: {name} must be a token, got {shown(settings[name])}", fix=REBUILD)
     try:
         tokenizer = of.empty(contents, tokens) if document is None else Tokenizer.from_buffer(document)
     except Exception as error:  # tokenizers raises nothing narrower
-        where = path / (DOCUMENT if document is not None else "vocab.txt")
-        raise CheckpointError(f"{where} must be a tokenizer: {first_line(error)}", fix=REBUILD) from error
+        where = next(file for file in VOCABULARIES if contents.get(file) is not None)
+        raise CheckpointError(f"{path / where} must be a tokenizer: {first_line(error)}", fix=REBUILD) from error
     if tokenizer is None:
         raise UnsupportedError(
             f"{path} has no {DOCUMENT}, nor a vocabulary of {name}",
@@ -113,9 +122,7 @@ def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path:
     side = (tokenizer.truncation or {}).get("direction", "right")
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if document is not None:
-        _require_one_list_of_added_tokens(tokenizer, settings, contents, path)
-    _add_special_tokens(tokenizer, settings, tokens)
+    added_tokens.add(tokenizer, own, special, tokens, contents, path, whole=document is None)
     if of is not None:
         _as_class(tokenizer, of, settings, tokens, path, whole=document is None)
     elif "add_prefix_space" in settings:
@@ -137,13 +144,9 @@ def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path:
     return found
 
 
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
-
-
-def _settings(contents: Mapping[str, bytes | None], path: Path) -> Settings:
-    """tokenizer_config.json, checked, with defaults for BERT's settings. If it has no added_tokens_decoder, the special
-    tokens of special_tokens_map.json override its own.
+def _settings(contents: Mapping[str, bytes | None], path: Path) -> tuple[Settings, Settings]:
+    """tokenizer_config.json and special_tokens_map.json, checked. The second overrides the first; it is empty if the
+    first has an added_tokens_decoder.
     """
     found: list[dict] = []
     for name in (CONFIG, SPECIAL):
@@ -153,79 +156,18 @@ def _settings(contents: Mapping[str, bytes | None], path: Path) -> Settings:
             raise CheckpointError(f"{path / name} must hold an object, got {shown(document)}", fix=REBUILD)
         found.append(document)
     settings, special = found
-    for field in sorted(FIELDS.keys() & settings.keys()):
-        holds, rule = FIELDS[field]
-        if not holds(settings[field]):
-            raise UnsupportedError(
-                f"{path / CONFIG}: {field} must be {rule}, got {shown(settings[field])}",
-                fix="save the tokenizer with a value that is understood",
-            )
-    if "added_tokens_decoder" not in settings:  # as in transformers, which otherwise ignores that file
-        settings = settings | special
-    for field in _NAMED:
-        token = settings.get(field)
-        if token is not None and not isinstance(token if not isinstance(token, dict) else token.get("content"), str):
-            raise CheckpointError(f"{path / CONFIG}: {field} must be a token, got {shown(token)}", fix=REBUILD)
-    return {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True} | settings
-
-
-def _added(token: Any) -> AddedToken:
-    """A special token of a file as an AddedToken. The file has a string, or an object that says how it is matched in a
-    text.
-    """
-    if not isinstance(token, dict):
-        return AddedToken(str(token), special=True, normalized=False)
-    flags = {name: bool(token[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
-    return AddedToken(token["content"], special=True, **flags)
-
-
-def _add_special_tokens(tokenizer: Tokenizer, settings: Settings, tokens: dict[str, str]) -> None:
-    """Adds the special tokens that the tokenizer does not yet find in texts."""
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    listed = [settings.get(name) or token for name, token in tokens.items()]
-    listed += list(extra.values()) if isinstance(extra, dict) else extra
-    new: dict[str, AddedToken] = {}
-    for token in listed:
-        if _content(token) not in known:
-            new.setdefault(_content(token), _added(token))
-    if new:
-        tokenizer.add_tokens(list(new.values()))
-
-
-def _require_one_list_of_added_tokens(
-    tokenizer: Tokenizer, settings: Settings, contents: Mapping[str, bytes | None], path: Path
-) -> None:
-    """Raises UnsupportedError unless the other files list the same added tokens as tokenizer.json: versions of
-    transformers differ in which file they use.
-    """
-    held = {i: _flags(token) for i, token in tokenizer.get_added_tokens_decoder().items()}
-    said: dict[int, Any] = {}
-    where = CONFIG
-    if "added_tokens_decoder" in settings:
-        for number, token in settings["added_tokens_decoder"].items():
-            said[int(number)] = _flags(_with_flags(token))
-    elif contents.get(ADDED) is not None:
-        where = ADDED
-        said = {i: (content,) for content, i in parse_json(contents[ADDED], path / ADDED).items()}
-        held = {i: flags[:1] for i, flags in held.items() if i in said}
-    else:
-        return
-    different = sorted(i for i in said.keys() | held.keys() if said.get(i) != held.get(i))
-    if different:
-        i = different[0]
-        raise UnsupportedError(
-            f"{path / where}: added token {i} must be {DOCUMENT}'s {shown(held.get(i))}, is {shown(said.get(i))}",
-            fix="save the tokenizer anew with save_pretrained",
-        )
-
-
-def _flags(token: AddedToken) -> tuple:
-    return token.content, token.special, token.single_word, token.lstrip, token.rstrip, token.normalized
-
-
-def _with_flags(token: dict) -> AddedToken:
-    return AddedToken(**{name: token[name] for name in token if not name.startswith("__")})
+    if "added_tokens_decoder" in settings:  # as in transformers, which then ignores that file
+        special = {}
+    for name, document in ((CONFIG, settings), (SPECIAL, special)):
+        for field in sorted(FIELDS.keys() & document.keys()):
+            holds, rule = FIELDS[field]
+            if not holds(document[field]):
+                raise UnsupportedError(
+                    f"{path / name}: {field} must be {rule}, got {shown(document[field])}",
+                    fix="save the tokenizer with a value that is understood",
+                )
+        added_tokens.require_tokens(document, path / name)
+    return settings, special
 
 
 def _state(part: Any) -> Any:

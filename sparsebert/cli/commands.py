@@ -183,14 +183,20 @@ def prune(
     budget: BudgetConfig,
     subnet: SubnetConfig,
 ) -> None:
-    from sparsebert.pruning import prune_checkpoint
+    from sparsebert.pruning import check, prune_checkpoint
 
     if budget.min_speedup is not None or budget.max_robust_drop is not None:
         if dry_run or config.method in TRAINED:
             raise InputError("a budget is for methods without labels, without --dry-run", fix="leave one of them out")
+        check(config, subnet)  # no flag of a method that trains is taken and ignored
         _prune_within(budget, directory, task, output, config, overwrite=overwrite, json=json)
         return
 
+    if budget != BudgetConfig():
+        raise InputError(
+            "--budget-attack and --budget-n belong to a budget, none was given",
+            fix="give --min-speedup and --max-robust-drop, or leave them out",
+        )
     if dry_run:
         from sparsebert.pruning.plan import plan
         from sparsebert.robustness import misfit
@@ -758,6 +764,8 @@ def bench(
 
     if (directory is None) == (config.random is None):
         raise InputError("bench needs either DIR or --random", fix="name a model directory, or --random minilm")
+    if directory is not None and (config.pattern != BenchConfig().pattern or config.sparsity is not None):
+        raise InputError("--pattern and --sparsity belong to --random, a model has its own", fix="leave them out")
     named(config.rivals)  # before anything long
     load, cores = os.getloadavg()[0], os.cpu_count()
     with tempfile.TemporaryDirectory() as folder, progress("bench") as update:

@@ -33,7 +33,8 @@ from sparsebert.heads import fold
 
 MAX_CLASSES = 1000  # a column with more values is not a label
 LARGEST_VALUE = 1e15  # max |label|
-_MISSING = ("nan", "nat", "<na>", "null", "n/a", "#n/a")  # how pandas, R, SQL and spreadsheets write a missing value
+_MISSING = ("nan", "nat", "<na>", "null", "n/a", "#n/a")  # how pandas, SQL and spreadsheets write a missing value
+_MISSING_IN_R = "NA"  # "na" may be a name
 TEST_SHARE = 0.2  # share of one file that becomes the test split
 # File names of each split. The second names are used only if there is no file of the first name.
 _SPLITS = {"train": [("train",)], "test": [("test",), ("validation", "valid", "dev")]}
@@ -272,7 +273,8 @@ def _meant(word: str) -> str:
         return "one class or number (lists of labels: .jsonl or .parquet)"
     if re.fullmatch(r"[+-]?[0-9]+(,[0-9]+|(\.[0-9]+)?\s?%)", word):
         return "a number with a decimal point, or a class name"
-    return "a class or a number, not a missing value" if word.lower() in _MISSING else ""
+    missing = word.lower() in _MISSING or word == _MISSING_IN_R
+    return "a class or a number, not a missing value" if missing else ""
 
 
 def _value(value):
@@ -318,6 +320,7 @@ def _classes(ids: set[int], as_ids: bool = False) -> dict[int, str]:
 
 def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
     """Several labels per text: lists of names, lists of ids, or a 0 or 1 per label, which may be floats or booleans."""
+    as_ids = any(isinstance(part, str) and "_" in part for _, _, value in cells for part in value)
     cells = [(table, row, _numbers(value)) for table, row, value in cells]
     for cell in cells:
         if not all(isinstance(part, str | int | float) for part in cell[2]):
@@ -344,7 +347,7 @@ def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
         bad = next((cell for cell in cells if any(not 0 <= part < MAX_CLASSES for part in cell[2])), None)
         if bad is not None:
             _refuse(*bad, f"classes from 0 to {MAX_CLASSES - 1}")
-        classes = _classes(seen)
+        classes = _classes(seen, as_ids)
     else:
         classes = {part: part for part in sorted(seen)}
     at = {part: i for i, part in enumerate(classes)}
@@ -357,9 +360,11 @@ def _several(path: Path, cells) -> tuple[str, tuple[str, ...], np.ndarray]:
 
 
 def _numbers(parts: list) -> list:
-    """The list as integers if all its parts are digits written as strings; else unchanged."""
-    if parts and all(isinstance(part, str) and re.fullmatch("[0-9]+", part.strip()) for part in parts):
-        return [int(part) for part in parts]
+    """The list as integers if all its parts are strings of digits or, as transformers writes ids, LABEL_3; else
+    unchanged.
+    """
+    if parts and all(isinstance(part, str) and re.fullmatch("(?:label_)?[0-9]+", part.strip(), re.I) for part in parts):
+        return [int(part.rpartition("_")[2]) for part in parts]
     return parts
 
 

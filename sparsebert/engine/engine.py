@@ -286,11 +286,7 @@ class Engine:
             flat_types = np.fromiter(chain.from_iterable(type_ids), np.int32, count=starts[-1])
         if self._facts.position_offset and (padding := flat_ids == self._facts.padding).any():
             row = int(np.searchsorted(starts, np.argmax(padding), side="right")) - 1
-            raise InputError(
-                f"texts[{first + row}] holds the padding token, id {self._facts.padding}, which "
-                f"{self.config['model_type']} gives no position",
-                fix="remove it from the text",
-            )
+            raise inputs.unplaced(first + row, self._facts.padding, self.config["model_type"])
         return flat_ids, flat_types, starts
 
 

@@ -23,6 +23,7 @@ class Inputs:
 
     def __init__(self, files: Files):
         self._tokenizer, self._vocabulary, self._padding = files.tokenizer, files.facts.vocabulary, files.facts.padding
+        self._facts, self._model_type = files.facts, files.config["model_type"]
         self.limit, self.truncates_at = files.facts.max_length, files.tokenizer.max_length
 
     def encode(
@@ -50,6 +51,7 @@ class Inputs:
                     fix="pass truncate=True to cut them, or shorten it",
                 )
             row_ids, row_types, was_cut = found.get(i) or (row[:most], [0] * min(most, len(row)), len(row) > most)
+            self._require_positions(i, row_ids)
             ids.append(row_ids)
             types.append(row_types)
             if was_cut:
@@ -65,8 +67,10 @@ class Inputs:
         if size > self.limit:
             raise InputError(f"a window may have {self.limit} tokens, got {size}", fix="choose a smaller window")
         ids, types, counts = [], [], []
-        for row in read(texts, self._vocabulary, self._padding):
+        for i, row in enumerate(read(texts, self._vocabulary, self._padding)):
             found = self._tokenizer.windows(row, size=size, step=step, most=most)
+            for row_ids, _ in found:
+                self._require_positions(i, row_ids)
             ids += [row_ids for row_ids, _ in found]
             types += [row_types for _, row_types in found]
             counts.append(len(found))
@@ -75,6 +79,18 @@ class Inputs:
                 f"the texts need {len(ids)} windows, at most {most} are allowed", fix="send several requests"
             )
         return ids, types, counts
+
+    def _require_positions(self, i: int, ids: list[int]) -> None:
+        if self._facts.position_offset and self._facts.padding in ids:
+            raise unplaced(i, self._facts.padding, self._model_type)
+
+
+def unplaced(i: int, padding: int, model_type: str) -> InputError:
+    """The error for a text that holds the padding token."""
+    return InputError(
+        f"texts[{i}] holds the padding token, id {padding}, which {model_type} gives no position",
+        fix="remove it from the text",
+    )
 
 
 def read(texts: Iterable, vocabulary: int, padding: int | None = None) -> list[Row]:

@@ -332,7 +332,7 @@ def time_rivals(
     contents = {of: checkpoint.read(of).content_sha256 for of in (directory, vs) if of is not None}
 
     def pattern_of(of: Engine) -> str:
-        return of.config.get("sparsebert", {}).get("pattern") or config.pattern
+        return (of.config.get("sparsebert") or {}).get("pattern") or config.pattern
 
     for name in calls:
         ratio, of = timings.ratio(name, OURS), other if name not in compared else engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 
 import numpy as np
 
@@ -14,11 +15,16 @@ from sparsebert.checkpoint.files import MIB
 from sparsebert.engine import architectures
 from sparsebert.engine.costs import costs
 from sparsebert.engine.formats import pack_cheapest
-from sparsebert.errors import CheckpointError
+from sparsebert.errors import CheckpointError, shown
 from sparsebert.ops import _dispatch
 from sparsebert.ops.sparse_encoder import PackedEncoder, sparse_encoder
 
-POOLING, MODULES = "1_Pooling/config.json", "modules.json"
+POOLING, MODULES, PROMPTS = "1_Pooling/config.json", "modules.json", "config_sentence_transformers.json"
+# Of the encoder; sentence-transformers reads the first that holds something.
+SIZES = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
 
 
 class SentenceEncoder:
@@ -33,16 +39,14 @@ class SentenceEncoder:
 
     @classmethod
     def load(cls, directory: str | Path) -> SentenceEncoder:
-        """Loads a model directory; `minilm` is the packaged one. CheckpointError if it pools in another way, or is no
-        encoder that the engine runs.
+        """Loads a model directory; `minilm` is the packaged one. CheckpointError if it pools in another way, changes
+        texts first, or is no encoder that the engine runs.
         """
         files = checkpoint.read(directory, head=False)
-        pooling, modules = files.folder.read_json(POOLING, MIB), files.folder.read_json(MODULES, MIB)
-        fault = None
-        if not isinstance(pooling, dict) or not _is_mean(pooling):
-            fault = f"lacks {POOLING}" if pooling is None else f"{POOLING} says otherwise"
-        elif modules is not None and not _is_plain(modules):
-            fault = f"{MODULES} says otherwise"
+        found = {name: files.folder.read_json(name, MIB) for name in (POOLING, MODULES, PROMPTS, *SIZES)}
+        place = next((name for name in SIZES if found[name]), SIZES[0])
+        sizes = found[place] or {}
+        fault = _pooling_fault(found[POOLING], found[MODULES]) or _text_fault(found[PROMPTS], place, sizes, files)
         if fault is not None:
             raise CheckpointError(
                 f"{files.directory} must be a sentence encoder that takes the mean over tokens: {fault}",
@@ -58,9 +62,7 @@ class SentenceEncoder:
         encoder = architectures.build(
             files.weights | head, facts, lambda weight, _: pack_cheapest(weight, table, "fp32", None)
         )[-1]
-        sizes = files.folder.read_json("sentence_bert_config.json", MIB)
-        wanted = sizes.get("max_seq_length") if isinstance(sizes, dict) else None
-        most = encoder.max_length if not isinstance(wanted, int) else min(wanted, encoder.max_length)
+        most = min(sizes.get("max_seq_length") or files.tokenizer.max_length, encoder.max_length)
         name = "all-MiniLM-L6-v2" if str(directory) == "minilm" else files.directory.name
         return cls(encoder, files, max(3, most), name)
 
@@ -76,6 +78,42 @@ class SentenceEncoder:
         embedded = sums / np.sqrt(np.einsum("th,th->t", sums, sums, dtype=np.float64))[:, None].astype(np.float32)
         require_finite(embedded, self.directory)
         return embedded
+
+
+def _pooling_fault(pooling: object, modules: object) -> str | None:
+    """What makes this another encoder than one that takes the mean over tokens; None if nothing does."""
+    if pooling is None:
+        return f"lacks {POOLING}"
+    if not isinstance(pooling, dict) or not _is_mean(pooling):
+        return f"{POOLING} says otherwise"
+    if modules is not None and not _is_plain(modules):
+        return f"{MODULES} says otherwise"
+    return None
+
+
+def _text_fault(prompts: object, place: str, sizes: object, files: checkpoint.Files) -> str | None:
+    """What sentence-transformers would do to a text that is not done here; None if nothing. place: the file that holds
+    `sizes`.
+    """
+    if not isinstance(sizes, dict):
+        return f"{place} must hold an object, got {shown(sizes)}"
+    length, lower = sizes.get("max_seq_length"), sizes.get("do_lower_case")
+    if length is not None and (type(length) is not int or length < 1):
+        return f"{place}: max_seq_length must be a number of tokens, got {shown(length)}"
+    if lower and not _lowercases(files.tokenizer):
+        return f"{place}: do_lower_case must be false, as the tokenizer keeps case, got {shown(lower)}"
+    prompts = prompts if isinstance(prompts, dict) else {}
+    name, texts = prompts.get("default_prompt_name"), prompts.get("prompts")
+    prompt = texts.get(name) if isinstance(texts, dict) and isinstance(name, str) else None
+    if prompt:
+        return f"{PROMPTS}: the prompt of default_prompt_name must be empty, got {shown(prompt)}"
+    return None
+
+
+def _lowercases(tokenizer: checkpoint.TextEncoder) -> bool:
+    """Whether capital letters get the same tokens as small ones."""
+    ids, _ = tokenizer.encode([" ".join(ascii_lowercase), " ".join(ascii_uppercase)])
+    return ids[0] == ids[1]
 
 
 def _is_mean(pooling: dict) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def writing(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a full disk
         raise OutputError(f"{path} cannot be written: {_reason(error)}", fix=_FIX) from error
     finally:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):  # such as a folder that is none
+            fresh.unlink(missing_ok=True)
 
 
 def write(path: Path, content: str | bytes) -> None:

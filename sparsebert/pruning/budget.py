@@ -21,7 +21,8 @@ from sparsebert.errors import InputError, OutputError
 from sparsebert.jobs import Ledger, code_of, core_sha256, digest, replacing
 from sparsebert.machine import card
 from sparsebert.ops import _dispatch
-from sparsebert.pruning.entry import PruneResult, prune_checkpoint, save_stand_in
+from sparsebert.pruning.calibration import others
+from sparsebert.pruning.entry import PruneResult, check, prune_checkpoint, save_stand_in
 from sparsebert.robustness import attacks as attacking
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.875, 0.9, 0.925, 0.95)
@@ -90,11 +91,11 @@ def search(
 
     For every form (FORMS) the fewest zeros that reach the speed are found by timing this model's shapes, pruned by
     magnitude, on this machine. These candidates are then pruned as `config` says, those with the fewest zeros first,
-    and attacked on training examples that are held out for choices (data.hold_out), until one loses no more points
-    under attack than the budget allows. Nothing is chosen on the reported split.
+    and attacked on training examples that are held out for choices (data.hold_out) and not calibrated on, until one
+    loses no more points under attack than the budget allows. Nothing is chosen on the reported split.
 
     Candidates are kept in `<output>.search`, so that the same call goes on; the folder is removed at the end. Raises
-    InputError if config names a pattern or a sparsity, and if no form reaches the speed.
+    InputError if config names a pattern or a sparsity, or is refused by `check`, and if no form reaches the speed.
     """
     if config.pattern != "unstructured" or config.sparsity is not None or config.int8:
         raise InputError(
@@ -102,18 +103,22 @@ def search(
         )
     if budget.min_speedup is None or budget.max_robust_drop is None:
         raise InputError("a budget needs both min_speedup and max_robust_drop", fix="give both")
+    check(config)
+    forms = [form for form in FORMS if _may_have(config, *form)]
     directory = checkpoint.resolve(directory)
     target = checkpoint.check_output(output, sources=[directory], overwrite=overwrite)
     spec = limited(task_for(task, directory), checkpoint.load_config(directory), config.max_length)
     examples = data.training(spec)
-    held = data.hold_out(examples, min(budget.budget_n, len(examples) // 2))[1]
+    hold_out = min(budget.budget_n, len(examples) // 2)
+    held = data.hold_out(examples, hold_out)[1]
     (plan,) = attacking.plans(attacking.named([budget.budget_attack]), AttackConfig(max_seconds=None), spec)
     facts = {
         "model": checkpoint.source_sha256(directory), "texts": held.sha256, "machine": card()["cpu"],
         "threads": _dispatch.threads(), "isa": _dispatch.isa(), "code": code_of("sparsebert.pruning.budget"),
         "core": core_sha256(), "min_speedup": budget.min_speedup, "max_length": spec.max_length,
     }  # fmt: skip
-    key = digest([facts, plan.facts, config.model_dump(), budget.model_dump()])
+    own = digest(others(config.calibration, spec.text_column))  # the content of files, which may change
+    key = digest([facts, plan.facts, config.model_dump(), budget.model_dump(), examples.sha256, own])
     if (made := _finished(target, key)) is not None:
         return made
     if target.exists() and not overwrite:
@@ -121,7 +126,7 @@ def search(
     folder = target.with_name(f"{target.name}.search")
     book = Ledger(folder / "units.sqlite", overwrite=overwrite)
     with contextlib.closing(book):
-        fast, slow = _timed(directory, spec, held, book, facts, budget, progress)
+        fast, slow = _timed(directory, spec, held, book, facts, forms, budget, progress)
     tried: list[tuple[Candidate, Path, PruneResult]] = []
     for candidate in fast:
         path = folder / f"{candidate.pattern}-{candidate.sparsity:g}{'-int8' if candidate.int8 else ''}"
@@ -131,7 +136,9 @@ def search(
             progress(done, total, f"{of} {what}".strip())
 
         settings = config.model_copy(update=update)
-        result = prune_checkpoint(directory, task, path, settings, overwrite=overwrite, progress=part)
+        result = prune_checkpoint(
+            directory, task, path, settings, hold_out=hold_out, overwrite=overwrite, progress=part
+        )
         drop, interval = _drop(path, directory, spec, held, plan, part)
         tried.append((Candidate(**{**asdict(candidate), "drop": drop, "drop_ci": interval}), path, result))
         if drop <= budget.max_robust_drop:
@@ -151,6 +158,15 @@ def search(
         (staging / _RECORD).write_text(json.dumps({"key": key, **asdict(choice)}))
     shutil.rmtree(folder, ignore_errors=True)
     return choice
+
+
+def _may_have(config: PruneConfig, pattern: str, int8: bool) -> bool:
+    """Whether these settings go with the form."""
+    try:
+        check(config.model_copy(update={"pattern": pattern, "sparsity": SPARSITIES[0], "int8": int8}))
+    except InputError:
+        return False
+    return True
 
 
 def _finished(target: Path, key: str) -> Choice | None:
@@ -177,6 +193,7 @@ def _timed(
     held: data.Examples,
     book: Ledger,
     facts: dict,
+    forms: list[tuple[str, bool]],
     budget: BudgetConfig,
     progress: Progress,
 ) -> tuple[list[Candidate], list[Candidate]]:
@@ -184,10 +201,10 @@ def _timed(
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         stand_ins = StandIns(directory, spec, held, Path(scratch))
-        for i, (pattern, int8) in enumerate(FORMS):
+        for i, (pattern, int8) in enumerate(forms):
             unit = facts | {"pattern": pattern, "int8": int8}
             found.append(book.once("speed", unit, partial(stand_ins.fewest, pattern, int8, budget.min_speedup)))
-            progress(i + 1, len(FORMS), "time the patterns")
+            progress(i + 1, len(forms), "time the patterns")
     timed = [_candidate(row) for row in found if row]
     fast = sorted((c for c in timed if c.speedup >= budget.min_speedup), key=lambda c: c.sparsity)  # stable
     slow = [c for c in timed if c.speedup < budget.min_speedup]

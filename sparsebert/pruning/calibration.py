@@ -137,7 +137,7 @@ def draw(
     held, rest, apart = {}, {}, {}
     for name, pool in pools.items():
         order = rng.permutation(len(pool.texts))
-        held[name], rest[name] = np.split(order, [min(HELD_OUT, len(order) // 10)])
+        held[name], rest[name] = np.split(order, [held_out_of(len(order))])
         apart[name] = set(sameness(pool.taken(held[name])))
 
     def composed(
@@ -169,6 +169,11 @@ def draw(
             fix="give texts that differ",
         )
     return Calibration(texts, held_out, tokenizer, limit, parts)
+
+
+def held_out_of(texts: int) -> int:
+    """Number of texts that `draw` holds out of so many."""
+    return min(HELD_OUT, texts // 10)
 
 
 _JOINED = ", joined"

@@ -53,8 +53,10 @@ def distill(
     """
     linears = encoder_linears(model)
     masks = {module: module.weight != 0 for module in linears.values()}
-    embeddings = {id(p) for p in model.base_model.embeddings.parameters()}
-    trained = [p for p in model.parameters() if id(p) not in embeddings]
+    # With what projects them to the hidden size, if ELECTRA has it.
+    embeddings = nn.ModuleList(m for name, m in model.base_model.named_children() if name.startswith("embeddings"))
+    resting = {id(p) for p in embeddings.parameters()}
+    trained = [p for p in model.parameters() if id(p) not in resting]
     optimizer = torch.optim.Adam(trained, lr=LR, fused=True)
     mean = AveragedModel(model, avg_fn=lambda mean, p, steps: mean + (p - mean) * max(1 / (steps + 1), 1 / AVERAGED))
     reference = logits_of(teacher, calibration.held_out_batches)
@@ -68,7 +70,7 @@ def distill(
     rng = np.random.default_rng(seed)
     # Sparse products were not compared with bf16 products, so they are not used if those are fast, as on every GPU.
     fast = [] if bf16_is_fast(model.device) else [m for m in linears.values() if masks[m].float().mean() < SPARSE_BELOW]
-    with frozen(model.base_model.embeddings), _by_sparse_products({m: masks[m] for m in fast}) as take_weights:
+    with frozen(embeddings), _by_sparse_products({m: masks[m] for m in fast}) as take_weights:
         for step, batch in enumerate(_texts(calibration, perturb, rng)):
             take_weights()
             for part, share in _parts(moved(batch, model.device)):

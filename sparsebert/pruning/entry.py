@@ -19,7 +19,7 @@ from sparsebert.kernels import cuda_core, require_full_float32
 from sparsebert.machine import at_work_on, bf16_is_fast, device_for, kind_of
 from sparsebert.patterns import parse, require_fits, sparsity_of
 from sparsebert.pruning import knowledge
-from sparsebert.pruning.calibration import Calibration, draw, others
+from sparsebert.pruning.calibration import Calibration, draw, held_out_of, others
 from sparsebert.pruning.methods import LABEL_FREE, LabelFree
 from sparsebert.pruning.quantize import quantize
 from sparsebert.pruning.run import Run
@@ -79,8 +79,10 @@ def prune(
     and classifier change only if the method solves for them again or trains them.
 
     calibration: texts from `draw`; None for a method that looks at no texts. A linear of n weights gets exactly
-    floor(sparsity * n) zeros, unless its pattern or its allotment gives another number. run: keeps the finished layers.
-    All is done on the config's device; at the end the model is on the one that it was on.
+    floor(sparsity * n) zeros, unless its pattern, its allotment or --scope global gives another number. wanda and
+    adaptive round down in each row instead: floor(sparsity * n_in) zeros of n_in (--as-published: about one fewer).
+    run: keeps the finished layers. All is done on the config's device; at the end the model is on the one that it was
+    on.
     Raises InputError for an unknown method or pattern, a pattern that does not fit the model, too few calibration
     tokens, and moments that cannot be solved. Raises UnsupportedError for a GPU that cannot be used or has too little
     memory.
@@ -100,6 +102,7 @@ def prune(
         batches = calibration.padded_batches if config.as_published else calibration.batches
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         _require_tokens(min(tokens, config.calibration_tokens), linears)  # one joined text may exceed the number
+        _require_held_out(config, len(calibration.held_out))
     before = model.device
     with at_work_on(device):
         try:
@@ -144,11 +147,13 @@ def prune_checkpoint(
     config: PruneConfig | None = None,
     subnet: SubnetConfig | None = None,
     *,
+    hold_out: int = 0,
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> PruneResult:
     """Prunes the classifier in the directory `source` on training texts of `task`, and saves it in `output`. subnet:
-    settings of the methods that train with labels; their seed is the seed of `config`.
+    settings of the methods that train with labels; their seed is the seed of `config`. hold_out: so many training
+    examples (data.hold_out) are not among the calibration texts of a method without labels.
 
     A repeated call returns at once if `output` is finished. Otherwise it continues after the last finished layer, or
     from the last snapshot, in `<output>.partial`. Files in either place that come from other weights, data, settings or
@@ -157,7 +162,7 @@ def prune_checkpoint(
     config, subnet = config or PruneConfig(), subnet or SubnetConfig()
     check(config, subnet)
     source = checkpoint.resolve(source)
-    run = run_of(source, task, output, config, subnet, overwrite)
+    run = run_of(source, task, output, config, subnet, overwrite, hold_out)
     return _carried_out(run, source, config, progress)
 
 
@@ -205,7 +210,13 @@ def _carried_out(
 
 
 def run_of(
-    source: Path, task: str | TaskConfig, output: str | Path, config: PruneConfig, subnet: SubnetConfig, overwrite: bool
+    source: Path,
+    task: str | TaskConfig,
+    output: str | Path,
+    config: PruneConfig,
+    subnet: SubnetConfig,
+    overwrite: bool,
+    hold_out: int = 0,
 ):
     """The run of `prune_checkpoint` for a config that was checked, before its work begins. Everything that can be
     refused this early is refused here.
@@ -215,7 +226,7 @@ def run_of(
     target = checkpoint.check_output(output, sources=read, overwrite=overwrite)
     if config.method in TRAINED:
         return _Trained(source, spec, target, config, subnet, overwrite)
-    return _Calibrated(source, spec, target, config, overwrite)
+    return _Calibrated(source, spec, target, config, overwrite, hold_out)
 
 
 class _Trained:
@@ -250,7 +261,13 @@ class _Calibrated:
     """
 
     def __init__(
-        self, source: Path, spec: data.Task, target: Path, config: PruneConfig | QuantizeConfig, overwrite: bool
+        self,
+        source: Path,
+        spec: data.Task,
+        target: Path,
+        config: PruneConfig | QuantizeConfig,
+        overwrite: bool,
+        hold_out: int = 0,
     ):
         device = device_of(config) if isinstance(config, PruneConfig) else torch.device("cpu")
         model = checkpoint.shapes(source)
@@ -272,7 +289,11 @@ class _Calibrated:
                     f"task {spec.name!r} has no training split to calibrate on", fix="choose another --task"
                 )
             self.examples = data.training(spec)
+            if hold_out:
+                self.examples = data.hold_out(self.examples, hold_out)[0]
             _require_tokens(config.calibration_tokens, encoder_linears(model))
+            if self.method is not None:
+                _require_held_out(config, held_out_of(len(self.examples)))
             given = () if settings.get("as_published") else others(config.calibration, spec.text_column)
             self.others = data.unreported_texts(spec, given)
             left_out = self.examples.left_out + len(given) - len(self.others)
@@ -388,6 +409,15 @@ def _require_own_flags(given: PruneConfig | SubnetConfig, method: str) -> None:
         if owners and method not in owners and getattr(given, name) != field.default:
             flag, them = name.replace("_", "-"), f"method{'s'[: len(owners) > 1]} {', '.join(owners)}"
             raise InputError(f"--{flag} belongs to {them}, got {method}", fix="leave it out")
+
+
+def _require_held_out(config: PruneConfig, held_out: int) -> None:
+    """InputError if distillation would have no held-out text to choose on."""
+    if config.method == "knowledge" and "distill" in knowledge.steps_of(config) and not held_out:
+        raise InputError(
+            "step distill needs a held-out text, one of every ten training texts, got none",
+            fix="give at least ten texts, or take --tier 1",
+        )
 
 
 def _require_tokens(tokens: int, linears) -> None:

@@ -150,20 +150,23 @@ def second_moment(stage: Stage) -> torch.Tensor:
 class LabelFree(NamedTuple):
     """One method without labels. prune: the function. flags: its fields of PruneConfig that not all methods have.
     looks_at_data: whether it needs calibration texts. solves: whether it solves least squares, for which a GPU needs
-    the compiled CUDA kernels.
+    the compiled CUDA kernels. per_row: whether each row, or group of rows, gets the same number of zeros.
     """
 
     prune: Callable[[nn.Module, Any, PruneConfig, Run], None]
     flags: frozenset[str] = frozenset()
     looks_at_data: bool = True
     solves: bool = False
+    per_row: bool = False
 
 
 LABEL_FREE = {
     "knowledge": LabelFree(knowledge, frozenset({"calibration", "int8", "tier", "without", "damping"}), solves=True),
-    "adaptive": LabelFree(adaptive, frozenset({"calibration", "int8", "as_published", "damping"}), solves=True),
+    "adaptive": LabelFree(
+        adaptive, frozenset({"calibration", "int8", "as_published", "damping"}), solves=True, per_row=True
+    ),
     "obs": LabelFree(obs, frozenset({"calibration", "int8", "damping"}), solves=True),
     "sparsegpt": LabelFree(sparsegpt, frozenset({"calibration", "int8", "damping"})),
-    "wanda": LabelFree(wanda, frozenset({"calibration", "int8"})),
+    "wanda": LabelFree(wanda, frozenset({"calibration", "int8"}), per_row=True),
     "magnitude": LabelFree(magnitude, frozenset({"scope"}), looks_at_data=False),
 }

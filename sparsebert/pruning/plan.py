@@ -175,7 +175,12 @@ def _budget(linears, pattern: Pattern, config: PruneConfig) -> dict:
     for name, module in linears.items():
         require_fits(pattern, *module.weight.shape, sparsity, name)
     weights = sum(m.weight.numel() for m in linears.values())
-    kept = sum(kept_in(pattern, *m.weight.shape, sparsity) for m in linears.values())
+    method = LABEL_FREE.get(config.method)
+    size = pattern.rows if isinstance(pattern, Grouped) else 1
+    kept = 0
+    for m in linears.values():
+        shares = m.out_features // size if method is not None and method.per_row else 1  # parts with a budget each
+        kept += shares * kept_in(pattern, m.out_features // shares, m.in_features, sparsity)
     return {
         "method": config.method,
         "pattern": config.pattern,

@@ -22,7 +22,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import nn
 
-from sparsebert.encoders import encoder_layers, forwards_replaced, layers_skipped, moved
+from sparsebert.encoders import encoder_layers, forwards_replaced, head_linears, layers_skipped, moved
 from sparsebert.errors import InputError
 from sparsebert.ops.gram import Moments, gram
 from sparsebert.pruning.calibration import Batches
@@ -162,8 +162,7 @@ def stages(
         else:
             yield from _walk(linears, run, run_sparse, hidden_states, weights or {}, measure, head=False)
     if heads:
-        inside = {module for layer in layers for module in layer.modules()}
-        linears = {name: m for m, name in names.items() if isinstance(m, nn.Linear) and m not in inside}
+        linears = head_linears(model)
         encoded = [None]
 
         def run_head(hidden, i):

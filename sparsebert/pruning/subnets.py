@@ -19,7 +19,7 @@ from sparsebert.pruning.quantize import quantize
 from sparsebert.pruning.trained import TRAINED, SubnetConfig
 from sparsebert.pruning.trained.method import Start, TrainedConfig
 from sparsebert.training.finetune import train
-from sparsebert.training.setup import TrainingSetup, fresh_classifier, head_for, origin
+from sparsebert.training.setup import TrainingSetup, encoder_of, fresh_classifier, head_for
 
 
 class Subnet:
@@ -38,6 +38,8 @@ class Subnet:
         self.rewind = None if wanted is None else _weights(wanted, source)
         if self.method.rewinds == "during" and self.rewind is None:
             self.rewind = self.start
+        if self.rewind not in (None, self.start):
+            _require_alike(self.start, self.rewind, during=self.method.rewinds == "during")
         chosen = {"seed": config.seed, "max_length": config.max_length, "device": config.device}
         chosen |= {k: v for k, v in self.method.by_pattern(self.pattern).items() if getattr(subnet, k) is None}
         if self.method.loss is not None:
@@ -90,12 +92,29 @@ def _weights(wanted: str | None, source: Path) -> Path:
         return source
     if wanted != "pretrained":
         return checkpoint.resolve(wanted)
-    start = origin(source)
-    if start == source and checkpoint.read_manifest(source) is not None:
-        raise InputError(
-            f"the encoder that {source} was fine-tuned from is not known or no longer there", fix="give its DIR"
-        )
-    return start
+    return encoder_of(source, fix="give its DIR")
+
+
+def _require_alike(start: Path, rewind: Path, during: bool) -> None:
+    """InputError unless the encoder's linears have the same names and shapes in both. during: the run itself goes back,
+    so the rest of the encoder must too.
+    """
+    mine, other = (_shapes(directory, whole=during) for directory in (start, rewind))
+    for name in mine | other:
+        if mine.get(name) != other.get(name):
+            raise InputError(
+                f"weights to rewind to must have the shapes of {start}: {name} is {mine.get(name, 'absent')} there and "
+                f"{other.get(name, 'absent')} in {rewind}",
+                fix="name another --rewind or --start",
+            )
+
+
+def _shapes(directory: Path, *, whole: bool) -> dict[str, list[int]]:
+    """The shapes of the weights of the encoder's linears, or of the whole encoder, by full name."""
+    model = checkpoint.shapes(directory)
+    linears = {f"{name}.weight" for name in encoder_linears(model)}
+    inside = f"{model.base_model_prefix}."
+    return {n: list(p.shape) for n, p in model.named_parameters() if n in linears or (whole and n.startswith(inside))}
 
 
 @torch.no_grad()

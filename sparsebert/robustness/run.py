@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsebert import __version__, data, heads, machine
+from sparsebert import __version__, checkpoint, data, heads, machine
 from sparsebert.config import AttackConfig, EvalConfig, TaskConfig
 from sparsebert.data import Examples, Task
 from sparsebert.encoders import Progress, cut_share, limited, no_progress, task_for, tokenize
@@ -74,14 +74,17 @@ def evaluate(
             f"{given} is a setting of attacks, and none is asked for", fix="add --attacks, or leave it out"
         )
     settings = (attack or AttackConfig()).model_copy(update={"n": n, "seed": seed})
-    planned = [] if attacks is None else attacking.plans(attacking.named(attacks), settings, spec)
+    recipes = [] if attacks is None else attacking.named(attacks)
+    attacking.require_used(settings, recipes)
+    planned = attacking.plans(recipes, settings, spec)
     outside = [examples.sample(n, seed) for examples in unlabelled(texts, spec.pair, spec.text_column)]
     sets = [(of, data.load(of, of.test, limit=n, seed=seed)) for of in (spec, *tests)]
     known = other_domains.of_task(spec) if others else []
     sets += [(of, other_domains.unshared(of, known).sample(n, seed)) for of in others]
     classifiers = [Classifier.load(directory, device) for directory in (model, vs) if directory is not None]
     sets = [data.among(of, examples, classifiers[0].names) for of, examples in sets]
-    sets += [(replace(sets[0][0], name=examples.task, max_length=None), examples) for examples in outside]
+    longest = checkpoint.read(model).tokenizer.max_length if outside else None  # as for the user's own task
+    sets += [(replace(sets[0][0], name=examples.task, max_length=longest), examples) for examples in outside]
     for classifier in classifiers[::-1]:
         sets = [(limited(of, classifier.config, max_length), examples) for of, examples in sets]
     logits = _logits(classifiers, sets, progress)
@@ -232,7 +235,7 @@ def kept(
 
     Raises InputError if the two have different labels, and DataError if the texts are missing.
     """
-    spec = data.get_task(task, labelled=False)
+    spec = task_for(task, pruned, labelled=False)
     examples = data.load(spec, spec.test, limit=n)
     both = [Classifier.load(directory, device) for directory in (dense, pruned)]
     for classifier in both:

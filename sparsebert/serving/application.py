@@ -8,8 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from sparsebert import checkpoint, heads
 from sparsebert.config import ServeConfig
 from sparsebert.errors import InputError, SparsebertError
@@ -34,8 +32,9 @@ class Application:
         self.directory, self._config, self._key, self._log = checkpoint.resolve(directory), config, key, log
         limits = Limits(config.max_in_flight, config.max_batch_tokens, wait=config.max_wait_ms / 1e3)
         self._load = partial(
-            Served.begin, self.directory, dtype=config.dtype, threads=config.threads, limits=limits, load=load, log=log
-        )
+            Served.begin, self.directory, dtype=config.dtype, threads=config.threads, limits=limits, load=load,
+            accept=self._accept, log=log,
+        )  # fmt: skip
         self.state: State | None = None
 
     async def begin(self) -> None:
@@ -53,19 +52,28 @@ class Application:
         for warning in self.state.served.facts["warnings"]:
             self._log({"level": "warning", "warning": warning})
         try:
-            most = self.state.served.facts["max_length"]
-            if config.max_tokens is not None and config.max_tokens > most:
-                raise InputError(
-                    f"the model takes at most {most} tokens of a text, got --max-tokens {config.max_tokens}",
-                    fix="choose fewer, or leave it out",
-                )
             if config.shadow is not None:
-                self.state.shadow = await Served.begin(Path(config.shadow), threads=config.threads, log=self._log)
-                self.state.columns = columns_of(self.state.shadow, self.state.served)
+                shadow = Path(config.shadow)
+                accept = partial(self._accept_shadow, shadow)
+                self.state.shadow = await Served.begin(shadow, threads=config.threads, accept=accept, log=self._log)
         except BaseException:
             await self.end(0.0)
             raise
         self._app = app_of(self.state)
+
+    def _accept(self, facts: dict) -> None:
+        """Raises InputError for a model that cannot be served as was asked."""
+        most = facts["max_length"]
+        if self._config.max_tokens is not None and self._config.max_tokens > most:
+            raise InputError(
+                f"the model takes at most {most} tokens of a text, got --max-tokens {self._config.max_tokens}",
+                fix="choose fewer, or leave it out",
+            )
+        if self.state is not None and self.state.shadow is not None:
+            require_comparable(self.state.shadow.directory, self.state.shadow.facts, facts)
+
+    def _accept_shadow(self, directory: Path, facts: dict) -> None:
+        require_comparable(directory, facts, self.state.served.facts)
 
     async def end(self, seconds: float) -> None:
         """Answers the requests in flight, for so many seconds at most, and ends the engines."""
@@ -86,16 +94,9 @@ class Application:
         state = self.state
         try:
             fresh = await self._load()
-        except SparsebertError as error:
+        except (SparsebertError, OSError) as error:
             state.log({"level": "error", "error": f"the model was not loaded anew: {error}"})
             return
-        if state.shadow is not None:
-            try:
-                state.columns = columns_of(state.shadow, fresh)
-            except SparsebertError as error:
-                state.log({"level": "error", "error": f"the model was not swapped: {error}"})
-                await fresh.close()
-                return
         old, state.served = state.served, fresh
         for name, count in vars(old.counts).items():  # they go on
             setattr(fresh.counts, name, getattr(fresh.counts, name) + count)
@@ -122,12 +123,13 @@ class Application:
                 return await send({"type": "lifespan.shutdown.complete"})
 
 
-def columns_of(shadow: Served, served: Served) -> np.ndarray:
-    """Where the shadow has the labels of the served model. InputError if it has others."""
-    if shadow.facts["problem"] != served.facts["problem"]:
+def require_comparable(directory: Path, shadow: dict, served: dict) -> None:
+    """Raises InputError unless a shadow has the labels and the problem type of the served model. directory: its own.
+    shadow, served: their facts.
+    """
+    if shadow["problem"] != served["problem"]:
         raise InputError(
-            f"the shadow {shadow.directory} is a {shadow.facts['problem']} model, the served one is "
-            f"{served.facts['problem']}",
+            f"the shadow {directory} is a {shadow['problem']} model, the served one is {served['problem']}",
             fix="name the model that it was pruned from",
         )
-    return heads.columns(shadow.facts["labels"], served.facts["labels"], str(shadow.directory))
+    heads.columns(shadow["labels"], served["labels"], str(directory))

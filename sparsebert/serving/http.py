@@ -224,7 +224,7 @@ def app_of(state: State) -> Guard:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         known, served = state.metrics, state.served
-        known.flight.set(served.batcher.in_flight)
+        known.flight.set(served.in_flight)
         known.waiting.set(served.batcher.waiting)
         known.batches.set(served.counts.batches)
         known.ran.set(served.counts.texts)
@@ -236,7 +236,7 @@ def app_of(state: State) -> Guard:
     @app.get("/stats")
     async def stats() -> dict:
         """The last minute, second by second."""
-        return {"seconds": state.recent.rows(time.monotonic()), "in_flight": state.served.batcher.in_flight}
+        return {"seconds": state.recent.rows(time.monotonic()), "in_flight": state.served.in_flight}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -330,7 +330,8 @@ async def _compare(state: State, texts: list[Text], long: bodies.Long, answer: A
     if problem is heads.ONE_LOGIT:
         said = [logits[:, 0] > 0 for logits in (answer.logits, dense.logits)]
     else:
-        said = [problem.predict(logits) for logits in (answer.logits, dense.logits[:, state.columns])]
+        columns = heads.columns(dense.facts["labels"], answer.facts["labels"], str(state.shadow.directory))
+        said = [problem.predict(logits) for logits in (answer.logits, dense.logits[:, columns])]
     metrics.shadowed.inc(len(texts))
     metrics.same.inc(int((said[0] == said[1]).reshape(len(texts), -1).all(axis=1).sum()))
     for name, each in (("served", answer), ("shadow", dense)):

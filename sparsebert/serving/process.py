@@ -23,9 +23,10 @@ from sparsebert.errors import CheckpointError, SparsebertError, SparsebertWarnin
 HEAD = struct.Struct("<q")  # number of texts in a question
 OK, REFUSED = b"+", b"-"  # first byte of an answer
 START_SECONDS = 60.0
+_LOOK = "look whether memory is short, and at what it printed"
 
 
-class Gone(Exception):
+class Gone(SparsebertError):
     """The process has ended, or was ended because it did not answer in time."""
 
 
@@ -96,7 +97,7 @@ class EngineProcess:
         try:
             self._pipe.send_bytes(b"".join([HEAD.pack(len(ids)), lengths.tobytes(), *(row.tobytes() for row in flat)]))
         except OSError as error:
-            raise Gone(f"the engine process {self.pid} has ended") from error
+            raise Gone(f"the engine process {self.pid} has ended", fix=_LOOK) from error
 
     def answer(self, timeout: float | None = None) -> np.ndarray:
         """The second half: what was asked for, float32 [texts, labels]. Does not wait once `fileno` can be read."""
@@ -121,11 +122,12 @@ class EngineProcess:
         try:
             if not self._pipe.poll(timeout):
                 self._process.kill()
-                raise Gone(f"the engine process {self.pid} did not answer for {timeout:g} s")
+                raise Gone(f"the engine process {self.pid} did not answer for {timeout:g} s", fix=_LOOK)
             answer = self._pipe.recv_bytes()
         except (EOFError, OSError) as error:
             self._process.join(1.0)
-            raise Gone(f"the engine process {self.pid} has ended, exit code {self._process.exitcode}") from error
+            code = self._process.exitcode
+            raise Gone(f"the engine process {self.pid} has ended, exit code {code}", fix=_LOOK) from error
         if answer[:1] == OK:
             return answer[1:]
         told = json.loads(answer[1:])

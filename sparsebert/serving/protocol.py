@@ -14,7 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_BYTES = 64 * 1024
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
-UPGRADE = re.compile(rb"\r\n(upgrade|http2-settings):", re.IGNORECASE)
+OFFERS = (b"\r\nupgrade:", b"\r\nhttp2-settings:")
+OFFER = re.compile(rb"\r\n(upgrade|http2-settings):", re.IGNORECASE)
 
 
 class Protocol(HttpToolsProtocol):
@@ -29,6 +30,7 @@ class Protocol(HttpToolsProtocol):
         self._head_seconds, self._told = head_seconds, told
         self._timer: asyncio.TimerHandle | None = None  # while a head is expected
         self._received = 0  # bytes of the head
+        self._held = b""  # the end of what came of a head, if it may be the beginning of an offer
         self._between = True  # no request has begun since the last one ended
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -41,15 +43,23 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._between:
-            end = data.find(b"\r\n\r\n")
-            if UPGRADE.search(data, 0, end if end >= 0 else len(data)):
-                end = len(data) if end < 0 else end
-                data = UPGRADE.sub(rb"\r\nx-\1:", data[:end]) + data[end:]
+            self._expect_head()  # also of an empty line, after which uvicorn would wait for ever
         if self._timer is not None:
             self._received += len(data)
+            data = self._without_offers(self._held + data)
         super().data_received(data)
         if self._timer is not None and self._received > HEAD_BYTES:
             self._refuse(431, f"the head of a request may have {HEAD_BYTES:,} bytes", "send less")
+
+    def _without_offers(self, data: bytes) -> bytes:
+        end, self._held = data.find(b"\r\n\r\n"), b""
+        if end < 0:
+            end = len(data)
+            longest = max(map(len, OFFERS)) - 1
+            tails = (data[-n:] for n in range(min(longest, end), 0, -1))
+            self._held = next((tail for tail in tails if any(each.startswith(tail.lower()) for each in OFFERS)), b"")
+            data = data[: end - len(self._held)]
+        return OFFER.sub(rb"\r\nx-\1:", data[:end]) + data[end:]
 
     def on_message_begin(self) -> None:
         super().on_message_begin()

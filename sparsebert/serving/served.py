@@ -96,9 +96,10 @@ class Served:
     """`await Served.begin(directory)`, then any number of `answer` at once, then `await close()`."""
 
     def __init__(
-        self, directory: Path, begin: Callable[[], EngineProcess], limits: Limits | None, log: Callable[[dict], None]
-    ):
-        self.directory, self._begin_process, self._log = directory, begin, log
+        self, directory: Path, begin: Callable[[], EngineProcess], limits: Limits | None,
+        accept: Callable[[dict], None], log: Callable[[dict], None],
+    ):  # fmt: skip
+        self.directory, self._begin_process, self._accept, self._log = directory, begin, accept, log
         self.batcher, self.counts = Batcher(limits), Counts()
         self._process: EngineProcess | None = None
         self._closing = self._given_up = False
@@ -116,23 +117,39 @@ class Served:
         threads: int | None = None,
         limits: Limits | None = None,
         load: Load = load_engine,
+        accept: Callable[[dict], None] = lambda facts: None,
         log: Callable[[dict], None] = lambda line: None,
     ) -> Served:
-        """Loads the model and warms it up. Raises what `Engine.load` raises. load: as for `EngineProcess`. log: takes a
-        line when the engine ends and when it is begun again.
+        """Loads the model and warms it up. Raises what `Engine.load` raises, Gone if the process ends before it is
+        loaded, and what `accept` raises, which is given the facts of each model that is loaded, now or when the engine
+        is begun again. load: as for `EngineProcess`. log: takes a line when the engine ends and when it is begun again.
         """
         directory = checkpoint.resolve(directory).absolute()
         begun = partial(EngineProcess, directory, dtype=dtype, threads=threads, load=load)
-        self = cls(directory, begun, limits, log)
-        self._take(*await asyncio.to_thread(self._loaded))
-        await asyncio.to_thread(self._warm_up)
+        self = cls(directory, begun, limits, accept, log)
+        self._take(*await self._load())
+        try:
+            await asyncio.to_thread(self._warm_up)
+        except BaseException:
+            self._process.close()
+            raise
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
         return self
+
+    async def _load(self) -> tuple[EngineProcess, Inputs]:
+        """`_loaded` in a thread. If nobody waits for it any more, its process ends."""
+        loading = asyncio.ensure_future(asyncio.to_thread(self._loaded))
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception() or done.result()[0].close())
+            raise
 
     def _loaded(self) -> tuple[EngineProcess, Inputs]:
         """An engine, and the tokenizer of the same files."""
         process = self._begin_process()
         try:
+            self._accept(process.facts)
             files = checkpoint.read(self.directory)
             if files.content_sha256 != process.facts["content_sha256"]:
                 raise CheckpointError(
@@ -151,9 +168,13 @@ class Served:
         return self._process is not None and not self._closing
 
     @property
+    def in_flight(self) -> int:
+        """Requests that have no answer yet."""
+        return self.batcher.in_flight + self._entering
+
+    @property
     def busy(self) -> bool:
-        """Whether requests have no answer yet."""
-        return self.batcher.in_flight + self._entering > 0
+        return self.in_flight > 0
 
     async def answer(
         self,
@@ -172,7 +193,7 @@ class Served:
         """
         if not self.ready:
             raise Unavailable(STOPPING if self._closing else "the engine is being started", 1.0)
-        if self.batcher.in_flight + self._entering >= self.batcher.limits.in_flight:
+        if self.in_flight >= self.batcher.limits.in_flight:
             raise Refused(f"{self.batcher.limits.in_flight} requests are in flight", 1.0)
         start = time.monotonic()
         size = sum(len(text) if isinstance(text, str) else len(text[0]) + len(text[1]) for text in texts)
@@ -190,8 +211,7 @@ class Served:
         else:
             self._entering += 1
             try:
-                async with self._tokenizers:
-                    ids, types, cut, counts = await asyncio.to_thread(encode)
+                ids, types, cut, counts = await self._in_thread(encode, seconds)
             finally:
                 self._entering -= 1
             if self._given_up:
@@ -199,6 +219,8 @@ class Served:
             if facts is not self.facts:
                 raise Unavailable("the model was replaced", 1.0)
         lengths, now = [len(row) for row in ids], time.monotonic()
+        if now >= start + seconds:
+            raise TooLate("the text was not tokenized before the deadline")
         pending = _Pending(asyncio.get_running_loop().create_future(), ids, types)
         request = self.batcher.admit(lengths, now, deadline=start + seconds, payload=pending)
         self._work.set()
@@ -210,6 +232,22 @@ class Served:
             ends = np.cumsum(counts)[:-1]
             logits = np.stack([part.mean(axis=0, dtype=np.float64) for part in np.split(logits, ends)]).astype("f4")
         return Answer(logits, facts, sum(lengths), cut, counts, now - start, pending.began - now, end - pending.began)
+
+    async def _in_thread(self, encode: Callable, seconds: float):
+        """What `encode` returns. TOKENIZERS run at the same time; one that takes too long runs on, for nobody."""
+
+        def ended(running: asyncio.Future) -> None:
+            self._tokenizers.release()
+            _ = running.cancelled() or running.exception()  # it is told to whoever waits, if anybody does
+
+        try:
+            async with asyncio.timeout(None if seconds == math.inf else seconds):
+                await self._tokenizers.acquire()
+                running = asyncio.get_running_loop().run_in_executor(None, encode)
+                running.add_done_callback(ended)
+                return await asyncio.shield(running)
+        except TimeoutError as error:
+            raise TooLate("the text was not tokenized before the deadline") from error
 
     async def close(self, seconds: float = 0.0) -> bool:
         """Takes no request any more, waits for those that it has, for so many seconds at most, and ends the process.
@@ -259,13 +297,40 @@ class Served:
             for request, _ in batch.items:
                 request.payload.began = request.payload.began or time.monotonic()
             try:
-                logits = await self._forward(self._process, batch)
-            except (Gone, SparsebertError) as error:
+                try:
+                    logits = await self._forward(self._process, batch)
+                except Gone:
+                    raise
+                except SparsebertError:  # the engine is there, and refuses one of them
+                    logits = await self._apart(batch)
+            except Gone as error:
                 self._log({"level": "error", "error": f"the engine failed: {error}"})
                 self._fail(Unavailable(f"the engine failed: {error}", 1.0))
                 await asyncio.to_thread(self._process.close)
                 continue
             self._finish(batch, logits, time.monotonic())
+
+    async def _apart(self, batch: Batch) -> list[np.ndarray | None]:
+        """Logits of a batch, its requests one after the other. A request that the engine refuses ends; None for its
+        texts.
+        """
+        logits: list[np.ndarray | None] = [None] * len(batch.items)
+        for request in dict.fromkeys(request for request, _ in batch.items):
+            at = [k for k, (whose, _) in enumerate(batch.items) if whose is request]
+            items = [batch.items[k] for k in at]
+            tokens = sum(request.lengths[i] for _, i in items)
+            try:
+                rows = await self._forward(self._process, Batch(items, tokens, batch.began))
+            except Gone:
+                raise
+            except SparsebertError as error:
+                self._log({"level": "error", "error": f"the engine refused a request: {error}"})
+                self.batcher.leave(request)
+                self._tell(request, error)
+                continue
+            for k, row in zip(at, rows, strict=True):
+                logits[k] = row
+        return logits
 
     async def _forward(self, process: EngineProcess, batch: Batch) -> np.ndarray:
         loop = asyncio.get_running_loop()
@@ -286,13 +351,15 @@ class Served:
             loop.remove_reader(process.fileno())
         return process.answer(HUNG)
 
-    def _finish(self, batch: Batch, logits: np.ndarray, now: float) -> None:
+    def _finish(self, batch: Batch, logits: Sequence[np.ndarray | None], now: float) -> None:
         self.counts.batches += 1
         self.counts.texts += len(batch.items)
         for (request, i), row in zip(batch.items, logits, strict=True):
+            if row is None:
+                continue
             pending = request.payload
             if pending.logits is None:
-                pending.logits = np.empty((len(pending.ids), logits.shape[1]), np.float32)
+                pending.logits = np.empty((len(pending.ids), len(row)), np.float32)
             pending.logits[i] = row
         for request in self.batcher.done(now):
             self._tell(request, (request.payload.logits, now))
@@ -320,9 +387,9 @@ class Served:
         for failures in range(1_000_000):
             await asyncio.sleep(0 if failures == 0 else AGAIN[min(failures, len(AGAIN)) - 1])
             try:
-                process, inputs = await asyncio.to_thread(self._loaded)
+                process, inputs = await self._load()
                 break
-            except (Gone, SparsebertError, OSError) as error:
+            except (SparsebertError, OSError) as error:
                 self._log({"level": "error", "error": f"the engine was not begun again: {error}"})
         if process.facts["content_sha256"] != self.facts["content_sha256"]:
             self._log({"level": "warning", "warning": f"{self.directory} holds another model than before"})

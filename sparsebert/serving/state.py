@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
-import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from sparsebert.serving.recent import Recent
@@ -69,7 +68,7 @@ class Metrics:
 class State:
     """What the routes share. served: the model that answers now, which a reload replaces. name: of the model. log:
     takes a line; quiet: not for requests that were answered. shadow: the model that a share of the requests also runs
-    on, and `columns` where it has the labels of `served`. recent: the last minute's requests for answers.
+    on. recent: the last minute's requests for answers.
     """
 
     served: Served
@@ -82,7 +81,6 @@ class State:
     refusing: bool = False  # and what they still send is refused
     shadow: Served | None = None
     shadow_rate: float = 0.0
-    columns: np.ndarray | None = None
     tracer: Tracer | None = None
     tasks: set[asyncio.Task] = field(default_factory=set)
 

@@ -125,7 +125,8 @@ class Grid:
             cell.label,
         )
         method = TRAINED[cell.method]
-        settings = chosen(chosen(self.prune[cell.task], LOSSES, cell.loss), TRAINED, cell.method)
+        losses = [name for name in LOSSES if name != cell.method]  # rmc is both
+        settings = chosen(chosen(self.prune[cell.task], losses, cell.loss), TRAINED, cell.method)
         others = SubnetConfig.model_fields.keys() - method.config.model_fields.keys()  # task settings cover all methods
         fields = {name: value for name, value in settings.items() if name not in others}
         fields |= {"loss": cell.loss, "mix_ood": cell.mix_ood}
@@ -153,16 +154,28 @@ def read_grid(name: str) -> Grid:
         name=path.stem,
         given=name,
         model=content["model"],
-        ood={task: settings.get("ood", []) for task, settings in tasks.items()},
-        train={task: settings.get("train", {}) for task, settings in tasks.items()},
-        prune={task: settings.get("prune", {}) for task, settings in tasks.items()},
+        ood={task: _of(settings, "ood", list, path) for task, settings in tasks.items()},
+        train={task: _of(settings, "train", dict, path) for task, settings in tasks.items()},
+        prune={task: _of(settings, "prune", dict, path) for task, settings in tasks.items()},
         cells=cells,
-        comparisons=[config_of(Comparison, entry, "comparison") for entry in content.get("comparisons", [])],
-        least={"rows": 12_000, "steps": 600, "seeds": 3} | content.get("least", {}),
+        comparisons=[config_of(Comparison, entry, "comparison") for entry in _of(content, "comparisons", list, path)],
+        least={"rows": 12_000, "steps": 600, "seeds": 3} | _of(content, "least", dict, path),
     )
+    for comparison in grid.comparisons:
+        for fields in (comparison.a, comparison.b):
+            config_of(Cell, fields, f"comparison {comparison.name}")
     for cell in cells:
         _check(grid, cell)
     return grid
+
+
+def _of(content: dict, name: str, kind: type, path: Path):
+    """A part of a grid file; empty if the file has none. InputError for one of another type."""
+    found = content.get(name)
+    if found is not None and not isinstance(found, kind):
+        said = {dict: "map names to settings", list: "be a list"}[kind]
+        raise InputError(f"grid {path}: {name} must {said}, got {found!r}", fix="correct the grid")
+    return kind() if found is None else found
 
 
 def read_shard(text: str) -> tuple[int, int]:

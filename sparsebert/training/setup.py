@@ -51,9 +51,9 @@ Train = Callable[..., object]
 @dataclass(frozen=True)
 class TrainingSetup:
     """The setup of a run. examples: to train on. held_out: to choose on. origin: the pretrained encoder that the run
-    descends from; bias models and teachers are made from it, if the loss needs them. teacher: its directory; None: if
-    the loss needs a teacher, it is trained first. inputs: all that decides the result, for `Job`. space: about how many
-    bytes the run will write. device: what it runs on.
+    descends from; bias models and teachers are made from it, if the loss needs them. fine_tuning_lr: peak learning rate
+    of these. teacher: its directory; None: if the loss needs a teacher, it is trained first. inputs: all that decides
+    the result, for `Job`. space: about how many bytes the run will write. device: what it runs on.
     """
 
     spec: Task
@@ -61,6 +61,7 @@ class TrainingSetup:
     examples: Examples
     held_out: Examples
     origin: Path
+    fine_tuning_lr: float
     teacher: Path | None
     inputs: dict
     space: int
@@ -84,9 +85,17 @@ class TrainingSetup:
         device, needs = device_for(config.device), LOSSES[config.loss]
         spec = limited(spec, checkpoint.load_config(source), config.max_length)
         examples, held_out = examples_of(spec, config)
+        # The default of a method may be that of its scores, at which a whole model may diverge.
+        fine_tuning_lr = TrainConfig().lr if config.lr is None else config.lr
         if config.lr is None:
             config = config.model_copy(update={"lr": default_lr(step_count(len(examples), config))})
         start = origin(source) if needs.bias or needs.teacher else source
+        if needs.bias and (spec.bias if config.bias == "auto" else config.bias) == "weak":
+            encoder_of(source, fix="name a classifier that saw none of the examples: --bias DIR")
+        if needs.teacher and config.teacher is None:
+            encoder_of(source, fix="name a teacher: --teacher DIR")
+        if needs.difficulty:
+            encoder_of(source, fix="fine-tune its encoder by sparsebert train, and use that model")
         # Paths are replaced by hashes of their content, here or below.
         settings = {**config.model_dump(), "precision": precision_of(config, device), **(settings or {})}
         settings["device"] = kind_of(device)
@@ -103,6 +112,8 @@ class TrainingSetup:
             inputs["held_out"] = held_out.sha256
         if start != source:
             inputs["pretrained"] = checkpoint.source_sha256(start)
+        if fine_tuning_lr != config.lr and (needs.difficulty or (needs.teacher and config.teacher is None)):
+            inputs["fine_tuning_lr"] = fine_tuning_lr
         if needs.bias:
             settings["bias"] = bias.content(config.bias, spec)
         teacher = None
@@ -112,7 +123,7 @@ class TrainingSetup:
         weights = checkpoint.saved_bytes(source)
         snapshots = step_count(len(examples), config) > STEPS_PER_SNAPSHOT
         space = weights * (7 if snapshots else 1) * (2 if needs.difficulty else 1)
-        return cls(spec, config, examples, held_out, start, teacher, inputs, space, device)
+        return cls(spec, config, examples, held_out, start, fine_tuning_lr, teacher, inputs, space, device)
 
     def learn(
         self,
@@ -193,7 +204,7 @@ class TrainingSetup:
         """
         if (kept := job.kept("difficulty")) is not None:
             return kept[0]["difficulty"]
-        settings = self.config.model_copy(update={"loss": "ce", "adversarial": "none"})
+        settings = self.config.model_copy(update={"loss": "ce", "adversarial": "none", "lr": self.fine_tuning_lr})
         model, tokenizer = fresh_classifier(self.origin, self.spec, settings.seed, self.device)
         encoded = tokenize(tokenizer, self.examples, self.spec.max_length)
         labels = torch.from_numpy(self.examples.labels)
@@ -231,8 +242,9 @@ class TrainingSetup:
         return model
 
     def _train_teacher(self, job: Job, train: Train, progress: Progress) -> Path:
-        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher", "adversarial", "difficulty_floor"}
+        kept = LearnConfig.model_fields.keys() - {"loss", "bias", "teacher", "adversarial", "difficulty_floor", "lr"}
         same = {name: getattr(self.config, name) for name in kept if getattr(self.config, name) is not None}
+        same["lr"] = self.fine_tuning_lr
         teacher = job.output.with_name(f"{job.output.name}.teacher")
         train(
             self.origin, named_again(self.spec), teacher, TrainConfig(**same), overwrite=job.overwrite,
@@ -359,6 +371,16 @@ def task_recipe(spec: Task) -> dict:
 def origin(source: Path) -> Path:
     """The model that a directory descends from. CheckpointError if it no longer exists."""
     return [directory for directory, _ in checkpoint.ancestors(source)][-1]
+
+
+def encoder_of(source: Path, fix: str) -> Path:
+    """The pretrained encoder that a directory descends from, an `origin` without a head. InputError if there is none:
+    an origin that is a classifier was fine-tuned by others, and its weights know the labels.
+    """
+    start = origin(source)
+    if checkpoint.has_head(start):
+        raise InputError(f"the encoder that {source} was fine-tuned from is not known or no longer there", fix=fix)
+    return start
 
 
 def _given_teacher(spec: Task, model: str) -> Path:

@@ -58,7 +58,7 @@ def removed(model: nn.Module, sparsity: float, *, heads: float | None = None, wh
 
     floor(share n) of n heads go, but one in each layer stays, and as many units as then make at most floor(sparsity n)
     of the encoder's n weights zero. whole: whole feed-forward layers, floor(sparsity n) of n. Raises InputError if the
-    heads alone would make more zeros.
+    heads alone would make more zeros, or heads and all units too few.
     """
     layers = layers_of(model)
     out, down = (model.get_submodule(name) for name in (layers[0].out, layers[0].down))
@@ -75,7 +75,13 @@ def removed(model: nn.Module, sparsity: float, *, heads: float | None = None, wh
         raise InputError(
             f"{gone} heads are more than sparsity {sparsity:g} of the encoder's weights", fix="lower --heads"
         )
-    units = min(budget // (2 * hidden), inner * len(layers))
+    units, most = budget // (2 * hidden), inner * len(layers)
+    if units > most:
+        reached = (gone * per_head + most * 2 * hidden) / weights
+        raise InputError(
+            f"{gone} heads and all feed-forward units make sparsity {reached:.4g}, got {sparsity:g}",
+            fix="lower --sparsity" if heads is None else "lower --sparsity, or raise --heads",
+        )
     return Removed(gone, units, gone * per_head + units * 2 * hidden)
 
 

@@ -6,10 +6,10 @@ from pydantic import Field
 
 from sparsebert.errors import InputError
 from sparsebert.patterns import Pattern
-from sparsebert.pruning.trained.method import Floats, Start, Trained, TrainedConfig
+from sparsebert.pruning.trained.method import Floats, HeadConfig, Start, Trained
 
 
-class RewoundConfig(TrainedConfig):
+class RewoundConfig(HeadConfig):
     """The flags of magnitude pruning with rewinding."""
 
     rewind: str | None = Field(None, description="to what it rewinds: pretrained, or a DIR [default: its start]")
@@ -29,7 +29,7 @@ def _require_last(config: RewoundConfig, pattern: Pattern, sparsity: float) -> N
         raise InputError("imp-rw ends with untrained weights, so there is nothing to select", fix="leave --select out")
 
 
-METHOD = Trained("imp", TrainedConfig, _hook, floats=lambda scores, parameters: Floats(beside=0, learning=parameters))
+METHOD = Trained("imp", HeadConfig, _hook, floats=lambda scores, parameters: Floats(beside=0, learning=parameters))
 REWOUND = Trained(
     "imp-rw",
     RewoundConfig,

@@ -34,12 +34,19 @@ class TrainedConfig(LearnConfig):
         description="weights to start from: pretrained (the encoder that DIR was fine-tuned from, with a new head), or "
         "another DIR, such as one that train --keep saved [default: the weights of DIR]",
     )
+
+
+class HeadConfig(TrainedConfig):
+    """The flags of a method that may prune the head too."""
+
     head: Literal["masked", "dense"] = Field(
-        "masked", description="masked: also prune the pooler and the classifier (imp: the pooler). dense: prune neither"
+        "masked",
+        description="also prune the pooler and the classifier (masked; for imp, imp-rw, robust-ticket and rmc the "
+        "pooler alone), or neither (dense)",
     )
 
 
-class RisingConfig(TrainedConfig):
+class RisingConfig(HeadConfig):
     """The flags of a method whose sparsity may rise while it trains."""
 
     gradual: float | None = Field(

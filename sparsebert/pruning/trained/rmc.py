@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from sparsebert.pruning.trained import imp
-from sparsebert.pruning.trained.method import Trained, TrainedConfig, passes
+from sparsebert.pruning.trained.method import HeadConfig, Trained, passes
 
 # The pruned models whose losses say what is easy are trained as long as this one.
 METHOD = Trained(
     "rmc",
-    TrainedConfig,
+    HeadConfig,
     imp.METHOD.hook,
     floats=imp.METHOD.floats,
     passes=lambda config: 1 + passes(config),

@@ -7,6 +7,7 @@ from pydantic import Field
 from sparsebert.config import Positive
 from sparsebert.pruning.trained.method import (
     Floats,
+    HeadConfig,
     RewoundTicketConfig,
     Start,
     Trained,
@@ -17,7 +18,7 @@ from sparsebert.pruning.trained.method import (
 SEARCH = 0.5
 
 
-class RobustTicketConfig(RewoundTicketConfig):
+class RobustTicketConfig(RewoundTicketConfig, HeadConfig):
     """The flags of robust tickets."""
 
     scores_lr: Positive | None = Field(None, description="peak learning rate of the scores [default: 0.1]")

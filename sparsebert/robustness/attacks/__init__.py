@@ -6,7 +6,7 @@ together, so that each call of a model is a full batch; `run` keeps every attack
 """
 
 from sparsebert.robustness.attacks.entry import Attacked, attack
-from sparsebert.robustness.attacks.plan import Plan, Victim, plans
+from sparsebert.robustness.attacks.plan import Plan, Victim, plans, require_used
 from sparsebert.robustness.attacks.recipes import RECIPES, named
 from sparsebert.robustness.attacks.run import MOST_ERRORS, figures, require_few_errors, run, temperature, transferred
 
@@ -21,6 +21,7 @@ __all__ = [
     "named",
     "plans",
     "require_few_errors",
+    "require_used",
     "run",
     "temperature",
     "transferred",

@@ -9,7 +9,7 @@ from sparsebert import data, jobs
 from sparsebert.config import AttackConfig, TaskConfig
 from sparsebert.encoders import Progress, no_progress, task_for
 from sparsebert.errors import OutputError
-from sparsebert.robustness.attacks.plan import Victim, plans
+from sparsebert.robustness.attacks.plan import Victim, plans, require_used
 from sparsebert.robustness.attacks.recipes import named
 from sparsebert.robustness.attacks.run import figures, run
 
@@ -44,6 +44,7 @@ def attack(
     """
     config = config or AttackConfig()
     recipes = named([name])
+    require_used(config, recipes)
     spec = task_for(task, model)
     examples = data.load(spec, spec.test, limit=config.n, seed=config.seed)
     victim, examples = Victim.load(model, config.device, spec, examples, config.max_length)

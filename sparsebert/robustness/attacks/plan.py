@@ -248,6 +248,22 @@ def field_of(task: Task, asked: str | None) -> bool:
     return not task.pair or asked == "text"
 
 
+# Field of AttackConfig -> the resource that it names.
+_NAMED = {"neighbours": "neighbours", "sentence_encoder": "encoder", "masked_lm": "masked_lm", "stored": "stored"}
+
+
+def require_used(config: AttackConfig, recipes: Sequence[Recipe]) -> None:
+    """Raises InputError for a resource that is named and that no attack reads."""
+    for field, resource in _NAMED.items():
+        given = getattr(config, field) not in (AttackConfig.model_fields[field].default, "none")
+        if given and not any(resource in recipe.needs for recipe in recipes):
+            flag = f"--{field.replace('_', '-')}"
+            raise InputError(
+                f"{flag} is for attacks that read it, got {', '.join(recipe.name for recipe in recipes)}",
+                fix=f"leave {flag} out",
+            )
+
+
 def plans(recipes: Iterable[Recipe], config: AttackConfig, task: Task) -> list[Plan]:
     """A plan for each recipe. All of them share their resources, which are read now, so that what is missing is said
     before any work.
