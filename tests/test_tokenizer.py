@@ -326,6 +326,7 @@ def test_a_null_takes_a_special_token_of_the_class_away(tmp_path):
             None,
             r"tokenizer_config.json: added token '\[E1\]' must have the id 12000, .* has 103",
         ),
+        ({}, {"covid19": 12000, "COVID19": 12001}, "added tokens 'covid19' and 'COVID19' must differ, are the same"),
     ],
 )
 def test_added_tokens_beside_a_vocabulary_that_versions_read_differently_are_refused(tmp_path, config, ids, says):

@@ -115,6 +115,23 @@ def add(
         tokenizer.add_tokens(list(new.values()))
 
 
+def require_different(tokenizer: Tokenizer, path: Path) -> None:
+    """Raises UnsupportedError if two added tokens are the same in a normalised text: which of them is found there then
+    changes from load to load.
+    """
+    found: dict[str, str] = {}
+    for token in tokenizer.get_added_tokens_decoder().values() if tokenizer.normalizer is not None else ():
+        if not token.normalized:
+            continue
+        other = found.setdefault(tokenizer.normalizer.normalize_str(token.content), token.content)
+        if other != token.content:
+            raise UnsupportedError(
+                f"{path}: added tokens {shown(other)} and {shown(token.content)} must differ, are the same after the "
+                "tokenizer has normalised a text",
+                fix="save the tokenizer anew with one of them, or with normalized false",
+            )
+
+
 def _require_agreement(config: dict, special: dict, known: set[str], path: Path) -> None:
     """Raises UnsupportedError if both files have special tokens without a standard name, and differ in those that are
     not known: versions of transformers differ in which file they use.

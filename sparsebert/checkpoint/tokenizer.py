@@ -127,6 +127,7 @@ def read(contents: Mapping[str, bytes | None], config: dict, facts: Facts, path:
         _as_class(tokenizer, of, settings, tokens, path, whole=document is None)
     elif "add_prefix_space" in settings:
         _require_prefix_space(tokenizer, settings["add_prefix_space"], path)
+    added_tokens.require_different(tokenizer, path)
     inputs = settings.get("model_input_names", ["token_type_ids"] if of is not None and of.types else [])
     longest = settings.get("model_max_length") or settings.get("max_len") or facts.max_length
     found = TextEncoder(
