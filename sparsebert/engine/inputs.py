@@ -22,8 +22,7 @@ class Inputs:
     """
 
     def __init__(self, files: Files):
-        self._tokenizer, self._vocabulary, self._padding = files.tokenizer, files.facts.vocabulary, files.facts.padding
-        self._facts, self._model_type = files.facts, files.config["model_type"]
+        self._tokenizer, self._facts, self._model_type = files.tokenizer, files.facts, files.config["model_type"]
         self.limit, self.truncates_at = files.facts.max_length, files.tokenizer.max_length
 
     def encode(
@@ -39,7 +38,7 @@ class Inputs:
                 f"max_length must be an integer from 3 to {self.limit}, got {shown(max_length)}",
                 fix="choose a length in that range, or None",
             )
-        rows, most = read(texts, self._vocabulary, self._padding), int(max_length)
+        rows, most = read(texts, self._facts.vocabulary, self._facts.padding), int(max_length)
         at = [i for i, row in enumerate(rows) if type(row) is not list]
         encoded = self._tokenizer.rows([rows[i] for i in at], max_length=most, truncate=bool(truncate), numbers=at)
         found = dict(zip(at, encoded, strict=True))
@@ -67,7 +66,7 @@ class Inputs:
         if size > self.limit:
             raise InputError(f"a window may have {self.limit} tokens, got {size}", fix="choose a smaller window")
         ids, types, counts = [], [], []
-        for i, row in enumerate(read(texts, self._vocabulary, self._padding)):
+        for i, row in enumerate(read(texts, self._facts.vocabulary, self._facts.padding)):
             found = self._tokenizer.windows(row, size=size, step=step, most=most)
             for row_ids, _ in found:
                 self._require_positions(i, row_ids)

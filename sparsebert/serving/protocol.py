@@ -15,7 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 HEAD_BYTES = 64 * 1024
 REASONS = {400: b"Bad Request", 408: b"Request Timeout", 431: b"Request Header Fields Too Large"}
 OFFERS = (b"\r\nupgrade:", b"\r\nhttp2-settings:")
-OFFER = re.compile(rb"\r\n(upgrade|http2-settings):", re.IGNORECASE)
+OFFER = re.compile(b"|".join(OFFERS), re.IGNORECASE)
+LONGEST = max(map(len, OFFERS)) - 1  # bytes of one that is not whole
 
 
 class Protocol(HttpToolsProtocol):
@@ -55,11 +56,10 @@ class Protocol(HttpToolsProtocol):
         end, self._held = data.find(b"\r\n\r\n"), b""
         if end < 0:
             end = len(data)
-            longest = max(map(len, OFFERS)) - 1
-            tails = (data[-n:] for n in range(min(longest, end), 0, -1))
+            tails = (data[-n:] for n in range(min(LONGEST, end), 0, -1))
             self._held = next((tail for tail in tails if any(each.startswith(tail.lower()) for each in OFFERS)), b"")
             data = data[: end - len(self._held)]
-        return OFFER.sub(rb"\r\nx-\1:", data[:end]) + data[end:]
+        return OFFER.sub(lambda offer: b"\r\nx-" + offer[0][2:], data[:end]) + data[end:]
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
